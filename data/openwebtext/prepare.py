@@ -1,0 +1,55 @@
+"""OpenWebText in GPT-2's byte-pair encoding, streamed to disk through the `datasets` library."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from nanogpt.corpus import write_tagged
+from nanogpt.messages import ConfigError
+from nanogpt.tokenizer import gpt2_tokenizer
+
+
+def documents(source: str) -> Iterable[dict]:
+    """The rows of a hub data set or of a local folder of parquet, jsonl or json files, streamed."""
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError("missing_package", what="dataset=openwebtext", package="datasets") from None
+    try:
+        return datasets.load_dataset(source, split="train", streaming=True)
+    except Exception as error:  # noqa: BLE001 - 网络与格式的错误类型由库决定，都意味着读不到
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError("source_failed", got=source, reason=reason) from None
+
+
+def prepare(folder: Path, source: str, val_every: int, max_documents: int | None) -> None:
+    """Tokenise document by document, each followed by the end-of-text token."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    if val_every < 2:
+        raise ConfigError("out_of_range", key="dataset.val_every", got=val_every, wanted=">= 2")
+    tokenizer = gpt2_tokenizer()
+    rows = documents(source)
+
+    def stream(advance) -> Iterator[tuple[str, np.ndarray]]:
+        for number, row in enumerate(rows):
+            if number == max_documents:
+                return
+            if "text" not in row:
+                raise ConfigError("source_failed", got=source, reason="no column named text")
+            # 每 N 篇取一篇作验证：流式读取时不知道总数，这样切分也固定
+            split = "val" if number % val_every == val_every - 1 else "train"
+            yield split, np.append(tokenizer.encode(row["text"]), tokenizer.end_of_text)
+            advance()
+
+    columns = (TextColumn("openwebtext"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task("documents", total=max_documents)
+        write_tagged(folder, name="openwebtext", source=source, tokenizer=tokenizer, stream=stream(lambda: bar.advance(task)))
+
+
+if __name__ == "__main__":
+    from nanogpt.corpus import run_prepare
+
+    run_prepare("openwebtext")

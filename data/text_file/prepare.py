@@ -1,0 +1,66 @@
+"""Text of your own: one file, or all .txt and .md files of a folder; the last part is held out."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from nanogpt.config import ROOT
+from nanogpt.corpus import build_char_tokenizer, iter_text, split_by_length, text_files, write_tagged
+from nanogpt.files import sha256
+from nanogpt.messages import ConfigError
+from nanogpt.tokenizer import KINDS, ByteTokenizer, gpt2_tokenizer
+
+
+def folder(path: str | None, tokenizer: str, encoding: str, val_fraction: float) -> Path:
+    """Where the prepared form belongs: another text or other options give another folder."""
+    if path is None:
+        raise ConfigError("no_text_path")
+    source = Path(path)
+    if not source.exists():
+        raise ConfigError("missing_file", key="dataset.path", got=path)
+    if tokenizer not in KINDS:
+        raise ConfigError("unknown_tokenizer", got=tokenizer, allowed=" | ".join(KINDS))
+    if not 0 < val_fraction < 1:
+        raise ConfigError("out_of_range", key="dataset.val_fraction", got=val_fraction, wanted="> 0, < 1")
+    files = text_files(source)
+    if not any(file.stat().st_size for file in files):
+        raise ConfigError("empty_text", key="dataset.path", got=path)
+    # 指纹取自内容：改了文字就重新准备，改个文件名不用
+    identity = hashlib.sha256("\n".join([*map(sha256, files), tokenizer, encoding, repr(val_fraction)]).encode("utf-8"))
+    stem = re.sub(r"[^\w-]", "_", source.resolve().stem)
+    return ROOT / "data" / "text_file" / f"{stem}-{identity.hexdigest()[:12]}"
+
+
+def pieces(path: Path, encoding: str) -> Iterator[str]:
+    """The text of all files, one after the other."""
+    for file in text_files(path):
+        yield from iter_text(file, encoding)
+
+
+def prepare(folder: Path, path: str, tokenizer: str, encoding: str, val_fraction: float) -> None:
+    """Tokenise the text piece by piece and write the data set folder."""
+    source = Path(path)
+    if tokenizer == "char":
+        coder = build_char_tokenizer(pieces(source, encoding))
+    else:
+        coder = ByteTokenizer() if tokenizer == "byte" else gpt2_tokenizer()
+
+    def ids() -> Iterator[np.ndarray]:
+        return (coder.encode(piece) for piece in pieces(source, encoding))
+
+    # 先数一遍再写：切分点准确，内存里始终只有一段
+    total = sum(len(part) for part in ids())
+    if not total:
+        raise ConfigError("empty_text", key="dataset.path", got=path)
+    write_tagged(
+        folder, name="text_file", source=source.name, tokenizer=coder, stream=split_by_length(ids(), total - round(total * val_fraction))
+    )
+
+
+if __name__ == "__main__":
+    from nanogpt.corpus import run_prepare
+
+    run_prepare("text_file")

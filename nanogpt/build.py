@@ -1,0 +1,68 @@
+"""From configuration nodes to objects: models, optimizers, loggers."""
+
+from dataclasses import fields, replace
+from importlib import import_module
+from typing import Any
+
+import yaml
+
+from nanogpt.config import ROOT, ModelConfig, check_model
+from nanogpt.messages import ConfigError
+
+
+def locate_class(target: str, key: str) -> Any:
+    """The class or function of a dotted name."""
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError("no_such_class", key=key, got=target, reason=error) from None
+
+
+def build_model(config: ModelConfig, seed: int):
+    """The model that config._target_ names, its weights drawn from `seed`."""
+    import torch
+
+    kind = locate_class(config._target_, "model._target_")
+    torch.manual_seed(seed)
+    try:
+        return kind(config)
+    except ValueError as error:
+        raise ConfigError("bad_part", key="model", reason=error) from None
+
+
+def build_part(node: dict, key: str, *arguments) -> Any:
+    """Call a node's `_target_` with the given arguments and the node's other keys."""
+    kind = locate_class(node["_target_"], f"{key}._target_")
+    settings = {name: value for name, value in node.items() if name != "_target_"}
+    try:
+        return kind(*arguments, **settings)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError("bad_part", key=key, reason=error) from None
+
+
+def preset_names() -> list[str]:
+    """Names of all model presets in conf/model."""
+    return sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
+
+
+def preset(name: str, arch: str | None = None, **changes) -> ModelConfig:
+    """The ModelConfig of conf/model/<name>.yaml over conf/arch/<arch>.yaml, with changes on top."""
+    if name not in preset_names():
+        raise ConfigError("unknown_option", group="model", got=name, options=", ".join(preset_names()))
+    shape = yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
+    wanted = [entry["override /arch"] for entry in shape.pop("defaults", []) if "override /arch" in entry]
+    recipe_file = ROOT / "conf" / "arch" / f"{arch or (wanted or ['modern'])[0]}.yaml"
+    recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8"))
+    # 与 Hydra 的次序相同：先 model 后 arch
+    config = replace(ModelConfig(), **shape)
+    config = replace(config, **{k: v for k, v in recipe.items() if k in {f.name for f in fields(ModelConfig)}}, **changes)
+    check_model(config)
+    return config
+
+
+def create_model(name: str, *, vocab_size: int, seed: int = 1337, arch: str | None = None, **changes):
+    """A freshly initialised preset: create_model("tiny", vocab_size=65, dropout=0.1)."""
+    return build_model(preset(name, arch, vocab_size=vocab_size, **changes), seed)

@@ -1,0 +1,284 @@
+"""Schemas of the fixed-shape parts of the configuration, and every check that needs no torch.
+
+`check(cfg)` runs before torch is imported, so that a typing mistake answers within a second.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from nanogpt.messages import ConfigError
+
+# conf/ 与 data/ 所在的仓库根目录；从任何工作目录启动都找得到
+ROOT = Path(__file__).resolve().parent.parent
+
+# 运行目录里保存的配置可能来自陌生人：只有这些 _target_ 允许被直接执行
+TRUSTED_TARGETS = {
+    "nanogpt.model.GPT",
+    "nanogpt.optimizers.adamw",
+    "nanogpt.optimizers.muon",
+    "nanogpt.loggers.TensorBoardLogger",
+    "nanogpt.loggers.WandbLogger",
+}
+
+
+@dataclass
+class ModelConfig:
+    """Shape (conf/model) and recipe (conf/arch) of a GPT."""
+
+    _target_: str = "nanogpt.model.GPT"
+    """Class that is built from this config."""
+    name: str = "custom"
+    """Preset name, for titles and default folder names."""
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 256
+    block_size: int = 128
+    """Longest context in tokens."""
+    vocab_size: int | None = None
+    """Rows of the embedding; None takes the data set's vocabulary."""
+    dropout: float = 0.0
+    arch: str = "modern"
+    position: str = "rope"
+    """rope | learned"""
+    norm: str = "rmsnorm"
+    """rmsnorm | layernorm"""
+    activation: str = "relu2"
+    """relu2 | gelu | gelu_tanh"""
+    mlp_ratio: int = 4
+    bias: bool = False
+    qk_norm: bool = True
+    embed_norm: bool = True
+    tie_embeddings: bool = False
+    init: str = "modern"
+    """modern | gpt2"""
+    logit_softcap: float = 15.0
+    """Bound of |logit|; 0 switches the cap off."""
+    rope_base: float = 10000.0
+    ngrams: list[int] = field(default_factory=list)
+    """Sizes n of the hashed n-gram embeddings, for example [2, 3]."""
+    ngram_buckets: int = 16384
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Settings of a model class of the user's own."""
+
+
+@dataclass
+class PrecisionConfig:
+    """Number format of the training step."""
+
+    dtype: str = "auto"
+    """auto | fp32 | fp16 | bf16"""
+    tf32: bool = True
+    """Let CUDA cards use TF32 for float32 products."""
+    initial_loss_scale: float = 65536.0
+    loss_scale_growth_interval: int = 2000
+
+
+@dataclass
+class MemoryConfig:
+    """What is traded for memory."""
+
+    activation_checkpointing: str = "none"
+    """none | every_block"""
+    loss_chunk_mib: int = 64
+    """Largest piece of float32 logits, MiB."""
+
+
+@dataclass
+class HardwareConfig:
+    """The machine that figures refer to; None is read or measured."""
+
+    name: str = "auto"
+    peak_tflops_fp32: float | None = None
+    """Dense float32 peak, TFLOP/s."""
+    peak_tflops_half: float | None = None
+    """Dense fp16/bf16 peak with float32 accumulation, TFLOP/s."""
+    vram_gib: float | None = None
+    """Cap of the CUDA allocator, GiB."""
+
+
+@dataclass
+class TrainConfig:
+    """Top level of conf/train.yaml; the comments there say when to change what."""
+
+    out_dir: str | None = None
+    overwrite: bool = False
+    resume: str | None = None
+    checkpoint: str = "last"
+    seed: int = 1337
+    device: str = "auto"
+    lang: str = "auto"
+    compile: str = "auto"
+    deterministic: bool = True
+    max_iters: int = 1000
+    batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-3
+    min_lr: float = 0.0
+    warmup_iters: int = 0
+    lr_decay_iters: int | None = None
+    lr_schedule: str = "cosine"
+    decay_fraction: float = 0.2
+    grad_clip: float = 1.0
+    eval_interval: int = 250
+    eval_tokens: int | None = None
+    eval_batch_size: int | None = None
+    early_stop_evals: int = 0
+    target_val_loss: float | None = None
+    log_interval: int = 10
+    save_interval: int | None = None
+    keep: int = 2
+    max_nonfinite_steps: int = 10
+    sample_tokens: int = 300
+    sample_prompt: str | None = None
+    sample_temperature: float = 0.8
+    bundle_data_mib: int = 32
+    model: ModelConfig = field(default_factory=ModelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optimizer: Any = MISSING
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    dataset: Any = MISSING
+    logger: Any = field(default_factory=dict)
+
+
+CHOICES = {
+    "lang": ("auto", "zh", "en"),
+    "compile": ("auto", "true", "false"),
+    "lr_schedule": ("cosine", "linear", "wsd", "constant"),
+    "model.position": ("rope", "learned"),
+    "model.norm": ("rmsnorm", "layernorm"),
+    "model.activation": ("relu2", "gelu", "gelu_tanh"),
+    "model.init": ("modern", "gpt2"),
+    "precision.dtype": ("auto", "fp32", "fp16", "bf16"),
+    "memory.activation_checkpointing": ("none", "every_block"),
+}
+
+# 下限（含）与上限（含）；None 表示不限
+RANGES = {
+    "seed": (0, 2**63 - 1),
+    "max_iters": (1, None),
+    "batch_size": (1, None),
+    "gradient_accumulation_steps": (1, None),
+    "min_lr": (0, None),
+    "warmup_iters": (0, None),
+    "lr_decay_iters": (1, None),
+    "decay_fraction": (0, 1),
+    "grad_clip": (0, None),
+    "eval_interval": (1, None),
+    "eval_tokens": (1, None),
+    "eval_batch_size": (1, None),
+    "early_stop_evals": (0, None),
+    "log_interval": (1, None),
+    "save_interval": (1, None),
+    "keep": (1, None),
+    "max_nonfinite_steps": (1, None),
+    "sample_tokens": (0, None),
+    "sample_temperature": (0, 100),
+    "bundle_data_mib": (0, None),
+    "model.n_layer": (1, None),
+    "model.n_head": (1, None),
+    "model.n_embd": (1, None),
+    "model.block_size": (1, None),
+    "model.vocab_size": (1, None),
+    "model.mlp_ratio": (1, None),
+    "model.logit_softcap": (0, None),
+    "model.rope_base": (1, None),
+    "model.ngram_buckets": (1, None),
+    "precision.initial_loss_scale": (1, None),
+    "precision.loss_scale_growth_interval": (1, None),
+    "memory.loss_chunk_mib": (1, None),
+    "hardware.peak_tflops_fp32": (0, None),
+    "hardware.peak_tflops_half": (0, None),
+    "hardware.vram_gib": (0.1, None),
+}
+
+
+def lookup(cfg: Any, key: str) -> Any:
+    """Value at a dotted key of nested dataclasses."""
+    for part in key.split("."):
+        cfg = getattr(cfg, part)
+    return cfg
+
+
+def check_choices(cfg: Any) -> None:
+    """Refuse a word that is not one of the allowed ones."""
+    for key, allowed in CHOICES.items():
+        got = str(lookup(cfg, key))
+        # compile=true 会被 YAML 读成布尔，再变成 "True"
+        if got.lower() not in allowed:
+            raise ConfigError("not_a_choice", key=key, got=got, allowed=" | ".join(allowed))
+
+
+def check_ranges(cfg: Any) -> None:
+    """Refuse a number outside its stated range."""
+    for key, (low, high) in RANGES.items():
+        got = lookup(cfg, key)
+        if got is None:
+            continue
+        # 写成 not (>=) 而不是 <：NaN 与任何数比较都为假，也要拦下
+        if not got >= low or (high is not None and not got <= high):
+            wanted = f">= {low:g}" if high is None else f"{low:g} … {high:g}"
+            raise ConfigError("out_of_range", key=key, got=got, wanted=wanted)
+    if not 0 < cfg.learning_rate < float("inf"):
+        raise ConfigError("out_of_range", key="learning_rate", got=cfg.learning_rate, wanted="> 0")
+    if not 0 <= cfg.model.dropout < 1:
+        raise ConfigError("out_of_range", key="model.dropout", got=cfg.model.dropout, wanted=">= 0, < 1")
+
+
+def check_model(model: Any) -> None:
+    """Rules between the fields of a ModelConfig."""
+    if model.n_embd % model.n_head:
+        raise ConfigError("not_divisible", key="model.n_embd", got=model.n_embd, other="model.n_head", by=model.n_head)
+    if model.position == "rope" and (model.n_embd // model.n_head) % 2:
+        raise ConfigError("odd_head", n_embd=model.n_embd, n_head=model.n_head)
+    for n in model.ngrams:
+        if not 2 <= n <= 8:
+            raise ConfigError("out_of_range", key="model.ngrams", got=list(model.ngrams), wanted="2 … 8")
+
+
+def check_schedule(cfg: Any) -> None:
+    """Rules between learning rates and iteration counts."""
+    if cfg.min_lr > cfg.learning_rate:
+        raise ConfigError("above", key="min_lr", got=cfg.min_lr, other="learning_rate", limit=cfg.learning_rate)
+    # constant 没有衰减段，预热只需短于整个训练
+    end = cfg.lr_decay_iters or cfg.max_iters
+    if cfg.warmup_iters >= end and cfg.warmup_iters > 0:
+        other = "lr_decay_iters" if cfg.lr_decay_iters else "max_iters"
+        raise ConfigError("warmup_too_long", got=cfg.warmup_iters, other=other, limit=end)
+
+
+def check(cfg: Any) -> None:
+    """Refuse every wrong value or combination that can be seen without torch or data; one line each."""
+    check_choices(cfg)
+    check_ranges(cfg)
+    check_model(cfg.model)
+    check_schedule(cfg)
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device):
+        raise ConfigError("not_a_choice", key="device", got=cfg.device, allowed="auto | cpu | cuda | cuda:0 | cuda:1 …")
+    name = str(cfg.dataset["name"])
+    # 名字会拼成脚本路径：限制字符，配置文件就不能指向别处的代码
+    if not re.fullmatch(r"[A-Za-z0-9_]+", name) or not (ROOT / "data" / name / "prepare.py").is_file():
+        raise ConfigError("no_prepare", got=name)
+
+
+def untrusted_targets(saved: Any, typed: Any) -> list[str]:
+    """Dotted `_target_`s of a saved config that are neither nanogpt's own nor in the config just typed."""
+
+    def targets(node: Any) -> set[str]:
+        if isinstance(node, dict):
+            found = {node["_target_"]} if isinstance(node.get("_target_"), str) else set()
+            return found.union(*(targets(v) for v in node.values()))
+        return set().union(*(targets(v) for v in node)) if isinstance(node, list) else set()
+
+    return sorted(targets(saved) - targets(typed) - TRUSTED_TARGETS)
+
+
+def register_schemas() -> None:
+    """Make the schemas known to Hydra, so that a misspelt key or a wrong type fails while composing."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="train_schema", node=TrainConfig)

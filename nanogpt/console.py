@@ -1,0 +1,58 @@
+"""What a person sees while training: a progress bar on a terminal, plain lines elsewhere."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+from nanogpt.messages import text
+
+
+class Console:
+    """Prints to stdout; silent on processes other than the first."""
+
+    def __init__(self, *, quiet: bool = False):
+        self.quiet = quiet
+        self._rich = None
+        if not quiet and sys.stdout.isatty():
+            # 没有终端时不导入 rich，启动更快
+            from rich.console import Console as RichConsole
+
+            self._rich = RichConsole(highlight=False, markup=False, soft_wrap=True)
+
+    def line(self, message: str, **values) -> None:
+        """Print a message of nanogpt.messages."""
+        self.plain(text(message, **values))
+
+    def plain(self, line: str) -> None:
+        """Print a line as it is, above the progress bar if there is one."""
+        if self.quiet:
+            return
+        if self._rich:
+            self._rich.print(line)
+        else:
+            print(line, flush=True)
+
+    @contextlib.contextmanager
+    def progress(self, total: int, done: int) -> Iterator[Callable[[int], None]]:
+        """Show a bar with the remaining time on a terminal; yields the function that moves it to an iteration."""
+        if not self._rich:
+            yield lambda iteration: None
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+        with Progress(*columns, console=self._rich, transient=True, refresh_per_second=4) as bar:
+            task = bar.add_task(text("progress"), total=total, completed=done)
+            yield lambda iteration: bar.update(task, completed=iteration)
+
+    def iteration(self, iteration: int, record: dict[str, float], device_type: str) -> None:
+        """The line of one log interval."""
+        val = text("iter_val", val_loss=record["val/loss"]) if "val/loss" in record else ""
+        memory = text(
+            "vram" if device_type == "cuda" else "ram",
+            **{name: record[f"memory/{name}_gib"] for name in ("allocated", "reserved", "peak")},
+        )
+        self.line(
+            "iter", iteration=iteration, train_loss=f"{record['train/loss']:.4f}", val=val, lr=record["learning_rate"],
+            speed=record["tokens_per_s"], mfu=f"{record['mfu']:.2%}", memory=memory,
+        )

@@ -1,0 +1,212 @@
+"""From text to a data set folder: read text in any common encoding, tokenise, write it atomically.
+
+A data set folder is train.bin + val.bin + tokenizer.json + meta.json. The scripts data/<name>/prepare.py
+use what is here; so does a script of your own.
+"""
+
+import codecs
+import importlib.util
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nanogpt import tokenizer as tokenizers
+from nanogpt.config import ROOT
+from nanogpt.files import folder_aside, remove_leftovers, sha256, write_text
+from nanogpt.messages import ConfigError, say
+
+FORMAT = 1
+# 每次读这么多字节：大文件不进内存
+PIECE = 4 * 2**20
+TEXT_SUFFIXES = (".txt", ".md", ".text")
+
+
+def detect_encoding(path: Path) -> str:
+    """UTF-8, UTF-16 (with or without a byte-order mark) or GB18030, decided by reading the whole file."""
+    with path.open("rb") as file:
+        head = file.read(PIECE)
+    for mark, name in ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
+        if head.startswith(mark):
+            return name
+    # 没有 BOM 的 UTF-16：英文里一半字节是 0，位置的奇偶说明字节序
+    zeros = [head[0::2].count(0), head[1::2].count(0)]
+    if max(zeros) > len(head) // 8 and max(zeros) > 10 * min(zeros):
+        return "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
+    try:
+        for _ in decode_pieces(path, "utf-8"):
+            pass
+        return "utf-8"
+    except UnicodeDecodeError as utf8_error:
+        try:
+            for _ in decode_pieces(path, "gb18030"):
+                pass
+            return "gb18030"
+        except UnicodeDecodeError:
+            raise ConfigError("undecodable", path=path, offset=utf8_error.start, encoding="UTF-8 / UTF-16 / GB18030") from None
+
+
+def decode_pieces(path: Path, encoding: str) -> Iterator[str]:
+    """Yield a file's text in pieces; UnicodeDecodeError.start is the offset in the file."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    read = 0
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            pending = len(decoder.getstate()[0])
+            try:
+                yield decoder.decode(piece)
+            except UnicodeDecodeError as error:
+                error.start += read - pending
+                raise
+            read += len(piece)
+        try:
+            yield decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            error.start = read
+            raise
+
+
+def iter_text(path: Path, encoding: str = "auto") -> Iterator[str]:
+    """Yield the text of one file in pieces that end at line breaks where there are any; LF line ends."""
+    if encoding == "auto":
+        encoding = detect_encoding(path)
+    try:
+        codecs.lookup(encoding)
+    except LookupError:
+        raise ConfigError("unknown_encoding", got=encoding) from None
+    pending = ""
+    try:
+        for piece in decode_pieces(path, encoding):
+            pending += piece
+            # 切在换行处，BPE 的词不会被劈开；\r\n 也不会被分到两段
+            cut = pending.rfind("\n") + 1
+            if not cut and len(pending) > 2 * PIECE:
+                # 整个文件一行也没有换行：按长度切，内存才有上限
+                cut = PIECE
+            if cut:
+                yield pending[:cut].replace("\r\n", "\n")
+                pending = pending[cut:]
+        if pending:
+            yield pending.replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError("undecodable", path=path, offset=error.start, encoding=encoding) from None
+
+
+def text_files(path: Path) -> list[Path]:
+    """The file itself, or all text files below a folder in a fixed order."""
+    if path.is_file():
+        return [path]
+    return sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in TEXT_SUFFIXES)
+
+
+def build_char_tokenizer(pieces: Iterable[str]) -> tokenizers.CharTokenizer:
+    """A character tokenizer over all characters that occur."""
+    seen: set[str] = set()
+    for piece in pieces:
+        seen.update(piece)
+    return tokenizers.CharTokenizer("".join(sorted(seen)))
+
+
+class TokenWriter:
+    """Appends ids to a .bin file as the smallest unsigned integers that hold the vocabulary."""
+
+    def __init__(self, path: Path, vocab_size: int):
+        self.dtype = np.dtype(np.uint8 if vocab_size <= 2**8 else np.uint16 if vocab_size <= 2**16 else np.uint32)
+        self.count = 0
+        self._file = path.open("wb")
+
+    def write(self, ids: np.ndarray) -> None:
+        """Append ids (n,)."""
+        self._file.write(ids.astype(self.dtype).tobytes())
+        self.count += len(ids)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def write_dataset(folder: Path, *, name: str, source: str, tokenizer, train: Iterable[np.ndarray], val: Iterable[np.ndarray]) -> Path:
+    """Write a data set folder from two streams of id arrays; it appears whole or not at all."""
+
+    def tagged():
+        for split, stream in (("train", train), ("val", val)):
+            for ids in stream:
+                yield split, ids
+
+    return write_tagged(folder, name=name, source=source, tokenizer=tokenizer, stream=tagged())
+
+
+def write_tagged(folder: Path, *, name: str, source: str, tokenizer, stream: Iterable[tuple[str, np.ndarray]]) -> Path:
+    """Like write_dataset, from one stream of (split, ids): nothing has to be held or read twice."""
+    with folder_aside(folder) as aside:
+        writers = {split: TokenWriter(aside / f"{split}.bin", tokenizer.vocab_size) for split in ("train", "val")}
+        try:
+            for split, ids in stream:
+                writers[split].write(ids)
+        finally:
+            for writer in writers.values():
+                writer.close()
+        tokenizers.save(tokenizer, aside / "tokenizer.json")
+        meta = {
+            "format": FORMAT, "name": name, "source": source, "tokenizer": tokenizer.kind,
+            "vocab_size": tokenizer.vocab_size, "dtype": str(writers["train"].dtype),
+            "tokens": {split: writer.count for split, writer in writers.items()},
+            "sha256": {file: sha256(aside / file) for file in ("train.bin", "val.bin", "tokenizer.json")},
+        }
+        write_text(aside / "meta.json", json.dumps(meta, indent=2, ensure_ascii=False))
+    say("prepared", name=name, train=meta["tokens"]["train"], val=meta["tokens"]["val"], vocab=tokenizer.vocab_size, path=folder)
+    return folder
+
+
+def split_by_length(stream: Iterable[np.ndarray], train_tokens: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Tag the first train_tokens ids as train, the rest as val."""
+    left = train_tokens
+    for ids in stream:
+        if left > 0:
+            yield "train", ids[:left]
+        if len(ids) > left:
+            yield "val", ids[max(left, 0) :]
+        left -= len(ids)
+
+
+def prepare(name: str, directory: str | None, options: dict) -> Path:
+    """Return the prepared folder of data set `name`, running data/<name>/prepare.py where it is missing.
+
+    The script has `folder(**options) -> Path` and `prepare(folder, **options)`.
+    """
+    script = ROOT / "data" / name / "prepare.py"
+    spec = importlib.util.spec_from_file_location(f"prepare_{name}", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    # 没有 folder 函数的脚本最简单：数据就放在脚本旁边的 prepared/
+    folder = Path(directory) if directory else module.folder(**options) if hasattr(module, "folder") else script.parent / "prepared"
+    if not (folder / "meta.json").is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ConfigError("not_a_dataset", path=folder, reason="meta.json is missing")
+        say("preparing", name=name)
+        if folder.is_dir():
+            folder.rmdir()
+        elif folder.parent.is_dir():
+            remove_leftovers(folder.parent)
+        module.prepare(folder, **options)
+    return folder
+
+
+def run_prepare(name: str) -> None:
+    """Main program of data/<name>/prepare.py: key=value arguments over the defaults of conf/dataset/<name>.yaml."""
+    node = OmegaConf.load(ROOT / "conf" / "dataset" / f"{name}.yaml")
+    OmegaConf.set_struct(node, True)
+    try:
+        try:
+            options = OmegaConf.to_container(OmegaConf.merge(node, OmegaConf.from_dotlist(sys.argv[1:])))
+        except OmegaConfBaseException as error:
+            raise ConfigError("compose", line=str(error).splitlines()[0]) from None
+        options.pop("name")
+        folder = prepare(name, options.pop("dir"), options)
+        say("dataset_ready", path=folder)
+    except ConfigError as error:
+        say("error", line=error)
+        sys.exit(2)

@@ -1,0 +1,132 @@
+"""Prepared token files -> (x, y) batches; memory-mapped, deterministic, seekable.
+
+Sample number s is a pure function of (seed, s): training position is one integer, and any process
+can compute any part of any batch.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanogpt import tokenizer as tokenizers
+from nanogpt.corpus import FORMAT
+from nanogpt.files import folder_aside, sha256
+from nanogpt.messages import ConfigError
+
+SPLITS = ("train", "val")
+
+
+class TokenData:
+    """A data set folder opened for reading; refuses files that differ from their meta.json."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.meta = self._read_meta()
+        for file, expected in self.meta["sha256"].items():
+            self._verify(self.folder / file, expected)
+        self.name: str = self.meta["name"]
+        self.tokenizer = tokenizers.load(self.folder / "tokenizer.json")
+        self.vocab_size = self.tokenizer.vocab_size
+        dtype = np.dtype(self.meta["dtype"])
+        # 空文件不能映射，给一个空数组，让后面的长度检查去说明
+        self.tokens = {
+            split: np.memmap(self.folder / f"{split}.bin", dtype=dtype, mode="r") if count else np.zeros(0, dtype)
+            for split, count in self.meta["tokens"].items()
+        }
+        self._epoch: tuple[int, int, np.ndarray] | None = None
+
+    def _read_meta(self) -> dict:
+        path = self.folder / "meta.json"
+        try:
+            meta = json.loads(path.read_text(encoding="utf-8"))
+            if meta["format"] > FORMAT:
+                raise ConfigError("newer_format", file=path, got=meta["format"], want=FORMAT)
+            assert set(meta["sha256"]) == {"train.bin", "val.bin", "tokenizer.json"}
+            assert set(meta["tokens"]) == set(SPLITS) and meta["dtype"] in ("uint8", "uint16", "uint32")
+            return meta
+        except ConfigError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+            raise ConfigError("not_a_dataset", path=self.folder, reason=f"{type(error).__name__}") from None
+
+    def _verify(self, path: Path, expected: str) -> None:
+        if not path.is_file():
+            raise ConfigError("damaged_dataset", path=path, reason="missing", folder=self.folder)
+        if path.suffix == ".bin":
+            wanted = self.meta["tokens"][path.stem] * np.dtype(self.meta["dtype"]).itemsize
+            if path.stat().st_size != wanted:
+                raise ConfigError("damaged_dataset", path=path, reason=f"{path.stat().st_size} bytes, not {wanted}", folder=self.folder)
+        if sha256(path) != expected:
+            raise ConfigError("damaged_dataset", path=path, reason="SHA-256 differs", folder=self.folder)
+
+    @property
+    def fingerprint(self) -> str:
+        """One string that changes with any token or vocabulary entry."""
+        return "-".join(self.meta["sha256"][file][:16] for file in sorted(self.meta["sha256"]))
+
+    def check_block_size(self, block_size: int) -> None:
+        """Refuse a context that does not fit into a split once."""
+        # 取一条训练样本需要 block_size + 1 个 token，外加最多 block_size - 1 的相位
+        for split, need in (("train", 1), ("val", 2)):
+            count = len(self.tokens[split])
+            limit = count // 2 if split == "train" else count - 1
+            if block_size > limit or count < need:
+                raise ConfigError("block_too_long", got=block_size, split=split, tokens=count, limit=max(limit, 0))
+
+    def starts(self, seed: int, first: int, count: int, block_size: int) -> np.ndarray:
+        """Offsets (count,) in train.bin of samples first … first + count - 1.
+
+        Each epoch cuts the text into blocks from a new random phase and shuffles them, so that every
+        block is seen once an epoch and its borders move between epochs.
+        """
+        # 减去一个 block：任何相位下每个 epoch 的块数都相同
+        blocks = (len(self.tokens["train"]) - block_size) // block_size
+        samples = np.arange(first, first + count)
+        result = np.empty(count, dtype=np.int64)
+        for epoch in np.unique(samples // blocks):
+            here = samples // blocks == epoch
+            phase, order = self._shuffled(seed, int(epoch), blocks, block_size)
+            result[here] = order[samples[here] % blocks].astype(np.int64) * block_size + phase
+        return result
+
+    def _shuffled(self, seed: int, epoch: int, blocks: int, block_size: int) -> tuple[int, np.ndarray]:
+        key = hash((seed, epoch, blocks, block_size))
+        if self._epoch is None or self._epoch[0] != key:
+            # 计数器式随机数：由 (seed, epoch) 直接算出，不依赖之前抽过什么
+            random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+            phase = int(random.integers(block_size))
+            self._epoch = (key, phase, random.permutation(blocks).astype(np.uint32))
+        return self._epoch[1], self._epoch[2]
+
+    def rows(self, split: str, starts: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """x and y = x shifted by one, both (len(starts), block_size) int64."""
+        window = self.tokens[split][starts[:, None] + np.arange(block_size + 1)].astype(np.int64)
+        window = torch.from_numpy(window)
+        return window[:, :-1].contiguous(), window[:, 1:].contiguous()
+
+    def val_windows(self, block_size: int, limit: int | None) -> list[tuple[int, int]]:
+        """(start, length) of the windows to evaluate: all of the split, or `limit` tokens spread evenly over it."""
+        total = len(self.tokens["val"]) - 1
+        windows = [(start, min(block_size, total - start)) for start in range(0, total, block_size)]
+        if limit is None or limit >= total:
+            return windows
+        # 均匀取样而不是只取开头：一部剧的开头不能代表整个验证集
+        count = max(1, limit // block_size)
+        picked = np.linspace(0, len(windows) - 1, count, endpoint=False).astype(int)
+        return [windows[i] for i in picked]
+
+
+def copy_dataset(source: Path, target: Path) -> None:
+    """Copy a prepared folder into a run folder, whole or not at all."""
+    with folder_aside(target) as aside:
+        for file in ("train.bin", "val.bin", "tokenizer.json", "meta.json"):
+            shutil.copyfile(source / file, aside / file)
+
+
+def dataset_bytes(folder: Path) -> int:
+    """Size of a prepared folder's files."""
+    return sum(os.path.getsize(folder / f"{split}.bin") for split in SPLITS)

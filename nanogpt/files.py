@@ -1,0 +1,73 @@
+"""Writing files so that a crash leaves the old or the new content, never half of it."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    # Windows 不能对文件夹 fsync，改名本身由 NTFS 日志保证
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Replace a text file atomically (UTF-8, LF)."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        aside.write_text(content, encoding="utf-8", newline="\n")
+        sync(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_aside(final: Path) -> Iterator[Path]:
+    """Yield a temporary sibling folder; on success it becomes `final`, on failure it is removed."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    aside = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
+    aside.mkdir()
+    try:
+        yield aside
+        # 先落盘内容再改名：断电后不会出现名字在、内容空的文件夹
+        for path in aside.rglob("*"):
+            if path.is_file():
+                sync(path)
+        sync(aside)
+        if final.exists():
+            # 新的已完整落盘，才把旧的挪开
+            final.rename(final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.old.tmp"))
+        os.replace(aside, final)
+        sync(final.parent)
+        remove_leftovers(final.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files and folders that a killed process left in `folder`."""
+    for path in folder.glob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,129 @@
+"""Where metrics go: metrics.jsonl always, TensorBoard and wandb when configured.
+
+A logger of your own is a class with open, log, text and close, named in a yaml under conf/logger.
+"""
+
+import json
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanogpt.files import write_text
+from nanogpt.messages import ConfigError
+
+
+class JsonlLogger:
+    """One json object a line in metrics.jsonl, flushed at once.
+
+    After a resume the lines go on behind a {"event": "resume"} mark; for an iteration that stands
+    twice the later line counts.
+    """
+
+    def open(self, run_dir: Path, config: dict, iteration: int) -> None:
+        path = run_dir / "metrics.jsonl"
+        torn = path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
+        self._file = path.open("a", encoding="utf-8", newline="\n")
+        if torn:
+            # 上次被杀在半行：补一个换行，别把新的一行也毁了
+            self._file.write("\n")
+        if iteration:
+            self._write({"event": "resume", "iteration": iteration})
+
+    def _write(self, record: dict) -> None:
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def log(self, iteration: int, metrics: dict[str, float]) -> None:
+        self._write({"iteration": iteration, **metrics})
+
+    def text(self, iteration: int, sample: str) -> None:
+        self._write({"iteration": iteration, "sample": sample})
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@dataclass
+class TensorBoardLogger:
+    """Scalars, sampled text and the resolved config in <run>/logs."""
+
+    def open(self, run_dir: Path, config: dict, iteration: int) -> None:
+        # 导入要 1 秒以上，用到才导入
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step：接着训时，被杀之前多写的点不再显示
+        self._writer = SummaryWriter(str(run_dir / "logs"), purge_step=iteration + 1 if iteration else None)
+        if not iteration:
+            self._writer.add_text("config", f"```\n{json.dumps(config, indent=2, ensure_ascii=False)}\n```", 0)
+
+    def log(self, iteration: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, iteration)
+
+    def text(self, iteration: int, sample: str) -> None:
+        # 四个空格缩进成代码块，换行与空格原样显示
+        self._writer.add_text("sample", "\n".join("    " + line for line in sample.splitlines()), iteration)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+@dataclass
+class WandbLogger:
+    """Weights & Biases; a run that goes on keeps its id."""
+
+    project: str
+    mode: str
+
+    def __post_init__(self):
+        if self.mode not in ("offline", "online", "disabled"):
+            raise ConfigError("not_a_choice", key="logger.wandb.mode", got=self.mode, allowed="offline | online | disabled")
+
+    def open(self, run_dir: Path, config: dict, iteration: int) -> None:
+        import wandb
+
+        id_file = run_dir / "logs" / "wandb_id"
+        if not id_file.is_file():
+            id_file.parent.mkdir(exist_ok=True)
+            write_text(id_file, uuid.uuid4().hex[:12])
+        self._wandb = wandb
+        self._run = wandb.init(
+            project=self.project, name=run_dir.name, id=id_file.read_text(encoding="utf-8"), dir=str(run_dir),
+            config=config, mode=self.mode, resume="allow",
+        )
+
+    def log(self, iteration: int, metrics: dict[str, float]) -> None:
+        self._run.log(metrics, step=iteration)
+
+    def text(self, iteration: int, sample: str) -> None:
+        self._run.log({"sample": self._wandb.Html(f"<pre>{_escape(sample)}</pre>")}, step=iteration)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _escape(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+class Loggers:
+    """All loggers of a run as one; does nothing on processes other than the first."""
+
+    def __init__(self, backends: list):
+        self._backends = backends
+
+    def open(self, run_dir: Path, config: dict, iteration: int) -> None:
+        for backend in self._backends:
+            backend.open(run_dir, config, iteration)
+
+    def log(self, iteration: int, metrics: dict[str, float]) -> None:
+        for backend in self._backends:
+            backend.log(iteration, metrics)
+
+    def text(self, iteration: int, sample: str) -> None:
+        for backend in self._backends:
+            backend.text(iteration, sample)
+
+    def close(self) -> None:
+        for backend in self._backends:
+            backend.close()

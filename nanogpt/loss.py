@@ -1,0 +1,65 @@
+"""Cross-entropy of a linear head without ever holding all (N, V) logits."""
+
+import torch
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Gradients are formed in the forward pass, chunk by chunk, so that no logits are kept or recomputed.
+
+    torch 2.13 has F.linear_cross_entropy, but no soft-cap, and 2.6 must work too.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, softcap, rows, dtype, need_grad):
+        N = hidden.size(0)
+        w = weight.to(dtype)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if need_grad else None
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_grad else None
+        for start in range(0, N, rows):
+            h = hidden[start : start + rows].to(dtype)
+            target = targets[start : start + rows, None]
+            # softmax 一律用 fp32，半精度的指数和会丢小概率
+            logits = torch.nn.functional.linear(h, w).float()
+            if softcap:
+                squashed = torch.tanh(logits / softcap)
+                logits = squashed * softcap
+            log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
+            total += (log_z - logits.gather(1, target)).sum()
+            if not need_grad:
+                continue
+            # d(sum of losses)/d(logits) = softmax - onehot，量级为 1：半精度里也不下溢，1/N 留到反向再乘
+            grad = logits.sub_(log_z).exp_()
+            grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
+            if softcap:
+                grad *= 1 - squashed.square()
+            grad = grad.to(dtype)
+            grad_hidden[start : start + rows] = torch.mm(grad, w)
+            grad_weight += torch.mm(grad.t(), h)
+        if need_grad:
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+            ctx.N = N
+        return total / N
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grad_loss / ctx.N
+        return grad_hidden * scale, grad_weight * scale, None, None, None, None, None
+
+
+def chunked_cross_entropy(hidden, weight, targets, *, softcap: float, chunk_mib: int) -> torch.Tensor:
+    """Mean cross-entropy of `softcap(hidden @ weight.T)` against targets, shape ().
+
+    hidden (B, T, C), weight (V, C), targets (B, T). At most chunk_mib MiB of float32 logits exist at
+    a time. Under autocast the products run in its dtype.
+    """
+    device_type = hidden.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
+    rows = max(1, chunk_mib * 2**20 // (4 * weight.size(0)))
+    need_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    # 函数内部自己决定精度，外层的 autocast 不得再插手
+    with torch.autocast(device_type, enabled=False):
+        return _ChunkedCrossEntropy.apply(
+            hidden.reshape(-1, hidden.size(-1)), weight, targets.reshape(-1), softcap, rows, dtype, need_grad
+        )

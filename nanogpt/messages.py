@@ -1,0 +1,300 @@
+"""Every line that a person reads on the console, in English and Chinese."""
+
+import locale
+import os
+import sys
+
+_language = "en"
+
+
+def set_language(lang: str) -> None:
+    """Choose the console's language: en, zh, or auto (the system's)."""
+    global _language
+    _language = system_language() if lang == "auto" else lang
+
+
+def system_language() -> str:
+    """zh when the environment or the system's locale is Chinese, else en."""
+    # 环境变量优先，与 gettext 的次序相同
+    for name in ("LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG"):
+        if os.environ.get(name):
+            return "zh" if os.environ[name].lower().startswith("zh") else "en"
+    # Windows 上没有 LANG，形如 "Chinese (Simplified)_China"
+    return "zh" if (locale.getlocale()[0] or "").lower().startswith(("zh", "chinese")) else "en"
+
+
+def language_from_arguments(arguments: list[str]) -> str:
+    """lang=… as typed, else auto: errors while composing come before any config exists."""
+    for argument in arguments:
+        if argument in ("lang=zh", "lang=en"):
+            return argument[5:]
+    return "auto"
+
+
+def text(message: str, **values) -> str:
+    """The message of that name in the current language, filled in."""
+    return MESSAGES[message][1 if _language == "zh" else 0].format(**values)
+
+
+def say(message: str, **values) -> None:
+    """Print a message on stderr."""
+    print(text(message, **values), file=sys.stderr, flush=True)
+
+
+class ConfigError(ValueError):
+    """A user's mistake; its text is one line in the console's language."""
+
+    def __init__(self, message: str, **values):
+        super().__init__(message, values)
+        self.message, self.values = message, values
+
+    def __str__(self) -> str:
+        return text(self.message, **self.values)
+
+
+# 名字 -> (英文, 中文)；两种语言的占位符必须相同，有测试
+MESSAGES = {
+    "error": ("error: {line}", "错误：{line}"),
+    # ---- 配置 ----
+    "compose": ("{line}", "{line}"),
+    "unknown_key": (
+        "{key}: there is no such key{guess}; see conf/{config}.yaml or run with --cfg job",
+        "{key}：没有这个配置项{guess}；可查看 conf/{config}.yaml，或加 --cfg job 打印全部配置",
+    ),
+    "did_you_mean": (" (did you mean {guess}?)", "（是否想写 {guess}？）"),
+    "unknown_option": (
+        "{group}={got}: there is no such option; choose one of: {options}",
+        "{group}={got}：没有这个选项；可选：{options}",
+    ),
+    "wrong_type": (
+        "{key}={got} has the wrong type: {want} is wanted",
+        "{key}={got} 类型不对，应为 {want}",
+    ),
+    "not_a_choice": ("{key}={got} is not known; choose one of: {allowed}", "{key}={got} 无法识别；可选：{allowed}"),
+    "out_of_range": ("{key}={got} is out of range; it must be {wanted}", "{key}={got} 超出范围，应为 {wanted}"),
+    "not_divisible": (
+        "{key}={got} is not divisible by {other}={by}; choose a multiple of {by}",
+        "{key}={got} 不能被 {other}={by} 整除；请改为 {by} 的倍数",
+    ),
+    "odd_head": (
+        "model.n_embd={n_embd} / model.n_head={n_head} is odd, and RoPE turns pairs; choose an even head size or model.position=learned",
+        "model.n_embd={n_embd} / model.n_head={n_head} 是奇数，而 RoPE 成对旋转；请让每个 head 的宽度为偶数，或用 model.position=learned",
+    ),
+    "above": (
+        "{key}={got} is above {other}={limit}; lower {key} or raise {other}",
+        "{key}={got} 大于 {other}={limit}；请调小 {key} 或调大 {other}",
+    ),
+    "warmup_too_long": (
+        "warmup_iters={got} is not shorter than {other}={limit}; lower warmup_iters or train longer",
+        "warmup_iters={got} 不短于 {other}={limit}；请调小 warmup_iters 或延长训练",
+    ),
+    "no_prepare": (
+        "dataset.name={got}: there is no data/{got}/prepare.py; choose another dataset or write that script",
+        "dataset.name={got}：找不到 data/{got}/prepare.py；请换一个 dataset，或写出这个脚本",
+    ),
+    "bad_part": ("{key}: {reason}", "{key}：{reason}"),
+    "no_such_class": (
+        "{key}={got} cannot be imported ({reason}); put its module beside run_train.py or correct the name",
+        "{key}={got} 无法导入（{reason}）；请把模块放在 run_train.py 旁边，或改正名字",
+    ),
+    "untrusted": (
+        "{path} names code of its own ({targets}); a checkpoint's code is run only when you type the group that names it, e.g. model=<your model>",
+        "{path} 指定了自带的代码（{targets}）；只有在命令行写出对应的配置组（如 model=<你的模型>）时才会执行",
+    ),
+    # ---- 设备 ----
+    "no_device": (
+        "device={got}: this machine offers {have}; choose device={have} or install the CUDA build of torch (README)",
+        "device={got}：本机只有 {have}；请用 device={have}，或按 README 安装 CUDA 版 torch",
+    ),
+    "no_bf16": (
+        "precision.dtype=bf16: {device} has no bf16; use precision=fp16",
+        "precision.dtype=bf16：{device} 不支持 bf16；请用 precision=fp16",
+    ),
+    "world_batch": (
+        "batch_size={batch} x gradient_accumulation_steps={accum} cannot be shared by {world} processes; make one of them a multiple of {world}",
+        "batch_size={batch} × gradient_accumulation_steps={accum} 无法分给 {world} 个进程；请让其中一个是 {world} 的倍数",
+    ),
+    # ---- 数据 ----
+    "missing_file": (
+        "{key}={got}: there is no such file or folder; give the path of a text file",
+        "{key}={got}：文件或文件夹不存在；请给出文本文件的路径",
+    ),
+    "no_text_path": (
+        "dataset.path is not set; type dataset=text_file dataset.path=my.txt",
+        "没有设置 dataset.path；请写 dataset=text_file dataset.path=my.txt",
+    ),
+    "empty_text": ("{key}={got}: no text in it; give a file with text", "{key}={got}：没有文字；请换一个有内容的文件"),
+    "undecodable": (
+        "{path}: byte {offset} is not {encoding}; save the file as UTF-8 or set dataset.encoding",
+        "{path}：第 {offset} 个字节不是 {encoding}；请另存为 UTF-8，或设置 dataset.encoding",
+    ),
+    "unknown_encoding": (
+        "dataset.encoding={got} is not known; try utf-8, utf-16, gb18030 or auto",
+        "dataset.encoding={got} 无法识别；可用 utf-8、utf-16、gb18030 或 auto",
+    ),
+    "unknown_tokenizer": (
+        "dataset.tokenizer={got} is not known; choose one of: {allowed}",
+        "dataset.tokenizer={got} 无法识别；可选：{allowed}",
+    ),
+    "unknown_characters": (
+        "the vocabulary lacks {characters}; leave them out or train on text that has them",
+        "词表里没有 {characters}；请去掉这些字符，或用包含它们的文本训练",
+    ),
+    "not_a_dataset": (
+        "{path} has no readable meta.json ({reason}); delete the folder and start again to prepare it anew",
+        "{path} 没有可用的 meta.json（{reason}）；删除该文件夹后重新运行即可重新准备",
+    ),
+    "damaged_dataset": (
+        "{path} does not match its meta.json ({reason}); delete the folder {folder} and start again to prepare it anew",
+        "{path} 与 meta.json 不符（{reason}）；删除文件夹 {folder} 后重新运行即可重新准备",
+    ),
+    "block_too_long": (
+        "model.block_size={got} is longer than the {split} split ({tokens} tokens); choose model.block_size<={limit} or give more text",
+        "model.block_size={got} 比 {split} 数据（{tokens} 个 token）还长；请用 model.block_size<={limit} 或提供更多文本",
+    ),
+    "vocab_too_small": (
+        "model.vocab_size={got} is smaller than the data set's vocabulary of {need}; leave it null or choose at least {need}",
+        "model.vocab_size={got} 小于数据集的词表 {need}；请留空，或至少设为 {need}",
+    ),
+    "vocab_mismatch": (
+        "dataset {name}: its data differs from what the checkpoint was trained on ({reason}); use the run's own data or start a new run",
+        "数据集 {name} 与 checkpoint 训练时的数据不同（{reason}）；请用原来的数据，或新开一次训练",
+    ),
+    "asset_missing": (
+        "{name} could not be had: {reasons}; put the file into the folder named by NANOGPT_ASSETS{hint}",
+        "拿不到 {name}：{reasons}；请把文件放进环境变量 NANOGPT_ASSETS 指向的文件夹{hint}",
+    ),
+    "asset_hint": (", or use {instead}", "，或改用 {instead}"),
+    "missing_package": (
+        "{what} needs the package {package}; install it with: pip install {package}",
+        "{what} 需要 {package}；请运行：pip install {package}",
+    ),
+    "source_failed": (
+        "dataset.source={got} could not be read ({reason}); check the name, the network or HF_ENDPOINT, or give a local folder",
+        "dataset.source={got} 无法读取（{reason}）；请检查名字、网络或 HF_ENDPOINT，或改用本地文件夹",
+    ),
+    "preparing": ("preparing the data set {name} …", "正在准备数据集 {name} …"),
+    "fetching": ("fetching {name} from {place} …", "正在从 {place} 获取 {name} …"),
+    "dataset_ready": ("ready: {path}", "已就绪：{path}"),
+    "prepared": (
+        "{name}: {train:,} training and {val:,} validation tokens, vocabulary {vocab} -> {path}",
+        "{name}：训练 {train:,} 个 token，验证 {val:,} 个，词表 {vocab} -> {path}",
+    ),
+    # ---- 运行目录与 checkpoint ----
+    "out_dir_exists": (
+        "out_dir={path} already holds a run; choose another out_dir, continue it with resume={path}, or add overwrite=true",
+        "out_dir={path} 里已有一次训练；请换 out_dir，用 resume={path} 继续，或加 overwrite=true",
+    ),
+    "out_dir_foreign": (
+        "out_dir={path} holds files that are not a run's; choose an empty or new folder",
+        "out_dir={path} 里有不属于训练的文件；请选空文件夹或新文件夹",
+    ),
+    "not_writable": ("out_dir={path} cannot be written ({reason}); choose another out_dir", "out_dir={path} 无法写入（{reason}）；请换 out_dir"),
+    "no_run": (
+        "{key}={path}: there is no checkpoint in it; give a run folder, e.g. {key}=outputs/my-run",
+        "{key}={path}：里面没有 checkpoint；请给出训练目录，例如 {key}=outputs/my-run",
+    ),
+    "no_such_checkpoint": (
+        "checkpoint={got}: {path} has no such checkpoint; choose one of: {have}",
+        "checkpoint={got}：{path} 里没有这个 checkpoint；可选：{have}",
+    ),
+    "damaged_checkpoint": (
+        "{file} is damaged ({reason}); {remedy}",
+        "{file} 已损坏（{reason}）；{remedy}",
+    ),
+    "older_checkpoint": ("the next older good one is checkpoint={name}", "更早的完好 checkpoint：checkpoint={name}"),
+    "no_older_checkpoint": ("there is no older good one; start a new run", "没有更早的完好 checkpoint；请重新训练"),
+    "newer_format": (
+        "{file} has format {got}, this program reads up to {want}; update nanogpt",
+        "{file} 的格式版本是 {got}，本程序最高支持 {want}；请更新 nanogpt",
+    ),
+    "resume_changes": (
+        "{key} cannot change on resume ({old} -> {new}); leave it out or start a new run",
+        "继续训练时不能改 {key}（{old} -> {new}）；请去掉它，或新开一次训练",
+    ),
+    "already_done": (
+        "the run already stands at iteration {iteration} of max_iters={max_iters}; add max_iters={more} to train on",
+        "训练已到第 {iteration} 次迭代（max_iters={max_iters}）；加 max_iters={more} 可继续",
+    ),
+    "save_failed": (
+        "could not save a checkpoint ({reason}); the older ones are kept, trying again in {iters} iterations",
+        "checkpoint 保存失败（{reason}）；旧的仍在，{iters} 次迭代后重试",
+    ),
+    "never_saved": (
+        "the last checkpoint could not be saved ({reason}); free some disk space and continue with resume={path}",
+        "最后的 checkpoint 没能保存（{reason}）；请腾出磁盘空间，再用 resume={path} 继续",
+    ),
+    # ---- 训练过程 ----
+    "start": (
+        "{model}: {parameters} parameters ({arch}), {precision} on {device}, {tokens:,} tokens per iteration "
+        "({batch} x {accum} x {block}{world})",
+        "{model}：{parameters} 参数（{arch}），{precision}，{device}，每次迭代 {tokens:,} 个 token（{batch} × {accum} × {block}{world}）",
+    ),
+    "peak": ("MFU against {source}: {tflops:.2f} TFLOP/s", "MFU 基准：{source}，{tflops:.2f} TFLOP/s"),
+    "eval_part": (
+        "validation: {tokens:,} of {total:,} tokens, the same ones every time",
+        "验证：{total:,} 个 token 中固定的 {tokens:,} 个",
+    ),
+    "resumed": ("continuing {path} at iteration {iteration}", "从第 {iteration} 次迭代继续 {path}"),
+    "iter": (
+        "iter {iteration}: train loss {train_loss}, {val}lr {lr:.2e}, {speed:.0f} tokens/s, MFU {mfu}, {memory}",
+        "迭代 {iteration}: 训练损失 {train_loss}, {val}学习率 {lr:.2e}, 速度 {speed:.0f} tokens/s, MFU {mfu}, {memory}",
+    ),
+    "iter_val": ("val loss {val_loss:.4f}, ", "验证损失 {val_loss:.4f}, "),
+    "vram": (
+        "VRAM {allocated:.2f}GB (reserved {reserved:.2f}, peak {peak:.2f})",
+        "显存 {allocated:.2f}GB（保留 {reserved:.2f}，峰值 {peak:.2f}）",
+    ),
+    "ram": ("RAM {allocated:.2f}GB (peak {peak:.2f})", "内存 {allocated:.2f}GB（峰值 {peak:.2f}）"),
+    "progress": ("training", "训练中"),
+    "compile_off": (
+        "compile={asked}: not available here ({reason}); going on without it",
+        "compile={asked}：本机不可用（{reason}）；不编译，继续训练",
+    ),
+    "compiling": ("compiling the model, the first iteration takes longer …", "正在编译模型，第一次迭代会慢一些 …"),
+    "oom_shrink": (
+        "iter {iteration}: out of memory; micro-batch {old} -> {new}, accumulation {accum}, same step again with the same data",
+        "迭代 {iteration}: 显存不足；微批 {old} -> {new}，累积 {accum} 次，用同样的数据重做这一步",
+    ),
+    "oom_final": (
+        "out of memory even with one sequence per micro-batch; add memory=lean, or choose a smaller model or model.block_size",
+        "每次只放一条序列仍然显存不足；请加 memory=lean，或选更小的 model 或 model.block_size",
+    ),
+    "nonfinite": (
+        "iter {iteration}: {what} is not finite; step skipped ({count} in a row)",
+        "迭代 {iteration}: {what} 不是有限数；跳过这一步（连续 {count} 次）",
+    ),
+    "diverged": (
+        "{count} steps in a row were not finite; the last good checkpoint is {checkpoint}; continue from it with a lower rate: "
+        "resume={path} learning_rate={rate:.1e}",
+        "连续 {count} 步不是有限数；最后的完好 checkpoint 是 {checkpoint}；请降低学习率后继续：resume={path} learning_rate={rate:.1e}",
+    ),
+    "early_stop": (
+        "val loss has not improved for {count} evaluations; stopping (early_stop_evals)",
+        "验证损失连续 {count} 次没有改善；提前停止（early_stop_evals）",
+    ),
+    "target_reached": (
+        "val loss {loss:.4f} is at or below target_val_loss={target}; stopping",
+        "验证损失 {loss:.4f} 已达到 target_val_loss={target}；停止",
+    ),
+    "interrupted": (
+        "interrupted: saving after this step; once more to exit at once",
+        "收到中断：做完这一步就保存；再按一次立即退出",
+    ),
+    "stopped": ("stopped at iteration {iteration}, saved; continue with: {command}", "已停在第 {iteration} 次迭代并保存；继续训练：{command}"),
+    "sample_title": ("what it writes now:", "它现在写出来的："),
+    "finished": (
+        "done: val loss {val_loss:.4f} (best {best:.4f}) after {iteration} iterations in {wall}, {speed:.0f} tokens/s",
+        "完成：{iteration} 次迭代，用时 {wall}，验证损失 {val_loss:.4f}（最好 {best:.4f}），{speed:.0f} tokens/s",
+    ),
+    "where": (
+        "everything is in {path}: ckpt/ (weights), metrics.jsonl, logs/ (TensorBoard), config.yaml, summary.json",
+        "结果都在 {path}：ckpt/（权重）、metrics.jsonl、logs/（TensorBoard）、config.yaml、summary.json",
+    ),
+    "next": ("next:", "接下来可以："),
+    "next_sample": ("write with it", "用它写作"),
+    "next_longer": ("train longer", "继续训练"),
+    "next_curves": ("see the curves", "看曲线"),
+    "next_own": ("your own text", "用自己的文本"),
+    "crashed_job": ("this job failed: {line}", "这个任务失败：{line}"),
+}

@@ -1,0 +1,110 @@
+"""Speed, model FLOPs utilisation and memory, measured on the machine that is there."""
+
+import sys
+import time
+
+import psutil
+import torch
+
+GIB = 2**30
+# 参考卡 RTX 3060：任何机器上都可与它比较
+RTX3060_TFLOPS = {"fp32": 12.7, "half": 25.5}
+
+# 稠密峰值 TFLOP/s：fp32、fp16/bf16（fp32 累加，不计稀疏），取自厂商白皮书
+KNOWN_CARDS = {
+    "RTX 3060 Laptop": (10.9, 21.9),
+    "RTX 3060": (12.7, 25.5),
+    "RTX 3070": (20.3, 40.6),
+    "RTX 3080": (29.8, 59.5),
+    "RTX 3090": (35.6, 71.2),
+    "RTX 4060": (15.1, 60.4),
+    "RTX 4070": (29.1, 116.6),
+    "RTX 4080": (48.7, 194.9),
+    "RTX 4090": (82.6, 165.2),
+    "A100": (19.5, 312.0),
+    "H100": (66.9, 989.4),
+    "H200": (66.9, 989.4),
+}
+
+
+def known_card(name: str) -> tuple[str, float, float] | None:
+    """(card, fp32, half) of the longest known name inside a device name."""
+    # 最长匹配：“3060 Laptop” 先于 “3060”；带 Ti、SUPER 的型号不同，不能套用
+    for card in sorted(KNOWN_CARDS, key=len, reverse=True):
+        if card in name and not any(word in name.replace(card, "") for word in ("Ti", "SUPER", "Super")):
+            return card, *KNOWN_CARDS[card]
+    return None
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of a large matrix product, best of several; takes well under a second."""
+    size = 4096 if device.type == "cuda" else 768
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(8):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        torch.mm(a, a)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e12
+
+
+def peak_tflops(hardware, device: torch.device, precision) -> tuple[str, float]:
+    """(where the figure comes from, TFLOP/s) for this device and number format."""
+    half = precision.name != "fp32" and not precision.rounded
+    stated = hardware.peak_tflops_half if half else hardware.peak_tflops_fp32
+    if stated:
+        return f"hardware={hardware.name}", stated
+    if device.type == "cuda":
+        card = known_card(torch.cuda.get_device_name(device))
+        if card:
+            return card[0], card[2] if half else card[1]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    dtype = precision.dtype if half else torch.float32
+    return f"{name}, matmul", measured_peak(device, dtype)
+
+
+def memory_gib(device: torch.device) -> dict[str, float]:
+    """allocated, reserved and peak in GiB: of the CUDA allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return {
+            "allocated": torch.cuda.memory_allocated(device) / GIB,
+            "reserved": torch.cuda.memory_reserved(device) / GIB,
+            "peak": torch.cuda.max_memory_allocated(device) / GIB,
+        }
+    info = psutil.Process().memory_info()
+    return {"allocated": info.rss / GIB, "reserved": info.vms / GIB, "peak": _peak_rss(info) / GIB}
+
+
+def _peak_rss(info) -> int:
+    """Largest resident size of this process so far, bytes."""
+    if sys.platform == "win32":
+        return info.peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux 以 KiB 计，macOS 以字节计
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Stopwatch:
+    """Adds up the seconds between start and stop; used to time steps without evaluation and saving."""
+
+    def __init__(self):
+        self.total_s = 0.0
+        self._since: float | None = None
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        self.total_s += time.perf_counter() - self._since
+        self._since = None
+
+    def take(self) -> float:
+        """Seconds so far; starts again from zero."""
+        total, self.total_s = self.total_s, 0.0
+        return total

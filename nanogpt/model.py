@@ -1,0 +1,225 @@
+"""The GPT model: embeddings, blocks, head; forward gives logits, loss never holds all of them.
+
+`arch=gpt2` is GPT-2 (Radford et al. 2019), parameter names included. `arch=modern` swaps in RoPE,
+RMSNorm, QK-norm, squared ReLU and zero-initialised output projections.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from nanogpt.attention import CausalSelfAttention, KVCache, rope_table
+from nanogpt.config import ModelConfig
+from nanogpt.loss import chunked_cross_entropy
+
+
+class Norm(nn.Module):
+    """RMSNorm without parameters, or LayerNorm with weight and optional bias, over the last dimension."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.shape = (config.n_embd,)
+        self.kind = config.norm
+        if config.norm == "layernorm":
+            self.weight = nn.Parameter(torch.ones(config.n_embd))
+            self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # RMSNorm 不带可学习的增益：紧跟其后的线性层能吸收它，少一次乘法
+        if self.kind == "rmsnorm":
+            return F.rms_norm(x, self.shape)
+        return F.layer_norm(x, self.shape, self.weight, self.bias, 1e-5)
+
+
+class MLP(nn.Module):
+    """Position-wise feed-forward layer C -> mlp_ratio * C -> C."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        width = config.mlp_ratio * config.n_embd
+        self.activation = config.activation
+        self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.c_fc(x)
+        if self.activation == "relu2":
+            # ReLU² 只有比较和乘法，CPU 上比 GELU 快几倍，loss 不差（Primer, arXiv:2109.08668）
+            x = F.relu(x).square()
+        else:
+            # GPT-2 原版用 tanh 近似的 GELU，导入权重时必须一致
+            x = F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        return self.dropout(self.c_proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, attention: nn.Module, mlp: nn.Module):
+        super().__init__()
+        self.ln_1 = Norm(config)
+        self.attn = attention
+        self.ln_2 = Norm(config)
+        self.mlp = mlp
+
+    def forward(self, x: torch.Tensor, rope=None, cache: KVCache | None = None) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), rope, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class NgramEmbedding(nn.Module):
+    """Hashed embedding of the last n tokens at each position, (B, T) -> (B, T, C).
+
+    A table look-up that costs no matrix product (Over-Tokenized Transformer, arXiv:2501.16975).
+    """
+
+    def __init__(self, n: int, buckets: int, n_embd: int):
+        super().__init__()
+        self.n = n
+        self.table = nn.Embedding(buckets, n_embd)
+
+    def forward(self, idx: torch.Tensor, history: torch.Tensor | None = None) -> torch.Tensor:
+        T = idx.size(1)
+        if history is not None:
+            # 逐 token 解码时，n-gram 的前几个字在缓存里
+            idx = torch.cat((history[:, history.size(1) - (self.n - 1) :], idx), dim=1)
+        # 序列开头没有前文：id 整体加 1，空位补 0，与任何真 token 区分
+        padded = F.pad(idx + 1, (max(self.n - 1 - (idx.size(1) - T), 0), 0))
+        key = padded[:, padded.size(1) - T :]
+        for back in range(1, self.n):
+            start = padded.size(1) - T - back
+            # 乘一个大奇数再相加：廉价的滚动哈希，int64 自然回绕
+            key = key * 1000003 + padded[:, start : start + T]
+        return self.table(key % self.table.num_embeddings)
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer. idx and targets are (B, T) int64 with T <= block_size.
+
+    To change a part, subclass and override `make_attention` or `make_mlp`, and name the class in
+    the model yaml's `_target_`.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        assert config.vocab_size, "vocab_size comes from the data set"
+        self.config = config
+        # 由训练器按 memory=... 设置，不属于模型结构，故不进 checkpoint
+        self.activation_checkpointing = "none"
+        self.loss_chunk_mib = 64
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
+        self.ngrams = nn.ModuleList(NgramEmbedding(n, config.ngram_buckets, config.n_embd) for n in config.ngrams)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(
+            Block(config, self.make_attention(layer), self.make_mlp(layer)) for layer in range(config.n_layer)
+        )
+        self.ln_f = Norm(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.wte.weight
+        if config.position == "rope":
+            cos, sin = rope_table(config.n_embd // config.n_head, config.block_size, config.rope_base)
+            # 可由配置重算，不必存进 checkpoint
+            self.register_buffer("rope_cos", cos, persistent=False)
+            self.register_buffer("rope_sin", sin, persistent=False)
+        self.reset_parameters()
+
+    def make_attention(self, layer: int) -> nn.Module:
+        """Build the attention of block `layer`; called as attn(x, rope, cache)."""
+        return CausalSelfAttention(self.config, layer)
+
+    def make_mlp(self, layer: int) -> nn.Module:
+        """Build the feed-forward part of block `layer`; called as mlp(x)."""
+        return MLP(self.config)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all weights anew from torch's global generator."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                # gpt2 固定 0.02；modern 按输入宽度缩放，每层输出方差约为 1
+                std = 0.02 if self.config.init == "gpt2" else 1.0 / math.sqrt(module.in_features)
+                nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for block in self.h:
+            for projection in (getattr(block.attn, "c_proj", None), getattr(block.mlp, "c_proj", None)):
+                if projection is None:
+                    continue  # 使用者自己的模块可以没有 c_proj
+                if self.config.init == "gpt2":
+                    # 残差相加 2L 次，按 1/sqrt(2L) 缩小，方差不随深度增长
+                    nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+                else:
+                    # 从恒等映射出发：开始时每个 block 都不改动残差流
+                    nn.init.zeros_(projection.weight)
+        for ngram in self.ngrams:
+            # 从零开始，没见过的 n-gram 不带噪声
+            nn.init.zeros_(ngram.table.weight)
+        if self.config.init == "modern" and not self.config.tie_embeddings:
+            nn.init.normal_(self.wte.weight, std=1.0)
+            nn.init.zeros_(self.lm_head.weight)
+
+    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """Return the normalised last hidden state (B, T, C)."""
+        start = cache.length if cache is not None else 0
+        end = start + idx.size(1)
+        assert end <= self.config.block_size, f"{end} positions do not fit block_size={self.config.block_size}"
+        x = self.wte(idx)
+        if self.wpe is not None:
+            x = x + self.wpe.weight[start:end]
+        for ngram in self.ngrams:
+            x = x + ngram(idx, cache.tokens[:, :start] if cache is not None else None)
+        if self.config.embed_norm:
+            x = F.rms_norm(x, (x.size(-1),))
+        x = self.drop(x)
+        rope = (self.rope_cos[start:end], self.rope_sin[start:end]) if self.config.position == "rope" else None
+        for block in self.h:
+            if self.activation_checkpointing == "every_block" and self.training and torch.is_grad_enabled():
+                # 只留每个 block 的输入，反向时重算一遍：以约三成时间换激活显存
+                x = checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope, cache)
+        if cache is not None:
+            cache.tokens[:, start:end] = idx
+            cache.length = end
+        return self.ln_f(x)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Project hidden states (..., C) to logits (..., V), soft-capped if the config says so."""
+        logits = self.lm_head(hidden)
+        if self.config.logit_softcap:
+            # 平滑地限制在 ±cap 之内，训练后期 logits 不会越长越大
+            cap = self.config.logit_softcap
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+    def forward(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """Return logits (B, T, V)."""
+        return self.logits(self.hidden(idx, cache))
+
+    def loss(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the mean cross-entropy in nats, shape (), computed in chunks of tokens."""
+        return chunked_cross_entropy(
+            self.hidden(idx), self.lm_head.weight, targets,
+            softcap=self.config.logit_softcap, chunk_mib=self.loss_chunk_mib,
+        )
+
+    def parameter_count(self) -> int:
+        """Number of distinct trainable parameters (tied weights count once)."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self) -> int:
+        """Training FLOPs per token, forward and backward (PaLM, arXiv:2204.02311, appendix B)."""
+        c = self.config
+        # 查表不做乘法：未与输出层共享的 embedding 不计
+        lookup = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding))
+        if c.tie_embeddings:
+            lookup -= self.wte.weight.numel()
+        return 6 * (self.parameter_count() - lookup) + 12 * c.n_layer * c.n_embd * c.block_size

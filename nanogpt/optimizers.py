@@ -1,0 +1,208 @@
+"""Optimizers: AdamW and Muon over named parameters, and the learning-rate schedules.
+
+An optimizer is anything with `param_groups`, `step`, `zero_grad`, `state_dict` and
+`load_state_dict`; torch.optim's own fit as well. A group's `lr_scale` multiplies the run's rate.
+"""
+
+import math
+
+import torch
+from torch.optim.adamw import adamw as adamw_kernel
+
+# NS 五步的系数：让奇异值尽快靠近 1，不求精确收敛（Keller Jordan, 2024）
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+class Optimizer:
+    """Base of ours: groups of named parameters, state kept by name, so that a checkpoint is readable.
+
+    Not a torch.optim.Optimizer: its first use imports torch._dynamo, 3 s of start-up on a slow CPU.
+    """
+
+    def __init__(self, groups: list[dict]):
+        # 每组：params、names、lr、lr_scale、weight_decay，余下由子类定义
+        self.param_groups = [group for group in groups if group["params"]]
+        self.state: dict[str, dict[str, torch.Tensor]] = {}
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        # 置 None 而不是清零：省一次写，峰值显存也低
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+    def state_dict(self) -> dict:
+        """State tensors by parameter name (not copies)."""
+        return {"state": self.state}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what state_dict returned, moving each tensor to where its parameter lives."""
+        by_name = {name: p for g in self.param_groups for name, p in zip(g["names"], g["params"], strict=True)}
+        if set(state["state"]) - set(by_name):
+            raise ValueError("optimizer: the checkpoint's state belongs to other parameters; resume with the same model and optimizer")
+        # step 计数留在 CPU：标量，放 GPU 上反而要同步
+        self.state = {
+            name: {k: (v if k == "step" else v.to(by_name[name].device)) for k, v in tensors.items()}
+            for name, tensors in state["state"].items()
+        }
+
+    def _present(self, group: dict) -> list[tuple[str, torch.Tensor]]:
+        """(name, parameter) pairs that have a gradient."""
+        return [(n, p) for n, p in zip(group["names"], group["params"], strict=True) if p.grad is not None]
+
+    def _adamw_step(self, group: dict) -> None:
+        """One AdamW update (Loshchilov & Hutter, arXiv:1711.05101) through torch's fused kernel."""
+        present = self._present(group)
+        for name, p in present:
+            if name not in self.state:
+                self.state[name] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=p.device if p.is_cuda else "cpu"),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+        states = [self.state[name] for name, _ in present]
+        if states:
+            # fused：一个 kernel 更新全部张量，CPU 与 CUDA 都有
+            adamw_kernel(
+                [p for _, p in present], [p.grad for _, p in present],
+                [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
+                [s["step"] for s in states],
+                fused=True, amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1],
+                lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+            )
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            group["update"](group)
+
+
+def orthogonalize(matrices: torch.Tensor, steps: int) -> torch.Tensor:
+    """Push the singular values of each matrix in (n, rows, cols) towards 1 by Newton-Schulz iteration."""
+    # CPU 没有 bf16 矩阵单元，fp32 反而快；GPU 用 bf16
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    # 始终让行数较少：Gram 矩阵取小的那一边
+    wide = x.size(1) <= x.size(2)
+    x = x if wide else x.mT
+    # Frobenius 范数 ≥ 谱范数，除以它保证迭代收敛
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(steps):
+        gram = torch.bmm(x, x.mT)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return (x if wide else x.mT).to(matrices.dtype)
+
+
+class Muon(Optimizer):
+    """Muon for matrices (Jordan 2024; scaled as in Moonlight, arXiv:2502.16982), AdamW for the rest.
+
+    The update is orthogonalised Nesterov momentum times 0.2 * sqrt(max(rows, cols)), whose RMS is
+    that of an AdamW update, so one learning rate serves both.
+    """
+
+    def _muon_step(self, group: dict) -> None:
+        by_shape: dict[tuple, list] = {}
+        for name, p in self._present(group):
+            momentum = self.state.setdefault(name, {"momentum": torch.zeros_like(p)})["momentum"]
+            momentum.lerp_(p.grad, 1 - group["momentum"])
+            # Nesterov：向前多看一步
+            update = p.grad.lerp(momentum, group["momentum"])
+            # qkv 三块各自正交化，合在一起会互相牵制
+            for part, piece in zip(p.chunk(group["splits"].get(name, 1)), update.chunk(group["splits"].get(name, 1)), strict=True):
+                by_shape.setdefault(tuple(piece.shape), []).append((part, piece))
+        for (rows, cols), pairs in by_shape.items():
+            # 同形状的矩阵堆在一起做批量乘法，小模型上快数倍
+            updates = orthogonalize(torch.stack([piece for _, piece in pairs]), group["ns_steps"])
+            scale = 0.2 * math.sqrt(max(rows, cols)) * group["lr"]
+            for (part, _), update in zip(pairs, updates, strict=True):
+                part.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
+
+
+def split_parameters(model: torch.nn.Module) -> tuple[list, list, list]:
+    """Return (matrices inside blocks, embeddings and head, vectors), each a list of (name, parameter)."""
+    matrices, tables, vectors = [], [], []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if p.dim() < 2:
+            vectors.append((name, p))
+        elif p.dim() == 2 and name.startswith("h."):
+            matrices.append((name, p))
+        else:
+            tables.append((name, p))
+    return matrices, tables, vectors
+
+
+def _group(named: list, **settings) -> dict:
+    return {"names": [n for n, _ in named], "params": [p for _, p in named], "lr": 0.0, **settings}
+
+
+def _check(key: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"optimizer.{key}={value} is out of range; choose a value from {low:g} to {high:g}")
+
+
+def adamw(model: torch.nn.Module, *, weight_decay: float, beta1: float, beta2: float, eps: float) -> Optimizer:
+    """AdamW on everything; only matrices and embeddings are decayed."""
+    for key, value in {"beta1": beta1, "beta2": beta2}.items():
+        _check(key, value, 0, 0.99999)
+    _check("weight_decay", weight_decay, 0, 10)
+    matrices, tables, vectors = split_parameters(model)
+    optimizer = Optimizer([])
+    shared = {"betas": (beta1, beta2), "eps": eps, "lr_scale": 1.0, "update": optimizer._adamw_step}
+    # bias 与归一化的增益不衰减：它们不参与矩阵乘，缩小没有正则意义
+    groups = [_group(matrices + tables, weight_decay=weight_decay, **shared), _group(vectors, weight_decay=0.0, **shared)]
+    optimizer.param_groups = [g for g in groups if g["params"]]
+    return optimizer
+
+
+def muon(
+    model: torch.nn.Module, *, weight_decay: float, momentum: float, ns_steps: int,
+    embedding_lr_scale: float, head_lr_scale: float, ngram_lr_scale: float, beta1: float, beta2: float, eps: float,
+) -> Optimizer:
+    """Muon on the blocks' matrices, AdamW without decay on embeddings, head and vectors."""
+    for key, value in {"beta1": beta1, "beta2": beta2, "momentum": momentum}.items():
+        _check(key, value, 0, 0.99999)
+    _check("weight_decay", weight_decay, 0, 10)
+    _check("ns_steps", ns_steps, 1, 20)
+    matrices, tables, vectors = split_parameters(model)
+    optimizer = Muon([])
+    shared = {"betas": (beta1, beta2), "eps": eps, "weight_decay": 0.0, "update": optimizer._adamw_step}
+    head = [(n, p) for n, p in tables if n.startswith("lm_head")]
+    ngrams = [(n, p) for n, p in tables if n.startswith("ngrams")]
+    embeddings = [(n, p) for n, p in tables if not n.startswith(("lm_head", "ngrams"))]
+    groups = [
+        _group(
+            matrices, lr_scale=1.0, weight_decay=weight_decay, momentum=momentum, ns_steps=ns_steps,
+            splits={n: 3 for n, _ in matrices if n.endswith("attn.c_attn.weight")}, update=optimizer._muon_step,
+        ),
+        # 每步只有少数行有梯度，查表参数要更大的步长
+        _group(embeddings, lr_scale=embedding_lr_scale, **shared),
+        _group(ngrams, lr_scale=ngram_lr_scale, **shared),
+        _group(head, lr_scale=head_lr_scale, **shared),
+        _group(vectors, lr_scale=1.0, **shared),
+    ]
+    optimizer.param_groups = [g for g in groups if g["params"]]
+    return optimizer
+
+
+def learning_rate_at(iteration: int, schedule) -> float:
+    """Learning rate of a 0-based iteration under a ScheduleConfig-like object."""
+    s = schedule
+    if iteration < s.warmup_iters:
+        # 从 1 而不是 0 起步，第一步不白跑
+        return s.learning_rate * (iteration + 1) / s.warmup_iters
+    if s.lr_schedule == "constant":
+        return s.learning_rate
+    end = s.lr_decay_iters
+    # wsd：平台期之后只在最后一段下降，中途的 checkpoint 可以接着训
+    start = s.warmup_iters if s.lr_schedule in ("cosine", "linear") else max(s.warmup_iters, round(end * (1 - s.decay_fraction)))
+    if iteration >= end:
+        return s.min_lr
+    if iteration < start:
+        return s.learning_rate
+    progress = (iteration - start) / max(1, end - start)
+    weight = 0.5 * (1 + math.cos(math.pi * progress)) if s.lr_schedule == "cosine" else 1 - progress
+    return s.min_lr + weight * (s.learning_rate - s.min_lr)

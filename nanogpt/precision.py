@@ -1,0 +1,78 @@
+"""Number formats: autocast and loss scaling on a GPU, faithful rounding on a CPU."""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from nanogpt.messages import ConfigError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class RoundedProducts(TorchFunctionMode):
+    """Round the inputs and outputs of matrix products to a 16-bit format and compute them in float32.
+
+    That is what tensor cores do. CPUs without 16-bit units need 15 times as long for a native half
+    product as for a float32 one; gradients pass the same rounding, so overflow happens as on a GPU.
+    """
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def _round(self, x):
+        # to() 的反向同样经过 16 位，梯度的上溢下溢与 GPU 一致
+        return x.to(self.dtype).float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (F.linear, torch.mm, torch.matmul, torch.bmm, F.scaled_dot_product_attention):
+            return self._round(func(*map(self._round, args), **kwargs))
+        return func(*args, **kwargs)
+
+
+class Precision:
+    """What a training step needs to run in one number format on one device."""
+
+    def __init__(self, config, device: torch.device):
+        name = config.dtype if config.dtype != "auto" else default_format(device)
+        if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ConfigError("no_bf16", device=torch.cuda.get_device_name(device))
+        self.name = name
+        self.dtype = DTYPES[name]
+        self.device_type = device.type
+        self.rounded = device.type == "cpu" and name != "fp32"
+        # fp16 的最小正规数约 6e-5，梯度先放大再反传；bf16 指数够宽，不需要
+        self.scaler = torch.amp.GradScaler(
+            device.type, enabled=name == "fp16", init_scale=config.initial_loss_scale,
+            growth_interval=config.loss_scale_growth_interval,
+        )
+        if device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = config.tf32
+            torch.backends.cudnn.allow_tf32 = config.tf32
+
+    @property
+    def label(self) -> str:
+        """Name for the console; says when a CPU only rounds."""
+        return f"{self.name} (rounded, computed in fp32)" if self.rounded else self.name
+
+    def context(self):
+        """Wrap the forward pass."""
+        if self.rounded:
+            return RoundedProducts(self.dtype)
+        if self.name == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device_type, dtype=self.dtype)
+
+    def backward_context(self):
+        """Wrap the backward pass: autocast does not belong there, but recomputed blocks must round again."""
+        return RoundedProducts(self.dtype) if self.rounded else contextlib.nullcontext()
+
+
+def default_format(device: torch.device) -> str:
+    """fp32 on a CPU, bf16 on cards that have it, fp16 on older ones."""
+    if device.type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

@@ -1,0 +1,121 @@
+"""Run folders: choosing, protecting and finding them; the config of a run that goes on.
+
+A run folder holds config.yaml, tokenizer.json, metrics.jsonl, logs/, ckpt/, data/ (small data sets)
+and, at the end, summary.json. Needs no torch.
+"""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nanogpt.config import ROOT, TrainConfig, untrusted_targets
+from nanogpt.files import write_text
+from nanogpt.messages import ConfigError
+
+OUTPUTS = Path("outputs")
+# 文件而不是符号链接：Windows 建链接要特权
+LATEST = OUTPUTS / "latest"
+# 属于一次训练的名字；清空目录时只认这些
+RUN_FILES = {"config.yaml", "tokenizer.json", "metrics.jsonl", "summary.json", "logs", "ckpt", "data", "wandb"}
+# 继续训练时不可改：改了就不再是同一次训练
+FIXED_ON_RESUME = ("model", "dataset", "seed")
+# 其中这些例外：不影响参数的形状
+CHANGEABLE = {("model", "dropout"), ("dataset", "dir")}
+# 写进 model 节点的配置组
+GROUP_NODES = {"arch": "model"}
+
+
+def choose(cfg: TrainConfig) -> Path:
+    """The folder of a new run; refuses one that holds anything, unless overwrite=true and it is a run."""
+    if cfg.out_dir is None:
+        stem = OUTPUTS / f"{cfg.dataset['name']}-{cfg.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        # 同一秒启动两次训练时加序号
+        return next(p for p in [stem, *(Path(f"{stem}-{n}") for n in range(2, 1000))] if not p.exists())
+    path = Path(cfg.out_dir)
+    if path.exists() and not path.is_dir():
+        raise ConfigError("not_writable", path=path, reason="not a folder")
+    there = {p.name for p in path.iterdir()} if path.is_dir() else set()
+    if there - RUN_FILES:
+        raise ConfigError("out_dir_foreign", path=path)
+    if there and not cfg.overwrite:
+        raise ConfigError("out_dir_exists", path=path)
+    # 找到最近的已存在的上级，看能否写入
+    parent = next(p for p in [path, *path.absolute().parents] if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise ConfigError("not_writable", path=path, reason=f"{parent} is read-only")
+    return path
+
+
+def create(path: Path) -> None:
+    """Make the folder of a new run, emptying an old run (choose() has asked), and remember it as the latest."""
+    try:
+        for name in RUN_FILES if path.is_dir() else ():
+            old = path / name
+            if old.is_dir():
+                shutil.rmtree(old)
+            else:
+                old.unlink(missing_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+        remember(path)
+    except OSError as error:
+        raise ConfigError("not_writable", path=path, reason=error.strerror) from None
+
+
+def remember(path: Path) -> None:
+    """Make `path` the run that resume=latest means."""
+    OUTPUTS.mkdir(exist_ok=True)
+    write_text(LATEST, str(path.absolute()) + "\n")
+
+
+def locate(named: str, key: str = "resume") -> Path:
+    """The run folder that a person named: a path, or `latest`."""
+    if named == "latest":
+        if not LATEST.is_file():
+            raise ConfigError("no_run", key=key, path=LATEST)
+        return Path(LATEST.read_text(encoding="utf-8").strip())
+    path = Path(named)
+    if not (path / "ckpt").is_dir():
+        raise ConfigError("no_run", key=key, path=path)
+    return path
+
+
+def resumed_config(saved_text: str, typed: TrainConfig, overrides: list[str], source: Path) -> TrainConfig:
+    """The saved config with what was typed on this command line laid over it."""
+    saved = yaml.safe_load(saved_text)
+    fresh = OmegaConf.to_container(OmegaConf.structured(typed))
+    foreign = untrusted_targets(saved, fresh)
+    if foreign:
+        raise ConfigError("untrusted", path=source, targets=", ".join(foreign))
+    before = {key: saved[key] for key in FIXED_ON_RESUME}
+    merged = OmegaConf.create(saved)
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key = override.key_or_group
+        if key == "experiment":
+            # 一套配方会改动许多键，说不清哪些该变
+            raise ConfigError("resume_changes", key="experiment", old="-", new=override.value())
+        if (ROOT / "conf" / key).is_dir():
+            key = GROUP_NODES.get(key, key)
+        OmegaConf.update(merged, key, OmegaConf.select(OmegaConf.create(fresh), key), merge=False)
+    for key in FIXED_ON_RESUME:
+        refuse_change(key, before[key], OmegaConf.to_container(merged)[key])
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), merged))
+    except OmegaConfBaseException as error:
+        raise ConfigError("damaged_checkpoint", file=source / "config.yaml", reason=str(error).splitlines()[0], remedy="") from None
+
+
+def refuse_change(key: str, old, new) -> None:
+    """Raise when a fixed key changed."""
+    if not isinstance(old, dict):
+        old, new, key, parent = {key: old}, {key: new}, "", ""
+    else:
+        parent = key
+    for name in sorted(set(old) | set(new)):
+        if old.get(name) != new.get(name) and (parent, name) not in CHANGEABLE:
+            raise ConfigError("resume_changes", key=f"{parent}.{name}".strip("."), old=old.get(name), new=new.get(name))

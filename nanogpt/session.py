@@ -1,0 +1,169 @@
+"""One training run from checked config to the last line on the screen."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from nanogpt import checkpoint, corpus, distributed, machine, rundir
+from nanogpt import tokenizer as tokenizers
+from nanogpt.build import build_model, build_part
+from nanogpt.config import TrainConfig, check
+from nanogpt.console import Console
+from nanogpt.data import TokenData, copy_dataset, dataset_bytes
+from nanogpt.files import write_text
+from nanogpt.loggers import JsonlLogger, Loggers
+from nanogpt.messages import ConfigError, text
+from nanogpt.trainer import Trainer, TrainingStopped, share_batch
+
+
+class Session:
+    """Wires data, model, optimizer, loggers and trainer together in the order in which mistakes should show."""
+
+    def __init__(self, cfg: TrainConfig, run_dir: Path, source: checkpoint.Checkpoint | None):
+        self.cfg, self.source = cfg, source
+        self.console = Console(quiet=distributed.rank() > 0)
+        self.device = machine.choose_device(cfg.device, cfg.hardware)
+        share_batch(cfg, distributed.world())
+        machine.set_up(self.device, deterministic=cfg.deterministic, hardware=cfg.hardware)
+        distributed.start(self.device)
+        # 默认目录名含时间，各进程要用同一个
+        self.run_dir = distributed.broadcast(run_dir)
+        self.data = self._open_data()
+        self._check_against_data()
+
+    @classmethod
+    def new(cls, cfg: TrainConfig, run_dir: Path) -> "Session":
+        """A run from scratch in run_dir."""
+        return cls(cfg, run_dir, None)
+
+    @classmethod
+    def resume(cls, typed: TrainConfig, overrides: list[str], run_dir: Path) -> "Session":
+        """The run in run_dir, from the checkpoint that typed.checkpoint names, with what was typed laid over."""
+        source = checkpoint.find(run_dir, typed.checkpoint)
+        cfg = rundir.resumed_config(source.config_text(), typed, overrides, source.folder)
+        check(cfg)
+        if source.iteration >= cfg.max_iters:
+            raise ConfigError("already_done", iteration=source.iteration, max_iters=cfg.max_iters, more=2 * source.iteration)
+        return cls(cfg, run_dir, source)
+
+    # ---- 数据 ----
+
+    def _open_data(self) -> TokenData:
+        bundled = self.run_dir / "data"
+        if self.source and (bundled / "meta.json").is_file() and self.cfg.dataset["dir"] is None:
+            # 运行目录自带数据：拷到别的机器上也能接着训
+            return TokenData(bundled)
+        options = {k: v for k, v in self.cfg.dataset.items() if k not in ("name", "dir")}
+        folder = None
+        if distributed.rank() == 0:
+            folder = corpus.prepare(self.cfg.dataset["name"], self.cfg.dataset["dir"], options)
+        return TokenData(distributed.broadcast(folder))
+
+    def _check_against_data(self) -> None:
+        model, data = self.cfg.model, self.data
+        data.check_block_size(model.block_size)
+        if model.vocab_size is None:
+            model.vocab_size = data.vocab_size
+        elif model.vocab_size < data.vocab_size:
+            raise ConfigError("vocab_too_small", got=model.vocab_size, need=data.vocab_size)
+        if self.cfg.sample_prompt is not None:
+            # 词表里没有的字现在就说，不要等到第一次评估
+            data.tokenizer.encode(self.cfg.sample_prompt)
+
+    # ---- 训练 ----
+
+    def run(self) -> None:
+        """Build, announce, train, show what came out."""
+        trainer = self._build()
+        self._announce(trainer)
+        self._catch_signals(trainer)
+        try:
+            summary = trainer.fit()
+        finally:
+            distributed.stop()
+        if distributed.rank() == 0:
+            self._finish(trainer, summary)
+
+    def _build(self) -> Trainer:
+        cfg = self.cfg
+        model = build_model(cfg.model, cfg.seed).to(self.device)
+        optimizer = build_part(cfg.optimizer, "optimizer", model)
+        backends = [build_part(node, f"logger.{name}") for name, node in (cfg.logger or {}).items()]
+        loggers = Loggers([JsonlLogger(), *backends] if distributed.rank() == 0 else [])
+        trainer = Trainer(
+            cfg, model=model, optimizer=optimizer, data=self.data, device=self.device, loggers=loggers,
+            run_dir=self.run_dir, console=self.console,
+        )
+        if self.source:
+            trainer.restore(self.source)
+        if distributed.rank() == 0:
+            trainer.config_text = OmegaConf.to_yaml(OmegaConf.structured(cfg))
+            self._claim_folder(trainer.config_text)
+            loggers.open(self.run_dir, OmegaConf.to_container(OmegaConf.structured(cfg)), trainer.progress.iteration)
+        return trainer
+
+    def _claim_folder(self, config_text: str) -> None:
+        """Write what a run folder holds from the start."""
+        if self.source:
+            checkpoint.set_aside_newer(self.run_dir, self.source.iteration)
+            rundir.remember(self.run_dir)
+        else:
+            rundir.create(self.run_dir)
+        write_text(self.run_dir / "config.yaml", config_text)
+        tokenizers.save(self.data.tokenizer, self.run_dir / "tokenizer.json")
+        bundled = self.run_dir / "data"
+        if not bundled.exists() and dataset_bytes(self.data.folder) <= self.cfg.bundle_data_mib * 2**20:
+            copy_dataset(self.data.folder, bundled)
+
+    def _announce(self, trainer: Trainer) -> None:
+        cfg, line = self.cfg, self.console.line
+        if self.source:
+            line("resumed", path=self.run_dir, iteration=trainer.progress.iteration)
+        world = distributed.world()
+        line(
+            "start", model=cfg.model.name, parameters=f"{trainer.model.parameter_count() / 1e6:.2f}M", arch=cfg.model.arch,
+            precision=trainer.precision.label, device=self.device, tokens=trainer.global_rows * trainer.block_size,
+            batch=trainer.micro_batch, accum=trainer.local_rows // trainer.micro_batch, block=trainer.block_size,
+            world=f" x {world}" if world > 1 else "",
+        )
+        line("peak", source=trainer.peak_source, tflops=trainer.peak)
+        evaluated = sum(length for _, length in trainer.windows)
+        line("eval_part", tokens=evaluated, total=len(self.data.tokens["val"]) - 1)
+
+    def _catch_signals(self, trainer: Trainer) -> None:
+        """First Ctrl-C or SIGTERM: finish the step, save, leave; second: leave at once."""
+
+        def handle(number, _frame):
+            if trainer.stop_requested:
+                os._exit(128 + number)
+            trainer.stop_requested = True
+            self.console.line("interrupted")
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handle)
+
+    def _finish(self, trainer: Trainer, summary: dict) -> None:
+        console, path = self.console, self.run_dir
+        if summary["stopped_by"] == "interrupted":
+            console.line("stopped", iteration=summary["iters"], command=f"python run_train.py resume={path}")
+            return
+        if trainer.last_sample:
+            console.line("sample_title")
+            console.plain("  | " + trainer.last_sample.strip("\n").replace("\n", "\n  | "))
+        minutes, seconds = divmod(round(summary["wall_s"]), 60)
+        console.line(
+            "finished", val_loss=summary["val_loss"], best=summary["best_val_loss"], iteration=summary["iters"],
+            wall=f"{minutes}:{seconds:02d}", speed=summary["tokens_per_s"],
+        )
+        console.line("where", path=path)
+        console.line("next")
+        for what, command in (
+            ("next_longer", f"python run_train.py resume={path} max_iters={2 * summary['iters']}"),
+            ("next_curves", "tensorboard --logdir outputs"),
+            ("next_own", "python run_train.py dataset=text_file dataset.path=my.txt"),
+        ):
+            console.plain(f"  {command}   # {text(what)}")

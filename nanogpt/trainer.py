@@ -1,0 +1,403 @@
+"""Trainer: step computes, evaluate measures, fit decides when; nothing here knows Hydra."""
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanogpt import checkpoint, distributed
+from nanogpt.compilation import compile_hidden
+from nanogpt.config import TrainConfig
+from nanogpt.console import Console
+from nanogpt.data import TokenData
+from nanogpt.files import write_text
+from nanogpt.generate import write_sample
+from nanogpt.loggers import Loggers
+from nanogpt.messages import ConfigError, text
+from nanogpt.metrics import RTX3060_TFLOPS, Stopwatch, memory_gib, peak_tflops
+from nanogpt.optimizers import learning_rate_at
+from nanogpt.oom import is_out_of_memory
+from nanogpt.precision import Precision
+from nanogpt.summary import write_summary
+
+# 评估取样、生成样本各用自己的种子流，互不干扰
+SAMPLE_STREAM = 1_000_003
+
+
+class TrainingStopped(ConfigError):
+    """Training cannot go on; the text says why and what to do."""
+
+
+@dataclass
+class Progress:
+    """Everything that changes during training besides tensors; goes into the checkpoint."""
+
+    iteration: int = 0
+    """Optimizer steps tried so far."""
+    samples_seen: int = 0
+    """Sequences drawn so far, all processes together."""
+    best_val_loss: float = math.inf
+    evals_without_gain: int = 0
+    nonfinite_steps: int = 0
+    """Steps skipped in all."""
+    nonfinite_in_a_row: int = 0
+    val_loss: float | None = None
+    """Of the latest evaluation."""
+    train_s: float = 0.0
+    """Seconds in steps, without evaluation and saving."""
+    tokens_trained: int = 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports."""
+
+    loss: float
+    """Mean over the effective batch, nats per token."""
+    gradient_norm: float
+    """Before clipping."""
+    learning_rate: float
+    stop_requested: bool
+
+
+@dataclass
+class Interval:
+    """Sums between two log lines."""
+
+    losses: list[float] = field(default_factory=list)
+    tokens: int = 0
+
+
+class Trainer:
+    """Trains one model on one data set in one process (of several under torchrun)."""
+
+    def __init__(self, cfg: TrainConfig, *, model, optimizer, data: TokenData, device: torch.device, loggers: Loggers, run_dir: Path, console: Console):
+        self.cfg = cfg
+        self.model = model
+        self.optimizer = optimizer
+        self.data = data
+        self.device = device
+        self.loggers = loggers
+        self.run_dir = run_dir
+        self.console = console
+        self.config_text = ""
+        self.precision = Precision(cfg.precision, device)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.progress = Progress()
+        self.block_size = model.config.block_size
+        self.local_rows, self.micro_batch = share_batch(cfg, distributed.world())
+        self.eval_batch = cfg.eval_batch_size or self.micro_batch
+        self.windows = data.val_windows(self.block_size, cfg.eval_tokens)
+        self.stop_requested = False
+        self.peak_source, self.peak = peak_tflops(cfg.hardware, device, self.precision)
+        self.stopwatch = Stopwatch()
+        self.interval = Interval()
+        self.saved: checkpoint.Checkpoint | None = None
+        model.activation_checkpointing = cfg.memory.activation_checkpointing
+        model.loss_chunk_mib = cfg.memory.loss_chunk_mib
+        self.compiled = compile_hidden(model, cfg.compile, device, console)
+
+    # ---- 一步 ----
+
+    @property
+    def global_rows(self) -> int:
+        """Sequences per optimizer step, all processes together."""
+        return self.local_rows * distributed.world()
+
+    def step(self) -> StepResult:
+        """One optimizer step on the next global_rows sequences; skipped when it is not finite.
+
+        A step that runs out of memory is repeated with half the micro-batch on the same data.
+        """
+        rate = learning_rate_at(self.progress.iteration, self.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        starts = self.data.starts(
+            self.cfg.seed, self.progress.samples_seen + distributed.rank() * self.local_rows, self.local_rows, self.block_size
+        )
+        loss, stop = self._accumulate_until_it_fits(starts)
+        distributed.sum_gradients(self.parameters)
+        norm = self._update(loss)
+        self.progress.iteration += 1
+        self.progress.samples_seen += self.global_rows
+        self.progress.tokens_trained += self.global_rows * self.block_size
+        return StepResult(loss, norm, rate, stop)
+
+    @property
+    def schedule(self):
+        """The fields that learning_rate_at reads, with lr_decay_iters filled in."""
+        cfg = self.cfg
+        if cfg.lr_decay_iters is None:
+            cfg.lr_decay_iters = cfg.max_iters
+        return cfg
+
+    def _accumulate_until_it_fits(self, starts: np.ndarray) -> tuple[float, bool]:
+        """Accumulate gradients over rows `starts`; return (mean loss over all processes, stop requested anywhere)."""
+        while True:
+            failed = False
+            try:
+                loss = self._accumulate(starts)
+            except Exception as error:  # noqa: BLE001 - 只接住显存不足，其余原样抛出
+                if not is_out_of_memory(error):
+                    raise
+                failed = True
+                loss = torch.zeros((), device=self.device)
+            # 出了 except 才清理：异常对象的 traceback 还引用着那些张量
+            loss = distributed.total(loss.detach().clone()).item()
+            failed, stop = (bool(flag) for flag in distributed.largest([failed, self.stop_requested], self.device))
+            if not failed:
+                return loss, stop
+            self._shrink()
+
+    def _accumulate(self, starts: np.ndarray) -> torch.Tensor:
+        """Forward and backward over all rows in micro-batches; return this process's share of the mean loss."""
+        # 每步由 (seed, iteration, rank) 重新播种：续训、重做都得到同样的 dropout，不必保存随机状态
+        torch.manual_seed(((self.cfg.seed * 1_000_003 + self.progress.iteration) * 1009 + distributed.rank()) % 2**63)
+        self.model.train()
+        total = torch.zeros((), device=self.device)
+        for first in range(0, len(starts), self.micro_batch):
+            rows = starts[first : first + self.micro_batch]
+            x, y = self._to_device(*self.data.rows("train", rows, self.block_size))
+            with self.precision.context():
+                # 按行数加权：最后一个微批可以不满，梯度仍等于整批的平均
+                loss = self.model.loss(x, y) * (len(rows) / self.global_rows)
+            with self.precision.backward_context():
+                self.precision.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def _shrink(self) -> None:
+        """Halve the micro-batch after an out-of-memory error, or give up at one row."""
+        self.optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.micro_batch == 1:
+            raise TrainingStopped("oom_final")
+        old, self.micro_batch = self.micro_batch, (self.micro_batch + 1) // 2
+        accumulation = math.ceil(self.local_rows / self.micro_batch) * distributed.world()
+        self.console.line("oom_shrink", iteration=self.progress.iteration + 1, old=old, new=self.micro_batch, accum=accumulation)
+
+    def _update(self, loss: float) -> float:
+        """Clip and apply the gradients unless something is not finite; return the gradient norm."""
+        scaler = self.precision.scaler
+        # 先还原再裁剪，否则阈值会被 loss scale 放大
+        if scaler.is_enabled():
+            scaler.unscale_(self.optimizer)
+        limit = self.cfg.grad_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit).item()
+        if scaler.is_enabled() and math.isfinite(loss):
+            # 梯度溢出是 fp16 的日常：scaler 自己跳过这一步并减半 scale
+            scaler.step(self.optimizer)
+            scaler.update()
+        elif math.isfinite(loss) and math.isfinite(norm):
+            self.optimizer.step()
+        elif scaler.is_enabled():
+            # loss 已坏：登记一次溢出，让 scale 减半，但不更新
+            scaler.update()
+        self.optimizer.zero_grad()
+        self._count_nonfinite(loss, norm)
+        return norm
+
+    def _count_nonfinite(self, loss: float, norm: float) -> None:
+        scaler = self.precision.scaler
+        # scale 还大于 1 时的梯度溢出会自愈，不算故障
+        overflow = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1
+        if (math.isfinite(loss) and math.isfinite(norm)) or overflow:
+            self.progress.nonfinite_in_a_row = 0
+            return
+        self.progress.nonfinite_steps += 1
+        self.progress.nonfinite_in_a_row += 1
+        what = "gradient" if math.isfinite(loss) else "loss"
+        self.console.line("nonfinite", iteration=self.progress.iteration + 1, what=what, count=self.progress.nonfinite_in_a_row)
+        if self.progress.nonfinite_in_a_row >= self.cfg.max_nonfinite_steps:
+            good = self.saved or next(iter(reversed(checkpoint.checkpoints(self.run_dir))), None)
+            raise TrainingStopped("diverged", count=self.progress.nonfinite_in_a_row, checkpoint=good.name if good else "-",
+                                  path=self.run_dir, rate=self.cfg.learning_rate / 3)
+
+    def _to_device(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.device.type == "cpu":
+            return x, y
+        # 锁页内存加异步拷贝：与上一个微批的反向重叠
+        return tuple(t.pin_memory().to(self.device, non_blocking=True) for t in (x, y))
+
+    # ---- 评估 ----
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean cross-entropy over the fixed validation windows, shared among the processes."""
+        self.model.eval()
+        mine = self.windows[distributed.rank() :: distributed.world()]
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        full = [start for start, length in mine if length == self.block_size]
+        ragged = [(start, length) for start, length in mine if length < self.block_size]
+        while full:
+            batch = np.array(full[: self.eval_batch])
+            try:
+                sums += self._loss_sum(batch, self.block_size)
+            except Exception as error:  # noqa: BLE001 - 同上
+                if not is_out_of_memory(error) or self.eval_batch == 1:
+                    raise
+                self.eval_batch = (self.eval_batch + 1) // 2
+                continue
+            full = full[len(batch) :]
+        for start, length in ragged:
+            sums += self._loss_sum(np.array([start]), length)
+        loss_sum, count = distributed.total(sums).tolist()
+        return loss_sum / count
+
+    def _loss_sum(self, starts: np.ndarray, length: int) -> torch.Tensor:
+        x, y = self._to_device(*self.data.rows("val", starts, length))
+        with self.precision.context():
+            loss = self.model.loss(x, y)
+        return torch.stack((loss.double() * x.numel(), torch.tensor(x.numel(), dtype=torch.float64, device=self.device)))
+
+    # ---- 整个训练 ----
+
+    def fit(self) -> dict:
+        """Train to max_iters or until something asks to stop; return the summary."""
+        cfg, started = self.cfg, time.perf_counter()
+        reason = None
+        with self.console.progress(cfg.max_iters, self.progress.iteration) as advance:
+            while self.progress.iteration < cfg.max_iters and reason is None:
+                result = self._timed_step()
+                advance(self.progress.iteration)
+                reason = self._after_step(result)
+        last = self.progress.iteration
+        if self.saved is None or self.saved.iteration < last:
+            self.save(final=True)
+        self.loggers.close()
+        return write_summary(self, reason or "finished", time.perf_counter() - started)
+
+    def _timed_step(self) -> StepResult:
+        self.stopwatch.start()
+        result = self.step()
+        self.stopwatch.stop()
+        self.interval.losses.append(result.loss)
+        self.interval.tokens += self.global_rows * self.block_size
+        return result
+
+    def _after_step(self, result: StepResult) -> str | None:
+        """Evaluate, log, sample and save as due; return why to stop, or None."""
+        cfg, iteration = self.cfg, self.progress.iteration
+        last = iteration == cfg.max_iters
+        evaluated = iteration % cfg.eval_interval == 0 or last
+        reason = "interrupted" if result.stop_requested else None
+        if evaluated and not reason:
+            reason = self._evaluate_and_judge()
+        if iteration % cfg.log_interval == 0 or evaluated or reason:
+            self._log(result, evaluated and self.progress.val_loss is not None)
+        save_due = iteration % cfg.save_interval == 0 if cfg.save_interval else evaluated
+        if save_due or reason:
+            self.save(final=bool(reason) or last)
+        if evaluated and cfg.sample_tokens and reason != "interrupted":
+            self._write_sample()
+        return reason
+
+    def _evaluate_and_judge(self) -> str | None:
+        progress = self.progress
+        progress.val_loss = self.evaluate()
+        if progress.val_loss < progress.best_val_loss:
+            progress.best_val_loss, progress.evals_without_gain = progress.val_loss, 0
+        else:
+            progress.evals_without_gain += 1
+        if self.cfg.target_val_loss is not None and progress.val_loss <= self.cfg.target_val_loss:
+            self.console.line("target_reached", loss=progress.val_loss, target=self.cfg.target_val_loss)
+            return "target_reached"
+        if self.cfg.early_stop_evals and progress.evals_without_gain >= self.cfg.early_stop_evals:
+            self.console.line("early_stop", count=progress.evals_without_gain)
+            return "early_stop"
+        return None
+
+    def metrics(self, tokens: int, seconds: float) -> dict[str, float]:
+        """Speed, utilisation and memory of `tokens` trained in `seconds`."""
+        speed = tokens / seconds if seconds else 0.0
+        flops = speed * self.model.flops_per_token() / distributed.world()
+        half = self.precision.name != "fp32" and not self.precision.rounded
+        reference = RTX3060_TFLOPS["half" if half else "fp32"]
+        memory = {f"memory/{name}_gib": value for name, value in memory_gib(self.device).items()}
+        return {"tokens_per_s": speed, "mfu": flops / self.peak / 1e12, "mfu_rtx3060": flops / reference / 1e12, **memory}
+
+    def _log(self, result: StepResult, evaluated: bool) -> None:
+        seconds = self.stopwatch.take()
+        self.progress.train_s += seconds
+        finite = [loss for loss in self.interval.losses if math.isfinite(loss)]
+        record = {
+            "train/loss": sum(finite) / len(finite) if finite else math.nan,
+            "learning_rate": result.learning_rate,
+            "gradient_norm": result.gradient_norm,
+            "tokens": self.progress.tokens_trained,
+            **self.metrics(self.interval.tokens, seconds),
+        }
+        if evaluated:
+            record["val/loss"] = self.progress.val_loss
+        if self.precision.scaler.is_enabled():
+            record["loss_scale"] = self.precision.scaler.get_scale()
+        self.interval = Interval()
+        # NaN 不是合法的 JSON，也画不成曲线
+        self.loggers.log(self.progress.iteration, {k: v for k, v in record.items() if math.isfinite(v)})
+        self.console.iteration(self.progress.iteration, record, self.device.type)
+
+    def _write_sample(self) -> None:
+        if distributed.rank():
+            return
+        sample = write_sample(
+            self.model, self.data.tokenizer, self.sample_prompt(), self.cfg.sample_tokens,
+            temperature=self.cfg.sample_temperature, seed=self.cfg.seed * SAMPLE_STREAM + self.progress.iteration,
+        )
+        self.last_sample = sample
+        self.loggers.text(self.progress.iteration, sample)
+
+    def sample_prompt(self) -> str:
+        """The configured prompt, or a line break, or the first validation token where there is none."""
+        if self.cfg.sample_prompt is not None:
+            return self.cfg.sample_prompt
+        tokenizer = self.data.tokenizer
+        if tokenizer.kind != "char" or "\n" in tokenizer.characters:
+            return "\n"
+        return tokenizer.decode(self.data.tokens["val"][:1])
+
+    # ---- 保存与恢复 ----
+
+    def state(self) -> dict:
+        """Everything besides the weights that the next iteration depends on."""
+        return {"progress": vars(self.progress).copy(), "optimizer": self.optimizer.state_dict(), "scaler": self.precision.scaler.state_dict(),
+                "fingerprint": self.data.fingerprint}
+
+    def save(self, *, final: bool) -> None:
+        """Write a checkpoint; a failed one is reported and, unless it was the last chance, survived."""
+        if distributed.rank():
+            return
+        try:
+            self.saved = checkpoint.save(
+                self.run_dir, model=self.model, state=self.state(), iteration=self.progress.iteration, val_loss=self.progress.val_loss,
+                config_text=self.config_text, tokenizer_file=self.run_dir / "tokenizer.json", keep=self.cfg.keep,
+            )
+        except OSError as error:
+            if final:
+                raise TrainingStopped("never_saved", reason=error.strerror, path=self.run_dir) from None
+            self.console.line("save_failed", reason=error.strerror, iters=self.cfg.save_interval or self.cfg.eval_interval)
+
+    def restore(self, source: checkpoint.Checkpoint) -> None:
+        """Continue from a checkpoint: weights, optimizer, scaler, position and counters."""
+        state = source.load_state()
+        if state["fingerprint"] != self.data.fingerprint:
+            raise ConfigError("vocab_mismatch", name=self.data.name, reason="fingerprint")
+        source.load_model(self.model)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.precision.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        self.saved = source
+
+
+def share_batch(cfg: TrainConfig, world: int) -> tuple[int, int]:
+    """(rows per process and step, rows per micro-batch) for the same effective batch with any number of processes."""
+    batch, accumulation = cfg.batch_size, cfg.gradient_accumulation_steps
+    if accumulation % world == 0:
+        return batch * accumulation // world, batch
+    if batch % world == 0:
+        # 累积次数分不开就把微批分开，等效批量不变
+        return batch * accumulation // world, batch // world
+    raise ConfigError("world_batch", batch=batch, accum=accumulation, world=world)

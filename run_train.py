@@ -1,0 +1,20 @@
+"""Train a GPT: python run_train.py model=small batch_size=8 (see conf/train.yaml for every key)."""
+
+from nanogpt import rundir
+from nanogpt.cli import run_script
+from nanogpt.config import TrainConfig, check
+
+
+def main(cfg: TrainConfig, overrides: list[str]) -> None:
+    # 从这里到 import torch 之前，只做不花时间的检查：写错的命令一秒内就有答复
+    check(cfg)
+    run_dir = rundir.locate(cfg.resume) if cfg.resume else rundir.choose(cfg)
+
+    from nanogpt.session import Session
+
+    session = Session.resume(cfg, overrides, run_dir) if cfg.resume else Session.new(cfg, run_dir)
+    session.run()
+
+
+if __name__ == "__main__":
+    run_script("train", main)
