@@ -7,8 +7,11 @@ from nanogpt.config import TrainConfig, check
 
 def main(cfg: TrainConfig, overrides: list[str]) -> None:
     # 从这里到 import torch 之前，只做不花时间的检查：写错的命令一秒内就有答复
-    check(cfg)
-    run_dir = rundir.locate(cfg.resume) if cfg.resume else rundir.choose(cfg)
+    if cfg.resume:
+        run_dir = rundir.locate(cfg.resume)
+    else:
+        check(cfg)
+        run_dir = rundir.choose(cfg)
 
     from nanogpt.session import Session
 

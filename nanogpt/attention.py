@@ -1,26 +1,109 @@
-"""Causal self-attention, rotary position embedding and the key/value cache."""
+"""Causal self-attention, rotary position embedding and the key/value cache.
+
+Small element-wise chains are autograd functions of their own: eager PyTorch would make three to
+seven passes over memory for each, which on a CPU costs as much as the matrix products.
+"""
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+# 两种写法都给同样的 rms_norm，显式写出才不随 dtype 变
+RMS_EPS = 1e-6
+# CPU 上 T 不超过它时，存下整个 T x T 概率矩阵比 flash 重算更快
+SHORT_CONTEXT = 128
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = x * r with r = (mean(x^2) + eps)^-1/2; dx = r * (g - y * mean(g * y))."""
+
+    @staticmethod
+    def forward(ctx, x):
+        # 半精度的平方和会丢位，在 fp32 里求
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).square_()
+        r = square.div_(x.size(-1)).add_(RMS_EPS).rsqrt_()
+        y = (x * r).to(x.dtype)
+        # y 本来就要留给后面的线性层，存它不多占内存
+        ctx.save_for_backward(y, r)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, r = ctx.saved_tensors
+        mean = (grad * y).sum(-1, keepdim=True, dtype=r.dtype).div_(y.size(-1))
+        return torch.addcmul(grad, y, mean.to(y.dtype), value=-1).mul_(r.to(y.dtype))
+
+
+def rms_norm(x: torch.Tensor) -> torch.Tensor:
+    """RMSNorm without a gain over the last dimension (arXiv:1910.07467)."""
+    # GPU 与 torch.compile 自带融合的实现
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
+    return _RMSNorm.apply(x)
+
 
 def rope_table(head_size: int, length: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos and sin of shape (length, 1, head_size / 2) in float32 (RoFormer, arXiv:2104.09864)."""
+    """Return cos and signed sin, (length, 1, 1, head_size) in float32 (RoFormer, arXiv:2104.09864)."""
     # 频率按几何级数递减：低维看近处，高维看远处
     frequency = base ** -(torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
-    # 中间的 1 留给 head 维，可直接与 (B, T, nh, hs/2) 广播
-    return angle.cos()[:, None, :], angle.sin()[:, None, :]
+    cos, sin = angle.cos(), angle.sin()
+    # 符号写进表里，旋转只需一次交换加一次乘加；中间的 1 与 (B, T, 2, nh, hs) 广播
+    return torch.cat((cos, cos), dim=-1)[:, None, None], torch.cat((-sin, sin), dim=-1)[:, None, None]
+
+
+def _swap_halves(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((second, first), dim=-1)
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation is orthogonal: its backward is the rotation by the negative angle."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return torch.addcmul(x * cos, _swap_halves(x), sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return torch.addcmul(grad * cos, _swap_halves(grad), sin, value=-1), None, None
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x (B, T, nh, hs) by position; the pairs are (i, i + hs/2)."""
-    # 前后两半配对，内存连续，比奇偶交错配对快
-    first, second = x.chunk(2, dim=-1)
-    # 表是 fp32，先转成 x 的类型，免得半精度激活被悄悄提升
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    """Rotate x (B, T, ..., hs) by position; the pairs are (i, i + hs/2)."""
+    # 前后两半配对，内存连续，比奇偶交错配对快；表转成 x 的类型，免得半精度激活被悄悄提升
+    return _Rotate.apply(x, cos.to(x.dtype), sin.to(x.dtype))
+
+
+class _ShortAttention(torch.autograd.Function):
+    """softmax(q k^T / sqrt(hs)) v for a short causal context, in five batched products."""
+
+    @staticmethod
+    def forward(ctx, qk, v):
+        B, T, _, nh, hs = qk.shape
+        q, k = qk.permute(2, 0, 3, 1, 4).reshape(2, B * nh, T, hs)
+        v = v.transpose(1, 2).reshape(B * nh, T, hs)
+        mask = torch.full((T, T), float("-inf"), dtype=q.dtype).triu_(1)
+        # 缩放与掩码都并进矩阵乘，不再各走一遍内存
+        p = torch.baddbmm(mask, q, k.mT, alpha=hs**-0.5).softmax(dim=-1)
+        ctx.save_for_backward(q, k, v, p)
+        return torch.bmm(p, v).view(B, nh, T, hs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, p = ctx.saved_tensors
+        B, nh, T, hs = grad.shape
+        grad = grad.reshape(B * nh, T, hs)
+        grad_p = torch.bmm(grad, v.mT)
+        grad_s = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
+        # 直接写进同一块内存，缩放也并进乘法
+        grad_qk = torch.empty((2, B * nh, T, hs), dtype=q.dtype)
+        grad_qk[0].baddbmm_(grad_s, k, beta=0, alpha=hs**-0.5)
+        grad_qk[1].baddbmm_(grad_s.mT, q, beta=0, alpha=hs**-0.5)
+        grad_v = torch.bmm(p.mT, grad)
+        return grad_qk.view(2, B, nh, T, hs).permute(1, 3, 0, 2, 4), grad_v.view(B, nh, T, hs).transpose(1, 2)
 
 
 class KVCache:
@@ -62,25 +145,41 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, rope=None, cache: KVCache | None = None) -> torch.Tensor:
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         # q 与 k 的归一化、旋转完全相同，一起算，调用次数减半
-        qk, v = qkv.split((2 * self.n_head, self.n_head), dim=2)
+        qk, v = qkv.split((2, 1), dim=2)
+        v = v.squeeze(2)  # (B, T, nh, hs)
         if self.qk_norm:
             # 限住 q·k 的幅度，学习率可以更大而注意力不发散
-            qk = F.rms_norm(qk, (qk.size(-1),))
+            qk = rms_norm(qk)
         if rope is not None:
             qk = rotate(qk, *rope)
-        q, k = qk.transpose(1, 2).chunk(2, dim=1)  # (B, nh, T, hs)
-        v = v.transpose(1, 2)
+        dropout = self.dropout if self.training else 0.0
+        if cache is None and self._is_short(qk, dropout):
+            y = _ShortAttention.apply(qk, v)
+        else:
+            y = self._attend(qk, v.transpose(1, 2), cache, dropout)
+        # (B, nh, T, hs) -> (B, T, C)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+    @staticmethod
+    def _is_short(qk: torch.Tensor, dropout: float) -> bool:
+        """Whether the explicit products beat SDPA: on a CPU, in float32, with a short context."""
+        # CPU 的 bf16、fp16 小矩阵乘很慢，半精度仍交给 SDPA
+        exact = qk.dtype in (torch.float32, torch.float64)
+        return qk.device.type == "cpu" and exact and not dropout and qk.size(1) <= SHORT_CONTEXT and not torch.compiler.is_compiling()
+
+    def _attend(self, qk: torch.Tensor, v: torch.Tensor, cache: KVCache | None, dropout: float) -> torch.Tensor:
+        """Scaled dot-product attention through PyTorch's kernel, (B, nh, T, hs)."""
+        T = qk.size(1)
+        q, k = (t.transpose(1, 2) for t in qk.unbind(2))
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         # 单 token 续写时每个 key 都可见，不需要掩码；整段预填充才是因果的
         mask = None
         if cache is not None and 1 < T < k.size(2):
-            mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=T > 1 and mask is None,
-            dropout_p=self.dropout if self.training else 0.0,
+            mask = torch.ones(T, k.size(2), dtype=torch.bool, device=qk.device).tril(k.size(2) - T)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=T > 1 and mask is None, dropout_p=dropout
         )
-        y = y.transpose(1, 2).reshape(B, T, C)
-        return self.resid_dropout(self.c_proj(y))

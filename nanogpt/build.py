@@ -1,6 +1,6 @@
 """From configuration nodes to objects: models, optimizers, loggers."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -56,9 +56,8 @@ def preset(name: str, arch: str | None = None, **changes) -> ModelConfig:
     wanted = [entry["override /arch"] for entry in shape.pop("defaults", []) if "override /arch" in entry]
     recipe_file = ROOT / "conf" / "arch" / f"{arch or (wanted or ['modern'])[0]}.yaml"
     recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8"))
-    # 与 Hydra 的次序相同：先 model 后 arch
-    config = replace(ModelConfig(), **shape)
-    config = replace(config, **{k: v for k, v in recipe.items() if k in {f.name for f in fields(ModelConfig)}}, **changes)
+    # 与 Hydra 的次序相同：先 arch 后 model，最后是调用者的改动
+    config = replace(ModelConfig(), **{**recipe, **shape.get("model", shape), **changes})
     check_model(config)
     return config
 

@@ -112,7 +112,9 @@ def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def save(run_dir: Path, *, model, state: dict, iteration: int, val_loss: float | None, config_text: str, tokenizer_file: Path, keep: int) -> Checkpoint:
+def save(
+    run_dir: Path, *, model, state: dict, iteration: int, val_loss: float | None, config_text: str, tokenizer_file: Path, keep: int,
+) -> Checkpoint:
     """Write a checkpoint aside, sync it, rename it; then drop all but the newest `keep` and the best."""
     final = run_dir / "ckpt" / f"iter_{iteration:08d}"
     with folder_aside(final) as aside:

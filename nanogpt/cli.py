@@ -5,18 +5,25 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException, OverrideParseException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nanogpt import rundir
 from nanogpt.config import ROOT, TrainConfig, register_schemas
-from nanogpt.messages import ConfigError, language_from_arguments, say, set_language
+from nanogpt.messages import ConfigError, language_from_arguments, say, set_language, text
 
 EXIT_USER_ERROR = 2
+# 内容随选项而变的配置组；model 一类形状固定的不在内
+FREE_TEXT = ("sample_prompt",)
+NON_ASCII_ITEM = r"[^,\[\]{}()'\"]*[^\x00-\x7f][^,\[\]{}()'\"]*"
+SWAPPABLE = ("optimizer", "dataset", "logger")
 
 
 def known_keys() -> list[str]:
@@ -34,6 +41,8 @@ def known_keys() -> list[str]:
 
 def one_line(error: Exception, config_name: str) -> ConfigError:
     """Turn what Hydra or OmegaConf raised while composing into a ConfigError that names the key."""
+    if isinstance(error, ConfigError):
+        return error
     message = str(error)
     if isinstance(error, MissingConfigException) and error.options:
         group, _, got = (error.missing_cfg_file or "").rpartition("/")
@@ -42,23 +51,55 @@ def one_line(error: Exception, config_name: str) -> ConfigError:
     if isinstance(cause, OmegaConfBaseException) and cause.full_key and "could not be converted" in str(cause):
         want = re.search(r"could not be converted to (\w+)", str(cause))
         return ConfigError("wrong_type", key=cause.full_key, got=cause.value, want=want[1] if want else "?")
+    if isinstance(error, OverrideParseException):
+        reason = next((line for line in message.splitlines() if line.strip()), "")
+        return ConfigError("unreadable", argument=error.override, reason=reason)
     unknown = re.search(r"Could not (?:override|append|delete)[^']*'([^'=@]+)", message)
     if unknown:
         key = unknown[1]
         close = difflib.get_close_matches(key, known_keys(), n=1)
-        from nanogpt.messages import text
-
         guess = text("did_you_mean", guess=close[0]) if close else ""
         return ConfigError("unknown_key", key=key, guess=guess, config=config_name)
     # 其余情形：第一行足以说明问题，后面是 Hydra 的内部细节
     return ConfigError("compose", line=" ".join(line.strip() for line in message.splitlines() if line.strip()))
 
 
-def unwrap(error: InstantiationException) -> ConfigError:
-    """The user's mistake inside an `_target_` that could not be built."""
-    cause = error.__cause__ or error
-    key = re.search(r"full_key: (\S+)", str(error))
-    return ConfigError("bad_part", key=key[1] if key else "_target_", reason=str(cause).splitlines()[0])
+def remembered_groups(arguments: list[str]) -> list[str]:
+    """On resume, the run's own choice of every swappable group that was not typed again.
+
+    Without them `resume=… optimizer.weight_decay=0` would be composed against the default optimizer.
+    """
+    named = [a.removeprefix("resume=") for a in arguments if a.startswith("resume=")]
+    if not named or named[-1] in ("null", ""):
+        return []
+    try:
+        saved = yaml.safe_load((rundir.locate(named[-1]) / "config.yaml").read_text(encoding="utf-8"))["groups"]
+        typed = {a.split("=")[0] for a in arguments}
+        # 只认 conf/ 里确实有的选项：运行目录可能来自陌生人
+        return [f"{g}={saved[g]}" for g in SWAPPABLE if g not in typed and (ROOT / "conf" / g / f"{saved[g]}.yaml").is_file()]
+    except (ConfigError, OSError, KeyError, TypeError, yaml.YAMLError):
+        # 目录不对或配置损坏：稍后由真正的加载来说明
+        return []
+
+
+def quoted(argument: str) -> str:
+    """A command-line argument that Hydra's grammar reads: text in quotes, Chinese included.
+
+    Unquoted, its lexer knows ASCII only and takes commas for a sweep.
+    """
+    key, equals, value = argument.partition("=")
+    if not equals or not value or value[0] in "'\"":
+        return argument
+    if key in FREE_TEXT and value[0] not in "[{":
+        return f"{key}={_in_quotes(value)}"
+    # 逗号与括号留给 Hydra：列表、扫描里的每个中文项分别加引号
+    return f"{key}={re.sub(NON_ASCII_ITEM, lambda item: _in_quotes(item[0]), value)}"
+
+
+def _in_quotes(value: str) -> str:
+    # 末尾的反斜杠会吃掉右引号，要双写
+    tail = len(value) - len(value.rstrip("\\"))
+    return "'" + value.replace("'", "\\'") + "\\" * tail + "'"
 
 
 def run_script(config_name: str, task: Callable[[TrainConfig, list[str]], None]) -> None:
@@ -71,18 +112,24 @@ def run_script(config_name: str, task: Callable[[TrainConfig, list[str]], None])
     # 让 Hydra 把异常原样抛出，由下面统一压成一行
     os.environ["HYDRA_FULL_ERROR"] = "1"
     reported: list[Exception] = []
+    remembered = remembered_groups(sys.argv[1:])
+    sys.argv[1:] = [*map(quoted, sys.argv[1:]), *remembered]
 
     def job(cfg):
-        overrides = list(HydraConfig.get().overrides.task)
+        hydra_config = HydraConfig.get()
+        overrides = [o for o in hydra_config.overrides.task if o not in remembered]
         try:
             set_language(cfg.lang if cfg.lang in ("zh", "en") else "auto")
-            task(OmegaConf.to_object(cfg), overrides)
-        except (ConfigError, InstantiationException, OmegaConfBaseException) as error:
-            line = error if isinstance(error, ConfigError) else unwrap(error) if isinstance(error, InstantiationException) else one_line(error, config_name)
-            say("error", line=line)
+            typed = OmegaConf.to_object(cfg)
+            typed.groups = {g: o for g, o in hydra_config.runtime.choices.items() if o and not g.startswith("hydra/")}
+            if hydra_config.mode == RunMode.MULTIRUN and typed.out_dir is None:
+                typed.out_dir = str(Path(hydra_config.sweep.dir) / hydra_config.sweep.subdir)
+            task(typed, overrides)
+        except (ConfigError, OmegaConfBaseException) as error:
+            say("error", line=one_line(error, config_name))
             reported.append(error)
             # 多任务时只算这一个失败，其余照跑；单任务直接退出
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
+            if hydra_config.mode == RunMode.MULTIRUN:
                 raise
             sys.exit(EXIT_USER_ERROR)
 

@@ -40,6 +40,6 @@ def _trial(device: torch.device) -> str | None:
     """Compile one small function to find out whether the tool chain works; the reason if not."""
     try:
         torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(8, device=device))
-    except Exception as error:  # noqa: BLE001 - 工具链的毛病五花八门，任何失败都等于不可用
+    except Exception as error:
         return str(error).strip().splitlines()[0][:120]
     return None

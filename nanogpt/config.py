@@ -118,7 +118,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-3
     min_lr: float = 0.0
-    warmup_iters: int = 0
+    warmup_iters: int | None = None
     lr_decay_iters: int | None = None
     lr_schedule: str = "cosine"
     decay_fraction: float = 0.2
@@ -143,6 +143,8 @@ class TrainConfig:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     dataset: Any = MISSING
     logger: Any = field(default_factory=dict)
+    groups: dict[str, str] = field(default_factory=dict)
+    """Option chosen in each config group; filled in by the program."""
 
 
 CHOICES = {
@@ -244,11 +246,30 @@ def check_schedule(cfg: Any) -> None:
     """Rules between learning rates and iteration counts."""
     if cfg.min_lr > cfg.learning_rate:
         raise ConfigError("above", key="min_lr", got=cfg.min_lr, other="learning_rate", limit=cfg.learning_rate)
-    # constant 没有衰减段，预热只需短于整个训练
     end = cfg.lr_decay_iters or cfg.max_iters
-    if cfg.warmup_iters >= end and cfg.warmup_iters > 0:
+    if (cfg.warmup_iters or 0) >= end:
         other = "lr_decay_iters" if cfg.lr_decay_iters else "max_iters"
         raise ConfigError("warmup_too_long", got=cfg.warmup_iters, other=other, limit=end)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning-rate schedule with every default filled in; see optimizers.learning_rate_at."""
+
+    learning_rate: float
+    min_lr: float
+    warmup_iters: int
+    lr_decay_iters: int
+    lr_schedule: str
+    decay_fraction: float
+
+
+def schedule_of(cfg: TrainConfig) -> Schedule:
+    """The schedule of a run; decay ends with the run and warm-up takes 2% of it unless set otherwise."""
+    end = cfg.lr_decay_iters or cfg.max_iters
+    # 短跑几步的试验也能用默认值，不会撞上“预热比训练长”
+    warmup = min(100, end // 50) if cfg.warmup_iters is None else cfg.warmup_iters
+    return Schedule(cfg.learning_rate, cfg.min_lr, warmup, end, cfg.lr_schedule, cfg.decay_fraction)
 
 
 def check(cfg: Any) -> None:

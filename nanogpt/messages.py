@@ -57,6 +57,10 @@ MESSAGES = {
     "error": ("error: {line}", "错误：{line}"),
     # ---- 配置 ----
     "compose": ("{line}", "{line}"),
+    "unreadable": (
+        "{argument}: this cannot be read ({reason}); put the value in quotes: \"key='value'\"",
+        "{argument}：无法解析（{reason}）；请给值加引号：\"key='值'\"",
+    ),
     "unknown_key": (
         "{key}: there is no such key{guess}; see conf/{config}.yaml or run with --cfg job",
         "{key}：没有这个配置项{guess}；可查看 conf/{config}.yaml，或加 --cfg job 打印全部配置",
@@ -296,5 +300,4 @@ MESSAGES = {
     "next_longer": ("train longer", "继续训练"),
     "next_curves": ("see the curves", "看曲线"),
     "next_own": ("your own text", "用自己的文本"),
-    "crashed_job": ("this job failed: {line}", "这个任务失败：{line}"),
 }

@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanogpt.attention import CausalSelfAttention, KVCache, rope_table
+from nanogpt.attention import CausalSelfAttention, KVCache, rms_norm, rope_table
 from nanogpt.config import ModelConfig
 from nanogpt.loss import chunked_cross_entropy
 
@@ -21,7 +21,6 @@ class Norm(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.shape = (config.n_embd,)
         self.kind = config.norm
         if config.norm == "layernorm":
             self.weight = nn.Parameter(torch.ones(config.n_embd))
@@ -30,8 +29,23 @@ class Norm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # RMSNorm 不带可学习的增益：紧跟其后的线性层能吸收它，少一次乘法
         if self.kind == "rmsnorm":
-            return F.rms_norm(x, self.shape)
-        return F.layer_norm(x, self.shape, self.weight, self.bias, 1e-5)
+            return rms_norm(x)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """relu(x)^2; eager autograd would keep x and relu(x) and pass over them four times more."""
+
+    @staticmethod
+    def forward(ctx, x):
+        r = x.relu()
+        ctx.save_for_backward(r)
+        return r * r
+
+    @staticmethod
+    def backward(ctx, grad):
+        (r,) = ctx.saved_tensors
+        return (grad * r).mul_(2)
 
 
 class MLP(nn.Module):
@@ -49,7 +63,7 @@ class MLP(nn.Module):
         x = self.c_fc(x)
         if self.activation == "relu2":
             # ReLU² 只有比较和乘法，CPU 上比 GELU 快几倍，loss 不差（Primer, arXiv:2109.08668）
-            x = F.relu(x).square()
+            x = _SquaredReLU.apply(x)
         else:
             # GPT-2 原版用 tanh 近似的 GELU，导入权重时必须一致
             x = F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
@@ -77,10 +91,13 @@ class NgramEmbedding(nn.Module):
     A table look-up that costs no matrix product (Over-Tokenized Transformer, arXiv:2501.16975).
     """
 
-    def __init__(self, n: int, buckets: int, n_embd: int):
+    def __init__(self, n: int, config: ModelConfig):
         super().__init__()
         self.n = n
-        self.table = nn.Embedding(buckets, n_embd)
+        # 全部 n-gram 都放得下时逐一编号，没有冲突，表也更小；否则用大奇数做滚动哈希
+        distinct = (config.vocab_size + 1) ** n
+        self.multiplier = config.vocab_size + 1 if distinct <= config.ngram_buckets else 1000003
+        self.table = nn.Embedding(min(distinct, config.ngram_buckets), config.n_embd)
 
     def forward(self, idx: torch.Tensor, history: torch.Tensor | None = None) -> torch.Tensor:
         T = idx.size(1)
@@ -92,8 +109,8 @@ class NgramEmbedding(nn.Module):
         key = padded[:, padded.size(1) - T :]
         for back in range(1, self.n):
             start = padded.size(1) - T - back
-            # 乘一个大奇数再相加：廉价的滚动哈希，int64 自然回绕
-            key = key * 1000003 + padded[:, start : start + T]
+            # int64 溢出时自然回绕，不影响哈希
+            key = key * self.multiplier + padded[:, start : start + T]
         return self.table(key % self.table.num_embeddings)
 
 
@@ -111,9 +128,10 @@ class GPT(nn.Module):
         # 由训练器按 memory=... 设置，不属于模型结构，故不进 checkpoint
         self.activation_checkpointing = "none"
         self.loss_chunk_mib = 64
+        self.compiled_hidden = None
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
-        self.ngrams = nn.ModuleList(NgramEmbedding(n, config.ngram_buckets, config.n_embd) for n in config.ngrams)
+        self.ngrams = nn.ModuleList(NgramEmbedding(n, config) for n in config.ngrams)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(
             Block(config, self.make_attention(layer), self.make_mlp(layer)) for layer in range(config.n_layer)
@@ -177,7 +195,7 @@ class GPT(nn.Module):
         for ngram in self.ngrams:
             x = x + ngram(idx, cache.tokens[:, :start] if cache is not None else None)
         if self.config.embed_norm:
-            x = F.rms_norm(x, (x.size(-1),))
+            x = rms_norm(x)
         x = self.drop(x)
         rope = (self.rope_cos[start:end], self.rope_sin[start:end]) if self.config.position == "rope" else None
         for block in self.h:
@@ -206,8 +224,10 @@ class GPT(nn.Module):
 
     def loss(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the mean cross-entropy in nats, shape (), computed in chunks of tokens."""
+        # 只编译训练用的这一条路；逐 token 解码的形状每步都变，编译反而慢
+        hidden = self.compiled_hidden or self.hidden
         return chunked_cross_entropy(
-            self.hidden(idx), self.lm_head.weight, targets,
+            hidden(idx), self.lm_head.weight, targets,
             softcap=self.config.logit_softcap, chunk_mib=self.loss_chunk_mib,
         )
 

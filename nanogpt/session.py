@@ -2,10 +2,8 @@
 
 import os
 import signal
-import sys
 from pathlib import Path
 
-import torch
 from omegaconf import OmegaConf
 
 from nanogpt import checkpoint, corpus, distributed, machine, rundir
@@ -17,14 +15,14 @@ from nanogpt.data import TokenData, copy_dataset, dataset_bytes
 from nanogpt.files import write_text
 from nanogpt.loggers import JsonlLogger, Loggers
 from nanogpt.messages import ConfigError, text
-from nanogpt.trainer import Trainer, TrainingStopped, share_batch
+from nanogpt.trainer import Trainer, share_batch
 
 
 class Session:
     """Wires data, model, optimizer, loggers and trainer together in the order in which mistakes should show."""
 
-    def __init__(self, cfg: TrainConfig, run_dir: Path, source: checkpoint.Checkpoint | None):
-        self.cfg, self.source = cfg, source
+    def __init__(self, cfg: TrainConfig, run_dir: Path, source: checkpoint.Checkpoint | None, *, other_data: bool = False):
+        self.cfg, self.source, self.other_data = cfg, source, other_data
         self.console = Console(quiet=distributed.rank() > 0)
         self.device = machine.choose_device(cfg.device, cfg.hardware)
         share_batch(cfg, distributed.world())
@@ -48,13 +46,13 @@ class Session:
         check(cfg)
         if source.iteration >= cfg.max_iters:
             raise ConfigError("already_done", iteration=source.iteration, max_iters=cfg.max_iters, more=2 * source.iteration)
-        return cls(cfg, run_dir, source)
+        return cls(cfg, run_dir, source, other_data=any(o.startswith("dataset.dir=") for o in overrides))
 
     # ---- 数据 ----
 
     def _open_data(self) -> TokenData:
         bundled = self.run_dir / "data"
-        if self.source and (bundled / "meta.json").is_file() and self.cfg.dataset["dir"] is None:
+        if self.source and (bundled / "meta.json").is_file() and not self.other_data:
             # 运行目录自带数据：拷到别的机器上也能接着训
             return TokenData(bundled)
         options = {k: v for k, v in self.cfg.dataset.items() if k not in ("name", "dir")}

@@ -10,16 +10,15 @@ import torch
 
 from nanogpt import checkpoint, distributed
 from nanogpt.compilation import compile_hidden
-from nanogpt.config import TrainConfig
+from nanogpt.config import TrainConfig, schedule_of
 from nanogpt.console import Console
 from nanogpt.data import TokenData
-from nanogpt.files import write_text
 from nanogpt.generate import write_sample
 from nanogpt.loggers import Loggers
-from nanogpt.messages import ConfigError, text
+from nanogpt.messages import ConfigError
 from nanogpt.metrics import RTX3060_TFLOPS, Stopwatch, memory_gib, peak_tflops
-from nanogpt.optimizers import learning_rate_at
 from nanogpt.oom import is_out_of_memory
+from nanogpt.optimizers import learning_rate_at
 from nanogpt.precision import Precision
 from nanogpt.summary import write_summary
 
@@ -27,7 +26,7 @@ from nanogpt.summary import write_summary
 SAMPLE_STREAM = 1_000_003
 
 
-class TrainingStopped(ConfigError):
+class TrainingStoppedError(ConfigError):
     """Training cannot go on; the text says why and what to do."""
 
 
@@ -74,7 +73,9 @@ class Interval:
 class Trainer:
     """Trains one model on one data set in one process (of several under torchrun)."""
 
-    def __init__(self, cfg: TrainConfig, *, model, optimizer, data: TokenData, device: torch.device, loggers: Loggers, run_dir: Path, console: Console):
+    def __init__(
+        self, cfg: TrainConfig, *, model, optimizer, data: TokenData, device: torch.device, loggers: Loggers, run_dir: Path, console: Console
+    ):
         self.cfg = cfg
         self.model = model
         self.optimizer = optimizer
@@ -84,6 +85,7 @@ class Trainer:
         self.run_dir = run_dir
         self.console = console
         self.config_text = ""
+        self.schedule = schedule_of(cfg)
         self.precision = Precision(cfg.precision, device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.progress = Progress()
@@ -96,6 +98,7 @@ class Trainer:
         self.stopwatch = Stopwatch()
         self.interval = Interval()
         self.saved: checkpoint.Checkpoint | None = None
+        self.last_sample = ""
         model.activation_checkpointing = cfg.memory.activation_checkpointing
         model.loss_chunk_mib = cfg.memory.loss_chunk_mib
         self.compiled = compile_hidden(model, cfg.compile, device, console)
@@ -126,21 +129,13 @@ class Trainer:
         self.progress.tokens_trained += self.global_rows * self.block_size
         return StepResult(loss, norm, rate, stop)
 
-    @property
-    def schedule(self):
-        """The fields that learning_rate_at reads, with lr_decay_iters filled in."""
-        cfg = self.cfg
-        if cfg.lr_decay_iters is None:
-            cfg.lr_decay_iters = cfg.max_iters
-        return cfg
-
     def _accumulate_until_it_fits(self, starts: np.ndarray) -> tuple[float, bool]:
         """Accumulate gradients over rows `starts`; return (mean loss over all processes, stop requested anywhere)."""
         while True:
             failed = False
             try:
                 loss = self._accumulate(starts)
-            except Exception as error:  # noqa: BLE001 - 只接住显存不足，其余原样抛出
+            except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 failed = True
@@ -175,7 +170,7 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if self.micro_batch == 1:
-            raise TrainingStopped("oom_final")
+            raise TrainingStoppedError("oom_final")
         old, self.micro_batch = self.micro_batch, (self.micro_batch + 1) // 2
         accumulation = math.ceil(self.local_rows / self.micro_batch) * distributed.world()
         self.console.line("oom_shrink", iteration=self.progress.iteration + 1, old=old, new=self.micro_batch, accum=accumulation)
@@ -214,7 +209,7 @@ class Trainer:
         self.console.line("nonfinite", iteration=self.progress.iteration + 1, what=what, count=self.progress.nonfinite_in_a_row)
         if self.progress.nonfinite_in_a_row >= self.cfg.max_nonfinite_steps:
             good = self.saved or next(iter(reversed(checkpoint.checkpoints(self.run_dir))), None)
-            raise TrainingStopped("diverged", count=self.progress.nonfinite_in_a_row, checkpoint=good.name if good else "-",
+            raise TrainingStoppedError("diverged", count=self.progress.nonfinite_in_a_row, checkpoint=good.name if good else "-",
                                   path=self.run_dir, rate=self.cfg.learning_rate / 3)
 
     def _to_device(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,7 +232,7 @@ class Trainer:
             batch = np.array(full[: self.eval_batch])
             try:
                 sums += self._loss_sum(batch, self.block_size)
-            except Exception as error:  # noqa: BLE001 - 同上
+            except Exception as error:
                 if not is_out_of_memory(error) or self.eval_batch == 1:
                     raise
                 self.eval_batch = (self.eval_batch + 1) // 2
@@ -377,7 +372,7 @@ class Trainer:
             )
         except OSError as error:
             if final:
-                raise TrainingStopped("never_saved", reason=error.strerror, path=self.run_dir) from None
+                raise TrainingStoppedError("never_saved", reason=error.strerror, path=self.run_dir) from None
             self.console.line("save_failed", reason=error.strerror, iters=self.cfg.save_interval or self.cfg.eval_interval)
 
     def restore(self, source: checkpoint.Checkpoint) -> None:

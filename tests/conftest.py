@@ -1,0 +1,92 @@
+"""A tiny model, a tiny corpus, and configs composed from the real conf/ tree."""
+
+import contextlib
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf, open_dict
+
+from nanogpt import messages
+from nanogpt.config import ROOT, ModelConfig, TrainConfig, check, register_schemas
+from nanogpt.corpus import build_char_tokenizer, write_dataset
+
+# 张量极小：多线程只有等待；机器忙时 OpenMP 的自旋会慢上百倍
+torch.set_num_threads(1)
+os.environ.setdefault("WANDB_MODE", "offline")
+
+TINY = ("model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=16")
+
+
+@pytest.fixture(autouse=True)
+def english():
+    """Tests read English messages, whatever the machine speaks."""
+    messages.set_language("en")
+    yield
+    messages.set_language("en")
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    """Run in an empty folder: outputs/ lands there."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory) -> Path:
+    """A prepared character data set of 6,000 tokens with structure that a tiny model can learn."""
+    words = ["the", "king", "and", "queen", "of", "love", "speaks", "no", "more", "words"]
+    random = np.random.default_rng(0)
+    text = "".join(words[i] + (" " if i % 3 else "\n") for i in random.integers(0, len(words), 1400))
+    tokenizer = build_char_tokenizer([text])
+    ids = tokenizer.encode(text)[:6000]
+    folder = tmp_path_factory.mktemp("corpus") / "prepared"
+    return write_dataset(folder, name="text_file", source="test", tokenizer=tokenizer, train=[ids[:5000]], val=[ids[5000:]])
+
+
+def make_config(*overrides: str, checked: bool = True) -> TrainConfig:
+    """The TrainConfig that run_train.py would see for these overrides."""
+    register_schemas()
+    with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
+        composed = compose(config_name="train", overrides=list(overrides), return_hydra_config=True)
+    choices = composed.hydra.runtime.choices
+    with open_dict(composed):
+        del composed.hydra
+    cfg = OmegaConf.to_object(composed)
+    cfg.groups = {g: o for g, o in choices.items() if o and not g.startswith("hydra/")}
+    if checked:
+        check(cfg)
+    return cfg
+
+
+@pytest.fixture
+def tiny_overrides(corpus_folder):
+    """Overrides of a run that takes a second on a CPU."""
+    return [
+        *TINY, "dataset=text_file", f"dataset.dir={corpus_folder}", "dataset.path=unused.txt", "logger=none", "device=cpu", "max_iters=6",
+        "batch_size=4", "eval_interval=3", "eval_tokens=null", "log_interval=1", "sample_tokens=8", "warmup_iters=2", "learning_rate=1e-2",
+    ]
+
+
+def tiny_model_config(**changes) -> ModelConfig:
+    """A ModelConfig that builds in milliseconds."""
+    return ModelConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 11, **changes})
+
+
+GPT2_RECIPE = {
+    "arch": "gpt2", "position": "learned", "norm": "layernorm", "activation": "gelu_tanh", "bias": True, "qk_norm": False,
+    "embed_norm": False, "tie_embeddings": True, "init": "gpt2", "logit_softcap": 0.0,
+}
+
+
+@contextlib.contextmanager
+def no_grad_eval(model):
+    """Evaluate without dropout or gradients."""
+    model.eval()
+    with torch.no_grad():
+        yield model
+    model.train()

@@ -1,0 +1,155 @@
+"""The config tree composes; every wrong value is one line that names the key."""
+
+import re
+import string
+
+import pytest
+from conftest import TINY, make_config
+
+from nanogpt import build, messages
+from nanogpt.config import CHOICES, RANGES, ROOT, TRUSTED_TARGETS, check, lookup, untrusted_targets
+from nanogpt.messages import ConfigError
+
+GROUPS = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in (ROOT / "conf").iterdir() if p.is_dir()}
+OPTIONS = [(group, option) for group, options in GROUPS.items() for option in options]
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_yaml_composes_and_passes_the_checks(group, option):
+    cfg = make_config(f"{group}={option}")
+    for name, node in {"optimizer": cfg.optimizer, **{f"logger.{k}": v for k, v in cfg.logger.items()}}.items():
+        assert callable(build.locate_class(node["_target_"], name))
+
+
+@pytest.mark.parametrize("optimizer", GROUPS["optimizer"])
+def test_every_optimizer_yaml_is_built(optimizer):
+    cfg = make_config(f"optimizer={optimizer}", *TINY)
+    cfg.model.vocab_size = 11
+    model = build.build_model(cfg.model, 0)
+    built = build.build_part(cfg.optimizer, "optimizer", model)
+    in_groups = [p for g in built.param_groups for p in g["params"]]
+    assert len(in_groups) == len({id(p) for p in in_groups}) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("logger", [name for name in GROUPS["logger"] if name not in ("none", "jsonl")])
+def test_every_logger_yaml_is_built(logger):
+    cfg = make_config(f"logger={logger}")
+    assert [build.build_part(node, name) for name, node in cfg.logger.items()]
+
+
+def test_presets_have_the_promised_shapes():
+    shapes = {n: build.preset(n) for n in build.preset_names()}
+    got = {n: (c.n_layer, c.n_head, c.n_embd, c.block_size) for n, c in shapes.items()}
+    assert got == {
+        "tiny": (4, 4, 256, 128), "small": (6, 6, 384, 256), "medium": (12, 12, 768, 512), "large": (24, 16, 1024, 1024),
+        "gpt2": (12, 12, 768, 1024), "gpt2_medium": (24, 16, 1024, 1024), "gpt2_large": (36, 20, 1280, 1024), "gpt2_xl": (48, 25, 1600, 1024),
+    }
+
+
+@pytest.mark.parametrize("name", GROUPS["model"])
+def test_python_presets_equal_the_composed_config(name):
+    assert build.preset(name) == make_config(f"model={name}").model
+
+
+def test_gpt2_presets_bring_their_recipe_and_the_command_line_wins():
+    assert make_config("model=gpt2").model.position == "learned"
+    assert make_config("model=gpt2", "arch=modern").model.position == "rope"
+
+
+BAD = {
+    "model.n_embd=100 model.n_head=12": "model.n_embd=100 is not divisible by model.n_head=12; choose a multiple of 12",
+    "model.n_embd=36 model.n_head=4": "odd",
+    "learning_rate=-1": "learning_rate=-1.0 is out of range",
+    "learning_rate=0": "learning_rate",
+    "learning_rate=nan": "learning_rate",
+    "min_lr=1 learning_rate=0.1": "min_lr=1.0 is above learning_rate=0.1",
+    "warmup_iters=1000 max_iters=100": "warmup_iters=1000 is not shorter than max_iters=100",
+    "warmup_iters=50 lr_decay_iters=20": "lr_decay_iters",
+    "batch_size=0": "batch_size=0 is out of range",
+    "gradient_accumulation_steps=-2": "gradient_accumulation_steps",
+    "max_iters=0": "max_iters",
+    "model.dropout=1.0": "model.dropout",
+    "model.block_size=0": "model.block_size",
+    "device=tpu": "device=tpu is not known",
+    "lang=fr": "lang=fr is not known; choose one of: auto | zh | en",
+    "compile=maybe": "compile",
+    "lr_schedule=step": "lr_schedule",
+    "precision.dtype=fp8": "precision.dtype",
+    "model.position=alibi": "model.position",
+    "memory.activation_checkpointing=some": "memory.activation_checkpointing",
+    "dataset.name=nothing": "data/nothing/prepare.py",
+    "dataset.name=../evil": "dataset.name",
+    "keep=0": "keep",
+    "sample_temperature=-1": "sample_temperature",
+    "model.ngrams=[1]": "model.ngrams",
+}
+
+
+@pytest.mark.parametrize("overrides", BAD)
+def test_bad_values_are_one_line_naming_key_value_and_remedy(overrides):
+    with pytest.raises(ConfigError) as error:
+        make_config(*overrides.split())
+    assert BAD[overrides] in str(error.value) and "\n" not in str(error.value)
+    messages.set_language("zh")
+    assert "\n" not in str(error.value) and re.search("[一-鿿]", str(error.value))
+
+
+def test_every_checked_key_exists_in_the_schema():
+    cfg = make_config()
+    for key in [*CHOICES, *RANGES]:
+        lookup(cfg, key)
+
+
+def test_every_top_level_key_of_train_yaml_is_documented():
+    lines = (ROOT / "conf" / "train.yaml").read_text(encoding="utf-8").splitlines()
+    keys = [line for line in lines if re.match(r"[a-z_]+:", line) and not line.startswith(("defaults", "hydra"))]
+    assert keys and all("#" in line for line in keys)
+
+
+def test_both_languages_have_the_same_placeholders():
+    def names(template):
+        return {field for _, field, _, _ in string.Formatter().parse(template) if field}
+
+    assert all(names(en) == names(zh) for en, zh in messages.MESSAGES.values())
+
+
+def test_every_message_that_the_code_uses_exists_and_none_is_dead():
+    code = "".join(p.read_text(encoding="utf-8") for p in [*(ROOT / "nanogpt").glob("*.py"), *(ROOT / "data").glob("*/prepare.py")] if p.name != "messages.py")
+    used = set(re.findall(r'(?:ConfigError|StoppedError|\bsay|(?<!\.)\btext|console\.line)\(\s*"([a-z0-9_]+)"', code))
+    assert used <= set(messages.MESSAGES)
+    assert not {name for name in messages.MESSAGES if f'"{name}"' not in code}
+
+
+def test_targets_of_strangers_are_found_wherever_they_hide():
+    saved = {"model": {"_target_": "nanogpt.model.GPT"}, "logger": {"x": {"_target_": "os.system", "y": [{"_target_": "evil.run"}]}}}
+    assert untrusted_targets(saved, {}) == ["evil.run", "os.system"]
+    assert untrusted_targets(saved, {"a": {"_target_": "evil.run"}}) == ["os.system"]
+    assert all(target.startswith("nanogpt.") for target in TRUSTED_TARGETS)
+
+
+def test_check_does_not_import_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, nanogpt.cli, nanogpt.config, nanogpt.rundir, run_train; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_valid_configuration_passes():
+    check(make_config("model=medium", "precision=fp16", "warmup_iters=0", "lr_schedule=constant"))
+
+
+@pytest.mark.parametrize(("typed", "value"), [
+    ("sample_prompt=To be, or not to be", "To be, or not to be"), ("sample_prompt=it's 春天，", "it's 春天，"), ("sample_prompt=春\\", "春\\"),
+    ("out_dir=outputs/我的模型", "outputs/我的模型"), ("out_dir=D:\\文 本\\a.txt", "D:\\文 本\\a.txt"), ("sample_prompt='x'", "x"), ("out_dir=plain", "plain"),
+])
+def test_text_is_typed_as_it_is(typed, value):
+    from nanogpt.cli import quoted
+
+    assert lookup(make_config(quoted(typed), checked=False), typed.split("=")[0]) == value
+
+
+def test_lists_and_sweeps_of_chinese_words_stay_lists_and_sweeps():
+    from nanogpt.cli import quoted
+
+    assert quoted("x=春,夏") == "x='春','夏'" and quoted("x=[春,a]") == "x=['春',a]" and quoted("batch_size=4,8") == "batch_size=4,8"

@@ -1,0 +1,168 @@
+"""Text in: encodings, folders, line ends, the text_file data set and the plays' clean-up."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+
+from nanogpt import corpus
+from nanogpt.config import ROOT
+from nanogpt.corpus import iter_text, split_by_length, text_files
+from nanogpt.data import TokenData
+from nanogpt.messages import ConfigError
+
+CHINESE = "春眠不觉晓，处处闻啼鸟。\n夜来风雨声，花落知多少。\n"
+OPTIONS = {"tokenizer": "char", "encoding": "auto", "val_fraction": 0.1}
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"prepare_{name}", ROOT / "data" / name / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def text_root(tmp_path, monkeypatch):
+    """text_file with its prepared folders below tmp_path."""
+    module = script("text_file")
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+
+    def prepare(path, **options):
+        options = {**OPTIONS, "path": str(path), **options}
+        folder = module.folder(**options)
+        module.prepare(folder, **options)
+        return TokenData(folder)
+
+    return prepare
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "gb18030"])
+@pytest.mark.parametrize("text", [CHINESE, "To be, or not to be: that is the question.\n" * 3])
+def test_common_encodings_are_detected(tmp_path, encoding, text):
+    if encoding in ("utf-16-le", "utf-16-be") and text is CHINESE:
+        pytest.skip("纯汉字的 UTF-16 没有 BOM 时无从分辨")
+    path = tmp_path / "t.txt"
+    path.write_bytes(text.encode(encoding))
+    assert "".join(iter_text(path)) == text
+
+
+def test_undecodable_bytes_are_named_with_their_offset(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_bytes("好".encode() * 5 + b"\xff\xfe\xff" + "好".encode())
+    with pytest.raises(ConfigError, match=r"byte 15 is not"):
+        list(iter_text(path))
+    with pytest.raises(ConfigError, match=r"byte 15 is not utf-8"):
+        list(iter_text(path, "utf-8"))
+
+
+def test_the_offset_counts_from_the_start_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "PIECE", 4)
+    path = tmp_path / "t.txt"
+    path.write_bytes("好好好".encode() + b"\xff")
+    with pytest.raises(ConfigError, match=r"byte 9 is not utf-8"):
+        list(iter_text(path, "utf-8"))
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 5, 64])
+def test_pieces_never_split_a_character_or_a_line_end(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(corpus, "PIECE", piece)
+    path = tmp_path / "t.txt"
+    path.write_bytes((CHINESE + "a\r\nb\r\n\r\nc").encode("utf-8"))
+    assert "".join(iter_text(path, "utf-8")) == CHINESE + "a\nb\n\nc"
+
+
+def test_unknown_encoding_is_one_line(tmp_path):
+    (tmp_path / "t.txt").write_text("x", encoding="utf-8")
+    with pytest.raises(ConfigError, match="dataset.encoding=klingon"):
+        list(iter_text(tmp_path / "t.txt", "klingon"))
+
+
+def test_a_folder_gives_its_text_files_in_a_fixed_order(tmp_path):
+    for name in ("b.txt", "a.md", "sub/c.TXT", "ignored.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    assert [p.name for p in text_files(tmp_path)] == ["a.md", "b.txt", "c.TXT"]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 4, 5, 9, 10])
+def test_splitting_a_stream_keeps_every_token_in_order(cut):
+    stream = [np.arange(4), np.arange(4, 5), np.arange(5, 10)]
+    tagged = list(split_by_length(stream, cut))
+    joined = {s: [int(i) for split, ids in tagged if split == s for i in ids] for s in ("train", "val")}
+    assert joined == {"train": list(range(cut)), "val": list(range(cut, 10))}
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte"])
+def test_text_file_round_trips_the_text(text_root, tmp_path, tokenizer):
+    path = tmp_path / "诗.txt"
+    path.write_text(CHINESE * 20, encoding="gb18030")
+    data = text_root(path, tokenizer=tokenizer)
+    ids = np.concatenate([data.tokens["train"], data.tokens["val"]])
+    assert data.tokenizer.decode(ids) == CHINESE * 20
+    assert len(data.tokens["val"]) == round(len(ids) * 0.1)
+
+
+def test_changed_text_or_options_give_another_folder(text_root, tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("abc\n" * 50, encoding="utf-8")
+    first = text_root(path).folder
+    assert text_root(path, val_fraction=0.2).folder != first
+    path.write_text("abd\n" * 50, encoding="utf-8")
+    assert text_root(path).folder != first and (first / "meta.json").is_file()
+
+
+BAD_TEXT = {
+    "missing": ({}, "dataset.path=.*there is no such file"),
+    "empty": ({}, "no text in it"),
+    "unset": ({"path": None}, "dataset.path is not set"),
+    "tokenizer": ({"tokenizer": "wordpiece"}, "dataset.tokenizer=wordpiece is not known; choose one of: char"),
+    "fraction": ({"val_fraction": 1.5}, "dataset.val_fraction=1.5"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TEXT)
+def test_bad_text_input_is_one_line_and_writes_nothing(tmp_path, case):
+    path = tmp_path / "t.txt"
+    if case != "missing":
+        path.write_text("" if case == "empty" else "text\n" * 9, encoding="utf-8")
+    before = set(tmp_path.rglob("*"))
+    changes, message = BAD_TEXT[case]
+    with pytest.raises(ConfigError, match=message) as error:
+        script("text_file").folder(**{**OPTIONS, "path": str(path), **changes})
+    assert "\n" not in str(error.value) and set(tmp_path.rglob("*")) == before
+
+
+def test_plays_are_cleaned_to_speakers_and_lines():
+    markdown = (
+        "# A Play\n\n## ACT I\n\n_Enter A,\nB, and C_\n\n**FIRST LORD**  \nNow, _aside_ go—stay:  \nIt\\'s *done*.\n\n[Exit]\n\n**B**  \nAy.\n"
+    )
+    assert script("plays_char").plain_text(markdown) == "FIRST LORD:\nNow,  go--stay:\nIt's done.\n\nB:\nAy.\n\n"
+
+
+def test_openwebtext_streams_a_local_stand_in(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    source = tmp_path / "docs"
+    source.mkdir()
+    rows = [json.dumps({"text": f"document number {n}"}) for n in range(10)]
+    (source / "train.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    module = script("openwebtext")
+    module.prepare(tmp_path / "owt", str(source), val_every=5, max_documents=None)
+    data = TokenData(tmp_path / "owt")
+    text = {s: data.tokenizer.decode(data.tokens[s]).split("<|endoftext|>")[:-1] for s in ("train", "val")}
+    assert text["val"] == ["document number 4", "document number 9"]
+    assert len(text["train"]) == 8 and text["train"][0] == "document number 0"
+    with pytest.raises(ConfigError, match="val_every"):
+        module.prepare(tmp_path / "owt2", str(source), val_every=1, max_documents=None)
+
+
+def test_openwebtext_says_what_is_wrong_with_its_source(tmp_path):
+    pytest.importorskip("datasets")
+    source = tmp_path / "docs"
+    source.mkdir()
+    (source / "train.jsonl").write_text('{"body": "x"}\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match="no column named text"):
+        script("openwebtext").prepare(tmp_path / "owt", str(source), val_every=5, max_documents=None)
+    assert not (tmp_path / "owt").exists()

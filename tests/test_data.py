@@ -1,0 +1,163 @@
+"""Data set folders: prepared whole, verified, read deterministically from any position."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import make_config  # noqa: F401 - 保证 conf 可用
+
+from nanogpt import corpus
+from nanogpt.corpus import build_char_tokenizer, write_dataset
+from nanogpt.data import TokenData
+from nanogpt.messages import ConfigError
+from nanogpt.tokenizer import ByteTokenizer
+
+
+def counting_dataset(folder, train=1000, val=100):
+    """Tokens 0, 1, 2, … so that an offset can be read off the data."""
+    tokenizer = build_char_tokenizer(chr(0x4E00 + i) for i in range(train + val))
+    return write_dataset(folder, name="t", source="t", tokenizer=tokenizer, train=[np.arange(train)], val=[np.arange(train, train + val)])
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 16, 100])
+def test_every_epoch_shows_every_block_exactly_once(tmp_path, block_size):
+    data = TokenData(counting_dataset(tmp_path / "d"))
+    blocks = (1000 - block_size) // block_size
+    phases = set()
+    for epoch in range(3):
+        starts = data.starts(7, epoch * blocks, blocks, block_size)
+        assert len(set(starts)) == blocks and len(set(starts % block_size)) == 1
+        assert starts.min() >= 0 and starts.max() + block_size + 1 <= 1000
+        phases.add(int(starts[0] % block_size))
+    assert block_size < 16 or len(phases) > 1
+
+
+def test_a_batch_depends_only_on_seed_and_position(tmp_path):
+    data = TokenData(counting_dataset(tmp_path / "d"))
+    in_one = data.starts(1, 0, 300, 16)
+    # 不同的切法、倒着读、跨 epoch，都得到同一串
+    pieces = [TokenData(data.folder).starts(1, first, 25, 16) for first in reversed(range(0, 300, 25))]
+    assert np.array_equal(np.concatenate(pieces[::-1]), in_one)
+    assert not np.array_equal(data.starts(2, 0, 300, 16), in_one)
+
+
+def test_targets_are_the_inputs_shifted_by_one(tmp_path):
+    data = TokenData(counting_dataset(tmp_path / "d"))
+    x, y = data.rows("train", np.array([0, 500]), 16)
+    assert x.shape == y.shape == (2, 16) and (y - x == 1).all() and x[1, 0] == 500
+
+
+@pytest.mark.parametrize("block_size", [1, 9, 16, 99])
+def test_validation_windows_cover_every_target_once(tmp_path, block_size):
+    data = TokenData(counting_dataset(tmp_path / "d"))
+    seen = []
+    for start, length in data.val_windows(block_size, None):
+        seen += data.rows("val", np.array([start]), length)[1][0].tolist()
+    assert seen == list(range(1001, 1100))
+
+
+def test_a_limited_validation_is_a_fixed_spread_part(tmp_path):
+    data = TokenData(counting_dataset(tmp_path / "d"))
+    part = data.val_windows(8, 40)
+    assert part == data.val_windows(8, 40) and len(part) == 5
+    assert part[0][0] == 0 and part[-1][0] > 60
+    assert data.val_windows(8, 10**9) == data.val_windows(8, None)
+
+
+@pytest.mark.parametrize("file", ["train.bin", "val.bin", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "grow"])
+def test_a_folder_that_differs_from_its_meta_is_refused_with_the_remedy(tmp_path, file, damage):
+    folder = counting_dataset(tmp_path / "d")
+    path = folder / file
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    path.unlink()
+    if damage != "remove":
+        path.write_bytes(content[:-3] if damage == "truncate" else content + b"xx" if damage == "grow" else content)
+    with pytest.raises(ConfigError, match=r"does not match its meta.json .*delete the folder"):
+        TokenData(folder)
+
+
+@pytest.mark.parametrize("meta", ["", "[]", "{}", '{"format": 1}', "null", '{"format": 1, "sha256": {}}'])
+def test_a_broken_meta_is_refused(tmp_path, meta):
+    folder = counting_dataset(tmp_path / "d")
+    (folder / "meta.json").write_text(meta, encoding="utf-8")
+    with pytest.raises(ConfigError, match="no readable meta.json"):
+        TokenData(folder)
+
+
+def test_a_newer_format_is_named(tmp_path):
+    folder = counting_dataset(tmp_path / "d")
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    (folder / "meta.json").write_text(json.dumps({**meta, "format": 99}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="format 99"):
+        TokenData(folder)
+
+
+def test_a_block_longer_than_the_data_is_refused_and_the_limit_named_works(tmp_path):
+    data = TokenData(counting_dataset(tmp_path / "d", train=50, val=20))
+    with pytest.raises(ConfigError, match=r"model.block_size=64 is longer than the train split \(50 tokens\)"):
+        data.check_block_size(64)
+    with pytest.raises(ConfigError, match=r"val split.*<=19"):
+        data.check_block_size(20)
+    data.check_block_size(19)
+    data.starts(0, 0, 5, 19)
+
+
+def test_small_vocabularies_take_one_byte_a_token(tmp_path):
+    folder = write_dataset(tmp_path / "d", name="t", source="t", tokenizer=ByteTokenizer(), train=[np.arange(256)], val=[np.arange(9)])
+    assert (folder / "train.bin").stat().st_size == 256
+    assert TokenData(folder).tokens["train"][255] == 255
+
+
+def test_a_failed_preparation_leaves_nothing(tmp_path):
+    def broken():
+        yield np.arange(5)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_dataset(tmp_path / "d", name="t", source="t", tokenizer=ByteTokenizer(), train=broken(), val=[])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_fingerprint_changes_with_any_token(tmp_path):
+    one = TokenData(counting_dataset(tmp_path / "a"))
+    same = TokenData(counting_dataset(tmp_path / "b"))
+    other = TokenData(counting_dataset(tmp_path / "c", train=999))
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+
+
+def test_a_new_dataset_is_one_script_and_one_yaml(tmp_path, monkeypatch):
+    script = tmp_path / "data" / "mine" / "prepare.py"
+    script.parent.mkdir(parents=True)
+    script.write_text(
+        "from nanogpt.corpus import build_char_tokenizer, write_dataset\n"
+        "def prepare(folder, repeat):\n"
+        "    text = 'abc' * repeat\n"
+        "    t = build_char_tokenizer([text])\n"
+        "    write_dataset(folder, name='mine', source='x', tokenizer=t, train=[t.encode(text)], val=[t.encode('abcabc')])\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(corpus, "ROOT", tmp_path)
+    folder = corpus.prepare("mine", None, {"repeat": 40})
+    assert folder == script.parent / "prepared" and len(TokenData(folder).tokens["train"]) == 120
+    before = (folder / "meta.json").stat().st_mtime_ns
+    assert corpus.prepare("mine", None, {"repeat": 40}) == folder and (folder / "meta.json").stat().st_mtime_ns == before
+
+
+def test_a_foreign_folder_is_never_replaced(tmp_path):
+    (tmp_path / "precious.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(ConfigError, match="meta.json is missing"):
+        corpus.prepare("text_file", str(tmp_path), {"path": "x", "tokenizer": "char", "encoding": "auto", "val_fraction": 0.1})
+    assert (tmp_path / "precious.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_copying_a_dataset_keeps_it_valid(tmp_path):
+    from nanogpt.data import copy_dataset
+
+    folder = counting_dataset(tmp_path / "d")
+    copy_dataset(folder, tmp_path / "run" / "data")
+    shutil.rmtree(folder)
+    assert len(TokenData(tmp_path / "run" / "data").tokens["train"]) == 1000

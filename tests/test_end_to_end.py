@@ -1,0 +1,237 @@
+"""run_train.py as a person types it: processes, signals, exit codes, folders."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+from nanogpt.config import ROOT
+
+RUN = [sys.executable, str(ROOT / "run_train.py")]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "LANG": "en_US.UTF-8", "LANGUAGE": "", "LC_ALL": ""}
+QUICK = [*TINY, "max_iters=4", "eval_interval=2", "eval_tokens=200", "log_interval=1", "sample_tokens=5", "logger=none", "device=cpu"]
+TEXT = "The quick brown fox jumps over the lazy dog.\n" * 60
+
+
+def run(folder, *overrides, expect=0, timeout=120):
+    done = subprocess.run([*RUN, *overrides], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, encoding="utf-8", timeout=timeout)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def own_text(tmp_path):
+    """A folder with a text, and the overrides that train on it without touching the repository's data/."""
+    (tmp_path / "my.txt").write_text(TEXT, encoding="utf-8")
+    return tmp_path, ["dataset=text_file", "dataset.path=my.txt", "dataset.dir=prepared", *QUICK]
+
+
+def test_train_then_resume_then_move_to_another_machine(own_text):
+    folder, overrides = own_text
+    done = run(folder, *overrides, "out_dir=outputs/a", "logger=tensorboard")
+    for expected in ("iter 4: train loss", "val loss", "lr ", "tokens/s, MFU", "RAM", "done: val loss", "python run_train.py resume=outputs/a max_iters=8"):
+        assert expected in done.stdout
+    assert done.stderr.count("\n") == 2 and "preparing the data set text_file" in done.stderr
+    out = folder / "outputs" / "a"
+    assert {p.name for p in out.iterdir()} == {"config.yaml", "tokenizer.json", "metrics.jsonl", "summary.json", "logs", "ckpt", "data"}
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    for key in ("val_loss", "best_val_loss", "iters", "tokens_per_s", "mfu", "peak_vram_gib", "wall_s", "parameters", "device", "versions"):
+        assert key in summary
+    assert summary["iters"] == 4 and summary["tokens_per_s"] > 0
+    # 把运行目录拷到“另一台机器”：没有原文，也没有准备好的数据
+    moved = folder / "elsewhere"
+    shutil.copytree(out, moved / "outputs" / "b")
+    done = run(moved, "resume=outputs/b", "max_iters=6", "logger=none")
+    assert "continuing outputs/b at iteration 4" in done.stdout and "iter 6:" in done.stdout
+    assert json.loads((moved / "outputs/b/summary.json").read_text(encoding="utf-8"))["iters"] == 6
+    done = run(moved, "resume=latest", "max_iters=7")
+    assert "iter 7:" in done.stdout
+
+
+def test_an_existing_run_is_kept_unless_told_otherwise(own_text):
+    folder, overrides = own_text
+    run(folder, *overrides, "out_dir=outputs/a")
+    before = (folder / "outputs/a/metrics.jsonl").read_bytes()
+    refused = run(folder, *overrides, "out_dir=outputs/a", expect=2)
+    assert refused.stderr.startswith("error: out_dir=outputs/a already holds a run") and refused.stderr.count("\n") == 1
+    assert (folder / "outputs/a/metrics.jsonl").read_bytes() == before
+    run(folder, *overrides, "out_dir=outputs/a", "overwrite=true", "max_iters=2")
+    assert json.loads((folder / "outputs/a/summary.json").read_text(encoding="utf-8"))["iters"] == 2
+    (folder / "outputs/precious").mkdir()
+    (folder / "outputs/precious/thesis.txt").write_text("years of work", encoding="utf-8")
+    refused = run(folder, *overrides, "out_dir=outputs/precious", "overwrite=true", expect=2)
+    assert "not a run's" in refused.stderr and (folder / "outputs/precious/thesis.txt").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_and_exits_cleanly_and_resume_goes_on(own_text, number):
+    folder, overrides = own_text
+    process = subprocess.Popen(
+        [*RUN, *overrides, "out_dir=outputs/a", "max_iters=100000", "eval_interval=100000"], cwd=folder, env=ENVIRONMENT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+    )
+    while "iter 3:" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "interrupted" in out and "continue with: python run_train.py resume=outputs/a" in out
+    stopped = json.loads((folder / "outputs/a/summary.json").read_text(encoding="utf-8"))
+    assert stopped["stopped_by"] == "interrupted" and stopped["iters"] >= 3
+    done = run(folder, "resume=outputs/a", f"max_iters={stopped['iters'] + 2}", "logger=none")
+    assert f"continuing outputs/a at iteration {stopped['iters']}" in done.stdout
+
+
+def test_two_processes_train_like_one(own_text):
+    folder, overrides = own_text
+    batch = ["batch_size=2", "gradient_accumulation_steps=2", "max_iters=5"]
+    run(folder, *overrides, *batch, "out_dir=outputs/one")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "run_train.py")]
+    done = subprocess.run(
+        [*torchrun, *overrides, *batch, "out_dir=outputs/two"], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, encoding="utf-8", timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+
+    def losses(name):
+        lines = [json.loads(line) for line in (folder / f"outputs/{name}/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        return [record["train/loss"] for record in lines if "train/loss" in record]
+
+    assert losses("two") == pytest.approx(losses("one"), abs=2e-3) and len(losses("two")) == 5
+    summary = json.loads((folder / "outputs/two/summary.json").read_text(encoding="utf-8"))
+    assert summary["processes"] == 2 and summary["tokens"] == 5 * 4 * 16
+    assert done.stdout.count("iter 5:") == 1
+
+
+def test_a_sweep_runs_every_job_in_its_own_folder(own_text):
+    folder, overrides = own_text
+    done = run(folder, "-m", *overrides, "max_iters=2", "batch_size=2,4")
+    runs = sorted((folder / "outputs" / "sweeps").glob("*/*/summary.json"))
+    assert len(runs) == 2 and "done: val loss" in done.stdout
+    assert [json.loads(p.read_text(encoding="utf-8"))["tokens"] for p in runs] == [2 * 2 * 16, 2 * 4 * 16]
+
+
+def test_one_bad_job_does_not_stop_a_sweep_and_the_exit_code_tells(own_text):
+    folder, overrides = own_text
+    done = run(folder, "-m", *overrides, "max_iters=2", "batch_size=0,2", expect=2)
+    assert done.stderr.count("error: batch_size=0 is out of range") == 1 and "Traceback" not in done.stderr
+    assert len(list((folder / "outputs" / "sweeps").glob("*/*/summary.json"))) == 1
+
+
+BAD_COMMANDS = {
+    "model=huge": "model=huge: there is no such option; choose one of: gpt2, gpt2_large",
+    "model.n_layr=3": "model.n_layr: there is no such key (did you mean model.n_layer?)",
+    "max_iter=3": "max_iter: there is no such key (did you mean max_iters?)",
+    "max_iters=many": "max_iters=many has the wrong type: Integer is wanted",
+    "model.n_embd=100 model.n_head=12": "model.n_embd=100 is not divisible by model.n_head=12; choose a multiple of 12",
+    "batch_size=": "batch_size",
+    "batch_size=[1": "batch_size=[1: this cannot be read",
+    "resume=outputs/none": "resume=outputs/none: there is no checkpoint in it",
+    "resume=latest": "resume=",
+    "dataset=text_file": "dataset.path is not set",
+    "dataset=text_file dataset.path=nothing.txt": "dataset.path=nothing.txt: there is no such file or folder",
+    "dataset=text_file dataset.path=bad.txt": "byte 4 is not UTF-8",
+    "dataset=text_file dataset.path=empty.txt": "no text in it",
+    "dataset=text_file dataset.path=short.txt": "model.block_size=128 is longer than the train split",
+    "out_dir=file.txt": "out_dir=file.txt cannot be written",
+    "device=cuda:9": "device=cuda:9: this machine offers",
+    "model._target_=no.such.Class dataset=text_file dataset.path=ok.txt": "no.such.Class cannot be imported",
+    "optimizer.beta1=2 dataset=text_file dataset.path=ok.txt": "optimizer.beta1=2",
+    "sample_prompt=中 dataset=text_file dataset.path=ok.txt": "the vocabulary lacks '中'",
+    "model.vocab_size=3 dataset=text_file dataset.path=ok.txt": "model.vocab_size=3 is smaller than",
+}
+
+
+@pytest.fixture(scope="module")
+def bad_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "bad.txt").write_bytes(b"good\xff\xff")
+    (folder / "empty.txt").write_bytes(b"")
+    (folder / "short.txt").write_text("too short", encoding="utf-8")
+    (folder / "ok.txt").write_text(TEXT, encoding="utf-8")
+    (folder / "file.txt").write_text("x", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("command", BAD_COMMANDS)
+def test_a_wrong_command_is_one_line_on_stderr_and_leaves_no_run(bad_folder, command):
+    arguments = command.split(" ")
+    if any(a.startswith("dataset.path=") and a.endswith(("short.txt", "ok.txt")) for a in arguments):
+        arguments.append("dataset.dir=prepared-" + ("short" if "short" in command else "ok"))
+    done = run(bad_folder, *arguments, expect=2)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and BAD_COMMANDS[command] in last, done.stderr
+    # 准备数据的两行说明之外，只有这一行
+    assert len([line for line in done.stderr.splitlines() if not line.startswith(("preparing", "text_file:"))]) == 1
+    assert not (bad_folder / "outputs").exists()
+
+
+def test_errors_speak_chinese_when_asked(bad_folder):
+    done = run(bad_folder, "lang=zh", "model.n_embd=100", "model.n_head=12", expect=2)
+    assert done.stderr == "错误：model.n_embd=100 不能被 model.n_head=12 整除；请改为 12 的倍数\n"
+
+
+def test_the_chinese_log_line_has_the_promised_form(own_text):
+    import re
+
+    folder, overrides = own_text
+    done = run(folder, *overrides, "max_iters=2", "lang=zh", "out_dir=outputs/zh")
+    pattern = r"迭代 2: 训练损失 \d\.\d{4}, 验证损失 \d\.\d{4}, 学习率 \d\.\d\de[-+]\d\d, 速度 \d+ tokens/s, MFU \d+\.\d\d%, 内存 \d+\.\d\dGB"
+    assert re.search(pattern, done.stdout), done.stdout
+
+
+def test_prepare_scripts_work_alone(tmp_path):
+    (tmp_path / "t.txt").write_text(TEXT, encoding="utf-8")
+    script = ROOT / "data" / "text_file" / "prepare.py"
+    done = subprocess.run(
+        [sys.executable, str(script), f"path={tmp_path / 't.txt'}", f"dir={tmp_path / 'p'}"], cwd=tmp_path, env=ENVIRONMENT,
+        capture_output=True, text=True, encoding="utf-8", timeout=60,
+    )
+    assert done.returncode == 0 and (tmp_path / "p" / "meta.json").is_file(), done.stderr
+    done = subprocess.run([sys.executable, str(script), "pth=x"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, encoding="utf-8", timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_compile_true_without_a_compiler_goes_on(own_text, monkeypatch):
+    folder, overrides = own_text
+    empty = folder / "no-tools"
+    empty.mkdir()
+    environment = {**ENVIRONMENT, "PATH": str(empty), "CXX": "no-such-compiler"}
+    done = subprocess.run(
+        [*RUN, *overrides, "compile=true", "out_dir=outputs/c"], cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=120
+    )
+    assert done.returncode == 0 and "compile=true: not available here" in done.stdout and "done: val loss" in done.stdout
+
+
+def test_a_terminal_shows_a_progress_bar(own_text):
+    pty = pytest.importorskip("pty")
+    folder, overrides = own_text
+    master, slave = pty.openpty()
+    process = subprocess.Popen([*RUN, *overrides, "out_dir=outputs/tty"], cwd=folder, env={**ENVIRONMENT, "TERM": "xterm-256color"}, stdout=slave, stderr=slave)
+    os.close(slave)
+    shown = b""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        try:
+            piece = os.read(master, 65536)
+        except OSError:
+            break
+        if not piece:
+            break
+        shown += piece
+    assert process.wait(30) == 0
+    assert b"ETA" in shown and b"4/4" in shown and b"iter 4: train loss" in shown
+
+
+def test_the_package_is_importable_without_the_repository_as_working_folder(tmp_path):
+    code = "import nanogpt; print(nanogpt.create_model('tiny', vocab_size=65).parameter_count())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0 and int(done.stdout) > 3_000_000, done.stderr
+    assert Path(ROOT / "conf").is_dir()

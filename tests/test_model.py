@@ -1,0 +1,182 @@
+"""The model: equal to GPT-2, cached equal to full, chunked equal to plain, open to subclasses."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import GPT2_RECIPE, no_grad_eval, tiny_model_config
+
+import nanogpt
+from nanogpt.attention import CausalSelfAttention, KVCache
+from nanogpt.build import build_model, preset
+from nanogpt.loss import chunked_cross_entropy
+from nanogpt.model import GPT
+
+RECIPES = {"modern": {}, "gpt2": GPT2_RECIPE, "ngrams": {"ngrams": [2, 3], "ngram_buckets": 101}}
+
+
+def random_ids(rows=2, length=16, vocab=11):
+    return torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+def awake(config, seed=0):
+    """A model whose zero-initialised parts are random too, so that every path matters."""
+    model = build_model(config, seed)
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def test_gpt2_recipe_equals_transformers_gpt2():
+    transformers = pytest.importorskip("transformers")
+    hf_config = transformers.GPT2Config(
+        vocab_size=61, n_positions=32, n_embd=48, n_layer=3, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    )
+    torch.manual_seed(0)
+    reference = transformers.GPT2LMHeadModel(hf_config).eval()
+    for p in reference.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    model = GPT(tiny_model_config(n_layer=3, n_head=4, n_embd=48, block_size=32, vocab_size=61, **GPT2_RECIPE)).eval()
+    own = model.state_dict()
+    for name, tensor in reference.state_dict().items():
+        name = name.removeprefix("transformer.")
+        # Hugging Face 的 Conv1D 存的是转置
+        conv = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        own[name].copy_(tensor.t() if conv else tensor)
+    idx = random_ids(3, 32, 61)
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx), reference(idx).logits, atol=1e-5, rtol=1e-5)
+    assert model.parameter_count() == reference.num_parameters()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("pieces", [[1] * 16, [5, 1, 1, 9], [16], [3, 13]])
+def test_cached_decoding_equals_full_forward(recipe, pieces):
+    model = awake(tiny_model_config(**RECIPES[recipe]))
+    idx = random_ids()
+    with no_grad_eval(model):
+        full = model(idx)
+        cache = KVCache(model, 2)
+        parts = [model(piece, cache) for piece in idx.split(pieces, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), full, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_token_never_sees_the_future(recipe):
+    model = awake(tiny_model_config(**RECIPES[recipe]))
+    idx = random_ids()
+    changed = idx.clone()
+    changed[:, 9:] = (changed[:, 9:] + 1) % 11
+    with no_grad_eval(model):
+        torch.testing.assert_close(model(idx)[:, :9], model(changed)[:, :9])
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("rows_per_chunk", [1, 7, 26])
+def test_chunked_loss_and_gradients_equal_the_plain_ones(softcap, rows_per_chunk, monkeypatch):
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 13, 8, dtype=torch.double, requires_grad=True)
+    # 一行 logits 恰好 1 MiB（fp32），chunk_mib 就是每块的行数
+    weight = torch.randn(2**18, 8, dtype=torch.double, requires_grad=True)
+    targets = torch.randint(0, 2**18, (2, 13))
+    logits = hidden @ weight.t()
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    plain = F.cross_entropy(logits.view(-1, 2**18), targets.view(-1))
+    wanted = torch.autograd.grad(plain * 3, (hidden, weight))
+    chunked = chunked_cross_entropy(hidden, weight, targets, softcap=softcap, chunk_mib=rows_per_chunk)
+    got = torch.autograd.grad(chunked * 3, (hidden, weight))
+    torch.testing.assert_close(chunked.double(), plain, atol=1e-5, rtol=1e-5)
+    for g, w in zip(got, wanted):
+        torch.testing.assert_close(g, w, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_loss_is_the_cross_entropy_of_the_logits(recipe):
+    model = awake(tiny_model_config(**RECIPES[recipe]))
+    idx, targets = random_ids(), random_ids(vocab=10) + 1
+    expected = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(model.loss(idx, targets), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_loss_never_holds_all_logits():
+    hidden, weight = torch.randn(1, 4096, 4, requires_grad=True), torch.randn(512, 4, requires_grad=True)
+    largest = 0
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    with Watch():
+        chunked_cross_entropy(hidden, weight, torch.zeros(1, 4096, dtype=torch.long), softcap=0.0, chunk_mib=1).backward()
+    # 1 MiB 的 fp32 是 262144 个数；完整 logits 有 2097152 个
+    assert largest <= 262144
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_activation_checkpointing_changes_no_gradient(recipe):
+    model = awake(tiny_model_config(dropout=0.2, **RECIPES[recipe]))
+    idx, targets = random_ids(), random_ids()
+    gradients = []
+    for kind in ("none", "every_block"):
+        model.activation_checkpointing = kind
+        torch.manual_seed(5)
+        gradients.append(torch.autograd.grad(model.loss(idx, targets), list(model.parameters())))
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+def test_modern_starts_as_a_uniform_guess():
+    model = build_model(tiny_model_config(), 0)
+    loss = model.loss(random_ids(), random_ids())
+    assert loss.item() == pytest.approx(torch.log(torch.tensor(11.0)).item(), abs=1e-4)
+
+
+def test_a_subclass_can_replace_attention_and_mlp():
+    class Windowed(CausalSelfAttention):
+        pass
+
+    class Mine(GPT):
+        def make_attention(self, layer):
+            return Windowed(self.config, layer) if layer == 0 else super().make_attention(layer)
+
+        def make_mlp(self, layer):
+            return torch.nn.Linear(self.config.n_embd, self.config.n_embd)
+
+    model = Mine(tiny_model_config())
+    assert isinstance(model.h[0].attn, Windowed) and not isinstance(model.h[1].attn, Windowed)
+    model.loss(random_ids(), random_ids()).backward()
+    assert model.h[0].mlp.weight.grad is not None
+
+
+@pytest.mark.parametrize("name", nanogpt.PRESETS)
+def test_one_line_constructors_build_every_preset(name):
+    with torch.device("meta"):
+        model = getattr(nanogpt, name)(vocab_size=50257)
+    assert (model.config.n_layer, model.config.n_embd) == (preset(name).n_layer, preset(name).n_embd)
+
+
+def test_gpt2_sizes_are_the_published_ones():
+    with torch.device("meta"):
+        counts = [nanogpt.create_model(name, vocab_size=50257).parameter_count() for name in ("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl")]
+    assert counts == [124_439_808, 354_823_168, 774_030_080, 1_557_611_200]
+
+
+def test_parameter_names_are_those_of_gpt2():
+    names = dict(GPT(tiny_model_config(**GPT2_RECIPE)).named_parameters())
+    assert {"wte.weight", "wpe.weight", "h.0.ln_1.weight", "h.0.attn.c_attn.bias", "h.1.mlp.c_proj.weight", "ln_f.bias"} <= set(names)
+    assert "lm_head.weight" not in names
+
+
+def test_half_precision_autocast_keeps_the_loss_close():
+    model = awake(tiny_model_config(n_embd=32))
+    idx = random_ids()
+    plain = model.loss(idx, idx)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = model.loss(idx, idx)
+        half.backward()
+    assert half.dtype == torch.float32 and abs(half.item() - plain.item()) < 0.05 * plain.item()

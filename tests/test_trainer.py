@@ -1,0 +1,353 @@
+"""The loop: accumulation equals the large batch, resume equals the uninterrupted run, faults are survived."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import make_config
+
+from nanogpt import checkpoint
+from nanogpt.cli import remembered_groups
+from nanogpt.messages import ConfigError
+from nanogpt.session import Session
+from nanogpt.trainer import share_batch
+
+
+def session(overrides, *more, out="outputs/run"):
+    from pathlib import Path
+
+    return Session.new(make_config(*overrides, *more, f"out_dir={out}"), Path(out))
+
+
+def trainer_of(overrides, *more, out="outputs/run"):
+    return session(overrides, *more, out=out)._build()
+
+
+def resume(out, *overrides):
+    from pathlib import Path
+
+    typed = [f"resume={out}", *overrides]
+    return Session.resume(make_config(*typed, *remembered_groups(typed), checked=False), [o for o in typed if not o.startswith("resume=")], Path(out))
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def train(overrides, *more, out="outputs/run"):
+    trainer = trainer_of(overrides, *more, out=out)
+    trainer.fit()
+    return trainer
+
+
+def records(out="outputs/run"):
+    from pathlib import Path
+
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_training_lowers_the_loss(in_tmp, tiny_overrides):
+    trainer = train(tiny_overrides, "max_iters=40", "eval_interval=40")
+    losses = [r["train/loss"] for r in records() if "train/loss" in r]
+    assert losses[-1] < losses[0] - 0.5 and trainer.progress.val_loss < losses[0] - 0.5
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_accumulation_equals_the_large_batch(in_tmp, tiny_overrides, optimizer):
+    whole = train(tiny_overrides, f"optimizer={optimizer}", "batch_size=8", out="outputs/a")
+    parts = train(tiny_overrides, f"optimizer={optimizer}", "batch_size=2", "gradient_accumulation_steps=4", out="outputs/b")
+    torch.testing.assert_close(weights(parts.model), weights(whole.model), atol=2e-4, rtol=1e-3)
+    assert parts.progress.val_loss == pytest.approx(whole.progress.val_loss, abs=1e-3)
+
+
+@pytest.mark.parametrize("more", [
+    ["optimizer=muon", "model.dropout=0.1"],
+    ["optimizer=adamw", "precision=fp16", "precision.loss_scale_growth_interval=4", "model.dropout=0.1"],
+    ["optimizer=adamw", "model=gpt2", "model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "precision=bf16"],
+    ["memory=lean", "gradient_accumulation_steps=2", "lr_schedule=wsd", "model.ngrams=[2]", "model.ngram_buckets=50"],
+])
+def test_resume_equals_the_uninterrupted_run_to_the_bit(in_tmp, tiny_overrides, more):
+    base = [*tiny_overrides, *more, "eval_interval=5", "lr_decay_iters=40"]
+    whole = train(base, "max_iters=40", out="outputs/whole")
+    train(base, "max_iters=20", out="outputs/half")
+    second = resume("outputs/half", "max_iters=40")._build()
+    assert second.progress.iteration == 20
+    second.fit()
+    assert torch.equal(weights(second.model), weights(whole.model))
+    a, b = (checkpoint.find(in_tmp / "outputs" / n, "last").load_state() for n in ("whole", "half"))
+    assert a["scaler"] == b["scaler"] and a["fingerprint"] == b["fingerprint"]
+    for name, tensors in a["optimizer"]["state"].items():
+        assert all(torch.equal(t, b["optimizer"]["state"][name][k]) for k, t in tensors.items())
+    times = {"train_s"}
+    assert {k: v for k, v in a["progress"].items() if k not in times} == {k: v for k, v in b["progress"].items() if k not in times}
+    stable = ("iteration", "train/loss", "val/loss", "learning_rate", "tokens")
+    rows = [[{k: r[k] for k in stable if k in r} for r in records(f"outputs/{n}") if "learning_rate" in r] for n in ("whole", "half")]
+    # 第 20 步在前半程是最后一步，多评估了一次；其余逐行相同
+    assert [{k: v for k, v in r.items() if k != "val/loss"} for r in rows[0]] == [{k: v for k, v in r.items() if k != "val/loss"} for r in rows[1]]
+    samples = [[r["sample"] for r in records(f"outputs/{n}") if "sample" in r][-1] for n in ("whole", "half")]
+    assert samples[0] == samples[1]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(in_tmp, tiny_overrides):
+    one, two, three = (train(tiny_overrides, f"seed={s}", out=f"outputs/{n}") for n, s in enumerate((5, 5, 6)))
+    assert torch.equal(weights(one.model), weights(two.model)) and not torch.equal(weights(one.model), weights(three.model))
+
+
+def test_sampling_and_evaluating_do_not_change_the_training(in_tmp, tiny_overrides):
+    plain = train(tiny_overrides, "model.dropout=0.2", "eval_interval=6", "sample_tokens=0", out="outputs/a")
+    busy = train(tiny_overrides, "model.dropout=0.2", "eval_interval=1", "sample_tokens=20", out="outputs/b")
+    assert torch.equal(weights(plain.model), weights(busy.model))
+
+
+def fail_above(trainer, rows, error):
+    """Make the model's loss run out of memory when training on more than `rows` sequences."""
+    real, calls = trainer.model.loss, []
+
+    def loss(x, y):
+        calls.append(len(x))
+        if len(x) > rows and trainer.model.training:
+            raise error
+        return real(x, y)
+
+    trainer.model.loss = loss
+    return calls
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+])
+def test_out_of_memory_halves_the_micro_batch_and_repeats_the_same_step(in_tmp, tiny_overrides, error, capsys):
+    calm = trainer_of(tiny_overrides, "batch_size=8", out="outputs/a")
+    hit = trainer_of(tiny_overrides, "batch_size=8", out="outputs/b")
+    fail_above(hit, 3, error)
+    for _ in range(4):
+        calm.step()
+        hit.step()
+    assert hit.micro_batch == 2 and hit.progress.samples_seen == calm.progress.samples_seen == 32
+    torch.testing.assert_close(weights(hit.model), weights(calm.model), atol=2e-4, rtol=1e-3)
+    assert "micro-batch 8 -> 4, accumulation 2" in capsys.readouterr().out
+
+
+def test_a_fault_late_in_the_step_leaves_no_half_accumulated_gradient(in_tmp, tiny_overrides):
+    calm = trainer_of(tiny_overrides, "gradient_accumulation_steps=3", out="outputs/a")
+    hit = trainer_of(tiny_overrides, "gradient_accumulation_steps=3", out="outputs/b")
+    real, count = hit.model.loss, [0]
+
+    def loss(x, y):
+        count[0] += 1
+        if count[0] == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(x, y)
+
+    hit.model.loss = loss
+    results = [calm.step(), hit.step()]
+    assert results[0].loss == pytest.approx(results[1].loss, abs=1e-5)
+    assert results[0].gradient_norm == pytest.approx(results[1].gradient_norm, rel=1e-4)
+
+
+def test_out_of_memory_at_one_sequence_ends_with_advice(in_tmp, tiny_overrides):
+    trainer = trainer_of(tiny_overrides)
+    fail_above(trainer, 0, torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(ConfigError, match="memory=lean"):
+        trainer.fit()
+
+
+def test_other_errors_are_not_mistaken_for_memory(in_tmp, tiny_overrides):
+    trainer = trainer_of(tiny_overrides)
+    fail_above(trainer, 0, RuntimeError("shape mismatch"))
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        trainer.step()
+
+
+def test_evaluation_survives_out_of_memory(in_tmp, tiny_overrides):
+    trainer = trainer_of(tiny_overrides, "eval_batch_size=16")
+    expected, real = trainer.evaluate(), trainer.model.loss
+
+    def loss(x, y):
+        if len(x) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(x, y)
+
+    trainer.model.loss = loss
+    assert trainer.evaluate() == pytest.approx(expected, abs=1e-6) and trainer.eval_batch == 2
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_non_finite_loss_is_skipped_and_counted(in_tmp, tiny_overrides, bad):
+    trainer = trainer_of(tiny_overrides)
+    real = trainer.model.loss
+    trainer.step()
+    before = weights(trainer.model).clone()
+    trainer.model.loss = lambda x, y: real(x, y) * bad
+    trainer.step()
+    assert torch.equal(weights(trainer.model), before)
+    trainer.model.loss = real
+    trainer.step()
+    assert trainer.progress.nonfinite_steps == 1 and trainer.progress.nonfinite_in_a_row == 0
+    assert not torch.equal(weights(trainer.model), before) and torch.isfinite(weights(trainer.model)).all()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_non_finite_gradient_is_skipped(in_tmp, tiny_overrides, precision):
+    trainer = trainer_of(tiny_overrides, f"precision={precision}")
+    before = weights(trainer.model).clone()
+    handle = trainer.model.wte.weight.register_hook(lambda g: g * math.inf)
+    trainer.step()
+    handle.remove()
+    assert torch.equal(weights(trainer.model), before)
+    trainer.step()
+    assert torch.isfinite(weights(trainer.model)).all() and not torch.equal(weights(trainer.model), before)
+
+
+def test_divergence_stops_with_the_last_good_checkpoint_and_advice(in_tmp, tiny_overrides):
+    trainer = trainer_of(tiny_overrides, "max_iters=30", "max_nonfinite_steps=4")
+    real = trainer.model.loss
+    trainer.model.loss = lambda x, y: real(x, y) * (math.nan if trainer.progress.iteration >= 3 and trainer.model.training else 1)
+    with pytest.raises(ConfigError, match=r"4 steps in a row.*iter_00000006.*resume=outputs/run learning_rate="):
+        trainer.fit()
+    assert torch.isfinite(torch.cat([t.flatten() for t in trainer.optimizer.state_dict()["state"]["wte.weight"].values()])).all()
+
+
+def test_fp16_overflow_halves_the_scale_and_training_goes_on(in_tmp, tiny_overrides):
+    trainer = trainer_of(tiny_overrides, "precision=fp16", "precision.initial_loss_scale=1e30", "max_iters=120", "eval_interval=120")
+    trainer.fit()
+    assert trainer.precision.scaler.get_scale() < 1e9 and trainer.progress.nonfinite_steps == 0
+    assert trainer.progress.val_loss < 2.9
+
+
+def test_early_stopping_and_target_stop_the_run(in_tmp, tiny_overrides):
+    stopped = train(tiny_overrides, "max_iters=50", "eval_interval=1", "learning_rate=1e-12", "early_stop_evals=3", out="outputs/a")
+    assert stopped.progress.iteration < 50
+    reached = train(tiny_overrides, "max_iters=50", "eval_interval=1", "target_val_loss=100", out="outputs/b")
+    assert reached.progress.iteration == 1 and checkpoint.find(in_tmp / "outputs" / "b", "last").iteration == 1
+
+
+def test_evaluation_covers_the_whole_split_exactly(in_tmp, tiny_overrides):
+    trainer = trainer_of(tiny_overrides)
+    losses = []
+    with torch.no_grad():
+        trainer.model.eval()
+        tokens = torch.from_numpy(trainer.data.tokens["val"].astype("int64"))
+        for start in range(0, len(tokens) - 1, 16):
+            piece = tokens[start : start + 17]
+            logits = trainer.model(piece[None, :-1])[0]
+            losses.append(torch.nn.functional.cross_entropy(logits, piece[1:], reduction="none"))
+    assert trainer.evaluate() == pytest.approx(torch.cat(losses).mean().item(), abs=1e-5)
+    assert trainer.evaluate() == trainer.evaluate()
+
+
+def test_a_full_disk_is_reported_and_training_goes_on(in_tmp, tiny_overrides, monkeypatch, capsys):
+    trainer = trainer_of(tiny_overrides, "max_iters=6", "eval_interval=2")
+    real, calls = checkpoint.save, []
+
+    def save(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    trainer.fit()
+    assert "No space left on device" in capsys.readouterr().out and trainer.saved.iteration == 6
+
+
+def test_a_run_that_cannot_save_at_the_end_fails_loudly(in_tmp, tiny_overrides, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    trainer = trainer_of(tiny_overrides)
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(ConfigError, match="could not be saved"):
+        trainer.fit()
+
+
+@pytest.mark.parametrize(("batch", "accumulation", "world", "expected"), [
+    (8, 4, 1, (32, 8)), (8, 4, 2, (16, 8)), (8, 1, 2, (4, 4)), (6, 3, 2, (9, 3)), (8, 4, 4, (8, 8)),
+])
+def test_processes_share_the_same_effective_batch(batch, accumulation, world, expected):
+    cfg = make_config(f"batch_size={batch}", f"gradient_accumulation_steps={accumulation}")
+    assert share_batch(cfg, world) == expected and expected[0] * world == batch * accumulation
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    with pytest.raises(ConfigError, match="multiple of 2"):
+        share_batch(make_config("batch_size=3", "gradient_accumulation_steps=5"), 2)
+
+
+# ---- 继续训练时的配置 ----
+
+
+@pytest.mark.parametrize(("override", "key"), [
+    ("seed=5", "seed"), ("model.n_layer=3", "model.n_layer"), ("dataset.val_fraction=0.3", "dataset.val_fraction"),
+    ("arch=gpt2", "model"), ("experiment=cpu_speedrun", "experiment"),
+])
+def test_what_may_not_change_on_resume_is_refused_by_name(in_tmp, tiny_overrides, override, key):
+    train(tiny_overrides)
+    with pytest.raises(ConfigError, match=f"{key}.* cannot change on resume"):
+        resume("outputs/run", "max_iters=9", override)
+
+
+def test_what_may_change_on_resume_takes_effect(in_tmp, tiny_overrides):
+    train(tiny_overrides)
+    cfg = resume("outputs/run", "max_iters=9", "learning_rate=5e-3", "model.dropout=0.3", "memory=lean", "precision=fp16").cfg
+    assert (cfg.learning_rate, cfg.model.dropout, cfg.memory.activation_checkpointing, cfg.precision.dtype) == (5e-3, 0.3, "every_block", "fp16")
+    assert cfg.batch_size == 4 and cfg.logger == {}
+
+
+def test_resuming_a_finished_run_says_how_to_go_on(in_tmp, tiny_overrides):
+    train(tiny_overrides)
+    with pytest.raises(ConfigError, match=r"iteration 6 of max_iters=6; add max_iters=12"):
+        resume("outputs/run")
+
+
+def test_resume_from_an_older_checkpoint_makes_it_the_last(in_tmp, tiny_overrides):
+    train(tiny_overrides, "keep=5")
+    resume("outputs/run", "checkpoint=iter_00000003", "max_iters=5")._build().fit()
+    assert [c.iteration for c in checkpoint.checkpoints(in_tmp / "outputs/run")] == [3, 5]
+
+
+def test_code_named_by_a_stranger_is_not_run_on_resume(in_tmp, tiny_overrides):
+    train(tiny_overrides)
+    for config in (in_tmp / "outputs/run").rglob("config.yaml"):
+        config.write_text(config.read_text(encoding="utf-8").replace("nanogpt.model.GPT", "os.abort"), encoding="utf-8")
+        if config.parent.name.startswith("iter_"):
+            manifest = json.loads((config.parent / "manifest.json").read_text(encoding="utf-8"))
+            from nanogpt.files import sha256
+
+            manifest["sha256"]["config.yaml"] = sha256(config)
+            (config.parent / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"names code of its own \(os.abort\)"):
+        resume("outputs/run", "max_iters=9")
+
+
+def test_a_model_class_of_the_users_own_trains_and_resumes(in_tmp, tiny_overrides, monkeypatch):
+    (in_tmp / "my_model.py").write_text(
+        "import torch\nfrom nanogpt.model import GPT\n"
+        "class Mine(GPT):\n"
+        "    def make_mlp(self, layer):\n"
+        "        return torch.nn.Linear(self.config.n_embd, self.config.n_embd, bias=self.config.extra['bias'])\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(str(in_tmp))
+    own = ["model._target_=my_model.Mine", "+model.extra.bias=true"]
+    train(tiny_overrides, *own)
+    with pytest.raises(ConfigError, match="names code of its own"):
+        resume("outputs/run", "max_iters=9")
+    assert type(resume("outputs/run", "max_iters=9", *own)._build().model).__name__ == "Mine"
+
+
+def test_data_other_than_the_checkpoints_is_refused(in_tmp, tiny_overrides, tmp_path):
+    import numpy as np
+
+    from nanogpt.corpus import write_dataset
+    from nanogpt.data import TokenData
+
+    trainer = train(tiny_overrides)
+    other = write_dataset(tmp_path / "other", name="t", source="t", tokenizer=trainer.data.tokenizer, train=[np.zeros(900, int)], val=[np.zeros(90, int)])
+    assert TokenData(other).fingerprint != trainer.data.fingerprint
+    with pytest.raises(ConfigError, match="differs from what the checkpoint was trained on"):
+        resume("outputs/run", "max_iters=9", f"dataset.dir={other}")._build()
