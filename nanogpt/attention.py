@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 # 两种写法都给同样的 rms_norm，显式写出才不随 dtype 变
 RMS_EPS = 1e-6
+# 归一化后 q·k 不超过 hs；除以 hs 再乘它，注意力足够尖锐，与 head 大小无关
+QK_NORM_MAX_LOGIT = 12.0
 # CPU 上 T 不超过它时，存下整个 T x T 概率矩阵比 flash 重算更快
 SHORT_CONTEXT = 128
 
@@ -78,17 +80,20 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class _ShortAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(hs)) v for a short causal context, in five batched products."""
+    """softmax(scale * q k^T) v for a short causal context, in two batched products and four backward."""
 
     @staticmethod
-    def forward(ctx, qk, v):
-        B, T, _, nh, hs = qk.shape
-        q, k = qk.permute(2, 0, 3, 1, 4).reshape(2, B * nh, T, hs)
-        v = v.transpose(1, 2).reshape(B * nh, T, hs)
+    def forward(ctx, scale, *parts):
+        # parts 沿第 2 维拼起来是 q、k、v，(B, T, 3, nh, hs)；拼接与换轴一次做完
+        packed = torch.cat([part.permute(2, 0, 3, 1, 4) for part in parts])
+        _, B, nh, T, hs = packed.shape
+        q, k, v = packed.view(3, B * nh, T, hs)
         mask = torch.full((T, T), float("-inf"), dtype=q.dtype).triu_(1)
         # 缩放与掩码都并进矩阵乘，不再各走一遍内存
-        p = torch.baddbmm(mask, q, k.mT, alpha=hs**-0.5).softmax(dim=-1)
+        p = torch.baddbmm(mask, q, k.mT, alpha=scale).softmax(dim=-1)
         ctx.save_for_backward(q, k, v, p)
+        ctx.scale = scale
+        ctx.sizes = [part.size(2) for part in parts]
         return torch.bmm(p, v).view(B, nh, T, hs)
 
     @staticmethod
@@ -96,14 +101,14 @@ class _ShortAttention(torch.autograd.Function):
         q, k, v, p = ctx.saved_tensors
         B, nh, T, hs = grad.shape
         grad = grad.reshape(B * nh, T, hs)
-        grad_p = torch.bmm(grad, v.mT)
-        grad_s = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
+        grad_s = torch._softmax_backward_data(torch.bmm(grad, v.mT), p, -1, p.dtype)
         # 直接写进同一块内存，缩放也并进乘法
-        grad_qk = torch.empty((2, B * nh, T, hs), dtype=q.dtype)
-        grad_qk[0].baddbmm_(grad_s, k, beta=0, alpha=hs**-0.5)
-        grad_qk[1].baddbmm_(grad_s.mT, q, beta=0, alpha=hs**-0.5)
-        grad_v = torch.bmm(p.mT, grad)
-        return grad_qk.view(2, B, nh, T, hs).permute(1, 3, 0, 2, 4), grad_v.view(B, nh, T, hs).transpose(1, 2)
+        packed = torch.empty((3, B * nh, T, hs), dtype=q.dtype)
+        packed[0].baddbmm_(grad_s, k, beta=0, alpha=ctx.scale)
+        packed[1].baddbmm_(grad_s.mT, q, beta=0, alpha=ctx.scale)
+        torch.bmm(p.mT, grad, out=packed[2])
+        grads = packed.view(3, B, nh, T, hs).permute(1, 3, 0, 2, 4).split(ctx.sizes, dim=2)
+        return None, *grads
 
 
 class KVCache:
@@ -138,6 +143,8 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.qk_norm = config.qk_norm
+        head_size = config.n_embd // config.n_head
+        self.scale = QK_NORM_MAX_LOGIT / head_size if config.qk_norm else head_size**-0.5
         # q、k、v 合成一次矩阵乘，小模型上省两次 kernel 启动
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -146,34 +153,35 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: torch.Tensor, rope=None, cache: KVCache | None = None) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        # q 与 k 的归一化、旋转完全相同，一起算，调用次数减半
-        qk, v = qkv.split((2, 1), dim=2)
-        v = v.squeeze(2)  # (B, T, nh, hs)
-        if self.qk_norm:
-            # 限住 q·k 的幅度，学习率可以更大而注意力不发散
-            qk = rms_norm(qk)
-        if rope is not None:
-            qk = rotate(qk, *rope)
         dropout = self.dropout if self.training else 0.0
-        if cache is None and self._is_short(qk, dropout):
-            y = _ShortAttention.apply(qk, v)
+        short = cache is None and self._is_short(qkv, dropout)
+        if short and not self.qk_norm and rope is None:
+            # q、k 原样使用时不必先拆开：反向少一次拼接
+            y = _ShortAttention.apply(self.scale, qkv)
         else:
-            y = self._attend(qk, v.transpose(1, 2), cache, dropout)
+            # q 与 k 的归一化、旋转完全相同，一起算，调用次数减半
+            qk, v = qkv.split((2, 1), dim=2)
+            if self.qk_norm:
+                # 限住 q·k 的幅度，学习率可以更大而注意力不发散
+                qk = rms_norm(qk)
+            if rope is not None:
+                qk = rotate(qk, *rope)
+            y = _ShortAttention.apply(self.scale, qk, v) if short else self._attend(qk, v, cache, dropout)
         # (B, nh, T, hs) -> (B, T, C)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
     @staticmethod
-    def _is_short(qk: torch.Tensor, dropout: float) -> bool:
+    def _is_short(qkv: torch.Tensor, dropout: float) -> bool:
         """Whether the explicit products beat SDPA: on a CPU, in float32, with a short context."""
         # CPU 的 bf16、fp16 小矩阵乘很慢，半精度仍交给 SDPA
-        exact = qk.dtype in (torch.float32, torch.float64)
-        return qk.device.type == "cpu" and exact and not dropout and qk.size(1) <= SHORT_CONTEXT and not torch.compiler.is_compiling()
+        on_cpu = qkv.device.type == "cpu" and qkv.dtype in (torch.float32, torch.float64)
+        return on_cpu and not dropout and qkv.size(1) <= SHORT_CONTEXT and not torch.compiler.is_compiling()
 
     def _attend(self, qk: torch.Tensor, v: torch.Tensor, cache: KVCache | None, dropout: float) -> torch.Tensor:
         """Scaled dot-product attention through PyTorch's kernel, (B, nh, T, hs)."""
         T = qk.size(1)
-        q, k = (t.transpose(1, 2) for t in qk.unbind(2))
+        q, k, v = (t.transpose(1, 2) for t in (*qk.unbind(2), v.squeeze(2)))
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         # 单 token 续写时每个 key 都可见，不需要掩码；整段预填充才是因果的
@@ -181,5 +189,5 @@ class CausalSelfAttention(nn.Module):
         if cache is not None and 1 < T < k.size(2):
             mask = torch.ones(T, k.size(2), dtype=torch.bool, device=qk.device).tril(k.size(2) - T)
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=T > 1 and mask is None, dropout_p=dropout
+            q, k, v, attn_mask=mask, is_causal=T > 1 and mask is None, dropout_p=dropout, scale=self.scale
         )

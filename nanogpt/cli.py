@@ -16,18 +16,18 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt import rundir
-from nanogpt.config import ROOT, TrainConfig, register_schemas
+from nanogpt.config import ROOT, SampleConfig, TrainConfig, register_schemas
 from nanogpt.messages import ConfigError, language_from_arguments, say, set_language, text
 
 EXIT_USER_ERROR = 2
 # 内容随选项而变的配置组；model 一类形状固定的不在内
-FREE_TEXT = ("sample_prompt",)
+FREE_TEXT = ("sample_prompt", "start")
 NON_ASCII_ITEM = r"[^,\[\]{}()'\"]*[^\x00-\x7f][^,\[\]{}()'\"]*"
 SWAPPABLE = ("optimizer", "dataset", "logger")
 
 
-def known_keys() -> list[str]:
-    """All dotted keys of the typed schema."""
+def known_keys(config_name: str) -> list[str]:
+    """All dotted keys of the schema of conf/<config_name>.yaml."""
 
     def walk(node, prefix):
         for key, value in node.items():
@@ -35,7 +35,7 @@ def known_keys() -> list[str]:
             if isinstance(value, dict):
                 yield from walk(value, f"{prefix}{key}.")
 
-    container = OmegaConf.to_container(OmegaConf.structured(TrainConfig), throw_on_missing=False)
+    container = OmegaConf.to_container(OmegaConf.structured({"train": TrainConfig, "sample": SampleConfig}[config_name]), throw_on_missing=False)
     return list(walk(container, ""))
 
 
@@ -57,7 +57,7 @@ def one_line(error: Exception, config_name: str) -> ConfigError:
     unknown = re.search(r"Could not (?:override|append|delete)[^']*'([^'=@]+)", message)
     if unknown:
         key = unknown[1]
-        close = difflib.get_close_matches(key, known_keys(), n=1)
+        close = difflib.get_close_matches(key, known_keys(config_name), n=1)
         guess = text("did_you_mean", guess=close[0]) if close else ""
         return ConfigError("unknown_key", key=key, guess=guess, config=config_name)
     # 其余情形：第一行足以说明问题，后面是 Hydra 的内部细节
@@ -102,7 +102,7 @@ def _in_quotes(value: str) -> str:
     return "'" + value.replace("'", "\\'") + "\\" * tail + "'"
 
 
-def run_script(config_name: str, task: Callable[[TrainConfig, list[str]], None]) -> None:
+def run_script(config_name: str, task: Callable[[TrainConfig | SampleConfig, list[str]], None]) -> None:
     """Compose conf/<config_name>.yaml with the command line and call task(cfg, overrides); exit 2 on a mistake."""
     # 重定向到 GBK 终端时，打不出的字符用 ? 代替，而不是崩溃
     for stream in (sys.stdout, sys.stderr):
@@ -123,6 +123,7 @@ def run_script(config_name: str, task: Callable[[TrainConfig, list[str]], None])
             typed = OmegaConf.to_object(cfg)
             typed.groups = {g: o for g, o in hydra_config.runtime.choices.items() if o and not g.startswith("hydra/")}
             if hydra_config.mode == RunMode.MULTIRUN and typed.out_dir is None:
+                # 每个任务一个目录，不会互相覆盖
                 typed.out_dir = str(Path(hydra_config.sweep.dir) / hydra_config.sweep.subdir)
             task(typed, overrides)
         except (ConfigError, OmegaConfBaseException) as error:

@@ -147,6 +147,23 @@ class TrainConfig:
     """Option chosen in each config group; filled in by the program."""
 
 
+@dataclass
+class SampleConfig:
+    """Top level of conf/sample.yaml."""
+
+    out_dir: str = "latest"
+    checkpoint: str = "best"
+    start: str = "\n"
+    num_samples: int = 1
+    max_new_tokens: int = 500
+    temperature: float = 0.8
+    seed: int = 1337
+    device: str = "auto"
+    lang: str = "auto"
+    groups: dict[str, str] = field(default_factory=dict)
+    """Filled in by the program."""
+
+
 CHOICES = {
     "lang": ("auto", "zh", "en"),
     "compile": ("auto", "true", "false"),
@@ -215,16 +232,24 @@ def check_choices(cfg: Any) -> None:
             raise ConfigError("not_a_choice", key=key, got=got, allowed=" | ".join(allowed))
 
 
+def check_range(key: str, got: float | None, low: float, high: float | None) -> None:
+    """Refuse a number outside low … high; None passes."""
+    # 写成 not (>=) 而不是 <：NaN 与任何数比较都为假，也要拦下
+    if got is not None and (not got >= low or (high is not None and not got <= high)):
+        wanted = f">= {low:g}" if high is None else f"{low:g} … {high:g}"
+        raise ConfigError("out_of_range", key=key, got=got, wanted=wanted)
+
+
+def check_device(named: str) -> None:
+    """Refuse a device name that no machine has."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", named):
+        raise ConfigError("not_a_choice", key="device", got=named, allowed="auto | cpu | cuda | cuda:0 | cuda:1 …")
+
+
 def check_ranges(cfg: Any) -> None:
     """Refuse a number outside its stated range."""
     for key, (low, high) in RANGES.items():
-        got = lookup(cfg, key)
-        if got is None:
-            continue
-        # 写成 not (>=) 而不是 <：NaN 与任何数比较都为假，也要拦下
-        if not got >= low or (high is not None and not got <= high):
-            wanted = f">= {low:g}" if high is None else f"{low:g} … {high:g}"
-            raise ConfigError("out_of_range", key=key, got=got, wanted=wanted)
+        check_range(key, lookup(cfg, key), low, high)
     if not 0 < cfg.learning_rate < float("inf"):
         raise ConfigError("out_of_range", key="learning_rate", got=cfg.learning_rate, wanted="> 0")
     if not 0 <= cfg.model.dropout < 1:
@@ -278,12 +303,22 @@ def check(cfg: Any) -> None:
     check_ranges(cfg)
     check_model(cfg.model)
     check_schedule(cfg)
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device):
-        raise ConfigError("not_a_choice", key="device", got=cfg.device, allowed="auto | cpu | cuda | cuda:0 | cuda:1 …")
+    check_device(cfg.device)
     name = str(cfg.dataset["name"])
     # 名字会拼成脚本路径：限制字符，配置文件就不能指向别处的代码
     if not re.fullmatch(r"[A-Za-z0-9_]+", name) or not (ROOT / "data" / name / "prepare.py").is_file():
         raise ConfigError("no_prepare", got=name)
+
+
+def check_sample(cfg: SampleConfig) -> None:
+    """The same for sampling."""
+    check_device(cfg.device)
+    check_range("num_samples", cfg.num_samples, 1, None)
+    check_range("max_new_tokens", cfg.max_new_tokens, 1, None)
+    check_range("temperature", cfg.temperature, 0, 100)
+    check_range("seed", cfg.seed, 0, 2**62)
+    if cfg.lang not in CHOICES["lang"]:
+        raise ConfigError("not_a_choice", key="lang", got=cfg.lang, allowed=" | ".join(CHOICES["lang"]))
 
 
 def untrusted_targets(saved: Any, typed: Any) -> list[str]:
@@ -303,3 +338,4 @@ def register_schemas() -> None:
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    ConfigStore.instance().store(name="sample_schema", node=SampleConfig)

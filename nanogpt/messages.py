@@ -198,6 +198,7 @@ MESSAGES = {
         "{key}={path}: there is no checkpoint in it; give a run folder, e.g. {key}=outputs/my-run",
         "{key}={path}：里面没有 checkpoint；请给出训练目录，例如 {key}=outputs/my-run",
     ),
+    "empty_prompt": ("start={got!r} is empty; give at least one character", "start={got!r} 是空的；请至少给一个字"),
     "no_such_checkpoint": (
         "checkpoint={got}: {path} has no such checkpoint; choose one of: {have}",
         "checkpoint={got}：{path} 里没有这个 checkpoint；可选：{have}",

@@ -78,7 +78,7 @@ def locate(named: str, key: str = "resume") -> Path:
     if named == "latest":
         if not LATEST.is_file():
             raise ConfigError("no_run", key=key, path=LATEST)
-        return Path(LATEST.read_text(encoding="utf-8").strip())
+        named = LATEST.read_text(encoding="utf-8").strip()
     path = Path(named)
     if not (path / "ckpt").is_dir():
         raise ConfigError("no_run", key=key, path=path)

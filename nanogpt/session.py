@@ -160,6 +160,7 @@ class Session:
         console.line("where", path=path)
         console.line("next")
         for what, command in (
+            ("next_sample", f"python run_sample.py out_dir={path}"),
             ("next_longer", f"python run_train.py resume={path} max_iters={2 * summary['iters']}"),
             ("next_curves", "tensorboard --logdir outputs"),
             ("next_own", "python run_train.py dataset=text_file dataset.path=my.txt"),

@@ -1,0 +1,18 @@
+"""Write with a trained model: python run_sample.py start="Once upon a time" (see conf/sample.yaml for every key)."""
+
+from nanogpt import rundir
+from nanogpt.cli import run_script
+from nanogpt.config import SampleConfig, check_sample
+
+
+def main(cfg: SampleConfig, overrides: list[str]) -> None:
+    check_sample(cfg)
+    run_dir = rundir.locate(cfg.out_dir, key="out_dir")
+
+    from nanogpt.writing import write
+
+    write(cfg, overrides, run_dir)
+
+
+if __name__ == "__main__":
+    run_script("sample", main)

@@ -1,0 +1,127 @@
+"""The documents: their code works as printed, the two languages match, their figures are those of the code."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_config
+from test_end_to_end import ENVIRONMENT, QUICK, TEXT
+
+import nanogpt
+from nanogpt import build, corpus
+from nanogpt.config import ROOT
+from nanogpt.data import TokenData
+
+PAIRS = [("README.md", "README.zh-CN.md"), ("docs/extend.md", "docs/extend.zh-CN.md"), ("docs/architecture.md", "docs/architecture.zh-CN.md")]
+
+
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(name, language):
+    return re.findall(rf"```{language}\n(.*?)```", read(name), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize(("english", "chinese"), PAIRS)
+def test_both_languages_show_the_same_code_tables_and_figures(english, chinese):
+    def skeleton(text):
+        code = ["\n".join(line.split("#")[0].rstrip() for line in block.splitlines()) for block in re.findall(r"```\w+\n(.*?)```", text, flags=re.DOTALL)]
+        return code, [len(re.findall(rf"^{'#' * n} ", text, flags=re.MULTILINE)) for n in (1, 2, 3)], len(re.findall(r"^\|", text, flags=re.MULTILINE))
+
+    assert skeleton(read(english)) == skeleton(read(chinese))
+    figures = [sorted(re.findall(r"\d+\.\d{2,}|\d{1,3}(?:,\d{3})+", read(name))) for name in (english, chinese)]
+    assert figures[0] == figures[1]
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+def test_the_preset_table_is_what_the_code_reports(readme):
+    for name in nanogpt.PRESETS:
+        with torch.device("meta"):
+            counts = [f"{nanogpt.create_model(name, vocab_size=v).parameter_count():,}" for v in (76, 50257)]
+        c = build.preset(name)
+        assert f"| `{name}` | {c.n_layer} | {c.n_head} | {c.n_embd} | {c.block_size} | {counts[0]} | {counts[1]} |" in read(readme)
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+def test_every_option_of_every_group_is_in_the_readme(readme):
+    text = read(readme)
+    for group in (p for p in (ROOT / "conf").iterdir() if p.is_dir()):
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{group.name}` |"))
+        for option in group.glob("*.yaml"):
+            assert re.search(rf"\b{option.stem}\b", row), (group.name, option.stem)
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+def test_every_command_in_the_readme_composes(readme):
+    commands = [line.split("#")[0] for block in blocks(readme, "bash") for line in block.splitlines()]
+    checked = 0
+    for command in commands:
+        match = re.search(r"run_train\.py ((?:[\w.]+=\S+ ?)+)", command)
+        if match and "resume" not in command:
+            make_config(*[o.replace("4,8,16", "4") for o in match[1].split()])
+            checked += 1
+    assert checked >= 4
+    assert any('pip install -c constraints.txt -e ".[dev]" && pytest' in c for c in commands)
+
+
+def test_the_documented_dataset_works(tmp_path, monkeypatch):
+    folder = tmp_path / "data" / "my_songs"
+    folder.mkdir(parents=True)
+    (folder / "prepare.py").write_text(blocks("docs/extend.md", "python")[0], encoding="utf-8")
+    (tmp_path / "songs.txt").write_text(TEXT, encoding="utf-8")
+    monkeypatch.setattr(corpus, "ROOT", tmp_path)
+    data = TokenData(corpus.prepare("my_songs", None, {"source": str(tmp_path / "songs.txt")}))
+    assert data.tokenizer.decode(data.tokens["train"][:19]) == TEXT[:19]
+
+
+def test_the_documented_model_optimizer_and_logger_train_and_resume(tmp_path):
+    code, yamls = blocks("docs/extend.md", "python"), blocks("docs/extend.md", "yaml")
+    (tmp_path / "my_model.py").write_text(code[1], encoding="utf-8")
+    (tmp_path / "my_optimizer.py").write_text(code[2], encoding="utf-8")
+    (tmp_path / "my_logger.py").write_text(
+        "class MyLogger:\n"
+        "    def open(self, run_dir, config, iteration): self.file = open(run_dir / 'logs', 'a', encoding='utf-8'); print(iteration, file=self.file)\n"
+        "    def log(self, iteration, metrics): print(iteration, sorted(metrics), file=self.file)\n"
+        "    def text(self, iteration, sample): pass\n"
+        "    def close(self): self.file.close()\n",
+        encoding="utf-8",
+    )
+    for path, content in zip(("model/wide", "model/gated", "optimizer/mine", "logger/mine"), yamls[1:]):
+        (tmp_path / "conf" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "conf" / f"{path}.yaml").write_text(content, encoding="utf-8")
+    (tmp_path / "my.txt").write_text(TEXT, encoding="utf-8")
+    quick = [o for o in QUICK if o not in ("logger=none",)]
+
+    def run(*overrides):
+        command = [sys.executable, str(ROOT / "run_train.py"), f"--config-dir={tmp_path / 'conf'}", *overrides]
+        done = subprocess.run(command, cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, encoding="utf-8", timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    mine = ["model=gated", "optimizer=mine", "logger=mine"]
+    run(*mine, "dataset=text_file", "dataset.path=my.txt", "dataset.dir=prepared", *quick, "out_dir=outputs/a")
+    run(*mine, *quick[:4], "resume=outputs/a", "max_iters=6")
+    lines = (tmp_path / "outputs/a/logs").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "0" and "4" in lines and any(line.startswith("6 [") and "train/loss" in line for line in lines)
+    assert json.loads((tmp_path / "outputs/a/summary.json").read_text(encoding="utf-8"))["iters"] == 6
+    assert "n_embd: 768" in run("model=wide", "--cfg", "job").stdout
+
+
+def test_chinese_comments_are_everywhere():
+    for path in [*(ROOT / "nanogpt").glob("*.py"), *(ROOT / "data").glob("*/prepare.py")]:
+        text = path.read_text(encoding="utf-8")
+        if len(text.splitlines()) > 25:
+            assert re.search(r"#.*[一-鿿]", text), f"{path.name} has no Chinese comment"
+    for path in (ROOT / "conf").rglob("*.yaml"):
+        assert re.search(r"#.*[一-鿿]", path.read_text(encoding="utf-8")), f"{path} has no Chinese comment"
+
+
+def test_every_text_file_is_opened_with_its_encoding_named():
+    for path in [*(ROOT / "nanogpt").glob("*.py"), *(ROOT / "data").glob("*/*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if re.search(r"\.(read_text|write_text)\(|\.open\(\"[rwa]\"", line):
+                assert "encoding=" in line, (path.name, line)
