@@ -58,7 +58,7 @@ class ModelConfig:
     logit_softcap: float = 15.0
     """Bound of |logit|; 0 switches the cap off."""
     rope_base: float = 10000.0
-    ngrams: list[int] = field(default_factory=list)
+    ngrams: list[int] = field(default_factory=lambda: [2, 3, 4, 5])
     """Sizes n of the hashed n-gram embeddings, for example [2, 3]."""
     ngram_buckets: int = 16384
     extra: dict[str, Any] = field(default_factory=dict)
@@ -113,17 +113,17 @@ class TrainConfig:
     lang: str = "auto"
     compile: str = "auto"
     deterministic: bool = True
-    max_iters: int = 1000
+    max_iters: int = 250
     batch_size: int = 16
     gradient_accumulation_steps: int = 1
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-2
     min_lr: float = 0.0
     warmup_iters: int | None = None
     lr_decay_iters: int | None = None
-    lr_schedule: str = "cosine"
+    lr_schedule: str = "linear"
     decay_fraction: float = 0.2
     grad_clip: float = 1.0
-    eval_interval: int = 250
+    eval_interval: int = 125
     eval_tokens: int | None = None
     eval_batch_size: int | None = None
     early_stop_evals: int = 0

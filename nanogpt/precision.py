@@ -8,6 +8,8 @@ from torch.overrides import TorchFunctionMode
 
 from nanogpt.messages import ConfigError
 
+# 在 GPU 上由张量核心以 16 位输入、fp32 累加完成的运算
+PRODUCTS = (F.linear, torch.mm, torch.matmul, torch.bmm, torch.baddbmm, F.scaled_dot_product_attention)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -28,7 +30,7 @@ class RoundedProducts(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in (F.linear, torch.mm, torch.matmul, torch.bmm, F.scaled_dot_product_attention):
+        if func in PRODUCTS:
             return self._round(func(*map(self._round, args), **kwargs))
         return func(*args, **kwargs)
 

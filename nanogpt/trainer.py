@@ -181,8 +181,11 @@ class Trainer:
         # 先还原再裁剪，否则阈值会被 loss scale 放大
         if scaler.is_enabled():
             scaler.unscale_(self.optimizer)
-        limit = self.cfg.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit).item()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        limit, norm = self.cfg.grad_clip or math.inf, norm.item()
+        if math.isfinite(norm) and norm > limit:
+            # 没超过阈值就不必把全部梯度再读写一遍
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, torch.tensor(norm, device=self.device))
         if scaler.is_enabled() and math.isfinite(loss):
             # 梯度溢出是 fp16 的日常：scaler 自己跳过这一步并减半 scale
             scaler.step(self.optimizer)
