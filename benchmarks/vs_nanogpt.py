@@ -1,9 +1,10 @@
 """nanoGPT and this project side by side on one machine: speed, time to a loss, loss after equal tokens.
 
-    python benchmarks/vs_nanogpt.py --nanogpt PATH [--rounds 3] [--seeds 1337 1338 1339]
+    python benchmarks/vs_nanogpt.py --nanogpt PATH [--part speed|target] [--rounds 5] [--seeds 1337 1338 1339]
 
 PATH is a checkout of karpathy/nanoGPT. Both programs run as a person would start them, one at a
-time, on tiny-shakespeare with nanoGPT's published CPU recipe. Writes benchmarks/results/vs_nanogpt.json.
+time, on tiny-shakespeare with nanoGPT's published CPU recipe, which does not compile. Writes
+benchmarks/results/vs_nanogpt.json; --part measures one half anew and keeps the other.
 """
 
 import argparse
@@ -39,6 +40,13 @@ SAME_ARCHITECTURE = [
     "model.block_size=64", "batch_size=12", "optimizer=adamw", "learning_rate=1e-3", "logger=none", "sample_tokens=0", "device=cpu",
     "log_interval=1", "eval_interval=1000000", "eval_tokens=64",
 ]
+
+
+def processor() -> str:
+    """The processor's name."""
+    if Path("/proc/cpuinfo").is_file():
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))[1]
+    return platform.processor() or platform.machine()
 
 
 def run_nanogpt(path: Path, out: Path, **changes) -> dict:
@@ -99,15 +107,18 @@ def prepare(path: Path) -> np.ndarray:
 
 
 def same_architecture(path: Path, folder: Path, rounds: int) -> dict:
-    """Tokens/s at the same architecture and batch, the two programs in turn."""
-    pairs = []
+    """Tokens/s at the same architecture and batch, the programs in turn, ours also with compile=true."""
+    rows = []
     for number in range(rounds):
         theirs = run_nanogpt(path, folder / f"nano{number}", max_iters=200, eval_iters=1, eval_interval=100000)
-        ours = run_ours(folder, f"same{number}", *SAME_ARCHITECTURE, "max_iters=200")
-        pairs.append((TOKENS_PER_ITERATION / theirs["step_ms"] * 1e3, ours["tokens_per_s"]))
-        print(f"same architecture, round {number + 1}: nanoGPT {pairs[-1][0]:.0f}, ours {pairs[-1][1]:.0f} tokens/s", flush=True)
-    ratios = [ours / theirs for theirs, ours in pairs]
-    return {"nanogpt_tokens_per_s": [p[0] for p in pairs], "ours_tokens_per_s": [p[1] for p in pairs], "ratio": statistics.median(ratios)}
+        plain, compiled = (run_ours(folder, f"same{number}{c}", *SAME_ARCHITECTURE, "max_iters=200", f"compile={c}") for c in ("false", "true"))
+        rows.append((TOKENS_PER_ITERATION / theirs["step_ms"] * 1e3, plain["tokens_per_s"], compiled["tokens_per_s"]))
+        print("same architecture, round {}: nanoGPT {:.0f}, ours {:.0f}, compiled {:.0f} tokens/s".format(number + 1, *rows[-1]), flush=True)
+    return {
+        "nanogpt_tokens_per_s": [row[0] for row in rows], "ours_tokens_per_s": [row[1] for row in rows],
+        "ours_compiled_tokens_per_s": [row[2] for row in rows],
+        "ratio": statistics.median(row[1] / row[0] for row in rows), "ratio_compiled": statistics.median(row[2] / row[0] for row in rows),
+    }
 
 
 def time_to_target(path: Path, folder: Path, seeds: list[int], val: np.ndarray) -> dict:
@@ -130,7 +141,8 @@ def time_to_target(path: Path, folder: Path, seeds: list[int], val: np.ndarray) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--part", choices=("all", "speed", "target"), default="all")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 1338, 1339])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "vs_nanogpt.json")
     arguments = parser.parse_args()
@@ -138,16 +150,19 @@ def main() -> None:
     val = prepare(path)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        speed = same_architecture(path, folder, arguments.rounds)
-        target = time_to_target(path, folder, arguments.seeds, val)
-        equal = run_ours(folder, "equal", "experiment=shakespeare_char")["summary"]
+        result = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.is_file() else {}
+        if arguments.part in ("all", "speed"):
+            result["same_architecture"] = same_architecture(path, folder, arguments.rounds)
+        if arguments.part in ("all", "target"):
+            target = result["time_to_target"] = time_to_target(path, folder, arguments.seeds, val)
+            equal = run_ours(folder, "equal", "experiment=shakespeare_char")["summary"]
+            result["equal_tokens"] = {
+                "tokens": equal["tokens"], "nanogpt_val_loss": target["nanogpt"]["full_val_loss"], "ours_val_loss": equal["val_loss"],
+            }
     import torch
 
-    result = {
-        "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPU cores, no GPU", "torch": torch.__version__,
-        "same_architecture": speed, "time_to_target": target,
-        "equal_tokens": {"tokens": equal["tokens"], "nanogpt_val_loss": target["nanogpt"]["full_val_loss"], "ours_val_loss": equal["val_loss"]},
-    }
+    result["device"] = f"{processor()}, {os.cpu_count()} cores, no GPU"
+    result["torch"] = torch.__version__
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))

@@ -18,7 +18,7 @@ from nanogpt.corpus import build_char_tokenizer, write_dataset
 torch.set_num_threads(1)
 os.environ.setdefault("WANDB_MODE", "offline")
 
-TINY = ("model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=16")
+TINY = ("model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "model.ngrams=[2]", "model.ngram_buckets=97")
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ def tiny_overrides(corpus_folder):
 
 def tiny_model_config(**changes) -> ModelConfig:
     """A ModelConfig that builds in milliseconds."""
-    return ModelConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 11, **changes})
+    return ModelConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 11, "ngrams": [], **changes})
 
 
 GPT2_RECIPE = {
