@@ -123,6 +123,8 @@ class TrainConfig:
     lr_schedule: str = "linear"
     decay_fraction: float = 0.2
     grad_clip: float = 1.0
+    dropout: float = 0.0
+    """Goes into model.dropout."""
     eval_interval: int = 125
     eval_tokens: int | None = None
     eval_batch_size: int | None = None

@@ -29,6 +29,8 @@ FIXED_ON_RESUME = ("model", "dataset", "seed")
 CHANGEABLE = {("model", "dropout"), ("dataset", "dir")}
 # 写进 model 节点的配置组
 GROUP_NODES = {"arch": "model"}
+# 顶层的短名字同时决定的键
+ALIASES = {"dropout": ("dropout", "model.dropout")}
 
 
 def choose(cfg: TrainConfig) -> Path:
@@ -101,7 +103,11 @@ def resumed_config(saved_text: str, typed: TrainConfig, overrides: list[str], so
             raise ConfigError("resume_changes", key="experiment", old="-", new=override.value())
         if (ROOT / "conf" / key).is_dir():
             key = GROUP_NODES.get(key, key)
-        OmegaConf.update(merged, key, OmegaConf.select(OmegaConf.create(fresh), key), merge=False)
+        for target in ALIASES.get(key, (key,)):
+            OmegaConf.update(merged, target, OmegaConf.select(OmegaConf.create(fresh), target), merge=False)
+    if merged.model.vocab_size is None:
+        # 重新写出的 model=… 没有词表大小，它由数据决定，沿用原来的
+        merged.model.vocab_size = before["model"]["vocab_size"]
     for key in FIXED_ON_RESUME:
         refuse_change(key, before[key], OmegaConf.to_container(merged)[key])
     try:

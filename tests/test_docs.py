@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import make_config
+from conftest import TINY, make_config
 from test_end_to_end import ENVIRONMENT, QUICK, TEXT
 
 import nanogpt
@@ -64,7 +64,7 @@ def test_every_command_in_the_readme_composes(readme):
         if match and "resume" not in command:
             make_config(*[o.replace("4,8,16", "4") for o in match[1].split()])
             checked += 1
-    assert checked >= 4
+    assert checked >= 3
     assert any('pip install -c constraints.txt -e ".[dev]" && pytest' in c for c in commands)
 
 
@@ -104,7 +104,7 @@ def test_the_documented_model_optimizer_and_logger_train_and_resume(tmp_path):
 
     mine = ["model=gated", "optimizer=mine", "logger=mine"]
     run(*mine, "dataset=text_file", "dataset.path=my.txt", "dataset.dir=prepared", *quick, "out_dir=outputs/a")
-    run(*mine, *quick[:4], "resume=outputs/a", "max_iters=6")
+    run(*mine, *TINY, "resume=outputs/a", "max_iters=6")
     lines = (tmp_path / "outputs/a/logs").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "0" and "4" in lines and any(line.startswith("6 [") and "train/loss" in line for line in lines)
     assert json.loads((tmp_path / "outputs/a/summary.json").read_text(encoding="utf-8"))["iters"] == 6

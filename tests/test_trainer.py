@@ -298,6 +298,14 @@ def test_what_may_change_on_resume_takes_effect(in_tmp, tiny_overrides):
     assert cfg.batch_size == 4 and cfg.logger == {}
 
 
+@pytest.mark.parametrize("override", ["dropout=0.3", "model.dropout=0.3"])
+def test_dropout_goes_by_both_names_also_on_resume(in_tmp, tiny_overrides, override):
+    assert make_config(override).model.dropout == 0.3
+    train(tiny_overrides, "dropout=0.1")
+    assert resume("outputs/run", "max_iters=9", override).cfg.model.dropout == 0.3
+    assert resume("outputs/run", "max_iters=9").cfg.model.dropout == 0.1
+
+
 def test_resuming_a_finished_run_says_how_to_go_on(in_tmp, tiny_overrides):
     train(tiny_overrides)
     with pytest.raises(ConfigError, match=r"iteration 6 of max_iters=6; add max_iters=12"):
