@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from nanogpt import assets  # noqa: E402 - 先把仓库根目录放进路径
+from nanogpt.messages import ConfigError  # noqa: E402
 
 TARGET = 1.8857
 # nanoGPT README 的 CPU 配方，逐项照抄
@@ -169,4 +170,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ConfigError as error:
+        sys.exit(f"error: {error}")

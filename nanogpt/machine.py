@@ -40,6 +40,8 @@ def set_up(device: torch.device, *, deterministic: bool, hardware: HardwareConfi
         # cuBLAS 要固定工作区，矩阵乘才能逐位重现；必须在第一次调用之前设
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # 默认还会把每块新内存填满，只为查错，白费带宽
+        torch.utils.deterministic.fill_uninitialized_memory = False
     if hardware.vram_gib is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, hardware.vram_gib * 2**30 / total), device)

@@ -40,11 +40,8 @@ class Optimizer:
         by_name = {name: p for g in self.param_groups for name, p in zip(g["names"], g["params"], strict=True)}
         if set(state["state"]) - set(by_name):
             raise ValueError("optimizer: the checkpoint's state belongs to other parameters; resume with the same model and optimizer")
-        # step 计数留在 CPU：标量，放 GPU 上反而要同步
-        self.state = {
-            name: {k: (v if k == "step" else v.to(by_name[name].device)) for k, v in tensors.items()}
-            for name, tensors in state["state"].items()
-        }
+        # step 计数也跟着参数走：CUDA 的融合 kernel 要求它在同一设备上
+        self.state = {name: {k: v.to(by_name[name].device) for k, v in tensors.items()} for name, tensors in state["state"].items()}
 
     def _present(self, group: dict) -> list[tuple[str, torch.Tensor]]:
         """(name, parameter) pairs that have a gradient."""
@@ -56,7 +53,7 @@ class Optimizer:
         for name, p in present:
             if name not in self.state:
                 self.state[name] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=p.device if p.is_cuda else "cpu"),
+                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
                     "exp_avg": torch.zeros_like(p),
                     "exp_avg_sq": torch.zeros_like(p),
                 }
