@@ -11,7 +11,7 @@ def main(cfg: SampleConfig, overrides: list[str]) -> None:
 
     from nanogpt.writing import write
 
-    write(cfg, overrides, run_dir)
+    write(cfg, run_dir)
 
 
 if __name__ == "__main__":

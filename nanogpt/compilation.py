@@ -18,22 +18,21 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def compile_hidden(model, asked: str, device: torch.device, console) -> bool:
-    """Compile model.hidden for training steps as compile=auto|true|false asks; True when it is on."""
+def compile_hidden(model, asked: str, device: torch.device, console) -> None:
+    """Compile model.hidden for training steps as compile=auto|true|false asks, where that works."""
     asked = asked.lower()
     # CPU 上编译要一分钟，小模型短训练赚不回来；auto 只在 GPU 上开
     if asked == "false" or (asked == "auto" and device.type == "cpu"):
-        return False
+        return
     reason = unavailable(device) or _trial(device)
     if reason:
         if asked == "true":
             console.line("compile_off", asked=asked, reason=reason)
-        return False
+        return
     console.line("compiling")
     # 编译中途出错时退回普通执行，而不是中断训练
     torch._dynamo.config.suppress_errors = True
     model.compiled_hidden = torch.compile(model.hidden)
-    return True
 
 
 def _trial(device: torch.device) -> str | None:
@@ -41,5 +40,6 @@ def _trial(device: torch.device) -> str | None:
     try:
         torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(8, device=device))
     except Exception as error:
+        # 工具链的毛病五花八门，任何失败都等于不可用
         return str(error).strip().splitlines()[0][:120]
     return None

@@ -55,16 +55,15 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 def peak_tflops(hardware, device: torch.device, precision) -> tuple[str, float]:
     """(where the figure comes from, TFLOP/s) for this device and number format."""
-    half = precision.name != "fp32" and not precision.rounded
-    stated = hardware.peak_tflops_half if half else hardware.peak_tflops_fp32
+    stated = hardware.peak_tflops_half if precision.half else hardware.peak_tflops_fp32
     if stated:
         return f"hardware={hardware.name}", stated
     if device.type == "cuda":
         card = known_card(torch.cuda.get_device_name(device))
         if card:
-            return card[0], card[2] if half else card[1]
+            return card[0], card[2] if precision.half else card[1]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    dtype = precision.dtype if half else torch.float32
+    dtype = precision.dtype if precision.half else torch.float32
     return f"{name}, matmul", measured_peak(device, dtype)
 
 

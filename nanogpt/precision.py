@@ -56,6 +56,11 @@ class Precision:
             torch.backends.cudnn.allow_tf32 = config.tf32
 
     @property
+    def half(self) -> bool:
+        """Whether products run on 16-bit units, so that the 16-bit peak applies."""
+        return self.name != "fp32" and not self.rounded
+
+    @property
     def label(self) -> str:
         """Name for the console; says when a CPU only rounds."""
         return f"{self.name} (rounded, computed in fp32)" if self.rounded else self.name

@@ -95,7 +95,7 @@ def resumed_config(saved_text: str, typed: TrainConfig, overrides: list[str], so
     if foreign:
         raise ConfigError("untrusted", path=source, targets=", ".join(foreign))
     before = {key: saved[key] for key in FIXED_ON_RESUME}
-    merged = OmegaConf.create(saved)
+    merged, typed_node = OmegaConf.create(saved), OmegaConf.create(fresh)
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group
         if key == "experiment":
@@ -104,12 +104,13 @@ def resumed_config(saved_text: str, typed: TrainConfig, overrides: list[str], so
         if (ROOT / "conf" / key).is_dir():
             key = GROUP_NODES.get(key, key)
         for target in ALIASES.get(key, (key,)):
-            OmegaConf.update(merged, target, OmegaConf.select(OmegaConf.create(fresh), target), merge=False)
+            OmegaConf.update(merged, target, OmegaConf.select(typed_node, target), merge=False)
     if merged.model.vocab_size is None:
         # 重新写出的 model=… 没有词表大小，它由数据决定，沿用原来的
         merged.model.vocab_size = before["model"]["vocab_size"]
+    after = OmegaConf.to_container(merged)
     for key in FIXED_ON_RESUME:
-        refuse_change(key, before[key], OmegaConf.to_container(merged)[key])
+        refuse_change(key, before[key], after[key])
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), merged))
     except OmegaConfBaseException as error:

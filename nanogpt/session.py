@@ -99,9 +99,10 @@ class Session:
         if self.source:
             trainer.restore(self.source)
         if distributed.rank() == 0:
-            trainer.config_text = OmegaConf.to_yaml(OmegaConf.structured(cfg))
+            node = OmegaConf.structured(cfg)
+            trainer.config_text = OmegaConf.to_yaml(node)
             self._claim_folder(trainer.config_text)
-            loggers.open(self.run_dir, OmegaConf.to_container(OmegaConf.structured(cfg)), trainer.progress.iteration)
+            loggers.open(self.run_dir, OmegaConf.to_container(node), trainer.progress.iteration)
         return trainer
 
     def _claim_folder(self, config_text: str) -> None:

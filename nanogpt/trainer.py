@@ -26,10 +26,6 @@ from nanogpt.summary import write_summary
 SAMPLE_STREAM = 1_000_003
 
 
-class TrainingStoppedError(ConfigError):
-    """Training cannot go on; the text says why and what to do."""
-
-
 @dataclass
 class Progress:
     """Everything that changes during training besides tensors; goes into the checkpoint."""
@@ -101,7 +97,7 @@ class Trainer:
         self.last_sample = ""
         model.activation_checkpointing = cfg.memory.activation_checkpointing
         model.loss_chunk_mib = cfg.memory.loss_chunk_mib
-        self.compiled = compile_hidden(model, cfg.compile, device, console)
+        compile_hidden(model, cfg.compile, device, console)
 
     # ---- 一步 ----
 
@@ -136,6 +132,7 @@ class Trainer:
             try:
                 loss = self._accumulate(starts)
             except Exception as error:
+                # 只接住显存不足，其余原样抛出
                 if not is_out_of_memory(error):
                     raise
                 failed = True
@@ -170,7 +167,7 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if self.micro_batch == 1:
-            raise TrainingStoppedError("oom_final")
+            raise ConfigError("oom_final")
         old, self.micro_batch = self.micro_batch, (self.micro_batch + 1) // 2
         accumulation = math.ceil(self.local_rows / self.micro_batch) * distributed.world()
         self.console.line("oom_shrink", iteration=self.progress.iteration + 1, old=old, new=self.micro_batch, accum=accumulation)
@@ -212,8 +209,10 @@ class Trainer:
         self.console.line("nonfinite", iteration=self.progress.iteration + 1, what=what, count=self.progress.nonfinite_in_a_row)
         if self.progress.nonfinite_in_a_row >= self.cfg.max_nonfinite_steps:
             good = self.saved or next(iter(reversed(checkpoint.checkpoints(self.run_dir))), None)
-            raise TrainingStoppedError("diverged", count=self.progress.nonfinite_in_a_row, checkpoint=good.name if good else "-",
-                                  path=self.run_dir, rate=self.cfg.learning_rate / 3)
+            raise ConfigError(
+                "diverged", count=self.progress.nonfinite_in_a_row, checkpoint=good.name if good else "-",
+                path=self.run_dir, rate=self.cfg.learning_rate / 3,
+            )
 
     def _to_device(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.device.type == "cpu":
@@ -236,6 +235,7 @@ class Trainer:
             try:
                 sums += self._loss_sum(batch, self.block_size)
             except Exception as error:
+                # 同样只接住显存不足
                 if not is_out_of_memory(error) or self.eval_batch == 1:
                     raise
                 self.eval_batch = (self.eval_batch + 1) // 2
@@ -313,8 +313,7 @@ class Trainer:
         """Speed, utilisation and memory of `tokens` trained in `seconds`."""
         speed = tokens / seconds if seconds else 0.0
         flops = speed * self.model.flops_per_token() / distributed.world()
-        half = self.precision.name != "fp32" and not self.precision.rounded
-        reference = RTX3060_TFLOPS["half" if half else "fp32"]
+        reference = RTX3060_TFLOPS["half" if self.precision.half else "fp32"]
         memory = {f"memory/{name}_gib": value for name, value in memory_gib(self.device).items()}
         return {"tokens_per_s": speed, "mfu": flops / self.peak / 1e12, "mfu_rtx3060": flops / reference / 1e12, **memory}
 
@@ -375,7 +374,7 @@ class Trainer:
             )
         except OSError as error:
             if final:
-                raise TrainingStoppedError("never_saved", reason=error.strerror, path=self.run_dir) from None
+                raise ConfigError("never_saved", reason=error.strerror, path=self.run_dir) from None
             self.console.line("save_failed", reason=error.strerror, iters=self.cfg.save_interval or self.cfg.eval_interval)
 
     def restore(self, source: checkpoint.Checkpoint) -> None:

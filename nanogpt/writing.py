@@ -39,7 +39,7 @@ def prompt_text(start: str) -> str:
     return "".join(iter_text(path))
 
 
-def write(cfg: SampleConfig, overrides: list[str], run_dir: Path) -> None:
+def write(cfg: SampleConfig, run_dir: Path) -> None:
     """Print num_samples texts, each token as soon as its characters are whole."""
     device = machine.choose_device(cfg.device, HardwareConfig())
     found = checkpoint.checkpoints(run_dir)

@@ -19,6 +19,7 @@ def documents(source: str) -> Iterable[dict]:
     try:
         return datasets.load_dataset(source, split="train", streaming=True)
     except Exception as error:
+        # 网络与格式的错误类型由库决定，都意味着读不到
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError("source_failed", got=source, reason=reason) from None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from nanogpt.config import ROOT
-from nanogpt.corpus import build_char_tokenizer, iter_text, split_by_length, text_files, write_tagged
+from nanogpt.corpus import build_char_tokenizer, detect_encoding, iter_text, split_by_length, text_files, write_tagged
 from nanogpt.files import sha256
 from nanogpt.messages import ConfigError
 from nanogpt.tokenizer import KINDS, ByteTokenizer, gpt2_tokenizer
@@ -34,22 +34,24 @@ def folder(path: str | None, tokenizer: str, encoding: str, val_fraction: float)
     return ROOT / "data" / "text_file" / f"{stem}-{identity.hexdigest()[:12]}"
 
 
-def pieces(path: Path, encoding: str) -> Iterator[str]:
-    """The text of all files, one after the other."""
-    for file in text_files(path):
+def pieces(files: list[tuple[Path, str]]) -> Iterator[str]:
+    """The text of all (file, encoding), one after the other."""
+    for file, encoding in files:
         yield from iter_text(file, encoding)
 
 
 def prepare(folder: Path, path: str, tokenizer: str, encoding: str, val_fraction: float) -> None:
     """Tokenise the text piece by piece and write the data set folder."""
     source = Path(path)
+    # 判断编码要通读文件，下面还要读两三遍：只判断一次
+    files = [(file, detect_encoding(file) if encoding == "auto" else encoding) for file in text_files(source)]
     if tokenizer == "char":
-        coder = build_char_tokenizer(pieces(source, encoding))
+        coder = build_char_tokenizer(pieces(files))
     else:
         coder = ByteTokenizer() if tokenizer == "byte" else gpt2_tokenizer()
 
     def ids() -> Iterator[np.ndarray]:
-        return (coder.encode(piece) for piece in pieces(source, encoding))
+        return (coder.encode(piece) for piece in pieces(files))
 
     # 先数一遍再写：切分点准确，内存里始终只有一段
     total = sum(len(part) for part in ids())
