@@ -9,9 +9,10 @@ def main(cfg: SampleConfig, overrides: list[str]) -> None:
     check_sample(cfg)
     run_dir = rundir.locate(cfg.out_dir, key="out_dir")
 
-    from nanogpt.writing import write
+    from nanogpt.samples import write_samples
+    from nanogpt.writing import open_model
 
-    write(cfg, run_dir)
+    write_samples(cfg, open_model(cfg, run_dir))
 
 
 if __name__ == "__main__":

@@ -112,26 +112,89 @@ class _ShortAttention(torch.autograd.Function):
 
 
 class KVCache:
-    """Preallocated keys and values of every layer, each (n_layer, B, nh, block_size, hs).
+    """Preallocated keys and values of every layer, each (n_layer, B, nh, L, hs), and the ids read so far, (B, L).
 
-    `length` positions are filled. `tokens` (B, length) keeps the ids, which n-gram embeddings read.
+    `lengths` says how many positions of each row are filled; rows may differ. The active rows are the
+    first len(lengths), so that a finished row costs nothing. L is block_size unless a shorter `length` is given.
     """
 
-    def __init__(self, model, batch_size: int):
+    def __init__(self, model, batch_size: int, length: int | None = None):
         config, weight = model.config, model.wte.weight
-        shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-        # 一次分配到 block_size，逐 token 生成时不再申请显存
+        self.max_length = min(length or config.block_size, config.block_size)
+        shape = (config.n_layer, batch_size, config.n_head, self.max_length, config.n_embd // config.n_head)
+        # 一次分配好，逐 token 生成时不再申请显存
         self.k = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.v = torch.zeros_like(self.k)
-        self.tokens = torch.zeros(batch_size, config.block_size, dtype=torch.long, device=weight.device)
-        self.length = 0
+        self.tokens = torch.zeros(batch_size, self.max_length, dtype=torch.long, device=weight.device)
+        # 长度记在主机上：每一步都能算出，不必向 GPU 查询
+        self.lengths = [0] * batch_size
+        self.position: slice | torch.Tensor = slice(0, 0)
+        self.mask: torch.Tensor | None = None
+        self.end = 0
+
+    def part(self, start: int, stop: int) -> "KVCache":
+        """Rows start … stop as an empty cache that shares this one's memory: reading a prompt writes straight into place."""
+        part = object.__new__(KVCache)
+        part.max_length = self.max_length
+        part.k, part.v, part.tokens = self.k[:, start:stop], self.v[:, start:stop], self.tokens[start:stop]
+        part.lengths = [0] * (stop - start)
+        return part
+
+    def begin(self, T: int) -> slice | torch.Tensor:
+        """Positions of the next T ids: a slice when all rows are equally long, else (B, 1) for T = 1."""
+        lengths = self.lengths
+        self.end = max(lengths) + T
+        assert self.end <= self.max_length, f"{self.end} positions do not fit into {self.max_length}"
+        if min(lengths) + T == self.end:
+            self.position, self.mask = slice(self.end - T, self.end), None
+        else:
+            assert T == 1, "rows of different lengths go on one id at a time"
+            self.position = torch.tensor(lengths, device=self.tokens.device)[:, None]
+            # 每行只看自己写过的位置，后面是别的行才有的
+            self.mask = (torch.arange(self.end, device=self.tokens.device) <= self.position)[:, None, None]
+        return self.position
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write k, v (B, nh, T, hs) behind what is there; return all filled keys and values."""
-        end = self.length + k.size(2)
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end].to(k.dtype), self.v[layer, :, :, :end].to(v.dtype)
+        """Write k, v (B, nh, T, hs) at the positions of begin(); return keys and values (B, nh, end, hs), `mask` hides the unfilled."""
+        rows = len(self.lengths)
+        if self.mask is None:
+            self.k[layer, :rows, :, self.position] = k
+            self.v[layer, :rows, :, self.position] = v
+        else:
+            at = self.position[:, :, None, None].expand(-1, k.size(1), -1, k.size(3))
+            self.k[layer, :rows].scatter_(2, at, k.to(self.k.dtype))
+            self.v[layer, :rows].scatter_(2, at, v.to(self.v.dtype))
+        return self.k[layer, :rows, :, : self.end].to(k.dtype), self.v[layer, :rows, :, : self.end].to(v.dtype)
+
+    def recent(self, n: int) -> torch.Tensor:
+        """The n ids before the positions of begin(), (B, n); -1 before the start."""
+        rows = len(self.lengths)
+        if self.mask is None:
+            start = self.position.start
+            known = self.tokens[:rows, max(start - n, 0) : start]
+            return F.pad(known, (n - known.size(1), 0), value=-1)
+        at = self.position + torch.arange(-n, 0, device=self.tokens.device)
+        return self.tokens[:rows].gather(1, at.clamp(min=0)).masked_fill(at < 0, -1)
+
+    def advance(self, idx: torch.Tensor) -> None:
+        """Note that idx (B, T) has been read at the positions of begin()."""
+        rows, T = idx.shape
+        if self.mask is None:
+            self.tokens[:rows, self.position] = idx
+        else:
+            self.tokens[:rows].scatter_(1, self.position, idx)
+        self.lengths = [length + T for length in self.lengths]
+
+    def drop(self, row: int) -> None:
+        """Remove a row; the last one takes its place."""
+        last = len(self.lengths) - 1
+        if row < last:
+            filled = self.lengths[last]
+            self.k[:, row, :, :filled] = self.k[:, last, :, :filled]
+            self.v[:, row, :, :filled] = self.v[:, last, :, :filled]
+            self.tokens[row, :filled] = self.tokens[last, :filled]
+            self.lengths[row] = filled
+        self.lengths.pop()
 
 
 class CausalSelfAttention(nn.Module):
@@ -184,8 +247,8 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (*qk.unbind(2), v.squeeze(2)))
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        # 单 token 续写时每个 key 都可见，不需要掩码；整段预填充才是因果的
-        mask = None
+        # 单 token 续写时自己的每个 key 都可见；整段预填充才是因果的
+        mask = cache.mask if cache is not None else None
         if cache is not None and 1 < T < k.size(2):
             mask = torch.ones(T, k.size(2), dtype=torch.bool, device=qk.device).tril(k.size(2) - T)
         return F.scaled_dot_product_attention(

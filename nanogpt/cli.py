@@ -21,7 +21,7 @@ from nanogpt.messages import ConfigError, language_from_arguments, say, set_lang
 
 EXIT_USER_ERROR = 2
 # 值是文字的键：逗号、空格都属于内容
-FREE_TEXT = ("sample_prompt", "start")
+FREE_TEXT = ("sample_prompt", "start", "control.style", "control.emotion")
 # 列表或扫描里含有非 ASCII 字符的一项
 NON_ASCII_ITEM = r"[^,\[\]{}()'\"]*[^\x00-\x7f][^,\[\]{}()'\"]*"
 # 内容随选项而变的配置组；model 一类形状固定的不在内

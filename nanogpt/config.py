@@ -151,17 +151,26 @@ class TrainConfig:
 
 @dataclass
 class SampleConfig:
-    """Top level of conf/sample.yaml."""
+    """Top level of conf/sample.yaml; the comments there say when to change what."""
 
     out_dir: str = "latest"
     checkpoint: str = "best"
-    start: str = "\n"
+    device: str = "auto"
+    start: Any = "\n"
+    """A prompt, or a list of prompts."""
+    prompts: str | None = None
     num_samples: int = 1
     max_new_tokens: int = 500
     temperature: float = 0.8
+    stop: list[str] = field(default_factory=list)
+    stop_at_end_of_text: bool = True
+    unknown: str = "error"
     seed: int = 1337
-    device: str = "auto"
+    batch_size: int = 8
+    output: str | None = None
     lang: str = "auto"
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    sampler: Any = MISSING
     groups: dict[str, str] = field(default_factory=dict)
     """Filled in by the program."""
 
@@ -176,6 +185,11 @@ CHOICES = {
     "model.init": ("modern", "gpt2"),
     "precision.dtype": ("auto", "fp32", "fp16", "bf16"),
     "memory.activation_checkpointing": ("none", "every_block"),
+}
+SAMPLE_CHOICES = {
+    "lang": CHOICES["lang"],
+    "unknown": ("error", "skip"),
+    "precision.dtype": ("auto", "fp32", "fp16", "bf16", "int8"),
 }
 
 # 下限（含）与上限（含）；None 表示不限
@@ -216,6 +230,13 @@ RANGES = {
     "hardware.peak_tflops_half": (0, None),
     "hardware.vram_gib": (0.1, None),
 }
+SAMPLE_RANGES = {
+    "num_samples": (1, None),
+    "max_new_tokens": (1, None),
+    "temperature": (0, 100),
+    "seed": (0, 2**62),
+    "batch_size": (1, 4096),
+}
 
 
 def lookup(cfg: Any, key: str) -> Any:
@@ -225,9 +246,9 @@ def lookup(cfg: Any, key: str) -> Any:
     return cfg
 
 
-def check_choices(cfg: Any) -> None:
+def check_choices(cfg: Any, choices: dict[str, tuple[str, ...]]) -> None:
     """Refuse a word that is not one of the allowed ones."""
-    for key, allowed in CHOICES.items():
+    for key, allowed in choices.items():
         got = str(lookup(cfg, key))
         # compile=true 会被 YAML 读成布尔，再变成 "True"
         if got.lower() not in allowed:
@@ -248,10 +269,14 @@ def check_device(named: str) -> None:
         raise ConfigError("not_a_choice", key="device", got=named, allowed="auto | cpu | cuda | cuda:0 | cuda:1 …")
 
 
-def check_ranges(cfg: Any) -> None:
+def check_ranges(cfg: Any, ranges: dict[str, tuple[float, float | None]]) -> None:
     """Refuse a number outside its stated range."""
-    for key, (low, high) in RANGES.items():
+    for key, (low, high) in ranges.items():
         check_range(key, lookup(cfg, key), low, high)
+
+
+def check_rates(cfg: Any) -> None:
+    """Ranges with an open end."""
     if not 0 < cfg.learning_rate < float("inf"):
         raise ConfigError("out_of_range", key="learning_rate", got=cfg.learning_rate, wanted="> 0")
     if not 0 <= cfg.model.dropout < 1:
@@ -301,8 +326,9 @@ def schedule_of(cfg: TrainConfig) -> Schedule:
 
 def check(cfg: Any) -> None:
     """Refuse every wrong value or combination that can be seen without torch or data; one line each."""
-    check_choices(cfg)
-    check_ranges(cfg)
+    check_choices(cfg, CHOICES)
+    check_ranges(cfg, RANGES)
+    check_rates(cfg)
     check_model(cfg.model)
     check_schedule(cfg)
     check_device(cfg.device)
@@ -314,13 +340,14 @@ def check(cfg: Any) -> None:
 
 def check_sample(cfg: SampleConfig) -> None:
     """The same for sampling."""
+    check_choices(cfg, SAMPLE_CHOICES)
+    check_ranges(cfg, SAMPLE_RANGES)
     check_device(cfg.device)
-    check_range("num_samples", cfg.num_samples, 1, None)
-    check_range("max_new_tokens", cfg.max_new_tokens, 1, None)
-    check_range("temperature", cfg.temperature, 0, 100)
-    check_range("seed", cfg.seed, 0, 2**62)
-    if cfg.lang not in CHOICES["lang"]:
-        raise ConfigError("not_a_choice", key="lang", got=cfg.lang, allowed=" | ".join(CHOICES["lang"]))
+    listed = isinstance(cfg.start, list) and cfg.start and all(isinstance(s, str | int | float) for s in cfg.start)
+    if not (isinstance(cfg.start, str) or listed):
+        raise ConfigError("not_a_prompt", got=cfg.start)
+    if "" in cfg.stop:
+        raise ConfigError("empty_stop")
 
 
 def untrusted_targets(saved: Any, typed: Any) -> list[str]:

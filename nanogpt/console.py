@@ -1,4 +1,4 @@
-"""What a person sees while training: a progress bar on a terminal, plain lines elsewhere."""
+"""What a person sees while the program works: a progress bar on a terminal, plain lines elsewhere."""
 
 import contextlib
 import sys
@@ -8,16 +8,17 @@ from nanogpt.messages import text
 
 
 class Console:
-    """Prints to stdout; silent on processes other than the first."""
+    """Prints to stdout (or stderr, where stdout belongs to the texts); silent on processes other than the first."""
 
-    def __init__(self, *, quiet: bool = False):
+    def __init__(self, *, quiet: bool = False, stream: str = "stdout"):
         self.quiet = quiet
+        self._file = getattr(sys, stream)
         self._rich = None
-        if not quiet and sys.stdout.isatty():
+        if not quiet and self._file.isatty():
             # 没有终端时不导入 rich，启动更快
             from rich.console import Console as RichConsole
 
-            self._rich = RichConsole(highlight=False, markup=False, soft_wrap=True)
+            self._rich = RichConsole(file=self._file, highlight=False, markup=False, soft_wrap=True)
 
     def line(self, message: str, **values) -> None:
         """Print a message of nanogpt.messages."""
@@ -30,10 +31,10 @@ class Console:
         if self._rich:
             self._rich.print(line)
         else:
-            print(line, flush=True)
+            print(line, file=self._file, flush=True)
 
     @contextlib.contextmanager
-    def progress(self, total: int, done: int) -> Iterator[Callable[[int], None]]:
+    def progress(self, total: int, done: int, *, title: str = "progress") -> Iterator[Callable[[int], None]]:
         """Show a bar with the remaining time on a terminal; yields the function that moves it to an iteration."""
         if not self._rich:
             yield lambda iteration: None
@@ -41,8 +42,10 @@ class Console:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
-        with Progress(*columns, console=self._rich, transient=True, refresh_per_second=4) as bar:
-            task = bar.add_task(text("progress"), total=total, completed=done)
+        # 正文走管道时不许进度条接管 stdout
+        options = {"redirect_stdout": sys.stdout.isatty(), "transient": True, "refresh_per_second": 4}
+        with Progress(*columns, console=self._rich, **options) as bar:
+            task = bar.add_task(text(title), total=total, completed=done)
             yield lambda iteration: bar.update(task, completed=iteration)
 
     def iteration(self, iteration: int, record: dict[str, float], device_type: str) -> None:

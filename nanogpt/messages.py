@@ -141,8 +141,8 @@ MESSAGES = {
         "dataset.tokenizer={got} 无法识别；可选：{allowed}",
     ),
     "unknown_characters": (
-        "the vocabulary lacks {characters}; leave them out or train on text that has them",
-        "词表里没有 {characters}；请去掉这些字符，或用包含它们的文本训练",
+        "the vocabulary lacks {characters}; leave them out, write with unknown=skip, or train on text that has them",
+        "词表里没有 {characters}；请去掉这些字符，写作时可加 unknown=skip 跳过，或用包含它们的文本训练",
     ),
     "not_a_dataset": (
         "{path} has no readable meta.json ({reason}); delete the folder and start again to prepare it anew",
@@ -199,6 +199,33 @@ MESSAGES = {
         "{key}={path}：里面没有 checkpoint；请给出训练目录，例如 {key}=outputs/my-run",
     ),
     "empty_prompt": ("start={got!r} is empty; give at least one character", "start={got!r} 是空的；请至少给一个字"),
+    # ---- 写作 ----
+    "not_a_prompt": (
+        "start={got} is no text; give a text, FILE:prompt.txt, or a list of texts: start='[a,b]'",
+        "start={got} 不是文字；请给一段文字、FILE:prompt.txt，或一列文字：start='[甲,乙]'",
+    ),
+    "empty_stop": (
+        "stop holds an empty string; give at least one character or leave it out",
+        "stop 里有空字符串；请至少给一个字，或去掉它",
+    ),
+    "bad_prompt_line": (
+        "prompts={path}: line {number} is neither a string nor an object with \"prompt\"; correct it",
+        "prompts={path}：第 {number} 行既不是字符串，也不是带 \"prompt\" 的对象；请改正",
+    ),
+    "no_prompts": ("prompts={path} holds no prompt; give one per line", "prompts={path} 里没有开头；请每行写一个"),
+    "output_not_writable": (
+        "output={got} cannot be written ({reason}); choose another file",
+        "output={got} 无法写入（{reason}）；请换一个文件",
+    ),
+    "nonfinite_logits": (
+        "the model's logits are not finite: its weights are damaged or precision is too small for them; try precision=fp32 or another checkpoint",
+        "模型的 logits 不是有限数：权重已损坏，或当前 precision 装不下；请试 precision=fp32，或换一个 checkpoint",
+    ),
+    "sample_oom": (
+        "out of memory even with one text at a time; choose a smaller model, fewer max_new_tokens, precision=int8 or device=cpu",
+        "一次只写一段仍然显存不足；请选更小的模型、更少的 max_new_tokens，或用 precision=int8、device=cpu",
+    ),
+    "progress_writing": ("writing", "写作中"),
     "no_such_checkpoint": (
         "checkpoint={got}: {path} has no such checkpoint; choose one of: {have}",
         "checkpoint={got}：{path} 里没有这个 checkpoint；可选：{have}",

@@ -100,12 +100,13 @@ class NgramEmbedding(nn.Module):
         self.table = nn.Embedding(min(distinct, config.ngram_buckets), config.n_embd)
 
     def forward(self, idx: torch.Tensor, history: torch.Tensor | None = None) -> torch.Tensor:
+        """history (B, >= n - 1) holds the ids before idx, -1 where there are none."""
         T = idx.size(1)
-        if history is not None:
-            # 逐 token 解码时，n-gram 的前几个字在缓存里
-            idx = torch.cat((history[:, history.size(1) - (self.n - 1) :], idx), dim=1)
-        # 序列开头没有前文：id 整体加 1，空位补 0，与任何真 token 区分
-        padded = F.pad(idx + 1, (max(self.n - 1 - (idx.size(1) - T), 0), 0))
+        if history is None:
+            history = idx.new_full((), -1).expand(idx.size(0), self.n - 1)
+        # 逐 token 解码时，n-gram 的前几个字在缓存里；开头没有前文，记作 -1
+        # id 整体加 1，空位成为 0，与任何真 token 区分
+        padded = torch.cat((history[:, history.size(1) - (self.n - 1) :], idx), dim=1) + 1
         key = padded[:, padded.size(1) - T :]
         for back in range(1, self.n):
             start = padded.size(1) - T - back
@@ -186,18 +187,20 @@ class GPT(nn.Module):
 
     def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """Return the normalised last hidden state (B, T, C)."""
-        start = cache.length if cache is not None else 0
-        end = start + idx.size(1)
-        assert end <= self.config.block_size, f"{end} positions do not fit block_size={self.config.block_size}"
+        T = idx.size(1)
+        assert T <= self.config.block_size, f"{T} positions do not fit block_size={self.config.block_size}"
+        at = cache.begin(T) if cache is not None else slice(0, T)
         x = self.wte(idx)
         if self.wpe is not None:
-            x = x + self.wpe.weight[start:end]
-        for ngram in self.ngrams:
-            x = x + ngram(idx, cache.tokens[:, :start] if cache is not None else None)
+            x = x + self.wpe.weight[at]
+        if self.ngrams:
+            history = cache.recent(max(self.config.ngrams) - 1) if cache is not None else None
+            for ngram in self.ngrams:
+                x = x + ngram(idx, history)
         if self.config.embed_norm:
             x = rms_norm(x)
         x = self.drop(x)
-        rope = (self.rope_cos[start:end], self.rope_sin[start:end]) if self.config.position == "rope" else None
+        rope = (self.rope_cos[at], self.rope_sin[at]) if self.config.position == "rope" else None
         for block in self.h:
             if self.activation_checkpointing == "every_block" and self.training and torch.is_grad_enabled():
                 # 只留每个 block 的输入，反向时重算一遍：以约三成时间换激活显存
@@ -205,8 +208,7 @@ class GPT(nn.Module):
             else:
                 x = block(x, rope, cache)
         if cache is not None:
-            cache.tokens[:, start:end] = idx
-            cache.length = end
+            cache.advance(idx)
         return self.ln_f(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

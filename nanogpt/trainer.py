@@ -13,14 +13,15 @@ from nanogpt.compilation import compile_hidden
 from nanogpt.config import TrainConfig, schedule_of
 from nanogpt.console import Console
 from nanogpt.data import TokenData
-from nanogpt.generate import write_sample
 from nanogpt.loggers import Loggers
 from nanogpt.messages import ConfigError
 from nanogpt.metrics import RTX3060_TFLOPS, Stopwatch, memory_gib, peak_tflops
 from nanogpt.oom import is_out_of_memory
 from nanogpt.optimizers import learning_rate_at
 from nanogpt.precision import Precision
+from nanogpt.sampling import sampler
 from nanogpt.summary import write_summary
+from nanogpt.writer import write_sample
 
 # 评估取样、生成样本各用自己的种子流，互不干扰
 SAMPLE_STREAM = 1_000_003
@@ -342,7 +343,7 @@ class Trainer:
             return
         sample = write_sample(
             self.model, self.data.tokenizer, self.sample_prompt(), self.cfg.sample_tokens,
-            temperature=self.cfg.sample_temperature, seed=self.cfg.seed * SAMPLE_STREAM + self.progress.iteration,
+            sampler=sampler(temperature=self.cfg.sample_temperature), seed=self.cfg.seed * SAMPLE_STREAM + self.progress.iteration,
         )
         self.last_sample = sample
         self.loggers.text(self.progress.iteration, sample)

@@ -1,7 +1,9 @@
-"""From a run folder to text on stdout."""
+"""From the sampling config to a model that is ready to write, and the settings of each text."""
 
-import sys
+import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -12,10 +14,51 @@ from nanogpt import tokenizer as tokenizers
 from nanogpt.build import build_model
 from nanogpt.config import HardwareConfig, ModelConfig, SampleConfig, untrusted_targets
 from nanogpt.corpus import iter_text
-from nanogpt.generate import generate, sample_tempered
 from nanogpt.messages import ConfigError
+from nanogpt.precision import Precision
+from nanogpt.sampling import build_sampler
+from nanogpt.writer import Request, Writer
 
 FROM_FILE = "FILE:"
+
+
+@dataclass
+class Settings:
+    """How to write; everything here may change between two texts."""
+
+    sampler: dict[str, Any]
+    max_new_tokens: int
+    seed: int
+    stop: list[str]
+    stop_at_end_of_text: bool
+
+    @classmethod
+    def of(cls, cfg: SampleConfig) -> "Settings":
+        """What conf/sample.yaml and the command line say."""
+        return cls(dict(cfg.sampler), cfg.max_new_tokens, cfg.seed, list(cfg.stop), cfg.stop_at_end_of_text)
+
+    def request(self, prompt: str, number: int = 0) -> Request:
+        """The request for the number-th text behind a prompt."""
+        return Request(
+            prompt, build_sampler(self.sampler), self.max_new_tokens, self.seed + number,
+            stop=tuple(self.stop), stop_at_end_of_text=self.stop_at_end_of_text,
+        )
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model in evaluation mode on its device, with its tokenizer; `name` says where it came from."""
+
+    name: str
+    network: torch.nn.Module
+    tokenizer: tokenizers.Tokenizer
+    precision: Precision
+
+    def writer(self, *, capacity: int, max_length: int | None = None, skip_unknown: bool = False) -> Writer:
+        """A Writer of `capacity` rows."""
+        return Writer(
+            self.network, self.tokenizer, capacity=capacity, max_length=max_length, skip_unknown=skip_unknown, context=self.precision.context,
+        )
 
 
 def load(source: checkpoint.Checkpoint, device: torch.device):
@@ -29,6 +72,18 @@ def load(source: checkpoint.Checkpoint, device: torch.device):
     return model.to(device).eval(), tokenizers.load(source.folder / "tokenizer.json")
 
 
+def open_model(cfg: SampleConfig, run_dir: Path) -> Model:
+    """The model that the config names."""
+    device = machine.choose_device(cfg.device, HardwareConfig())
+    machine.keep_freed_memory()
+    found = checkpoint.checkpoints(run_dir)
+    # 只训了几步、还没评估过的，没有 best，用 last
+    which = "last" if cfg.checkpoint == "best" and checkpoint.best_of(found) is None else cfg.checkpoint
+    source = checkpoint.find(run_dir, which, key="out_dir")
+    network, tokenizer = load(source, device)
+    return Model(f"{run_dir}/{source.name}", network, tokenizer, Precision(cfg.precision, device))
+
+
 def prompt_text(start: str) -> str:
     """The prompt itself, or the content of the file that FILE:… names."""
     if not start.startswith(FROM_FILE):
@@ -39,41 +94,29 @@ def prompt_text(start: str) -> str:
     return "".join(iter_text(path))
 
 
-def write(cfg: SampleConfig, run_dir: Path) -> None:
-    """Print num_samples texts, each token as soon as its characters are whole."""
-    device = machine.choose_device(cfg.device, HardwareConfig())
-    found = checkpoint.checkpoints(run_dir)
-    # 只训了几步、还没评估过的，没有 best，用 last
-    which = "last" if cfg.checkpoint == "best" and checkpoint.best_of(found) is None else cfg.checkpoint
-    model, tokenizer = load(checkpoint.find(run_dir, which, key="out_dir"), device)
-    prompt = prompt_text(cfg.start)
-    ids = tokenizer.encode(prompt)
-    if not len(ids):
-        raise ConfigError("empty_prompt", got=cfg.start)
-    idx = torch.tensor(ids, device=device)[None]
-    for number in range(cfg.num_samples):
-        generator = torch.Generator(device=device).manual_seed(cfg.seed + number)
-        if number:
-            print("-" * 40)
-        print(prompt, end="", flush=True)
-        stream(generate(model, idx, cfg.max_new_tokens, lambda logits, g=generator: sample_tempered(logits, cfg.temperature, g)), tokenizer)
-        print()
+def prompt_list(cfg: SampleConfig) -> list[str]:
+    """All prompts that the config names, in order: prompts=FILE, start=[…], or start."""
+    if cfg.prompts is not None:
+        return prompts_of_file(Path(cfg.prompts))
+    return [prompt_text(str(start)) for start in (cfg.start if isinstance(cfg.start, list) else [cfg.start])]
 
 
-def stream(steps, tokenizer) -> None:
-    """Print ids as they come; a character split over several tokens is held back until it is whole."""
-    ids: list[int] = []
-    shown = ""
-    for chosen in steps:
-        ids.append(int(chosen))
-        whole = tokenizer.decode(ids)
-        if whole.endswith("�"):
-            # 汉字的几个字节可能分在几个 token 里，等齐了再显示
+def prompts_of_file(path: Path) -> list[str]:
+    """One prompt per line of a text file (empty lines are passed over), or per json line: a string or {"prompt": …}."""
+    if not path.is_file():
+        raise ConfigError("missing_file", key="prompts", got=path)
+    prompts = []
+    for number, line in enumerate("".join(iter_text(path)).splitlines(), 1):
+        if not line.strip():
             continue
-        sys.stdout.write(whole[len(shown) :])
-        sys.stdout.flush()
-        if whole.endswith("\n"):
-            # 换行后从头计，解码的代价不随长度增长
-            ids, whole = [], ""
-        shown = whole
-    sys.stdout.write(tokenizer.decode(ids)[len(shown) :])
+        if path.suffix != ".jsonl":
+            prompts.append(line)
+            continue
+        try:
+            record = json.loads(line)
+            prompts.append(record if isinstance(record, str) else str(record["prompt"]))
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError("bad_prompt_line", path=path, number=number) from None
+    if not prompts:
+        raise ConfigError("no_prompts", path=path)
+    return prompts

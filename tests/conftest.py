@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
 from nanogpt import messages
-from nanogpt.config import ROOT, ModelConfig, TrainConfig, check, register_schemas
+from nanogpt.config import ROOT, ModelConfig, SampleConfig, TrainConfig, check, check_sample, register_schemas
 from nanogpt.corpus import build_char_tokenizer, write_dataset
 
 # 张量极小：多线程只有等待；机器忙时 OpenMP 的自旋会慢上百倍
@@ -48,18 +48,31 @@ def corpus_folder(tmp_path_factory) -> Path:
     return write_dataset(folder, name="text_file", source="test", tokenizer=tokenizer, train=[ids[:5000]], val=[ids[5000:]])
 
 
-def make_config(*overrides: str, checked: bool = True) -> TrainConfig:
-    """The TrainConfig that run_train.py would see for these overrides."""
+def composed(config_name: str, overrides: list[str]):
+    """The typed config that a run script would see for these overrides."""
     register_schemas()
     with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
-        composed = compose(config_name="train", overrides=list(overrides), return_hydra_config=True)
-    choices = composed.hydra.runtime.choices
-    with open_dict(composed):
-        del composed.hydra
-    cfg = OmegaConf.to_object(composed)
+        node = compose(config_name=config_name, overrides=overrides, return_hydra_config=True)
+    choices = node.hydra.runtime.choices
+    with open_dict(node):
+        del node.hydra
+    cfg = OmegaConf.to_object(node)
     cfg.groups = {g: o for g, o in choices.items() if o and not g.startswith("hydra/")}
+    return cfg
+
+
+def make_config(*overrides: str, checked: bool = True) -> TrainConfig:
+    """The TrainConfig that run_train.py would see for these overrides."""
+    cfg = composed("train", list(overrides))
     if checked:
         check(cfg)
+    return cfg
+
+
+def make_sample_config(*overrides: str) -> SampleConfig:
+    """The checked SampleConfig that run_sample.py would see for these overrides."""
+    cfg = composed("sample", list(overrides))
+    check_sample(cfg)
     return cfg
 
 

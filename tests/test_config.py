@@ -4,14 +4,18 @@ import re
 import string
 
 import pytest
-from conftest import TINY, make_config
+from conftest import TINY, make_config, make_sample_config
 
 from nanogpt import build, messages
-from nanogpt.config import CHOICES, RANGES, ROOT, TRUSTED_TARGETS, check, lookup, untrusted_targets
+from nanogpt.config import CHOICES, RANGES, ROOT, SAMPLE_CHOICES, SAMPLE_RANGES, TRUSTED_TARGETS, check, lookup, untrusted_targets
 from nanogpt.messages import ConfigError
+from nanogpt.sampling import build_sampler
 
 GROUPS = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in (ROOT / "conf").iterdir() if p.is_dir()}
-OPTIONS = [(group, option) for group, options in GROUPS.items() for option in options]
+# 只属于 run_sample.py 的配置组与选项
+SAMPLE_GROUPS = ("sampler", "control")
+SAMPLE_OPTIONS = [(group, option) for group in SAMPLE_GROUPS for option in GROUPS.get(group, [])] + [("precision", option) for option in GROUPS["precision"]]
+OPTIONS = [(group, option) for group, options in GROUPS.items() for option in options if group not in SAMPLE_GROUPS and (group, option) != ("precision", "int8")]
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
@@ -19,6 +23,12 @@ def test_every_yaml_composes_and_passes_the_checks(group, option):
     cfg = make_config(f"{group}={option}")
     for name, node in {"optimizer": cfg.optimizer, **{f"logger.{k}": v for k, v in cfg.logger.items()}}.items():
         assert callable(build.locate_class(node["_target_"], name))
+
+
+@pytest.mark.parametrize(("group", "option"), SAMPLE_OPTIONS)
+def test_every_yaml_of_run_sample_composes_and_is_built(group, option):
+    cfg = make_sample_config(f"{group}={option}")
+    assert callable(build_sampler(cfg.sampler))
 
 
 @pytest.mark.parametrize("optimizer", GROUPS["optimizer"])
@@ -95,13 +105,16 @@ def test_bad_values_are_one_line_naming_key_value_and_remedy(overrides):
 
 
 def test_every_checked_key_exists_in_the_schema():
-    cfg = make_config()
+    cfg, sample = make_config(), make_sample_config()
     for key in [*CHOICES, *RANGES]:
         lookup(cfg, key)
+    for key in [*SAMPLE_CHOICES, *SAMPLE_RANGES]:
+        lookup(sample, key)
 
 
-def test_every_top_level_key_of_train_yaml_is_documented():
-    lines = (ROOT / "conf" / "train.yaml").read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize("script", ["train", "sample"])
+def test_every_top_level_key_of_the_run_scripts_is_documented(script):
+    lines = (ROOT / "conf" / f"{script}.yaml").read_text(encoding="utf-8").splitlines()
     keys = [line for line in lines if re.match(r"[a-z_]+:", line) and not line.startswith(("defaults", "hydra"))]
     assert keys and all("#" in line for line in keys)
 

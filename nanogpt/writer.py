@@ -1,0 +1,200 @@
+"""Text in, text out: requests become rows of the decode loop, ids become whole characters.
+
+One-shot, batch, interactive and served writing all go through `Writer`.
+"""
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nanogpt.generate import Decoder
+from nanogpt.messages import ConfigError
+from nanogpt.oom import is_out_of_memory
+from nanogpt.sampling import Sampler
+from nanogpt.tokenizer import END_OF_TEXT, TextStream, Tokenizer
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to write behind a prompt."""
+
+    prompt: str
+    sampler: Sampler
+    max_new_tokens: int
+    seed: int
+    prefix: str = ""
+    """Read before the prompt and never shown: where style and emotion go."""
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these."""
+    stop_at_end_of_text: bool = True
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished text; seconds count from submit()."""
+
+    request: Request
+    text: str
+    finish: str
+    """length | stop | end_of_text"""
+    tokens: int
+    prompt_tokens: int
+    seconds_to_first_token: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Piece:
+    """News of one request: whole characters, and at its end the result."""
+
+    key: int
+    prompt: str
+    text: str
+    result: Result | None = None
+
+
+@dataclass
+class _Text:
+    """A request under way."""
+
+    request: Request
+    prompt_ids: np.ndarray
+    stream: TextStream
+    ids: list[int] = field(default_factory=list)
+    shown: list[str] = field(default_factory=list)
+    # 可能是停止词的开头，先不放出去
+    held: str = ""
+    submitted: float = field(default_factory=time.perf_counter)
+    first_token: float | None = None
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, *, skip_unknown: bool = False) -> np.ndarray:
+    """Ids of a prompt, in which <|endoftext|> means the token of that name if the vocabulary has one."""
+    if tokenizer.end_of_text is None:
+        return tokenizer.encode(prompt, skip_unknown=skip_unknown)
+    parts = [tokenizer.encode(part, skip_unknown=skip_unknown) for part in prompt.split(END_OF_TEXT)]
+    marks = [np.array([tokenizer.end_of_text], dtype=np.int64)] * len(parts)
+    return np.concatenate([piece for pair in zip(marks, parts) for piece in pair][1:])
+
+
+class Writer:
+    """Writes any number of requests, up to `capacity` of them together; the others wait for a free row."""
+
+    def __init__(
+        self, model, tokenizer: Tokenizer, *, capacity: int = 1, max_length: int | None = None, skip_unknown: bool = False,
+        context=contextlib.nullcontext,
+    ):
+        self.model, self.tokenizer, self.skip_unknown, self.context = model, tokenizer, skip_unknown, context
+        self.capacity, self.max_length = capacity, max_length
+        self.decoder: Decoder | None = None
+        self.texts: dict[int, _Text] = {}
+        self.waiting: deque[int] = deque()
+        self._next_key = 0
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; its key names it in the pieces. ConfigError when the prompt cannot be read."""
+        ids = encode_prompt(self.tokenizer, request.prefix + request.prompt, skip_unknown=self.skip_unknown)
+        if not len(ids):
+            raise ConfigError("empty_prompt", got=request.prompt)
+        key, self._next_key = self._next_key, self._next_key + 1
+        self.texts[key] = _Text(request, ids, self.tokenizer.stream())
+        self.waiting.append(key)
+        return key
+
+    def cancel(self, key: int) -> None:
+        """Forget a request, finished or not."""
+        if self.texts.pop(key, None) is None:
+            return
+        if key in self.waiting:
+            self.waiting.remove(key)
+        elif self.decoder:
+            self.decoder.remove(key)
+
+    def step(self) -> list[Piece]:
+        """One more token for every row; what is new to show. Empty when nothing is left to write."""
+        try:
+            self._admit()
+            if not self.decoder or not self.decoder.rows:
+                return []
+            keys = [row.key for row in self.decoder.rows]
+            with self.context():
+                drawn = self.decoder.step().tolist()
+        except Exception as error:
+            # 只接住显存不足：减半并排的行数，写过的 token 都在，重读即可
+            if not is_out_of_memory(error):
+                raise
+            self._shrink()
+            return self.step()
+        return [piece for key, token in zip(keys, drawn) if (piece := self._push(key, token))]
+
+    def write(self, requests: Iterable[Request] = ()) -> Iterator[Piece]:
+        """Write these requests and all that were submitted before, to the end; in a new Writer keys count from 0."""
+        for request in requests:
+            self.submit(request)
+        while self.texts:
+            yield from self.step()
+
+    def _admit(self) -> None:
+        if self.waiting and self.decoder is None:
+            self.decoder = Decoder(self.model, capacity=self.capacity, max_length=self.max_length, vocab_size=self.tokenizer.vocab_size)
+        while self.waiting and len(self.decoder.rows) < self.capacity:
+            key = self.waiting.popleft()
+            text = self.texts[key]
+            prompt = np.concatenate((text.prompt_ids, np.array(text.ids, dtype=np.int64)))
+            self.decoder.add(key, prompt, text.request.sampler, text.request.seed, count=len(text.ids))
+
+    def _shrink(self) -> None:
+        # 正在写的排到队首，次序不变；旧缓存先释放，再建小的
+        self.waiting = deque(key for key in self.texts if key not in self.waiting) + self.waiting
+        self.decoder = None
+        if self.capacity == 1:
+            raise ConfigError("sample_oom") from None
+        self.capacity //= 2
+
+    def _push(self, key: int, token: int) -> Piece | None:
+        text = self.texts[key]
+        if token < 0:
+            raise ConfigError("nonfinite_logits")
+        request = text.request
+        text.first_token = text.first_token or time.perf_counter()
+        if request.stop_at_end_of_text and token == self.tokenizer.end_of_text:
+            return self._end(key, text.held + text.stream.finish(), "end_of_text")
+        text.ids.append(token)
+        text.held += text.stream.push(token)
+        found = [at for stop in request.stop if (at := text.held.find(stop)) >= 0]
+        if found:
+            return self._end(key, text.held[: min(found)], "stop")
+        if len(text.ids) == request.max_new_tokens:
+            return self._end(key, text.held + text.stream.finish(), "length")
+        safe = len(text.held) - longest_beginning(text.held, request.stop)
+        shown, text.held = text.held[:safe], text.held[safe:]
+        text.shown.append(shown)
+        return Piece(key, request.prompt, shown) if shown else None
+
+    def _end(self, key: int, last: str, finish: str) -> Piece:
+        text, now = self.texts[key], time.perf_counter()
+        self.cancel(key)
+        return Piece(key, text.request.prompt, last, Result(
+            text.request, "".join(text.shown) + last, finish, len(text.ids), len(text.prompt_ids),
+            (text.first_token or now) - text.submitted, now - text.submitted,
+        ))
+
+
+def longest_beginning(text: str, stops: tuple[str, ...]) -> int:
+    """Length of the longest end of `text` with which one of `stops` begins."""
+    return max((n for stop in stops for n in range(1, min(len(stop), len(text)) + 1) if text.endswith(stop[:n])), default=0)
+
+
+def write_sample(model, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, *, sampler: Sampler, seed: int) -> str:
+    """The prompt and max_new_tokens tokens behind it; leaves the model's mode and the global generators as they were."""
+    was_training = model.training
+    model.eval()
+    try:
+        pieces = Writer(model, tokenizer).write([Request(prompt, sampler, max_new_tokens, seed, stop_at_end_of_text=False)])
+        return prompt + "".join(piece.text for piece in pieces)
+    finally:
+        model.train(was_training)
