@@ -48,7 +48,7 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
 
 
-def preset(name: str, arch: str | None = None, **changes) -> ModelConfig:
+def preset(name: str, arch: str | None = None, /, **changes) -> ModelConfig:
     """The ModelConfig of conf/model/<name>.yaml over conf/arch/<arch>.yaml, with changes on top."""
     if name not in preset_names():
         raise ConfigError("unknown_option", group="model", got=name, options=", ".join(preset_names()))
