@@ -15,7 +15,7 @@ def main(cfg: TrainConfig, overrides: list[str]) -> None:
 
     from nanogpt.session import Session
 
-    session = Session.resume(cfg, overrides, run_dir) if cfg.resume else Session.new(cfg, run_dir)
+    session = Session.resume(cfg, overrides, run_dir) if cfg.resume else Session.new(cfg, run_dir, overrides)
     session.run()
 
 

@@ -5,8 +5,9 @@ from importlib import import_module
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
-from nanogpt.config import ROOT, ModelConfig, check_model
+from nanogpt.config import ROOT, FinetuneConfig, ModelConfig, check_model, untrusted_targets
 from nanogpt.messages import ConfigError
 
 
@@ -41,6 +42,27 @@ def build_part(node: dict, key: str, *arguments) -> Any:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError("bad_part", key=key, reason=error) from None
+
+
+def model_of(source):
+    """The model of a checkpoint.Checkpoint on the CPU, LoRA adapters merged into plain weights."""
+    from nanogpt.lora import add_adapters, merge
+
+    saved = yaml.safe_load(source.config_text())
+    if foreign := untrusted_targets({"model": saved["model"]}, {}):
+        raise ConfigError("untrusted", path=source.folder, targets=", ".join(foreign))
+    model = build_model(typed_node(ModelConfig, saved["model"]), seed=0)
+    # 早于 LoRA 的训练没有 finetune 一节
+    finetune = typed_node(FinetuneConfig, saved.get("finetune", {}))
+    if finetune.method == "lora":
+        add_adapters(model, finetune)
+    source.load_model(model)
+    return merge(model)
+
+
+def typed_node(schema: type, node: dict) -> Any:
+    """The dataclass `schema` with the values of a saved config node."""
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
 
 
 def preset_names() -> list[str]:

@@ -219,6 +219,29 @@ MESSAGES = {
         "{path}: the tokenizer has {tokens} tokens, the embedding only {rows} rows; put the model's own tokenizer.json beside it",
         "{path}：分词器有 {tokens} 个 token，而 embedding 只有 {rows} 行；请放上模型自己的 tokenizer.json",
     ),
+    "init_from_shape": (
+        "{key}={got} contradicts init_from={named}, whose weights have {want}; leave {key} out, or train without init_from",
+        "{key}={got} 与 init_from={named} 的权重（{want}）矛盾；请去掉 {key}，或不用 init_from",
+    ),
+    "init_from_tokenizer": (
+        "init_from={named}: its vocabulary ({want} tokens, {want_kind}) is not that of the data ({got} tokens, {got_kind}); use dataset=text_file or "
+        "dataset=plays_char with dataset.tokenizer=auto, which takes the model's own",
+        "init_from={named}：它的词表（{want} 个 token，{want_kind}）与数据的（{got} 个，{got_kind}）不同；请用 dataset=text_file 或 "
+        "dataset=plays_char，并让 dataset.tokenizer=auto 取用模型自己的词表",
+    ),
+    "started_from": ("starting from the weights of {named}", "从 {named} 的权重开始"),
+    "lora": (
+        "LoRA: {trained:,} of {total:,} parameters are trained, the others are frozen",
+        "LoRA：训练 {total:,} 个参数中的 {trained:,} 个，其余冻结",
+    ),
+    "lora_scratch": (
+        "finetune=lora without init_from: the frozen weights are random; type init_from=gpt2 (or a folder, or a run) to start from trained ones",
+        "finetune=lora 而没有 init_from：被冻结的是随机权重；要从训练好的权重开始，请加 init_from=gpt2（或文件夹、训练目录）",
+    ),
+    "lora_linears": (
+        "finetune.linears={got} does not fit the model; choose from: {have}",
+        "finetune.linears={got} 与模型不符；可选：{have}",
+    ),
     # ---- 运行目录与 checkpoint ----
     "out_dir_exists": (
         "out_dir={path} already holds a run; choose another out_dir, continue it with resume={path}, or add overwrite=true",

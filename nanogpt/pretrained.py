@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanogpt import hub, karpathy
-from nanogpt.build import build_model, preset
+from nanogpt import checkpoint, hub, karpathy, rundir
+from nanogpt import tokenizer as tokenizers
+from nanogpt.build import build_model, model_of, preset
 from nanogpt.config import ModelConfig
 from nanogpt.messages import ConfigError
 from nanogpt.tokenizer import Tokenizer
@@ -49,6 +50,8 @@ def open_pretrained(named: str, key: str = "init_from") -> Pretrained:
         return checked(path, *karpathy.read_checkpoint(path))
     if (path / "config.json").is_file():
         return read_folder(path)
+    if named == "latest" or (path / "ckpt").is_dir() or (path / "manifest.json").is_file():
+        return read_run(named, key)
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", named):
         raise ConfigError("pretrained_missing", key=key, got=named)
     return read_folder(hub.download(f"openai-community/{named}" if named in GPT2_NAMES else named, named, key), path.name)
@@ -59,6 +62,48 @@ def build_pretrained(pretrained: Pretrained, seed: int = 0) -> torch.nn.Module:
     model = build_model(pretrained.config, seed)
     model.load_state_dict(pretrained.tensors, strict=False)
     return model
+
+
+def read_run(named: str, key: str) -> Pretrained:
+    """Weights of a run of ours: its best checkpoint (the last if none was evaluated), or the checkpoint folder named."""
+    path = Path(named)
+    if (path / "manifest.json").is_file():
+        source = checkpoint.find(path.parent.parent, path.name, key=key)
+    else:
+        run_dir = rundir.locate(named, key=key)
+        evaluated = checkpoint.best_of(checkpoint.checkpoints(run_dir))
+        source = checkpoint.find(run_dir, "best" if evaluated else "last", key=key)
+    model = model_of(source)
+    return Pretrained(model.config, checkpoint.model_tensors(model), tokenizers.load(source.folder / "tokenizer.json"))
+
+
+# ---- 微调：与这次训练的配置对上 ----
+
+
+def adapted(pretrained: Pretrained, wanted: ModelConfig, typed: set[str], named: str) -> Pretrained:
+    """The same weights with the dropout, and if typed the shorter context, of `wanted`; ConfigError where `typed` fields contradict them."""
+    have = pretrained.config
+    for field in sorted(typed - {"dropout", "block_size", "name"}):
+        if getattr(wanted, field) != getattr(have, field):
+            raise ConfigError("init_from_shape", key=f"model.{field}", got=getattr(wanted, field), named=named, want=getattr(have, field))
+    block = wanted.block_size if "block_size" in typed else have.block_size
+    # RoPE 没有位置参数，可以加长；学出来的位置 embedding 只能截短
+    if block > have.block_size and have.position == "learned":
+        raise ConfigError("init_from_shape", key="model.block_size", got=block, named=named, want=f"<= {have.block_size}")
+    tensors = pretrained.tensors
+    if "wpe.weight" in tensors:
+        tensors = {**tensors, "wpe.weight": tensors["wpe.weight"][:block]}
+    return replace(pretrained, config=replace(have, dropout=wanted.dropout, block_size=block), tensors=tensors)
+
+
+def check_vocabulary(pretrained: Pretrained, other: Tokenizer, named: str) -> None:
+    """Refuse data whose ids mean something else than the model's."""
+    own = pretrained.tokenizer
+    # 名字不影响 id
+    if {**own.to_dict(), "name": ""} != {**other.to_dict(), "name": ""}:
+        raise ConfigError(
+            "init_from_tokenizer", named=named, want=own.vocab_size, want_kind=own.kind, got=other.vocab_size, got_kind=other.kind
+        )
 
 
 # ---- Hugging Face 格式的文件夹 ----

@@ -4,13 +4,11 @@ import sys
 from pathlib import Path
 
 import torch
-import yaml
-from omegaconf import OmegaConf
 
 from nanogpt import checkpoint, machine
 from nanogpt import tokenizer as tokenizers
-from nanogpt.build import build_model
-from nanogpt.config import HardwareConfig, ModelConfig, SampleConfig, untrusted_targets
+from nanogpt.build import model_of
+from nanogpt.config import HardwareConfig, SampleConfig
 from nanogpt.corpus import iter_text
 from nanogpt.generate import generate, sample_tempered
 from nanogpt.messages import ConfigError
@@ -20,13 +18,7 @@ FROM_FILE = "FILE:"
 
 def load(source: checkpoint.Checkpoint, device: torch.device):
     """The model of a checkpoint in evaluation mode, and its tokenizer."""
-    node = yaml.safe_load(source.config_text())["model"]
-    if foreign := untrusted_targets({"model": node}, {}):
-        raise ConfigError("untrusted", path=source.folder, targets=", ".join(foreign))
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), node))
-    model = build_model(config, seed=0)
-    source.load_model(model)
-    return model.to(device).eval(), tokenizers.load(source.folder / "tokenizer.json")
+    return model_of(source).to(device).eval(), tokenizers.load(source.folder / "tokenizer.json")
 
 
 def prompt_text(start: str) -> str:
