@@ -32,8 +32,9 @@ def download(name: str, named: str, key: str) -> Path:
     except ConfigError:
         raise
     except Exception as error:
-        # 网络库的错误类型随版本变，但都意味着没有取到
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        # 网络库的错误类型随版本变，但都意味着没有取到；连不上时起因比外层的套话有用
+        cause = (error.__cause__ or error) if isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError) else error
+        reason = " ".join(str(cause).split())[:160] or type(cause).__name__
         raise ConfigError("hub_failed", key=key, got=named, endpoint=constants.ENDPOINT, reason=reason) from None
     return folder
 

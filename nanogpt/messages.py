@@ -242,6 +242,15 @@ MESSAGES = {
         "finetune.linears={got} does not fit the model; choose from: {have}",
         "finetune.linears={got} 与模型不符；可选：{have}",
     ),
+    "export_exists": (
+        "TARGET={target} already holds something; choose an empty or new folder",
+        "TARGET={target} 里已有内容；请选空文件夹或新文件夹",
+    ),
+    "export_failed": (
+        "TARGET={target} cannot be written ({reason}); choose another folder",
+        "TARGET={target} 无法写入（{reason}）；请换一个文件夹",
+    ),
+    "exported": ("written: {target}; load it with {command}", "已写出：{target}；载入方法：{command}"),
     # ---- 运行目录与 checkpoint ----
     "out_dir_exists": (
         "out_dir={path} already holds a run; choose another out_dir, continue it with resume={path}, or add overwrite=true",

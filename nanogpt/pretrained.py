@@ -42,8 +42,11 @@ class Pretrained:
     tokenizer: Tokenizer
 
 
-def open_pretrained(named: str, key: str = "init_from") -> Pretrained:
-    """The model that a person named: gpt2 …, owner/name on the hub, a local folder, a run of ours, or nanoGPT's ckpt.pt."""
+def open_pretrained(named: str, key: str = "init_from", which: str = "best") -> Pretrained:
+    """The model that a person named: gpt2 …, owner/name on the hub, a local folder, a run of ours, or nanoGPT's ckpt.pt.
+
+    `key` is what the person typed the name for; `which` is the checkpoint of a run.
+    """
     path = Path(named)
     # 本机的文件优先：断网的人把权重放在 ./gpt2 就能用
     if path.is_file() and path.suffix == ".pt":
@@ -51,7 +54,7 @@ def open_pretrained(named: str, key: str = "init_from") -> Pretrained:
     if (path / "config.json").is_file():
         return read_folder(path)
     if named == "latest" or (path / "ckpt").is_dir() or (path / "manifest.json").is_file():
-        return read_run(named, key)
+        return read_run(named, key, which)
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", named):
         raise ConfigError("pretrained_missing", key=key, got=named)
     return read_folder(hub.download(f"openai-community/{named}" if named in GPT2_NAMES else named, named, key), path.name)
@@ -64,15 +67,17 @@ def build_pretrained(pretrained: Pretrained, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-def read_run(named: str, key: str) -> Pretrained:
-    """Weights of a run of ours: its best checkpoint (the last if none was evaluated), or the checkpoint folder named."""
+def read_run(named: str, key: str, which: str) -> Pretrained:
+    """Weights of a run of ours: the checkpoint `which` (the last where none is the best), or the checkpoint folder named."""
     path = Path(named)
     if (path / "manifest.json").is_file():
         source = checkpoint.find(path.parent.parent, path.name, key=key)
     else:
         run_dir = rundir.locate(named, key=key)
-        evaluated = checkpoint.best_of(checkpoint.checkpoints(run_dir))
-        source = checkpoint.find(run_dir, "best" if evaluated else "last", key=key)
+        if which == "best" and checkpoint.best_of(checkpoint.checkpoints(run_dir)) is None:
+            # 只训了几步、还没评估过的，没有 best
+            which = "last"
+        source = checkpoint.find(run_dir, which, key=key)
     model = model_of(source)
     return Pretrained(model.config, checkpoint.model_tensors(model), tokenizers.load(source.folder / "tokenizer.json"))
 

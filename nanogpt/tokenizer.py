@@ -11,7 +11,7 @@ from nanogpt import assets
 from nanogpt.files import write_text
 from nanogpt.messages import ConfigError
 
-KINDS = ("auto", "char", "byte", "gpt2")
+KINDS = ("char", "byte", "gpt2", "auto")
 
 # GPT-2 的预切分规则：缩写、词、数字、标点、空白（Radford et al. 2019 的公开实现）
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -24,6 +24,7 @@ class CharTokenizer:
     """One token per Unicode character of the training text, in code-point order."""
 
     kind = "char"
+    end_of_text = None
 
     def __init__(self, characters: str):
         self.characters = characters
@@ -55,6 +56,7 @@ class ByteTokenizer:
 
     kind = "byte"
     vocab_size = 256
+    end_of_text = None
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text, shape (n,)."""

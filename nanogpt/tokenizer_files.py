@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nanogpt import tokenizer as tokenizers
 from nanogpt.messages import ConfigError
-from nanogpt.tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, LibraryTokenizer, Tokenizer
+from nanogpt.tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, ByteTokenizer, CharTokenizer, LibraryTokenizer, Tokenizer
 
 # GPT-2 的词表大小，以及 nanoGPT 补齐到 64 倍数之后的
 GPT2_SIZES = (50257, 50304)
@@ -139,3 +139,48 @@ def byte_level_json(vocab: dict[str, int], merges: list, special: dict[str, int]
             "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": vocab, "merges": merges,
         },
     }
+
+
+# ---- 写出 ----
+
+
+def to_library_json(tokenizer: Tokenizer) -> dict:
+    """The json of the tokenizers library that gives the same ids and the same text."""
+    if isinstance(tokenizer, LibraryTokenizer):
+        return tokenizer.description
+    if isinstance(tokenizer, CharTokenizer):
+        return _character_json(tokenizer.characters)
+    letters = byte_letters()
+    if isinstance(tokenizer, ByteTokenizer):
+        # 没有合并规则的字节级 BPE，就是逐字节
+        return byte_level_json({letter: byte for byte, letter in enumerate(letters)}, [], {})
+    words = {token: "".join(letters[b] for b in token) for token in tokenizer.ranks}
+    merges = [[words[left], words[right]] for left, right in merges_of(tokenizer.ranks)]
+    # 特殊 token 也要列进词表，库才会用我们的编号而不是另给
+    vocab = {words[token]: rank for token, rank in tokenizer.ranks.items()} | tokenizer.special
+    return byte_level_json(vocab, merges, tokenizer.special)
+
+
+def _character_json(characters: str) -> dict:
+    """One token per character: split everywhere, look up, join without spaces; other characters are an error there too."""
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None, "post_processor": None,
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False},
+        "decoder": {"type": "Fuse"},
+        "model": {"type": "WordLevel", "vocab": {c: i for i, c in enumerate(characters)}, "unk_token": "<unknown>"},
+    }
+
+
+def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The two tokens that each longer token was merged from, in the order of the ranks."""
+    merges = []
+    for token in sorted((t for t in ranks if len(t) > 1), key=ranks.__getitem__):
+        # 用排在它前面的规则切开自己，剩下的两段就是它的来历
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pairs = [(ranks.get(parts[i] + parts[i + 1], ranks[token]), i) for i in range(len(parts) - 1)]
+            rank, at = min(pairs)
+            assert rank < ranks[token], f"no rule leads to {token!r}"
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        merges.append((parts[0], parts[1]))
+    return merges

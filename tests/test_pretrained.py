@@ -295,34 +295,36 @@ def local_hub(folder):
     server.shutdown()
 
 
-# 新进程：huggingface_hub 在导入时读环境变量；列表里的名字依次打开
+# 新进程：huggingface_hub 在导入时读环境变量
 OPEN = """
 import sys
+from huggingface_hub import constants
 from nanogpt.messages import ConfigError
 from nanogpt.pretrained import open_pretrained
 for named in sys.argv[1:]:
+    constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or named == "offline"
     try:
-        print(open_pretrained(named).config.n_embd)
+        print(named == "offline" or open_pretrained(named).config.n_embd)
     except ConfigError as error:
         print(error)
 """
 
 
-def open_in_new_process(tmp_path, *named, **environment):
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_ETAG_TIMEOUT": "2", "HF_HUB_DISABLE_XET": "1", **environment}
-    done = subprocess.run([sys.executable, "-c", OPEN, *named], cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=100)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
 def test_a_mirror_of_the_hub_serves_models_and_the_cache_remembers_them(tmp_path, local_hub):
     endpoint = f"http://127.0.0.1:{local_hub.server_address[1]}"
-    got, missing = open_in_new_process(tmp_path, "me/tiny", "me/other", HF_ENDPOINT=endpoint)
-    assert got == "48" and f"init_from=me/other: there is no such folder here, and {endpoint} did not give it" in missing and "HF_ENDPOINT" in missing
-    assert not [file for file in local_hub.asked if file.endswith(".py")]
-    # 断网：缓存里有的照样能用，没有的说清楚
-    got, missing = open_in_new_process(tmp_path, "me/tiny", "gpt2", HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="1")
-    assert got == "48" and "init_from=gpt2" in missing and "HF_ENDPOINT" in missing and "model.safetensors" in missing
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN, "me/tiny", "me/other", "offline", "me/tiny", "gpt2"], cwd=ROOT, env=environment,
+        capture_output=True, text=True, encoding="utf-8", timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    online, unknown, _, offline, unreachable = done.stdout.splitlines()
+    assert online == offline == "48"
+    assert f"init_from=me/other: there is no such folder here, and {endpoint} did not give it" in unknown and "Repository Not Found" in unknown
+    assert "init_from=gpt2: there is no such folder here" in unreachable and "HF_ENDPOINT" in unreachable and "model.safetensors" in unreachable
+    assert "model.safetensors" in local_hub.asked and not [file for file in local_hub.asked if file.endswith(".py")]
+    # 断网之后一次也没有再问
+    assert local_hub.asked.count("config.json") == 3, local_hub.asked
 
 
 def test_without_the_package_the_line_names_it_and_the_other_ways(monkeypatch, in_tmp):
