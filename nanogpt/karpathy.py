@@ -57,7 +57,7 @@ def read_characters(path: Path, vocab_size: int) -> str:
         characters = [table[i] for i in range(vocab_size)]
         assert len(table) == vocab_size and len({c for c in characters if len(c) == 1}) == vocab_size, "not one character per id"
         return "".join(characters)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, IndexError) as error:
         raise ConfigError("pretrained_damaged", file=path, reason=f"{type(error).__name__}: {error}") from None
 
 

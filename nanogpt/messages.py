@@ -230,6 +230,10 @@ MESSAGES = {
         "dataset=plays_char，并让 dataset.tokenizer=auto 取用模型自己的词表",
     ),
     "started_from": ("starting from the weights of {named}", "从 {named} 的权重开始"),
+    "high_rate": (
+        "learning_rate={rate:g} is high for trained weights and may wipe out what they know; experiment=finetune_gpt2 uses 5e-5 with adamw",
+        "learning_rate={rate:g} 对训练好的权重偏大，可能冲掉已学到的东西；experiment=finetune_gpt2 用的是 adamw 与 5e-5",
+    ),
     "lora": (
         "LoRA: {trained:,} of {total:,} parameters are trained, the others are frozen",
         "LoRA：训练 {total:,} 个参数中的 {trained:,} 个，其余冻结",

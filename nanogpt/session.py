@@ -19,6 +19,9 @@ from nanogpt.messages import ConfigError, text
 from nanogpt.pretrained import Pretrained, adapted, build_pretrained, check_vocabulary, open_pretrained
 from nanogpt.trainer import Trainer, share_batch
 
+# 大于它的学习率几步之内就会冲掉预训练学到的东西
+HIGH_FINETUNE_RATE = 1e-3
+
 
 class Session:
     """Wires data, model, optimizer, loggers and trainer together in the order in which mistakes should show."""
@@ -148,6 +151,8 @@ class Session:
             line("resumed", path=self.run_dir, iteration=trainer.progress.iteration)
         elif cfg.init_from:
             line("started_from", named=cfg.init_from)
+            if cfg.finetune.method == "full" and cfg.learning_rate > HIGH_FINETUNE_RATE:
+                line("high_rate", rate=cfg.learning_rate)
         if cfg.finetune.method == "lora":
             trained = sum(p.numel() for p in trainer.parameters)
             line("lora", trained=trained, total=trainer.model.parameter_count())

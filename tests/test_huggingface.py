@@ -129,7 +129,7 @@ def test_autotokenizer_gives_the_same_ids_and_text(tmp_path, make):
         assert got == ours.encode(line).tolist() and decode(got) == line
     if ours.kind == "bpe":
         again = byte_level_bpe(to_library_json(ours), "<|endoftext|>")
-        assert again.ranks == ours.ranks and again.special == ours.special
+        assert again.ranks == ours.ranks and again.special == ours.special and again.name == ours.name
 
 
 def test_a_lora_run_is_exported_merged(tmp_path):

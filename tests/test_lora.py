@@ -110,11 +110,11 @@ def base_run(in_tmp, tiny_overrides):
     return "outputs/base"
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_lora_trains_only_adapters_resumes_to_the_bit_and_needs_the_base_no_more(tiny_overrides, base_run, optimizer):
+@pytest.mark.parametrize(("optimizer", "memory"), [("adamw", "default"), ("muon", "lean")])
+def test_lora_trains_only_adapters_resumes_to_the_bit_and_needs_the_base_no_more(tiny_overrides, base_run, optimizer, memory):
     base = open_pretrained(base_run)
     overrides = [o for o in tiny_overrides if not o.startswith("model.")]
-    more = [f"optimizer={optimizer}", f"init_from={base_run}", *LORA, "eval_interval=4", "lr_decay_iters=8"]
+    more = [f"optimizer={optimizer}", f"memory={memory}", f"init_from={base_run}", *LORA, "eval_interval=4", "lr_decay_iters=8"]
     whole = train(overrides, *more, "max_iters=8", out="outputs/whole")
     for name, tensor in base.tensors.items():
         assert torch.equal(whole.model.state_dict()[name], tensor)

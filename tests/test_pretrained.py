@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GPT2_RECIPE, no_grad_eval, tiny_model_config
+from conftest import GPT2_RECIPE, make_config, no_grad_eval, tiny_model_config
 from safetensors.torch import load_file, save_file
 
 from nanogpt import karpathy
@@ -21,6 +21,7 @@ from nanogpt.build import build_model
 from nanogpt.config import ROOT
 from nanogpt.messages import ConfigError
 from nanogpt.pretrained import build_pretrained, open_pretrained
+from nanogpt.session import Session
 from nanogpt.tokenizer_files import byte_level_bpe
 
 transformers = pytest.importorskip("transformers")
@@ -136,6 +137,22 @@ def test_a_chinese_bert_vocabulary_is_wrapped_and_saved_as_json(folder, tmp_path
     ours = tokenizers.load(tmp_path / "t.json")
     assert ours.encode("春江潮水，GPT!").tolist() == [5, 6, 7, 8, 9, 10, 11, 12]
     assert ours.decode([5, 6, 9, 10, 11, 12]) == "春江，gpt !" and ours.vocab_size == len(words) and ours.end_of_text == 3
+
+
+def test_such_a_model_is_fine_tuned_on_chinese_text(folder, in_tmp):
+    (folder / "tokenizer.json").unlink()
+    characters = "春江潮水连海平月共生"
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *characters]), encoding="utf-8")
+    Path("poem.txt").write_text(f"{characters[:5]}\n海上明{characters[5:]}\n" * 60, encoding="utf-8")
+    typed = [f"init_from={folder}", "dataset=text_file", "dataset.path=poem.txt", "dataset.dir=prepared", "logger=none", "device=cpu", "max_iters=1",
+             "batch_size=2", "sample_tokens=3", "model.block_size=8"]
+    session = Session.new(make_config(*typed), Path("outputs/a"), typed)
+    trainer = session._build()
+    trainer.fit()
+    # 没有换行的词表，样本从第一个有文字的 token 写起
+    assert trainer.sample_prompt() in characters and trainer.last_sample.startswith(trainer.sample_prompt())
+    assert tokenizers.load(Path("outputs/a/ckpt/iter_00000001/tokenizer.json")).kind == "library"
+    assert trainer.model.wpe.weight.shape == (8, 48)
 
 
 def test_gpt2_vocabulary_is_supplied_where_a_folder_lacks_it(tmp_path):
