@@ -37,6 +37,7 @@ class NanoGPTConfig(PretrainedConfig):
 
 
 def rms_norm(x):
+    """RMSNorm without a gain over the last dimension."""
     return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
 
 
@@ -52,6 +53,8 @@ def rotate(x, base):
 
 
 class Norm(nn.Module):
+    """RMSNorm without parameters, or LayerNorm."""
+
     def __init__(self, config):
         super().__init__()
         if config.norm == "layernorm":
@@ -64,6 +67,8 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Causal self-attention over x (B, T, C); visible (B, 1, T, T) is true where a key may be read."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -84,6 +89,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Feed-forward layer C -> mlp_ratio * C -> C."""
+
     def __init__(self, config):
         super().__init__()
         width = config.mlp_ratio * config.n_embd
@@ -98,6 +105,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Pre-norm transformer block."""
+
     def __init__(self, config):
         super().__init__()
         self.ln_1, self.attn, self.ln_2, self.mlp = Norm(config), Attention(config), Norm(config), MLP(config)
