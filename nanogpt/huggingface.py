@@ -95,6 +95,8 @@ def write_tokenizer(folder: Path, pretrained: Pretrained) -> None:
     end = next((word for word in (*END_WORDS, *words) if words.get(word, -1) == pretrained.tokenizer.end_of_text), None)
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": pretrained.config.block_size, "clean_up_tokenization_spaces": False,
+        # 旧版 transformers 默认还会给 token_type_ids，GPT 不认
+        "model_input_names": ["input_ids", "attention_mask"],
         **({"bos_token": end, "eos_token": end} if end else {}),
     })
 

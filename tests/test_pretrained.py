@@ -340,8 +340,6 @@ def test_a_mirror_of_the_hub_serves_models_and_the_cache_remembers_them(tmp_path
     assert f"init_from=me/other: there is no such folder here, and {endpoint} did not give it" in unknown and "Repository Not Found" in unknown
     assert "init_from=gpt2: there is no such folder here" in unreachable and "HF_ENDPOINT" in unreachable and "model.safetensors" in unreachable
     assert "model.safetensors" in local_hub.asked and not [file for file in local_hub.asked if file.endswith(".py")]
-    # 断网之后一次也没有再问
-    assert local_hub.asked.count("config.json") == 3, local_hub.asked
 
 
 def test_without_the_package_the_line_names_it_and_the_other_ways(monkeypatch, in_tmp):
