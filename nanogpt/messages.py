@@ -300,6 +300,10 @@ MESSAGES = {
         "compiling the fast decoder for this processor, once …",
         "正在为本机处理器编译快速解码器，只需一次 …",
     ),
+    "no_graph": (
+        "this card records no CUDA graph ({reason}); writing goes on step by step, more slowly",
+        "这块显卡无法录制 CUDA graph（{reason}）；改为逐步执行，会慢一些",
+    ),
     "progress_writing": ("writing", "写作中"),
     "no_such_checkpoint": (
         "checkpoint={got}: {path} has no such checkpoint; choose one of: {have}",

@@ -64,6 +64,15 @@ def test_many_requests_with_few_rows_equal_one_by_one(model):
     assert [len(text) for text in alone] == [20, 5, 33, 1, 20]
 
 
+def test_looking_a_step_ahead_changes_nothing(model):
+    requests = [Request(prompt, chosen, n, seed=3) for prompt, n in (("abc", 20), ("k", 1), ("hfedb", 33)) for chosen in (sampler(), GREEDY)]
+    plain = write(model, *requests, capacity=2)
+    ahead = Writer(model, TOKENIZER, capacity=2)
+    ahead.lookahead = True
+    pieces = list(ahead.write(requests))
+    assert ["".join(p.text for p in pieces if p.key == key) for key in range(len(requests))] == plain
+
+
 def test_a_shorter_cache_changes_nothing_where_the_text_fits(model):
     request = Request("abc", GREEDY, 9, seed=0)
     assert write(model, request, max_length=12) == write(model, request)
