@@ -45,15 +45,15 @@ class Written:
 class Session:
     """What interactive mode remembers. `handle(line)` writes a text or obeys a command; mistakes change nothing."""
 
-    def __init__(self, cfg: SampleConfig, model: Model, *, separate: bool):
+    def __init__(self, cfg: SampleConfig, model: Model, *, piped: bool):
         self.cfg, self.model = cfg, model
         self.settings, self.samples = Settings.of(cfg), cfg.num_samples
         self.temperature = cfg.temperature
         self.chosen = {group: cfg.groups.get(group, "?") for group in ("sampler", "control")}
         self.records = Records(cfg.output, model.name)
         self.written: list[Written] = []
-        self.separate = separate
-        """Whether a line stands between the texts of different prompts too."""
+        self.piped = piped
+        """A line stands between the texts of different prompts too, and Ctrl-C ends everything."""
         self.printed = self.done = False
         self.commands: dict[str, Callable[[str], None]] = {
             name.removeprefix("_do_"): getattr(self, name) for name in dir(self) if name.startswith("_do_")
@@ -131,6 +131,9 @@ class Session:
             self.records.add(piece.result, self.settings)
             finished(piece.result)
         say("sample_stopped")
+        if self.piped:
+            # 脚本里没有人接着打字：其余的也不写了
+            raise KeyboardInterrupt
 
     def _open(self, prompt: str) -> None:
         if self.printed:
@@ -143,7 +146,7 @@ class Session:
 
     def begin(self) -> None:
         """A new line was read: on a terminal its texts stand for themselves."""
-        self.printed = self.printed and self.separate
+        self.printed = self.printed and self.piped
 
     def _last(self) -> Written:
         if not self.written:

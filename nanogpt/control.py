@@ -113,9 +113,8 @@ class PrefixControl:
                 continue
             # 不用 str.format：用户写的花括号不是占位符
             sentence = template.replace("{" + kind + "}", label.name_in(language, typed) if label else typed)
-            if not (lacks := missing_characters(tokenizer, sentence)):
+            if not (missing := missing_characters(tokenizer, sentence)):
                 return sentence
-            missing = missing or lacks
         if missing:
             say_once("control_no_sentence", kind=kind, got=typed, characters=missing)
         return ""

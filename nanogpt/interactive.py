@@ -17,7 +17,7 @@ EXIT_INTERRUPTED = 130
 def converse(cfg: SampleConfig, model: Model) -> int:
     """Write what is asked for until the end of the input; the process' exit code."""
     is_terminal = sys.stdin.isatty()
-    session = Session(cfg, model, separate=not is_terminal)
+    session = Session(cfg, model, piped=not is_terminal)
     if is_terminal:
         return at_the_terminal(session, prompt_session(session))
     return from_a_pipe(session, sys.stdin.buffer)

@@ -345,7 +345,7 @@ MESSAGES = {
         "  /control                   styles and emotions that have words; /control strength 3, /control none\n"
         "  /again  /more              the same beginning with the next seed; go on from the last text\n"
         "  /save [all] FILE.txt|.jsonl     append the last text, or all texts, to a file\n"
-        "  /settings  /quit           Alt-Enter starts a new line, // begins a text with a slash",
+        "  /settings  /help  /quit    Alt-Enter starts a new line, // begins a text with a slash",
         "  /temperature 0.5           越低越保守，0 为贪心；sampler 的其他设置：{sampler_keys}\n"
         "  /sampler top_p             换采样策略；/tokens 200 /samples 3 /seed 7 /stop \\n\n"
         "  /style 充满诗意  /emotion 开心    对之后所有文字有效；后面什么也不写即清除\n"
@@ -353,7 +353,7 @@ MESSAGES = {
         "  /control                   有词可加分的风格与情绪；/control strength 3，/control none\n"
         "  /again  /more              同一开头换下一个种子；接着上一段写\n"
         "  /save [all] 文件.txt|.jsonl     把上一段或全部文字追加到文件\n"
-        "  /settings  /quit           Alt-Enter 换行；// 是以斜杠开头的文字",
+        "  /settings  /help  /quit    Alt-Enter 换行；// 是以斜杠开头的文字",
     ),
     "toolbar_keys": ("/help", "/help 帮助"),
     "sample_stopped": ("[stopped]", "[已停下]"),
