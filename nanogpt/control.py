@@ -6,7 +6,6 @@ belong to the emotion (`nanogpt.words`). Both depend on a model that understands
 """
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -14,7 +13,7 @@ from nanogpt.build import build_part
 from nanogpt.config import check_range
 from nanogpt.messages import ConfigError, say
 from nanogpt.tokenizer import Tokenizer
-from nanogpt.words import CJK, WordBias, word_bias
+from nanogpt.words import CJK, WordBias, ids_of, word_bias
 from nanogpt.writer import Request
 
 KINDS = ("style", "emotion")
@@ -128,7 +127,7 @@ class PrefixControl:
             say_once("control_no_words", kind=kind, got=typed, known=known)
             return None
         for language in languages:
-            if words := [w for w in label.words[language] if not missing_characters(tokenizer, w)]:
+            if words := [w for w in label.words[language] if ids_of(w, tokenizer)]:
                 return word_bias(tokenizer, tuple(words), float(self.strength))
         say_once("control_unwritable", kind=kind, got=typed)
         return None
@@ -203,15 +202,16 @@ def language_of(prompt: str, *typed: str) -> str:
 
 def missing_characters(tokenizer: Tokenizer, text: str) -> str:
     """The characters of a text that a vocabulary lacks, up to ten, each once."""
+    return " ".join([repr(c) for c in dict.fromkeys(text) if not writable(tokenizer, c)][:10]) if not writable(tokenizer, text) else ""
+
+
+def writable(tokenizer: Tokenizer, text: str) -> bool:
+    """Whether a vocabulary has all characters of a text."""
     try:
         tokenizer.encode(text)
     except ConfigError:
-        return " ".join(_lacking(tokenizer, dict.fromkeys(text)))
-    return ""
-
-
-def _lacking(tokenizer: Tokenizer, characters: Iterable[str]) -> list[str]:
-    return [repr(c) for c in characters if not len(tokenizer.encode(c, skip_unknown=True))][:10]
+        return False
+    return True
 
 
 def say_once(message: str, **values) -> None:

@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+from nanogpt.messages import ConfigError
 from nanogpt.sampling import Sampler
 from nanogpt.tokenizer import Tokenizer
 
@@ -24,19 +25,28 @@ CJK = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]
 ANY = -2
 
 
+def ids_of(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids of a text, none when the vocabulary cannot give it back."""
+    try:
+        ids = tuple(tokenizer.encode(text).tolist())
+    except ConfigError:
+        return ()
+    # 有的词表把不认识的字写成同一个“未知” token：给它加分就坏了
+    return ids if tokenizer.decode(ids).strip() == text.strip() else ()
+
+
 def paths(word: str, tokenizer: Tokenizer) -> Iterator[tuple[bool, tuple[int, ...]]]:
     """(must stand behind the end of a word, ids) of each way to write a word."""
     if CJK.search(word):
-        yield False, tuple(tokenizer.encode(word).tolist())
+        yield False, ids_of(word, tokenizer)
         return
-    # 句首大写也算；集合去重，次序固定
+    # 句首大写也算；去重后次序固定
     for spelling in dict.fromkeys((word, word[:1].upper() + word[1:])):
-        if len(ids := tokenizer.encode(spelling, skip_unknown=True)) and tokenizer.decode(ids) == spelling:
-            yield True, tuple(ids.tolist())
-        spaced = tokenizer.encode(" " + spelling, skip_unknown=True).tolist()
+        yield True, ids_of(spelling, tokenizer)
+        spaced = ids_of(" " + spelling, tokenizer)
         # 空格自成一个 token 的词表里，带空格的写法只会到处鼓励空格
         if spaced and len(tokenizer.decode(spaced[:1])) > 1:
-            yield False, tuple(spaced)
+            yield False, spaced
 
 
 def speaks(token: str) -> bool:
@@ -70,13 +80,15 @@ class WordBias:
         suffixes = torch.full((len(nodes), self.width), ANY)
         for row, (_, beginning) in enumerate(nodes):
             suffixes[row, self.width - len(beginning) :] = torch.tensor(beginning, dtype=torch.long)
-        edges = [(row, token) for row, following in enumerate(nodes.values()) for token in sorted(following)]
+        following = sorted(set().union(*nodes.values()))
+        # 哪个开头提出哪个 token；同一个 token 由几个词提出也只加一次
+        follows = torch.tensor([[float(token in after) for token in following] for after in nodes.values()]).view(len(nodes), len(following))
         self._tensors = {
             "suffixes": suffixes,
             "before": torch.tensor([longest - len(beginning) for _, beginning in nodes], dtype=torch.long),
             "anywhere": torch.tensor([not behind_a_word for behind_a_word, _ in nodes], dtype=torch.bool),
-            "edge_row": torch.tensor([row for row, _ in edges], dtype=torch.long),
-            "edge_token": torch.tensor([token for _, token in edges], dtype=torch.long),
+            "follows": follows,
+            "following": torch.tensor(following, dtype=torch.long),
             "word_ends": word_ends(tokenizer),
         }
         self._last: tuple[Sampler | None, Sampler | None] = (None, None)
@@ -89,9 +101,9 @@ class WordBias:
         found = ((window[:, None] == t["suffixes"]) | (t["suffixes"] == ANY)).all(-1)
         # -1 取到最后一项：文首也算词的前面
         found &= t["anywhere"] | t["word_ends"][window[:, t["before"]]]
-        # 同一个 token 可能由几个词提出：有一个成立就加，只加一次
-        hits = torch.zeros_like(logits).index_add_(1, t["edge_token"], found[:, t["edge_row"]].to(logits.dtype))
-        return torch.where(hits > 0, logits + self.strength, logits)
+        raised = (found.float() @ t["follows"] > 0) * self.strength
+        # 只动几十列：整个词表上的比较比模型的一步还贵
+        return logits.index_add(1, t["following"], raised.to(logits.dtype))
 
     def before(self, sampler: Sampler) -> Sampler:
         """The sampler with this stage first; the same object for the same sampler, so that rows can be shaped together."""

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -381,22 +382,29 @@ def test_options_are_those_of_conf():
 # ---- 像使用者那样启动 ----
 
 
-def test_the_command_reads_prompts_from_a_pipe_with_a_sampler_of_ones_own(tmp_path, tiny_overrides):
+def test_the_command_reads_prompts_from_a_pipe_with_sampler_and_controls_of_ones_own(tmp_path, tiny_overrides):
     train(tiny_overrides)
     (tmp_path / "mine" / "sampler").mkdir(parents=True)
     (tmp_path / "mine" / "sampler" / "odd.yaml").write_text("_target_: my_sampler.only\nid: 3\n", encoding="utf-8")
     (tmp_path / "my_sampler.py").write_text(
         "import torch\n\ndef only(logits, *, id):\n    out = torch.full_like(logits, -torch.inf)\n    out[:, id] = 0\n    return out\n", encoding="utf-8"
     )
+    (tmp_path / "mine" / "control").mkdir()
+    code, yamls = (re.findall(rf"```{kind}\n(.*?)```", (ROOT / "docs/interactive.md").read_text(encoding="utf-8"), flags=re.DOTALL) for kind in ("python", "yaml"))
+    (tmp_path / "my_control.py").write_text(code[0], encoding="utf-8")
+    for name, content in zip(("mine", "title"), yamls, strict=True):
+        (tmp_path / "mine" / "control" / f"{name}.yaml").write_text(content, encoding="utf-8")
     command = [sys.executable, str(ROOT / "run_sample.py"), f"--config-dir={tmp_path / 'mine'}", "interactive=true", "max_new_tokens=6", "sampler=odd", "output=o.jsonl"]
-    lines = "the king\n/id 4\nthe king\n/sampler top_p\n/sampler odd\nthe king\n/oops\n"
+    lines = "the king\n/id 4\nthe king\n/sampler top_p\n/sampler odd\nthe king\n/control mine\n/emotion sleepy\n/control title\n/control mark queen\nstyle:love| the king\n/oops\n"
     environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path), "PYTHONUTF8": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, input=lines, capture_output=True, text=True, encoding="utf-8", timeout=90)
     assert done.returncode == 2, done.stderr
     texts = [t.removesuffix("\n") for t in done.stdout.split(f"{SEPARATOR}\n")]
-    assert [len(set(t.removeprefix("the king"))) for t in texts] == [1, 1, 1] and texts[0] == texts[2] != texts[1]
+    assert [len(set(t.removeprefix("the king"))) for t in texts] == [1, 1, 1, 1] and texts[0] == texts[2] == texts[3] != texts[1]
     assert "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith("error: /oops")
-    assert len((tmp_path / "o.jsonl").read_text(encoding="utf-8").splitlines()) == 3
+    assert len((tmp_path / "o.jsonl").read_text(encoding="utf-8").splitlines()) == 4
+    records = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [r["prompt_tokens"] for r in records] == [8, 8, 8, 8 + len("queen love\n")] and records[-1]["settings"]["control"]["style"] == "love"
 
 
 def test_standard_input_that_is_closed_is_an_end(session):
