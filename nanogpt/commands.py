@@ -9,15 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from nanogpt.cli import one_line
-from nanogpt.config import ROOT, SAMPLE_RANGES, SampleConfig, check_range
+from nanogpt.config import SAMPLE_RANGES, SampleConfig, check_range
 from nanogpt.control import KINDS, build_control, read_form, takes_forms
+from nanogpt.groups import option, options, parsed
 from nanogpt.messages import ConfigError, say, text
 from nanogpt.samples import SEPARATOR, Records, in_order, recorded, settings_record
 from nanogpt.writer import Result, Writer
@@ -98,7 +92,7 @@ class Session:
 
     # ---- 写作 ----
 
-    def write(self, typed: str, *, first: int = 0, samples: int | None = None, goes_on: str = "") -> None:
+    def write(self, typed: str, *, first: int = 0, samples: int | None = None, goes_on: bool = False) -> None:
         """Write texts behind a prompt and print them; Ctrl-C ends the one that is being shown and drops those behind it."""
         count = samples or self.samples
         requests = [self.settings.request(typed, first + n) for n in range(count)]
@@ -106,12 +100,10 @@ class Session:
         for request in requests:
             writer.submit(request)
         writer.max_length = max(len(t.prompt_ids) for t in writer.texts.values()) + self.settings.max_new_tokens
-        opened, results = -1, {}
+        opened = -1
 
         def finished(result: Result) -> None:
-            shown = result.request.prompt + whole(result.text)
-            results[opened] = Written(typed, first + opened, shown, result, replace(self.settings))
-            self.written.append(results[opened])
+            self.written.append(Written(typed, first + opened, result.request.prompt + whole(result.text), result, self.settings))
 
         try:
             for piece in in_order(recorded(writer, self.records, self.settings, lambda done: None), count):
@@ -122,10 +114,16 @@ class Session:
                 if piece.result:
                     finished(piece.result)
         except KeyboardInterrupt:
-            self._interrupted(writer, max(opened, 0), opened >= 0, finished)
+            self._interrupted(writer, opened, finished)
+        except ConfigError:
+            if opened >= 0:
+                # 错误信息另起一行
+                self._print("", end="\n")
+            raise
 
-    def _interrupted(self, writer: Writer, key: int, is_open: bool, finished: Callable[[Result], None]) -> None:
-        if is_open and key in writer.texts:
+    def _interrupted(self, writer: Writer, key: int, finished: Callable[[Result], None]) -> None:
+        # 还没显示的（key 为 -1）和排在后面的不留
+        if key in writer.texts:
             piece = writer.interrupt(key)
             self._print(piece.text, end="\n")
             self.records.add(piece.result, self.settings)
@@ -283,7 +281,7 @@ class Session:
         # 开头里的 style:…| 对续写也有效
         head = last.typed[: len(last.typed) - len(read_form(last.typed).prompt)] if takes_forms(self.settings.control) else ""
         before = len(self.written)
-        self.write(head + last.shown, first=last.number + 1, samples=1, goes_on=last.shown)
+        self.write(head + last.shown, first=last.number + 1, samples=1, goes_on=True)
         for at in range(before, len(self.written)):
             # /again 重写的仍是最初的开头
             self.written[at] = replace(self.written[at], typed=last.typed)
@@ -329,43 +327,3 @@ def saved_record(written: Written) -> str:
 def plain(value: Any) -> str:
     """A value as it is typed on the command line."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def parsed(key: str, value: str) -> Any:
-    """A typed value read by the rules of yaml (1e-2 is a number)."""
-    try:
-        return OmegaConf.to_container(OmegaConf.create(f"value: {value}"))["value"]
-    except (OmegaConfBaseException, ValueError, TypeError, KeyError):
-        raise ConfigError("unreadable_value", key=key, got=value) from None
-    except Exception as error:
-        # yaml 的各种语法错误；不引入 yaml 就能认出
-        if type(error).__module__.startswith("yaml"):
-            raise ConfigError("unreadable_value", key=key, got=value) from None
-        raise
-
-
-def _composed(overrides: list[str]):
-    # 在 hydra.main 里面：沿用它的搜索路径，--config-dir 里自己的 yaml 也找得到
-    if GlobalHydra.instance().is_initialized():
-        return compose("sample", overrides)
-    with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
-        return compose("sample", overrides)
-
-
-def options(group: str) -> list[str]:
-    """The yamls of a group."""
-    if GlobalHydra.instance().is_initialized():
-        return GlobalHydra.instance().config_loader().get_group_options(group)
-    return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
-
-
-def option(group: str, name: str, temperature: float) -> dict[str, Any]:
-    """The node that `group=name temperature=…` would give on the command line."""
-    if name not in (names := options(group)):
-        close = difflib.get_close_matches(name, names, n=1)
-        guess = text("did_you_mean", guess=close[0]) if close else ""
-        raise ConfigError("unknown_option", group=group, got=f"{name}{guess}", options=", ".join(names))
-    try:
-        return OmegaConf.to_container(_composed([f"{group}={name}", f"temperature={temperature}"])[group], resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise one_line(error, "sample") from None
