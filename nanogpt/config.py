@@ -167,6 +167,7 @@ class SampleConfig:
     unknown: str = "error"
     seed: int = 1337
     batch_size: int = 8
+    fast: bool = True
     output: str | None = None
     interactive: bool = False
     lang: str = "auto"

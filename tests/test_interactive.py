@@ -1,5 +1,6 @@
 """interactive=true: commands, a terminal that is a pipe, a pipe that is a pipe, Ctrl-C at every place."""
 
+import contextlib
 import io
 import json
 import re
@@ -20,7 +21,6 @@ from nanogpt.config import ROOT, check_sample
 from nanogpt.groups import option, options
 from nanogpt.interactive import at_the_terminal, completer, decoded, from_a_pipe, obey, prompt_session, toolbar
 from nanogpt.messages import ConfigError
-from nanogpt.precision import Precision
 from nanogpt.samples import SEPARATOR, write_samples
 from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
 from nanogpt.writer import Writer
@@ -43,11 +43,7 @@ def model():
     network = build_model(tiny_model_config(vocab_size=tokens.vocab_size, block_size=64), 0).eval()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    return Model("tiny", network, tokens, precision())
-
-
-def precision():
-    return Precision(make_sample_config().precision, torch.device("cpu"))
+    return Model("tiny", network, tokens, contextlib.nullcontext)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +101,7 @@ def test_lines_of_other_encodings_are_read(monkeypatch):
 def test_no_chinese_character_is_ever_split(cfg, capsys, tokens):
     """A byte model that writes one sentence, cut off anywhere: only whole characters are printed, piece by piece."""
     network = Scripted(list(SPRING.encode()), 256)
-    session = Session(cfg, Model("bytes", network, ByteTokenizer(), precision()), piped=False)
+    session = Session(cfg, Model("bytes", network, ByteTokenizer(), contextlib.nullcontext), piped=False)
     pieces = []
     session._print = lambda piece, end="": pieces.append(piece + end)
     assert piped(session, f"/tokens {tokens}", "花") == 0
@@ -295,7 +291,7 @@ def test_ctrl_c_ends_a_pipe(model, cfg, monkeypatch, capsys):
 
 def test_an_interrupted_text_ends_with_a_whole_character(cfg, monkeypatch, capsys):
     interrupt_at(monkeypatch, 6)
-    session = Session(cfg, Model("bytes", Scripted(list(SPRING.encode()), 256), ByteTokenizer(), precision()), piped=False)
+    session = Session(cfg, Model("bytes", Scripted(list(SPRING.encode()), 256), ByteTokenizer(), contextlib.nullcontext), piped=False)
     obey(session, "花")
     assert capsys.readouterr().out == "花春\n"
 
