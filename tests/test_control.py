@@ -11,6 +11,7 @@ from conftest import make_sample_config, tiny_model_config
 
 from nanogpt import control, tokenizer, words
 from nanogpt.build import build_model
+from nanogpt.config import ROOT
 from nanogpt.control import build_control, language_of, prefix, read_form
 from nanogpt.messages import ConfigError
 from nanogpt.samples import write_samples
@@ -292,3 +293,10 @@ def test_the_writer_applies_the_control_and_shows_only_the_text(model):
     writer = Writer(model.network, model.tokenizer)
     results = [p.result for p in writer.write([settings.request("So")]) if p.result]
     assert results[0].prompt_tokens == len("The mood of the following text: happy.\nSo") and len(results[0].text) == 8
+
+
+def test_the_documented_shares_are_those_that_were_measured():
+    text = (ROOT / "docs/interactive.md").read_text(encoding="utf-8")
+    results = json.loads((ROOT / "benchmarks/results/control.json").read_text(encoding="utf-8"))["results"]
+    for sad, loving in zip(results["sad"], results["loving"], strict=True):
+        assert f"| {sad['share']:.2%} | {loving['share']:.2%} |" in text
