@@ -9,7 +9,7 @@ from nanogpt.config import SampleConfig, check_sample
 
 def main(cfg: SampleConfig, overrides: list[str]) -> None:
     check_sample(cfg)
-    run_dir = rundir.locate(cfg.out_dir, key="out_dir")
+    run_dir = None if cfg.init_from else rundir.locate(cfg.out_dir, key="out_dir")
 
     from nanogpt.samples import write_samples
     from nanogpt.writing import open_model

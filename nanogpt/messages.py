@@ -184,6 +184,77 @@ MESSAGES = {
         "{name}: {train:,} training and {val:,} validation tokens, vocabulary {vocab} -> {path}",
         "{name}：训练 {train:,} 个 token，验证 {val:,} 个，词表 {vocab} -> {path}",
     ),
+    # ---- 预训练权重 ----
+    "pretrained_missing": (
+        "{key}={got}: there is no such folder or file here, and it is no name on the hub; give gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name, "
+        "a folder with config.json and model.safetensors, a run folder, or a nanoGPT ckpt.pt",
+        "{key}={got}：本机没有这个文件夹或文件，也不是 hub 上的名字；可用 gpt2、gpt2-medium、gpt2-large、gpt2-xl、所有者/名字、"
+        "含 config.json 与 model.safetensors 的文件夹、训练目录，或 nanoGPT 的 ckpt.pt",
+    ),
+    "hub_package": (
+        "{key}={got}: there is no such folder here, and the hub needs the package huggingface_hub (pip install huggingface_hub; HF_ENDPOINT names a "
+        "mirror); or give a local folder: {key}=FOLDER with config.json and model.safetensors",
+        "{key}={got}：本机没有这个文件夹，而访问 hub 需要 huggingface_hub（pip install huggingface_hub；镜像用环境变量 HF_ENDPOINT 指定）；"
+        "也可给出本地文件夹：{key}=文件夹，内含 config.json 与 model.safetensors",
+    ),
+    "hub_failed": (
+        "{key}={got}: there is no such folder here, and {endpoint} did not give it ({reason}); check the name and the network, set the environment "
+        "variable HF_ENDPOINT to a mirror, or give a local folder: {key}=FOLDER with config.json and model.safetensors",
+        "{key}={got}：本机没有这个文件夹，{endpoint} 也取不到（{reason}）；请检查名字与网络，用环境变量 HF_ENDPOINT 指定镜像，"
+        "或给出本地文件夹：{key}=文件夹，内含 config.json 与 model.safetensors",
+    ),
+    "pretrained_damaged": (
+        "{file} cannot be used ({reason}); get an undamaged copy or choose another model",
+        "{file} 无法使用（{reason}）；请换一份完好的文件，或换一个模型",
+    ),
+    "pretrained_unsupported": (
+        "{file}: {field}={got} is not GPT-2 as this program computes it (wanted: {want}); choose another model",
+        "{file}：{field}={got}，本程序的 GPT-2 不支持（应为 {want}）；请换一个模型",
+    ),
+    "pretrained_no_tokenizer": (
+        "{path} has no tokenizer for its vocabulary of {vocab}; put the tokenizer.json of the model (or of a run with the same characters) beside it",
+        "{path} 没有与词表（{vocab}）对应的分词器；请把模型的（或字符相同的训练目录里的）tokenizer.json 放在它旁边",
+    ),
+    "pretrained_vocab": (
+        "{path}: the tokenizer has {tokens} tokens, the embedding only {rows} rows; put the model's own tokenizer.json beside it",
+        "{path}：分词器有 {tokens} 个 token，而 embedding 只有 {rows} 行；请放上模型自己的 tokenizer.json",
+    ),
+    "init_from_shape": (
+        "{key}={got} contradicts init_from={named}, whose weights have {want}; leave {key} out, or train without init_from",
+        "{key}={got} 与 init_from={named} 的权重（{want}）矛盾；请去掉 {key}，或不用 init_from",
+    ),
+    "init_from_tokenizer": (
+        "init_from={named}: its vocabulary ({want} tokens, {want_kind}) is not that of the data ({got} tokens, {got_kind}); use dataset=text_file or "
+        "dataset=plays_char with dataset.tokenizer=auto, which takes the model's own",
+        "init_from={named}：它的词表（{want} 个 token，{want_kind}）与数据的（{got} 个，{got_kind}）不同；请用 dataset=text_file 或 "
+        "dataset=plays_char，并让 dataset.tokenizer=auto 取用模型自己的词表",
+    ),
+    "started_from": ("starting from the weights of {named}", "从 {named} 的权重开始"),
+    "high_rate": (
+        "learning_rate={rate:g} is high for trained weights and may wipe out what they know; experiment=finetune_gpt2 uses 5e-5 with adamw",
+        "learning_rate={rate:g} 对训练好的权重偏大，可能冲掉已学到的东西；experiment=finetune_gpt2 用的是 adamw 与 5e-5",
+    ),
+    "lora": (
+        "LoRA: {trained:,} of {total:,} parameters are trained, the others are frozen",
+        "LoRA：训练 {total:,} 个参数中的 {trained:,} 个，其余冻结",
+    ),
+    "lora_scratch": (
+        "finetune=lora without init_from: the frozen weights are random; type init_from=gpt2 (or a folder, or a run) to start from trained ones",
+        "finetune=lora 而没有 init_from：被冻结的是随机权重；要从训练好的权重开始，请加 init_from=gpt2（或文件夹、训练目录）",
+    ),
+    "lora_linears": (
+        "finetune.linears={got} does not fit the model; choose from: {have}",
+        "finetune.linears={got} 与模型不符；可选：{have}",
+    ),
+    "export_exists": (
+        "TARGET={target} already holds something; choose an empty or new folder",
+        "TARGET={target} 里已有内容；请选空文件夹或新文件夹",
+    ),
+    "export_failed": (
+        "TARGET={target} cannot be written ({reason}); choose another folder",
+        "TARGET={target} 无法写入（{reason}）；请换一个文件夹",
+    ),
+    "exported": ("written: {target}; load it with {command}", "已写出：{target}；载入方法：{command}"),
     # ---- 运行目录与 checkpoint ----
     "out_dir_exists": (
         "out_dir={path} already holds a run; choose another out_dir, continue it with resume={path}, or add overwrite=true",
@@ -228,6 +299,10 @@ MESSAGES = {
     "compiling_step": (
         "compiling the fast decoder for this processor, once …",
         "正在为本机处理器编译快速解码器，只需一次 …",
+    ),
+    "no_graph": (
+        "this card records no CUDA graph ({reason}); writing goes on step by step, more slowly",
+        "这块显卡无法录制 CUDA graph（{reason}）；改为逐步执行，会慢一些",
     ),
     "progress_writing": ("writing", "写作中"),
     "no_such_checkpoint": (

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from nanogpt.generate import Decoder
 from nanogpt.messages import ConfigError
@@ -96,6 +97,9 @@ class Writer:
     ):
         self.model, self.tokenizer, self.skip_unknown, self.context = model, tokenizer, skip_unknown, context
         self.capacity, self.max_length = capacity, max_length
+        # GPU 上先排下一步，再读上一步的结果：取数与解码文字的时间藏在计算后面
+        self.lookahead = model.device.type == "cuda"
+        self._flight: tuple[list[int], torch.Tensor] | None = None
         self.decoder: Decoder | None = None
         self.texts: dict[int, _Text] = {}
         self.waiting: deque[int] = deque()
@@ -127,21 +131,28 @@ class Writer:
         return self._end(key, self.texts[key].held, "interrupted")
 
     def step(self) -> list[Piece]:
-        """One more token for every row; what is new to show. Empty when nothing is left to write."""
+        """One more token for every row; what is new to show, if anything."""
         try:
             self._admit()
-            if not self.decoder or not self.decoder.rows:
-                return []
-            keys = [row.key for row in self.decoder.rows]
-            with self.context():
-                drawn = self.decoder.step().tolist()
+            drawn = self._drawn()
         except Exception as error:
             # 只接住显存不足：减半并排的行数，写过的 token 都在，重读即可
             if not is_out_of_memory(error):
                 raise
             self._shrink()
             return self.step()
-        return [piece for key, token in zip(keys, drawn) if (piece := self._push(key, token))]
+        # 多走了一步的行可能已经写完
+        return [piece for key, token in drawn if key in self.texts and (piece := self._push(key, token))]
+
+    def _drawn(self) -> list[tuple[int, int]]:
+        """(key, id) of the rows, of this step or, looking ahead, of the one before."""
+        launched = None
+        if self.decoder and self.decoder.rows:
+            keys = [row.key for row in self.decoder.rows]
+            with self.context():
+                launched = keys, self.decoder.step()
+        ready, self._flight = (self._flight, launched) if self.lookahead else (launched, None)
+        return list(zip(ready[0], ready[1].tolist())) if ready else []
 
     def write(self, requests: Iterable[Request] = ()) -> Iterator[Piece]:
         """Write these requests and all that were submitted before, to the end; in a new Writer keys count from 0."""
@@ -152,7 +163,9 @@ class Writer:
 
     def _admit(self) -> None:
         if self.waiting and self.decoder is None:
-            self.decoder = Decoder(self.model, capacity=self.capacity, max_length=self.max_length, vocab_size=self.tokenizer.vocab_size)
+            # 多一个位置：提前排下的一步不该触发重读
+            length = None if self.max_length is None else self.max_length + 1
+            self.decoder = Decoder(self.model, capacity=self.capacity, max_length=length, vocab_size=self.tokenizer.vocab_size)
         while self.waiting and len(self.decoder.rows) < self.capacity:
             key = self.waiting.popleft()
             text = self.texts[key]
@@ -162,7 +175,7 @@ class Writer:
     def _shrink(self) -> None:
         # 正在写的排到队首，次序不变；旧缓存先释放，再建小的
         self.waiting = deque(key for key in self.texts if key not in self.waiting) + self.waiting
-        self.decoder = None
+        self.decoder = self._flight = None
         if self.capacity == 1:
             raise ConfigError("sample_oom") from None
         self.capacity //= 2
