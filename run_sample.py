@@ -1,5 +1,7 @@
 """Write with a trained model: python run_sample.py start="Once upon a time" (see conf/sample.yaml for every key)."""
 
+import sys
+
 from nanogpt import rundir
 from nanogpt.cli import run_script
 from nanogpt.config import SampleConfig, check_sample
@@ -12,6 +14,10 @@ def main(cfg: SampleConfig, overrides: list[str]) -> None:
     from nanogpt.samples import write_samples
     from nanogpt.writing import open_model
 
+    if cfg.interactive:
+        from nanogpt.interactive import converse
+
+        sys.exit(converse(cfg, open_model(cfg, run_dir)))
     write_samples(cfg, open_model(cfg, run_dir))
 
 

@@ -188,9 +188,11 @@ class SampleConfig:
     batch_size: int = 8
     fast: bool = True
     output: str | None = None
+    interactive: bool = False
     lang: str = "auto"
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     sampler: Any = MISSING
+    control: Any = MISSING
     groups: dict[str, str] = field(default_factory=dict)
     """Filled in by the program."""
 
@@ -372,6 +374,8 @@ def check_sample(cfg: SampleConfig) -> None:
         raise ConfigError("not_a_prompt", got=cfg.start)
     if "" in cfg.stop:
         raise ConfigError("empty_stop")
+    if cfg.interactive and (cfg.prompts is not None or cfg.start != SampleConfig.start):
+        raise ConfigError("interactive_prompts", key="start" if cfg.prompts is None else "prompts")
 
 
 def untrusted_targets(saved: Any, typed: Any) -> list[str]:

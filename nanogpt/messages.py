@@ -407,4 +407,74 @@ MESSAGES = {
     "next_longer": ("train longer", "继续训练"),
     "next_curves": ("see the curves", "看曲线"),
     "next_own": ("your own text", "用自己的文本"),
+    # ---- 互动写作 ----
+    "interactive_prompts": (
+        "interactive=true reads its prompts from the terminal or a pipe; leave out {key}=…",
+        "interactive=true 从终端或管道读开头；请去掉 {key}=…",
+    ),
+    "interactive_welcome": (
+        "{model}\ntype a beginning and press Enter; /help shows the commands, Ctrl-C stops a text, Ctrl-D leaves",
+        "{model}\n输入开头后回车；/help 看命令，Ctrl-C 停下这一段，Ctrl-D 离开",
+    ),
+    "interactive_help": (
+        "  /temperature 0.5           lower is safer, 0 is greedy; other keys of the sampler: {sampler_keys}\n"
+        "  /sampler top_p             another strategy; /tokens 200 /samples 3 /seed 7 /stop \\n\n"
+        "  /style poetic  /emotion happy   for all texts from now on; nothing behind it clears it\n"
+        "  style:poetic| emotion:happy| It was     for this text only\n"
+        "  /control                   styles and emotions that have words; /control strength 3, /control none\n"
+        "  /again  /more              the same beginning with the next seed; go on from the last text\n"
+        "  /save [all] FILE.txt|.jsonl     append the last text, or all texts, to a file\n"
+        "  /settings  /help  /quit    Alt-Enter starts a new line, // begins a text with a slash",
+        "  /temperature 0.5           越低越保守，0 为贪心；sampler 的其他设置：{sampler_keys}\n"
+        "  /sampler top_p             换采样策略；/tokens 200 /samples 3 /seed 7 /stop \\n\n"
+        "  /style 充满诗意  /emotion 开心    对之后所有文字有效；后面什么也不写即清除\n"
+        "  style:充满诗意| emotion:开心| 春天    只对这一段有效\n"
+        "  /control                   有词可加分的风格与情绪；/control strength 3，/control none\n"
+        "  /again  /more              同一开头换下一个种子；接着上一段写\n"
+        "  /save [all] 文件.txt|.jsonl     把上一段或全部文字追加到文件\n"
+        "  /settings  /help  /quit    Alt-Enter 换行；// 是以斜杠开头的文字",
+    ),
+    "toolbar_keys": ("/help", "/help 帮助"),
+    "sample_stopped": ("[stopped]", "[已停下]"),
+    "setting": ("{key}={value}", "{key}={value}"),
+    "saved": ("{count} text(s) appended to {path}", "{count} 段文字已追加到 {path}"),
+    "unknown_command": (
+        "/{got}: there is no such command{guess}; /help shows them all",
+        "/{got}：没有这个命令{guess}；/help 查看全部命令",
+    ),
+    "unknown_setting": (
+        "{group}.{got}: there is no such setting; choose one of: {known}",
+        "{group}.{got}：没有这项设置；可选：{known}",
+    ),
+    "unreadable_value": (
+        "{key}={got!r} cannot be read; give one value, e.g. a number",
+        "{key}={got!r} 无法解析；请给一个值，例如数字",
+    ),
+    "nothing_written": ("no text has been written yet; type a beginning first", "还没有写过文字；请先输入一个开头"),
+    "save_suffix": (
+        "/save {got}: the file's name must end in .txt or .jsonl",
+        "/save {got}：文件名要以 .txt 或 .jsonl 结尾",
+    ),
+    "save_not_writable": ("/save {got}: cannot be written ({reason}); choose another file", "/save {got}：无法写入（{reason}）；请换一个文件"),
+    "control_off": (
+        "control={name} has no {kind}; type /control prefix first",
+        "control={name} 没有 {kind} 这一项；请先输入 /control prefix",
+    ),
+    "control_knows": ("{kind}: {names} — or any other words", "{kind}：{names}，或任何文字"),
+    "control_no_words": (
+        "control.{kind}={got} is used as it is written, without words to lead the text to; those with words: {known}",
+        "control.{kind}={got} 照原文使用，没有可加分的词；有词的：{known}",
+    ),
+    "control_no_sentence": (
+        "control.{kind}={got}: the vocabulary lacks {characters} of its sentence, which is left out",
+        "control.{kind}={got}：词表里没有它那句话里的 {characters}，这句话略去",
+    ),
+    "control_unwritable": (
+        "control.{kind}={got}: the vocabulary can write none of its words; no bias",
+        "control.{kind}={got}：它的词用这个词表一个也写不出，不加分",
+    ),
+    "bad_label": (
+        "{key} needs zh: [names], en: [names] and may have words: {{zh: [...], en: [...]}}",
+        "{key} 要有 zh: [名字]、en: [名字]，可以有 words: {{zh: [...], en: [...]}}",
+    ),
 }

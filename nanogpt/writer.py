@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from nanogpt.messages import ConfigError
 from nanogpt.oom import is_out_of_memory
 from nanogpt.sampling import Sampler
 from nanogpt.tokenizer import END_OF_TEXT, TextStream, Tokenizer
+
+if TYPE_CHECKING:
+    from nanogpt.control import Control
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Request:
     stop: tuple[str, ...] = ()
     """The text ends before the first of these."""
     stop_at_end_of_text: bool = True
+    control: "Control | None" = None
+    """Style and emotion: fills in the prefix and wraps the sampler when the request is submitted."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Result:
     request: Request
     text: str
     finish: str
-    """length | stop | end_of_text"""
+    """length | stop | end_of_text | interrupted"""
     tokens: int
     prompt_tokens: int
     seconds_to_first_token: float
@@ -101,6 +107,8 @@ class Writer:
 
     def submit(self, request: Request) -> int:
         """Queue a request; its key names it in the pieces. ConfigError when the prompt cannot be read."""
+        if request.control:
+            request = request.control.apply(request, self.tokenizer)
         ids = encode_prompt(self.tokenizer, request.prefix + request.prompt, skip_unknown=self.skip_unknown)
         if not len(ids):
             raise ConfigError("empty_prompt", got=request.prompt)
@@ -117,6 +125,10 @@ class Writer:
             self.waiting.remove(key)
         elif self.decoder:
             self.decoder.remove(key)
+
+    def interrupt(self, key: int) -> Piece:
+        """End an unfinished text as it stands; the bytes of half a character are dropped."""
+        return self._end(key, self.texts[key].held, "interrupted")
 
     def step(self) -> list[Piece]:
         """One more token for every row; what is new to show, if anything."""

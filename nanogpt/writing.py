@@ -3,7 +3,8 @@
 import contextlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from nanogpt import tokenizer as tokenizers
 from nanogpt.acceleration import HALF, accelerate
 from nanogpt.build import model_of
 from nanogpt.config import HardwareConfig, SampleConfig
+from nanogpt.control import build_control, read_form, takes_forms
 from nanogpt.corpus import iter_text
 from nanogpt.messages import ConfigError
 from nanogpt.precision import Precision
 from nanogpt.pretrained import build_pretrained, open_pretrained
-from nanogpt.sampling import build_sampler
+from nanogpt.sampling import Sampler, build_sampler
 from nanogpt.writer import Request, Writer
 
 FROM_FILE = "FILE:"
@@ -33,18 +35,29 @@ class Settings:
     seed: int
     stop: list[str]
     stop_at_end_of_text: bool
+    control: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, cfg: SampleConfig) -> "Settings":
         """What conf/sample.yaml and the command line say."""
-        return cls(dict(cfg.sampler), cfg.max_new_tokens, cfg.seed, list(cfg.stop), cfg.stop_at_end_of_text)
+        return cls(dict(cfg.sampler), cfg.max_new_tokens, cfg.seed, list(cfg.stop), cfg.stop_at_end_of_text, dict(cfg.control))
 
     def request(self, prompt: str, number: int = 0) -> Request:
-        """The request for the number-th text behind a prompt."""
+        """The request for the number-th text behind a prompt, which may begin with `style:…|` or `emotion:…|` of its own."""
+        control = self.control
+        if takes_forms(control):
+            wish = read_form(prompt)
+            control, prompt = {**control, **wish.asked}, wish.prompt
         return Request(
-            prompt, build_sampler(self.sampler), self.max_new_tokens, self.seed + number,
-            stop=tuple(self.stop), stop_at_end_of_text=self.stop_at_end_of_text,
+            prompt, _sampler(json.dumps(self.sampler)), self.max_new_tokens, self.seed + number,
+            stop=tuple(self.stop), stop_at_end_of_text=self.stop_at_end_of_text, control=build_control(control) if control else None,
         )
+
+
+@lru_cache(maxsize=32)
+def _sampler(node: str) -> Sampler:
+    # 设置相同的文字共用一个采样器：Decoder 才能把它们的 logits 并在一起处理
+    return build_sampler(json.loads(node))
 
 
 @dataclass(frozen=True)
