@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import make_sample_config
+from test_end_to_end import ENVIRONMENT
 from test_pretrained import bpe_json, hf_folder  # noqa: F401 - bpe_json is a fixture
 from test_trainer import train
 from test_writing import sample
@@ -127,6 +130,15 @@ def test_pretrained_weights_write_too(tmp_path, bpe_json, capsys, monkeypatch): 
             ids.append(int(model(torch.tensor([ids]))[0, -1, : opened.tokenizer.vocab_size].argmax()))
     expected = opened.tokenizer.decode(ids)
     assert text in (expected + "\n", expected.split("<|endoftext|>")[0] + "\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes end otherwise there")
+def test_a_reader_that_leaves_early_is_no_error(run):
+    command = [sys.executable, str(ROOT / "run_sample.py"), "start=the", "max_new_tokens=5000", "fast=false"]
+    writing = subprocess.Popen(command, cwd=run, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert writing.stdout.read(3) == b"the"
+    writing.stdout.close()
+    assert writing.stderr.read() == b"" and writing.wait(timeout=60) == 141
 
 
 def test_settings_become_requests():
