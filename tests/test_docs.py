@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from conftest import TINY, make_config
 from test_end_to_end import ENVIRONMENT, QUICK, TEXT
 
@@ -14,6 +15,8 @@ import nanogpt
 from nanogpt import build, corpus
 from nanogpt.config import ROOT
 from nanogpt.data import TokenData
+from nanogpt.messages import ConfigError
+from nanogpt.sampling import build_sampler
 
 PAIRS = [("README.md", "README.zh-CN.md"), ("docs/extend.md", "docs/extend.zh-CN.md"), ("docs/architecture.md", "docs/architecture.zh-CN.md"),
          ("docs/interactive.md", "docs/interactive.zh-CN.md")]
@@ -110,6 +113,17 @@ def test_the_documented_model_optimizer_and_logger_train_and_resume(tmp_path):
     assert lines[0] == "0" and "4" in lines and any(line.startswith("6 [") and "train/loss" in line for line in lines)
     assert json.loads((tmp_path / "outputs/a/summary.json").read_text(encoding="utf-8"))["iters"] == 6
     assert "n_embd: 768" in run("model=wide", "--cfg", "job").stdout
+
+
+def test_the_documented_sampler_writes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_sampler.py").write_text(blocks("docs/extend.md", "python")[3], encoding="utf-8")
+    node = yaml.safe_load(blocks("docs/extend.md", "yaml")[5])
+    fresh = build_sampler(node)
+    logits = fresh(torch.zeros(1, 4), torch.tensor([[-1, 2, 0, 2]]))
+    assert logits.tolist() == [[-1.0, 0.0, -2.0, 0.0]]
+    with pytest.raises(ConfigError, match="windw"):
+        build_sampler({**node, "windw": 3})
 
 
 def test_chinese_comments_are_everywhere():
