@@ -119,13 +119,13 @@ class KVCache:
     """
 
     def __init__(self, model, batch_size: int, length: int | None = None):
-        config, weight = model.config, model.wte.weight
+        config = model.config
         self.max_length = min(length or config.block_size, config.block_size)
         shape = (config.n_layer, batch_size, config.n_head, self.max_length, config.n_embd // config.n_head)
         # 一次分配好，逐 token 生成时不再申请显存
-        self.k = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.k = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self.v = torch.zeros_like(self.k)
-        self.tokens = torch.zeros(batch_size, self.max_length, dtype=torch.long, device=weight.device)
+        self.tokens = torch.zeros(batch_size, self.max_length, dtype=torch.long, device=model.device)
         # 长度记在主机上：每一步都能算出，不必向 GPU 查询
         self.lengths = [0] * batch_size
         self.position: slice | torch.Tensor = slice(0, 0)

@@ -194,6 +194,7 @@ class SampleConfig:
     unknown: str = "error"
     seed: int = 1337
     batch_size: int = 8
+    fast: bool = True
     output: str | None = None
     lang: str = "auto"
     serve: bool = False

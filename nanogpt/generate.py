@@ -35,7 +35,7 @@ class Decoder:
         self.model = model
         # 模型的词表可能补齐到整数：tokenizer 没有的 id 一律不抽
         self.vocab_size = vocab_size
-        self.device = model.wte.weight.device
+        self.device = model.device
         self.capacity = capacity
         self.cache = KVCache(model, capacity, max_length)
         self.cache.lengths = []
@@ -123,8 +123,7 @@ class Decoder:
             if len(unread) > 1:
                 self._read(slot, [unread[:-1]], only_hidden=True)
             self.rows[slot].unread = None
-        hidden = self.model.hidden(self.newest[: len(self.rows), None], self.cache)
-        return self.model.logits(hidden[:, -1])
+        return self.model.next_logits(self.newest[: len(self.rows)], self.cache)
 
     def _read(self, start: int, texts: list[torch.Tensor], *, only_hidden: bool = False) -> torch.Tensor | None:
         """Read texts into empty rows from `start` on, in one pass, shorter ones padded on the right."""

@@ -230,6 +230,10 @@ MESSAGES = {
         "out of memory even with one text at a time; choose a smaller model, fewer max_new_tokens, precision=int8 or device=cpu",
         "一次只写一段仍然显存不足；请选更小的模型、更少的 max_new_tokens，或用 precision=int8、device=cpu",
     ),
+    "compiling_step": (
+        "compiling the fast decoder for this processor, once …",
+        "正在为本机处理器编译快速解码器，只需一次 …",
+    ),
     "progress_writing": ("writing", "写作中"),
     # ---- 网页与 API ----
     "host_needs_token": (

@@ -130,6 +130,8 @@ class GPT(nn.Module):
         self.activation_checkpointing = "none"
         self.loss_chunk_mib = 64
         self.compiled_hidden = None
+        # 逐 token 解码的专用快路，由 acceleration 按设备装上
+        self.fast_step = None
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.ngrams = nn.ModuleList(NgramEmbedding(n, config) for n in config.ngrams)
@@ -185,8 +187,18 @@ class GPT(nn.Module):
             nn.init.normal_(self.wte.weight, std=1.0)
             nn.init.zeros_(self.lm_head.weight)
 
-    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """Return the normalised last hidden state (B, T, C)."""
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.wte.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the activations outside autocast; with int8 weights the embedding says it."""
+        return getattr(self.wte, "dtype", self.wte.weight.dtype)
+
+    def embed(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """Return what the first block reads, (B, T, C); with a cache this begins its next step."""
         T = idx.size(1)
         assert T <= self.config.block_size, f"{T} positions do not fit block_size={self.config.block_size}"
         at = cache.begin(T) if cache is not None else slice(0, T)
@@ -199,7 +211,12 @@ class GPT(nn.Module):
                 x = x + ngram(idx, history)
         if self.config.embed_norm:
             x = rms_norm(x)
-        x = self.drop(x)
+        return self.drop(x)
+
+    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """Return the normalised last hidden state (B, T, C)."""
+        x = self.embed(idx, cache)
+        at = cache.position if cache is not None else slice(0, idx.size(1))
         rope = (self.rope_cos[at], self.rope_sin[at]) if self.config.position == "rope" else None
         for block in self.h:
             if self.activation_checkpointing == "every_block" and self.training and torch.is_grad_enabled():
@@ -213,12 +230,19 @@ class GPT(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Project hidden states (..., C) to logits (..., V), soft-capped if the config says so."""
-        logits = self.lm_head(hidden)
-        if self.config.logit_softcap:
-            # 平滑地限制在 ±cap 之内，训练后期 logits 不会越长越大
-            cap = self.config.logit_softcap
-            logits = cap * torch.tanh(logits / cap)
-        return logits
+        return self.softcapped(self.lm_head(hidden))
+
+    def softcapped(self, logits: torch.Tensor) -> torch.Tensor:
+        """Bound logits smoothly to +-logit_softcap, if the config says so."""
+        cap = self.config.logit_softcap
+        # 平滑地限制在 ±cap 之内，训练后期 logits 不会越长越大
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def next_logits(self, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Logits (B, V) behind one more id per row, idx (B,)."""
+        if self.fast_step is not None and len(idx) <= self.fast_step.max_rows:
+            return self.fast_step(idx, cache)
+        return self.logits(self.hidden(idx[:, None], cache)[:, -1])
 
     def forward(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """Return logits (B, T, V)."""

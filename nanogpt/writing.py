@@ -1,6 +1,8 @@
 """From the sampling config to a model that is ready to write, and the settings of each text."""
 
+import contextlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from omegaconf import OmegaConf
 
 from nanogpt import checkpoint, machine
 from nanogpt import tokenizer as tokenizers
+from nanogpt.acceleration import HALF, accelerate
 from nanogpt.build import build_model
 from nanogpt.config import HardwareConfig, ModelConfig, SampleConfig, untrusted_targets
 from nanogpt.corpus import iter_text
@@ -52,12 +55,12 @@ class Model:
     name: str
     network: torch.nn.Module
     tokenizer: tokenizers.Tokenizer
-    precision: Precision
+    context: Callable[[], contextlib.AbstractContextManager]
 
     def writer(self, *, capacity: int, max_length: int | None = None, skip_unknown: bool = False) -> Writer:
         """A Writer of `capacity` rows."""
         return Writer(
-            self.network, self.tokenizer, capacity=capacity, max_length=max_length, skip_unknown=skip_unknown, context=self.precision.context,
+            self.network, self.tokenizer, capacity=capacity, max_length=max_length, skip_unknown=skip_unknown, context=self.context,
         )
 
 
@@ -76,12 +79,22 @@ def open_model(cfg: SampleConfig, run_dir: Path) -> Model:
     """The model that the config names."""
     device = machine.choose_device(cfg.device, HardwareConfig())
     machine.keep_freed_memory()
+    torch.set_flush_denormal(True)
     found = checkpoint.checkpoints(run_dir)
     # 只训了几步、还没评估过的，没有 best，用 last
     which = "last" if cfg.checkpoint == "best" and checkpoint.best_of(found) is None else cfg.checkpoint
     source = checkpoint.find(run_dir, which, key="out_dir")
     network, tokenizer = load(source, device)
-    return Model(f"{run_dir}/{source.name}", network, tokenizer, Precision(cfg.precision, device))
+    return ready(cfg, f"{run_dir}/{source.name}", network.to(device), tokenizer)
+
+
+def ready(cfg: SampleConfig, name: str, network: torch.nn.Module, tokenizer: tokenizers.Tokenizer) -> Model:
+    """A loaded model in the wanted number format, on its fastest path."""
+    # CPU 上的 fp16、bf16 与训练时一样只做舍入；其余格式由权重自己的类型决定
+    rounded = network.device.type == "cpu" and cfg.precision.dtype in HALF
+    context = Precision(cfg.precision, network.device).context if rounded else contextlib.nullcontext
+    accelerate(network.eval(), cfg.precision.dtype, fast=cfg.fast and not rounded)
+    return Model(name, network, tokenizer, context)
 
 
 def prompt_text(start: str) -> str:

@@ -1,0 +1,299 @@
+"""Writing speed side by side: nanoGPT's generate, transformers' generate with its cache, and ours.
+
+    python benchmarks/sampling.py --nanogpt PATH [--rounds 3] [--only NAME ...] [--device cpu|cuda]
+
+PATH is a checkout of karpathy/nanoGPT. All programs hold the same random weights (the speed does not
+depend on them), run one at a time in a process of their own, and sample with temperature 0.8 and
+top-k 200, nanoGPT's defaults. That they compute the same function is checked by greedy decoding.
+Writes benchmarks/results/sampling.json (sampling_cuda.json on a GPU).
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# 与 nanoGPT 的 GPT-2 124M 和 shakespeare_char 的 GPU 配方同形；偏置全为 0，三个程序才能装同样的权重
+SHAPES = {
+    "gpt2_124m": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50257},
+    "char_6_layers": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65},
+}
+# 名字 -> (形状, 行数, 开头的 token 数, 新 token 数)
+CASES = {
+    "gpt2_124m, 250 tokens": ("gpt2_124m", 1, 1, 250),
+    "gpt2_124m, 1000 tokens": ("gpt2_124m", 1, 1, 1000),
+    "gpt2_124m, 32 rows, 32 tokens": ("gpt2_124m", 32, 1, 32),
+    "gpt2_124m, first token behind 500": ("gpt2_124m", 1, 500, 1),
+    "char_6_layers, 250 tokens": ("char_6_layers", 1, 1, 250),
+    "char_6_layers, 1000 tokens": ("char_6_layers", 1, 1, 1000),
+    "char_6_layers, 32 rows, 100 tokens": ("char_6_layers", 32, 1, 100),
+}
+PROGRAMS = ("nanogpt", "transformers", "ours", "ours without numba", "ours int8", "ours int8 without numba")
+# 整段重算，一轮就够久；它也是波动最小的
+ONE_ROUND = ("nanogpt",)
+
+
+def make_weights(shape: dict, path: Path) -> None:
+    """Random GPT-2 weights with zero biases in this project's names."""
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    width, tensors = shape["n_embd"], {}
+
+    def matrix(name, rows, columns):
+        tensors[f"{name}.weight"] = torch.randn(rows, columns) * 0.05
+        tensors[f"{name}.bias"] = torch.zeros(rows)
+
+    tensors["wte.weight"] = torch.randn(shape["vocab_size"], width) * 0.05
+    tensors["wpe.weight"] = torch.randn(shape["block_size"], width) * 0.05
+    for i in range(shape["n_layer"]):
+        for norm in ("ln_1", "ln_2"):
+            tensors[f"h.{i}.{norm}.weight"], tensors[f"h.{i}.{norm}.bias"] = torch.ones(width), torch.zeros(width)
+        matrix(f"h.{i}.attn.c_attn", 3 * width, width)
+        matrix(f"h.{i}.attn.c_proj", width, width)
+        matrix(f"h.{i}.mlp.c_fc", 4 * width, width)
+        matrix(f"h.{i}.mlp.c_proj", width, 4 * width)
+    tensors["ln_f.weight"], tensors["ln_f.bias"] = torch.ones(width), torch.zeros(width)
+    save_file(tensors, path)
+
+
+def open_nanogpt(shape: dict, tensors: dict, nanogpt: str, device: str):
+    """generate(prompt (B, T), n, greedy) -> ids (B, n) through nanoGPT."""
+    import torch
+
+    sys.path.insert(0, nanogpt)
+    from model import GPT, GPTConfig
+
+    model = GPT(GPTConfig(**shape, dropout=0.0, bias=True))
+    model.load_state_dict({**{f"transformer.{k}": v for k, v in tensors.items()}, "lm_head.weight": tensors["wte.weight"]})
+    model.to(device).eval()
+
+    def generate(prompt, n, greedy):
+        with torch.no_grad():
+            return model.generate(prompt, n, temperature=0.8, top_k=1 if greedy else 200)[:, prompt.size(1) :]
+
+    return generate
+
+
+def open_transformers(shape: dict, tensors: dict, nanogpt: str, device: str):
+    """The same through transformers, key/value cache on."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, logging
+
+    logging.set_verbosity_error()
+    config = GPT2Config(
+        n_layer=shape["n_layer"], n_head=shape["n_head"], n_embd=shape["n_embd"], n_positions=shape["block_size"],
+        vocab_size=shape["vocab_size"], activation_function="gelu", bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )
+    model = GPT2LMHeadModel(config)
+    # 它的 Conv1D 存的是转置
+    transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    state = {f"transformer.{k}": v.t().contiguous() if k.endswith(transposed) else v for k, v in tensors.items()}
+    model.load_state_dict({**state, "lm_head.weight": tensors["wte.weight"]})
+    model.to(device).eval()
+
+    def generate(prompt, n, greedy):
+        # 超过上下文它不会自己滑动窗口：到头后取后一半接着写，与我们的规则相同
+        ids, left = prompt, n
+        while left:
+            window = ids[:, -shape["block_size"] // 2 :] if ids.size(1) >= shape["block_size"] else ids
+            count = min(left, shape["block_size"] - window.size(1))
+            options = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 0.8, "top_k": 200}
+            options |= {"max_new_tokens": count, "min_new_tokens": count, "use_cache": True}
+            with torch.no_grad():
+                out = model.generate(window, attention_mask=torch.ones_like(window), **options)
+            ids, left = torch.cat((ids, out[:, window.size(1) :]), dim=1), left - count
+        return ids[:, prompt.size(1) :]
+
+    return generate
+
+
+def open_ours(shape: dict, tensors: dict, name: str, device: str):
+    """The same through this project's decode loop."""
+    import torch
+
+    from nanogpt import acceleration
+    from nanogpt.build import build_model, preset
+    from nanogpt.generate import Decoder
+    from nanogpt.machine import keep_freed_memory
+    from nanogpt.sampling import sampler
+
+    keep_freed_memory()
+    model = build_model(preset("gpt2", activation="gelu", **shape), 0)
+    model.load_state_dict(tensors, strict=False)
+    if "without numba" in name:
+        acceleration.find_spec = lambda package: None
+    acceleration.accelerate(model.to(device).eval(), "int8" if "int8" in name else "auto")
+
+    def generate(prompt, n, greedy):
+        chosen = sampler(temperature=0.0) if greedy else sampler(temperature=0.8, top_k=200)
+        decoder = Decoder(model, capacity=len(prompt), max_length=prompt.size(1) + n)
+        for key, row in enumerate(prompt):
+            decoder.add(key, row, chosen, seed=key)
+        # 每一步都取回主机，与边写边显示一样
+        return torch.tensor([decoder.step().tolist() for _ in range(n)]).T
+
+    return generate
+
+
+def child(program: str, case: str, weights: str, nanogpt: str, device: str) -> None:
+    """Measure one program in one case; print a json line."""
+    import torch
+    from safetensors.torch import load_file
+
+    shape_name, rows, prompt_length, n = CASES[case]
+    opener = {"nanogpt": open_nanogpt, "transformers": open_transformers}.get(program, open_ours)
+    generate = opener(SHAPES[shape_name], load_file(weights), nanogpt if program == "nanogpt" else program, device)
+    prompt = torch.randint(0, SHAPES[shape_name]["vocab_size"], (rows, prompt_length), generator=torch.Generator().manual_seed(1)).to(device)
+    # 预热：编译、线程池、缓存
+    generate(prompt, min(n, 4), False)
+    start = time.perf_counter()
+    generate(prompt, n, False)
+    seconds = time.perf_counter() - start
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else getattr(memory, "peak_wset", 0) or _peak_resident()
+    greedy = generate(prompt[:1], min(n, 12), True)[0].tolist()
+    print(json.dumps({"seconds": seconds, "tokens_per_s": rows * n / seconds, "peak_mib": peak / 2**20, "greedy": greedy}))
+
+
+def _peak_resident() -> int:
+    import resource
+
+    # Linux 上单位是 KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def read_bandwidth(device: str) -> float:
+    """GB/s at which this machine reads a large float32 tensor, best of ten sums."""
+    import torch
+
+    x, best = torch.ones(2**27, device=device), float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        x.sum().item()
+        best = min(best, time.perf_counter() - start)
+    return x.numel() * 4 / best / 1e9
+
+
+def int8_loss() -> dict:
+    """Validation loss (whole split) of a freshly trained experiment=cpu_speedrun, float32 and int8."""
+    import numpy as np
+    import torch
+    import yaml
+
+    from nanogpt import checkpoint
+    from nanogpt.acceleration import accelerate
+    from nanogpt.data import TokenData
+    from nanogpt.writing import load
+
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "run_train.py"), "experiment=cpu_speedrun", f"out_dir={folder}/run", "logger=none", "device=cpu"]
+        subprocess.run(command, check=True, cwd=folder, capture_output=True)
+        run = Path(folder) / "run"
+        source = checkpoint.find(run, "last")
+        losses = {}
+        block = yaml.safe_load(source.config_text())["model"]["block_size"]
+        data = TokenData(run / "data") if (run / "data").is_dir() else None
+        assert data, "the speedrun bundles its data"
+        starts = range(0, len(data.tokens["val"]) - block - 1, block)
+        for precision in ("fp32", "int8"):
+            model = accelerate(load(source, torch.device("cpu"))[0], precision, fast=False)
+            model.loss_chunk_mib = 64
+            with torch.no_grad():
+                total = 0.0
+                for start in starts:
+                    x, y = data.rows("val", np.array([start]), block)
+                    logits = model(x)
+                    total += torch.nn.functional.cross_entropy(logits.view(-1, logits.size(-1)), y.view(-1)).item()
+            losses[precision] = total / len(starts)
+        return {**losses, "difference": losses["int8"] - losses["fp32"]}
+
+
+def measure(args) -> dict:
+    """All programs in all cases, interleaved; medians over the rounds."""
+    results: dict = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, shape in SHAPES.items():
+            make_weights(shape, Path(folder) / f"{name}.safetensors")
+        for case, (shape_name, *_) in CASES.items():
+            if args.only and not any(part in case for part in args.only):
+                continue
+            seen: dict[str, list[dict]] = {}
+            for number in range(args.rounds):
+                for program in PROGRAMS:
+                    if (number and program in ONE_ROUND) or (args.device == "cuda" and "numba" in program):
+                        continue
+                    command = [sys.executable, __file__, "--child", program, case, f"{folder}/{shape_name}.safetensors", args.nanogpt, args.device]
+                    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+                    assert done.returncode == 0, done.stderr
+                    seen.setdefault(program, []).append(json.loads(done.stdout.splitlines()[-1]))
+                    print(f"{case:38s} {program:26s} {seen[program][-1]['tokens_per_s']:10.1f} tokens/s", flush=True)
+            results[case] = summarise(seen, SHAPES[shape_name])
+    return results
+
+
+def summarise(seen: dict[str, list[dict]], shape: dict) -> dict:
+    """Medians and ratios of one case; refuses to compare programs that compute different things."""
+    reference = seen["nanogpt"][0]["greedy"]
+    for program, runs in seen.items():
+        assert "int8" in program or runs[0]["greedy"] == reference, f"{program} writes something else than nanoGPT"
+    rates = {program: statistics.median(run["tokens_per_s"] for run in runs) for program, runs in seen.items()}
+    return {
+        program: {
+            "tokens_per_s": round(rate, 2), "seconds": round(statistics.median(r["seconds"] for r in seen[program]), 3),
+            "all_tokens_per_s": [round(r["tokens_per_s"], 2) for r in seen[program]],
+            "times_nanogpt": round(rate / rates["nanogpt"], 2), "times_transformers": round(rate / rates["transformers"], 2),
+            "peak_mib": round(statistics.median(r["peak_mib"] for r in seen[program])),
+        }
+        for program, rate in rates.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nanogpt", help="checkout of karpathy/nanoGPT")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", help="parts of case names")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(*args.child)
+        return
+    if not args.nanogpt or not (Path(args.nanogpt) / "model.py").is_file():
+        sys.exit("--nanogpt PATH: a checkout of https://github.com/karpathy/nanoGPT is wanted")
+    import torch
+    from vs_nanogpt import processor
+
+    file = ROOT / "benchmarks" / "results" / ("sampling.json" if args.device == "cpu" else "sampling_cuda.json")
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and args.only else {}
+    cases = {**before.get("cases", {}), **measure(args)}
+    bandwidth = read_bandwidth(args.device)
+    # 每个 token 要把全部权重（位置表除外）读一遍
+    parameters = 123_653_376
+    ours = cases.get("gpt2_124m, 250 tokens", {})
+    used = {p: round(ours[p]["tokens_per_s"] * parameters * size / 1e9 / bandwidth, 3) for p, size in (("ours", 4), ("ours int8", 1)) if p in ours}
+    record = {
+        "command": "python benchmarks/sampling.py --nanogpt PATH", "device": torch.cuda.get_device_name() if args.device == "cuda" else processor(),
+        "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version(), "rounds": args.rounds,
+        "read_bandwidth_gb_per_s": round(bandwidth, 1), "fraction_of_read_bandwidth": used,
+        "int8_loss": int8_loss() if args.device == "cpu" else None, "cases": cases,
+    }
+    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps({k: v for k, v in record.items() if k != "cases"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

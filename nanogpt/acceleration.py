@@ -1,0 +1,41 @@
+"""Fit a loaded model for writing: number format, weight layout and the fastest step that the machine offers."""
+
+from importlib.util import find_spec
+
+import torch
+
+from nanogpt.int8 import quantize_model
+from nanogpt.messages import say
+from nanogpt.packing import pack
+from nanogpt.precision import default_format
+
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def accelerate(model, precision: str, *, fast: bool = True):
+    """Prepare a model in evaluation mode, in place, and return it; precision is auto | fp32 | fp16 | bf16 | int8.
+
+    Without `fast` only the number format changes: the plain path that the others must equal.
+    """
+    name = default_format(model.device) if precision == "auto" else precision
+    if model.device.type == "cuda" and name != "fp32":
+        # 写作受读权重的带宽限制：半精度存放，字节减半，速度约翻倍
+        model.to(HALF[default_format(model.device)] if name == "int8" else HALF[name])
+    if name == "int8":
+        quantize_model(model)
+    if fast and model.device.type == "cpu":
+        install_cpu_step(model)
+    return model
+
+
+def install_cpu_step(model) -> None:
+    """The compiled step where numba is installed and knows the model; packed weights otherwise."""
+    if find_spec("numba"):
+        from nanogpt import fast_cpu
+
+        if fast_cpu.fits(model):
+            if not fast_cpu.is_compiled():
+                say("compiling_step")
+            model.fast_step = fast_cpu.FastStep(model)
+            return
+    pack(model)

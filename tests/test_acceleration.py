@@ -1,0 +1,134 @@
+"""The fast paths for writing equal the plain one: compiled step, packed weights, int8."""
+
+import pytest
+import torch
+from conftest import GPT2_RECIPE, tiny_model_config
+from test_generate import decode, prompts, wild_model
+
+from nanogpt import acceleration
+from nanogpt.acceleration import accelerate
+from nanogpt.build import build_model
+from nanogpt.int8 import Int8Embedding, Int8Linear, quantize
+from nanogpt.model import GPT, MLP
+from nanogpt.packing import PackedLinear, pack
+from nanogpt.sampling import sampler
+
+RECIPES = {
+    "modern": {"ngrams": [2, 3], "ngram_buckets": 99}, "gpt2": GPT2_RECIPE, "gelu": {**GPT2_RECIPE, "activation": "gelu", "bias": False},
+    "relu2 learned": {"position": "learned", "qk_norm": False},
+}
+
+
+def logits_of(model, idx):
+    with torch.inference_mode():
+        return model(idx)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_the_compiled_step_equals_the_plain_path(recipe, precision):
+    fast_cpu = pytest.importorskip("nanogpt.fast_cpu")
+    model = accelerate(wild_model(**RECIPES[recipe]), precision, fast=False)
+    assert fast_cpu.fits(model)
+    rows = prompts(5, 1, 9)
+    if precision == "int8":
+        # bf16 激活的内核与 fp32 的差别先排除掉，比较的是同样的 int8 权重
+        for module in model.modules():
+            if isinstance(module, Int8Linear):
+                module.forward = lambda x, m=module: torch.nn.functional.linear(x, m.weight.float() * m.scale[:, None], m.bias)
+    plain = decode(model, rows, 40)
+    model.fast_step = fast_cpu.FastStep(model)
+    assert torch.equal(decode(model, rows, 40), plain)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_compiled_step_gives_the_same_logits(recipe):
+    fast_cpu = pytest.importorskip("nanogpt.fast_cpu")
+    model = wild_model(**RECIPES[recipe])
+    idx = torch.tensor(prompts(12))
+    expected = logits_of(model, idx)[0]
+    model.fast_step = fast_cpu.FastStep(model)
+    cache = fast_cpu.KVCache(model, 1)
+    with torch.inference_mode():
+        for position in range(12):
+            got = model.next_logits(idx[:, position], cache)[0]
+            torch.testing.assert_close(got, expected[position], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(logits_of(model, idx)[0], expected)
+
+
+def test_more_rows_than_the_compiled_step_takes_go_the_plain_way():
+    fast_cpu = pytest.importorskip("nanogpt.fast_cpu")
+    model, rows = wild_model(), prompts(*range(1, 8))
+    plain = decode(model, rows, 20)
+    model.fast_step = fast_cpu.FastStep(model)
+    assert len(rows) > model.fast_step.max_rows and torch.equal(decode(model, rows, 20), plain)
+
+
+def test_a_model_of_ones_own_is_not_compiled():
+    fast_cpu = pytest.importorskip("nanogpt.fast_cpu")
+
+    class Mine(MLP):
+        pass
+
+    class Other(GPT):
+        def make_mlp(self, layer):
+            return Mine(self.config)
+
+    model = Other(tiny_model_config()).eval()
+    assert not fast_cpu.fits(model) and accelerate(model, "fp32").fast_step is None
+    assert isinstance(model.h[0].mlp.c_fc, PackedLinear)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_packed_weights_give_the_same_logits(recipe, threads, monkeypatch):
+    model = wild_model(**RECIPES[recipe])
+    idx = torch.tensor(prompts(7, 7))
+    expected = logits_of(model, idx)
+    weight = model.h[0].mlp.c_fc.weight.detach().clone()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    pack(model)
+    torch.testing.assert_close(logits_of(model, idx), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model.h[0].mlp.c_fc.weight, weight)
+
+
+def test_writing_is_packed_where_numba_is_missing(monkeypatch):
+    monkeypatch.setattr(acceleration, "find_spec", lambda name: None)
+    model, rows = wild_model(), prompts(5, 1, 9)
+    plain = decode(model, rows, 20)
+    accelerate(model, "fp32")
+    assert isinstance(model.lm_head, PackedLinear) and model.fast_step is None and torch.equal(decode(model, rows, 20), plain)
+
+
+def test_int8_rounds_each_row_to_half_a_step():
+    weight = torch.randn(7, 30) * torch.logspace(-3, 3, 7)[:, None]
+    weight[3] = 0
+    rounded, scale = quantize(weight)
+    assert rounded.dtype == torch.int8 and rounded.abs().max() == 127
+    assert ((rounded * scale[:, None] - weight).abs() <= scale[:, None] / 2 * 1.001).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_int8_products_are_those_of_the_rounded_weights(rows):
+    weight, bias = torch.randn(64, 32), torch.randn(64)
+    rounded, scale = quantize(weight)
+    x = torch.randn(rows, 32)
+    expected = torch.nn.functional.linear(x, rounded * scale[:, None], bias)
+    got = Int8Linear(rounded, scale, bias)(x)
+    # 少数几行走 bf16 激活的内核：8 位尾数
+    torch.testing.assert_close(got, expected, atol=0.15 if rows < 5 else 1e-4, rtol=0.02 if rows < 5 else 1e-4)
+
+
+def test_int8_keeps_tied_weights_tied_and_changes_the_loss_little():
+    model = build_model(tiny_model_config(**{**GPT2_RECIPE, "n_embd": 64, "vocab_size": 97}), 0).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    idx = torch.randint(0, 97, (4, 16), generator=torch.Generator().manual_seed(0))
+    before = logits_of(model, idx)
+    floats = sum(p.numel() * 4 for p in model.parameters())
+    accelerate(model, "int8", fast=False)
+    assert isinstance(model.wte, Int8Embedding) and model.wte.weight.data_ptr() == model.lm_head.weight.data_ptr()
+    after = logits_of(model, idx)
+    assert 0 < (after - before).abs().mean() < 0.02 * before.abs().mean()
+    assert sum(b.numel() * b.element_size() for b in {b.data_ptr(): b for b in [*model.buffers(), *model.parameters()]}.values()) < 0.35 * floats
+    assert model.dtype == torch.float32 and decode(model, [[1, 2]], 5, sampler(temperature=0.0)).shape == (1, 5)

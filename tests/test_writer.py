@@ -1,0 +1,187 @@
+"""Requests in, whole characters out: stop strings, end of text, queueing, out of memory."""
+
+import pytest
+import torch
+from conftest import tiny_model_config
+
+from nanogpt import generate, writer
+from nanogpt.build import build_model
+from nanogpt.messages import ConfigError
+from nanogpt.sampling import sampler
+from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+from nanogpt.writer import Request, Writer, encode_prompt, longest_beginning, write_sample
+
+GREEDY = sampler(temperature=0.0)
+TOKENIZER = CharTokenizer("abcdefghijk")
+
+
+@pytest.fixture
+def model():
+    model = build_model(tiny_model_config(ngrams=[2], ngram_buckets=99), 0).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def write(model, *requests, tokenizer=TOKENIZER, **options):
+    """Texts of all requests; the pieces must join to the results."""
+    pieces = list(Writer(model, tokenizer, **options).write(requests))
+    texts = ["".join(p.text for p in pieces if p.key == key) for key in range(len(requests))]
+    results = {p.key: p.result for p in pieces if p.result}
+    assert [results[key].text for key in range(len(requests))] == texts
+    return texts
+
+
+class Scripted(torch.nn.Module):
+    """A "model" that writes the given ids one after the other, whatever it reads."""
+
+    def __init__(self, ids, vocab_size, block_size=64):
+        super().__init__()
+        self.ids, self.vocab_size = ids, vocab_size
+        self.config = tiny_model_config(vocab_size=vocab_size, block_size=block_size)
+        self.wte = torch.nn.Embedding(vocab_size, 16)
+        self.read = 0
+
+    def hidden(self, idx, cache):
+        cache.begin(idx.size(1))
+        cache.advance(idx)
+        return torch.zeros(*idx.shape, 16)
+
+    def logits(self, hidden):
+        logits = torch.zeros(hidden.size(0), self.vocab_size)
+        logits[:, self.ids[min(self.read, len(self.ids) - 1)]] = 50.0
+        self.read += 1
+        return logits
+
+
+def test_many_requests_with_few_rows_equal_one_by_one(model):
+    requests = [Request(prompt, GREEDY, n, seed=0) for prompt, n in (("abc", 20), ("k", 5), ("hfedb", 33), ("aa", 1), ("cab", 20))]
+    alone = [write(model, request)[0] for request in requests]
+    for capacity in (1, 2, 5):
+        assert write(model, *requests, capacity=capacity) == alone
+    assert [len(text) for text in alone] == [20, 5, 33, 1, 20]
+
+
+def test_a_shorter_cache_changes_nothing_where_the_text_fits(model):
+    request = Request("abc", GREEDY, 9, seed=0)
+    assert write(model, request, max_length=12) == write(model, request)
+
+
+def test_a_text_ends_before_its_stop_string_wherever_the_pieces_break():
+    text = "春天来了。夏天也来了。END"
+    ids = list(ByteTokenizer().encode(text))
+    for stop, want in (("夏天", "春天来了。"), ("也来", "春天来了。夏天"), ("END", "春天来了。夏天也来了。"), ("春", ""), ("无", text)):
+        pieces = list(Writer(Scripted(ids, 256), ByteTokenizer()).write([Request("x", GREEDY, len(ids), seed=0, stop=("zzz", stop))]))
+        assert "".join(p.text for p in pieces) == want and pieces[-1].result.finish == ("length" if stop == "无" else "stop")
+
+
+def test_the_earliest_of_several_stop_strings_counts():
+    ids = list(TOKENIZER.encode("abcdefgh"))
+    assert write(Scripted(ids, 11), Request("k", GREEDY, 8, seed=0, stop=("fg", "cde", "cd"))) == ["ab"]
+
+
+@pytest.mark.parametrize(("text", "stops", "want"), [("abc", ("cd",), 1), ("abc", ("bcd", "c!"), 2), ("abc", ("abc",), 3), ("abc", ("x",), 0), ("abc", (), 0), ("aaa", ("aab",), 2)])
+def test_what_may_be_the_beginning_of_a_stop_string_is_held_back(text, stops, want):
+    assert longest_beginning(text, stops) == want
+
+
+@pytest.mark.parametrize("text", ["春天的花朵 blossoms\n开了", "a\nb\n\n", "😀\n"])
+def test_streaming_never_shows_half_a_character(text):
+    ids = list(ByteTokenizer().encode(text))
+    pieces = list(Writer(Scripted(ids, 256), ByteTokenizer()).write([Request("x", GREEDY, len(ids), seed=0)]))
+    assert "".join(p.text for p in pieces) == text and not any("�" in p.text for p in pieces)
+
+
+def test_half_a_character_at_the_very_end_is_marked():
+    ids = list(ByteTokenizer().encode("春天"))[:-1]
+    assert write(Scripted(ids, 256), Request("x", GREEDY, 5, seed=0), tokenizer=ByteTokenizer()) == ["春�"]
+    broken = [0xFF, 0xE6, 0x41, 0x80]
+    assert write(Scripted(broken, 256), Request("x", GREEDY, 4, seed=0), tokenizer=ByteTokenizer()) == [ByteTokenizer().decode(broken)]
+
+
+@pytest.fixture
+def letters():
+    """A byte-pair vocabulary of single bytes with an end-of-text token."""
+    return BPETokenizer("letters", r".+|\n", {bytes((i,)): i for i in range(256)}, {"<|endoftext|>": 256})
+
+
+def test_the_end_of_text_token_ends_a_row_and_is_never_shown(letters):
+    ids = [97, 98, 256, 99]
+    request = Request("x", GREEDY, 4, seed=0)
+    pieces = list(Writer(Scripted(ids, 257), letters).write([request]))
+    assert "".join(p.text for p in pieces) == "ab" and pieces[-1].result.finish == "end_of_text"
+    assert write(Scripted(ids, 257), Request("x", GREEDY, 4, seed=0, stop_at_end_of_text=False), tokenizer=letters) == ["ab<|endoftext|>c"]
+
+
+def test_a_prompt_may_name_the_end_of_text_token(letters):
+    assert encode_prompt(letters, "<|endoftext|>ab<|endoftext|>").tolist() == [256, 97, 98, 256]
+    assert encode_prompt(letters, "ab").tolist() == [97, 98]
+    assert encode_prompt(CharTokenizer("<|endoftx>ab"), "<|endoftext|>").size == 13
+
+
+def test_unknown_characters_are_named_or_skipped(model):
+    with pytest.raises(ConfigError, match="lacks 'x' 'z'.*unknown=skip"):
+        write(model, Request("azbx", GREEDY, 3, seed=0))
+    assert write(model, Request("azbx", GREEDY, 3, seed=0), skip_unknown=True) == write(model, Request("ab", GREEDY, 3, seed=0))
+    with pytest.raises(ConfigError, match="empty"):
+        write(model, Request("zx", GREEDY, 3, seed=0), skip_unknown=True)
+
+
+def test_the_prefix_is_read_but_not_part_of_the_text(model):
+    assert write(model, Request("abc", GREEDY, 9, seed=0, prefix="kj")) == write(model, Request("kjabc", GREEDY, 9, seed=0))
+
+
+def test_cancelled_requests_leave_the_others_alone(model):
+    requests = [Request(prompt, GREEDY, 20, seed=0) for prompt in ("abc", "k", "hfedb")]
+    alone = [write(model, request)[0] for request in requests]
+    busy = Writer(model, TOKENIZER, capacity=2)
+    keys = [busy.submit(request) for request in requests]
+    got = dict.fromkeys(keys, "")
+    for step in range(60):
+        if step == 7:
+            busy.cancel(keys[0])
+        for piece in busy.step():
+            got[piece.key] += piece.text
+    assert got[keys[1]] == alone[1] and got[keys[2]] == alone[2] and alone[0].startswith(got[keys[0]]) and len(got[keys[0]]) == 7
+    busy.cancel(keys[0])
+    assert busy.step() == []
+
+
+def test_out_of_memory_halves_the_rows_and_loses_nothing(model, monkeypatch):
+    requests = [Request(prompt, chosen, 30, seed=3) for prompt in ("abc", "k", "hfedb", "b") for chosen in (sampler(), GREEDY)]
+    calm = write(model, *requests, capacity=8)
+    real, limit = generate.Decoder.step, [8]
+
+    def tight(self):
+        if len(self.rows) > limit[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if self.rows[0].count == 5 and limit[0] > 2:
+            limit[0] //= 2
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self)
+
+    monkeypatch.setattr(generate.Decoder, "step", tight)
+    assert write(model, *requests, capacity=8) == calm and limit[0] == 2
+    limit[0] = 0
+    with pytest.raises(ConfigError, match="out of memory even with one text"):
+        write(model, requests[0])
+
+
+def test_a_damaged_model_is_one_line(model):
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    with pytest.raises(ConfigError, match="not finite"):
+        write(model, Request("abc", GREEDY, 3, seed=0))
+
+
+def test_a_sample_leaves_the_training_state_as_it_was(model):
+    model.train()
+    before = torch.get_rng_state()
+    text = write_sample(model, TOKENIZER, "abc", 12, sampler=sampler(temperature=0.8), seed=5)
+    assert model.training and torch.equal(before, torch.get_rng_state()) and text.startswith("abc") and len(text) == 15
+    assert text == write_sample(model, TOKENIZER, "abc", 12, sampler=sampler(temperature=0.8), seed=5)
+
+
+def test_results_count_tokens_and_seconds(model):
+    result = [p.result for p in Writer(model, TOKENIZER).write([Request("abc", GREEDY, 8, seed=0)])][-1]
+    assert (result.tokens, result.prompt_tokens, result.finish) == (8, 3, "length") and 0 < result.seconds_to_first_token <= result.seconds
+    assert writer.Piece(0, "a", "b").result is None
