@@ -1,4 +1,4 @@
-"""The ASGI app of serve=true: guards, four addresses, and one completion from its body to its last byte."""
+"""The ASGI app of serve=true: guards, five addresses, and one completion from its body to its last byte."""
 
 import asyncio
 import base64
@@ -17,6 +17,7 @@ from typing import Any
 from nanogpt.completions import Answer, ApiError, Completion, Reader, as_api_error, error_body
 from nanogpt.config import ServerConfig, is_loopback
 from nanogpt.messages import ConfigError
+from nanogpt.openapi import document
 from nanogpt.worker import Job, Worker
 
 PAGE = Path(__file__).resolve().parent / "page" / "index.html"
@@ -128,7 +129,7 @@ class Api:
         page = PAGE.read_text(encoding="utf-8")
         self.page_bytes, self.page_policy = page.encode("utf-8"), content_security_policy(page)
         self.addresses = {
-            "/": {"GET": self.page}, "/health": {"GET": self.health},
+            "/": {"GET": self.page}, "/health": {"GET": self.health}, "/openapi.json": {"GET": self.openapi},
             "/v1/models": {"GET": self.models}, "/v1/completions": {"POST": self.completions},
         }
 
@@ -192,7 +193,7 @@ class Api:
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self.limits.token.encode("ascii")):
             raise ApiError(401, "api_token", headers={"WWW-Authenticate": "Bearer"})
 
-    # ---- 四个地址 ----
+    # ---- 几个地址 ----
 
     async def page(self, exchange: Exchange) -> None:
         """The page; it holds nothing secret and asks for the token itself."""
@@ -204,6 +205,10 @@ class Api:
         await exchange.json(
             {"status": "ok" if alive else "stopping", "texts": self.worker.texts, "capacity": self.worker.capacity}, 200 if alive else 503,
         )
+
+    async def openapi(self, exchange: Exchange) -> None:
+        """The API's description for programs."""
+        await exchange.json(document(self.limits))
 
     async def models(self, exchange: Exchange) -> None:
         """The one model that is loaded."""

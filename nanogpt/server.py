@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import sys
 from pathlib import Path
 
 from nanogpt.config import SampleConfig
@@ -15,7 +16,11 @@ def serve(cfg: SampleConfig, run_dir: Path) -> None:
     with bind(cfg.server) as bound:
         from nanogpt.writing import open_model
 
-        asyncio.run(run(cfg, open_model(cfg, run_dir), bound))
+        try:
+            asyncio.run(run(cfg, open_model(cfg, run_dir), bound))
+        except KeyboardInterrupt:
+            # 还在载入模型就按了 Ctrl-C
+            sys.exit(130)
 
 
 async def run(cfg: SampleConfig, model, bound: socket.socket, *, on_start=None) -> None:

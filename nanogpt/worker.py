@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
+import torch
+
 from nanogpt.messages import ConfigError
 from nanogpt.writer import Piece, Request, Result, Writer
 
@@ -121,7 +123,7 @@ class Worker:
 
     def start(self, requests: list[Request], *, max_unread_chars: int | None = None) -> Job:
         """Hand over the texts of one request; ConfigError when they do not fit into the queue."""
-        if self._closing:
+        if not self.alive:
             raise ConfigError("api_stopping")
         # 一个请求可以大过整个队列，但那时队列里不能有别人
         if self.texts and self.texts + len(requests) > self.max_texts:
@@ -161,6 +163,8 @@ class Worker:
     # ---- 工作线程 ----
 
     def _run(self) -> None:
+        # 这个开关每个线程各有一个：载入模型的线程设过，这里也要，写出的才一样快
+        torch.set_flush_denormal(True)
         while self._take_orders():
             try:
                 for piece in self._writer.advance():

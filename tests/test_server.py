@@ -21,14 +21,15 @@ from test_trainer import train
 
 from nanogpt import messages
 from nanogpt.build import build_model
-from nanogpt.config import ROOT, PrecisionConfig
+from nanogpt.config import ROOT
 from nanogpt.messages import ConfigError
-from nanogpt.precision import Precision
 from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
 from nanogpt.writing import Model, Settings
 
 pytest.importorskip("uvicorn", reason="the server needs uvicorn: pip install -e .[serve]")
 
+from nanogpt.api import Api
+from nanogpt.completions import FIELDS, NEUTRAL, Reader
 from nanogpt.connections import bind
 from nanogpt.server import run
 
@@ -56,7 +57,7 @@ def tiny(tokenizer=None, **changes):
     network = build_model(tiny_model_config(vocab_size=tokenizer.vocab_size, **changes), 0).eval()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return Model("outputs/tiny/iter_1", network, tokenizer, Precision(PrecisionConfig(), torch.device("cpu")))
+    return Model("outputs/tiny/iter_1", network, tokenizer, contextlib.nullcontext)
 
 
 class Served:
@@ -273,6 +274,13 @@ def test_the_loaded_model_is_announced(shared):
     assert shared.write(model="tiny/iter_1", prompt="a")["choices"]
     shared.until_texts(0)
     assert json.loads(shared.get("/health")[2]) == {"status": "ok", "texts": 0, "capacity": 4}
+
+
+def test_the_openapi_document_tells_the_same_limits_and_fields(shared):
+    document = json.loads(shared.get("/openapi.json")[2])
+    schema = document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    assert {*FIELDS, *NEUTRAL} == set(schema) and schema["max_tokens"]["maximum"] == 200_000 and schema["temperature"]["maximum"] == 100
+    assert set(document["paths"]) < set(Api(None, Reader("", None, shared.cfg.server), {}).addresses)
 
 
 # ---- 错误：说得清楚，只给犯错的请求 ----
@@ -584,20 +592,26 @@ def test_shutting_down_ends_streams_and_takes_no_time(serve):
 @pytest.mark.skipif(os.name == "nt", reason="signals to a child work differently on Windows")
 def test_the_command_serves_a_trained_model_until_ctrl_c(in_tmp, tiny_overrides):
     train(tiny_overrides)
-    command = [sys.executable, str(ROOT / "run_sample.py"), "serve=true", "server.port=0", "max_new_tokens=30", "device=cpu"]
+    command = [sys.executable, str(ROOT / "run_sample.py"), "serve=true", "server.port=0", "max_new_tokens=30", "device=cpu", "fast=false"]
     process = subprocess.Popen(command, cwd=in_tmp, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
     try:
         line = process.stderr.readline()
         address = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
-        assert address, line + process.stderr.read()
+        assert address, line
         connection = http.client.HTTPConnection("127.0.0.1", int(address[1]), timeout=30)
         connection.request("POST", "/v1/completions", json.dumps({"prompt": "the king and"}), {"Content-Type": "application/json"})
         text = json.loads(connection.getresponse().read())["choices"][0]["text"]
         one_shot = subprocess.run(
-            [sys.executable, str(ROOT / "run_sample.py"), "start=the king and", "max_new_tokens=30"], cwd=in_tmp, env=ENVIRONMENT, capture_output=True, text=True, encoding="utf-8",
+            [sys.executable, str(ROOT / "run_sample.py"), "start=the king and", "max_new_tokens=30", "device=cpu", "fast=false"], cwd=in_tmp, env=ENVIRONMENT, capture_output=True, text=True, encoding="utf-8",
         )
         assert one_shot.stdout == f"the king and{text}\n"
+        connection = http.client.HTTPConnection("127.0.0.1", int(address[1]), timeout=30)
+        connection.request("POST", "/v1/completions", json.dumps({"prompt": "a", "max_tokens": 4000, "n": 8, "stream": True}), {"Content-Type": "application/json"})
+        stream = events(connection.getresponse())
+        assert next(stream)["choices"]
         process.send_signal(signal.SIGINT)
+        *_, last = stream
+        assert last["error"]["code"] == "stopping"
         out, err = process.communicate(timeout=20)
         assert process.returncode == 0 and out == "" and err == ""
     finally:
