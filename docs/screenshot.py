@@ -65,7 +65,8 @@ def main() -> None:
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, encoding="utf-8")
     with tempfile.TemporaryDirectory() as profile:
         try:
-            url = re.search(r"http://\S+/", server.stderr.readline())[0]
+            # 第一次用时，先有一行说正在编译
+            url = next(found[0] for line in server.stderr if (found := re.search(r"http://\S+/", line)))
             driver = browser(profile, f"--accept-lang={args.lang}", f"--window-size={args.size.replace('x', ',')}")
             try:
                 width, height = map(int, args.size.split("x"))
