@@ -108,6 +108,7 @@ class Worker:
         self._orders: queue.Queue = queue.Queue(maxsize=2 * self.max_texts + 1)
         self._undelivered = threading.Semaphore(UNDELIVERED)
         self._closing = False
+        self._threads = torch.get_num_threads()
         # 以下只在工作线程里用：Writer 的 key -> 哪个 job 的第几段
         self._keys: dict[int, tuple[Job, int]] = {}
         self._outbox: list[tuple[Callable, tuple]] = []
@@ -163,8 +164,9 @@ class Worker:
     # ---- 工作线程 ----
 
     def _run(self) -> None:
-        # 这个开关每个线程各有一个：载入模型的线程设过，这里也要，写出的才一样快
+        # 这两项每个线程各有一份：与载入模型的线程一样，写得才一样快
         torch.set_flush_denormal(True)
+        torch.set_num_threads(self._threads)
         while self._take_orders():
             try:
                 for piece in self._writer.advance():
