@@ -45,6 +45,7 @@ def request_schema(limits: ServerConfig) -> dict:
         if (high := {"max_tokens": limits.max_tokens, "n": limits.max_texts}.get(name, high)) is not None:
             schema["maximum"] = high
         properties[name] = schema
+    # 字段表说不清的三个，单独写；拿这份文档做模糊测试的程序靠它
     prompt, stop = text(limits.max_prompt_chars), text(MAX_STOP_CHARS)
     properties["prompt"] = {"anyOf": [prompt, {"type": "array", "items": prompt, "minItems": 1, "maxItems": limits.max_texts}]}
     properties["stop"] = {"anyOf": [stop, {"type": "array", "items": stop, "maxItems": MAX_STOPS}, {"type": "null"}]}
