@@ -1,5 +1,7 @@
 """Write with a trained model: python run_sample.py start="Once upon a time" (see conf/sample.yaml for every key)."""
 
+import sys
+
 from nanogpt import rundir
 from nanogpt.cli import run_script
 from nanogpt.config import SampleConfig, check_sample
@@ -7,7 +9,7 @@ from nanogpt.config import SampleConfig, check_sample
 
 def main(cfg: SampleConfig, overrides: list[str]) -> None:
     check_sample(cfg)
-    run_dir = rundir.locate(cfg.out_dir, key="out_dir")
+    run_dir = None if cfg.init_from else rundir.locate(cfg.out_dir, key="out_dir")
 
     if cfg.serve:
         from nanogpt.server import serve
@@ -18,6 +20,10 @@ def main(cfg: SampleConfig, overrides: list[str]) -> None:
     from nanogpt.samples import write_samples
     from nanogpt.writing import open_model
 
+    if cfg.interactive:
+        from nanogpt.interactive import converse
+
+        sys.exit(converse(cfg, open_model(cfg, run_dir)))
     write_samples(cfg, open_model(cfg, run_dir))
 
 

@@ -11,11 +11,14 @@ def main(cfg: TrainConfig, overrides: list[str]) -> None:
         run_dir = rundir.locate(cfg.resume)
     else:
         check(cfg)
+        if cfg.init_from == "latest":
+            # 记下真正的目录：latest 马上就指向这一次了
+            cfg.init_from = str(rundir.locate(cfg.init_from, key="init_from"))
         run_dir = rundir.choose(cfg)
 
     from nanogpt.session import Session
 
-    session = Session.resume(cfg, overrides, run_dir) if cfg.resume else Session.new(cfg, run_dir)
+    session = Session.resume(cfg, overrides, run_dir) if cfg.resume else Session.new(cfg, run_dir, overrides)
     session.run()
 
 

@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 import torch
 
+from nanogpt.cuda_graph import GraphStep
 from nanogpt.int8 import quantize_model
 from nanogpt.messages import say
 from nanogpt.packing import pack
@@ -25,6 +26,8 @@ def accelerate(model, precision: str, *, fast: bool = True):
         quantize_model(model)
     if fast and model.device.type == "cpu":
         install_cpu_step(model)
+    elif fast:
+        model.fast_step = GraphStep(model)
     return model
 
 

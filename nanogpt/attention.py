@@ -131,18 +131,24 @@ class KVCache:
         self.position: slice | torch.Tensor = slice(0, 0)
         self.mask: torch.Tensor | None = None
         self.end = 0
+        # 录制 CUDA graph 时由外面定好的 (位置, 可见长度)，形状每步相同
+        self.fixed: tuple[torch.Tensor, int] | None = None
 
     def part(self, start: int, stop: int) -> "KVCache":
         """Rows start … stop as an empty cache that shares this one's memory: reading a prompt writes straight into place."""
         part = object.__new__(KVCache)
         part.max_length = self.max_length
         part.k, part.v, part.tokens = self.k[:, start:stop], self.v[:, start:stop], self.tokens[start:stop]
-        part.lengths = [0] * (stop - start)
+        part.lengths, part.fixed = [0] * (stop - start), None
         return part
 
     def begin(self, T: int) -> slice | torch.Tensor:
         """Positions of the next T ids: a slice when all rows are equally long, else (B, 1) for T = 1."""
         lengths = self.lengths
+        if self.fixed is not None:
+            self.position, self.end = self.fixed
+            self.mask = (torch.arange(self.end, device=self.tokens.device) <= self.position)[:, None, None]
+            return self.position
         self.end = max(lengths) + T
         assert self.end <= self.max_length, f"{self.end} positions do not fit into {self.max_length}"
         if min(lengths) + T == self.end:

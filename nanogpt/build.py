@@ -5,8 +5,9 @@ from importlib import import_module
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
-from nanogpt.config import ROOT, ModelConfig, check_model
+from nanogpt.config import ROOT, FinetuneConfig, ModelConfig, check_model, untrusted_targets
 from nanogpt.messages import ConfigError
 
 
@@ -43,12 +44,33 @@ def build_part(node: dict, key: str, *arguments) -> Any:
         raise ConfigError("bad_part", key=key, reason=error) from None
 
 
+def model_of(source):
+    """The model of a checkpoint.Checkpoint on the CPU, LoRA adapters merged into plain weights."""
+    from nanogpt.lora import add_adapters, merge
+
+    saved = yaml.safe_load(source.config_text())
+    if foreign := untrusted_targets({"model": saved["model"]}, {}):
+        raise ConfigError("untrusted", path=source.folder, targets=", ".join(foreign))
+    model = build_model(typed_node(ModelConfig, saved["model"]), seed=0)
+    # 早于 LoRA 的训练没有 finetune 一节
+    finetune = typed_node(FinetuneConfig, saved.get("finetune", {}))
+    if finetune.method == "lora":
+        add_adapters(model, finetune)
+    source.load_model(model)
+    return merge(model)
+
+
+def typed_node(schema: type, node: dict) -> Any:
+    """The dataclass `schema` with the values of a saved config node."""
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
+
+
 def preset_names() -> list[str]:
     """Names of all model presets in conf/model."""
     return sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
 
 
-def preset(name: str, arch: str | None = None, **changes) -> ModelConfig:
+def preset(name: str, arch: str | None = None, /, **changes) -> ModelConfig:
     """The ModelConfig of conf/model/<name>.yaml over conf/arch/<arch>.yaml, with changes on top."""
     if name not in preset_names():
         raise ConfigError("unknown_option", group="model", got=name, options=", ".join(preset_names()))

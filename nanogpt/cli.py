@@ -20,6 +20,8 @@ from nanogpt.config import ROOT, SampleConfig, TrainConfig, register_schemas
 from nanogpt.messages import ConfigError, language_from_arguments, say, set_language, text
 
 EXIT_USER_ERROR = 2
+# 与被 SIGPIPE 结束的程序相同：128 + 13
+EXIT_PIPE_CLOSED = 141
 # 值是文字的键：逗号、空格都属于内容
 FREE_TEXT = ("sample_prompt", "start", "control.style", "control.emotion")
 # 列表或扫描里含有非 ASCII 字符的一项
@@ -135,6 +137,10 @@ def run_script(config_name: str, task: Callable[[TrainConfig | SampleConfig, lis
             if hydra_config.mode == RunMode.MULTIRUN:
                 raise
             sys.exit(EXIT_USER_ERROR)
+        except BrokenPipeError:
+            # 读的一方先走了（… | head）：不是错误，安静地结束；解释器退出时还会再刷一次 stdout
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(EXIT_PIPE_CLOSED)
 
     try:
         hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=config_name)(job)()

@@ -4,12 +4,11 @@ import dataclasses
 import json
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from nanogpt.config import ServerConfig
 from nanogpt.messages import ConfigError, text_in
-from nanogpt.sampling import Sampler
 from nanogpt.worker import News
 from nanogpt.writer import Request, Result
 from nanogpt.writing import Settings
@@ -91,7 +90,6 @@ class Reader:
     model: str
     base: Settings
     limits: ServerConfig
-    _samplers: dict[str, Sampler] = field(default_factory=dict)
 
     def read(self, body: bytes) -> Completion:
         """Check every field; ApiError names the first that is wrong."""
@@ -104,8 +102,10 @@ class Reader:
         options = given.get("stream_options", {})
         if unknown := next((name for name in options if name not in STREAM_OPTIONS), None):
             raise ApiError(400, "api_unknown_field", param="stream_options", field=f"stream_options.{unknown}", known=", ".join(STREAM_OPTIONS))
+        settings = self._settings(given)
+        requests = [settings.request(prompt, number) for prompt in prompts for number in range(n)]
         return Completion(
-            prompts, n, self._requests(self._settings(given), prompts, n), given.get("stream", False), given.get("echo", False),
+            prompts, n, requests, given.get("stream", False), given.get("echo", False),
             bool(options.get("include_usage")), bool(options.get("continuous_usage_stats")),
         )
 
@@ -152,15 +152,6 @@ class Reader:
             self.base, sampler={**self.base.sampler, **changes}, seed=given.get("seed", self.base.seed), stop=stop,
             max_new_tokens=given.get("max_tokens", min(self.base.max_new_tokens, self.limits.max_tokens)),
         )
-
-    def _requests(self, settings: Settings, prompts: list[str], n: int) -> list[Request]:
-        requests = [settings.request(prompt, number) for prompt in prompts for number in range(n)]
-        # 设置相同就共用一个对象：解码时这些行一起采样，不必逐行来
-        key = json.dumps(settings.sampler, sort_keys=True, default=str)
-        if key not in self._samplers and len(self._samplers) >= 64:
-            self._samplers.pop(next(iter(self._samplers)))
-        sampler = self._samplers.setdefault(key, requests[0].sampler)
-        return [dataclasses.replace(request, sampler=sampler) for request in requests]
 
 
 def _json_object(body: bytes) -> dict[str, Any]:

@@ -89,6 +89,21 @@ class MemoryConfig:
 
 
 @dataclass
+class FinetuneConfig:
+    """Which weights are trained; see nanogpt.lora."""
+
+    method: str = "full"
+    """full | lora"""
+    rank: int = 8
+    alpha: float = 16.0
+    """The low-rank update is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """On the input of the low-rank branch only."""
+    linears: list[str] = field(default_factory=lambda: ["c_attn", "c_proj", "c_fc"])
+    """Names of the linears inside the blocks that get adapters."""
+
+
+@dataclass
 class HardwareConfig:
     """The machine that figures refer to; None is read or measured."""
 
@@ -109,6 +124,8 @@ class TrainConfig:
     overwrite: bool = False
     resume: str | None = None
     checkpoint: str = "last"
+    init_from: str | None = None
+    """Pretrained weights to start from; see nanogpt.pretrained."""
     seed: int = 1337
     device: str = "auto"
     lang: str = "auto"
@@ -143,6 +160,7 @@ class TrainConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     optimizer: Any = MISSING
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     dataset: Any = MISSING
     logger: Any = field(default_factory=dict)
@@ -181,6 +199,7 @@ class SampleConfig:
     """Top level of conf/sample.yaml; the comments there say when to change what."""
 
     out_dir: str = "latest"
+    init_from: str | None = None
     checkpoint: str = "best"
     device: str = "auto"
     start: Any = "\n"
@@ -196,11 +215,13 @@ class SampleConfig:
     batch_size: int = 8
     fast: bool = True
     output: str | None = None
+    interactive: bool = False
     lang: str = "auto"
     serve: bool = False
     server: ServerConfig = field(default_factory=ServerConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     sampler: Any = MISSING
+    control: Any = MISSING
     groups: dict[str, str] = field(default_factory=dict)
     """Filled in by the program."""
 
@@ -215,6 +236,7 @@ CHOICES = {
     "model.init": ("modern", "gpt2"),
     "precision.dtype": ("auto", "fp32", "fp16", "bf16"),
     "memory.activation_checkpointing": ("none", "every_block"),
+    "finetune.method": ("full", "lora"),
 }
 SAMPLE_CHOICES = {
     "lang": CHOICES["lang"],
@@ -256,6 +278,8 @@ RANGES = {
     "precision.initial_loss_scale": (1, None),
     "precision.loss_scale_growth_interval": (1, None),
     "memory.loss_chunk_mib": (1, None),
+    "finetune.rank": (1, None),
+    "finetune.alpha": (0, None),
     "hardware.peak_tflops_fp32": (0, None),
     "hardware.peak_tflops_half": (0, None),
     "hardware.vram_gib": (0.1, None),
@@ -320,8 +344,9 @@ def check_rates(cfg: Any) -> None:
     """Ranges with an open end."""
     if not 0 < cfg.learning_rate < float("inf"):
         raise ConfigError("out_of_range", key="learning_rate", got=cfg.learning_rate, wanted="> 0")
-    if not 0 <= cfg.model.dropout < 1:
-        raise ConfigError("out_of_range", key="model.dropout", got=cfg.model.dropout, wanted=">= 0, < 1")
+    for key in ("model.dropout", "finetune.dropout"):
+        if not 0 <= lookup(cfg, key) < 1:
+            raise ConfigError("out_of_range", key=key, got=lookup(cfg, key), wanted=">= 0, < 1")
 
 
 def check_model(model: Any) -> None:
@@ -389,6 +414,8 @@ def check_sample(cfg: SampleConfig) -> None:
         raise ConfigError("not_a_prompt", got=cfg.start)
     if "" in cfg.stop:
         raise ConfigError("empty_stop")
+    if cfg.interactive and (cfg.prompts is not None or cfg.start != SampleConfig.start):
+        raise ConfigError("interactive_prompts", key="start" if cfg.prompts is None else "prompts")
     check_server(cfg.server)
 
 

@@ -5,10 +5,11 @@ use what is here; so does a script of your own.
 """
 
 import codecs
+import hashlib
 import importlib.util
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,25 @@ def build_char_tokenizer(pieces: Iterable[str]) -> tokenizers.CharTokenizer:
     for piece in pieces:
         seen.update(piece)
     return tokenizers.CharTokenizer("".join(sorted(seen)))
+
+
+def tokenizer_for(wanted: str | tokenizers.Tokenizer, pieces: Callable[[], Iterable[str]]) -> tokenizers.Tokenizer:
+    """The tokenizer that dataset.tokenizer names, or the one given; `pieces()` yields the text whose characters count."""
+    if not isinstance(wanted, str):
+        return wanted
+    if wanted == "byte":
+        return tokenizers.ByteTokenizer()
+    return tokenizers.gpt2_tokenizer() if wanted == "gpt2" else build_char_tokenizer(pieces())
+
+
+def tokenizer_word(wanted: str | tokenizers.Tokenizer) -> str:
+    """A word that stands for the tokenizer in folder names: another vocabulary gives another word."""
+    if not isinstance(wanted, str):
+        return hashlib.sha256(json.dumps(wanted.to_dict()).encode("utf-8")).hexdigest()[:12]
+    if wanted not in tokenizers.KINDS:
+        raise ConfigError("unknown_tokenizer", got=wanted, allowed=" | ".join(tokenizers.KINDS))
+    # auto 而没有 init_from：从零训练用字符
+    return "char" if wanted == "auto" else wanted
 
 
 class TokenWriter:

@@ -2,7 +2,8 @@
 
 For a few rows a token is bound by reading the weights once. Eager PyTorch reads them at half of the
 memory's speed and spends as long again between its many small operations; here all cores read
-disjoint parts of each matrix, float32 or int8, and nothing lies in between. Needs no C++ compiler.
+disjoint parts of each matrix, float32 or int8, and nothing lies in between. Needs no C++ compiler;
+the compiled code is kept on disk.
 """
 
 import math
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numba import get_num_threads, njit, prange
+from numba import config, njit, prange, set_num_threads
 
 from nanogpt.attention import RMS_EPS, CausalSelfAttention, KVCache
 from nanogpt.int8 import Int8Linear
@@ -22,14 +23,44 @@ ACTIVATIONS = {"none": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3}
 
 
 @njit(inline="always")
-def _activate(a, kind):
+def _exp(x):
+    """e^x in float32 to about 2 ulp for x <= 88; arithmetic only, so that LLVM turns loops over it into SIMD."""
+    x = max(x, np.float32(-87.0))
+    n = np.float32(math.floor(x * np.float32(1.4426950408889634) + np.float32(0.5)))
+    # 分两段减去 n·ln2，余数才不丢位；多项式是 e^r 的泰勒展开，|r| <= ln2 / 2
+    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    p = np.float32(1 / 5040)
+    for c in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
+        p = p * r + np.float32(c)
+    # 直接写指数位：乘以 2^n
+    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@njit(inline="always")
+def _erf(x):
+    """erf in float32, absolute error below 5e-7 (Abramowitz & Stegun 7.1.26)."""
+    t = np.float32(1.0) / (np.float32(1.0) + np.float32(0.3275911) * abs(x))
+    p = np.float32(0.0)
+    for c in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        p = (p + np.float32(c)) * t
+    y = np.float32(1.0) - p * _exp(-x * x)
+    return y if x >= 0 else -y
+
+
+@njit(inline="always")
+def _activate(y, start, stop, kind):
+    """Apply the activation to y[start:stop] in place."""
     if kind == 1:
-        return max(a, np.float32(0.0)) ** 2
-    if kind == 2:
-        return np.float32(0.5) * a * np.float32(1.0 + math.erf(a * 0.7071067811865476))
-    if kind == 3:
-        return np.float32(0.5) * a * np.float32(1.0 + math.tanh(0.7978845608028654 * (a + 0.044715 * a * a * a)))
-    return a
+        for n in range(start, stop):
+            y[n] = max(y[n], np.float32(0.0)) ** 2
+    elif kind == 2:
+        for n in range(start, stop):
+            y[n] = np.float32(0.5) * y[n] * (np.float32(1.0) + _erf(y[n] * np.float32(0.7071067811865476)))
+    elif kind == 3:
+        for n in range(start, stop):
+            # (1 + tanh u) / 2 = 1 / (1 + e^-2u)
+            u = np.float32(0.7978845608028654) * (y[n] + np.float32(0.044715) * y[n] * y[n] * y[n])
+            y[n] = y[n] / (np.float32(1.0) + _exp(min(np.float32(-2.0) * u, np.float32(87.0))))
 
 
 # fastmath 只许重排加法的次序（SIMD 需要），不假设没有 NaN
@@ -38,13 +69,16 @@ def _linear(weight, scale, bias, x, y, activation, add, pieces):
     """y (B, N) = activation(x (B, K) weight^T (N, K) * scale + bias), or added to y."""
     n_out, n_in = weight.shape
     for piece in prange(pieces):
-        for n in range(n_out * piece // pieces, n_out * (piece + 1) // pieces):
+        start, stop = n_out * piece // pieces, n_out * (piece + 1) // pieces
+        for n in range(start, stop):
             for b in range(x.shape[0]):
                 total = np.float32(0.0)
                 for k in range(n_in):
                     total += np.float32(weight[n, k]) * x[b, k]
-                total = _activate(total * scale[n] + bias[n], activation)
+                total = total * scale[n] + bias[n]
                 y[b, n] = y[b, n] + total if add else total
+        for b in range(x.shape[0]):
+            _activate(y[b], start, stop, activation)
 
 
 @njit(fastmath={"reassoc", "contract", "nsz"}, cache=True)
@@ -113,7 +147,7 @@ def _attend(qkv, keys, values, lengths, cos, sin, n_head, scale, qk_norm, y):
         total = np.float32(0.0)
         out = np.zeros(head_size, np.float32)
         for t in range(last + 1):
-            weight = np.exp(weights[t] - highest)
+            weight = _exp(weights[t] - highest)
             total += weight
             for i in range(head_size):
                 out[i] += weight * values[b, h, t, i]
@@ -167,7 +201,9 @@ class FastStep:
 
     def __init__(self, model):
         c = model.config
-        self.model, self.pieces = model, get_num_threads()
+        # 与 torch 用同样多的线程：它只数物理核，超线程抢的是同一条内存通道
+        self.model, self.pieces = model, min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
+        set_num_threads(self.pieces)
         blocks = list(model.h)
         self.parts = (
             _norms([b.ln_1 for b in blocks]), _matrices([b.attn.c_attn for b in blocks]), _matrices([b.attn.c_proj for b in blocks]),

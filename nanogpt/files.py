@@ -1,6 +1,7 @@
 """Writing files so that a crash leaves the old or the new content, never half of it."""
 
 import contextlib
+import glob
 import hashlib
 import os
 import shutil
@@ -59,14 +60,15 @@ def folder_aside(final: Path) -> Iterator[Path]:
             final.rename(final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.old.tmp"))
         os.replace(aside, final)
         sync(final.parent)
-        remove_leftovers(final.parent)
+        # 只清同名的：目标旁边可能是使用者自己的文件
+        remove_leftovers(final.parent, final.name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files and folders that a killed process left in `folder`."""
-    for path in folder.glob(".*.tmp"):
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Delete the temporary files and folders that a killed process left in `folder`, only those of `name` if given."""
+    for path in folder.glob(f".{glob.escape(name)}.*.tmp" if name else ".*.tmp"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -10,12 +10,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, softcap, rows, dtype, need_grad):
+    def forward(ctx, hidden, weight, targets, softcap, rows, dtype, need_grad, need_weight):
         N = hidden.size(0)
         w = weight.to(dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_grad else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_grad else None
+        # 冻结的输出层（LoRA）不需要这块与词表同大的梯度
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
         for start in range(0, N, rows):
             h = hidden[start : start + rows].to(dtype)
             target = targets[start : start + rows, None]
@@ -35,9 +36,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad *= 1 - squashed.square()
             grad = grad.to(dtype)
             grad_hidden[start : start + rows] = torch.mm(grad, w)
-            grad_weight += torch.mm(grad.t(), h)
+            if need_weight:
+                grad_weight += torch.mm(grad.t(), h)
         if need_grad:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype) if need_weight else None)
             ctx.N = N
         return total / N
 
@@ -45,7 +47,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_loss / ctx.N
-        return grad_hidden * scale, grad_weight * scale, None, None, None, None, None
+        return grad_hidden * scale, None if grad_weight is None else grad_weight * scale, None, None, None, None, None, None
 
 
 def chunked_cross_entropy(hidden, weight, targets, *, softcap: float, chunk_mib: int) -> torch.Tensor:
@@ -61,5 +63,6 @@ def chunked_cross_entropy(hidden, weight, targets, *, softcap: float, chunk_mib:
     # 函数内部自己决定精度，外层的 autocast 不得再插手
     with torch.autocast(device_type, enabled=False):
         return _ChunkedCrossEntropy.apply(
-            hidden.reshape(-1, hidden.size(-1)), weight, targets.reshape(-1), softcap, rows, dtype, need_grad
+            hidden.reshape(-1, hidden.size(-1)), weight, targets.reshape(-1), softcap, rows, dtype, need_grad,
+            need_grad and weight.requires_grad,
         )

@@ -189,6 +189,77 @@ MESSAGES = {
         "{name}: {train:,} training and {val:,} validation tokens, vocabulary {vocab} -> {path}",
         "{name}：训练 {train:,} 个 token，验证 {val:,} 个，词表 {vocab} -> {path}",
     ),
+    # ---- 预训练权重 ----
+    "pretrained_missing": (
+        "{key}={got}: there is no such folder or file here, and it is no name on the hub; give gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name, "
+        "a folder with config.json and model.safetensors, a run folder, or a nanoGPT ckpt.pt",
+        "{key}={got}：本机没有这个文件夹或文件，也不是 hub 上的名字；可用 gpt2、gpt2-medium、gpt2-large、gpt2-xl、所有者/名字、"
+        "含 config.json 与 model.safetensors 的文件夹、训练目录，或 nanoGPT 的 ckpt.pt",
+    ),
+    "hub_package": (
+        "{key}={got}: there is no such folder here, and the hub needs the package huggingface_hub (pip install huggingface_hub; HF_ENDPOINT names a "
+        "mirror); or give a local folder: {key}=FOLDER with config.json and model.safetensors",
+        "{key}={got}：本机没有这个文件夹，而访问 hub 需要 huggingface_hub（pip install huggingface_hub；镜像用环境变量 HF_ENDPOINT 指定）；"
+        "也可给出本地文件夹：{key}=文件夹，内含 config.json 与 model.safetensors",
+    ),
+    "hub_failed": (
+        "{key}={got}: there is no such folder here, and {endpoint} did not give it ({reason}); check the name and the network, set the environment "
+        "variable HF_ENDPOINT to a mirror, or give a local folder: {key}=FOLDER with config.json and model.safetensors",
+        "{key}={got}：本机没有这个文件夹，{endpoint} 也取不到（{reason}）；请检查名字与网络，用环境变量 HF_ENDPOINT 指定镜像，"
+        "或给出本地文件夹：{key}=文件夹，内含 config.json 与 model.safetensors",
+    ),
+    "pretrained_damaged": (
+        "{file} cannot be used ({reason}); get an undamaged copy or choose another model",
+        "{file} 无法使用（{reason}）；请换一份完好的文件，或换一个模型",
+    ),
+    "pretrained_unsupported": (
+        "{file}: {field}={got} is not GPT-2 as this program computes it (wanted: {want}); choose another model",
+        "{file}：{field}={got}，本程序的 GPT-2 不支持（应为 {want}）；请换一个模型",
+    ),
+    "pretrained_no_tokenizer": (
+        "{path} has no tokenizer for its vocabulary of {vocab}; put the tokenizer.json of the model (or of a run with the same characters) beside it",
+        "{path} 没有与词表（{vocab}）对应的分词器；请把模型的（或字符相同的训练目录里的）tokenizer.json 放在它旁边",
+    ),
+    "pretrained_vocab": (
+        "{path}: the tokenizer has {tokens} tokens, the embedding only {rows} rows; put the model's own tokenizer.json beside it",
+        "{path}：分词器有 {tokens} 个 token，而 embedding 只有 {rows} 行；请放上模型自己的 tokenizer.json",
+    ),
+    "init_from_shape": (
+        "{key}={got} contradicts init_from={named}, whose weights have {want}; leave {key} out, or train without init_from",
+        "{key}={got} 与 init_from={named} 的权重（{want}）矛盾；请去掉 {key}，或不用 init_from",
+    ),
+    "init_from_tokenizer": (
+        "init_from={named}: its vocabulary ({want} tokens, {want_kind}) is not that of the data ({got} tokens, {got_kind}); use dataset=text_file or "
+        "dataset=plays_char with dataset.tokenizer=auto, which takes the model's own",
+        "init_from={named}：它的词表（{want} 个 token，{want_kind}）与数据的（{got} 个，{got_kind}）不同；请用 dataset=text_file 或 "
+        "dataset=plays_char，并让 dataset.tokenizer=auto 取用模型自己的词表",
+    ),
+    "started_from": ("starting from the weights of {named}", "从 {named} 的权重开始"),
+    "high_rate": (
+        "learning_rate={rate:g} is high for trained weights and may wipe out what they know; experiment=finetune_gpt2 uses 5e-5 with adamw",
+        "learning_rate={rate:g} 对训练好的权重偏大，可能冲掉已学到的东西；experiment=finetune_gpt2 用的是 adamw 与 5e-5",
+    ),
+    "lora": (
+        "LoRA: {trained:,} of {total:,} parameters are trained, the others are frozen",
+        "LoRA：训练 {total:,} 个参数中的 {trained:,} 个，其余冻结",
+    ),
+    "lora_scratch": (
+        "finetune=lora without init_from: the frozen weights are random; type init_from=gpt2 (or a folder, or a run) to start from trained ones",
+        "finetune=lora 而没有 init_from：被冻结的是随机权重；要从训练好的权重开始，请加 init_from=gpt2（或文件夹、训练目录）",
+    ),
+    "lora_linears": (
+        "finetune.linears={got} does not fit the model; choose from: {have}",
+        "finetune.linears={got} 与模型不符；可选：{have}",
+    ),
+    "export_exists": (
+        "TARGET={target} already holds something; choose an empty or new folder",
+        "TARGET={target} 里已有内容；请选空文件夹或新文件夹",
+    ),
+    "export_failed": (
+        "TARGET={target} cannot be written ({reason}); choose another folder",
+        "TARGET={target} 无法写入（{reason}）；请换一个文件夹",
+    ),
+    "exported": ("written: {target}; load it with {command}", "已写出：{target}；载入方法：{command}"),
     # ---- 运行目录与 checkpoint ----
     "out_dir_exists": (
         "out_dir={path} already holds a run; choose another out_dir, continue it with resume={path}, or add overwrite=true",
@@ -233,6 +304,10 @@ MESSAGES = {
     "compiling_step": (
         "compiling the fast decoder for this processor, once …",
         "正在为本机处理器编译快速解码器，只需一次 …",
+    ),
+    "no_graph": (
+        "this card records no CUDA graph ({reason}); writing goes on step by step, more slowly",
+        "这块显卡无法录制 CUDA graph（{reason}）；改为逐步执行，会慢一些",
     ),
     "progress_writing": ("writing", "写作中"),
     # ---- 网页与 API ----
@@ -398,4 +473,74 @@ MESSAGES = {
     "next_longer": ("train longer", "继续训练"),
     "next_curves": ("see the curves", "看曲线"),
     "next_own": ("your own text", "用自己的文本"),
+    # ---- 互动写作 ----
+    "interactive_prompts": (
+        "interactive=true reads its prompts from the terminal or a pipe; leave out {key}=…",
+        "interactive=true 从终端或管道读开头；请去掉 {key}=…",
+    ),
+    "interactive_welcome": (
+        "{model}\ntype a beginning and press Enter; /help shows the commands, Ctrl-C stops a text, Ctrl-D leaves",
+        "{model}\n输入开头后回车；/help 看命令，Ctrl-C 停下这一段，Ctrl-D 离开",
+    ),
+    "interactive_help": (
+        "  /temperature 0.5           lower is safer, 0 is greedy; other keys of the sampler: {sampler_keys}\n"
+        "  /sampler top_p             another strategy; /tokens 200 /samples 3 /seed 7 /stop \\n\n"
+        "  /style poetic  /emotion happy   for all texts from now on; nothing behind it clears it\n"
+        "  style:poetic| emotion:happy| It was     for this text only\n"
+        "  /control                   styles and emotions that have words; /control strength 3, /control none\n"
+        "  /again  /more              the same beginning with the next seed; go on from the last text\n"
+        "  /save [all] FILE.txt|.jsonl     append the last text, or all texts, to a file\n"
+        "  /settings  /help  /quit    Alt-Enter starts a new line, // begins a text with a slash",
+        "  /temperature 0.5           越低越保守，0 为贪心；sampler 的其他设置：{sampler_keys}\n"
+        "  /sampler top_p             换采样策略；/tokens 200 /samples 3 /seed 7 /stop \\n\n"
+        "  /style 充满诗意  /emotion 开心    对之后所有文字有效；后面什么也不写即清除\n"
+        "  style:充满诗意| emotion:开心| 春天    只对这一段有效\n"
+        "  /control                   有词可加分的风格与情绪；/control strength 3，/control none\n"
+        "  /again  /more              同一开头换下一个种子；接着上一段写\n"
+        "  /save [all] 文件.txt|.jsonl     把上一段或全部文字追加到文件\n"
+        "  /settings  /help  /quit    Alt-Enter 换行；// 是以斜杠开头的文字",
+    ),
+    "toolbar_keys": ("/help", "/help 帮助"),
+    "sample_stopped": ("[stopped]", "[已停下]"),
+    "setting": ("{key}={value}", "{key}={value}"),
+    "saved": ("{count} text(s) appended to {path}", "{count} 段文字已追加到 {path}"),
+    "unknown_command": (
+        "/{got}: there is no such command{guess}; /help shows them all",
+        "/{got}：没有这个命令{guess}；/help 查看全部命令",
+    ),
+    "unknown_setting": (
+        "{group}.{got}: there is no such setting; choose one of: {known}",
+        "{group}.{got}：没有这项设置；可选：{known}",
+    ),
+    "unreadable_value": (
+        "{key}={got!r} cannot be read; give one value, e.g. a number",
+        "{key}={got!r} 无法解析；请给一个值，例如数字",
+    ),
+    "nothing_written": ("no text has been written yet; type a beginning first", "还没有写过文字；请先输入一个开头"),
+    "save_suffix": (
+        "/save {got}: the file's name must end in .txt or .jsonl",
+        "/save {got}：文件名要以 .txt 或 .jsonl 结尾",
+    ),
+    "save_not_writable": ("/save {got}: cannot be written ({reason}); choose another file", "/save {got}：无法写入（{reason}）；请换一个文件"),
+    "control_off": (
+        "control={name} has no {kind}; type /control prefix first",
+        "control={name} 没有 {kind} 这一项；请先输入 /control prefix",
+    ),
+    "control_knows": ("{kind}: {names} — or any other words", "{kind}：{names}，或任何文字"),
+    "control_no_words": (
+        "control.{kind}={got} is used as it is written, without words to lead the text to; those with words: {known}",
+        "control.{kind}={got} 照原文使用，没有可加分的词；有词的：{known}",
+    ),
+    "control_no_sentence": (
+        "control.{kind}={got}: the vocabulary lacks {characters} of its sentence, which is left out",
+        "control.{kind}={got}：词表里没有它那句话里的 {characters}，这句话略去",
+    ),
+    "control_unwritable": (
+        "control.{kind}={got}: the vocabulary can write none of its words; no bias",
+        "control.{kind}={got}：它的词用这个词表一个也写不出，不加分",
+    ),
+    "bad_label": (
+        "{key} needs zh: [names], en: [names] and may have words: {{zh: [...], en: [...]}}",
+        "{key} 要有 zh: [名字]、en: [名字]，可以有 words: {{zh: [...], en: [...]}}",
+    ),
 }

@@ -258,7 +258,7 @@ class GPT(nn.Module):
         )
 
     def parameter_count(self) -> int:
-        """Number of distinct trainable parameters (tied weights count once)."""
+        """Number of distinct parameters (tied weights count once), frozen ones included."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self) -> int:
@@ -268,4 +268,6 @@ class GPT(nn.Module):
         lookup = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding))
         if c.tie_embeddings:
             lookup -= self.wte.weight.numel()
-        return 6 * (self.parameter_count() - lookup) + 12 * c.n_layer * c.n_embd * c.block_size
+        # 冻结的矩阵（LoRA）只把梯度传过去，不算自己的梯度：少三分之一
+        frozen = max(0, sum(p.numel() for p in self.parameters() if not p.requires_grad) - lookup)
+        return 6 * (self.parameter_count() - lookup) - 2 * frozen + 12 * c.n_layer * c.n_embd * c.block_size

@@ -5,6 +5,7 @@ and, at the end, summary.json. Needs no torch.
 """
 
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -24,9 +25,11 @@ LATEST = OUTPUTS / "latest"
 # 属于一次训练的名字；清空目录时只认这些
 RUN_FILES = {"config.yaml", "tokenizer.json", "metrics.jsonl", "summary.json", "logs", "ckpt", "data", "wandb"}
 # 继续训练时不可改：改了就不再是同一次训练
-FIXED_ON_RESUME = ("model", "dataset", "seed")
+FIXED_ON_RESUME = ("model", "dataset", "seed", "init_from", "finetune")
 # 其中这些例外：不影响参数的形状
-CHANGEABLE = {("model", "dropout"), ("dataset", "dir")}
+CHANGEABLE = {("model", "dropout"), ("dataset", "dir"), ("finetune", "dropout")}
+# 后来才有的键：更早的训练目录没有它们，取默认值
+ADDED_LATER = ("init_from", "finetune")
 # 写进 model 节点的配置组
 GROUP_NODES = {"arch": "model"}
 # 顶层的短名字同时决定的键
@@ -36,7 +39,9 @@ ALIASES = {"dropout": ("dropout", "model.dropout")}
 def choose(cfg: TrainConfig) -> Path:
     """The folder of a new run; refuses one that holds anything, unless overwrite=true and it is a run."""
     if cfg.out_dir is None:
-        stem = OUTPUTS / f"{cfg.dataset['name']}-{cfg.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        # 微调的形状来自权重，名字也跟着它
+        model = re.sub(r"\W+", "-", Path(cfg.init_from).stem).strip("-") if cfg.init_from else cfg.model.name
+        stem = OUTPUTS / f"{cfg.dataset['name']}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
         # 同一秒启动两次训练时加序号
         return next(p for p in [stem, *(Path(f"{stem}-{n}") for n in range(2, 1000))] if not p.exists())
     path = Path(cfg.out_dir)
@@ -91,9 +96,12 @@ def resumed_config(saved_text: str, typed: TrainConfig, overrides: list[str], so
     """The saved config with what was typed on this command line laid over it."""
     saved = yaml.safe_load(saved_text)
     fresh = OmegaConf.to_container(OmegaConf.structured(typed))
+    defaults = OmegaConf.to_container(OmegaConf.structured(TrainConfig), throw_on_missing=False)
     foreign = untrusted_targets(saved, fresh)
     if foreign:
         raise ConfigError("untrusted", path=source, targets=", ".join(foreign))
+    for key in ADDED_LATER:
+        saved.setdefault(key, defaults[key])
     before = {key: saved[key] for key in FIXED_ON_RESUME}
     merged, typed_node = OmegaConf.create(saved), OmegaConf.create(fresh)
     for override in OverridesParser.create().parse_overrides(overrides):
@@ -115,6 +123,20 @@ def resumed_config(saved_text: str, typed: TrainConfig, overrides: list[str], so
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), merged))
     except OmegaConfBaseException as error:
         raise ConfigError("damaged_checkpoint", file=source / "config.yaml", reason=str(error).splitlines()[0], remedy="") from None
+
+
+def typed_model_fields(overrides: list[str], experiment: str | None) -> set[str]:
+    """Fields of the model that a person chose: typed here, or set by the experiment."""
+    # 选了 model=… 等于写出形状，选了 arch=… 等于写出结构
+    groups = {"model": {"_target_", "n_layer", "n_head", "n_embd"}, "arch": {"arch"}}
+    fields: set[str] = set()
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key = override.key_or_group
+        fields |= groups.get(key, {key.split(".")[1]} if key.startswith("model.") else set())
+    if experiment:
+        recipe = yaml.safe_load((ROOT / "conf" / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8"))
+        fields |= set(recipe.get("model") or {})
+    return fields
 
 
 def refuse_change(key: str, old, new) -> None:

@@ -39,10 +39,19 @@ class Records:
             "tokens": result.tokens, "prompt_tokens": result.prompt_tokens,
             "seconds_to_first_token": round(result.seconds_to_first_token, 4), "seconds": round(result.seconds, 4),
             "tokens_per_s": round((result.tokens - 1) / writing, 2) if result.tokens > 1 and writing > 0 else None,
-            "model": self.model_name, "settings": dataclasses.asdict(settings),
+            "model": self.model_name, "settings": settings_record(result, settings),
         }
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def settings_record(result: Result, settings: Settings) -> dict:
+    """The settings as json: of the control its plain values, with the style and emotion of this very text."""
+    record, control = dataclasses.asdict(settings), result.request.control
+    own = {"style": control.style, "emotion": control.emotion} if control else {}
+    # 模板与词表几十行，不必每条记录都抄一遍
+    record["control"] = {key: value for key, value in record["control"].items() if not isinstance(value, dict | list)} | own
+    return record
 
 
 def in_order(pieces: Iterator[Piece], count: int) -> Iterator[Piece]:

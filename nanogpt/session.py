@@ -14,15 +14,22 @@ from nanogpt.console import Console
 from nanogpt.data import TokenData, copy_dataset, dataset_bytes
 from nanogpt.files import write_text
 from nanogpt.loggers import JsonlLogger, Loggers
+from nanogpt.lora import add_adapters
 from nanogpt.messages import ConfigError, text
+from nanogpt.pretrained import Pretrained, adapted, build_pretrained, check_vocabulary, open_pretrained
 from nanogpt.trainer import Trainer, share_batch
+
+# 大于它的学习率几步之内就会冲掉预训练学到的东西
+HIGH_FINETUNE_RATE = 1e-3
 
 
 class Session:
     """Wires data, model, optimizer, loggers and trainer together in the order in which mistakes should show."""
 
-    def __init__(self, cfg: TrainConfig, run_dir: Path, source: checkpoint.Checkpoint | None, *, other_data: bool = False):
-        self.cfg, self.source, self.other_data = cfg, source, other_data
+    def __init__(
+        self, cfg: TrainConfig, run_dir: Path, source: checkpoint.Checkpoint | None, *, other_data: bool = False, pretrained: Pretrained | None = None
+    ):
+        self.cfg, self.source, self.other_data, self.pretrained = cfg, source, other_data, pretrained
         self.console = Console(quiet=distributed.rank() > 0)
         self.device = machine.choose_device(cfg.device, cfg.hardware)
         share_batch(cfg, distributed.world())
@@ -34,9 +41,14 @@ class Session:
         self._check_against_data()
 
     @classmethod
-    def new(cls, cfg: TrainConfig, run_dir: Path) -> "Session":
-        """A run from scratch in run_dir."""
-        return cls(cfg, run_dir, None)
+    def new(cls, cfg: TrainConfig, run_dir: Path, overrides: list[str] | None = None) -> "Session":
+        """A run from iteration 0 in run_dir, from random or from pretrained weights."""
+        pretrained = None
+        if cfg.init_from:
+            typed = rundir.typed_model_fields(overrides or [], cfg.groups.get("experiment"))
+            pretrained = adapted(open_pretrained(cfg.init_from), cfg.model, typed, cfg.init_from)
+            cfg.model = pretrained.config
+        return cls(cfg, run_dir, None, pretrained=pretrained)
 
     @classmethod
     def resume(cls, typed: TrainConfig, overrides: list[str], run_dir: Path) -> "Session":
@@ -56,6 +68,9 @@ class Session:
             # 运行目录自带数据：拷到别的机器上也能接着训
             return TokenData(bundled)
         options = {k: v for k, v in self.cfg.dataset.items() if k not in ("name", "dir")}
+        if options.get("tokenizer") == "auto" and self.cfg.init_from:
+            # 微调沿用模型自己的词表；续训时它在运行目录里
+            options["tokenizer"] = tokenizers.load(self.source.folder / "tokenizer.json") if self.source else self.pretrained.tokenizer
         folder = None
         if distributed.rank() == 0:
             folder = corpus.prepare(self.cfg.dataset["name"], self.cfg.dataset["dir"], options)
@@ -63,6 +78,8 @@ class Session:
 
     def _check_against_data(self) -> None:
         model, data = self.cfg.model, self.data
+        if self.pretrained:
+            check_vocabulary(self.pretrained, data.tokenizer, self.cfg.init_from)
         data.check_block_size(model.block_size)
         if model.vocab_size is None:
             model.vocab_size = data.vocab_size
@@ -88,7 +105,7 @@ class Session:
 
     def _build(self) -> Trainer:
         cfg = self.cfg
-        model = build_model(cfg.model, cfg.seed).to(self.device)
+        model = self._build_model().to(self.device)
         optimizer = build_part(cfg.optimizer, "optimizer", model)
         backends = [build_part(node, f"logger.{name}") for name, node in (cfg.logger or {}).items()]
         loggers = Loggers([JsonlLogger(), *backends] if distributed.rank() == 0 else [])
@@ -104,6 +121,16 @@ class Session:
             self._claim_folder(trainer.config_text)
             loggers.open(self.run_dir, OmegaConf.to_container(node), trainer.progress.iteration)
         return trainer
+
+    def _build_model(self):
+        """The model with its starting weights, and with adapters beside them under finetune=lora."""
+        cfg = self.cfg
+        model = build_pretrained(self.pretrained, cfg.seed) if self.pretrained else build_model(cfg.model, cfg.seed)
+        # 几百 MB 的权重已抄进模型，不必再留一份
+        self.pretrained = None
+        if cfg.finetune.method == "lora":
+            add_adapters(model, cfg.finetune)
+        return model
 
     def _claim_folder(self, config_text: str) -> None:
         """Write what a run folder holds from the start."""
@@ -122,6 +149,15 @@ class Session:
         cfg, line = self.cfg, self.console.line
         if self.source:
             line("resumed", path=self.run_dir, iteration=trainer.progress.iteration)
+        elif cfg.init_from:
+            line("started_from", named=cfg.init_from)
+            if cfg.finetune.method == "full" and cfg.learning_rate > HIGH_FINETUNE_RATE:
+                line("high_rate", rate=cfg.learning_rate)
+        if cfg.finetune.method == "lora":
+            trained = sum(p.numel() for p in trainer.parameters)
+            line("lora", trained=trained, total=trainer.model.parameter_count())
+            if not cfg.init_from:
+                line("lora_scratch")
         world = distributed.world()
         line(
             "start", model=cfg.model.name, parameters=f"{trainer.model.parameter_count() / 1e6:.2f}M", arch=cfg.model.arch,

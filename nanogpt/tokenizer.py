@@ -1,8 +1,9 @@
-"""Text <-> token ids: characters, bytes, or GPT-2's byte-pair encoding; saved as json beside a checkpoint."""
+"""Text <-> token ids: characters, bytes, byte-pair encoding, or what the tokenizers library reads; saved as json."""
 
 import base64
 import codecs
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from nanogpt import assets
 from nanogpt.files import write_text
 from nanogpt.messages import ConfigError
 
-KINDS = ("char", "byte", "gpt2")
+KINDS = ("char", "byte", "gpt2", "auto")
 
 # GPT-2 的预切分规则：缩写、词、数字、标点、空白（Radford et al. 2019 的公开实现）
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 END_OF_TEXT = "<|endoftext|>"
+# 汉字与全角标点
+CJK = "[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef]"
 
 
 class TextStream:
@@ -34,6 +37,31 @@ class TextStream:
     def finish(self) -> str:
         """What is left; half a character becomes U+FFFD."""
         return self._decoder.decode(b"", final=True)
+
+
+class WindowStream:
+    """The same for tokenizers whose text depends on the neighbours: decodes a few ids again and shows what is new."""
+
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self._decode = decode
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def push(self, token: int) -> str:
+        """New whole characters."""
+        self._ids.append(token)
+        # 字节级的词表里，一个字至多四个 token；再长就是真的坏字节
+        if self._decode(self._ids).endswith("�") and len(self._ids) - self._shown < 4:
+            return ""
+        return self.finish()
+
+    def finish(self) -> str:
+        """What is left."""
+        new = self._decode(self._ids)[len(self._decode(self._ids[: self._shown])) :]
+        # 只留刚显示过的作前文，代价不随长度增长
+        self._ids = self._ids[self._shown :]
+        self._shown = len(self._ids)
+        return new
 
 
 class CharTokenizer:
@@ -101,35 +129,84 @@ class BPETokenizer:
 
     kind = "bpe"
 
-    def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int]):
+    def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int], end_of_text: str = END_OF_TEXT):
         import tiktoken
 
         self.name, self.pattern, self.ranks, self.special = name, pattern, ranks, special
         self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.vocab_size = self._encoding.n_vocab
-        self.end_of_text = special.get(END_OF_TEXT)
+        self._end_word = end_of_text
+        self.end_of_text = special.get(end_of_text)
 
     def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
         """Ids of a text, shape (n,); the words of special tokens are ordinary text, and there are no unknown characters."""
         return np.array(self._encoding.encode_ordinary(text), dtype=np.int64)
 
     def decode(self, ids) -> str:
-        return self._encoding.decode([int(i) for i in ids], errors="replace")
+        ids = [int(i) for i in ids]
+        try:
+            return self._encoding.decode(ids, errors="replace")
+        except KeyError:
+            # 词表补齐到 64 的倍数的模型可能抽到没有文字的 id：略过
+            known = {*self.ranks.values(), *self.special.values()}
+            return self._encoding.decode([i for i in ids if i in known], errors="replace")
 
     def stream(self) -> TextStream:
         """Decodes ids one by one."""
-        return TextStream(self._encoding.decode_single_token_bytes)
+        return TextStream(self._token_bytes)
+
+    def _token_bytes(self, token: int) -> bytes:
+        try:
+            return self._encoding.decode_single_token_bytes(token)
+        except KeyError:
+            return b""
 
     def to_dict(self) -> dict:
-        # 按 rank 排成一列，序号即 rank，比键值对省一半
-        ordered = sorted(self.ranks, key=self.ranks.__getitem__)
-        return {
-            "kind": self.kind, "name": self.name, "pattern": self.pattern, "special": self.special,
-            "ranks": [base64.b64encode(token).decode("ascii") for token in ordered],
-        }
+        # 按 rank 排成一列，序号即 rank，比键值对省一半；特殊 token 占着的号写 null
+        ranked: list[str | None] = [None] * (max(self.ranks.values()) + 1)
+        for token, rank in self.ranks.items():
+            ranked[rank] = base64.b64encode(token).decode("ascii")
+        saved = {"kind": self.kind, "name": self.name, "pattern": self.pattern, "special": self.special, "ranks": ranked}
+        return saved if self._end_word == END_OF_TEXT else {**saved, "end_of_text": self._end_word}
 
 
-Tokenizer = CharTokenizer | ByteTokenizer | BPETokenizer
+class LibraryTokenizer:
+    """Any tokenizer that the `tokenizers` library describes as json (WordPiece, Unigram …); json only, no code.
+
+    Such a vocabulary may be lossy: WordPiece forgets line breaks and knows an unknown token.
+    """
+
+    kind = "library"
+
+    def __init__(self, description: dict, end_of_text: str | None = None):
+        try:
+            import tokenizers
+        except ImportError:
+            raise ConfigError("missing_package", what="tokenizer.json", package="tokenizers") from None
+        self.description, self._end_word = description, end_of_text
+        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description))
+        # 词表里的空号也占 embedding 的一行
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.end_of_text = None if end_of_text is None else self._tokenizer.token_to_id(end_of_text)
+
+    def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
+        """Ids of a text, shape (n,), without the marks that some tokenizers add at both ends."""
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+    def decode(self, ids) -> str:
+        text = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        # WordPiece 用空格连接各 token；汉字之间本来没有空格
+        return re.sub(rf"(?<={CJK}) | (?={CJK})", "", text) if self.description["model"].get("type") == "WordPiece" else text
+
+    def stream(self) -> WindowStream:
+        """Decodes ids one by one."""
+        return WindowStream(self.decode)
+
+    def to_dict(self) -> dict:
+        return {"kind": self.kind, "tokenizers": self.description, "end_of_text": self._end_word}
+
+
+Tokenizer = CharTokenizer | ByteTokenizer | BPETokenizer | LibraryTokenizer
 
 
 def gpt2_tokenizer() -> BPETokenizer:
@@ -149,8 +226,10 @@ def from_dict(saved: dict) -> Tokenizer:
     if saved["kind"] == "byte":
         return ByteTokenizer()
     if saved["kind"] == "bpe":
-        ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved["ranks"])}
-        return BPETokenizer(saved["name"], saved["pattern"], ranks, saved["special"])
+        ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved["ranks"]) if token is not None}
+        return BPETokenizer(saved["name"], saved["pattern"], ranks, saved["special"], saved.get("end_of_text", END_OF_TEXT))
+    if saved["kind"] == "library":
+        return LibraryTokenizer(saved["tokenizers"], saved["end_of_text"])
     raise ValueError(f"unknown tokenizer kind {saved['kind']!r}")
 
 

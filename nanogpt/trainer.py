@@ -353,9 +353,11 @@ class Trainer:
         if self.cfg.sample_prompt is not None:
             return self.cfg.sample_prompt
         tokenizer = self.data.tokenizer
-        if tokenizer.kind != "char" or "\n" in tokenizer.characters:
+        if (tokenizer.kind != "char" or "\n" in tokenizer.characters) and len(tokenizer.encode("\n")):
             return "\n"
-        return tokenizer.decode(self.data.tokens["val"][:1])
+        # BERT 式词表没有换行，开头几个 token 也可能没有文字
+        heads = (tokenizer.decode(self.data.tokens["val"][:n]) for n in (1, 4, 16, 64))
+        return next(head for head in heads if len(tokenizer.encode(head)))
 
     # ---- 保存与恢复 ----
 

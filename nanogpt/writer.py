@@ -8,14 +8,19 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from nanogpt.generate import Decoder
 from nanogpt.messages import ConfigError
 from nanogpt.oom import is_out_of_memory
 from nanogpt.sampling import Sampler
 from nanogpt.tokenizer import END_OF_TEXT, TextStream, Tokenizer
+
+if TYPE_CHECKING:
+    from nanogpt.control import Control
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Request:
     stop: tuple[str, ...] = ()
     """The text ends before the first of these."""
     stop_at_end_of_text: bool = True
+    control: "Control | None" = None
+    """Style and emotion: fills in the prefix and wraps the sampler when the request is submitted."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Result:
     request: Request
     text: str
     finish: str
-    """length | stop | end_of_text"""
+    """length | stop | end_of_text | interrupted"""
     tokens: int
     prompt_tokens: int
     seconds_to_first_token: float
@@ -91,6 +98,9 @@ class Writer:
     ):
         self.model, self.tokenizer, self.skip_unknown, self.context = model, tokenizer, skip_unknown, context
         self.capacity, self.max_length = capacity, max_length
+        # GPU 上先排下一步，再读上一步的结果：取数与解码文字的时间藏在计算后面
+        self.lookahead = model.device.type == "cuda"
+        self._flight: tuple[list[int], torch.Tensor] | None = None
         self.decoder: Decoder | None = None
         self.texts: dict[int, _Text] = {}
         self.waiting: deque[int] = deque()
@@ -98,6 +108,8 @@ class Writer:
 
     def submit(self, request: Request) -> int:
         """Queue a request; its key names it in the pieces. ConfigError when the prompt cannot be read."""
+        if request.control:
+            request = request.control.apply(request, self.tokenizer)
         ids = encode_prompt(self.tokenizer, request.prefix + request.prompt, skip_unknown=self.skip_unknown)
         if not len(ids):
             raise ConfigError("empty_prompt", got=request.prompt)
@@ -115,6 +127,10 @@ class Writer:
         elif self.decoder:
             self.decoder.remove(key)
 
+    def interrupt(self, key: int) -> Piece:
+        """End an unfinished text as it stands; the bytes of half a character are dropped."""
+        return self._end(key, self.texts[key].held, "interrupted")
+
     def reset(self) -> list[int]:
         """Drop every row that is being written (the next one where none is), after an unforeseen error; their keys."""
         dropped = [key for key in self.texts if key not in self.waiting]
@@ -123,11 +139,11 @@ class Writer:
             dropped = [self.waiting.popleft()]
         for key in dropped:
             del self.texts[key]
-        self.decoder = None
+        self.decoder = self._flight = None
         return dropped
 
     def step(self) -> list[Piece]:
-        """One more token for every row; what is new to show. Empty when nothing is left to write."""
+        """One more token for every row; what is new to show, if anything."""
         pieces = self.advance()
         for piece in pieces:
             if piece.error:
@@ -138,18 +154,25 @@ class Writer:
         """The same, where a text that cannot go on ends with an error of its own and the others go on."""
         try:
             self._admit()
-            if not self.decoder or not self.decoder.rows:
-                return []
-            keys = [row.key for row in self.decoder.rows]
-            with self.context():
-                drawn = self.decoder.step().tolist()
+            drawn = self._drawn()
         except Exception as error:
             # 只接住显存不足：减半并排的行数，写过的 token 都在，重读即可
             if not is_out_of_memory(error):
                 raise
             self._shrink()
             return self.advance()
-        return [piece for key, token in zip(keys, drawn) if (piece := self._push(key, token))]
+        # 多走了一步的行可能已经写完
+        return [piece for key, token in drawn if key in self.texts and (piece := self._push(key, token))]
+
+    def _drawn(self) -> list[tuple[int, int]]:
+        """(key, id) of the rows, of this step or, looking ahead, of the one before."""
+        launched = None
+        if self.decoder and self.decoder.rows:
+            keys = [row.key for row in self.decoder.rows]
+            with self.context():
+                launched = keys, self.decoder.step()
+        ready, self._flight = (self._flight, launched) if self.lookahead else (launched, None)
+        return list(zip(ready[0], ready[1].tolist())) if ready else []
 
     def write(self, requests: Iterable[Request] = ()) -> Iterator[Piece]:
         """Write these requests and all that were submitted before, to the end; in a new Writer keys count from 0."""
@@ -160,7 +183,9 @@ class Writer:
 
     def _admit(self) -> None:
         if self.waiting and self.decoder is None:
-            self.decoder = Decoder(self.model, capacity=self.capacity, max_length=self.max_length, vocab_size=self.tokenizer.vocab_size)
+            # 多一个位置：提前排下的一步不该触发重读
+            length = None if self.max_length is None else self.max_length + 1
+            self.decoder = Decoder(self.model, capacity=self.capacity, max_length=length, vocab_size=self.tokenizer.vocab_size)
         while self.waiting and len(self.decoder.rows) < self.capacity:
             key = self.waiting.popleft()
             text = self.texts[key]
@@ -170,7 +195,7 @@ class Writer:
     def _shrink(self) -> None:
         # 正在写的排到队首，次序不变；旧缓存先释放，再建小的
         self.waiting = deque(key for key in self.texts if key not in self.waiting) + self.waiting
-        self.decoder = None
+        self.decoder = self._flight = None
         if self.capacity == 1:
             raise ConfigError("sample_oom") from None
         self.capacity //= 2

@@ -3,23 +3,24 @@
 import contextlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from omegaconf import OmegaConf
 
 from nanogpt import checkpoint, machine
 from nanogpt import tokenizer as tokenizers
 from nanogpt.acceleration import HALF, accelerate
-from nanogpt.build import build_model
-from nanogpt.config import HardwareConfig, ModelConfig, SampleConfig, untrusted_targets
+from nanogpt.build import model_of
+from nanogpt.config import HardwareConfig, SampleConfig
+from nanogpt.control import build_control, read_form, takes_forms
 from nanogpt.corpus import iter_text
 from nanogpt.messages import ConfigError
 from nanogpt.precision import Precision
-from nanogpt.sampling import build_sampler
+from nanogpt.pretrained import build_pretrained, open_pretrained
+from nanogpt.sampling import Sampler, build_sampler
 from nanogpt.writer import Request, Writer
 
 FROM_FILE = "FILE:"
@@ -34,18 +35,29 @@ class Settings:
     seed: int
     stop: list[str]
     stop_at_end_of_text: bool
+    control: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, cfg: SampleConfig) -> "Settings":
         """What conf/sample.yaml and the command line say."""
-        return cls(dict(cfg.sampler), cfg.max_new_tokens, cfg.seed, list(cfg.stop), cfg.stop_at_end_of_text)
+        return cls(dict(cfg.sampler), cfg.max_new_tokens, cfg.seed, list(cfg.stop), cfg.stop_at_end_of_text, dict(cfg.control))
 
     def request(self, prompt: str, number: int = 0) -> Request:
-        """The request for the number-th text behind a prompt."""
+        """The request for the number-th text behind a prompt, which may begin with `style:…|` or `emotion:…|` of its own."""
+        control = self.control
+        if takes_forms(control):
+            wish = read_form(prompt)
+            control, prompt = {**control, **wish.asked}, wish.prompt
         return Request(
-            prompt, build_sampler(self.sampler), self.max_new_tokens, self.seed + number,
-            stop=tuple(self.stop), stop_at_end_of_text=self.stop_at_end_of_text,
+            prompt, _sampler(json.dumps(self.sampler)), self.max_new_tokens, self.seed + number,
+            stop=tuple(self.stop), stop_at_end_of_text=self.stop_at_end_of_text, control=build_control(control) if control else None,
         )
+
+
+@lru_cache(maxsize=32)
+def _sampler(node: str) -> Sampler:
+    # 设置相同的文字共用一个采样器：Decoder 才能把它们的 logits 并在一起处理
+    return build_sampler(json.loads(node))
 
 
 @dataclass(frozen=True)
@@ -66,26 +78,23 @@ class Model:
 
 def load(source: checkpoint.Checkpoint, device: torch.device):
     """The model of a checkpoint in evaluation mode, and its tokenizer."""
-    node = yaml.safe_load(source.config_text())["model"]
-    if foreign := untrusted_targets({"model": node}, {}):
-        raise ConfigError("untrusted", path=source.folder, targets=", ".join(foreign))
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), node))
-    model = build_model(config, seed=0)
-    source.load_model(model)
-    return model.to(device).eval(), tokenizers.load(source.folder / "tokenizer.json")
+    return model_of(source).to(device).eval(), tokenizers.load(source.folder / "tokenizer.json")
 
 
-def open_model(cfg: SampleConfig, run_dir: Path) -> Model:
-    """The model that the config names."""
+def open_model(cfg: SampleConfig, run_dir: Path | None) -> Model:
+    """The model of a run folder, or, where that is None, the pretrained one that init_from names."""
     device = machine.choose_device(cfg.device, HardwareConfig())
     machine.keep_freed_memory()
     torch.set_flush_denormal(True)
+    if run_dir is None:
+        pretrained = open_pretrained(cfg.init_from, which=cfg.checkpoint)
+        return ready(cfg, cfg.init_from, build_pretrained(pretrained).to(device), pretrained.tokenizer)
     found = checkpoint.checkpoints(run_dir)
     # 只训了几步、还没评估过的，没有 best，用 last
     which = "last" if cfg.checkpoint == "best" and checkpoint.best_of(found) is None else cfg.checkpoint
     source = checkpoint.find(run_dir, which, key="out_dir")
     network, tokenizer = load(source, device)
-    return ready(cfg, f"{run_dir}/{source.name}", network.to(device), tokenizer)
+    return ready(cfg, f"{run_dir}/{source.name}", network, tokenizer)
 
 
 def ready(cfg: SampleConfig, name: str, network: torch.nn.Module, tokenizer: tokenizers.Tokenizer) -> Model:

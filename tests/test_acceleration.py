@@ -8,6 +8,7 @@ from test_generate import decode, prompts, wild_model
 from nanogpt import acceleration
 from nanogpt.acceleration import accelerate
 from nanogpt.build import build_model
+from nanogpt.cuda_graph import FixedShapes, GraphStep
 from nanogpt.int8 import Int8Embedding, Int8Linear, quantize
 from nanogpt.model import GPT, MLP
 from nanogpt.packing import PackedLinear, pack
@@ -132,3 +133,36 @@ def test_int8_keeps_tied_weights_tied_and_changes_the_loss_little():
     assert 0 < (after - before).abs().mean() < 0.02 * before.abs().mean()
     assert sum(b.numel() * b.element_size() for b in {b.data_ptr(): b for b in [*model.buffers(), *model.parameters()]}.values()) < 0.35 * floats
     assert model.dtype == torch.float32 and decode(model, [[1, 2]], 5, sampler(temperature=0.0)).shape == (1, 5)
+
+
+class Unrecorded(FixedShapes):
+    """The step that a graph would record, run as it is."""
+
+    max_rows = 8
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, idx, cache):
+        super().__init__(self.model, cache, len(idx), cache.max_length)
+        self.set(idx)
+        logits = self.run()
+        cache.lengths = [length + 1 for length in cache.lengths]
+        return logits
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_step_of_fixed_shapes_equals_the_plain_one(recipe):
+    model, rows = wild_model(**RECIPES[recipe]), prompts(5, 1, 9, 5)
+    plain = decode(model, rows, 40)
+    model.fast_step = Unrecorded(model)
+    assert torch.equal(decode(model, rows, 40), plain)
+
+
+def test_a_card_that_records_no_graph_goes_on_without(capsys):
+    model, rows = wild_model(), prompts(5, 1)
+    plain = decode(model, rows, 20)
+    model.fast_step = GraphStep(model)
+    # 没有 CUDA 的 torch 在录制时报 RuntimeError，与不支持的显卡一样
+    assert torch.equal(decode(model, rows, 20), plain) and model.fast_step is None
+    assert capsys.readouterr().err.count("CUDA graph") == 1

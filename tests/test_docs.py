@@ -15,7 +15,8 @@ from nanogpt import build, corpus
 from nanogpt.config import ROOT
 from nanogpt.data import TokenData
 
-PAIRS = [("README.md", "README.zh-CN.md"), ("docs/extend.md", "docs/extend.zh-CN.md"), ("docs/architecture.md", "docs/architecture.zh-CN.md")]
+PAIRS = [("README.md", "README.zh-CN.md"), ("docs/extend.md", "docs/extend.zh-CN.md"), ("docs/architecture.md", "docs/architecture.zh-CN.md"),
+         ("docs/interactive.md", "docs/interactive.zh-CN.md")]
 
 
 def read(name):

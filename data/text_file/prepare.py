@@ -8,28 +8,27 @@ from pathlib import Path
 import numpy as np
 
 from nanogpt.config import ROOT
-from nanogpt.corpus import build_char_tokenizer, detect_encoding, iter_text, split_by_length, text_files, write_tagged
+from nanogpt.corpus import detect_encoding, iter_text, split_by_length, text_files, tokenizer_for, tokenizer_word, write_tagged
 from nanogpt.files import sha256
 from nanogpt.messages import ConfigError
-from nanogpt.tokenizer import KINDS, ByteTokenizer, gpt2_tokenizer
+from nanogpt.tokenizer import Tokenizer
 
 
-def folder(path: str | None, tokenizer: str, encoding: str, val_fraction: float) -> Path:
+def folder(path: str | None, tokenizer: str | Tokenizer, encoding: str, val_fraction: float) -> Path:
     """Where the prepared form belongs: another text or other options give another folder."""
     if path is None:
         raise ConfigError("no_text_path")
     source = Path(path)
     if not source.exists():
         raise ConfigError("missing_file", key="dataset.path", got=path)
-    if tokenizer not in KINDS:
-        raise ConfigError("unknown_tokenizer", got=tokenizer, allowed=" | ".join(KINDS))
+    word = tokenizer_word(tokenizer)
     if not 0 < val_fraction < 1:
         raise ConfigError("out_of_range", key="dataset.val_fraction", got=val_fraction, wanted="> 0, < 1")
     files = text_files(source)
     if not any(file.stat().st_size for file in files):
         raise ConfigError("empty_text", key="dataset.path", got=path)
     # 指纹取自内容：改了文字就重新准备，改个文件名不用
-    identity = hashlib.sha256("\n".join([*map(sha256, files), tokenizer, encoding, repr(val_fraction)]).encode("utf-8"))
+    identity = hashlib.sha256("\n".join([*map(sha256, files), word, encoding, repr(val_fraction)]).encode("utf-8"))
     stem = re.sub(r"[^\w-]", "_", source.resolve().stem)
     return ROOT / "data" / "text_file" / f"{stem}-{identity.hexdigest()[:12]}"
 
@@ -40,15 +39,12 @@ def pieces(files: list[tuple[Path, str]]) -> Iterator[str]:
         yield from iter_text(file, encoding)
 
 
-def prepare(folder: Path, path: str, tokenizer: str, encoding: str, val_fraction: float) -> None:
+def prepare(folder: Path, path: str, tokenizer: str | Tokenizer, encoding: str, val_fraction: float) -> None:
     """Tokenise the text piece by piece and write the data set folder."""
     source = Path(path)
     # 判断编码要通读文件，下面还要读两三遍：只判断一次
     files = [(file, detect_encoding(file) if encoding == "auto" else encoding) for file in text_files(source)]
-    if tokenizer == "char":
-        coder = build_char_tokenizer(pieces(files))
-    else:
-        coder = ByteTokenizer() if tokenizer == "byte" else gpt2_tokenizer()
+    coder = tokenizer_for(tokenizer, lambda: pieces(files))
 
     def ids() -> Iterator[np.ndarray]:
         return (coder.encode(piece) for piece in pieces(files))

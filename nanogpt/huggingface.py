@@ -1,0 +1,129 @@
+"""Hugging Face's format in both directions: pretrained weights in, `python -m nanogpt.huggingface export` out.
+
+GPT-2's architecture becomes a plain GPT2LMHeadModel; anything else brings its own modeling file along.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from nanogpt.config import ModelConfig
+from nanogpt.files import folder_aside, write_text
+from nanogpt.messages import ConfigError, say, set_language
+from nanogpt.pretrained import ACTIVATIONS, TRANSPOSED, Pretrained, build_pretrained, open_pretrained
+from nanogpt.tokenizer_files import END_WORDS, to_library_json
+
+__all__ = ["Pretrained", "build_pretrained", "export", "open_pretrained"]
+
+# 自带代码的文件夹里的模块名；transformers 按它动态导入
+MODULE = "modeling_nanogpt"
+
+
+def export(named: str, target: Path, which: str = "best") -> Pretrained:
+    """Write the model that `named` means (a run folder, above all) as a folder for transformers; return what was written."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError("export_exists", target=target)
+    pretrained = open_pretrained(named, key="OUT_DIR", which=which)
+    plain = is_gpt2(pretrained.config)
+    try:
+        if target.is_dir():
+            target.rmdir()
+        with folder_aside(target) as aside:
+            (write_gpt2 if plain else write_custom)(aside, pretrained)
+            write_tokenizer(aside, pretrained)
+    except OSError as error:
+        raise ConfigError("export_failed", target=target, reason=error.strerror or error) from None
+    return pretrained
+
+
+def is_gpt2(config: ModelConfig) -> bool:
+    """Whether transformers' own GPT2LMHeadModel computes the same."""
+    own = (config.position, config.norm, config.qk_norm, config.embed_norm, config.logit_softcap, list(config.ngrams))
+    return own == ("learned", "layernorm", False, False, 0.0, []) and config.activation in ACTIVATIONS.values()
+
+
+def write_gpt2(folder: Path, pretrained: Pretrained) -> None:
+    """config.json and model.safetensors of a GPT2LMHeadModel."""
+    config, end = pretrained.config, pretrained.tokenizer.end_of_text
+    activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
+    write_json(folder / "config.json", {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": config.vocab_size, "n_positions": config.block_size,
+        "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "n_inner": config.mlp_ratio * config.n_embd,
+        "activation_function": activation, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": config.tie_embeddings,
+        "resid_pdrop": config.dropout, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout,
+        "bos_token_id": end, "eos_token_id": end, "dtype": "float32",
+    })
+    tensors = {}
+    for name, tensor in pretrained.tensors.items():
+        theirs = name if name.startswith("lm_head") else f"transformer.{name}"
+        tensors[theirs] = tensor.t() if name.endswith(TRANSPOSED) else tensor
+        if not config.bias and name.startswith(("h.", "ln_f")):
+            # GPT2LMHeadModel 总有 bias：补零，结果不变
+            tensors[theirs.replace(".weight", ".bias")] = torch.zeros(tensor.size(0))
+    write_tensors(folder, tensors)
+
+
+def write_custom(folder: Path, pretrained: Pretrained) -> None:
+    """A folder whose modeling file holds the architecture; it does not need this package."""
+    config, end = pretrained.config, pretrained.tokenizer.end_of_text
+    fields = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "mlp_ratio", "bias", "position", "norm", "activation", "qk_norm",
+              "embed_norm", "tie_embeddings", "logit_softcap", "rope_base", "ngrams", "ngram_buckets")
+    write_json(folder / "config.json", {
+        "architectures": ["NanoGPTForCausalLM"], "model_type": "nanogpt", "dtype": "float32", "bos_token_id": end, "eos_token_id": end,
+        "auto_map": {"AutoConfig": f"{MODULE}.NanoGPTConfig", "AutoModelForCausalLM": f"{MODULE}.NanoGPTForCausalLM"},
+        **{field: getattr(config, field) for field in fields},
+    })
+    shutil.copyfile(Path(__file__).with_name(f"{MODULE}.py"), folder / f"{MODULE}.py")
+    write_tensors(folder, pretrained.tensors)
+
+
+def write_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """model.safetensors in float32; `format` is what transformers asks for."""
+    save_file({name: t.detach().float().contiguous().clone() for name, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_tokenizer(folder: Path, pretrained: Pretrained) -> None:
+    """tokenizer.json of the tokenizers library with the same ids, and what AutoTokenizer wants to know."""
+    described = to_library_json(pretrained.tokenizer)
+    write_json(folder / "tokenizer.json", described)
+    words = {token["content"]: token["id"] for token in described["added_tokens"]}
+    end = next((word for word in (*END_WORDS, *words) if words.get(word, -1) == pretrained.tokenizer.end_of_text), None)
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": pretrained.config.block_size, "clean_up_tokenization_spaces": False,
+        # 旧版 transformers 默认还会给 token_type_ids，GPT 不认
+        "model_input_names": ["input_ids", "attention_mask"],
+        **({"bos_token": end, "eos_token": end} if end else {}),
+    })
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line: export OUT_DIR TARGET [--checkpoint best|last|iter_…]; exit code 2 on a mistake."""
+    parser = argparse.ArgumentParser(prog="python -m nanogpt.huggingface", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("export", help="write a run as a folder that transformers loads")
+    command.add_argument("out_dir", metavar="OUT_DIR", help="run folder, latest, or anything that init_from takes")
+    command.add_argument("target", metavar="TARGET", type=Path, help="new or empty folder")
+    command.add_argument("--checkpoint", default="best", help="best (default), last or iter_…")
+    command.add_argument("--lang", default="auto", choices=("auto", "zh", "en"))
+    typed = parser.parse_args(arguments)
+    set_language(typed.lang)
+    try:
+        pretrained = export(typed.out_dir, typed.target, typed.checkpoint)
+    except ConfigError as error:
+        say("error", line=error)
+        sys.exit(2)
+    trust = "" if is_gpt2(pretrained.config) else ", trust_remote_code=True"
+    say("exported", target=typed.target, command=f"transformers.AutoModelForCausalLM.from_pretrained({str(typed.target)!r}{trust})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Readers of weight files from elsewhere: json, safetensors, torch.save; none of them runs code."""
+
+import json
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nanogpt.messages import ConfigError
+
+# 依次尝试；safetensors 在前：不含代码，读得也快
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def read_json(path: Path) -> dict:
+    """A json object; ConfigError names the file if it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(content, dict), "not an object"
+        return content
+    except (OSError, ValueError, AssertionError, RecursionError) as error:
+        raise ConfigError("pretrained_damaged", file=path, reason=f"{type(error).__name__}: {error}") from None
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index names; plain names only, so that an index cannot point elsewhere."""
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        assert names and all(re.fullmatch(r"[\w-][\w.-]*", name) for name in names), "odd file names"
+        return names
+    except (KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise ConfigError("pretrained_damaged", file=index, reason=f"{type(error).__name__}: {error}") from None
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, from safetensors where there are any."""
+    for file in WEIGHTS:
+        if (folder / file).is_file():
+            files = shard_names(folder / file) if file.endswith(".index.json") else [file]
+            tensors: dict[str, Tensor] = {}
+            for name in files:
+                tensors |= read_safetensors(folder / name) if name.endswith(".safetensors") else read_torch(folder / name)
+            return tensors
+    raise ConfigError("pretrained_damaged", file=folder, reason="no " + " or ".join(WEIGHTS))
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ConfigError("pretrained_damaged", file=path, reason=" ".join(str(error).split())[:120]) from None
+
+
+def read_torch(path: Path) -> dict:
+    """What torch.save wrote, if it holds nothing but tensors and plain values."""
+    try:
+        # mmap：旁边的优化器状态不必读进内存；旧格式不支持
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        # 损坏、截断与夹带代码的文件各抛各的错误，结论相同：不用它
+        raise ConfigError("pretrained_damaged", file=path, reason=" ".join(str(error).split())[:120] or type(error).__name__) from None

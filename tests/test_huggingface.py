@@ -1,0 +1,200 @@
+"""Export: transformers loads the folder with equal logits and ids, without this package; nothing is overwritten."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GPT2_RECIPE, no_grad_eval, tiny_model_config
+from test_pretrained import LINES, bpe_json, hf_folder, ids, save_checkpoint  # noqa: F401 - bpe_json is a fixture
+
+from nanogpt import checkpoint, huggingface, writing
+from nanogpt import tokenizer as tokenizers
+from nanogpt.build import build_model
+from nanogpt.config import FinetuneConfig, TrainConfig
+from nanogpt.corpus import build_char_tokenizer
+from nanogpt.huggingface import export, open_pretrained
+from nanogpt.lora import add_adapters, merge
+from nanogpt.tokenizer_files import byte_level_bpe, to_library_json
+
+transformers = pytest.importorskip("transformers")
+library = pytest.importorskip("tokenizers")
+CHARACTERS = build_char_tokenizer(LINES)
+MODELS = {
+    "modern": {"ngrams": [2, 3], "ngram_buckets": 101}, "modern tied": {"tie_embeddings": True, "norm": "layernorm", "bias": True},
+    "learned positions": {**GPT2_RECIPE, "qk_norm": True},
+    "gpt2": GPT2_RECIPE, "gpt2 untied, no bias": {**GPT2_RECIPE, "tie_embeddings": False, "bias": False, "activation": "gelu"},
+}
+
+
+def saved_run(out, model, tokenizer, *, lora=None):
+    """A run folder with one checkpoint of the model."""
+    from omegaconf import OmegaConf
+
+    out.mkdir(parents=True)
+    tokenizers.save(tokenizer, out / "tokenizer.json")
+    cfg = TrainConfig(model=model.config, optimizer={}, dataset={}, finetune=lora or FinetuneConfig())
+    checkpoint.save(
+        out, model=model, state={}, iteration=7, val_loss=1.0, config_text=OmegaConf.to_yaml(OmegaConf.structured(cfg)),
+        tokenizer_file=out / "tokenizer.json", keep=1,
+    )
+    return out
+
+
+def random_model(tokenizer, **changes):
+    model = build_model(tiny_model_config(**{"vocab_size": tokenizer.vocab_size, **changes}), 0)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_transformers_loads_the_export_with_equal_logits(tmp_path, kind):
+    model = random_model(CHARACTERS, **MODELS[kind])
+    run = saved_run(tmp_path / "run", model, CHARACTERS)
+    export(str(run), tmp_path / "hf")
+    plain = kind.startswith("gpt2")
+    assert {p.name for p in (tmp_path / "hf").iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", *([] if plain else ["modeling_nanogpt.py"]),
+    }
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=not plain).eval()
+    assert isinstance(loaded, transformers.GPT2LMHeadModel) == plain
+    idx = ids(CHARACTERS.vocab_size, 16)
+    with no_grad_eval(model):
+        torch.testing.assert_close(loaded(idx).logits, model(idx), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(loaded(idx, labels=idx).loss, model.loss(idx[:, :-1], idx[:, 1:]), atol=1e-4, rtol=1e-4)
+        written = loaded.generate(idx[:1, :5], max_new_tokens=6, do_sample=False, pad_token_id=0)
+        greedy = idx[:1, :5]
+        for _ in range(6):
+            greedy = torch.cat((greedy, model(greedy)[:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(written, greedy)
+    if plain:
+        # 往返：导出的再读回来，权重不变
+        again = open_pretrained(str(tmp_path / "hf"))
+        assert all(torch.equal(again.tensors[k], v) for k, v in model.state_dict().items() if k in again.tensors)
+
+
+def test_generation_goes_on_beyond_the_context(tmp_path):
+    run = saved_run(tmp_path / "run", random_model(CHARACTERS, **MODELS["modern"]), CHARACTERS)
+    export(str(run), tmp_path / "hf")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    assert loaded.generate(ids(5, 14)[:1], max_new_tokens=8, do_sample=True, pad_token_id=0).shape == (1, 22)
+
+
+@pytest.mark.parametrize("kind", ["modern", "learned positions"])
+def test_left_padding_changes_nothing(tmp_path, kind):
+    export(str(saved_run(tmp_path / "run", random_model(CHARACTERS, **MODELS[kind]), CHARACTERS)), tmp_path / "hf")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
+    idx = ids(9, 12)
+    padded, mask = torch.nn.functional.pad(idx, (3, 0), value=1), torch.nn.functional.pad(torch.ones_like(idx), (3, 0))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(padded, attention_mask=mask).logits[:, 3:], loaded(idx).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_the_command_exports_what_needs_no_nanogpt(tmp_path, capsys, monkeypatch):
+    run = saved_run(tmp_path / "run", random_model(CHARACTERS, **MODELS["modern"]), CHARACTERS)
+    huggingface.main(["export", str(run), str(tmp_path / "hf"), "--lang", "en"])
+    assert "load it with transformers.AutoModelForCausalLM.from_pretrained(" in capsys.readouterr().err
+    # 从这里起 import nanogpt 会失败
+    monkeypatch.setitem(sys.modules, "nanogpt", None)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    prompt = tokenizer("To be", return_tensors="pt")
+    assert tokenizer.decode(loaded.generate(**prompt, max_new_tokens=4, pad_token_id=0)[0]).startswith("To be")
+
+
+def bpe_with_specials():
+    trained = library.ByteLevelBPETokenizer()
+    trained.train_from_iterator(LINES * 5, vocab_size=300, special_tokens=["<s>", "</s>"], min_frequency=1, show_progress=False)
+    return byte_level_bpe(json.loads(trained.to_str()), "</s>")
+
+
+@pytest.mark.parametrize("make", [lambda: CHARACTERS, tokenizers.ByteTokenizer, bpe_with_specials, tokenizers.gpt2_tokenizer], ids=["char", "byte", "bpe", "gpt2"])
+def test_autotokenizer_gives_the_same_ids_and_text(tmp_path, make):
+    ours = make()
+    if ours.vocab_size == 50257:
+        theirs = library.Tokenizer.from_str(json.dumps(to_library_json(ours)))
+        pairs = [(theirs.encode(line).ids, theirs.decode) for line in LINES]
+    else:
+        export(str(saved_run(tmp_path / "run", random_model(ours, **GPT2_RECIPE), ours)), tmp_path / "hf")
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+        pairs = [(theirs(line)["input_ids"], theirs.decode) for line in LINES]
+        assert theirs.eos_token_id == ours.end_of_text
+    for line, (got, decode) in zip(LINES, pairs, strict=True):
+        assert got == ours.encode(line).tolist() and decode(got) == line
+    if ours.kind == "bpe":
+        again = byte_level_bpe(to_library_json(ours), "<|endoftext|>")
+        assert again.ranks == ours.ranks and again.special == ours.special and again.name == ours.name
+
+
+def test_a_lora_run_is_exported_merged(tmp_path):
+    model = random_model(CHARACTERS, **GPT2_RECIPE)
+    lora = FinetuneConfig(method="lora", rank=2)
+    add_adapters(model, lora)
+    for name, p in model.named_parameters():
+        if "lora_b" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    export(str(saved_run(tmp_path / "run", model, CHARACTERS, lora=lora)), tmp_path / "hf", which="last")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    idx = ids(CHARACTERS.vocab_size, 16)
+    with no_grad_eval(merge(model)):
+        torch.testing.assert_close(loaded(idx).logits, model(idx), atol=1e-4, rtol=1e-4)
+
+
+def test_a_nanogpt_checkpoint_is_converted_too(tmp_path):
+    config = tiny_model_config(**{**GPT2_RECIPE, "activation": "gelu", "vocab_size": CHARACTERS.vocab_size, "bias": False})
+    model = build_model(config, 0)
+    save_checkpoint(tmp_path / "ckpt.pt", config, model)
+    tokenizers.save(CHARACTERS, tmp_path / "tokenizer.json")
+    export(str(tmp_path / "ckpt.pt"), tmp_path / "hf")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    with no_grad_eval(model):
+        torch.testing.assert_close(loaded(ids(9, 16)).logits, model(ids(9, 16)), atol=1e-4, rtol=1e-4)
+
+
+def test_nothing_is_overwritten_and_mistakes_are_one_line(tmp_path, capsys):
+    run = saved_run(tmp_path / "run", random_model(CHARACTERS, **GPT2_RECIPE), CHARACTERS)
+    (tmp_path / ".notes.tmp").write_text("mine", encoding="utf-8")
+    (tmp_path / "hf").mkdir()
+    export(str(run), tmp_path / "hf")
+    before = sorted(tmp_path.rglob("*"))
+    for arguments, line in {
+        (str(run), str(tmp_path / "hf")): "already holds something; choose an empty or new folder",
+        (str(run), str(run / "tokenizer.json")): "already holds something",
+        (str(run), str(run / "tokenizer.json" / "x")): "cannot be written",
+        (str(tmp_path / "a" / "b" / "nothing"), str(tmp_path / "new")): "there is no such folder or file here",
+        (str(run), str(tmp_path / "new"), "--checkpoint", "iter_1"): "has no such checkpoint",
+    }.items():
+        with pytest.raises(SystemExit) as stopped:
+            huggingface.main(["export", *arguments, "--lang", "en"])
+        shown = capsys.readouterr().err
+        assert stopped.value.code == 2 and shown.startswith("error: ") and line in shown and shown.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / ".notes.tmp").read_text(encoding="utf-8") == "mine"
+
+
+# ---- 从头到尾 ----
+
+
+def test_fine_tune_a_hugging_face_folder_then_resume_write_and_export(tmp_path, monkeypatch, bpe_json):  # noqa: F811
+    from test_end_to_end import run
+    from test_trainer import resume
+
+    hf_folder(tmp_path / "tiny-gpt2", bpe_json)
+    (tmp_path / "my.txt").write_text("\n".join(LINES) * 60, encoding="utf-8")
+    data = ["dataset=text_file", "dataset.path=my.txt", "dataset.dir=prepared"]
+    quick = ["max_iters=4", "eval_interval=2", "batch_size=2", "gradient_accumulation_steps=1", "sample_tokens=5", "logger=none", "device=cpu"]
+    done = run(tmp_path, "experiment=finetune_gpt2", "init_from=tiny-gpt2", "finetune=lora", *data, *quick, "out_dir=outputs/a")
+    assert "starting from the weights of tiny-gpt2" in done.stdout and "LoRA: " in done.stdout and "iter 4: train loss" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    Path("tiny-gpt2").rename("gone")
+    trainer = resume("outputs/a", "max_iters=5")._build()
+    trainer.fit()
+    assert trainer.progress.iteration == 5
+    model, tokenizer = writing.load(checkpoint.find(Path("outputs/a"), "last"), torch.device("cpu"))
+    assert tokenizer.decode(tokenizer.encode(LINES[0])) == LINES[0]
+    export("outputs/a", Path("hf"), which="last")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained("hf")
+    with no_grad_eval(model), no_grad_eval(trainer.model):
+        torch.testing.assert_close(loaded(ids(300)).logits, model(ids(300)), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(trainer.model(ids(300)), model(ids(300)), atol=1e-4, rtol=1e-4)

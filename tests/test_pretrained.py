@@ -1,0 +1,351 @@
+"""Weights from elsewhere: logits equal to transformers', vocabularies the same, damaged and hostile files refused in one line."""
+
+import http.server
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GPT2_RECIPE, make_config, no_grad_eval, tiny_model_config
+from safetensors.torch import load_file, save_file
+
+from nanogpt import karpathy
+from nanogpt import tokenizer as tokenizers
+from nanogpt.build import build_model
+from nanogpt.config import ROOT
+from nanogpt.messages import ConfigError
+from nanogpt.pretrained import build_pretrained, open_pretrained
+from nanogpt.session import Session
+from nanogpt.tokenizer_files import byte_level_bpe
+
+transformers = pytest.importorskip("transformers")
+library = pytest.importorskip("tokenizers")
+LINES = ["To be, or not to be: that is the question.", "  Whether 'tis nobler\n\nin the mind", "春江潮水连海平 😀", "don't I'll 12345", ""]
+
+
+@pytest.fixture(scope="session")
+def bpe_json(tmp_path_factory):
+    """A byte-level BPE of 300 tokens, trained by the tokenizers library, as its json file."""
+    trained = library.ByteLevelBPETokenizer()
+    trained.train_from_iterator(LINES * 5, vocab_size=300, special_tokens=[], min_frequency=1, show_progress=False)
+    trained.add_special_tokens(["<|endoftext|>"])
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    trained.save(str(path))
+    return path
+
+
+def hf_folder(folder, bpe_json, *, vocab_size=301, **settings):
+    """A random tiny GPT2LMHeadModel saved by save_pretrained; (folder, the model)."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=vocab_size, n_positions=32, n_embd=48, n_layer=3, n_head=4, bos_token_id=None, eos_token_id=None, **settings
+    )
+    reference = transformers.GPT2LMHeadModel(config).eval()
+    for p in reference.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    reference.save_pretrained(folder)
+    shutil.copyfile(bpe_json, folder / "tokenizer.json")
+    return folder, reference
+
+
+@pytest.fixture
+def folder(tmp_path, bpe_json):
+    return hf_folder(tmp_path / "tiny-gpt2", bpe_json)[0]
+
+
+def ids(vocab_size, length=32):
+    return torch.randint(0, vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
+
+
+def same_logits(reference, pretrained):
+    idx = ids(pretrained.config.vocab_size)
+    with no_grad_eval(build_pretrained(pretrained)) as model:
+        torch.testing.assert_close(model(idx), reference(idx).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"tie_word_embeddings": False}, {"vocab_size": 320}, {"n_inner": 96, "activation_function": "gelu"}, {"activation_function": "relu2"},
+], ids=str)
+def test_logits_equal_those_of_transformers(tmp_path, bpe_json, settings):
+    folder, reference = hf_folder(tmp_path / "m", bpe_json, **settings)
+    same_logits(reference, open_pretrained(str(folder)))
+
+
+def test_half_precision_shards_and_torch_files_load_alike(folder):
+    whole = open_pretrained(str(folder))
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    # 早期 hub 文件的写法：没有前缀，带因果掩码，半精度
+    old = {k.removeprefix("transformer."): v.half() for k, v in tensors.items()} | {"h.0.attn.bias": torch.ones(1, 1, 32, 32)}
+    torch.save(old, folder / "pytorch_model.bin")
+    torch.testing.assert_close(open_pretrained(str(folder)).tensors["h.1.mlp.c_fc.weight"].float(), whole.tensors["h.1.mlp.c_fc.weight"], atol=1e-3, rtol=1e-3)
+    names = sorted(tensors)
+    for file, part in (("a.safetensors", names[:10]), ("b.safetensors", names[10:])):
+        save_file({k: tensors[k] for k in part}, folder / file)
+    index = {"weight_map": {k: "a.safetensors" if i < 10 else "b.safetensors" for i, k in enumerate(names)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    again = open_pretrained(str(folder))
+    assert all(torch.equal(again.tensors[k], v) for k, v in whole.tensors.items())
+
+
+# ---- 分词器 ----
+
+
+@pytest.mark.parametrize("form", ["tokenizer.json", "vocab.json"])
+def test_byte_level_bpe_becomes_ours_with_the_same_ids(folder, bpe_json, form):
+    reference = library.Tokenizer.from_file(str(bpe_json))
+    if form == "vocab.json":
+        (folder / "tokenizer.json").unlink()
+        described = json.loads(bpe_json.read_text(encoding="utf-8"))
+        (folder / "vocab.json").write_text(json.dumps({**described["model"]["vocab"], "<|endoftext|>": 300}), encoding="utf-8")
+        merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in described["model"]["merges"])])
+        (folder / "merges.txt").write_text(merges + "\n", encoding="utf-8")
+    ours = open_pretrained(str(folder)).tokenizer
+    assert ours.kind == "bpe" and ours.end_of_text == 300
+    saved = tokenizers.from_dict(json.loads(json.dumps(ours.to_dict())))
+    for line in LINES:
+        assert ours.encode(line).tolist() == saved.encode(line).tolist() == reference.encode(line, add_special_tokens=False).ids
+        assert saved.decode(ours.encode(line)) == line
+
+
+def test_special_tokens_in_front_keep_their_numbers():
+    trained = library.ByteLevelBPETokenizer()
+    trained.train_from_iterator(LINES * 5, vocab_size=290, special_tokens=["<s>", "</s>"], min_frequency=1, show_progress=False)
+    ours = byte_level_bpe(json.loads(trained.to_str()), "</s>")
+    again = tokenizers.from_dict(json.loads(json.dumps(ours.to_dict())))
+    assert again.end_of_text == 1 and again.vocab_size == trained.get_vocab_size()
+    assert all(again.encode(line).tolist() == trained.encode(line).ids for line in LINES)
+
+
+def test_ids_without_a_text_decode_to_nothing(folder):
+    tokenizer = open_pretrained(str(folder)).tokenizer
+    assert tokenizer.decode([*tokenizer.encode("to be"), 999]) == "to be"
+
+
+def test_a_chinese_bert_vocabulary_is_wrapped_and_saved_as_json(folder, tmp_path):
+    (folder / "tokenizer.json").unlink()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "春", "江", "潮", "水", "，", "gp", "##t", "!"]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    ours = open_pretrained(str(folder)).tokenizer
+    tokenizers.save(ours, tmp_path / "t.json")
+    ours = tokenizers.load(tmp_path / "t.json")
+    assert ours.encode("春江潮水，GPT!").tolist() == [5, 6, 7, 8, 9, 10, 11, 12]
+    assert ours.decode([5, 6, 9, 10, 11, 12]) == "春江，gpt !" and ours.vocab_size == len(words) and ours.end_of_text == 3
+
+
+def test_such_a_model_is_fine_tuned_on_chinese_text(folder, in_tmp):
+    (folder / "tokenizer.json").unlink()
+    characters = "春江潮水连海平月共生"
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *characters]), encoding="utf-8")
+    Path("poem.txt").write_text(f"{characters[:5]}\n海上明{characters[5:]}\n" * 60, encoding="utf-8")
+    typed = [f"init_from={folder}", "dataset=text_file", "dataset.path=poem.txt", "dataset.dir=prepared", "logger=none", "device=cpu", "max_iters=1",
+             "batch_size=2", "sample_tokens=3", "model.block_size=8"]
+    session = Session.new(make_config(*typed), Path("outputs/a"), typed)
+    trainer = session._build()
+    trainer.fit()
+    # 没有换行的词表，样本从第一个有文字的 token 写起
+    assert trainer.sample_prompt() in characters and trainer.last_sample.startswith(trainer.sample_prompt())
+    assert tokenizers.load(Path("outputs/a/ckpt/iter_00000001/tokenizer.json")).kind == "library"
+    assert trainer.model.wpe.weight.shape == (8, 48)
+
+
+def test_gpt2_vocabulary_is_supplied_where_a_folder_lacks_it(tmp_path):
+    config = tiny_model_config(vocab_size=50304, n_embd=4, n_head=1, **GPT2_RECIPE)
+    save_checkpoint(tmp_path / "ckpt.pt", config, build_model(config, 0))
+    pretrained = open_pretrained(str(tmp_path / "ckpt.pt"))
+    assert pretrained.tokenizer.encode("Hello world").tolist() == [15496, 995] and pretrained.config.vocab_size == 50304
+
+
+# ---- nanoGPT 的 ckpt.pt ----
+
+
+def save_checkpoint(path, config, model, prefix="_orig_mod.", **settings):
+    """What nanoGPT's train.py saves."""
+    weights = {f"{prefix}{'' if k.startswith('lm_head') else 'transformer.'}{k}": v for k, v in model.state_dict().items()}
+    arguments = {k: getattr(config, k) for k in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")}
+    state = {"model": weights, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}, "model_args": arguments, "iter_num": 5,
+             "best_val_loss": torch.tensor(1.5), "config": {"dataset": "shakespeare_char", "device": "cpu", **settings}}
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_a_nanogpt_checkpoint_loads_with_its_characters(tmp_path, bias, protocol):
+    characters = "\n !abcdé春"
+    config = tiny_model_config(**{**GPT2_RECIPE, "activation": "gelu", "bias": bias, "vocab_size": len(characters)})
+    model = build_model(config, 3)
+    out, data = tmp_path / "out-shakespeare-char", tmp_path / "data" / "shakespeare_char"
+    out.mkdir()
+    data.mkdir(parents=True)
+    save_checkpoint(out / "ckpt.pt", config, model, prefix="_orig_mod." if bias else "")
+    meta = {"vocab_size": len(characters), "itos": dict(enumerate(characters)), "stoi": {c: i for i, c in enumerate(characters)}}
+    (data / "meta.pkl").write_bytes(pickle.dumps(meta, protocol=protocol))
+    pretrained = open_pretrained(str(out / "ckpt.pt"))
+    assert pretrained.tokenizer.characters == characters
+    idx = ids(len(characters), 16)
+    with no_grad_eval(build_pretrained(pretrained)) as loaded, no_grad_eval(model):
+        assert torch.equal(loaded(idx), model(idx))
+    shutil.rmtree(tmp_path / "data")
+    with pytest.raises(ConfigError, match="has no tokenizer for its vocabulary of 9; put the tokenizer.json"):
+        open_pretrained(str(out / "ckpt.pt"))
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.mkdir, ("exploded",))
+
+
+def test_files_that_carry_code_are_refused_and_run_nothing(folder, in_tmp):
+    with pytest.raises(ValueError, match="not plain data"):
+        karpathy.plain_pickle(pickle.dumps({"itos": Bomb()}))
+    torch.save({"model": {}, "model_args": Bomb()}, "ckpt.pt")
+    (folder / "model.safetensors").unlink()
+    torch.save({"transformer.wte.weight": Bomb()}, folder / "pytorch_model.bin")
+    for named in ("ckpt.pt", str(folder)):
+        with pytest.raises(ConfigError, match="cannot be used"):
+            open_pretrained(named)
+    assert not Path("exploded").exists()
+
+
+# ---- 坏文件、缺文件 ----
+
+
+def damage_config(**changes):
+    def apply(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+
+    return apply
+
+
+def damage_tensor(name, change):
+    def apply(folder):
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name] = change(tensors[name])
+        save_file({k: v for k, v in tensors.items() if v is not None}, folder / "model.safetensors")
+
+    return apply
+
+
+DAMAGE = {
+    "activation_function=tanh is not GPT-2": damage_config(activation_function="tanh"),
+    "scale_attn_by_inverse_layer_idx=True": damage_config(scale_attn_by_inverse_layer_idx=True),
+    "model_type=llama": damage_config(model_type="llama"),
+    "n_layer=-3": damage_config(n_layer=-3),
+    "n_embd=wide": damage_config(n_embd="wide"),
+    "n_inner=100": damage_config(n_inner=100),
+    "3 blocks, config says 1000000000": damage_config(n_layer=10**9),
+    "not divisible": damage_config(n_head=7),
+    "wpe.weight: torch.float32 \\(32, 48\\), wanted: \\(2000000000, 48\\)": damage_config(n_positions=2 * 10**9),
+    "the tokenizer has 301 tokens": damage_config(vocab_size=300),
+    "h.1.ln_1.bias: torch.int64": damage_tensor("transformer.h.1.ln_1.bias", lambda t: t.long()),
+    "h.2.mlp.c_fc.weight: missing": damage_tensor("transformer.h.2.mlp.c_fc.weight", lambda t: None),
+    "h.0.attn.c_attn.weight: torch.float32": damage_tensor("transformer.h.0.attn.c_attn.weight", lambda t: t.t().contiguous()),
+    "config.json cannot be used": lambda f: (f / "config.json").write_text("{", encoding="utf-8"),
+    "model.safetensors cannot be used": lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]),
+    "no model.safetensors or": lambda f: (f / "model.safetensors").unlink(),
+    "tokenizer files cannot be used": lambda f: (f / "tokenizer.json").write_text('{"model": {"type": "Odd"}}', encoding="utf-8"),
+    "has no tokenizer": lambda f: (f / "tokenizer.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("expected", DAMAGE)
+def test_a_file_that_cannot_be_right_is_one_line(folder, expected):
+    DAMAGE[expected](folder)
+    with pytest.raises(ConfigError, match=expected) as error:
+        open_pretrained(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_an_index_cannot_point_outside_its_folder(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret"}}', encoding="utf-8")
+    with pytest.raises(ConfigError, match="odd file names"):
+        open_pretrained(str(folder))
+
+
+# ---- hub ----
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Plays huggingface.co for one model, from a folder."""
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body):
+        prefix, _, file = self.path.partition("/resolve/main/")
+        path = self.server.folder / file
+        found = prefix == f"/{self.server.model}" and path.is_file()
+        self.server.asked.append(file)
+        self.send_response(200 if found else 404)
+        self.send_header("X-Repo-Commit", "c" * 40)
+        if not found:
+            self.send_header("X-Error-Code", "EntryNotFound" if prefix == f"/{self.server.model}" else "RepoNotFound")
+        else:
+            self.send_header("ETag", f'"{file}"')
+        content = path.read_bytes() if found else b""
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def local_hub(folder):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.folder, server.model, server.asked = folder, "me/tiny", []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+# 新进程：huggingface_hub 在导入时读环境变量
+OPEN = """
+import sys
+from huggingface_hub import constants
+from nanogpt.messages import ConfigError
+from nanogpt.pretrained import open_pretrained
+for named in sys.argv[1:]:
+    constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or named == "offline"
+    try:
+        print(named == "offline" or open_pretrained(named).config.n_embd)
+    except ConfigError as error:
+        print(error)
+"""
+
+
+def test_a_mirror_of_the_hub_serves_models_and_the_cache_remembers_them(tmp_path, local_hub):
+    endpoint = f"http://127.0.0.1:{local_hub.server_address[1]}"
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN, "me/tiny", "me/other", "offline", "me/tiny", "gpt2"], cwd=ROOT, env=environment,
+        capture_output=True, text=True, encoding="utf-8", timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    online, unknown, _, offline, unreachable = done.stdout.splitlines()
+    assert online == offline == "48"
+    assert f"init_from=me/other: there is no such folder here, and {endpoint} did not give it" in unknown and "Repository Not Found" in unknown
+    assert "init_from=gpt2: there is no such folder here" in unreachable and "HF_ENDPOINT" in unreachable and "model.safetensors" in unreachable
+    assert "model.safetensors" in local_hub.asked and not [file for file in local_hub.asked if file.endswith(".py")]
+
+
+def test_without_the_package_the_line_names_it_and_the_other_ways(monkeypatch, in_tmp):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ConfigError, match="pip install huggingface_hub; HF_ENDPOINT .* local folder"):
+        open_pretrained("gpt2")
+    for named in ("no/such/folder/here", "C:\\models\\x", "x.pt.gz/a/b"):
+        with pytest.raises(ConfigError, match="there is no such folder or file here"):
+            open_pretrained(named)

@@ -1,0 +1,148 @@
+"""One-shot and batch writing: order, files of prompts, jsonl records, every precision, pretrained weights."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_sample_config
+from test_end_to_end import ENVIRONMENT
+from test_pretrained import bpe_json, hf_folder  # noqa: F401 - bpe_json is a fixture
+from test_trainer import train
+from test_writing import sample
+
+from nanogpt import pretrained, samples, writing
+from nanogpt.config import ROOT
+from nanogpt.messages import ConfigError
+from nanogpt.writer import Piece, Request, Result
+
+
+def finished(key, text):
+    return Piece(key, "p", text, Result(None, text, "length", 1, 1, 0.1, 0.2))
+
+
+@pytest.fixture
+def run(in_tmp, tiny_overrides):
+    """A short run of ours, out_dir=latest."""
+    train(tiny_overrides)
+    return in_tmp
+
+
+def written(capsys, *overrides):
+    """stdout of run_sample.py for these overrides, in this process."""
+    cfg = make_sample_config("device=cpu", *overrides)
+    samples.write_samples(cfg, writing.open_model(cfg, None if cfg.init_from else writing.Path("outputs/run")))
+    return capsys.readouterr().out
+
+
+def test_pieces_are_shown_text_after_text_and_as_early_as_possible():
+    pieces = [Piece(1, "p", "b1"), Piece(0, "p", "a1"), Piece(1, "p", "b2"), finished(0, "a2"), finished(2, "c"), finished(1, "b3")]
+    consumed = []
+
+    def watched():
+        for piece in pieces:
+            consumed.append(piece.text)
+            yield piece
+
+    shown = [(piece.text, len(consumed)) for piece in samples.in_order(watched(), 3)]
+    assert [text for text, _ in shown] == ["a1", "a2", "b1", "b2", "b3", "c"]
+    assert shown[0] == ("a1", 2) and shown[3] == ("b2", 4)
+
+
+def test_a_file_of_prompts_equals_one_by_one_under_greedy_decoding(run, capsys):
+    prompts = ["the king", "t", "queen of love and words", "no more"]
+    (run / "p.txt").write_text("\n\n".join(prompts) + "\n", encoding="utf-8")
+    together = written(capsys, "prompts=p.txt", "sampler=greedy", "max_new_tokens=30", "batch_size=3")
+    alone = [written(capsys, f"start='{prompt}'", "sampler=greedy", "max_new_tokens=30") for prompt in prompts]
+    assert together == (samples.SEPARATOR + "\n").join(alone)
+    (run / "p.jsonl").write_text("".join(json.dumps(p if i % 2 else {"prompt": p, "id": i}) + "\n" for i, p in enumerate(prompts)), encoding="utf-8")
+    assert written(capsys, "prompts=p.jsonl", "sampler=greedy", "max_new_tokens=30") == together
+    listed = "start=[" + ",".join(f"'{p}'" for p in prompts) + "]"
+    assert written(capsys, listed, "sampler=greedy", "max_new_tokens=30", "batch_size=1") == together
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("p.txt", "\n \n", "holds no prompt"), ("p.jsonl", '"a"\n{"text": 1}\n', "line 2"), ("p.jsonl", "{\n", "line 1"), ("q.txt", None, "prompts=q.txt"),
+])
+def test_bad_files_of_prompts_are_one_line(in_tmp, name, content, message):
+    if content is not None:
+        (in_tmp / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        writing.prompts_of_file(writing.Path(name))
+
+
+def test_texts_are_recorded_and_earlier_records_stay(run, capsys):
+    for seed in (5, 9):
+        shown = written(capsys, "start=the", "num_samples=2", "max_new_tokens=12", f"seed={seed}", "output=out/s.jsonl", "sampler=top_p", "sampler.top_p=0.7")
+    records = [json.loads(line) for line in (run / "out/s.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert sorted(r["seed"] for r in records) == [5, 6, 9, 10] and all(r["prompt"] == "the" and len(r["text"]) == 12 for r in records)
+    assert shown == (samples.SEPARATOR + "\n").join("the" + r["text"] + "\n" for r in sorted(records, key=lambda r: r["seed"]) if r["seed"] > 6)
+    assert records[0]["settings"]["sampler"]["top_p"] == 0.7 and records[0]["tokens"] == 12 and records[0]["seconds"] > 0
+    assert "ckpt" in records[0]["model"] or "iter_" in records[0]["model"]
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_writing(in_tmp):
+    (in_tmp / "folder").mkdir()
+    with pytest.raises(ConfigError, match="output=folder cannot be written"):
+        samples.Records("folder", "model")
+
+
+def test_a_wrong_prompt_among_many_is_told_before_the_first_is_written(run, capsys):
+    with pytest.raises(ConfigError, match="lacks 'Z'"):
+        written(capsys, "start=[the,kZng]")
+    assert capsys.readouterr().out == ""
+    assert written(capsys, "start=kZng", "unknown=skip", "sampler=greedy").replace("kZng", "kng") == written(capsys, "start=kng", "sampler=greedy")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "bf16", "fp16"])
+def test_every_precision_writes(run, capsys, precision):
+    text = written(capsys, f"precision={precision}", "start=the", "max_new_tokens=20", "sampler=top_k")
+    assert text.startswith("the") and len(text) == 24
+
+
+def test_fast_and_plain_write_the_same(run, capsys):
+    options = ("start=the", "max_new_tokens=60", "sampler=min_p", "num_samples=2")
+    assert written(capsys, *options, "fast=true") == written(capsys, *options, "fast=false")
+
+
+def test_a_sampler_of_ones_own_is_chosen_on_the_command_line(run):
+    (run / "vowels.py").write_text(
+        "def only(logits, *, ids):\n    keep = logits.new_full(logits.shape, -float('inf'))\n    keep[:, ids] = logits[:, ids]\n    return keep\n", encoding="utf-8"
+    )
+    (run / "conf/sampler").mkdir(parents=True)
+    (run / "conf/sampler/vowels.yaml").write_text("_target_: vowels.only\nids: [0, 2]\n", encoding="utf-8")
+    done = sample(run, f"--config-dir={run / 'conf'}", "sampler=vowels", "start=the", "max_new_tokens=30", "fast=false", python_path=str(run))
+    assert len(set(done.stdout[3:-1])) == 2
+    assert "sampler" in sample(run, f"--config-dir={run / 'conf'}", "sampler=vowels", "+sampler.idd=3", expect=2, python_path=str(run)).stderr
+
+
+def test_pretrained_weights_write_too(tmp_path, bpe_json, capsys, monkeypatch):  # noqa: F811
+    hf_folder(tmp_path / "hf", bpe_json)
+    monkeypatch.chdir(tmp_path)
+    text = written(capsys, "init_from=hf", "start=ab", "max_new_tokens=10", "sampler=greedy")
+    opened = pretrained.open_pretrained("hf")
+    ids = opened.tokenizer.encode("ab").tolist()
+    model = pretrained.build_pretrained(opened).eval()
+    with torch.no_grad():
+        for _ in range(10):
+            ids.append(int(model(torch.tensor([ids]))[0, -1, : opened.tokenizer.vocab_size].argmax()))
+    expected = opened.tokenizer.decode(ids)
+    assert text in (expected + "\n", expected.split("<|endoftext|>")[0] + "\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes end otherwise there")
+def test_a_reader_that_leaves_early_is_no_error(run):
+    command = [sys.executable, str(ROOT / "run_sample.py"), "start=the", "max_new_tokens=5000", "fast=false"]
+    writing = subprocess.Popen(command, cwd=run, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert writing.stdout.read(3) == b"the"
+    writing.stdout.close()
+    assert writing.stderr.read() == b"" and writing.wait(timeout=60) == 141
+
+
+def test_settings_become_requests():
+    settings = writing.Settings.of(make_sample_config("stop=['x']", "seed=3", "max_new_tokens=7"))
+    request = settings.request("p", 2)
+    assert isinstance(request, Request) and (request.seed, request.stop, request.max_new_tokens) == (5, ("x",), 7)
+    assert json.dumps(dataclasses.asdict(settings)) and (ROOT / "conf" / "sampler" / "temperature.yaml").is_file()
