@@ -11,6 +11,12 @@ def main(cfg: SampleConfig, overrides: list[str]) -> None:
     check_sample(cfg)
     run_dir = None if cfg.init_from else rundir.locate(cfg.out_dir, key="out_dir")
 
+    if cfg.serve:
+        from nanogpt.server import serve
+
+        serve(cfg, run_dir)
+        return
+
     from nanogpt.samples import write_samples
     from nanogpt.writing import open_model
 

@@ -3,6 +3,7 @@
 `check(cfg)` runs before torch is imported, so that a typing mistake answers within a second.
 """
 
+import ipaddress
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,6 +169,32 @@ class TrainConfig:
 
 
 @dataclass
+class ServerConfig:
+    """Where run_sample.py serve=true listens, and what one request may ask for."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 takes a free one."""
+    token: str | None = None
+    """Bearer token; required beyond loopback."""
+    max_tokens: int = 4096
+    max_prompt_chars: int = 20_000
+    max_texts: int = 16
+    """Prompts x n of one request."""
+    max_waiting: int = 64
+    """Texts that wait for a free row."""
+    max_connections: int = 200
+    max_body_kib: int = 1024
+    request_seconds: float = 600.0
+    read_seconds: float = 10.0
+    """For the head of a request, and again for its body."""
+    stall_seconds: float = 20.0
+    """A client that takes nothing for so long is cut off."""
+    max_unread_chars: int = 20_000
+    """A client that leaves more than this unread is cut off."""
+
+
+@dataclass
 class SampleConfig:
     """Top level of conf/sample.yaml; the comments there say when to change what."""
 
@@ -190,6 +217,8 @@ class SampleConfig:
     output: str | None = None
     interactive: bool = False
     lang: str = "auto"
+    serve: bool = False
+    server: ServerConfig = field(default_factory=ServerConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     sampler: Any = MISSING
     control: Any = MISSING
@@ -261,6 +290,17 @@ SAMPLE_RANGES = {
     "temperature": (0, 100),
     "seed": (0, 2**62),
     "batch_size": (1, 4096),
+    "server.port": (0, 65535),
+    "server.max_tokens": (1, None),
+    "server.max_prompt_chars": (1, None),
+    "server.max_texts": (1, None),
+    "server.max_waiting": (0, None),
+    "server.max_connections": (1, None),
+    "server.max_body_kib": (1, None),
+    "server.request_seconds": (0.1, None),
+    "server.read_seconds": (0.1, None),
+    "server.stall_seconds": (0.1, None),
+    "server.max_unread_chars": (1, None),
 }
 
 
@@ -376,6 +416,24 @@ def check_sample(cfg: SampleConfig) -> None:
         raise ConfigError("empty_stop")
     if cfg.interactive and (cfg.prompts is not None or cfg.start != SampleConfig.start):
         raise ConfigError("interactive_prompts", key="start" if cfg.prompts is None else "prompts")
+    check_server(cfg.server)
+
+
+def is_loopback(host: str) -> bool:
+    """True for addresses that only this machine reaches."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_server(server: ServerConfig) -> None:
+    """Rules of address and token."""
+    # 值不进消息：错误行会留在终端记录里
+    if server.token is not None and not re.fullmatch(r"[A-Za-z0-9._~+/-]{8,}", server.token):
+        raise ConfigError("bad_token")
+    if server.token is None and not is_loopback(server.host):
+        raise ConfigError("host_needs_token", got=server.host)
 
 
 def untrusted_targets(saved: Any, typed: Any) -> list[str]:

@@ -82,6 +82,14 @@ class Decoder:
         return drawn
 
     @torch.inference_mode()
+    def wipe(self, key: int) -> None:
+        """Zero what a row with non-finite values left in the cache, before it is removed."""
+        # 遮住的位置也会 0 × NaN：下一个用到这一行的文字会跟着坏
+        slot = next(i for i, row in enumerate(self.rows) if row.key == key)
+        self.cache.k[:, slot].zero_()
+        self.cache.v[:, slot].zero_()
+
+    @torch.inference_mode()
     def remove(self, key: int) -> None:
         """Take a row out; the last row moves into its place."""
         slot, last = next(i for i, row in enumerate(self.rows) if row.key == key), len(self.rows) - 1

@@ -33,7 +33,12 @@ def language_from_arguments(arguments: list[str]) -> str:
 
 def text(message: str, **values) -> str:
     """The message of that name in the current language, filled in."""
-    return MESSAGES[message][1 if _language == "zh" else 0].format(**values)
+    return text_in(_language, message, **values)
+
+
+def text_in(language: str | None, message: str, **values) -> str:
+    """The same in a language of its own, None for the console's: a visitor of the page need not speak that."""
+    return MESSAGES[message][1 if (language or _language) == "zh" else 0].format(**values)
 
 
 def say(message: str, **values) -> None:
@@ -305,6 +310,67 @@ MESSAGES = {
         "这块显卡无法录制 CUDA graph（{reason}）；改为逐步执行，会慢一些",
     ),
     "progress_writing": ("writing", "写作中"),
+    # ---- 网页与 API ----
+    "host_needs_token": (
+        "server.host={got} can be reached from other machines; set server.token=… (or the environment variable NANOGPT_TOKEN), "
+        "or use server.host=127.0.0.1",
+        "server.host={got} 能被别的机器访问；请设置 server.token=…（或环境变量 NANOGPT_TOKEN），或用 server.host=127.0.0.1",
+    ),
+    "bad_token": (
+        "server.token is too short or has other characters; give at least 8 of: A-Z a-z 0-9 . _ ~ + / -",
+        "server.token 太短或含有别的字符；请用至少 8 个：A-Z a-z 0-9 . _ ~ + / -",
+    ),
+    "port_taken": (
+        "server.port={got} cannot be used on {host} ({reason}); choose another port, or server.port=0 for a free one",
+        "server.port={got} 在 {host} 上不可用（{reason}）；请换一个端口，或用 server.port=0 任选空闲端口",
+    ),
+    "bad_host": (
+        "server.host={got} is not an address of this machine ({reason}); use 127.0.0.1, or 0.0.0.0 for every address",
+        "server.host={got} 不是本机的地址（{reason}）；请用 127.0.0.1，或用 0.0.0.0 监听所有地址",
+    ),
+    "serving": (
+        "writing with {model}; open {url} in a browser, or use {url}v1 as an OpenAI-compatible base URL (Ctrl-C stops)",
+        "正在用 {model} 写作；请在浏览器打开 {url}，或把 {url}v1 当作 OpenAI 兼容的 base URL（Ctrl-C 结束）",
+    ),
+    "api_not_json": ("the body is not a JSON object in UTF-8 ({reason})", "正文不是 UTF-8 的 JSON 对象（{reason}）"),
+    "api_content_type": ("the content type is {got}; send application/json", "内容类型是 {got}；请发送 application/json"),
+    "api_unknown_field": (
+        "{field}: there is no such field; known fields: {known}",
+        "{field}：没有这个字段；可用的字段：{known}",
+    ),
+    "api_unsupported": ("{field} is not supported; leave it out", "不支持 {field}；请去掉它"),
+    "api_not_in_sampler": (
+        "{field} is not a setting of the sampler that this server was started with; its settings: {known}",
+        "启动时选的 sampler 没有 {field} 这个设置；它的设置：{known}",
+    ),
+    "api_wrong_type": ("{field} has the wrong type; {wanted} is wanted", "{field} 类型不对，应为 {wanted}"),
+    "api_out_of_range": ("{field}={got} is out of range; it must be {wanted}", "{field}={got} 超出范围，应为 {wanted}"),
+    "api_no_prompt": ("prompt is missing or empty; give at least one character", "没有 prompt 或它是空的；请至少给一个字"),
+    "api_prompt_too_long": (
+        "prompt has {got} characters; at most {limit} are taken",
+        "prompt 有 {got} 个字；最多 {limit} 个",
+    ),
+    "api_surrogate": ("{field} holds half a surrogate pair, which is no character", "{field} 里有半个代理对，不是合法的字符"),
+    "api_too_many_texts": (
+        "prompts x n = {got}; at most {limit} texts per request",
+        "开头数 × n = {got}；一个请求最多 {limit} 段",
+    ),
+    "api_no_model": ("model={got} is not loaded here; use {have} or leave it out", "这里没有载入 model={got}；请用 {have}，或不写"),
+    "api_too_large": ("the body is larger than {limit} KiB", "正文超过 {limit} KiB"),
+    "api_slow_body": ("the body did not arrive within {seconds:g} s", "正文没有在 {seconds:g} 秒内发完"),
+    "api_busy": ("too many texts are waiting; try again in a few seconds", "排队的太多；请过几秒再试"),
+    "api_time_limit": ("not finished within {seconds:g} s", "没有在 {seconds:g} 秒内写完"),
+    "api_unread": ("too much was left unread; the text was stopped", "积下太多没有取走的文字；已停止写作"),
+    "api_stopping": ("the server is shutting down", "服务器正在关闭"),
+    "api_internal": ("an error inside the server; its console says more", "服务器内部出错；详情见它的控制台"),
+    "api_token": ("this server asks for its token: Authorization: Bearer …", "这个服务器需要口令：Authorization: Bearer …"),
+    "api_host": (
+        "Host: {got} is not this machine's own name; open the page through 127.0.0.1 or localhost",
+        "Host: {got} 不是本机的名字；请用 127.0.0.1 或 localhost 打开",
+    ),
+    "api_origin": ("a page of another origin may not use this server", "别的网站的页面不能使用这个服务器"),
+    "api_not_found": ("there is nothing at this address", "这个地址没有内容"),
+    "api_method": ("this address does not take {got}", "这个地址不接受 {got}"),
     "no_such_checkpoint": (
         "checkpoint={got}: {path} has no such checkpoint; choose one of: {have}",
         "checkpoint={got}：{path} 里没有这个 checkpoint；可选：{have}",

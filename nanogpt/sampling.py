@@ -61,7 +61,8 @@ class Temperature:
     temperature: float
 
     def __call__(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        if self.temperature == 0:
+        # 小到 float32 里成了 0 的也算 0，否则 0 / 0
+        if self.temperature < 1e-30:
             return greedy(logits)
         # 先减最大值：温度再小也不会出现 inf - inf
         return (logits - logits.amax(-1, keepdim=True)) / self.temperature

@@ -56,12 +56,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Piece:
-    """News of one request: whole characters, and at its end the result."""
+    """News of one request: whole characters, and at its end the result, or the error that ended it."""
 
     key: int
     prompt: str
     text: str
     result: Result | None = None
+    error: ConfigError | None = None
 
 
 @dataclass
@@ -130,8 +131,27 @@ class Writer:
         """End an unfinished text as it stands; the bytes of half a character are dropped."""
         return self._end(key, self.texts[key].held, "interrupted")
 
+    def reset(self) -> list[int]:
+        """Drop every row that is being written (the next one where none is), after an unforeseen error; their keys."""
+        dropped = [key for key in self.texts if key not in self.waiting]
+        # 一行都还没开始就出错：放弃队首，否则会永远停在这里
+        if not dropped and self.waiting:
+            dropped = [self.waiting.popleft()]
+        for key in dropped:
+            del self.texts[key]
+        self.decoder = self._flight = None
+        return dropped
+
     def step(self) -> list[Piece]:
         """One more token for every row; what is new to show, if anything."""
+        pieces = self.advance()
+        for piece in pieces:
+            if piece.error:
+                raise piece.error
+        return pieces
+
+    def advance(self) -> list[Piece]:
+        """The same, where a text that cannot go on ends with an error of its own and the others go on."""
         try:
             self._admit()
             drawn = self._drawn()
@@ -140,7 +160,7 @@ class Writer:
             if not is_out_of_memory(error):
                 raise
             self._shrink()
-            return self.step()
+            return self.advance()
         # 多走了一步的行可能已经写完
         return [piece for key, token in drawn if key in self.texts and (piece := self._push(key, token))]
 
@@ -182,9 +202,11 @@ class Writer:
 
     def _push(self, key: int, token: int) -> Piece | None:
         text = self.texts[key]
-        if token < 0:
-            raise ConfigError("nonfinite_logits")
         request = text.request
+        if token < 0:
+            self.decoder.wipe(key)
+            self.cancel(key)
+            return Piece(key, request.prompt, "", error=ConfigError("nonfinite_logits"))
         text.first_token = text.first_token or time.perf_counter()
         if request.stop_at_end_of_text and token == self.tokenizer.end_of_text:
             return self._end(key, text.held + text.stream.finish(), "end_of_text")

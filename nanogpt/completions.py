@@ -1,0 +1,232 @@
+"""OpenAI's completions: the fields of a request, checked; the forms of answers and errors."""
+
+import dataclasses
+import json
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from nanogpt.config import ServerConfig
+from nanogpt.messages import ConfigError, text_in
+from nanogpt.worker import News
+from nanogpt.writer import Request, Result
+from nanogpt.writing import Settings
+
+# 字段 -> (类型, 下限, 上限)；这几个与 conf/sampler 里的键同名
+SAMPLER_FIELDS = {
+    "temperature": ("number", 0, 100), "top_k": ("integer", 0, 2**31), "top_p": ("number", 0, 1), "min_p": ("number", 0, 1),
+    "typical": ("number", 0, 1), "repetition_penalty": ("number", 0.01, 100), "no_repeat_ngram": ("integer", 0, 100),
+}
+FIELDS = {
+    "model": ("string", None, None), "prompt": ("string or array of strings", None, None), "max_tokens": ("integer", 1, None),
+    "n": ("integer", 1, None), "stop": ("string or array of strings", None, None), "seed": ("integer", 0, 2**62), "stream": ("boolean", None, None),
+    "stream_options": ("object", None, None), "echo": ("boolean", None, None), "user": ("string", None, None), **SAMPLER_FIELDS,
+}
+TYPES = {
+    "string": str, "boolean": bool, "object": dict, "integer": int, "number": (int, float), "string or array of strings": (str, list),
+}
+# OpenAI 有而这里没有的字段：写着“不用”的值放行，别的值说清楚
+NEUTRAL = {
+    "best_of": (1,), "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "logprobs": (), "suffix": ("",), "metadata": ({},),
+}
+STREAM_OPTIONS = ("include_usage", "continuous_usage_stats", "include_obfuscation")
+MAX_STOPS, MAX_STOP_CHARS = 16, 200
+# 在 Writer 里才发现的错：HTTP 状态；其余都是 400
+STATUS = {
+    "sample_oom": 503, "api_busy": 503, "api_stopping": 503, "api_time_limit": 504, "api_unread": 408, "nonfinite_logits": 500, "api_internal": 500,
+}
+PARAMS = {"unknown_characters": "prompt", "empty_prompt": "prompt"}
+RETRY = {"Retry-After": "5"}
+
+
+class ApiError(ConfigError):
+    """What is wrong with a request, its HTTP status, the field, and headers that go with it."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, headers: dict[str, str] | None = None, **values):
+        super().__init__(message, **values)
+        self.status, self.param, self.headers = status, param, headers or {}
+
+
+def as_api_error(error: ConfigError) -> ApiError:
+    """An error of the Writer or of a sampler in the API's terms."""
+    if isinstance(error, ApiError):
+        return error
+    status = STATUS.get(error.message, 400)
+    return ApiError(status, error.message, param=PARAMS.get(error.message), headers=RETRY if status == 503 else None, **error.values)
+
+
+def error_body(error: ApiError, language: str | None) -> dict:
+    """OpenAI's form; `code` is the same in every language."""
+    return {"error": {
+        "message": text_in(language, error.message, **error.values), "type": "server_error" if error.status >= 500 else "invalid_request_error",
+        "param": error.param, "code": error.message.removeprefix("api_"),
+    }}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A checked request; its texts are those of the first prompt, then those of the second, …"""
+
+    prompts: list[str]
+    n: int
+    requests: list[Request]
+    stream: bool
+    echo: bool
+    usage: bool
+    """Whether a stream ends with the token counts."""
+    running_usage: bool
+    """Whether every event of a stream has them."""
+
+    def prompt_of(self, index: int) -> str:
+        """The prompt of the index-th text, if it is to be shown."""
+        return self.prompts[index // self.n] if self.echo else ""
+
+
+@dataclass
+class Reader:
+    """Turns bodies into Completions; what a body leaves out is taken from `base`."""
+
+    model: str
+    base: Settings
+    limits: ServerConfig
+
+    def read(self, body: bytes) -> Completion:
+        """Check every field; ApiError names the first that is wrong."""
+        given = self._fields(_json_object(body))
+        if given.get("model", self.model) != self.model:
+            raise ApiError(404, "api_no_model", param="model", got=given["model"][:100], have=self.model)
+        prompts, n = self._prompts(given.get("prompt")), given.get("n", 1)
+        if len(prompts) * n > self.limits.max_texts:
+            raise ApiError(400, "api_too_many_texts", param="n" if n > 1 else "prompt", got=len(prompts) * n, limit=self.limits.max_texts)
+        options = given.get("stream_options", {})
+        if unknown := next((name for name in options if name not in STREAM_OPTIONS), None):
+            raise ApiError(400, "api_unknown_field", param="stream_options", field=f"stream_options.{unknown}", known=", ".join(STREAM_OPTIONS))
+        settings = self._settings(given)
+        requests = [settings.request(prompt, number) for prompt in prompts for number in range(n)]
+        return Completion(
+            prompts, n, requests, given.get("stream", False), given.get("echo", False),
+            bool(options.get("include_usage")), bool(options.get("continuous_usage_stats")),
+        )
+
+    def _fields(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The fields that are set, each of the right type and in its range."""
+        given = {}
+        for name, value in body.items():
+            # null 与不写相同，官方客户端也这样用
+            if value is None:
+                continue
+            if name in NEUTRAL:
+                if value not in NEUTRAL[name]:
+                    raise ApiError(400, "api_unsupported", param=name, field=name)
+                continue
+            if name not in FIELDS:
+                raise ApiError(400, "api_unknown_field", param=name[:100], field=name[:100], known=", ".join(FIELDS))
+            kind, low, high = FIELDS[name]
+            # Python 里 True 也是整数，JSON 里不是
+            if not isinstance(value, TYPES[kind]) or (isinstance(value, bool) and kind != "boolean"):
+                raise ApiError(400, "api_wrong_type", param=name, field=name, wanted=kind)
+            high = self.limits.max_tokens if name == "max_tokens" else high
+            if low is not None and not (value >= low and (high is None or value <= high)):
+                raise ApiError(400, "api_out_of_range", param=name, field=name, got=value, wanted=f">= {low}" if high is None else f"{low} … {high}")
+            given[name] = value
+        return given
+
+    def _prompts(self, prompt: str | list | None) -> list[str]:
+        prompts = _strings("prompt", prompt)
+        if not prompts or "" in prompts:
+            raise ApiError(400, "api_no_prompt", param="prompt")
+        if (longest := max(map(len, prompts))) > self.limits.max_prompt_chars:
+            raise ApiError(400, "api_prompt_too_long", param="prompt", got=longest, limit=self.limits.max_prompt_chars)
+        return prompts
+
+    def _settings(self, given: dict[str, Any]) -> Settings:
+        changes = {name: given[name] for name in SAMPLER_FIELDS if name in given}
+        if missing := next((name for name in changes if name not in self.base.sampler), None):
+            known = ", ".join(key for key in self.base.sampler if key != "_target_")
+            raise ApiError(400, "api_not_in_sampler", param=missing, field=missing, known=known)
+        stop = _strings("stop", given["stop"]) if "stop" in given else self.base.stop
+        if "" in stop or len(stop) > MAX_STOPS or any(len(s) > MAX_STOP_CHARS for s in stop):
+            raise ApiError(400, "api_wrong_type", param="stop", field="stop", wanted=f"<= {MAX_STOPS} strings of 1 … {MAX_STOP_CHARS} characters")
+        return dataclasses.replace(
+            self.base, sampler={**self.base.sampler, **changes}, seed=given.get("seed", self.base.seed), stop=stop,
+            max_new_tokens=given.get("max_tokens", min(self.base.max_new_tokens, self.limits.max_tokens)),
+        )
+
+
+def _json_object(body: bytes) -> dict[str, Any]:
+    def refuse(constant: str):
+        raise ValueError(constant)
+
+    try:
+        # NaN 与 Infinity 不是 JSON，Python 却收下；套得太深会用尽递归
+        value = json.loads(body.decode("utf-8"), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, "api_not_json", reason=" ".join(str(error).split())[:200]) from None
+    if not isinstance(value, dict):
+        raise ApiError(400, "api_not_json", reason=type(value).__name__)
+    return value
+
+
+def _strings(name: str, value: str | list | None) -> list[str]:
+    strings = [] if value is None else [value] if isinstance(value, str) else value
+    if not all(isinstance(s, str) for s in strings):
+        raise ApiError(400, "api_wrong_type", param=name, field=name, wanted=FIELDS[name][0])
+    for s in strings:
+        try:
+            s.encode("utf-8")
+        except UnicodeEncodeError:
+            # JSON 的 \ud800 单独出现：编码不了，也回显不了
+            raise ApiError(400, "api_surrogate", param=name, field=name) from None
+    return strings
+
+
+class Answer:
+    """The bodies that answer one Completion."""
+
+    def __init__(self, asked: Completion, model: str, prompt_tokens: list[int]):
+        self.asked = asked
+        # 同一个开头写 n 段，只算读了一次
+        self.prompt_tokens = sum(prompt_tokens[:: asked.n])
+        count = len(asked.requests)
+        self.texts, self.finish = [""] * count, [None] * count
+        # None：这一段还没有消息
+        self.tokens: list[int | None] = [None] * count
+        self._head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": model}
+
+    def add(self, fresh: list[News]) -> list[dict]:
+        """Take up what is new; the events that tell it, one per text."""
+        parts: dict[int, str] = {}
+        for news in fresh:
+            index = news.index
+            # 回显的开头随第一个事件走
+            text = news.text if self.tokens[index] is not None else self.asked.prompt_of(index) + news.text
+            parts[index] = parts.get(index, "") + text
+            self.texts[index] += text
+            self.tokens[index] = news.tokens
+            self.finish[index] = finish_reason(news.result) if news.result else None
+        usage = {"usage": self.usage()} if self.asked.running_usage else {}
+        return [{**self._head, "choices": [_choice(index, text, self.finish[index])], **usage} for index, text in parts.items()]
+
+    def usage(self) -> dict[str, int]:
+        """Tokens read and written so far."""
+        written = sum(count or 0 for count in self.tokens)
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": written, "total_tokens": self.prompt_tokens + written}
+
+    def usage_event(self) -> dict:
+        """The last event of a stream that asked for usage."""
+        return {**self._head, "choices": [], "usage": self.usage()}
+
+    def whole(self) -> dict:
+        """The answer that is not streamed."""
+        choices = [_choice(index, text, self.finish[index]) for index, text in enumerate(self.texts)]
+        return {**self._head, "choices": choices, "usage": self.usage()}
+
+
+def _choice(index: int, text: str, finish: str | None) -> dict:
+    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
+
+
+def finish_reason(result: Result) -> str:
+    """OpenAI knows two: the limit was reached, or the text came to an end."""
+    return "length" if result.finish == "length" else "stop"

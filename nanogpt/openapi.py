@@ -1,0 +1,79 @@
+"""GET /openapi.json: the API described for programs, from the same table that checks requests."""
+
+from nanogpt import __version__
+from nanogpt.completions import FIELDS, MAX_STOP_CHARS, MAX_STOPS, NEUTRAL, STREAM_OPTIONS
+from nanogpt.config import ServerConfig
+
+ERRORS = {
+    "400": "A field is wrong", "401": "The token is missing or wrong", "403": "Another origin, or a host name that is not this machine's",
+    "404": "The named model is not loaded", "405": "The method is not allowed", "408": "The body came too slowly", "413": "The body is too large",
+    "415": "Not application/json", "500": "The server failed", "503": "Too busy; Retry-After says when to come back",
+    "504": "The time limit was reached",
+}
+ERROR = {
+    "type": "object", "required": ["error"], "properties": {"error": {
+        "type": "object", "required": ["message", "type", "param", "code"], "properties": {
+            "message": {"type": "string"}, "type": {"type": "string"}, "param": {"type": ["string", "null"]}, "code": {"type": "string"},
+        },
+    }},
+}
+COUNT = {"type": "integer", "minimum": 0}
+USAGE = {"type": "object", "properties": {"prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tokens": COUNT}}
+CHOICE = {
+    "type": "object", "required": ["index", "text", "finish_reason"], "properties": {
+        "index": COUNT, "text": {"type": "string"}, "logprobs": {"type": "null"}, "finish_reason": {"enum": ["stop", "length", None]},
+    },
+}
+COMPLETION = {
+    "type": "object", "required": ["id", "object", "created", "model", "choices"], "properties": {
+        "id": {"type": "string"}, "object": {"const": "text_completion"}, "created": COUNT, "model": {"type": "string"},
+        "choices": {"type": "array", "items": CHOICE}, "usage": USAGE,
+    },
+}
+
+
+def request_schema(limits: ServerConfig) -> dict:
+    """The body of POST /v1/completions; null is the same as leaving a field out."""
+    def text(longest: int) -> dict:
+        return {"type": "string", "minLength": 1, "maxLength": longest}
+
+    properties = {}
+    for name, (kind, low, high) in FIELDS.items():
+        schema = {"type": [kind, "null"]}
+        if low is not None:
+            schema["minimum"] = low
+        if (high := {"max_tokens": limits.max_tokens, "n": limits.max_texts}.get(name, high)) is not None:
+            schema["maximum"] = high
+        properties[name] = schema
+    # 字段表说不清的三个，单独写；拿这份文档做模糊测试的程序靠它
+    prompt, stop = text(limits.max_prompt_chars), text(MAX_STOP_CHARS)
+    properties["prompt"] = {"anyOf": [prompt, {"type": "array", "items": prompt, "minItems": 1, "maxItems": limits.max_texts}]}
+    properties["stop"] = {"anyOf": [stop, {"type": "array", "items": stop, "maxItems": MAX_STOPS}, {"type": "null"}]}
+    properties["stream_options"] = {
+        "type": ["object", "null"], "properties": {name: {"type": "boolean"} for name in STREAM_OPTIONS}, "additionalProperties": False,
+    }
+    properties |= {name: {"enum": [None, *allowed]} for name, allowed in NEUTRAL.items()}
+    return {"type": "object", "required": ["prompt"], "properties": properties, "additionalProperties": False}
+
+
+def document(limits: ServerConfig) -> dict:
+    """OpenAPI 3.1."""
+    def answers(description: str, content: dict) -> dict:
+        failures = {status: {"description": words, "content": {"application/json": {"schema": ERROR}}} for status, words in ERRORS.items()}
+        return {"200": {"description": description, "content": content}, **failures}
+
+    def get(summary: str) -> dict:
+        return {"get": {"summary": summary, "responses": answers("OK", {"application/json": {"schema": {"type": "object"}}})}}
+
+    written = {"application/json": {"schema": COMPLETION}, "text/event-stream": {"schema": {"type": "string"}}}
+    return {
+        "openapi": "3.1.0", "info": {"title": "nanogpt", "version": __version__}, "security": [{"token": []}] if limits.token else [],
+        "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+        "paths": {
+            "/health": get("Whether it can write, and how much it has to do"), "/v1/models": get("The model that is loaded"),
+            "/v1/completions": {"post": {
+                "summary": "Write behind a prompt", "responses": answers("What was written", written),
+                "requestBody": {"required": True, "content": {"application/json": {"schema": request_schema(limits)}}},
+            }},
+        },
+    }

@@ -1,0 +1,60 @@
+"""run_sample.py serve=true: a page to write with the model, and an OpenAI-compatible API, from one loaded model."""
+
+import asyncio
+import socket
+import sys
+from pathlib import Path
+
+from nanogpt.config import SampleConfig
+from nanogpt.connections import Server, bind, url_of
+from nanogpt.messages import say
+
+
+def serve(cfg: SampleConfig, run_dir: Path) -> None:
+    """Load the model and serve it until Ctrl-C."""
+    # 端口被占要在载入模型之前就说；还没 listen，这时来的连接会被拒绝
+    with bind(cfg.server) as bound:
+        from nanogpt.writing import open_model
+
+        try:
+            asyncio.run(run(cfg, open_model(cfg, run_dir), bound))
+        except KeyboardInterrupt:
+            # 还在载入模型就按了 Ctrl-C
+            sys.exit(130)
+
+
+async def run(cfg: SampleConfig, model, bound: socket.socket, *, on_start=None) -> None:
+    """Serve an open model on a bound socket; `on_start(server)` is called once it listens."""
+    from nanogpt.api import Api
+    from nanogpt.completions import Reader
+    from nanogpt.worker import Worker
+    from nanogpt.writing import Settings
+
+    # 只报最后两段：本机的目录结构与访客无关
+    name = "/".join(Path(model.name).parts[-2:])
+    worker = Worker(model.writer(capacity=cfg.batch_size, skip_unknown=cfg.unknown == "skip"), max_waiting=cfg.server.max_waiting)
+    api = Api(worker, Reader(name, Settings.of(cfg), cfg.server), announcement(cfg, model))
+    server = Server(api, cfg.server, on_shutdown=worker.begin_closing)
+
+    def started() -> None:
+        say("serving", model=name, url=url_of(bound, cfg.server.host))
+        if on_start:
+            on_start(server)
+
+    server.on_start = started
+    try:
+        await server.serve([bound])
+    finally:
+        worker.begin_closing()
+        # 正在算的一步算完再走：解释器退出时 torch 不能还在跑
+        await asyncio.to_thread(worker.join, 30)
+
+
+def announcement(cfg: SampleConfig, model) -> dict:
+    """What the page and other clients want to know of a model."""
+    limits, sampler = cfg.server, {key: value for key, value in cfg.sampler.items() if key != "_target_"}
+    return {
+        "parameters": model.network.parameter_count(), "block_size": model.network.config.block_size, "vocab_size": model.tokenizer.vocab_size,
+        "limits": {"max_tokens": limits.max_tokens, "max_texts": limits.max_texts, "max_prompt_chars": limits.max_prompt_chars},
+        "defaults": {**sampler, "max_tokens": min(cfg.max_new_tokens, limits.max_tokens), "seed": cfg.seed, "stop": cfg.stop},
+    }
