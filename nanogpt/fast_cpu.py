@@ -17,6 +17,8 @@ from nanogpt.attention import RMS_EPS, CausalSelfAttention, KVCache
 from nanogpt.int8 import Int8Linear
 from nanogpt.model import GPT, MLP, Block, NgramEmbedding, Norm
 
+# 只许重排加法（SIMD 需要）、合并乘加；不假设没有 NaN 与无穷
+REORDER = {"reassoc", "contract", "nsz"}
 # 行数再多，逐行点积就不如矩阵乘了
 MAX_ROWS = 4
 ACTIVATIONS = {"none": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3}
@@ -63,8 +65,7 @@ def _activate(y, start, stop, kind):
             y[n] = y[n] / (np.float32(1.0) + _exp(min(np.float32(-2.0) * u, np.float32(87.0))))
 
 
-# fastmath 只许重排加法的次序（SIMD 需要），不假设没有 NaN
-@njit(parallel=True, fastmath={"reassoc", "contract", "nsz"}, cache=True)
+@njit(parallel=True, fastmath=REORDER, cache=True)
 def _linear(weight, scale, bias, x, y, activation, add, pieces):
     """y (B, N) = activation(x (B, K) weight^T (N, K) * scale + bias), or added to y."""
     n_out, n_in = weight.shape
@@ -81,7 +82,7 @@ def _linear(weight, scale, bias, x, y, activation, add, pieces):
             _activate(y[b], start, stop, activation)
 
 
-@njit(fastmath={"reassoc", "contract", "nsz"}, cache=True)
+@njit(fastmath=REORDER, cache=True)
 def _normalise(x, gain, bias, layernorm, y):
     """LayerNorm or gainless RMSNorm of every row of x (B, C) into y."""
     size = x.shape[1]
@@ -104,7 +105,7 @@ def _normalise(x, gain, bias, layernorm, y):
                 y[b, c] = x[b, c] * r
 
 
-@njit(fastmath={"reassoc", "contract", "nsz"}, cache=True)
+@njit(fastmath=REORDER, cache=True)
 def _turn(x, cos, sin, qk_norm, out):
     """QK-norm and rotary embedding of one head's vector x (hs,)."""
     size = x.shape[0]
@@ -122,7 +123,7 @@ def _turn(x, cos, sin, qk_norm, out):
             out[i] = r * x[i]
 
 
-@njit(parallel=True, fastmath={"reassoc", "contract", "nsz"}, cache=True)
+@njit(parallel=True, fastmath=REORDER, cache=True)
 def _attend(qkv, keys, values, lengths, cos, sin, n_head, scale, qk_norm, y):
     """Write this token's key and value at lengths[b] of keys, values (B, nh, L, hs); attend into y (B, C)."""
     head_size = keys.shape[3]
