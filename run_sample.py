@@ -4,7 +4,7 @@ import sys
 
 from nanogpt import rundir
 from nanogpt.cli import run_script
-from nanogpt.config import SampleConfig, check_sample
+from nanogpt.sample_config import SampleConfig, check_sample
 
 
 def main(cfg: SampleConfig, overrides: list[str]) -> None:

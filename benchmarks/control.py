@@ -17,8 +17,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402 - 先把仓库根目录放进路径
 
-from nanogpt.config import SampleConfig  # noqa: E402
 from nanogpt.groups import option  # noqa: E402
+from nanogpt.sample_config import SampleConfig  # noqa: E402
 from nanogpt.writing import Model, Settings, open_model  # noqa: E402
 
 # None 是完全不控制；0 只有那句话

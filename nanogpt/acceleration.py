@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 import torch
 
+from nanogpt.attention import KVCache
 from nanogpt.cuda_graph import GraphStep
 from nanogpt.int8 import quantize_model
 from nanogpt.messages import say
@@ -40,5 +41,8 @@ def install_cpu_step(model) -> None:
             if not fast_cpu.is_compiled():
                 say("compiling_step")
             model.fast_step = fast_cpu.FastStep(model)
+            # 编译或载入机器码就在这里做完，第一个字不必等
+            with torch.inference_mode():
+                model.fast_step(torch.zeros(1, dtype=torch.long), KVCache(model, 1, 1))
             return
     pack(model)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.completions import Answer, ApiError, Completion, Reader, as_api_error, error_body
-from nanogpt.config import ServerConfig, is_loopback
 from nanogpt.messages import ConfigError
 from nanogpt.openapi import document
+from nanogpt.sample_config import ServerConfig, is_loopback
 from nanogpt.worker import Job, Worker
 
 PAGE = Path(__file__).resolve().parent / "page" / "index.html"

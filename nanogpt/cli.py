@@ -16,8 +16,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt import rundir
-from nanogpt.config import ROOT, SampleConfig, TrainConfig, register_schemas
+from nanogpt.config import ROOT, TrainConfig
 from nanogpt.messages import ConfigError, language_from_arguments, say, set_language, text
+from nanogpt.sample_config import SampleConfig, register_schemas
 
 EXIT_USER_ERROR = 2
 # 与被 SIGPIPE 结束的程序相同：128 + 13

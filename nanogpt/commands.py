@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nanogpt.config import SAMPLE_RANGES, SampleConfig, check_range
+from nanogpt.config import check_range
 from nanogpt.control import KINDS, build_control, read_form, takes_forms
 from nanogpt.groups import option, options, parsed
 from nanogpt.messages import ConfigError, say, text
+from nanogpt.sample_config import SAMPLE_RANGES, SampleConfig
 from nanogpt.samples import SEPARATOR, Records, in_order, recorded, settings_record
 from nanogpt.writer import Result, Writer
 from nanogpt.writing import Model, Settings

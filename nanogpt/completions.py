@@ -7,8 +7,9 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from nanogpt.config import ServerConfig
+from nanogpt.control import KINDS, takes_forms
 from nanogpt.messages import ConfigError, text_in
+from nanogpt.sample_config import ServerConfig
 from nanogpt.worker import News
 from nanogpt.writer import Request, Result
 from nanogpt.writing import Settings
@@ -21,7 +22,8 @@ SAMPLER_FIELDS = {
 FIELDS = {
     "model": ("string", None, None), "prompt": ("string or array of strings", None, None), "max_tokens": ("integer", 1, None),
     "n": ("integer", 1, None), "stop": ("string or array of strings", None, None), "seed": ("integer", 0, 2**62), "stream": ("boolean", None, None),
-    "stream_options": ("object", None, None), "echo": ("boolean", None, None), "user": ("string", None, None), **SAMPLER_FIELDS,
+    "style": ("string", None, None), "emotion": ("string", None, None), "stream_options": ("object", None, None),
+    "echo": ("boolean", None, None), "user": ("string", None, None), **SAMPLER_FIELDS,
 }
 TYPES = {
     "string": str, "boolean": bool, "object": dict, "integer": int, "number": (int, float), "string or array of strings": (str, list),
@@ -32,6 +34,7 @@ NEUTRAL = {
 }
 STREAM_OPTIONS = ("include_usage", "continuous_usage_stats", "include_obfuscation")
 MAX_STOPS, MAX_STOP_CHARS = 16, 200
+MAX_LABEL_CHARS = 100
 # 在 Writer 里才发现的错：HTTP 状态；其余都是 400
 STATUS = {
     "sample_oom": 503, "api_busy": 503, "api_stopping": 503, "api_time_limit": 504, "api_unread": 408, "nonfinite_logits": 500, "api_internal": 500,
@@ -140,18 +143,33 @@ class Reader:
             raise ApiError(400, "api_prompt_too_long", param="prompt", got=longest, limit=self.limits.max_prompt_chars)
         return prompts
 
+    def _control(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The control node with this request's style and emotion; "" switches one off."""
+        asked = {kind: _asked_label(kind, given[kind]) or None for kind in KINDS if kind in given}
+        if asked and not takes_forms(self.base.control):
+            raise ApiError(400, "api_no_control", param=next(iter(asked)))
+        return {**self.base.control, **asked}
+
     def _settings(self, given: dict[str, Any]) -> Settings:
         changes = {name: given[name] for name in SAMPLER_FIELDS if name in given}
         if missing := next((name for name in changes if name not in self.base.sampler), None):
             known = ", ".join(key for key in self.base.sampler if key != "_target_")
             raise ApiError(400, "api_not_in_sampler", param=missing, field=missing, known=known)
+        control = self._control(given)
         stop = _strings("stop", given["stop"]) if "stop" in given else self.base.stop
         if "" in stop or len(stop) > MAX_STOPS or any(len(s) > MAX_STOP_CHARS for s in stop):
             raise ApiError(400, "api_wrong_type", param="stop", field="stop", wanted=f"<= {MAX_STOPS} strings of 1 … {MAX_STOP_CHARS} characters")
         return dataclasses.replace(
-            self.base, sampler={**self.base.sampler, **changes}, seed=given.get("seed", self.base.seed), stop=stop,
+            self.base, sampler={**self.base.sampler, **changes}, control=control, seed=given.get("seed", self.base.seed), stop=stop,
             max_new_tokens=given.get("max_tokens", min(self.base.max_new_tokens, self.limits.max_tokens)),
         )
+
+
+def _asked_label(field: str, value: str) -> str:
+    _strings(field, value)
+    if len(value) > MAX_LABEL_CHARS or "\n" in value:
+        raise ApiError(400, "api_wrong_type", param=field, field=field, wanted=f"<= {MAX_LABEL_CHARS} characters")
+    return value
 
 
 def _json_object(body: bytes) -> dict[str, Any]:

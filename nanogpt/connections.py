@@ -7,8 +7,8 @@ import signal
 import socket
 import threading
 
-from nanogpt.config import ServerConfig
 from nanogpt.messages import ConfigError
+from nanogpt.sample_config import ServerConfig
 
 try:
     import uvicorn

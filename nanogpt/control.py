@@ -218,6 +218,9 @@ def say_once(message: str, **values) -> None:
     """Print a message on stderr, unless it was printed before."""
     key = (message, *sorted(values.items()))
     if key not in _said:
+        # 服务器上谁都可以写新词：记满就忘，内存不增长
+        if len(_said) >= 1000:
+            _said.clear()
         _said.add(key)
         # 消息名在 messages.py 里按 "control_no_sentence" 等逐条登记
         say(message, **values)

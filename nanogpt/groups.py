@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.cli import one_line
-from nanogpt.config import ROOT, register_schemas
+from nanogpt.config import ROOT
 from nanogpt.messages import ConfigError, text
+from nanogpt.sample_config import register_schemas
 
 
 def parsed(key: str, value: str) -> Any:

@@ -351,6 +351,10 @@ MESSAGES = {
         "prompt 有 {got} 个字；最多 {limit} 个",
     ),
     "api_surrogate": ("{field} holds half a surrogate pair, which is no character", "{field} 里有半个代理对，不是合法的字符"),
+    "api_no_control": (
+        "style and emotion are switched off here (control=none); leave them out",
+        "这里关闭了风格与情绪（control=none）；请去掉这两个字段",
+    ),
     "api_too_many_texts": (
         "prompts x n = {got}; at most {limit} texts per request",
         "开头数 × n = {got}；一个请求最多 {limit} 段",
@@ -474,6 +478,10 @@ MESSAGES = {
     "next_curves": ("see the curves", "看曲线"),
     "next_own": ("your own text", "用自己的文本"),
     # ---- 互动写作 ----
+    "not_with_serve": (
+        "serve=true writes for a browser or a program; leave out {key}=…",
+        "serve=true 是给浏览器或程序写作；请去掉 {key}=…",
+    ),
     "interactive_prompts": (
         "interactive=true reads its prompts from the terminal or a pipe; leave out {key}=…",
         "interactive=true 从终端或管道读开头；请去掉 {key}=…",

@@ -1,8 +1,9 @@
 """GET /openapi.json: the API described for programs, from the same table that checks requests."""
 
 from nanogpt import __version__
-from nanogpt.completions import FIELDS, MAX_STOP_CHARS, MAX_STOPS, NEUTRAL, STREAM_OPTIONS
-from nanogpt.config import ServerConfig
+from nanogpt.completions import FIELDS, MAX_LABEL_CHARS, MAX_STOP_CHARS, MAX_STOPS, NEUTRAL, STREAM_OPTIONS
+from nanogpt.control import KINDS
+from nanogpt.sample_config import ServerConfig
 
 ERRORS = {
     "400": "A field is wrong", "401": "The token is missing or wrong", "403": "Another origin, or a host name that is not this machine's",
@@ -45,10 +46,12 @@ def request_schema(limits: ServerConfig) -> dict:
         if (high := {"max_tokens": limits.max_tokens, "n": limits.max_texts}.get(name, high)) is not None:
             schema["maximum"] = high
         properties[name] = schema
-    # 字段表说不清的三个，单独写；拿这份文档做模糊测试的程序靠它
+    # 字段表说不清的几个，单独写；拿这份文档做模糊测试的程序靠它
     prompt, stop = text(limits.max_prompt_chars), text(MAX_STOP_CHARS)
     properties["prompt"] = {"anyOf": [prompt, {"type": "array", "items": prompt, "minItems": 1, "maxItems": limits.max_texts}]}
     properties["stop"] = {"anyOf": [stop, {"type": "array", "items": stop, "maxItems": MAX_STOPS}, {"type": "null"}]}
+    for name in KINDS:
+        properties[name] = {"type": ["string", "null"], "maxLength": MAX_LABEL_CHARS, "pattern": r"^[^\n]*$"}
     properties["stream_options"] = {
         "type": ["object", "null"], "properties": {name: {"type": "boolean"} for name in STREAM_OPTIONS}, "additionalProperties": False,
     }

@@ -5,9 +5,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanogpt.config import SampleConfig
 from nanogpt.console import Console
 from nanogpt.messages import ConfigError
+from nanogpt.sample_config import SampleConfig
 from nanogpt.writer import Piece, Result, Writer
 from nanogpt.writing import Model, Settings, prompt_list
 

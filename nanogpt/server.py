@@ -5,9 +5,9 @@ import socket
 import sys
 from pathlib import Path
 
-from nanogpt.config import SampleConfig
 from nanogpt.connections import Server, bind, url_of
 from nanogpt.messages import say
+from nanogpt.sample_config import SampleConfig
 
 
 def serve(cfg: SampleConfig, run_dir: Path) -> None:
@@ -52,8 +52,13 @@ async def run(cfg: SampleConfig, model, bound: socket.socket, *, on_start=None) 
 
 def announcement(cfg: SampleConfig, model) -> dict:
     """What the page and other clients want to know of a model."""
+    from nanogpt.control import build_control
+
     limits, sampler = cfg.server, {key: value for key, value in cfg.sampler.items() if key != "_target_"}
+    known = build_control(dict(cfg.control)).known()
+    controls = {"controls": {"styles": known["style"], "emotions": known["emotion"]}} if any(known.values()) else {}
     return {
+        **controls,
         "parameters": model.network.parameter_count(), "block_size": model.network.config.block_size, "vocab_size": model.tokenizer.vocab_size,
         "limits": {"max_tokens": limits.max_tokens, "max_texts": limits.max_texts, "max_prompt_chars": limits.max_prompt_chars},
         "defaults": {**sampler, "max_tokens": min(cfg.max_new_tokens, limits.max_tokens), "seed": cfg.seed, "stop": cfg.stop},

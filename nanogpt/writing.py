@@ -14,12 +14,13 @@ from nanogpt import checkpoint, machine
 from nanogpt import tokenizer as tokenizers
 from nanogpt.acceleration import HALF, accelerate
 from nanogpt.build import model_of
-from nanogpt.config import HardwareConfig, SampleConfig
+from nanogpt.config import HardwareConfig
 from nanogpt.control import build_control, read_form, takes_forms
 from nanogpt.corpus import iter_text
 from nanogpt.messages import ConfigError
 from nanogpt.precision import Precision
 from nanogpt.pretrained import build_pretrained, open_pretrained
+from nanogpt.sample_config import SampleConfig
 from nanogpt.sampling import Sampler, build_sampler
 from nanogpt.writer import Request, Writer
 

@@ -11,8 +11,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
 from nanogpt import messages
-from nanogpt.config import ROOT, ModelConfig, SampleConfig, TrainConfig, check, check_sample, register_schemas
+from nanogpt.config import ROOT, ModelConfig, TrainConfig, check
 from nanogpt.corpus import build_char_tokenizer, write_dataset
+from nanogpt.sample_config import SampleConfig, check_sample, register_schemas
 
 # 张量极小：多线程只有等待；机器忙时 OpenMP 的自旋会慢上百倍
 torch.set_num_threads(1)

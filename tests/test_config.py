@@ -7,8 +7,9 @@ import pytest
 from conftest import TINY, make_config, make_sample_config
 
 from nanogpt import build, messages
-from nanogpt.config import CHOICES, RANGES, ROOT, SAMPLE_CHOICES, SAMPLE_RANGES, TRUSTED_TARGETS, check, lookup, untrusted_targets
+from nanogpt.config import CHOICES, RANGES, ROOT, TRUSTED_TARGETS, check, lookup, untrusted_targets
 from nanogpt.messages import ConfigError
+from nanogpt.sample_config import SAMPLE_CHOICES, SAMPLE_RANGES
 from nanogpt.sampling import build_sampler
 
 GROUPS = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in (ROOT / "conf").iterdir() if p.is_dir()}
@@ -144,7 +145,7 @@ def test_check_does_not_import_torch():
     import subprocess
     import sys
 
-    code = "import sys, nanogpt.cli, nanogpt.config, nanogpt.rundir, run_train; assert 'torch' not in sys.modules"
+    code = "import sys, nanogpt.cli, nanogpt.config, nanogpt.sample_config, nanogpt.rundir, run_train, run_sample; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

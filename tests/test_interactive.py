@@ -17,10 +17,11 @@ from test_writer import Scripted
 from nanogpt import control, messages
 from nanogpt.build import build_model
 from nanogpt.commands import Session
-from nanogpt.config import ROOT, check_sample
+from nanogpt.config import ROOT
 from nanogpt.groups import option, options
 from nanogpt.interactive import at_the_terminal, completer, decoded, from_a_pipe, obey, prompt_session, toolbar
 from nanogpt.messages import ConfigError
+from nanogpt.sample_config import check_sample
 from nanogpt.samples import SEPARATOR, write_samples
 from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
 from nanogpt.writer import Writer

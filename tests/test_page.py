@@ -55,6 +55,9 @@ class Page:
     def text(self):
         return self["text"].get_property("value")
 
+    def options(self, name):
+        return [option.text for option in self[name].find_elements("tag name", "option")]
+
     def turn(self, name, value):
         self[name].clear()
         self[name].send_keys(str(value))
@@ -108,8 +111,9 @@ def test_write_stop_undo_reload_and_change_the_language(driver, poet):
     page = Page(driver, poet.port).open()
     page.requested()
     assert page["write"].text == "Write" and "tiny/iter_1" in page["model"].text and not page["undo"].is_enabled() and not page.shown("error")
-    # 这个 sampler 没有温度，页面就不给这个旋钮；没有公布风格，就不显示那一栏
-    assert not page.all("temperature") and page["max_tokens"].get_property("value") == "20" and not page.shown("controls")
+    # 这个 sampler 没有温度，页面就不给这个旋钮；风格与情绪用界面的语言列出
+    assert not page.all("temperature") and page["max_tokens"].get_property("value") == "20"
+    assert page.shown("controls") and page.options("emotion")[:2] == ["none", "happy"]
     page.turn("max_tokens", 50_000)
     page["text"].send_keys("~|", Keys.CONTROL, Keys.ENTER)
     page.until(lambda: len(page.text) > 6)
@@ -118,6 +122,7 @@ def test_write_stop_undo_reload_and_change_the_language(driver, poet):
     before = len(page.text)
     page["language"].click()
     assert page["write"].text == "写作" and "种子" in page["status"].text and driver.execute_script("return document.documentElement.lang") == "zh-CN"
+    assert page.options("emotion")[:2] == ["无", "开心"]
     page.until(lambda: len(page.text) > before)
     page["text"].send_keys(Keys.ESCAPE)
     page.until(lambda: page["write"].is_enabled())

@@ -67,9 +67,11 @@ def test_temperature_divides_and_towards_zero_is_greedy():
     logits = torch.tensor([[1.0, 3.0, 3.0, -2.0]])
     torch.testing.assert_close(Temperature(0.5)(logits, NOTHING).softmax(-1), (logits / 0.5).softmax(-1))
     assert kept(Temperature(0), logits) == [1]
-    for tiny in (1e-3, 1e-30, 1e-45):
+    for tiny in (1e-3, 1e-20):
         probabilities = Temperature(tiny)(logits, NOTHING).softmax(-1)
         assert probabilities.isfinite().all() and probabilities[0, 1] == probabilities[0, 2] == 0.5
+    # 小到 float32 装不下的就是 0
+    assert kept(Temperature(1e-40), logits) == kept(Temperature(5e-324), logits) == [1]
 
 
 def test_repetition_penalty_pulls_known_ids_towards_zero_once():

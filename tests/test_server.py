@@ -276,6 +276,26 @@ def test_the_loaded_model_is_announced(shared):
     assert json.loads(shared.get("/health")[2]) == {"status": "ok", "texts": 0, "capacity": 4}
 
 
+def test_style_and_emotion_are_announced_and_change_the_text(serve):
+    server = serve(tiny(ByteTokenizer()))
+    controls = json.loads(server.get("/v1/models")[2])["data"][0]["controls"]
+    assert "happy" in controls["emotions"] and "poetic" in controls["styles"] and "开心" in controls["emotions"]
+    plain, happy, off = (server.write(prompt="a", seed=1, **asked)["choices"][0]["text"] for asked in ({}, {"emotion": "happy"}, {"emotion": ""}))
+    assert plain == off != happy
+    assert server.write(prompt="emotion:happy|a", seed=1)["choices"][0]["text"] == happy
+
+
+@pytest.mark.parametrize(("overrides", "body", "param"), [
+    ((), {"style": "x" * 101}, "style"), ((), {"emotion": "a\nb"}, "emotion"), ((), {"style": 3}, "style"), (("control=none",), {"style": "poetic"}, "style"),
+])
+def test_a_style_that_cannot_be_is_one_line(serve, overrides, body, param):
+    server = serve(tiny(), overrides=overrides)
+    status, answer, _ = server.post({"prompt": "a", **body})
+    error = answer["error"]
+    assert status == 400 and error["param"] == param and "\n" not in error["message"]
+    assert ("controls" in json.loads(server.get("/v1/models")[2])["data"][0]) == (not overrides)
+
+
 def test_the_openapi_document_tells_the_same_limits_and_fields(shared):
     document = json.loads(shared.get("/openapi.json")[2])
     schema = document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]

@@ -8,8 +8,9 @@ from test_end_to_end import ENVIRONMENT
 from test_trainer import train
 
 from nanogpt import writing
-from nanogpt.config import ROOT, SampleConfig, check_sample
+from nanogpt.config import ROOT
 from nanogpt.messages import ConfigError
+from nanogpt.sample_config import SampleConfig, check_sample
 
 
 def sample(folder, *overrides, expect=0, python_path=None):
@@ -38,7 +39,7 @@ def test_characters_that_the_vocabulary_lacks_are_one_line(in_tmp, tiny_override
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"num_samples": 0}, "num_samples=0"), ({"temperature": -1.0}, "temperature=-1.0"), ({"start": {"a": 1}}, "start="), ({"stop": [""]}, "stop holds"),
-    ({"unknown": "maybe"}, "unknown=maybe"), ({"device": "tpu"}, "device=tpu"), ({"lang": "xx"}, "lang=xx"),
+    ({"serve": True, "output": "a.jsonl"}, "leave out output"), ({"unknown": "maybe"}, "unknown=maybe"), ({"device": "tpu"}, "device=tpu"), ({"lang": "xx"}, "lang=xx"),
 ])
 def test_bad_settings_are_named(change, message):
     with pytest.raises(ConfigError, match=message):
