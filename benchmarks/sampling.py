@@ -4,8 +4,9 @@
 
 PATH is a checkout of karpathy/nanoGPT. All programs hold the same random weights (the speed does not
 depend on them), run one at a time in a process of their own, and sample with temperature 0.8 and
-top-k 200, nanoGPT's defaults. nanoGPT's time for 1000 tokens is integrated from its cost at six lengths. That they compute the same function is checked by greedy decoding.
-Writes benchmarks/results/sampling.json (sampling_cuda.json on a GPU).
+top-k 200, nanoGPT's defaults; its time for 1000 tokens is integrated from its cost at six lengths.
+That they compute the same function is checked by greedy decoding. Writes
+benchmarks/results/sampling.json (sampling_cuda.json on a GPU).
 """
 
 import argparse
