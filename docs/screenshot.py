@@ -1,6 +1,6 @@
 """Draw docs/page.png: python docs/screenshot.py OUT_DIR — serves that run, writes with it in headless Chromium, takes the picture.
 
-Needs Chromium with its driver and `pip install selenium`. Options: --to FILE, --size 1280x800, --dark, --lang zh, --text PROMPT, --tokens N.
+Needs Chromium with its driver and `pip install selenium`. Options: --to FILE, --size 1280x960, --dark, --lang zh, --text PROMPT, --tokens N.
 """
 
 import argparse
@@ -48,6 +48,8 @@ def take(driver, url: str, *, prompt: str, tokens: int, to: Path) -> None:
     driver.find_element(By.ID, "text").send_keys(prompt)
     driver.find_element(By.ID, "write").click()
     WebDriverWait(driver, 120).until(lambda d: d.find_element(By.ID, "undo").is_enabled())
+    # 填旋钮时右栏滚下去了
+    driver.execute_script("for (const part of document.querySelectorAll('aside, aside *')) part.scrollTop = 0")
     driver.save_screenshot(str(to))
 
 
@@ -55,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir")
     parser.add_argument("--to", type=Path, default=ROOT / "docs" / "page.png")
-    parser.add_argument("--size", default="1280x800")
+    parser.add_argument("--size", default="1280x960")
     parser.add_argument("--dark", action="store_true")
     parser.add_argument("--lang", default="en-US")
     parser.add_argument("--text", default="KING:\nThe night is long, and yet the morning")
