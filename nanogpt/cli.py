@@ -25,6 +25,8 @@ EXIT_USER_ERROR = 2
 EXIT_PIPE_CLOSED = 141
 # 值是文字的键：逗号、空格都属于内容
 FREE_TEXT = ("sample_prompt", "start", "control.style", "control.emotion")
+# 已经带引号的一段，照原样
+QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
 # 列表或扫描里含有非 ASCII 字符的一项
 NON_ASCII_ITEM = r"[^,\[\]{}()'\"]*[^\x00-\x7f][^,\[\]{}()'\"]*"
 # 内容随选项而变的配置组；model 一类形状固定的不在内
@@ -98,7 +100,8 @@ def quoted(argument: str) -> str:
     if key in FREE_TEXT and value[0] not in "[{":
         return f"{key}={_in_quotes(value)}"
     # 逗号与括号留给 Hydra：列表、扫描里的每个中文项分别加引号
-    return f"{key}={re.sub(NON_ASCII_ITEM, lambda item: _in_quotes(item[0]), value)}"
+    items = re.compile(f"({QUOTED})|{NON_ASCII_ITEM}")
+    return f"{key}={items.sub(lambda item: item[1] or _in_quotes(item[0]), value)}"
 
 
 def _in_quotes(value: str) -> str:

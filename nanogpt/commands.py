@@ -16,7 +16,7 @@ from nanogpt.messages import ConfigError, say, text
 from nanogpt.sample_config import SAMPLE_RANGES, SampleConfig
 from nanogpt.samples import SEPARATOR, Records, in_order, recorded, settings_record
 from nanogpt.writer import Result, Writer
-from nanogpt.writing import Model, Settings
+from nanogpt.writing import Model, Settings, unescaped
 
 # 换 sampler 时跟着走的设置：与怎么挑候选无关
 KEPT = ("repetition_penalty", "no_repeat_ngram")
@@ -224,13 +224,13 @@ class Session:
         self._set_number("samples", value)
 
     def _do_stop(self, value: str) -> None:
-        stops = parsed("stop", value) if value.startswith("[") else [value.replace("\\n", "\n")] if value else []
+        stops = parsed("stop", value) if value.startswith("[") else [value] if value else []
         if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
             raise ConfigError("wrong_type", key="stop", got=value, want="[str]")
         if "" in stops:
             raise ConfigError("empty_stop")
-        self.change(stop=stops)
-        self._changed("stop", stops)
+        self.change(stop=[unescaped(stop) for stop in stops])
+        self._changed("stop", self.settings.stop)
 
     def _do_style(self, value: str) -> None:
         self._set_wish("style", value)

@@ -210,7 +210,8 @@ def prepare(name: str, directory: str | None, options: dict) -> Path:
         if folder.is_dir():
             folder.rmdir()
         elif folder.parent.is_dir():
-            remove_leftovers(folder.parent)
+            # 只清这个数据集自己的：旁边可能是使用者的文件
+            remove_leftovers(folder.parent, folder.name)
         module.prepare(folder, **options)
     return folder
 

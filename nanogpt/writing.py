@@ -41,7 +41,7 @@ class Settings:
     @classmethod
     def of(cls, cfg: SampleConfig) -> "Settings":
         """What conf/sample.yaml and the command line say."""
-        return cls(dict(cfg.sampler), cfg.max_new_tokens, cfg.seed, list(cfg.stop), cfg.stop_at_end_of_text, dict(cfg.control))
+        return cls(dict(cfg.sampler), cfg.max_new_tokens, cfg.seed, [unescaped(s) for s in cfg.stop], cfg.stop_at_end_of_text, dict(cfg.control))
 
     def request(self, prompt: str, number: int = 0) -> Request:
         """The request for the number-th text behind a prompt, which may begin with `style:…|` or `emotion:…|` of its own."""
@@ -53,6 +53,12 @@ class Settings:
             prompt, _sampler(json.dumps(self.sampler)), self.max_new_tokens, self.seed + number,
             stop=tuple(self.stop), stop_at_end_of_text=self.stop_at_end_of_text, control=build_control(control) if control else None,
         )
+
+
+def unescaped(stop: str) -> str:
+    r"""A stop string in which \n and \t as typed on a command line are the characters they stand for."""
+    # 命令行与 Hydra 都不解释 \n，而停止词里最常用的就是它
+    return stop.replace("\\n", "\n").replace("\\t", "\t")
 
 
 @lru_cache(maxsize=32)

@@ -166,4 +166,5 @@ def test_text_is_typed_as_it_is(typed, value):
 def test_lists_and_sweeps_of_chinese_words_stay_lists_and_sweeps():
     from nanogpt.cli import quoted
 
+    assert quoted("stop=['。', \"a，b\",夏]") == "stop=['。', \"a，b\",'夏']"
     assert quoted("x=春,夏") == "x='春','夏'" and quoted("x=[春,a]") == "x=['春',a]" and quoted("batch_size=4,8") == "batch_size=4,8"

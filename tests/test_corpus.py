@@ -166,3 +166,12 @@ def test_openwebtext_says_what_is_wrong_with_its_source(tmp_path):
     with pytest.raises(ConfigError, match="no column named text"):
         script("openwebtext").prepare(tmp_path / "owt", str(source), val_every=5, max_documents=None)
     assert not (tmp_path / "owt").exists()
+
+
+def test_preparing_beside_a_persons_files_deletes_none_of_them(tmp_path):
+    (tmp_path / "t.txt").write_text("some text to learn from\n" * 50, encoding="utf-8")
+    (tmp_path / ".notes.tmp").write_text("mine", encoding="utf-8")
+    torn = tmp_path / ".prepared.abcd.tmp"
+    torn.mkdir()
+    folder = corpus.prepare("text_file", str(tmp_path / "prepared"), {**OPTIONS, "path": str(tmp_path / "t.txt")})
+    assert (folder / "meta.json").is_file() and (tmp_path / ".notes.tmp").read_text(encoding="utf-8") == "mine" and not torn.exists()

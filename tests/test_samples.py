@@ -142,7 +142,7 @@ def test_a_reader_that_leaves_early_is_no_error(run):
 
 
 def test_settings_become_requests():
-    settings = writing.Settings.of(make_sample_config("stop=['x']", "seed=3", "max_new_tokens=7"))
+    settings = writing.Settings.of(make_sample_config("stop=['x','\\n\\n']", "seed=3", "max_new_tokens=7"))
     request = settings.request("p", 2)
-    assert isinstance(request, Request) and (request.seed, request.stop, request.max_new_tokens) == (5, ("x",), 7)
+    assert isinstance(request, Request) and (request.seed, request.stop, request.max_new_tokens) == (5, ("x", "\n\n"), 7)
     assert json.dumps(dataclasses.asdict(settings)) and (ROOT / "conf" / "sampler" / "temperature.yaml").is_file()
