@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -166,10 +167,7 @@ def child(program: str, case: str, weights: str, nanogpt: str, device: str) -> N
         start = time.perf_counter()
         generate(prompt, n, False)
         seconds = time.perf_counter() - start
-    import psutil
-
-    memory = psutil.Process().memory_info()
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else getattr(memory, "peak_wset", 0) or _peak_resident()
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident()
     greedy = generate(prompt[:1], min(n, 12), True)[0].tolist()
     print(json.dumps({"seconds": seconds, "tokens_per_s": rows * n / seconds, "peak_mib": peak / 2**20, "greedy": greedy}))
 
@@ -187,11 +185,16 @@ def integrated_seconds(generate, shape: dict, n: int) -> float:
     return sum((a + b) / 2 * (right - left) for a, b, left, right in zip(costs, costs[1:], cuts, cuts[1:]))
 
 
-def _peak_resident() -> int:
-    import resource
+def peak_resident() -> int:
+    """Largest resident memory of this process so far, bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # getrusage 的峰值会带上父进程 fork 时的，这里的不会
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))[1]) * 1024
+    import psutil
 
-    # Linux 上单位是 KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = psutil.Process().memory_info()
+    return getattr(memory, "peak_wset", memory.rss)
 
 
 def read_bandwidth(device: str) -> float:

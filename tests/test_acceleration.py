@@ -62,7 +62,10 @@ def test_more_rows_than_the_compiled_step_takes_go_the_plain_way():
     model, rows = wild_model(), prompts(*range(1, 8))
     plain = decode(model, rows, 20)
     model.fast_step = fast_cpu.FastStep(model)
-    assert len(rows) > model.fast_step.max_rows and torch.equal(decode(model, rows, 20), plain)
+    for most in (32, 4):
+        # 写着写着行数减少，也可能从普通路换到快路
+        model.fast_step.max_rows = most
+        assert torch.equal(decode(model, rows, 20), plain)
 
 
 def test_a_model_of_ones_own_is_not_compiled():
