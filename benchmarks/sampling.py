@@ -227,12 +227,10 @@ def int8_loss() -> dict:
         source = checkpoint.find(run, "last")
         losses = {}
         block = yaml.safe_load(source.config_text())["model"]["block_size"]
-        data = TokenData(run / "data") if (run / "data").is_dir() else None
-        assert data, "the speedrun bundles its data"
+        data = TokenData(run / "data")
         starts = range(0, len(data.tokens["val"]) - block - 1, block)
         for precision in ("fp32", "int8"):
             model = accelerate(load(source, torch.device("cpu"))[0], precision, fast=False)
-            model.loss_chunk_mib = 64
             with torch.no_grad():
                 total = 0.0
                 for start in starts:

@@ -102,6 +102,14 @@ def find(run_dir: Path, which: str, *, key: str = "resume") -> Checkpoint:
     return chosen
 
 
+def find_trained(run_dir: Path, which: str, *, key: str) -> Checkpoint:
+    """What find() gives, to write with or to start from: `best` of a run that was never evaluated is its last."""
+    # 只训了几步、还没评估过的，没有 best
+    if which == "best" and best_of(checkpoints(run_dir)) is None:
+        which = "last"
+    return find(run_dir, which, key=key)
+
+
 def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The state dict with tied tensors once, contiguous and on the CPU, as safetensors wants it."""
     seen, tensors = set(), {}

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from nanogpt.writing import Model, Settings, unescaped
 
 # 换 sampler 时跟着走的设置：与怎么挑候选无关
 KEPT = ("repetition_penalty", "no_repeat_ngram")
-# 命令名 -> (Settings 的字段或 None, 配置里的键)
+# 命令名 -> 配置里的键
 NUMBERS = {"tokens": "max_new_tokens", "seed": "seed", "samples": "num_samples"}
 
 
@@ -51,7 +52,9 @@ class Session:
         """A line stands between the texts of different prompts too, and Ctrl-C ends everything."""
         self.printed = self.done = False
         self.commands: dict[str, Callable[[str], None]] = {
-            name.removeprefix("_do_"): getattr(self, name) for name in dir(self) if name.startswith("_do_")
+            **{name.removeprefix("_do_"): getattr(self, name) for name in dir(self) if name.startswith("_do_")},
+            **{name: partial(self._set_number, name) for name in NUMBERS},
+            **{kind: partial(self._set_wish, kind) for kind in KINDS},
         }
 
     # ---- 读一行 ----
@@ -97,10 +100,7 @@ class Session:
         """Write texts behind a prompt and print them; Ctrl-C ends the one that is being shown and drops those behind it."""
         count = samples or self.samples
         requests = [self.settings.request(typed, first + n) for n in range(count)]
-        writer = self.model.writer(capacity=min(self.cfg.batch_size, count), skip_unknown=self.cfg.unknown == "skip")
-        for request in requests:
-            writer.submit(request)
-        writer.max_length = max(len(t.prompt_ids) for t in writer.texts.values()) + self.settings.max_new_tokens
+        writer = self.model.writer_of(requests, batch_size=self.cfg.batch_size, skip_unknown=self.cfg.unknown == "skip")
         opened = -1
 
         def finished(result: Result) -> None:
@@ -214,15 +214,6 @@ class Session:
             f"stop={json.dumps(self.settings.stop, ensure_ascii=False)} output={plain(self.cfg.output)}",
         ]
 
-    def _do_tokens(self, value: str) -> None:
-        self._set_number("tokens", value)
-
-    def _do_seed(self, value: str) -> None:
-        self._set_number("seed", value)
-
-    def _do_samples(self, value: str) -> None:
-        self._set_number("samples", value)
-
     def _do_stop(self, value: str) -> None:
         stops = parsed("stop", value) if value.startswith("[") else [value] if value else []
         if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
@@ -231,12 +222,6 @@ class Session:
             raise ConfigError("empty_stop")
         self.change(stop=[unescaped(stop) for stop in stops])
         self._changed("stop", self.settings.stop)
-
-    def _do_style(self, value: str) -> None:
-        self._set_wish("style", value)
-
-    def _do_emotion(self, value: str) -> None:
-        self._set_wish("emotion", value)
 
     def _do_control(self, value: str) -> None:
         key, _, setting = value.partition(" ")

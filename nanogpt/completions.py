@@ -10,14 +10,16 @@ from typing import Any
 from nanogpt.control import KINDS, takes_forms
 from nanogpt.messages import ConfigError, text_in
 from nanogpt.sample_config import ServerConfig
+from nanogpt.sampling import SETTINGS
 from nanogpt.worker import News
 from nanogpt.writer import Request, Result
 from nanogpt.writing import Settings
 
+# 命令行不限的，网上来的要有上限
+HIGHEST = {"top_k": 2**31, "no_repeat_ngram": 100}
 # 字段 -> (类型, 下限, 上限)；这几个与 conf/sampler 里的键同名
 SAMPLER_FIELDS = {
-    "temperature": ("number", 0, 100), "top_k": ("integer", 0, 2**31), "top_p": ("number", 0, 1), "min_p": ("number", 0, 1),
-    "typical": ("number", 0, 1), "repetition_penalty": ("number", 0.01, 100), "no_repeat_ngram": ("integer", 0, 100),
+    name: ("integer" if kind is int else "number", low, HIGHEST.get(name, high)) for name, (kind, low, high) in SETTINGS.items()
 }
 FIELDS = {
     "model": ("string", None, None), "prompt": ("string or array of strings", None, None), "max_tokens": ("integer", 1, None),

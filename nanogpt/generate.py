@@ -85,20 +85,23 @@ class Decoder:
     def wipe(self, key: int) -> None:
         """Zero what a row with non-finite values left in the cache, before it is removed."""
         # 遮住的位置也会 0 × NaN：下一个用到这一行的文字会跟着坏
-        slot = next(i for i, row in enumerate(self.rows) if row.key == key)
+        slot = self._slot(key)
         self.cache.k[:, slot].zero_()
         self.cache.v[:, slot].zero_()
 
     @torch.inference_mode()
     def remove(self, key: int) -> None:
         """Take a row out; the last row moves into its place."""
-        slot, last = next(i for i, row in enumerate(self.rows) if row.key == key), len(self.rows) - 1
+        slot, last = self._slot(key), len(self.rows) - 1
         self.cache.drop(slot)
         for tensor in (self.newest, self.uniforms, self.history):
             tensor[slot] = tensor[last]
         self.written[slot] = self.written[last]
         self.rows[slot] = self.rows[last]
         self.rows.pop()
+
+    def _slot(self, key: int) -> int:
+        return next(slot for slot, row in enumerate(self.rows) if row.key == key)
 
     # ---- 读 ----
 

@@ -73,11 +73,7 @@ def read_run(named: str, key: str, which: str) -> Pretrained:
     if (path / "manifest.json").is_file():
         source = checkpoint.find(path.parent.parent, path.name, key=key)
     else:
-        run_dir = rundir.locate(named, key=key)
-        if which == "best" and checkpoint.best_of(checkpoint.checkpoints(run_dir)) is None:
-            # 只训了几步、还没评估过的，没有 best
-            which = "last"
-        source = checkpoint.find(run_dir, which, key=key)
+        source = checkpoint.find_trained(rundir.locate(named, key=key), which, key=key)
     model = model_of(source)
     return Pretrained(model.config, checkpoint.model_tensors(model), tokenizers.load(source.folder / "tokenizer.json"))
 

@@ -73,11 +73,7 @@ def write_samples(cfg: SampleConfig, model: Model) -> None:
     settings = Settings.of(cfg)
     prompts = prompt_list(cfg)
     requests = [settings.request(prompt, number) for prompt in prompts for number in range(cfg.num_samples)]
-    writer = model.writer(capacity=min(cfg.batch_size, len(requests)), skip_unknown=cfg.unknown == "skip")
-    # 全部开头先编码：第 100 个里有词表没有的字，也在开写之前就说
-    for request in requests:
-        writer.submit(request)
-    writer.max_length = max(len(text.prompt_ids) for text in writer.texts.values()) + cfg.max_new_tokens
+    writer = model.writer_of(requests, batch_size=cfg.batch_size, skip_unknown=cfg.unknown == "skip")
     records = Records(cfg.output, model.name)
     # 一个开头是在看它写，许多开头是在等它写完
     bar = Console(stream="stderr", quiet=len(prompts) == 1)

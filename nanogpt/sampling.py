@@ -17,6 +17,11 @@ from nanogpt.config import check_range
 from nanogpt.messages import ConfigError
 
 Stage = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# `sampler` 的设置 -> (类型, 下限, 上限)；API 的字段也由它得出
+SETTINGS = {
+    "temperature": (float, 0, 100), "top_k": (int, 0, None), "top_p": (float, 0, 1), "min_p": (float, 0, 1), "typical": (float, 0, 1),
+    "repetition_penalty": (float, 0.01, 100), "no_repeat_ngram": (int, 0, None),
+}
 
 
 @dataclass(frozen=True)
@@ -159,12 +164,12 @@ def sampler(
     repetition_penalty: float = 1.0, no_repeat_ngram: int = 0,
 ) -> Sampler:
     """The strategies that are switched on, in the order of the module's docstring."""
-    for name, got, low, high in (
-        ("temperature", temperature, 0, 100), ("top_k", top_k, 0, None), ("top_p", top_p, 0, 1), ("min_p", min_p, 0, 1),
-        ("typical", typical, 0, 1), ("repetition_penalty", repetition_penalty, 0.01, 100), ("no_repeat_ngram", no_repeat_ngram, 0, None),
-    ):
-        if isinstance(got, bool) or not isinstance(got, int if isinstance(low, int) and name in ("top_k", "no_repeat_ngram") else (int, float)):
-            raise ConfigError("wrong_type", key=f"sampler.{name}", got=got, want="int" if name in ("top_k", "no_repeat_ngram") else "float")
+    given = locals()
+    for name, (kind, low, high) in SETTINGS.items():
+        got = given[name]
+        # Python 里 True 也是整数，整数也可以当小数用
+        if isinstance(got, bool) or not isinstance(got, (int, kind)):
+            raise ConfigError("wrong_type", key=f"sampler.{name}", got=got, want=kind.__name__)
         check_range(f"sampler.{name}", got, low, high)
     stages: list[Stage] = []
     if repetition_penalty != 1:

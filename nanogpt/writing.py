@@ -82,6 +82,15 @@ class Model:
             self.network, self.tokenizer, capacity=capacity, max_length=max_length, skip_unknown=skip_unknown, context=self.context,
         )
 
+    def writer_of(self, requests: list[Request], *, batch_size: int, skip_unknown: bool) -> Writer:
+        """A Writer to which all requests are submitted, with no more rows and no longer a cache than they need."""
+        writer = self.writer(capacity=min(batch_size, len(requests)), skip_unknown=skip_unknown)
+        # 全部开头先编码：第 100 个里有词表没有的字，也在开写之前就说
+        for request in requests:
+            writer.submit(request)
+        writer.max_length = max(len(text.prompt_ids) + text.request.max_new_tokens for text in writer.texts.values())
+        return writer
+
 
 def load(source: checkpoint.Checkpoint, device: torch.device):
     """The model of a checkpoint in evaluation mode, and its tokenizer."""
@@ -91,15 +100,11 @@ def load(source: checkpoint.Checkpoint, device: torch.device):
 def open_model(cfg: SampleConfig, run_dir: Path | None) -> Model:
     """The model of a run folder, or, where that is None, the pretrained one that init_from names."""
     device = machine.choose_device(cfg.device, HardwareConfig())
-    machine.keep_freed_memory()
-    torch.set_flush_denormal(True)
+    machine.set_up(device, deterministic=False, hardware=HardwareConfig())
     if run_dir is None:
         pretrained = open_pretrained(cfg.init_from, which=cfg.checkpoint)
         return ready(cfg, cfg.init_from, build_pretrained(pretrained).to(device), pretrained.tokenizer)
-    found = checkpoint.checkpoints(run_dir)
-    # 只训了几步、还没评估过的，没有 best，用 last
-    which = "last" if cfg.checkpoint == "best" and checkpoint.best_of(found) is None else cfg.checkpoint
-    source = checkpoint.find(run_dir, which, key="out_dir")
+    source = checkpoint.find_trained(run_dir, cfg.checkpoint, key="out_dir")
     network, tokenizer = load(source, device)
     return ready(cfg, f"{run_dir}/{source.name}", network, tokenizer)
 

@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
 from nanogpt import messages
+from nanogpt.build import build_model
 from nanogpt.config import ROOT, ModelConfig, TrainConfig, check
 from nanogpt.corpus import build_char_tokenizer, write_dataset
 from nanogpt.sample_config import SampleConfig, check_sample, register_schemas
@@ -89,6 +90,14 @@ def tiny_overrides(corpus_folder):
 def tiny_model_config(**changes) -> ModelConfig:
     """A ModelConfig that builds in milliseconds."""
     return ModelConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 11, "ngrams": [], **changes})
+
+
+def wild_model(*, std: float = 0.3, **changes):
+    """A tiny model in evaluation mode, every weight random, so that logits differ and greedy choices are stable."""
+    model = build_model(tiny_model_config(**changes), 0).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    return model
 
 
 GPT2_RECIPE = {

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from conftest import GPT2_RECIPE, tiny_model_config
-from test_generate import decode, prompts, wild_model
+from conftest import GPT2_RECIPE, tiny_model_config, wild_model
+from test_generate import decode, prompts
 
 from nanogpt import acceleration
 from nanogpt.acceleration import accelerate
-from nanogpt.build import build_model
 from nanogpt.cuda_graph import FixedShapes, GraphStep
 from nanogpt.int8 import Int8Embedding, Int8Linear, quantize
 from nanogpt.model import GPT, MLP
@@ -124,9 +123,7 @@ def test_int8_products_are_those_of_the_rounded_weights(rows):
 
 
 def test_int8_keeps_tied_weights_tied_and_changes_the_loss_little():
-    model = build_model(tiny_model_config(**{**GPT2_RECIPE, "n_embd": 64, "vocab_size": 97}), 0).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+    model = wild_model(std=0.1, **{**GPT2_RECIPE, "n_embd": 64, "vocab_size": 97})
     idx = torch.randint(0, 97, (4, 16), generator=torch.Generator().manual_seed(0))
     before = logits_of(model, idx)
     floats = sum(p.numel() * 4 for p in model.parameters())

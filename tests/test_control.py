@@ -7,10 +7,9 @@ from functools import lru_cache
 
 import pytest
 import torch
-from conftest import make_sample_config, tiny_model_config
+from conftest import make_sample_config, wild_model
 
 from nanogpt import control, tokenizer, words
-from nanogpt.build import build_model
 from nanogpt.config import ROOT
 from nanogpt.control import build_control, language_of, prefix, read_form
 from nanogpt.messages import ConfigError
@@ -202,10 +201,7 @@ def test_the_bias_stands_before_the_samplers_stages_and_only_once():
 @pytest.fixture
 def model():
     tokens = CharTokenizer(LETTERS)
-    network = build_model(tiny_model_config(vocab_size=tokens.vocab_size, block_size=64), 0).eval()
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    return Model("tiny", network, tokens, contextlib.nullcontext)
+    return Model("tiny", wild_model(std=0.15, vocab_size=tokens.vocab_size, block_size=64), tokens, contextlib.nullcontext)
 
 
 def texts_of(model, settings, prompts, capacity=4):

@@ -2,22 +2,13 @@
 
 import pytest
 import torch
-from conftest import GPT2_RECIPE, tiny_model_config
+from conftest import GPT2_RECIPE, wild_model
 
-from nanogpt.build import build_model
 from nanogpt.generate import UNIFORMS, Decoder
 from nanogpt.sampling import sampler
 
 GREEDY = sampler(temperature=0.0)
 RECIPES = {"rope": {}, "learned": {"position": "learned"}, "gpt2": GPT2_RECIPE, "ngrams": {"ngrams": [2, 3], "ngram_buckets": 99}}
-
-
-def wild_model(**changes):
-    """A model whose logits differ enough for greedy choices to be stable."""
-    model = build_model(tiny_model_config(**changes), 0).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
 
 
 def prompts(*lengths, vocab=11):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GPT2_RECIPE, no_grad_eval, tiny_model_config
+from conftest import GPT2_RECIPE, no_grad_eval, tiny_model_config, wild_model
 from test_pretrained import LINES, bpe_json, hf_folder, ids, save_checkpoint  # noqa: F401 - bpe_json is a fixture
 
 from nanogpt import checkpoint, huggingface, writing
@@ -43,10 +43,7 @@ def saved_run(out, model, tokenizer, *, lora=None):
 
 
 def random_model(tokenizer, **changes):
-    model = build_model(tiny_model_config(**{"vocab_size": tokenizer.vocab_size, **changes}), 0)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    return model
+    return wild_model(std=0.2, **{"vocab_size": tokenizer.vocab_size, **changes})
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -8,14 +8,12 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from conftest import make_sample_config, tiny_model_config
+from conftest import make_sample_config, wild_model
 from test_end_to_end import ENVIRONMENT
 from test_trainer import train
 from test_writer import Scripted
 
 from nanogpt import control, messages
-from nanogpt.build import build_model
 from nanogpt.commands import Session
 from nanogpt.config import ROOT
 from nanogpt.groups import option, options
@@ -41,10 +39,7 @@ def own_folders(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def model():
     tokens = CharTokenizer(LETTERS)
-    network = build_model(tiny_model_config(vocab_size=tokens.vocab_size, block_size=64), 0).eval()
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return Model("tiny", network, tokens, contextlib.nullcontext)
+    return Model("tiny", wild_model(std=0.2, vocab_size=tokens.vocab_size, block_size=64), tokens, contextlib.nullcontext)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GPT2_RECIPE, make_config, no_grad_eval, tiny_model_config
+from conftest import GPT2_RECIPE, make_config, no_grad_eval, wild_model
 from test_trainer import resume, weights
 
 from nanogpt import checkpoint
@@ -27,9 +27,7 @@ def idx():
 
 def adapted(recipe, **settings):
     """(model with adapters, logits of its base); every base weight random."""
-    model = build_model(tiny_model_config(**RECIPES[recipe]), 0)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
+    model = wild_model(std=0.2, **RECIPES[recipe])
     with no_grad_eval(model):
         before = model(idx())
     add_adapters(model, FinetuneConfig(method="lora", **settings))

@@ -15,12 +15,11 @@ import time
 
 import pytest
 import torch
-from conftest import make_sample_config, tiny_model_config
+from conftest import make_sample_config, wild_model
 from test_end_to_end import ENVIRONMENT
 from test_trainer import train
 
 from nanogpt import messages
-from nanogpt.build import build_model
 from nanogpt.config import ROOT
 from nanogpt.messages import ConfigError
 from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
@@ -54,10 +53,7 @@ POEM_SAMPLER = {"_target_": "test_server.poem_sampler"}
 def tiny(tokenizer=None, **changes):
     """A random model whose logits differ."""
     tokenizer = tokenizer or CharTokenizer("\n !abcdefghijklmnopqrstuvwxyz")
-    network = build_model(tiny_model_config(vocab_size=tokenizer.vocab_size, **changes), 0).eval()
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return Model("outputs/tiny/iter_1", network, tokenizer, contextlib.nullcontext)
+    return Model("outputs/tiny/iter_1", wild_model(vocab_size=tokenizer.vocab_size, **changes), tokenizer, contextlib.nullcontext)
 
 
 class Served:

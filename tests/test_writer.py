@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from conftest import tiny_model_config
+from conftest import tiny_model_config, wild_model
 
 from nanogpt import generate, writer
-from nanogpt.build import build_model
 from nanogpt.messages import ConfigError
 from nanogpt.sampling import sampler
 from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
@@ -17,10 +16,7 @@ TOKENIZER = CharTokenizer("abcdefghijk")
 
 @pytest.fixture
 def model():
-    model = build_model(tiny_model_config(ngrams=[2], ngram_buckets=99), 0).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
+    return wild_model(ngrams=[2], ngram_buckets=99)
 
 
 def write(model, *requests, tokenizer=TOKENIZER, **options):
