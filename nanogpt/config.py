@@ -82,9 +82,21 @@ class MemoryConfig:
     """What is traded for memory."""
 
     activation_checkpointing: str = "none"
-    """none | every_block"""
+    """none | every_block | selective | budget"""
+    activation_budget_mib: int | None = None
+    """Activations kept for the backward pass by activation_checkpointing=budget, MiB."""
     loss_chunk_mib: int = 64
     """Largest piece of float32 logits, MiB."""
+    weights: str = "fp32"
+    """fp32 | bf16: format in which the weights are stored and trained."""
+    bf16_rounding: str = "stochastic"
+    """stochastic | kahan: how small updates survive in bf16 weights."""
+    optimizer_state: str = "fp32"
+    """fp32 | int8"""
+    optimizer_in_backward: bool = False
+    """Update each parameter as soon as its gradient is there, and free the gradient."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in RAM."""
 
 
 @dataclass
@@ -111,8 +123,36 @@ class HardwareConfig:
     """Dense float32 peak, TFLOP/s."""
     peak_tflops_half: float | None = None
     """Dense fp16/bf16 peak with float32 accumulation, TFLOP/s."""
+    bandwidth_gb_per_s: float | None = None
+    """Memory bandwidth, 10^9 bytes/s."""
+    pcie_gb_per_s: float | None = None
+    """Copies between RAM and the card, 10^9 bytes/s, each way."""
     vram_gib: float | None = None
-    """Cap of the CUDA allocator, GiB."""
+    """Memory of the card, GiB; a larger card is capped to behave like it."""
+    context_gib: float = 0.4
+    """VRAM that CUDA itself takes, beside the allocator."""
+    desktop_gib: float = 0.0
+    """VRAM that the desktop and other programs take."""
+    ram_gib: float | None = None
+    """Memory budget on a CPU, GiB; None takes what the machine has free."""
+
+
+@dataclass
+class TrialConfig:
+    """A bounded trial in a process of its own instead of a training; see nanogpt.fit.trial."""
+
+    enabled: bool = False
+    warmup_steps: int = 2
+    """Optimizer steps before the clock starts."""
+    steps: int = 5
+    """Timed optimizer steps."""
+    timeout_s: float = 600.0
+    skip_predicted: bool = True
+    """Skip a setting whose predicted peak is above the budget."""
+    margin: float = 0.05
+    """Part of the budget that stays free."""
+    again: bool = False
+    """Measure anew what an earlier sweep has measured."""
 
 
 @dataclass
@@ -131,8 +171,13 @@ class TrainConfig:
     compile: str = "auto"
     deterministic: bool = True
     max_iters: int = 250
-    batch_size: int = 16
+    plan: str = "false"
+    """false | true | matrix: say what would fit, train nothing."""
+    batch_size: int | str = 16
+    """Rows per micro-batch, or auto."""
     gradient_accumulation_steps: int = 1
+    global_batch_size: int | None = None
+    """Rows per optimizer step, instead of batch_size x gradient_accumulation_steps."""
     learning_rate: float = 1e-2
     min_lr: float = 0.0
     warmup_iters: int | None = None
@@ -161,6 +206,7 @@ class TrainConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    trial: TrialConfig = field(default_factory=TrialConfig)
     dataset: Any = MISSING
     logger: Any = field(default_factory=dict)
     groups: dict[str, str] = field(default_factory=dict)
@@ -176,14 +222,18 @@ CHOICES = {
     "model.activation": ("relu2", "gelu", "gelu_tanh"),
     "model.init": ("modern", "gpt2"),
     "precision.dtype": ("auto", "fp32", "fp16", "bf16"),
-    "memory.activation_checkpointing": ("none", "every_block"),
+    "memory.activation_checkpointing": ("none", "every_block", "selective", "budget"),
+    "memory.weights": ("fp32", "bf16"),
+    "memory.bf16_rounding": ("stochastic", "kahan"),
+    "memory.optimizer_state": ("fp32", "int8"),
+    "plan": ("false", "true", "matrix"),
     "finetune.method": ("full", "lora"),
 }
 # 下限（含）与上限（含）；None 表示不限
 RANGES = {
     "seed": (0, 2**63 - 1),
     "max_iters": (1, None),
-    "batch_size": (1, None),
+    "global_batch_size": (1, None),
     "gradient_accumulation_steps": (1, None),
     "min_lr": (0, None),
     "warmup_iters": (0, None),
@@ -213,12 +263,24 @@ RANGES = {
     "precision.initial_loss_scale": (1, None),
     "precision.loss_scale_growth_interval": (1, None),
     "memory.loss_chunk_mib": (1, None),
+    "memory.activation_budget_mib": (1, None),
     "finetune.rank": (1, None),
     "finetune.alpha": (0, None),
     "hardware.peak_tflops_fp32": (0, None),
     "hardware.peak_tflops_half": (0, None),
+    "hardware.bandwidth_gb_per_s": (0.1, None),
+    "hardware.pcie_gb_per_s": (0.1, None),
     "hardware.vram_gib": (0.1, None),
+    "hardware.context_gib": (0, None),
+    "hardware.desktop_gib": (0, None),
+    "hardware.ram_gib": (0.1, None),
+    "trial.warmup_steps": (0, None),
+    "trial.steps": (1, None),
+    "trial.timeout_s": (1, None),
+    "trial.margin": (0, 0.9),
 }
+
+
 def lookup(cfg: Any, key: str) -> Any:
     """Value at a dotted key of nested dataclasses."""
     for part in key.split("."):
@@ -285,6 +347,38 @@ def check_schedule(cfg: Any) -> None:
         raise ConfigError("warmup_too_long", got=cfg.warmup_iters, other=other, limit=end)
 
 
+def check_batch(cfg: Any) -> None:
+    """Rules between the keys that say how many rows a step takes."""
+    batch, total, accumulation = cfg.batch_size, cfg.global_batch_size, cfg.gradient_accumulation_steps
+    if batch == "auto":
+        # auto 自己决定累积几次：要有一个总数可凑
+        if total is None:
+            raise ConfigError("auto_needs_total")
+        return
+    if not isinstance(batch, int):
+        raise ConfigError("not_a_choice", key="batch_size", got=batch, allowed="1 2 3 … | auto")
+    check_range("batch_size", batch, 1, None)
+    # 默认的 1 等于没写；写了就必须说的是同一件事
+    if total is not None and accumulation != 1 and batch * accumulation != total:
+        raise ConfigError("two_totals", batch=batch, accum=accumulation, product=batch * accumulation, total=total)
+
+
+def check_memory(cfg: Any) -> None:
+    """Rules between the parts of memory= and the rest."""
+    memory = cfg.memory
+    if (memory.activation_checkpointing == "budget") != (memory.activation_budget_mib is not None):
+        raise ConfigError("budget_pair", mode=memory.activation_checkpointing, budget=memory.activation_budget_mib)
+    if memory.weights == "bf16" and cfg.precision.dtype.lower() not in ("auto", "bf16"):
+        raise ConfigError("bf16_weights_precision", got=cfg.precision.dtype)
+    if memory.optimizer_in_backward:
+        # 梯度一到就用掉：没有什么可以累积、还原或求和
+        if cfg.precision.dtype.lower() == "fp16":
+            raise ConfigError("in_backward_fp16")
+        rows = cfg.global_batch_size or (cfg.batch_size * cfg.gradient_accumulation_steps if isinstance(cfg.batch_size, int) else None)
+        if isinstance(cfg.batch_size, int) and rows > cfg.batch_size:
+            raise ConfigError("in_backward_accumulation", rows=rows, batch=cfg.batch_size)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Learning-rate schedule with every default filled in; see optimizers.learning_rate_at."""
@@ -311,6 +405,8 @@ def check(cfg: Any) -> None:
     check_ranges(cfg, RANGES)
     check_rates(cfg)
     check_model(cfg.model)
+    check_batch(cfg)
+    check_memory(cfg)
     check_schedule(cfg)
     check_device(cfg.device)
     name = str(cfg.dataset["name"])

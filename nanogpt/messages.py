@@ -97,6 +97,32 @@ MESSAGES = {
         "warmup_iters={got} is not shorter than {other}={limit}; lower warmup_iters or train longer",
         "warmup_iters={got} 不短于 {other}={limit}；请调小 warmup_iters 或延长训练",
     ),
+    "auto_needs_total": (
+        "batch_size=auto needs global_batch_size: the rows of one optimizer step, for example global_batch_size=64",
+        "batch_size=auto 需要 global_batch_size：每次更新的序列总条数，例如 global_batch_size=64",
+    ),
+    "two_totals": (
+        "global_batch_size={total} is not batch_size={batch} x gradient_accumulation_steps={accum} = {product}; drop one of the two",
+        "global_batch_size={total} 与 batch_size={batch} x gradient_accumulation_steps={accum} = {product} 不符；请去掉其中一个",
+    ),
+    "budget_pair": (
+        "memory.activation_checkpointing={mode} with memory.activation_budget_mib={budget}; set the budget if and only if the mode is budget",
+        "memory.activation_checkpointing={mode} 与 memory.activation_budget_mib={budget} 不配；只有 budget 模式才写预算，也必须写",
+    ),
+    "bf16_weights_precision": (
+        "precision.dtype={got}: memory.weights=bf16 computes in bf16; choose precision=bf16 or memory.weights=fp32",
+        "precision.dtype={got}：memory.weights=bf16 时用 bf16 计算；请用 precision=bf16，或 memory.weights=fp32",
+    ),
+    "in_backward_fp16": (
+        "precision=fp16: memory.optimizer_in_backward=true has no loss scaling; choose precision=bf16, or memory.optimizer_in_backward=false",
+        "precision=fp16：memory.optimizer_in_backward=true 时没有 loss scaling；请用 precision=bf16，或 memory.optimizer_in_backward=false",
+    ),
+    "in_backward_accumulation": (
+        "memory.optimizer_in_backward=true frees gradients at once and cannot accumulate {rows} rows in pieces of batch_size={batch}; "
+        "set gradient_accumulation_steps=1 and no global_batch_size, or memory.optimizer_in_backward=false",
+        "memory.optimizer_in_backward=true 时梯度随到随放，不能把 {rows} 条按 batch_size={batch} 累积；"
+        "请用 gradient_accumulation_steps=1 且不设 global_batch_size，或 memory.optimizer_in_backward=false",
+    ),
     "no_prepare": (
         "dataset.name={got}: there is no data/{got}/prepare.py; choose another dataset or write that script",
         "dataset.name={got}：找不到 data/{got}/prepare.py；请换一个 dataset，或写出这个脚本",

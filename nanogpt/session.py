@@ -1,5 +1,6 @@
 """One training run from checked config to the last line on the screen."""
 
+import math
 import os
 import signal
 from pathlib import Path
@@ -16,7 +17,9 @@ from nanogpt.files import write_text
 from nanogpt.loggers import JsonlLogger, Loggers
 from nanogpt.lora import add_adapters
 from nanogpt.messages import ConfigError, text
+from nanogpt.precision import Precision
 from nanogpt.pretrained import Pretrained, adapted, build_pretrained, check_vocabulary, open_pretrained
+from nanogpt.step import build_step
 from nanogpt.trainer import Trainer, share_batch
 
 # 大于它的学习率几步之内就会冲掉预训练学到的东西
@@ -106,11 +109,11 @@ class Session:
     def _build(self) -> Trainer:
         cfg = self.cfg
         model = self._build_model().to(self.device)
-        optimizer = build_part(cfg.optimizer, "optimizer", model)
+        computation = build_step(cfg, model, Precision(cfg.precision, self.device))
         backends = [build_part(node, f"logger.{name}") for name, node in (cfg.logger or {}).items()]
         loggers = Loggers([JsonlLogger(), *backends] if distributed.rank() == 0 else [])
         trainer = Trainer(
-            cfg, model=model, optimizer=optimizer, data=self.data, device=self.device, loggers=loggers,
+            cfg, computation=computation, data=self.data, device=self.device, loggers=loggers,
             run_dir=self.run_dir, console=self.console,
         )
         if self.source:
@@ -162,7 +165,7 @@ class Session:
         line(
             "start", model=cfg.model.name, parameters=f"{trainer.model.parameter_count() / 1e6:.2f}M", arch=cfg.model.arch,
             precision=trainer.precision.label, device=self.device, tokens=trainer.global_rows * trainer.block_size,
-            batch=trainer.micro_batch, accum=trainer.local_rows // trainer.micro_batch, block=trainer.block_size,
+            batch=trainer.micro_batch, accum=math.ceil(trainer.local_rows / trainer.micro_batch), block=trainer.block_size,
             world=f" x {world}" if world > 1 else "",
         )
         line("peak", source=trainer.peak_source, tflops=trainer.peak)

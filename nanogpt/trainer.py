@@ -18,8 +18,8 @@ from nanogpt.messages import ConfigError
 from nanogpt.metrics import RTX3060_TFLOPS, Stopwatch, memory_gib, peak_tflops
 from nanogpt.oom import is_out_of_memory
 from nanogpt.optimizers import learning_rate_at
-from nanogpt.precision import Precision
 from nanogpt.sampling import sampler
+from nanogpt.step import Step
 from nanogpt.summary import write_summary
 from nanogpt.writer import write_sample
 
@@ -71,11 +71,11 @@ class Trainer:
     """Trains one model on one data set in one process (of several under torchrun)."""
 
     def __init__(
-        self, cfg: TrainConfig, *, model, optimizer, data: TokenData, device: torch.device, loggers: Loggers, run_dir: Path, console: Console
+        self, cfg: TrainConfig, *, computation: Step, data: TokenData, device: torch.device, loggers: Loggers, run_dir: Path, console: Console
     ):
         self.cfg = cfg
-        self.model = model
-        self.optimizer = optimizer
+        self.computation = computation
+        self.model, self.optimizer, self.precision = computation.model, computation.optimizer, computation.precision
         self.data = data
         self.device = device
         self.loggers = loggers
@@ -83,10 +83,9 @@ class Trainer:
         self.console = console
         self.config_text = ""
         self.schedule = schedule_of(cfg)
-        self.precision = Precision(cfg.precision, device)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = computation.parameters
         self.progress = Progress()
-        self.block_size = model.config.block_size
+        self.block_size = self.model.config.block_size
         self.local_rows, self.micro_batch = share_batch(cfg, distributed.world())
         self.eval_batch = cfg.eval_batch_size or self.micro_batch
         self.windows = data.val_windows(self.block_size, cfg.eval_tokens)
@@ -96,9 +95,7 @@ class Trainer:
         self.interval = Interval()
         self.saved: checkpoint.Checkpoint | None = None
         self.last_sample = ""
-        model.activation_checkpointing = cfg.memory.activation_checkpointing
-        model.loss_chunk_mib = cfg.memory.loss_chunk_mib
-        compile_hidden(model, cfg.compile, device, console)
+        compile_hidden(self.model, cfg.compile, device, console)
 
     # ---- 一步 ----
 
@@ -154,12 +151,7 @@ class Trainer:
         for first in range(0, len(starts), self.micro_batch):
             rows = starts[first : first + self.micro_batch]
             x, y = self._to_device(*self.data.rows("train", rows, self.block_size))
-            with self.precision.context():
-                # 按行数加权：最后一个微批可以不满，梯度仍等于整批的平均
-                loss = self.model.loss(x, y) * (len(rows) / self.global_rows)
-            with self.precision.backward_context():
-                self.precision.scaler.scale(loss).backward()
-            total += loss.detach()
+            total += self.computation.micro_batch(x, y, len(rows) / self.global_rows)
         return total
 
     def _shrink(self) -> None:
@@ -179,17 +171,16 @@ class Trainer:
         # 先还原再裁剪，否则阈值会被 loss scale 放大
         if scaler.is_enabled():
             scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        limit, norm = self.cfg.grad_clip or math.inf, norm.item()
+        limit, norm = self.cfg.grad_clip or math.inf, self.computation.gradient_norm().item()
         if math.isfinite(norm) and norm > limit:
             # 没超过阈值就不必把全部梯度再读写一遍
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, torch.tensor(norm, device=self.device))
+            self.computation.clip(torch.tensor(norm, device=self.device), limit)
         if scaler.is_enabled() and math.isfinite(loss):
             # 梯度溢出是 fp16 的日常：scaler 自己跳过这一步并减半 scale
             scaler.step(self.optimizer)
             scaler.update()
         elif math.isfinite(loss) and math.isfinite(norm):
-            self.optimizer.step()
+            self.computation.update()
         elif scaler.is_enabled():
             # loss 已坏：登记一次溢出，让 scale 减半，但不更新
             scaler.update()
@@ -395,6 +386,11 @@ class Trainer:
 def share_batch(cfg: TrainConfig, world: int) -> tuple[int, int]:
     """(rows per process and step, rows per micro-batch) for the same effective batch with any number of processes."""
     batch, accumulation = cfg.batch_size, cfg.gradient_accumulation_steps
+    if total := cfg.global_batch_size:
+        if total % world:
+            raise ConfigError("world_batch", batch=total, accum=1, world=world)
+        # 除不尽也没关系：最后一个微批短一些，等效批量仍然精确
+        return total // world, min(batch, total // world)
     if accumulation % world == 0:
         return batch * accumulation // world, batch
     if batch % world == 0:

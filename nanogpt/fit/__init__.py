@@ -1,0 +1,1 @@
+"""Know before you run: predicted memory and speed, isolated trials, sweeps and their report."""
