@@ -136,6 +136,7 @@ MESSAGES = {
         "{path} names code of its own ({targets}); a checkpoint's code is run only when you type the group that names it, e.g. model=<your model>",
         "{path} 指定了自带的代码（{targets}）；只有在命令行写出对应的配置组（如 model=<你的模型>）时才会执行",
     ),
+    # ---- 省显存的各部分 ----
     # ---- 设备 ----
     "no_device": (
         "device={got}: this machine offers {have}; choose device={have} or install the CUDA build of torch (README)",
@@ -577,4 +578,10 @@ MESSAGES = {
         "{key} needs zh: [names], en: [names] and may have words: {{zh: [...], en: [...]}}",
         "{key} 要有 zh: [名字]、en: [名字]，可以有 words: {{zh: [...], en: [...]}}",
     ),
+    # ---- 计划 ----
+    #
+    # ---- 试跑、扫描与报告 ----
+    #
+    # ---- 自动批量与显存不足的诊断 ----
+    #
 }
