@@ -61,6 +61,17 @@ def test_accumulation_equals_the_large_batch(in_tmp, tiny_overrides, optimizer):
     assert parts.progress.val_loss == pytest.approx(whole.progress.val_loss, abs=1e-3)
 
 
+def test_any_micro_batch_gives_the_global_batch_exactly(in_tmp, tiny_overrides):
+    # 5 + 5 + 2：最后一个微批不满，梯度仍等于整批的平均
+    whole = train(tiny_overrides, "batch_size=12", out="outputs/a")
+    parts = train(tiny_overrides, "batch_size=5", "global_batch_size=12", out="outputs/b")
+    assert parts.progress.samples_seen == whole.progress.samples_seen == 72
+    torch.testing.assert_close(weights(parts.model), weights(whole.model), atol=2e-4, rtol=1e-3)
+    assert share_batch(make_config("batch_size=16", "global_batch_size=6"), 2) == (3, 3)
+    with pytest.raises(ConfigError, match="divisible|shared|process"):
+        share_batch(make_config("global_batch_size=5"), 2)
+
+
 @pytest.mark.parametrize("more", [
     ["optimizer=muon", "model.dropout=0.1"],
     ["optimizer=adamw", "precision=fp16", "precision.loss_scale_growth_interval=4", "model.dropout=0.1"],
