@@ -1,0 +1,76 @@
+"""What to show when a step ran out of memory and cannot be divided further: which part, by how much, what to type."""
+
+import re
+from dataclasses import asdict, replace
+
+from nanogpt.config import TrainConfig
+from nanogpt.console import Console
+from nanogpt.fit.advice import Advice, advise
+from nanogpt.fit.plan import Plan, Planner
+from nanogpt.fit.show import GIB, table
+from nanogpt.messages import ConfigError, text
+
+UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+AMOUNT = r"([\d.]+) (bytes|KiB|MiB|GiB)"
+# 占预算不到这么多却不够用：多半是别的程序占着
+UNEXPECTED = 0.9
+
+
+class OutOfMemory(ConfigError):
+    """A step that cannot be made smaller does not fit; `detail` is what the library said."""
+
+    def __init__(self, *, phase: str, rows: int, detail: str):
+        super().__init__("oom_final", phase=text(f"oom_in_{phase}"), rows=rows)
+        self.phase, self.rows, self.detail = phase, rows, detail
+
+
+def wanted_and_free(detail: str) -> tuple[float | None, float | None]:
+    """(GiB asked for, GiB that were free) as an out-of-memory message says, None for what it does not say."""
+    asked = re.search(rf"[Tt]ried to allocate {AMOUNT}", detail)
+    free = re.search(rf"{AMOUNT} is free", detail)
+    return tuple(float(found[1]) * UNITS[found[2]] / GIB if found else None for found in (asked, free))
+
+
+def show(error: OutOfMemory, cfg: TrainConfig, console: Console, *, resume: str | None) -> None:
+    """Print one screen about the failed step of cfg; `resume` is the run folder when it has a checkpoint."""
+    wanted, free = wanted_and_free(error.detail)
+    console.line("oom_title", phase=text(f"oom_in_{error.phase}"), rows=error.rows)
+    if wanted is not None:
+        console.line("oom_wanted" if free is not None else "oom_wanted_only", wanted=wanted, free=free or 0.0)
+    try:
+        planner, plan, ways = _planned(cfg, error.rows)
+    except (ConfigError, MemoryError, RuntimeError) as reason:
+        # 追踪不了的模型：少一张表，建议照给
+        console.line("oom_no_plan", reason=str(reason).splitlines()[0] if str(reason) else type(reason).__name__)
+        return
+    for row in table(plan):
+        console.plain(row)
+    _judge(plan, planner, console)
+    if ways:
+        console.line("oom_add", typed=ways[0].typed, speed=ways[0].speed, peak=ways[0].plan.total / GIB)
+        typed = ways[0].typed
+        command = f"resume={resume} {typed}" if resume else f"… {typed}"
+        console.plain(f"  python run_train.py {command}")
+    else:
+        console.line("oom_nothing")
+
+
+def _planned(cfg: TrainConfig, rows: int) -> tuple[Planner, Plan, list[Advice]]:
+    total = cfg.global_batch_size or cfg.batch_size * cfg.gradient_accumulation_steps
+    failed = replace(cfg, batch_size=min(rows, total), gradient_accumulation_steps=1, global_batch_size=total, init_from=None)
+    planner = Planner(failed)
+    plan = planner.predict(failed)
+    ways = [way for way in advise(plan, planner) if way.plan.total < plan.total]
+    return planner, plan, ways
+
+
+def _judge(plan: Plan, planner: Planner, console: Console) -> None:
+    """Name the largest part, and say by how much the prediction is above the budget or that it is not."""
+    parts = {key: size for key, size in asdict(plan.parts).items() if key not in ("context", "desktop", "rounding")}
+    largest = max(parts, key=parts.get)
+    console.line("oom_largest", part=text(f"plan_{largest}"), gib=parts[largest] / GIB)
+    if plan.total > UNEXPECTED * plan.budget.total:
+        console.line("oom_above", total=plan.total / GIB, budget=plan.budget.total / GIB, over=max(0.0, plan.total - plan.budget.total) / GIB)
+    else:
+        # 按预测放得下却失败了：预算里被别人占走一块
+        console.line("oom_unexpected", total=plan.total / GIB, budget=plan.budget.total / GIB)

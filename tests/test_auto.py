@@ -1,0 +1,133 @@
+"""batch_size=auto: which micro-batches are tried, which one wins, what is remembered."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from conftest import make_config
+
+from nanogpt.console import Console
+from nanogpt.fit import auto
+from nanogpt.fit.trial import TrialResult
+from nanogpt.messages import ConfigError
+
+GIB = 2**30
+
+
+def result(size: int, speed: float, *, peak: float = 1.0, status: str = "ok") -> TrialResult:
+    return TrialResult(status=status, reason="", tokens_per_s=speed, peak_gib=peak, budget_gib=10.0, micro_batch=size)
+
+
+def test_candidates_split_any_number_of_rows_evenly_and_end_at_one():
+    for rows in (1, 2, 7, 64, 100, 480):
+        sizes = auto.candidates(rows, whole=False)
+        assert sizes == sorted(set(sizes), reverse=True) and sizes[0] == rows and sizes[-1] == 1
+        for size in sizes:
+            pieces = -(-rows // size)
+            # 再小一条就要多累积一次
+            assert size == 1 or -(-rows // (size - 1)) > pieces
+    assert auto.candidates(64, whole=True) == [64]
+
+
+def test_the_search_starts_at_the_largest_promising_size_and_asks_few():
+    asked = []
+
+    def promising(size):
+        asked.append(size)
+        return size <= 13
+
+    sizes = auto.candidates(480, whole=False)
+    assert auto.worth_trying(sizes, promising) == [s for s in sizes if s <= 13]
+    assert len(asked) <= 5
+    assert auto.worth_trying(sizes, lambda size: False) == []
+    assert auto.worth_trying(sizes, lambda size: True) == sizes
+
+
+def test_the_fastest_wins_and_not_the_largest():
+    speeds = {32: 90.0, 16: 100.0, 8: 80.0, 4: 70.0, 2: 10_000.0}
+    tried = []
+
+    def measure(size):
+        tried.append(size)
+        return result(size, speeds[size])
+
+    assert auto.fastest(list(speeds), measure, lambda r: True).micro_batch == 16
+    # 连续两档更慢就停，不再往小试
+    assert tried == [32, 16, 8, 4]
+
+
+def test_failures_and_sizes_without_margin_never_win():
+    outcomes = {32: result(32, 0.0, status="oom"), 16: result(16, 500.0, peak=9.9), 8: result(8, 50.0)}
+    best = auto.fastest(list(outcomes), outcomes.get, lambda r: r.peak_gib <= r.budget_gib * 0.95)
+    assert best.micro_batch == 8
+    assert auto.fastest([32], outcomes.get, lambda r: True) is None
+
+
+@pytest.fixture
+def machine(in_tmp, monkeypatch):
+    """A machine on which 20 rows fit by prediction and 16 in truth; returns the sizes that were tried."""
+    tried = []
+
+    def predict(cfg):
+        return SimpleNamespace(total=cfg.batch_size * GIB // 2, budget=10 * GIB)
+
+    def run_trial(cfg, overrides, folder):
+        tried.append(cfg)
+        if cfg.batch_size > 16:
+            return result(cfg.batch_size, 0.0, status="oom")
+        return result(cfg.batch_size, 100.0 + cfg.batch_size)
+
+    monkeypatch.setattr(auto, "predict", predict)
+    monkeypatch.setattr(auto, "run_trial", run_trial)
+    return tried
+
+
+def test_auto_keeps_the_effective_batch_and_remembers_the_verdict(machine):
+    cfg = make_config("batch_size=auto", "global_batch_size=64")
+    assert auto.choose(cfg, [], processes=1, console=Console(quiet=True)) == 16
+    assert [c.batch_size for c in machine] == [22, 16, 11, 8]
+    assert all(c.global_batch_size == 64 and c.trial.enabled for c in machine)
+    # 第二次不再试
+    assert auto.choose(cfg, [], processes=1, console=Console(quiet=True)) == 16
+    assert len(machine) == 4
+    # 配置变了、要求重测、记录坏了，都会重来
+    auto.choose(replace(cfg, trial=replace(cfg.trial, again=True)), [], processes=1, console=Console(quiet=True))
+    assert len(machine) == 8
+    auto.choose(make_config("batch_size=auto", "global_batch_size=64", "model.n_layer=2"), [], processes=1, console=Console(quiet=True))
+    assert len(machine) == 12
+    for file in auto.FOLDER.glob("*.json"):
+        assert json.loads(file.read_text(encoding="utf-8"))["batch_size"] == 16
+        file.write_text("{", encoding="utf-8")
+    assert auto.choose(cfg, [], processes=1, console=Console(quiet=True)) == 16
+    assert len(machine) == 16
+
+
+def test_several_processes_share_the_effective_batch(machine):
+    cfg = make_config("batch_size=auto", "global_batch_size=64")
+    auto.choose(cfg, [], processes=2, console=Console(quiet=True))
+    assert all(c.global_batch_size == 32 for c in machine)
+
+
+def test_auto_says_what_is_missing_when_nothing_fits(machine, monkeypatch):
+    monkeypatch.setattr(auto, "predict", lambda cfg: SimpleNamespace(total=20 * GIB, budget=10 * GIB))
+    with pytest.raises(ConfigError, match="not even 1 rows fit .predicted 20.0 GiB, budget 10.0 GiB"):
+        auto.choose(make_config("batch_size=auto", "global_batch_size=64"), [], processes=1, console=Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["batch_size=auto"], "batch_size=auto needs global_batch_size"),
+        (["batch_size=many"], "batch_size=many is not known"),
+        (["batch_size=0"], "batch_size=0 is out of range"),
+        (["batch_size=4", "gradient_accumulation_steps=3", "global_batch_size=16"], "global_batch_size=16 is not batch_size=4 x gradient_accumulation_steps=3 = 12"),
+        (["memory.optimizer_in_backward=true", "gradient_accumulation_steps=2"], "cannot accumulate 32 rows in pieces of batch_size=16"),
+        (["memory.optimizer_in_backward=true", "precision=fp16"], "has no loss scaling"),
+        (["memory.weights=bf16", "precision=fp32"], "memory.weights=bf16 computes in bf16"),
+        (["memory.activation_checkpointing=budget"], "activation_budget_mib=None"),
+    ],
+)
+def test_contradictions_between_the_keys_are_one_line(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        make_config(*overrides)
