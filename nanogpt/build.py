@@ -20,16 +20,21 @@ def locate_class(target: str, key: str) -> Any:
         raise ConfigError("no_such_class", key=key, got=target, reason=error) from None
 
 
-def build_model(config: ModelConfig, seed: int):
-    """The model that config._target_ names, its weights drawn from `seed`."""
+def build_model(config: ModelConfig, seed: int, weights: str = "fp32"):
+    """The model that config._target_ names, its weights drawn from `seed` and stored as `weights` (fp32 | bf16) from the start."""
     import torch
 
     kind = locate_class(config._target_, "model._target_")
     torch.manual_seed(seed)
+    usual = torch.get_default_dtype()
     try:
+        # 直接造成 bf16：大模型的 fp32 副本可能根本放不下
+        torch.set_default_dtype(torch.bfloat16 if weights == "bf16" else usual)
         return kind(config)
     except ValueError as error:
         raise ConfigError("bad_part", key="model", reason=error) from None
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def build_part(node: dict, key: str, *arguments) -> Any:

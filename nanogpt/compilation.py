@@ -18,13 +18,13 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def compile_hidden(model, asked: str, device: torch.device, console) -> None:
-    """Compile model.hidden for training steps as compile=auto|true|false asks, where that works."""
+def compile_hidden(model, asked: str, device: torch.device, console, *, obstacle: str | None = None) -> None:
+    """Compile model.hidden for training steps as compile=auto|true|false asks, where that works and nothing (`obstacle`) speaks against it."""
     asked = asked.lower()
     # CPU 上编译要一分钟，小模型短训练赚不回来；auto 只在 GPU 上开
     if asked == "false" or (asked == "auto" and device.type == "cpu"):
         return
-    reason = unavailable(device) or _trial(device)
+    reason = obstacle or unavailable(device) or _trial(device)
     if reason:
         if asked == "true":
             console.line("compile_off", asked=asked, reason=reason)

@@ -123,6 +123,15 @@ MESSAGES = {
         "memory.optimizer_in_backward=true 时梯度随到随放，不能把 {rows} 条按 batch_size={batch} 累积；"
         "请用 gradient_accumulation_steps=1 且不设 global_batch_size，或 memory.optimizer_in_backward=false",
     ),
+    "in_backward_world": (
+        "memory.optimizer_in_backward=true uses each gradient before {world} processes could add them up; start one process, "
+        "or memory.optimizer_in_backward=false",
+        "memory.optimizer_in_backward=true 时梯度来不及在 {world} 个进程之间求和；请只用一个进程，或 memory.optimizer_in_backward=false",
+    ),
+    "foreign_optimizer": (
+        "{key}={got} works with optimizer=adamw and optimizer=muon, not with {kind}; choose one of them or leave {key} at its default",
+        "{key}={got} 只能配 optimizer=adamw 或 muon，{kind} 不支持；请换成其中之一，或让 {key} 保持默认",
+    ),
     "no_prepare": (
         "dataset.name={got}: there is no data/{got}/prepare.py; choose another dataset or write that script",
         "dataset.name={got}：找不到 data/{got}/prepare.py；请换一个 dataset，或写出这个脚本",

@@ -4,16 +4,17 @@
 RMSNorm, QK-norm, squared ReLU and zero-initialised output projections.
 """
 
+import contextlib
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from nanogpt.attention import CausalSelfAttention, KVCache, rms_norm, rope_table
 from nanogpt.config import ModelConfig
 from nanogpt.loss import chunked_cross_entropy
+from nanogpt.recompute import run_block
 
 
 class Norm(nn.Module):
@@ -115,6 +116,15 @@ class NgramEmbedding(nn.Module):
         return self.table(key % self.table.num_embeddings)
 
 
+def draw_normal(weight: torch.Tensor, std: float) -> None:
+    """Fill with normal values drawn in float32, so that a 16-bit model starts from the rounded weights of a float32 one."""
+    if weight.dtype == torch.float32:
+        nn.init.normal_(weight, std=std)
+    else:
+        # bf16 的均匀分布只有 8 位，由它得出的正态分布又粗又缺尾巴；逐个张量转，不多占整份内存
+        weight.copy_(torch.empty(weight.shape, dtype=torch.float32, device=weight.device).normal_(std=std))
+
+
 class GPT(nn.Module):
     """Decoder-only transformer. idx and targets are (B, T) int64 with T <= block_size.
 
@@ -128,6 +138,9 @@ class GPT(nn.Module):
         self.config = config
         # 由训练器按 memory=... 设置，不属于模型结构，故不进 checkpoint
         self.activation_checkpointing = "none"
+        # 只对 budget 有效：最后这么多个 block 保留激活
+        self.kept_blocks = 0
+        self.recompute_context = contextlib.nullcontext
         self.loss_chunk_mib = 64
         self.compiled_hidden = None
         # 逐 token 解码的专用快路，由 acceleration 按设备装上
@@ -165,18 +178,18 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear):
                 # gpt2 固定 0.02；modern 按输入宽度缩放，每层输出方差约为 1
                 std = 0.02 if self.config.init == "gpt2" else 1.0 / math.sqrt(module.in_features)
-                nn.init.normal_(module.weight, std=std)
+                draw_normal(module.weight, std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                draw_normal(module.weight, 0.02)
         for block in self.h:
             for projection in (getattr(block.attn, "c_proj", None), getattr(block.mlp, "c_proj", None)):
                 if projection is None:
                     continue  # 使用者自己的模块可以没有 c_proj
                 if self.config.init == "gpt2":
                     # 残差相加 2L 次，按 1/sqrt(2L) 缩小，方差不随深度增长
-                    nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+                    draw_normal(projection.weight, 0.02 / math.sqrt(2 * self.config.n_layer))
                 else:
                     # 从恒等映射出发：开始时每个 block 都不改动残差流
                     nn.init.zeros_(projection.weight)
@@ -184,7 +197,7 @@ class GPT(nn.Module):
             # 从零开始，没见过的 n-gram 不带噪声
             nn.init.zeros_(ngram.table.weight)
         if self.config.init == "modern" and not self.config.tie_embeddings:
-            nn.init.normal_(self.wte.weight, std=1.0)
+            draw_normal(self.wte.weight, 1.0)
             nn.init.zeros_(self.lm_head.weight)
 
     @property
@@ -218,12 +231,8 @@ class GPT(nn.Module):
         x = self.embed(idx, cache)
         at = cache.position if cache is not None else slice(0, idx.size(1))
         rope = (self.rope_cos[at], self.rope_sin[at]) if self.config.position == "rope" else None
-        for block in self.h:
-            if self.activation_checkpointing == "every_block" and self.training and torch.is_grad_enabled():
-                # 只留每个 block 的输入，反向时重算一遍：以约三成时间换激活显存
-                x = checkpoint(block, x, rope, use_reentrant=False)
-            else:
-                x = block(x, rope, cache)
+        for layer, block in enumerate(self.h):
+            x = run_block(self, layer, block, x, rope, cache)
         if cache is not None:
             cache.advance(idx)
         return self.ln_f(x)

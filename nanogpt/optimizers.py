@@ -9,6 +9,12 @@ import math
 import torch
 from torch.optim.adamw import adamw as adamw_kernel
 
+from nanogpt.config import MemoryConfig
+from nanogpt.frugal import Storage, adamw_update, muon_apply, muon_direction
+from nanogpt.messages import ConfigError
+
+# 同形状的矩阵一起正交化：小模型快数倍，大模型不为此多占显存
+STACK_BYTES = 64 * 2**20
 # NS 五步的系数：让奇异值尽快靠近 1，不求精确收敛（Keller Jordan, 2024）
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
@@ -23,6 +29,9 @@ class Optimizer:
         # 每组：params、names、lr、lr_scale、weight_decay，余下由子类定义
         self.param_groups = [group for group in groups if group["params"]]
         self.state: dict[str, dict[str, torch.Tensor]] = {}
+        self.storage = Storage(MemoryConfig())
+        # 默认格式走融合 kernel 的整批更新，最快；其余逐块更新
+        self.frugal = False
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -36,20 +45,22 @@ class Optimizer:
         return {"state": self.state}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what state_dict returned, moving each tensor to where its parameter lives."""
+        """Restore what state_dict returned, under any memory= settings, converting each tensor to the present ones."""
         by_name = {name: p for g in self.param_groups for name, p in zip(g["names"], g["params"], strict=True)}
         if set(state["state"]) - set(by_name):
             raise ValueError("optimizer: the checkpoint's state belongs to other parameters; resume with the same model and optimizer")
-        # step 计数也跟着参数走：CUDA 的融合 kernel 要求它在同一设备上
-        self.state = {name: {k: v.to(by_name[name].device) for k, v in tensors.items()} for name, tensors in state["state"].items()}
+        self.state = {name: self.storage.converted(tensors, by_name[name]) for name, tensors in state["state"].items()}
 
     def _present(self, group: dict) -> list[tuple[str, torch.Tensor]]:
         """(name, parameter) pairs that have a gradient."""
         return [(n, p) for n, p in zip(group["names"], group["params"], strict=True) if p.grad is not None]
 
-    def _adamw_step(self, group: dict) -> None:
-        """One AdamW update (Loshchilov & Hutter, arXiv:1711.05101) through torch's fused kernel."""
-        present = self._present(group)
+    def _adamw_step(self, group: dict, present: list[tuple[str, torch.Tensor]], **guard) -> None:
+        """One AdamW update (Loshchilov & Hutter, arXiv:1711.05101) of (name, parameter) pairs through torch's fused kernel."""
+        if self.frugal:
+            for name, p in present:
+                adamw_update(self.storage, self.state.setdefault(name, {}), group, p, p.grad, **guard)
+            return
         for name, p in present:
             if name not in self.state:
                 self.state[name] = {
@@ -69,10 +80,15 @@ class Optimizer:
             )
 
     @torch.no_grad()
+    def update_one(self, name: str, p: torch.Tensor, group: dict, *, skip: torch.Tensor, factor: torch.Tensor | None) -> None:
+        """Update one parameter from its gradient times `factor` (), unless `skip` () is 1.0."""
+        group["update"](group, [(name, p)], skip=skip, factor=factor)
+
+    @torch.no_grad()
     def step(self) -> None:
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            group["update"](group)
+            group["update"](group, self._present(group))
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int) -> torch.Tensor:
@@ -99,22 +115,70 @@ class Muon(Optimizer):
     that of an AdamW update, so one learning rate serves both.
     """
 
-    def _muon_step(self, group: dict) -> None:
-        by_shape: dict[tuple, list] = {}
-        for name, p in self._present(group):
+    def _muon_step(self, group: dict, present: list[tuple[str, torch.Tensor]], **guard) -> None:
+        for portion in portions(present):
+            if self.frugal:
+                self._frugal_muon(group, portion, **guard)
+            else:
+                self._plain_muon(group, portion)
+
+    def _plain_muon(self, group: dict, named: list[tuple[str, torch.Tensor]]) -> None:
+        weights, directions = [], []
+        for name, p in named:
             momentum = self.state.setdefault(name, {"momentum": torch.zeros_like(p)})["momentum"]
             momentum.lerp_(p.grad, 1 - group["momentum"])
+            splits = group["splits"].get(name, 1)
             # Nesterov：向前多看一步
-            update = p.grad.lerp(momentum, group["momentum"])
-            # qkv 三块各自正交化，合在一起会互相牵制
-            for part, piece in zip(p.chunk(group["splits"].get(name, 1)), update.chunk(group["splits"].get(name, 1)), strict=True):
-                by_shape.setdefault(tuple(piece.shape), []).append((part, piece))
-        for (rows, cols), pairs in by_shape.items():
-            # 同形状的矩阵堆在一起做批量乘法，小模型上快数倍
-            updates = orthogonalize(torch.stack([piece for _, piece in pairs]), group["ns_steps"])
-            scale = 0.2 * math.sqrt(max(rows, cols)) * group["lr"]
-            for (part, _), update in zip(pairs, updates, strict=True):
-                part.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
+            directions += p.grad.lerp(momentum, group["momentum"]).chunk(splits)
+            weights += p.chunk(splits)
+        for part, update in zip(weights, orthogonalized(directions, group["ns_steps"]), strict=True):
+            scale = group["lr"] * update_scale(part.shape)
+            part.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
+
+    def _frugal_muon(self, group: dict, named: list[tuple[str, torch.Tensor]], skip=None, factor=None) -> None:
+        states = [self.state.setdefault(name, {}) for name, _ in named]
+        directions = [
+            muon_direction(self.storage, state, group, p, p.grad, skip=skip, factor=factor) for (_, p), state in zip(named, states, strict=True)
+        ]
+        splits = [d.chunk(group["splits"].get(name, 1)) for (name, _), d in zip(named, directions, strict=True)]
+        parts = [part for chunks in splits for part in chunks]
+        for part, update in zip(parts, orthogonalized(parts, group["ns_steps"]), strict=True):
+            # 写回原处：一份方向、一份结果之外不再有第三份
+            part.copy_(update)
+        for (_, p), state, update, chunks in zip(named, states, directions, splits, strict=True):
+            muon_apply(self.storage, state, group, p, update, scale=group["lr"] * update_scale(chunks[0].shape), skip=skip)
+
+
+def portions(named: list[tuple[str, torch.Tensor]]) -> list[list[tuple[str, torch.Tensor]]]:
+    """The pairs in order, in lists of at most STACK_BYTES of float32 matrices, but at least one."""
+    lists, size = [], STACK_BYTES
+    for name, p in named:
+        if size + 4 * p.numel() > STACK_BYTES:
+            lists.append([])
+            size = 0
+        lists[-1].append((name, p))
+        size += 4 * p.numel()
+    return lists
+
+
+def orthogonalized(matrices: list[torch.Tensor], steps: int) -> list[torch.Tensor]:
+    """Each matrix (rows, cols) with its singular values pushed towards 1; those of one shape are batched."""
+    by_shape: dict[tuple, list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        # qkv 三块各自正交化，合在一起会互相牵制
+        by_shape.setdefault(tuple(matrix.shape), []).append(i)
+    results: list[torch.Tensor] = list(matrices)
+    for indices in by_shape.values():
+        # 同形状的矩阵堆在一起做批量乘法，小模型上快数倍
+        batch = torch.stack([matrices[i] for i in indices]) if len(indices) > 1 else matrices[indices[0]][None]
+        for i, update in zip(indices, orthogonalize(batch, steps), strict=True):
+            results[i] = update
+    return results
+
+
+def update_scale(shape: torch.Size) -> float:
+    """What an orthogonal matrix is multiplied with to have the RMS of an AdamW update."""
+    return 0.2 * math.sqrt(max(shape))
 
 
 def split_parameters(model: torch.nn.Module) -> tuple[list, list, list]:
@@ -183,6 +247,21 @@ def muon(
     ]
     optimizer.param_groups = [g for g in groups if g["params"]]
     return optimizer
+
+
+def configure(optimizer, memory: MemoryConfig) -> None:
+    """Make an optimizer store its states and update as memory= says; ConfigError where it is not one of ours."""
+    wishes = {
+        "memory.weights": memory.weights == "bf16", "memory.optimizer_state": memory.optimizer_state == "int8",
+        "memory.offload_optimizer": memory.offload_optimizer, "memory.optimizer_in_backward": memory.optimizer_in_backward,
+    }
+    wanted = [key for key, wish in wishes.items() if wish]
+    if wanted and not isinstance(optimizer, Optimizer):
+        key = wanted[0]
+        raise ConfigError("foreign_optimizer", key=key, got=str(getattr(memory, key.split(".")[1])).lower(), kind=type(optimizer).__name__)
+    if wanted:
+        optimizer.storage = Storage(memory)
+        optimizer.frugal = True
 
 
 def learning_rate_at(iteration: int, schedule) -> float:

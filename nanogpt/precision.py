@@ -13,16 +13,37 @@ PRODUCTS = (F.linear, torch.mm, torch.matmul, torch.bmm, torch.baddbmm, F.scaled
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+class _RoundedLinear(torch.autograd.Function):
+    """x W^T + b of 16-bit tensors, computed in float32; keeps what came in, not its float32 copies."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        product = x.float() @ weight.float().mT
+        return (product if bias is None else product.add_(bias)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        wide = grad.float().reshape(-1, grad.size(-1))
+        # 运算符 @ 不经过下面的模式，不会再舍入一遍
+        grad_x = (wide @ weight.float()).to(x.dtype).view_as(x) if ctx.needs_input_grad[0] else None
+        grad_weight = (wide.mT @ x.float().reshape(-1, x.size(-1))).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, wide.sum(0).to(x.dtype) if ctx.needs_input_grad[2] else None
+
+
 class RoundedProducts(TorchFunctionMode):
     """Round the inputs and outputs of matrix products to a 16-bit format and compute them in float32.
 
     That is what tensor cores do. CPUs without 16-bit units need 15 times as long for a native half
     product as for a float32 one; gradients pass the same rounding, so overflow happens as on a GPU.
+    With `narrow` the results stay in the 16-bit format, as those of 16-bit weights do on a GPU.
     """
 
-    def __init__(self, dtype: torch.dtype):
+    def __init__(self, dtype: torch.dtype, narrow: bool = False):
         super().__init__()
         self.dtype = dtype
+        self.narrow = narrow
 
     def _round(self, x):
         # to() 的反向同样经过 16 位，梯度的上溢下溢与 GPU 一致
@@ -30,20 +51,25 @@ class RoundedProducts(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in PRODUCTS:
-            return self._round(func(*map(self._round, args), **kwargs))
-        return func(*args, **kwargs)
+        if func not in PRODUCTS:
+            return func(*args, **kwargs)
+        if self.narrow and func is F.linear and args[0].dtype == args[1].dtype == self.dtype:
+            return _RoundedLinear.apply(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias"))
+        result = func(*map(self._round, args), **kwargs).to(self.dtype)
+        return result if self.narrow else result.float()
 
 
 class Precision:
     """What a training step needs to run in one number format on one device."""
 
-    def __init__(self, config, device: torch.device):
-        name = config.dtype if config.dtype != "auto" else default_format(device)
+    def __init__(self, config, device: torch.device, weights: str = "fp32"):
+        # bf16 的权重只能配 bf16 的运算，config.check 已拦下其余
+        name = "bf16" if weights == "bf16" else config.dtype if config.dtype != "auto" else default_format(device)
         if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ConfigError("no_bf16", device=torch.cuda.get_device_name(device))
         self.name = name
         self.dtype = DTYPES[name]
+        self.weights = DTYPES[weights]
         self.device_type = device.type
         self.rounded = device.type == "cpu" and name != "fp32"
         # fp16 的最小正规数约 6e-5，梯度先放大再反传；bf16 指数够宽，不需要
@@ -63,19 +89,17 @@ class Precision:
     @property
     def label(self) -> str:
         """Name for the console; says when a CPU only rounds."""
-        return f"{self.name} (rounded, computed in fp32)" if self.rounded else self.name
+        name = f"{self.name} weights" if self.name == "bf16" and self.weights == self.dtype else self.name
+        return f"{name} (rounded, computed in fp32)" if self.rounded else name
 
     def context(self):
         """Wrap the forward pass."""
         if self.rounded:
-            return RoundedProducts(self.dtype)
-        if self.name == "fp32":
+            return RoundedProducts(self.dtype, narrow=self.weights == self.dtype)
+        # 权重本身是 bf16 时，一切自然都用 bf16 算
+        if self.weights == self.dtype:
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, dtype=self.dtype)
-
-    def backward_context(self):
-        """Wrap the backward pass: autocast does not belong there, but recomputed blocks must round again."""
-        return RoundedProducts(self.dtype) if self.rounded else contextlib.nullcontext()
 
 
 def default_format(device: torch.device) -> str:

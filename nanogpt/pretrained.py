@@ -60,9 +60,9 @@ def open_pretrained(named: str, key: str = "init_from", which: str = "best") -> 
     return read_folder(hub.download(f"openai-community/{named}" if named in GPT2_NAMES else named, named, key), path.name)
 
 
-def build_pretrained(pretrained: Pretrained, seed: int = 0) -> torch.nn.Module:
+def build_pretrained(pretrained: Pretrained, seed: int = 0, weights: str = "fp32") -> torch.nn.Module:
     """A model that holds these weights; `seed` only matters for weights that a subclass adds."""
-    model = build_model(pretrained.config, seed)
+    model = build_model(pretrained.config, seed, weights)
     model.load_state_dict(pretrained.tensors, strict=False)
     return model
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from nanogpt import checkpoint, corpus, distributed, machine, rundir
+from nanogpt import checkpoint, corpus, distributed, keeping, machine, rundir
 from nanogpt import tokenizer as tokenizers
 from nanogpt.build import build_model, build_part
 from nanogpt.config import TrainConfig, check
@@ -109,7 +109,7 @@ class Session:
     def _build(self) -> Trainer:
         cfg = self.cfg
         model = self._build_model().to(self.device)
-        computation = build_step(cfg, model, Precision(cfg.precision, self.device))
+        computation = build_step(cfg, model, Precision(cfg.precision, self.device, cfg.memory.weights))
         backends = [build_part(node, f"logger.{name}") for name, node in (cfg.logger or {}).items()]
         loggers = Loggers([JsonlLogger(), *backends] if distributed.rank() == 0 else [])
         trainer = Trainer(
@@ -117,7 +117,7 @@ class Session:
             run_dir=self.run_dir, console=self.console,
         )
         if self.source:
-            trainer.restore(self.source)
+            keeping.restore(trainer, self.source)
         if distributed.rank() == 0:
             node = OmegaConf.structured(cfg)
             trainer.config_text = OmegaConf.to_yaml(node)
@@ -128,7 +128,8 @@ class Session:
     def _build_model(self):
         """The model with its starting weights, and with adapters beside them under finetune=lora."""
         cfg = self.cfg
-        model = build_pretrained(self.pretrained, cfg.seed) if self.pretrained else build_model(cfg.model, cfg.seed)
+        weights = cfg.memory.weights
+        model = build_pretrained(self.pretrained, cfg.seed, weights) if self.pretrained else build_model(cfg.model, cfg.seed, weights)
         # 几百 MB 的权重已抄进模型，不必再留一份
         self.pretrained = None
         if cfg.finetune.method == "lora":

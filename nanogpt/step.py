@@ -6,37 +6,69 @@ The trainer decides on values (is it finite?), the planner traces the same funct
 import torch
 
 from nanogpt.build import build_part
-from nanogpt.config import TrainConfig
+from nanogpt.config import MemoryConfig, TrainConfig
+from nanogpt.in_backward import InBackward
+from nanogpt.optimizers import configure
 from nanogpt.precision import Precision
+from nanogpt.recompute import fit_budget
 
 
 def build_step(cfg: TrainConfig, model, precision: Precision) -> "Step":
     """The step of a model as cfg.memory and cfg.optimizer want it; the trainer and the planner take the same one."""
     model.activation_checkpointing = cfg.memory.activation_checkpointing
     model.loss_chunk_mib = cfg.memory.loss_chunk_mib
-    return Step(model, build_part(cfg.optimizer, "optimizer", model), precision)
+    if precision.rounded:
+        # 反向里外层的函数模式不起作用，重算时要自己再舍入；autocast 则由 checkpoint 恢复
+        model.recompute_context = precision.context
+    optimizer = build_part(cfg.optimizer, "optimizer", model)
+    configure(optimizer, cfg.memory)
+    step = Step(model, optimizer, precision, cfg.memory, cfg.grad_clip)
+    if isinstance(cfg.batch_size, int):
+        step.expect(cfg.batch_size)
+    return step
 
 
 class Step:
     """One model, its optimizer and its number format."""
 
-    def __init__(self, model, optimizer, precision):
+    def __init__(self, model, optimizer, precision, memory: MemoryConfig, grad_clip: float = 0.0):
         self.model = model
         self.optimizer = optimizer
         self.precision = precision
+        self.memory = memory
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.in_backward = InBackward(optimizer, grad_clip) if memory.optimizer_in_backward else None
+
+    def expect(self, rows: int) -> None:
+        """Prepare for micro-batches of `rows` rows: under activation_checkpointing=budget, say how many blocks are kept."""
+        if self.memory.activation_checkpointing == "budget":
+            fit_budget(self.model, rows, self.memory.activation_budget_mib, self.precision.context)
 
     def micro_batch(self, x: torch.Tensor, y: torch.Tensor, share: float) -> torch.Tensor:
-        """Forward and backward of rows x, y (B, T) that are `share` of the step; returns share * mean loss, shape ()."""
+        """Forward and backward of rows x, y (B, T) that are `share` of the step; returns share * mean loss, shape ().
+
+        With memory.optimizer_in_backward the parameters have been updated when this returns.
+        """
+        loss = self.forward(x, y, share)
+        self.backward(loss)
+        return loss.detach()
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, share: float) -> torch.Tensor:
+        """share * mean loss of rows x, y (B, T), shape (), to be given to backward()."""
+        if self.in_backward:
+            self.in_backward.begin()
         with self.precision.context():
             # 按行数加权：最后一个微批可以不满，梯度仍等于整批的平均
-            loss = self.model.loss(x, y) * share
-        with self.precision.backward_context():
-            self.precision.scaler.scale(loss).backward()
-        return loss.detach()
+            return self.model.loss(x, y) * share
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a forward() loss, or with memory.optimizer_in_backward apply them."""
+        self.precision.scaler.scale(loss).backward()
 
     def gradient_norm(self) -> torch.Tensor:
         """Global L2 norm of all gradients, shape ()."""
+        if self.in_backward:
+            return self.in_backward.gradient_norm()
         return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def clip(self, norm: torch.Tensor, limit: float) -> None:
@@ -44,6 +76,6 @@ class Step:
         torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
 
     def update(self) -> None:
-        """Apply the gradients and drop them."""
+        """Apply the gradients and drop them; nothing is left to do after a backward that did."""
         self.optimizer.step()
         self.optimizer.zero_grad()

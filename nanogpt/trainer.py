@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanogpt import checkpoint, distributed
+from nanogpt import checkpoint, distributed, keeping
 from nanogpt.compilation import compile_hidden
 from nanogpt.config import TrainConfig, schedule_of
 from nanogpt.console import Console
 from nanogpt.data import TokenData
+from nanogpt.keeping import Progress
 from nanogpt.loggers import Loggers
 from nanogpt.messages import ConfigError
 from nanogpt.metrics import RTX3060_TFLOPS, Stopwatch, memory_gib, peak_tflops
@@ -25,26 +26,6 @@ from nanogpt.writer import write_sample
 
 # 评估取样、生成样本各用自己的种子流，互不干扰
 SAMPLE_STREAM = 1_000_003
-
-
-@dataclass
-class Progress:
-    """Everything that changes during training besides tensors; goes into the checkpoint."""
-
-    iteration: int = 0
-    """Optimizer steps tried so far."""
-    samples_seen: int = 0
-    """Sequences drawn so far, all processes together."""
-    best_val_loss: float = math.inf
-    evals_without_gain: int = 0
-    nonfinite_steps: int = 0
-    """Steps skipped in all."""
-    nonfinite_in_a_row: int = 0
-    val_loss: float | None = None
-    """Of the latest evaluation."""
-    train_s: float = 0.0
-    """Seconds in steps, without evaluation and saving."""
-    tokens_trained: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,7 +76,9 @@ class Trainer:
         self.interval = Interval()
         self.saved: checkpoint.Checkpoint | None = None
         self.last_sample = ""
-        compile_hidden(self.model, cfg.compile, device, console)
+        computation.expect(self.micro_batch)
+        # 编译后的反向一次交出全部梯度，逐个释放就落空了
+        compile_hidden(self.model, cfg.compile, device, console, obstacle="memory.optimizer_in_backward=true" if computation.in_backward else None)
 
     # ---- 一步 ----
 
@@ -151,19 +134,34 @@ class Trainer:
         for first in range(0, len(starts), self.micro_batch):
             rows = starts[first : first + self.micro_batch]
             x, y = self._to_device(*self.data.rows("train", rows, self.block_size))
-            total += self.computation.micro_batch(x, y, len(rows) / self.global_rows)
+            total += self._micro_batch(x, y, len(rows) / self.global_rows)
         return total
+
+    def _micro_batch(self, x: torch.Tensor, y: torch.Tensor, share: float) -> torch.Tensor:
+        if not self.computation.in_backward:
+            return self.computation.micro_batch(x, y, share)
+        loss = self.computation.forward(x, y, share)
+        # 反向会边走边更新：坏的 loss 到这里为止
+        if math.isfinite(loss.item()):
+            self.computation.backward(loss)
+        return loss.detach()
 
     def _shrink(self) -> None:
         """Halve the micro-batch after an out-of-memory error, or give up at one row."""
         self.optimizer.zero_grad()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        if self.micro_batch == 1:
-            raise ConfigError("oom_final")
+        # 反向里已更新过的参数退不回去，没更新过也不能分几次累积
+        if self.micro_batch == 1 or self.computation.in_backward:
+            self._give_up()
         old, self.micro_batch = self.micro_batch, (self.micro_batch + 1) // 2
+        self.computation.expect(self.micro_batch)
         accumulation = math.ceil(self.local_rows / self.micro_batch) * distributed.world()
         self.console.line("oom_shrink", iteration=self.progress.iteration + 1, old=old, new=self.micro_batch, accum=accumulation)
+
+    def _give_up(self) -> None:
+        """End a run whose step does not fit, however it is divided."""
+        raise ConfigError("oom_final")
 
     def _update(self, loss: float) -> float:
         """Clip and apply the gradients unless something is not finite; return the gradient norm."""
@@ -257,7 +255,7 @@ class Trainer:
                 reason = self._after_step(result)
         last = self.progress.iteration
         if self.saved is None or self.saved.iteration < last:
-            self.save(final=True)
+            keeping.save(self, final=True)
         self.loggers.close()
         return write_summary(self, reason or "finished", time.perf_counter() - started)
 
@@ -281,7 +279,7 @@ class Trainer:
             self._log(result, evaluated and self.progress.val_loss is not None)
         save_due = iteration % cfg.save_interval == 0 if cfg.save_interval else evaluated
         if save_due or reason:
-            self.save(final=bool(reason) or last)
+            keeping.save(self, final=bool(reason) or last)
         if evaluated and cfg.sample_tokens and reason != "interrupted":
             self._write_sample()
         return reason
@@ -350,41 +348,11 @@ class Trainer:
         heads = (tokenizer.decode(self.data.tokens["val"][:n]) for n in (1, 4, 16, 64))
         return next(head for head in heads if len(tokenizer.encode(head)))
 
-    # ---- 保存与恢复 ----
-
-    def state(self) -> dict:
-        """Everything besides the weights that the next iteration depends on."""
-        return {"progress": vars(self.progress).copy(), "optimizer": self.optimizer.state_dict(), "scaler": self.precision.scaler.state_dict(),
-                "fingerprint": self.data.fingerprint}
-
-    def save(self, *, final: bool) -> None:
-        """Write a checkpoint; a failed one is reported and, unless it was the last chance, survived."""
-        if distributed.rank():
-            return
-        try:
-            self.saved = checkpoint.save(
-                self.run_dir, model=self.model, state=self.state(), iteration=self.progress.iteration, val_loss=self.progress.val_loss,
-                config_text=self.config_text, tokenizer_file=self.run_dir / "tokenizer.json", keep=self.cfg.keep,
-            )
-        except OSError as error:
-            if final:
-                raise ConfigError("never_saved", reason=error.strerror, path=self.run_dir) from None
-            self.console.line("save_failed", reason=error.strerror, iters=self.cfg.save_interval or self.cfg.eval_interval)
-
-    def restore(self, source: checkpoint.Checkpoint) -> None:
-        """Continue from a checkpoint: weights, optimizer, scaler, position and counters."""
-        state = source.load_state()
-        if state["fingerprint"] != self.data.fingerprint:
-            raise ConfigError("vocab_mismatch", name=self.data.name, reason="fingerprint")
-        source.load_model(self.model)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.precision.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
-        self.saved = source
-
 
 def share_batch(cfg: TrainConfig, world: int) -> tuple[int, int]:
     """(rows per process and step, rows per micro-batch) for the same effective batch with any number of processes."""
+    if cfg.memory.optimizer_in_backward and world > 1:
+        raise ConfigError("in_backward_world", world=world)
     batch, accumulation = cfg.batch_size, cfg.gradient_accumulation_steps
     if total := cfg.global_batch_size:
         if total % world:

@@ -1,0 +1,41 @@
+"""The optimizer's step inside the backward pass: each gradient is used and freed as soon as it is complete.
+
+Lomo (Lv et al., arXiv:2306.09782) showed the memory this saves. Nobody sees all gradients at once, so each parameter is clipped by
+its own norm, which is weaker than clipping by the global one: a gradient that is small beside the others stays as it is.
+"""
+
+import torch
+
+from nanogpt.lowbit import norm
+
+
+class InBackward:
+    """Hooks on every trained parameter of an optimizer of ours; learning rates are read from its groups when a gradient arrives."""
+
+    def __init__(self, optimizer, grad_clip: float):
+        self.optimizer = optimizer
+        self.grad_clip = grad_clip
+        self.squares: torch.Tensor | None = None
+        for group in optimizer.param_groups:
+            for name, p in zip(group["names"], group["params"], strict=True):
+                p.register_post_accumulate_grad_hook(self._hook(name, group))
+
+    def begin(self) -> None:
+        """Forget the gradients of the step before."""
+        self.squares = None
+
+    def gradient_norm(self) -> torch.Tensor:
+        """Global L2 norm of the gradients of this step before clipping, shape (); not finite if any of them was not."""
+        return torch.zeros(()) if self.squares is None else self.squares.sqrt()
+
+    def _hook(self, name: str, group: dict):
+        def arrived(p: torch.Tensor) -> None:
+            length = norm(p.grad)
+            # 全在设备上算：每个参数问一次 GPU，反向就成了走走停停
+            skip = (~torch.isfinite(length)).float()
+            factor = (self.grad_clip / (length + 1e-6)).clamp(max=1.0) if self.grad_clip else None
+            self.squares = length.square() if self.squares is None else self.squares + length.square()
+            self.optimizer.update_one(name, p, group, skip=skip, factor=factor)
+            p.grad = None
+
+        return arrived

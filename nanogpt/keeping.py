@@ -1,0 +1,63 @@
+"""What of a training goes into its checkpoints, and how it goes on from one."""
+
+import math
+from dataclasses import dataclass
+
+from nanogpt import checkpoint, distributed
+from nanogpt.messages import ConfigError
+
+
+@dataclass
+class Progress:
+    """Everything that changes during training besides tensors; goes into the checkpoint."""
+
+    iteration: int = 0
+    """Optimizer steps tried so far."""
+    samples_seen: int = 0
+    """Sequences drawn so far, all processes together."""
+    best_val_loss: float = math.inf
+    evals_without_gain: int = 0
+    nonfinite_steps: int = 0
+    """Steps skipped in all."""
+    nonfinite_in_a_row: int = 0
+    val_loss: float | None = None
+    """Of the latest evaluation."""
+    train_s: float = 0.0
+    """Seconds in steps, without evaluation and saving."""
+    tokens_trained: int = 0
+
+
+def state_of(trainer) -> dict:
+    """Everything besides the weights that the next iteration depends on."""
+    return {
+        "progress": vars(trainer.progress).copy(), "optimizer": trainer.optimizer.state_dict(), "scaler": trainer.precision.scaler.state_dict(),
+        "fingerprint": trainer.data.fingerprint,
+    }
+
+
+def save(trainer, *, final: bool) -> None:
+    """Write a checkpoint; a failed one is reported and, unless it was the last chance, survived."""
+    if distributed.rank():
+        return
+    cfg, progress = trainer.cfg, trainer.progress
+    try:
+        trainer.saved = checkpoint.save(
+            trainer.run_dir, model=trainer.model, state=state_of(trainer), iteration=progress.iteration, val_loss=progress.val_loss,
+            config_text=trainer.config_text, tokenizer_file=trainer.run_dir / "tokenizer.json", keep=cfg.keep,
+        )
+    except OSError as error:
+        if final:
+            raise ConfigError("never_saved", reason=error.strerror, path=trainer.run_dir) from None
+        trainer.console.line("save_failed", reason=error.strerror, iters=cfg.save_interval or cfg.eval_interval)
+
+
+def restore(trainer, source: checkpoint.Checkpoint) -> None:
+    """Continue from a checkpoint: weights and optimizer, converted to the present memory= settings, scaler, position and counters."""
+    state = source.load_state()
+    if state["fingerprint"] != trainer.data.fingerprint:
+        raise ConfigError("vocab_mismatch", name=trainer.data.name, reason="fingerprint")
+    source.load_model(trainer.model)
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.precision.scaler.load_state_dict(state["scaler"])
+    trainer.progress = Progress(**state["progress"])
+    trainer.saved = source

@@ -1,0 +1,94 @@
+"""8-bit optimizer states and 16-bit weights, in plain PyTorch.
+
+Our own instead of bitsandbytes or torchao, because it has to combine with bf16 weights and stochastic rounding, updates
+inside the backward pass, states streamed from RAM, tracing without allocating, and resuming under other settings.
+
+Blockwise 8-bit states: Dettmers et al., arXiv:2110.02861. Everything works on flat pieces of at most PIECE values, so
+that temporaries stay small, and never looks at a value, so that the planner can trace it.
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+
+# 一块共用一个 scale：异常值只连累自己这一块
+BLOCK = 256
+# bias 与归一化的增益省不了多少字节，却最怕误差
+SMALL = 4096
+# 更新时一次处理这么多个值，是 BLOCK 的整数倍
+PIECE = 4 * 2**20
+
+
+def dynamic_map(signed: bool) -> list[float]:
+    """The 256 values of the dynamic (tree) data type, ascending: seven decades, the larger ones in finer steps."""
+    values = [0.0, 1.0]
+    for decade in range(7):
+        # 指数越大，留给尾数的位越多：接近 1 的值最密
+        steps = 2 ** (decade + (0 if signed else 1))
+        middles = [0.1 + 0.9 * (i + 0.5) / steps for i in range(steps)]
+        values += [sign * m * 10.0 ** (decade - 6) for m in middles for sign in ((1, -1) if signed else (1,))]
+    return sorted(values)
+
+
+class Codec:
+    """Float32 values to 8-bit codes with one float32 scale per BLOCK, and back.
+
+    The scale is the block's value of largest magnitude with its sign, so that this value is kept exactly and
+    encoding what was decoded changes nothing.
+    """
+
+    def __init__(self):
+        # 表随设备各存一份；由优化器持有，追踪时就是假张量
+        self._tables: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def tables(self, signed: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(values (256,), midpoints (255,)) on a device."""
+        key = (signed, str(device))
+        if key not in self._tables:
+            values = dynamic_map(signed)
+            middles = [(a + b) / 2 for a, b in itertools.pairwise(values)]
+            self._tables[key] = (torch.tensor(values, dtype=torch.float32, device=device), torch.tensor(middles, dtype=torch.float32, device=device))
+        return self._tables[key]
+
+    def encode(self, x: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes (n,) uint8 and scales (ceil(n / BLOCK),) of x (n,) float32; unsigned values must not be negative."""
+        blocks = F.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
+        low, high = blocks.aminmax(dim=1)
+        scale = torch.where(high >= -low, high, low)
+        ratio = blocks / torch.where(scale == 0, 1.0, scale)[:, None]
+        codes = torch.bucketize(ratio, self.tables(signed, x.device)[1], out_int32=True)
+        if not signed:
+            # 二阶矩变成零，分母就只剩 eps，一步会迈出几百倍；非零的至少留最小的码
+            codes = torch.maximum(codes, (blocks > 0).int())
+        return codes.to(torch.uint8).view(-1)[: x.numel()], scale
+
+    def decode(self, codes: torch.Tensor, scale: torch.Tensor, signed: bool) -> torch.Tensor:
+        """Float32 values (n,) of codes (n,) and their scales."""
+        values = self.tables(signed, codes.device)[0].index_select(0, codes.int())
+        if codes.numel() % BLOCK == 0:
+            return values.view(-1, BLOCK).mul_(scale[:, None]).view(-1)
+        return values.mul_(scale.repeat_interleave(BLOCK)[: codes.numel()])
+
+
+def zero_code(signed: bool) -> int:
+    """The code that stands for 0."""
+    return dynamic_map(signed).index(0.0)
+
+
+def round_stochastically(x: torch.Tensor) -> torch.Tensor:
+    """x float32 as bfloat16, rounded up or down at random so that the mean is exact; draws from torch's global generator."""
+    # bf16 就是 fp32 的高 16 位：加上 0 … 65535 的随机数再截断，进位的概率恰为余下的部分
+    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device)
+    return ((x.view(torch.int32) + noise) & -65536).view(torch.float32).to(torch.bfloat16)
+
+
+def spans(numel: int) -> list[slice]:
+    """Slices that cover 0 … numel in pieces of at most PIECE."""
+    return [slice(start, min(start + PIECE, numel)) for start in range(0, numel, PIECE)]
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    """L2 norm in float32, shape (), without a float32 copy of the whole tensor."""
+    flat = x.detach().view(-1)
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(flat[span], dtype=torch.float32) for span in spans(flat.numel())]))

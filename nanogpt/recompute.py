@@ -1,0 +1,93 @@
+"""Which activations of the blocks are kept for the backward pass and which are computed again.
+
+`every_block` keeps each block's input only; `selective` also keeps the results of matrix products and attention, so that only
+cheap operations run twice; `budget` keeps everything of as many blocks as fit, and the inputs of the others.
+"""
+
+import contextlib
+import functools
+
+import torch
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+aten = torch.ops.aten
+PRODUCTS = [aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default]
+ATTENTION = [
+    aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default, aten._scaled_dot_product_cudnn_attention.default,
+]
+
+
+def run_block(model, layer: int, block, x: torch.Tensor, rope, cache) -> torch.Tensor:
+    """block(x, rope, cache), with its activations kept as model.activation_checkpointing says."""
+    mode = model.activation_checkpointing
+    if mode == "none" or not (model.training and torch.is_grad_enabled()):
+        return block(x, rope, cache)
+    # 保留靠后的 block：反向最先用到，用完就释放，不与前面的重算同时占内存
+    if mode == "budget" and layer >= len(model.h) - model.kept_blocks:
+        return block(x, rope, cache)
+    # 只留每个 block 的输入，反向时重算一遍：以约三成时间换激活显存
+    contexts = _selective(model.config.dropout) if mode == "selective" else _nothing
+    if model.recompute_context is not contextlib.nullcontext:
+        contexts = functools.partial(_second_in, model.recompute_context, contexts)
+    return checkpoint(block, x, rope, use_reentrant=False, **({} if contexts is _nothing else {"context_fn": contexts}))
+
+
+def _nothing() -> tuple:
+    return contextlib.nullcontext(), contextlib.nullcontext()
+
+
+def _selective(dropout: float):
+    # 带 dropout 的注意力若直接取回结果，就少抽一次随机数，后面的 dropout 会全部错位
+    return functools.partial(create_selective_checkpoint_contexts, PRODUCTS if dropout else PRODUCTS + ATTENTION)
+
+
+def _second_in(context, contexts) -> tuple:
+    """The pair of contexts(), the second one entered inside context() as well."""
+    first, second = contexts()
+
+    @contextlib.contextmanager
+    def both():
+        with second, context():
+            yield
+
+    return first, both()
+
+
+def saved_bytes(function, parameters: list[torch.Tensor]) -> int:
+    """Bytes that function() keeps for its backward pass: distinct storages, without those of `parameters`."""
+    # 用存储的句柄而不是地址：假张量没有地址
+    known = {p.untyped_storage()._cdata for p in parameters}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    total = sum(storage.nbytes() for storage in kept.values())
+    del result
+    return total
+
+
+def fit_budget(model, rows: int, budget_mib: int, context) -> None:
+    """Set model.kept_blocks to as many as budget_mib allows with micro-batches of `rows` rows of block_size tokens.
+
+    The inputs of the recomputed blocks count as well. `context` () wraps the forward pass, as in training.
+    """
+    c = model.config
+    T = c.block_size
+    x = torch.zeros(rows, T, c.n_embd, dtype=model.dtype, device=model.device, requires_grad=True)
+    rope = (model.rope_cos[:T], model.rope_sin[:T]) if c.position == "rope" else None
+    fixed = [*model.parameters(), *model.buffers()]
+    was_training = model.training
+    model.train()
+    with context(), torch.enable_grad():
+        whole = saved_bytes(lambda: model.h[0](x, rope, None), fixed)
+    model.train(was_training)
+    inputs = x.nbytes
+    spare = budget_mib * 2**20 - len(model.h) * inputs
+    model.kept_blocks = max(0, min(len(model.h), spare // max(1, whole - inputs)))
