@@ -13,6 +13,11 @@ def set_language(lang: str) -> None:
     _language = system_language() if lang == "auto" else lang
 
 
+def current_language() -> str:
+    """en or zh, as it is now; for a process that should speak like this one."""
+    return "zh" if _language == "zh" else "en"
+
+
 def system_language() -> str:
     """zh when the environment or the system's locale is Chinese, else en."""
     # 环境变量优先，与 gettext 的次序相同
@@ -581,7 +586,49 @@ MESSAGES = {
     # ---- 计划 ----
     #
     # ---- 试跑、扫描与报告 ----
-    #
+    "trial_predicted": ("predicted {predicted:.1f} GiB > {budget:.1f}", "预测 {predicted:.1f} GiB > {budget:.1f}"),
+    "trial_timeout": (
+        "not done after {seconds:.0f} s (during: {phase}); raise trial.timeout_s if it was only slow",
+        "{seconds:.0f} 秒内没有做完（阶段：{phase}）；若只是慢，可加大 trial.timeout_s",
+    ),
+    "trial_watched": ("ended at {rss:.2f} GiB, above the budget (during: {phase})", "用到 {rss:.2f} GiB，超出预算，已结束（阶段：{phase}）"),
+    "trial_killed": ("killed by the system, which was out of memory (during: {phase})", "系统内存耗尽，被系统结束（阶段：{phase}）"),
+    "trial_crashed": ("{how} (during: {phase}): {line}", "{how}（阶段：{phase}）：{line}"),
+    "trial_exit_code": ("exit code {code}", "退出码 {code}"),
+    "trial_not_with": (
+        "{key}={got} cannot be tried; leave it out, or give a number",
+        "{key}={got} 不能试跑；请去掉，或给一个数",
+    ),
+    "trial_interrupted": (
+        "interrupted; what is finished is kept, the same command goes on from there",
+        "已中断；做完的都留着，再敲同一条命令会接着做",
+    ),
+    "trial_defaults": ("the defaults", "默认设置"),
+    "trial_ok": (
+        "trial {what}: {speed:,.0f} tokens/s, {held:.2f} of {budget:.2f} GiB",
+        "试跑 {what}：{speed:,.0f} tokens/s，{held:.2f} / {budget:.2f} GiB",
+    ),
+    "trial_not_ok": ("trial {what}: {status}: {reason}", "试跑 {what}：{status}：{reason}"),
+    "trial_known": (" (known from before)", "（以前测过）"),
+    "spill_free": (
+        "held {held:.1f} GiB, but only {free:.1f} were free before the run: the driver paged VRAM to RAM",
+        "占用 {held:.1f} GiB，而运行前只空闲 {free:.1f}：驱动把显存换到了内存",
+    ),
+    "spill_slow": (
+        "{speed:,.0f} tokens/s with nearly all VRAM in use, {predicted:,.0f} were predicted: the driver paged VRAM to RAM",
+        "显存将满时只有 {speed:,.0f} tokens/s，预测是 {predicted:,.0f}：驱动把显存换到了内存",
+    ),
+    "spill_cliff": (
+        "{speed:,.0f} tokens/s with nearly all VRAM in use, a smaller micro-batch made {smaller:,.0f}: the driver paged VRAM to RAM",
+        "显存将满时只有 {speed:,.0f} tokens/s，更小的微批有 {smaller:,.0f}：驱动把显存换到了内存",
+    ),
+    "status_ok": ("ok", "成功"),
+    "status_spilled": ("spilled", "溢到内存"),
+    "status_oom": ("out of memory", "内存不足"),
+    "status_skipped": ("skipped", "跳过"),
+    "status_timeout": ("timeout", "超时"),
+    "status_crashed": ("crashed", "崩溃"),
+    "status_invalid": ("invalid", "设置有误"),
     # ---- 自动批量与显存不足的诊断 ----
     #
 }
