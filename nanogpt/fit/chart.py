@@ -11,7 +11,7 @@ from nanogpt.messages import text_in
 
 # 画布与留白，SVG 用户单位
 WIDTH, HEIGHT = 880, 440
-LEFT, RIGHT, TOP, BOTTOM = 74, 26, 30, 54
+LEFT, RIGHT, TOP, BOTTOM = 74, 26, 40, 54
 # 颜色多于它就分不清了，只靠标注
 COLOURS = 8
 # 预测超出预算很多的失败，画在预算的这一倍处，不让它把图压扁
@@ -177,7 +177,7 @@ def _grid(chart: Chart, x_ticks, y_ticks, px, py) -> list[str]:
         out.append(f'<text class="tick" x="{px(tick):.1f}" y="{floor + 20}" text-anchor="middle">{number(tick)}</text>')
     out.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}"/>')
     out.append(f'<text class="name" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 10}" text-anchor="middle">{escape(chart.x_label)}</text>')
-    out.append(f'<text class="name" x="14" y="{TOP - 12}">{escape(chart.y_label)}</text>')
+    out.append(f'<text class="name" x="14" y="{TOP - 20}">{escape(chart.y_label)}</text>')
     return out
 
 
