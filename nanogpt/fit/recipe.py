@@ -30,10 +30,10 @@ def recipe(result: TrialResult) -> str:
     if result.micro_batch:
         # 没有敲过的也写明：换了默认值，这份设置仍是测过的那个
         values["batch_size"] = result.micro_batch
-    lines = ["# @package _global_", "# " + text("best_header", speed=result.tokens_per_s or 0.0, held=result.held_gib or 0.0,
-                                                device=result.device or "-")]
+    # 设备名里若有换行，注释就断成了配置
+    header = " ".join(text("best_header", speed=result.tokens_per_s or 0.0, held=result.held_gib or 0.0, device=result.device or "-").split())
     body = yaml.safe_dump({**({"defaults": groups} if groups else {}), **values}, allow_unicode=True, sort_keys=False)
-    return "\n".join(lines) + "\n" + body
+    return f"# @package _global_\n# {header}\n{body}"
 
 
 def _put(node: dict[str, Any], path: list[str], value: Any) -> None:
