@@ -5,7 +5,12 @@ from nanogpt.cli import run_script
 from nanogpt.config import TrainConfig, check
 
 
-def main(cfg: TrainConfig, overrides: list[str]) -> None:
+def main(cfg: TrainConfig, overrides: list[str]) -> float | None:
+    if cfg.trial.enabled:
+        from nanogpt.fit.sweep import trial_job
+
+        # 试跑在子进程里；返回的速度是扫描器的目标
+        return trial_job(cfg, overrides)
     # 从这里到 import torch 之前，只做不花时间的检查：写错的命令一秒内就有答复
     if cfg.resume:
         run_dir = rundir.locate(cfg.resume)
@@ -20,6 +25,7 @@ def main(cfg: TrainConfig, overrides: list[str]) -> None:
 
     session = Session.resume(cfg, overrides, run_dir) if cfg.resume else Session.new(cfg, run_dir, overrides)
     session.run()
+    return None
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def _in_quotes(value: str) -> str:
     return "'" + value.replace("'", "\\'") + "\\" * tail + "'"
 
 
-def run_script(config_name: str, task: Callable[[TrainConfig | SampleConfig, list[str]], None]) -> None:
+def run_script(config_name: str, task: Callable[[TrainConfig | SampleConfig, list[str]], float | None]) -> None:
     """Compose conf/<config_name>.yaml with the command line and call task(cfg, overrides); exit 2 on a mistake."""
     # 重定向到 GBK 终端时，打不出的字符用 ? 代替，而不是崩溃
     for stream in (sys.stdout, sys.stderr):
@@ -130,10 +130,12 @@ def run_script(config_name: str, task: Callable[[TrainConfig | SampleConfig, lis
             set_language(cfg.lang if cfg.lang in ("zh", "en") else "auto")
             typed = OmegaConf.to_object(cfg)
             typed.groups = {g: o for g, o in hydra_config.runtime.choices.items() if o and not g.startswith("hydra/")}
-            if hydra_config.mode == RunMode.MULTIRUN and typed.out_dir is None:
+            trial = isinstance(typed, TrainConfig) and typed.trial.enabled
+            if hydra_config.mode == RunMode.MULTIRUN and (typed.out_dir is None or trial):
                 # 每个任务一个目录，不会互相覆盖
                 typed.out_dir = str(Path(hydra_config.sweep.dir) / hydra_config.sweep.subdir)
-            task(typed, overrides)
+            # 扫描器（Optuna 等）要这个返回值
+            return task(typed, overrides)
         except (ConfigError, OmegaConfBaseException) as error:
             say("error", line=one_line(error, config_name))
             reported.append(error)

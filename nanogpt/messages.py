@@ -13,6 +13,11 @@ def set_language(lang: str) -> None:
     _language = system_language() if lang == "auto" else lang
 
 
+def current_language() -> str:
+    """en or zh, as it is now; for a process that should speak like this one."""
+    return "zh" if _language == "zh" else "en"
+
+
 def system_language() -> str:
     """zh when the environment or the system's locale is Chinese, else en."""
     # 环境变量优先，与 gettext 的次序相同
@@ -590,7 +595,103 @@ MESSAGES = {
     # ---- 计划 ----
     #
     # ---- 试跑、扫描与报告 ----
-    #
+    "trial_predicted": ("predicted {predicted:.1f} GiB > {budget:.1f}", "预测 {predicted:.1f} GiB > {budget:.1f}"),
+    "trial_timeout": (
+        "not done after {seconds:.0f} s (during: {phase}); raise trial.timeout_s if it was only slow",
+        "{seconds:.0f} 秒内没有做完（阶段：{phase}）；若只是慢，可加大 trial.timeout_s",
+    ),
+    "trial_watched": ("ended at {rss:.2f} GiB, above the budget (during: {phase})", "用到 {rss:.2f} GiB，超出预算，已结束（阶段：{phase}）"),
+    "trial_killed": ("killed by the system, which was out of memory (during: {phase})", "系统内存耗尽，被系统结束（阶段：{phase}）"),
+    "trial_crashed": ("{how} (during: {phase}): {line}", "{how}（阶段：{phase}）：{line}"),
+    "trial_exit_code": ("exit code {code}", "退出码 {code}"),
+    "trial_not_with": (
+        "{key}={got} cannot be tried; leave it out, or give a number",
+        "{key}={got} 不能试跑；请去掉，或给一个数",
+    ),
+    "trial_interrupted": (
+        "interrupted; what is finished is kept, the same command goes on from there",
+        "已中断；做完的都留着，再敲同一条命令会接着做",
+    ),
+    "trial_defaults": ("the defaults", "默认设置"),
+    "trial_ok": (
+        "trial {what}: {speed:,.0f} tokens/s, {held:.2f} of {budget:.2f} GiB",
+        "试跑 {what}：{speed:,.0f} tokens/s，{held:.2f} / {budget:.2f} GiB",
+    ),
+    "trial_not_ok": ("trial {what}: {status}: {reason}", "试跑 {what}：{status}：{reason}"),
+    "trial_known": (" (known from before)", "（以前测过）"),
+    "spill_free": (
+        "held {held:.1f} GiB, but only {free:.1f} were free before the run: the driver paged VRAM to RAM",
+        "占用 {held:.1f} GiB，而运行前只空闲 {free:.1f}：驱动把显存换到了内存",
+    ),
+    "spill_slow": (
+        "{speed:,.0f} tokens/s with nearly all VRAM in use, {predicted:,.0f} were predicted: the driver paged VRAM to RAM",
+        "显存将满时只有 {speed:,.0f} tokens/s，预测是 {predicted:,.0f}：驱动把显存换到了内存",
+    ),
+    "spill_cliff": (
+        "{speed:,.0f} tokens/s with nearly all VRAM in use, a smaller micro-batch made {smaller:,.0f}: the driver paged VRAM to RAM",
+        "显存将满时只有 {speed:,.0f} tokens/s，更小的微批有 {smaller:,.0f}：驱动把显存换到了内存",
+    ),
+    "report_title": ("Which setting is the fastest that fits", "放得下的设置里哪个最快"),
+    "report_subtitle": (
+        "{device} · {created} · {count} trials, {known} of them known from before",
+        "{device} · {created} · {count} 次试跑，其中 {known} 次以前测过",
+    ),
+    "report_known": (
+        "{known} of {count} trials known from before; trial.again=true measures anew",
+        "{count} 次试跑中 {known} 次以前测过；trial.again=true 重新测量",
+    ),
+    "report_where": ("the report is in {path}: report.html, trials.jsonl{pictures}", "报告在 {path}：report.html、trials.jsonl{pictures}"),
+    "report_no_pictures": (
+        'no PNGs: matplotlib is not installed; pip install -c constraints.txt -e ".[report]"',
+        '没有 PNG：未安装 matplotlib；pip install -c constraints.txt -e ".[report]"',
+    ),
+    "report_best": ("train with the fastest setting:\n  {command}", "用最快的设置训练：\n  {command}"),
+    "report_none": (
+        "no setting fits; try a smaller batch_size, memory=lean or a smaller model",
+        "没有放得下的设置；请试更小的 batch_size、memory=lean 或更小的 model",
+    ),
+    "report_tight": ("leaves less than {margin:.0f}% of the budget free (trial.margin)", "预算余量不到 {margin:.0f}%（trial.margin）"),
+    "report_use": ("Train with the fastest setting", "用最快的设置训练"),
+    "report_chart": ("Memory against speed", "内存占用与速度"),
+    "report_chart_note": (
+        "Up and to the left is better. The ringed point is the recommendation, the grey band the Pareto front, numbers are batch_size; "
+        "× failed, at the memory it was predicted to need or reached (far beyond the budget: at the right edge).",
+        "越靠左上越好。圈出的是推荐设置，灰带是 Pareto 前沿，数字是 batch_size；× 是失败的设置，画在预测或已达到的占用处（超出很多的画在最右边）。",
+    ),
+    "report_loss": ("Loss", "损失"),
+    "report_loss_note": ("Validation loss at the end of each trial; down and to the right is better.", "每次试跑结束时的验证损失；越靠右下越好。"),
+    "report_ranking": ("Ranking", "排名"),
+    "report_ranking_note": (
+        "Best is the fastest trial that leaves {margin:.0f}% of the budget free; ⚠ leaves less.",
+        "最佳是预算留有 {margin:.0f}% 余量的设置里最快的；⚠ 表示余量不足。",
+    ),
+    "report_failures": ("What did not work, and why", "没有成功的，以及原因"),
+    "tile_speed": ("tokens/s, best", "最佳 tokens/s"),
+    "tile_step": ("per optimizer step", "每次更新"),
+    "tile_memory": ("peak / budget, GiB", "峰值 / 预算，GiB"),
+    "tile_done": ("trials measured", "测出结果的试跑"),
+    "column_setting": ("setting", "设置"),
+    "column_status": ("status", "状态"),
+    "column_step": ("step ms", "每步 ms"),
+    "column_peak": ("peak / budget GiB", "峰值 / 预算 GiB"),
+    "column_predicted": ("predicted GiB", "预测 GiB"),
+    "column_batch": ("effective batch", "等效批量"),
+    "column_reason": ("reason", "原因"),
+    "chart_vram": ("peak VRAM, GiB", "显存峰值，GiB"),
+    "chart_ram": ("peak RAM, GiB", "内存峰值，GiB"),
+    "chart_budget": ("budget {gib:.1f} GiB", "预算 {gib:.1f} GiB"),
+    "chart_loss": ("validation loss", "验证损失"),
+    "best_header": (
+        "The fastest setting of a sweep: {speed:,.0f} tokens/s, {held:.2f} GiB on {device}",
+        "一次扫描里最快的设置：{speed:,.0f} tokens/s，{held:.2f} GiB，{device}",
+    ),
+    "status_ok": ("ok", "成功"),
+    "status_spilled": ("spilled", "溢到内存"),
+    "status_oom": ("out of memory", "内存不足"),
+    "status_skipped": ("skipped", "跳过"),
+    "status_timeout": ("timeout", "超时"),
+    "status_crashed": ("crashed", "崩溃"),
+    "status_invalid": ("invalid", "设置有误"),
     # ---- 自动批量与显存不足的诊断 ----
     "oom_in_forward": ("forward or backward pass", "前向或反向"),
     "oom_in_update": ("optimizer's update", "优化器更新"),

@@ -1,7 +1,5 @@
 """Recognising out-of-memory errors, whichever library raised them."""
 
-import torch
-
 # 各库的说法不同：CUDA 分配器、cuBLAS、cuDNN、CPU 分配器
 PHRASES = (
     "out of memory",
@@ -14,6 +12,9 @@ PHRASES = (
 
 def is_out_of_memory(error: BaseException) -> bool:
     """True for torch.OutOfMemoryError, MemoryError and RuntimeErrors that say the same."""
+    # 到这里才导入：试跑的父进程只要上面的说法
+    import torch
+
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in PHRASES)

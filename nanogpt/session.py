@@ -107,23 +107,26 @@ class Session:
             self._finish(trainer, summary)
 
     def _build(self) -> Trainer:
-        cfg = self.cfg
-        model = self._build_model().to(self.device)
-        computation = build_step(cfg, model, Precision(cfg.precision, self.device, cfg.memory.weights))
-        backends = [build_part(node, f"logger.{name}") for name, node in (cfg.logger or {}).items()]
+        backends = [build_part(node, f"logger.{name}") for name, node in (self.cfg.logger or {}).items()]
         loggers = Loggers([JsonlLogger(), *backends] if distributed.rank() == 0 else [])
-        trainer = Trainer(
-            cfg, computation=computation, data=self.data, device=self.device, loggers=loggers,
-            run_dir=self.run_dir, console=self.console,
-        )
+        trainer = self.build_trainer(loggers)
         if self.source:
             keeping.restore(trainer, self.source)
         if distributed.rank() == 0:
-            node = OmegaConf.structured(cfg)
+            node = OmegaConf.structured(self.cfg)
             trainer.config_text = OmegaConf.to_yaml(node)
             self._claim_folder(trainer.config_text)
             loggers.open(self.run_dir, OmegaConf.to_container(node), trainer.progress.iteration)
         return trainer
+
+    def build_trainer(self, loggers: Loggers, kind: type[Trainer] = Trainer) -> Trainer:
+        """Model, step and trainer, on the device; writes nothing, so that a trial builds what a run would."""
+        model = self._build_model().to(self.device)
+        computation = build_step(self.cfg, model, Precision(self.cfg.precision, self.device))
+        return kind(
+            self.cfg, computation=computation, data=self.data, device=self.device, loggers=loggers,
+            run_dir=self.run_dir, console=self.console,
+        )
 
     def _build_model(self):
         """The model with its starting weights, and with adapters beside them under finetune=lora."""

@@ -127,7 +127,7 @@ def test_the_documented_sampler_writes(tmp_path, monkeypatch):
 
 
 def test_chinese_comments_are_everywhere():
-    for path in [*(ROOT / "nanogpt").glob("*.py"), *(ROOT / "data").glob("*/prepare.py")]:
+    for path in [*(ROOT / "nanogpt").rglob("*.py"), *(ROOT / "data").glob("*/prepare.py")]:
         text = path.read_text(encoding="utf-8")
         if len(text.splitlines()) > 25:
             assert re.search(r"#.*[一-鿿]", text), f"{path.name} has no Chinese comment"
@@ -136,7 +136,7 @@ def test_chinese_comments_are_everywhere():
 
 
 def test_every_text_file_is_opened_with_its_encoding_named():
-    for path in [*(ROOT / "nanogpt").glob("*.py"), *(ROOT / "data").glob("*/*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+    for path in [*(ROOT / "nanogpt").rglob("*.py"), *(ROOT / "data").glob("*/*.py"), *(ROOT / "benchmarks").glob("*.py")]:
         for line in path.read_text(encoding="utf-8").splitlines():
             if re.search(r"\.(read_text|write_text)\(|\.open\(\"[rwa]\"", line):
                 assert "encoding=" in line, (path.name, line)

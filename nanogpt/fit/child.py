@@ -1,0 +1,227 @@
+"""The child process of one trial: predict, limit, build what a run would build, measure, report.
+
+It is started by nanogpt.fit.process with a job (JSON) on stdin and reports in lines of JSON that its parent merges;
+the config was typed by the user in the parent, so its `_target_`s are as trusted as there.
+"""
+
+import errno
+import json
+import math
+import os
+import statistics
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanogpt.config import TrainConfig
+from nanogpt.fit.limits import limit_memory
+from nanogpt.fit.result import STEPS_FOR_LOSS
+from nanogpt.messages import ConfigError, set_language, text
+
+GIB = 2**30
+# 够量出采样的峰值，又不花时间
+SAMPLE_TOKENS = 32
+Emit = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the planner says of a setting."""
+
+    predicted_gib: float
+    budget_gib: float
+    tokens_per_s: float | None
+    fits: bool
+
+
+def prediction(cfg: TrainConfig) -> Prediction | None:
+    """The planner's verdict, or None when it has none for this setting (a trial needs no prediction to run)."""
+    try:
+        from nanogpt.fit.plan import predict
+
+        plan = predict(cfg)
+    except Exception:
+        # 预测只是参考：出错就记进日志，照样试跑
+        traceback.print_exc()
+        return None
+    return Prediction(plan.total / GIB, plan.budget / GIB, plan.tokens_per_s, plan.verdict != "does_not_fit")
+
+
+def run(job: dict[str, Any]) -> None:
+    """Entry point: carry out the job and leave; never raises."""
+    _leave_with_parent()
+    set_language(job["lang"])
+    with open(job["report"], "a", encoding="utf-8", newline="\n") as file:
+
+        def emit(**values) -> None:
+            file.write(json.dumps(values) + "\n")
+            file.flush()
+
+        try:
+            measure(typed_config(job["config"]), job["overrides"], Path(job["folder"]), emit)
+        except BaseException as error:
+            # 子进程的结局就是报告：任何异常都要变成一行
+            traceback.print_exc()
+            emit(status=verdict_of(error), reason=_reason(error))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # 不等 torch 的清理：CUDA 出错之后它可能挂住
+    os._exit(0)
+
+
+def typed_config(node: dict) -> TrainConfig:
+    """The TrainConfig that the parent composed."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), node))
+
+
+def _leave_with_parent() -> None:
+    """End this process when the parent closes its end of stdin, that is, also when the parent is killed."""
+
+    def watch() -> None:
+        sys.stdin.buffer.read()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def verdict_of(error: BaseException) -> str:
+    """oom, invalid or crashed."""
+    from nanogpt.oom import is_out_of_memory
+
+    # 限额之下，开线程、映射文件也会先失败
+    words = str(error)
+    if is_out_of_memory(error) or getattr(error, "errno", None) == errno.ENOMEM or any(w in words for w in ("llocate memory", "start new thread")):
+        return "oom"
+    return "invalid" if isinstance(error, ConfigError) and error.message != "diverged" else "crashed"
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, ConfigError):
+        return lines[0]
+    # “[enforce fail at …] err == 0. ” 这类前缀对使用者没有意义
+    line = lines[0].rpartition("] ")[2].removeprefix("err == 0. ") if lines else ""
+    return line if isinstance(error, MemoryError) and line else f"{type(error).__name__}: {line}".rstrip(": ")
+
+
+# ---- 试跑 ----
+
+
+def measure(cfg: TrainConfig, overrides: list[str], folder: Path, emit: Emit, *, predict=prediction, limit=limit_memory) -> None:
+    """Open the data, predict, set the memory limit, train a few steps, and emit what was found."""
+    import torch
+
+    from nanogpt.fit.trial_trainer import TrialTrainer
+    from nanogpt.loggers import Loggers
+    from nanogpt.session import Session
+    from nanogpt.summary import device_name
+
+    emit(phase="data")
+    session = Session.new(cfg, folder, overrides)
+    device = session.device
+    free, total = _free_and_total(device)
+    budget = _budget(cfg, device.type, free)
+    emit(device=device_name(device), free_gib=free / GIB, total_gib=total / GIB, budget_gib=budget, device_type=device.type, phase="prediction")
+    plan = predict(cfg)
+    if plan:
+        emit(predicted_gib=plan.predicted_gib, predicted_tokens_per_s=plan.tokens_per_s, budget_gib=plan.budget_gib)
+        budget = plan.budget_gib
+        if cfg.trial.skip_predicted and not plan.fits:
+            emit(status="skipped", reason=text("trial_predicted", predicted=plan.predicted_gib, budget=plan.budget_gib))
+            return
+    if device.type == "cpu":
+        # 显存由分配器封顶；内存由操作系统封顶，父进程再看一道
+        emit(limit=limit(budget), watch_gib=budget)
+    _forget_peak()
+    emit(phase="build")
+    trainer = session.build_trainer(Loggers([]), TrialTrainer)
+    emit(micro_batch=trainer.micro_batch, effective_batch=trainer.global_rows, precision=trainer.precision.label)
+    try:
+        emit(**_train(trainer, cfg, emit))
+    finally:
+        # 显存不足时也要说峰值到了哪里
+        emit(**_peaks(device, torch))
+    emit(status="ok")
+
+
+def _train(trainer, cfg: TrainConfig, emit: Emit) -> dict[str, float]:
+    """Warm up, time the steps, then touch the other peaks: one evaluation, one short sample."""
+    import torch
+
+    emit(phase="warmup")
+    for _ in range(cfg.trial.warmup_steps):
+        trainer.step()
+    emit(phase="steps")
+    seconds, result = [], None
+    for _ in range(cfg.trial.steps):
+        started = time.perf_counter()
+        result = trainer.step()
+        if trainer.device.type == "cuda":
+            # 不同步只量到把任务排进队列的时间
+            torch.cuda.synchronize(trainer.device)
+        seconds.append(time.perf_counter() - started)
+    # 中位数：机器上别的程序偶尔插进来，不该算在这个设置头上
+    typical = statistics.median(seconds)
+    found = {"step_ms": typical * 1000, "tokens_per_s": trainer.global_rows * trainer.block_size / typical}
+    emit(phase="evaluation", **found)
+    long_enough = cfg.trial.warmup_steps + cfg.trial.steps >= STEPS_FOR_LOSS
+    val_loss = trainer.evaluate() if long_enough else trainer.evaluate_once()
+    if long_enough:
+        found |= {name: loss for name, loss in (("train_loss", result.loss), ("val_loss", val_loss)) if math.isfinite(loss)}
+    emit(phase="sample")
+    trainer.short_sample(min(cfg.sample_tokens, SAMPLE_TOKENS))
+    return found
+
+
+# ---- 内存 ----
+
+
+def _free_and_total(device) -> tuple[int, int]:
+    """Bytes free and in all on the device, now."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total
+
+
+def _budget(cfg: TrainConfig, device_type: str, free: int) -> float:
+    """GiB that this trial may use, where the planner has not said."""
+    hardware = cfg.hardware
+    if device_type == "cpu":
+        return hardware.ram_gib or free / GIB
+    # 大卡按小卡的显存封顶时，此刻空闲的也可能更少
+    stated = (hardware.vram_gib or math.inf) - hardware.context_gib - hardware.desktop_gib
+    return min(stated, free / GIB)
+
+
+def _forget_peak() -> None:
+    """Start the peak of resident memory anew: preparing data is no part of training (Linux only)."""
+    if sys.platform == "linux":
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        except OSError:
+            # 有的容器不许写；峰值就包含准备数据
+            pass
+
+
+def _peaks(device, torch) -> dict[str, float | None]:
+    from nanogpt.metrics import memory_gib
+
+    if device.type == "cuda":
+        return {"peak_gib": torch.cuda.max_memory_allocated(device) / GIB, "reserved_gib": torch.cuda.max_memory_reserved(device) / GIB}
+    if sys.platform == "linux":
+        # ru_maxrss 会带上父进程 fork 时的大小，VmHWM 不会
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return {"peak_gib": int(line.split()[1]) * 1024 / GIB}
+    return {"peak_gib": memory_gib(device)["peak"]}

@@ -1,0 +1,90 @@
+"""Results that earlier sweeps measured: a sweep typed again goes on where it stopped.
+
+A result is found again by a hash over everything that it depends on: the resolved config, the versions, the program's own code, the device.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+import nanogpt
+from nanogpt.config import ROOT, TrainConfig
+from nanogpt.fit import result as results
+from nanogpt.fit.result import LASTING, TrialResult
+
+FOLDER = Path("outputs") / "fit" / "trials"
+# 不影响测量的键
+IRRELEVANT = ("out_dir", "overwrite", "lang", "logger", "groups", "plan")
+
+
+def container(cfg: TrainConfig) -> dict[str, Any]:
+    """The resolved config as plain values."""
+    return OmegaConf.to_container(OmegaConf.structured(cfg), resolve=True)
+
+
+def key_of(cfg: TrainConfig) -> str:
+    """Hash of a trial's config, the versions and the device."""
+    node = {name: value for name, value in container(cfg).items() if name not in IRRELEVANT}
+    node["trial"].pop("again")
+    # 选配方的 margin 只在事后用，改它不必重测
+    node["trial"].pop("margin")
+    facts = {"config": node, "versions": versions(), "device": device(cfg), "threads": os.environ.get("OMP_NUM_THREADS")}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def find(key: str) -> TrialResult | None:
+    """The lasting result of that hash, if an earlier sweep left one."""
+    found = results.read(FOLDER / f"{key}.json")
+    return found if found and found.status in LASTING else None
+
+
+def keep(result: TrialResult) -> None:
+    """Remember a result for later sweeps, unless it may be different next time."""
+    if result.status in LASTING:
+        results.write(result, FOLDER / f"{result.key}.json")
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of torch and of this program, down to its code: a faster version must not be judged by an older one's figures."""
+    try:
+        torch_version = version("torch")
+    except PackageNotFoundError:
+        torch_version = "?"
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "nanogpt").rglob("*.py")):
+        digest.update(path.read_bytes())
+    return {"torch": torch_version, "nanogpt": nanogpt.__version__, "code": digest.hexdigest()[:16], "python": platform.python_version()}
+
+
+def device(cfg: TrainConfig) -> str:
+    """The device of a trial with its driver, without importing torch."""
+    if cfg.device == "cpu" or (cfg.device == "auto" and cfg.hardware.name == "cpu"):
+        return _processor()
+    return _cards() + os.environ.get("CUDA_VISIBLE_DEVICES", "") or _processor()
+
+
+def _processor() -> str:
+    return f"{platform.node()} {platform.machine()} {platform.processor()} {os.cpu_count()}"
+
+
+@functools.cache
+def _cards() -> str:
+    """Names and driver of the NVIDIA cards, or "" without any."""
+    program = shutil.which("nvidia-smi")
+    if not program:
+        return ""
+    try:
+        command = [program, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=30).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

@@ -1,0 +1,85 @@
+"""A sweep of trials: what each job does, and what happens when the last one is done. Needs no torch."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from nanogpt.config import TrainConfig
+from nanogpt.fit import result as results
+from nanogpt.fit.result import EXPECTED, TrialResult
+from nanogpt.fit.spill import judge_all
+from nanogpt.fit.trial import run_trial
+from nanogpt.messages import say, text
+
+# 与被 SIGINT 结束的程序相同：128 + 2
+EXIT_INTERRUPTED = 130
+FIT = Path("outputs") / "fit"
+
+
+def trial_job(cfg: TrainConfig, overrides: list[str]) -> float:
+    """Run one trial, leave its result in cfg.out_dir/trial.json, and return the objective: tokens/s, 0 for a failure.
+
+    Outside a sweep the process ends with the exit code that a sweep of this one trial would have.
+    """
+    folder = Path(cfg.out_dir) if cfg.out_dir else FIT / time.strftime("%Y-%m-%d_%H-%M-%S")
+    try:
+        result = run_trial(cfg, overrides, folder)
+    except KeyboardInterrupt:
+        say("trial_interrupted")
+        sys.exit(EXIT_INTERRUPTED)
+    results.write(result, folder / "trial.json")
+    print(line_of(result), flush=True)
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.RUN and (code := exit_code([result])):
+        sys.exit(code)
+    return result.objective
+
+
+def line_of(result: TrialResult) -> str:
+    """What the console says of one trial when it is done."""
+    typed = shown_overrides(result)
+    # 敲下时就已写死的，每个任务都一样，不必重复
+    what = " ".join([o for o in typed if o not in sys.argv] or typed) or text("trial_defaults")
+    if result.status == "ok":
+        line = text("trial_ok", what=what, speed=result.tokens_per_s, held=result.held_gib or 0.0, budget=result.budget_gib or 0.0)
+    else:
+        line = text("trial_not_ok", what=what, status=text(f"status_{result.status}"), reason=result.reason)
+    return line + (text("trial_known") if result.known else "")
+
+
+def shown_overrides(result: TrialResult) -> list[str]:
+    """Overrides without those that only say that and how it is a trial."""
+    return [o for o in result.overrides if not o.startswith(("experiment=fit", "trial.", "lang="))]
+
+
+def exit_code(found: list[TrialResult]) -> int:
+    """0 when every trial ended in an expected way and at least one is ok, else 1."""
+    return int(not (any(r.status == "ok" for r in found) and all(r.status in EXPECTED for r in found)))
+
+
+class SweepReport(Callback):
+    """Hydra callback: when a sweep of trials is done, report it and let the exit code tell the truth."""
+
+    def on_multirun_end(self, config: DictConfig, **_kwargs: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        found = judge_all(results.collect(folder))
+        if not found:
+            # 普通的 -m 训练，没有试跑
+            return
+        from nanogpt.fit.report import write_report
+
+        try:
+            write_report(found, folder, margin=config.trial.margin)
+        except OSError as error:
+            # Hydra 会把回调里的异常压成警告；写不出报告要让退出码知道
+            say("error", line=text("not_writable", path=folder, reason=error.strerror))
+            raise SystemExit(1) from None
+        code = exit_code(found)
+        sys.stdout.flush()
+        if code:
+            raise SystemExit(code)

@@ -1,0 +1,101 @@
+"""One isolated, bounded trial: a setting goes into a child process, a plain result comes out, whatever happens there.
+
+Needs no torch: the parent of a sweep stays small and idle while a child measures.
+"""
+
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nanogpt import messages
+from nanogpt.config import TrainConfig, check
+from nanogpt.fit import known
+from nanogpt.fit.lock import lock_path, only_one
+from nanogpt.fit.process import CHILD, Ended, run_child
+from nanogpt.fit.result import TrialResult, made
+from nanogpt.fit.spill import judge
+from nanogpt.messages import ConfigError, text
+from nanogpt.oom import PHRASES
+
+# 没能变成 Python 异常的内存不足，日志里留下的话
+ABORT_PHRASES = (*PHRASES, "bad_alloc", "Cannot allocate memory", "MemoryError", "CUDA_ERROR_OUT_OF_MEMORY", "Thread creation failed")
+
+
+def run_trial(cfg: TrainConfig, overrides: list[str], folder: Path, *, command: Sequence[str] = CHILD) -> TrialResult:
+    """Measure one setting, or take what an earlier sweep measured; `folder` gets the child's log.
+
+    A mistake in the config is a result too (status invalid). KeyboardInterrupt ends the child and is passed on; nothing is recorded then.
+    """
+    common = {"overrides": overrides, "experiment": _recipe(cfg)}
+    try:
+        check(cfg)
+        refuse(cfg)
+    except ConfigError as error:
+        return made({**common, "status": "invalid", "reason": str(error)})
+    folder.mkdir(parents=True, exist_ok=True)
+    key = known.key_of(cfg)
+    with only_one(lock_path(cfg.device)):
+        # 拿到锁再查：并行的另一个任务可能刚测完同一个
+        earlier = None if cfg.trial.again else known.find(key)
+        if earlier:
+            return made({**vars(earlier), **common, "known": True})
+        started = time.perf_counter()
+        job = {"config": known.container(cfg), "overrides": overrides, "folder": str(folder.absolute()), "lang": messages.current_language()}
+        ended = run_child(job, folder, timeout_s=cfg.trial.timeout_s, command=command)
+    status, reason = classified(ended, cfg.trial.timeout_s)
+    result = judge(made({**common, **ended.values, "key": key, "status": status, "reason": reason, "known": False,
+                         "peak_gib": _peak(ended, status), "wall_s": time.perf_counter() - started}))
+    known.keep(result)
+    return result
+
+
+def refuse(cfg: TrainConfig) -> None:
+    """Refuse what a trial cannot try."""
+    if cfg.resume:
+        raise ConfigError("trial_not_with", key="resume", got=cfg.resume)
+    if not isinstance(cfg.batch_size, int):
+        raise ConfigError("trial_not_with", key="batch_size", got=cfg.batch_size)
+
+
+def _recipe(cfg: TrainConfig) -> str | None:
+    named = cfg.groups.get("experiment")
+    return None if named in (None, "fit") else named
+
+
+def _peak(ended: Ended, status: str) -> Any:
+    """What the child said, or, where it was killed on a CPU, what was seen from outside."""
+    said = ended.values.get("peak_gib")
+    outside = ended.rss_gib if status == "oom" and ended.values.get("device_type") == "cpu" else None
+    return outside if said is None else said
+
+
+def classified(ended: Ended, timeout_s: float) -> tuple[str, str]:
+    """(status, reason in one line) of a child that has ended."""
+    said = ended.values.get("status")
+    if isinstance(said, str):
+        # 它自己下了结论，之后怎么退出都不要紧
+        return said, str(ended.values.get("reason", ""))
+    phase = ended.values.get("phase", "start")
+    if ended.killed == "timeout":
+        return "timeout", text("trial_timeout", seconds=timeout_s, phase=phase)
+    if ended.killed == "memory":
+        return "oom", text("trial_watched", rss=ended.rss_gib, phase=phase)
+    if any(phrase in ended.log for phrase in ABORT_PHRASES):
+        return "oom", ended.last_line
+    if ended.returncode == -9:
+        # 不是我们杀的 SIGKILL：内核的 OOM killer
+        return "oom", text("trial_killed", phase=phase)
+    return "crashed", text("trial_crashed", how=_how(ended.returncode), phase=phase, line=ended.last_line or "-")
+
+
+def _how(returncode: int) -> str:
+    """SIGABRT, or exit code 3."""
+    if returncode < 0:
+        try:
+            return signal.Signals(-returncode).name
+        except ValueError:
+            # 实时信号没有名字
+            return f"signal {-returncode}"
+    return text("trial_exit_code", code=returncode)

@@ -1,0 +1,159 @@
+"""The report of a sweep: order, pictures, page and the recipe of the fastest setting."""
+
+import dataclasses
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import composed, make_config
+
+from nanogpt import messages
+from nanogpt.config import check
+from nanogpt.fit import picture
+from nanogpt.fit.chart import axes, labelled, loss_chart, memory_chart, svg, ticks
+from nanogpt.fit.ranking import best_of, names, pareto, ranked
+from nanogpt.fit.recipe import command, recipe
+from nanogpt.fit.report import write_report
+from nanogpt.fit.report_page import page
+from nanogpt.fit.result import TrialResult
+
+NASTY = "<script>alert('x')</script> & \"quotes\""
+
+
+def made(batch, status="ok", speed=None, peak=None, precision="fp16", **more):
+    values = {"budget_gib": 12.0, "micro_batch": batch, "effective_batch": batch, "device": "card", "tokens_per_s": speed, "peak_gib": peak, "reserved_gib": peak}
+    overrides = ("experiment=fit", "model=medium", f"batch_size={batch}", f"precision={precision}")
+    return TrialResult(overrides, status, **{**values, "step_ms": 10.0 if speed else None, "key": f"{batch}{precision}{status}", **more})
+
+
+SWEEP = [
+    made(1, speed=1000.0, peak=3.0), made(2, speed=1900.0, peak=4.0), made(4, speed=3000.0, peak=6.0, val_loss=2.5), made(8, speed=5000.0, peak=11.9),
+    made(4, speed=2900.0, peak=6.5, precision="bf16", val_loss=2.4), made(16, "oom", reason=NASTY, predicted_gib=12.5), made(8, "crashed", reason="SIGABRT", precision="bf16"),
+    made(32, "skipped", reason="predicted 200.0 GiB > 12.0", predicted_gib=200.0), made(16, "spilled", speed=300.0, peak=11.8, precision="bf16"),
+]
+
+
+def test_best_is_the_fastest_within_the_margin():
+    assert best_of(SWEEP, 0.05) is SWEEP[2] and best_of(SWEEP, 0.0) is SWEEP[3] and best_of(SWEEP[5:], 0.0) is None
+    order = ranked(SWEEP, 0.05)
+    assert [r.tokens_per_s for r in order[:6]] == [3000.0, 2900.0, 1900.0, 1000.0, 5000.0, 300.0] and len(order) == len(SWEEP)
+
+
+def test_names_tell_only_what_differs():
+    assert names(SWEEP)[:2] == ["batch_size=1 precision=fp16", "batch_size=2 precision=fp16"]
+    assert names(SWEEP[:1]) == ["model=medium batch_size=1 precision=fp16"]
+
+
+def test_the_pareto_front_is_what_no_other_point_beats():
+    points = [(3.0, 10.0), (4.0, 9.0), (4.0, 12.0), (6.0, 12.0), (7.0, 20.0)]
+    assert pareto(points) == [(3.0, 10.0), (4.0, 12.0), (7.0, 20.0)]
+    for x, y in points:
+        assert any(fx <= x and fy >= y for fx, fy in pareto(points))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 12.34), (2.4, 2.41), (0, 98_765), (5, 5), (0, 0.003)])
+def test_ticks_cover_the_data_and_are_few(low, high):
+    got = ticks(low, high)
+    assert got[0] <= low and got[-1] >= high and 2 <= len(got) <= 9 and got == sorted(set(got))
+
+
+def test_a_failure_far_beyond_the_budget_does_not_squeeze_the_chart():
+    chart = memory_chart(SWEEP, SWEEP[2])
+    assert axes(chart)[0][-1] <= 20 and any(p.x == 200.0 for p in chart.points)
+    placed = labelled(chart)
+    assert placed[0].kind == "best" and len({(p.x, p.label) for p in placed}) == len(placed)
+    # 没有预测也没有占用的失败画不出来，只在表里
+    assert len(chart.points) == len(SWEEP) - 1
+
+
+@pytest.mark.parametrize("found", [SWEEP, SWEEP[:1], SWEEP[5:6], [made(1, "crashed", reason="x")], [made(n, speed=10.0 * n, peak=1.0, precision=f"p{n}") for n in range(1, 12)]])
+def test_svg_is_well_formed_and_every_mark_has_a_title(found):
+    chart = memory_chart(found, best_of(found, 0.05))
+    root = ElementTree.fromstring(svg(chart, NASTY))
+    assert len(root.findall("g/title")) == len(chart.points)
+    assert not re.search(r"nan|inf", svg(chart, "x"))
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_page_is_self_contained_escaped_and_in_the_consoles_language(language):
+    messages.set_language(language)
+    html = page(SWEEP, margin=0.05, command=NASTY, created="2026-01-01")
+    assert "<script" not in html and "&lt;script&gt;" in html
+    assert not re.search(r"(?:src|href|url)\s*[=(]|https?://|@import", html)
+    assert f"lang='{language}'" in html and ("内存占用与速度" in html) == (language == "zh")
+    assert html.count("<svg") == 2 and "prefers-color-scheme: dark" in html
+    assert all(f"{r.tokens_per_s:,.0f}" in html for r in SWEEP if r.tokens_per_s)
+
+
+def test_losses_are_drawn_only_where_there_are_some():
+    assert len(loss_chart(SWEEP, SWEEP[2]).points) == 2 and loss_chart(SWEEP[:3], None) is None
+
+
+def test_a_report_has_every_file_and_says_how_to_go_on(in_tmp, capsys):
+    folder = in_tmp / "sweep"
+    folder.mkdir()
+    write_report(SWEEP, folder, margin=0.05)
+    out = capsys.readouterr().out
+    assert "python run_train.py --config-dir outputs/fit +fit=best" in out and NASTY.split()[0] in out
+    rows = [json.loads(line) for line in (folder / "trials.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == len(SWEEP) and rows[0]["tokens_per_s"] == 3000.0
+    assert (folder / "report.html").is_file()
+    assert (folder / "fit/best.yaml").read_bytes() == (in_tmp / "outputs/fit/fit/best.yaml").read_bytes()
+    if picture.available():
+        for name in ("report.png", "loss.png"):
+            assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_or_a_success_the_report_says_so(in_tmp, capsys, monkeypatch):
+    monkeypatch.setattr(picture, "find_spec", lambda name: None)
+    write_report(SWEEP[5:8], in_tmp, margin=0.05)
+    out = capsys.readouterr().out
+    assert "matplotlib is not installed" in out and "no setting fits" in out
+    assert not list(in_tmp.rglob("best.yaml")) and not list(in_tmp.glob("*.png"))
+
+
+# ---- best.yaml ----
+
+TYPED = [
+    "model=gpt2", "arch=gpt2", "precision=bf16", "memory=lean", "optimizer=adamw", "optimizer.weight_decay=0.2", "hardware=rtx3060_8gb", "batch_size=4",
+    "gradient_accumulation_steps=8", "model.n_layer=2", "model.ngrams=[2,3]", "sample_prompt='To be, or: not # \"x\"'", "dataset=text_file", "dataset.path='我 的.txt'",
+    "eval_tokens=null", "learning_rate=3e-4", "compile=false", "+model.extra.window=7", "dropout=0.1",
+]
+OF_THE_TRIAL = ["experiment=fit", "trial.steps=9", "lang=zh", "out_dir=x", "trial.margin=0.1", "overwrite=true"]
+
+
+@pytest.fixture
+def with_best(tmp_path):
+    """Compose with a best.yaml of the given overrides, as `--config-dir … +fit=best` would."""
+
+    def compose(result, *more):
+        (tmp_path / "fit").mkdir(exist_ok=True)
+        (tmp_path / "fit" / "best.yaml").write_text(recipe(result), encoding="utf-8")
+        return composed("train", [f"hydra.searchpath=[file://{tmp_path.as_posix()}]", "+fit=best", *more])
+
+    return compose
+
+
+def test_the_recipe_composes_to_what_was_tried_and_is_a_normal_training(with_best):
+    cfg = with_best(TrialResult((*OF_THE_TRIAL, *TYPED), "ok", micro_batch=4, tokens_per_s=1.0, device="a\nb: {card}"))
+    wanted = make_config(*TYPED)
+    cfg.groups.pop("fit")
+    assert dataclasses.asdict(cfg) == dataclasses.asdict(wanted)
+    check(cfg)
+    assert not cfg.trial.enabled and cfg.out_dir is None
+
+
+def test_a_user_may_still_override_everything_in_the_recipe(with_best):
+    result = TrialResult(tuple(TYPED), "ok", micro_batch=4)
+    cfg = with_best(result, "precision=fp32", "batch_size=2", "optimizer=muon", "model=tiny", "max_iters=7", "model.n_layer=3")
+    assert (cfg.precision.dtype, cfg.batch_size, cfg.max_iters, cfg.model.n_layer) == ("fp32", 2, 7, 3) and "muon" in cfg.optimizer["_target_"]
+
+
+def test_an_untyped_micro_batch_is_written_and_other_recipes_are_named():
+    assert yaml.safe_load(recipe(TrialResult(("experiment=fit",), "ok", micro_batch=16))) == {"batch_size": 16}
+    result = TrialResult(("experiment=cpu_speedrun",), "ok", micro_batch=16, experiment="cpu_speedrun")
+    assert command(result, Path("outputs/fit")) == "python run_train.py --config-dir outputs/fit experiment=cpu_speedrun +fit=best"
+    assert len(recipe(result).splitlines()) == 3

@@ -1,0 +1,137 @@
+"""A sweep of trials as a person types it: every job is a result, the exit code tells the truth, an interrupted sweep goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+
+import psutil
+import pytest
+from conftest import make_config
+from test_end_to_end import ENVIRONMENT, QUICK, RUN, TEXT, run
+
+from nanogpt.config import ROOT
+from nanogpt.fit import known, result
+from nanogpt.fit.result import TrialResult
+from nanogpt.fit.sweep import exit_code
+
+SWEEP = ["-m", "experiment=fit", "hardware=cpu", "hardware.ram_gib=1.0"]
+
+
+@pytest.fixture
+def own_text(tmp_path, monkeypatch):
+    """A folder with a text, and the overrides of a sweep over it."""
+    (tmp_path / "my.txt").write_text(TEXT, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", ENVIRONMENT["OMP_NUM_THREADS"])
+    return tmp_path, [*SWEEP, "dataset=text_file", "dataset.path=my.txt", "dataset.dir=prepared", *QUICK]
+
+
+def remember(overrides, batch_size, **values):
+    """Leave a result as an earlier sweep would have: the test needs no child for it."""
+    typed = [*(o for o in overrides if o != "-m"), f"batch_size={batch_size}"]
+    key = known.key_of(make_config(*typed))
+    known.keep(TrialResult(tuple(typed), **{"status": "ok", "key": key, "tokens_per_s": 1000.0 * batch_size, "peak_gib": 0.5, "budget_gib": 1.0,
+                                           "micro_batch": batch_size, **values}))
+
+
+def trials(folder):
+    """trials.jsonl of the newest sweep."""
+    newest = sorted(folder.glob("outputs/fit/*/trials.jsonl"))[-1]
+    return [json.loads(line) for line in newest.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA")
+def test_a_sweep_survives_an_out_of_memory_error_and_a_mistake_and_its_best_setting_trains(own_text):
+    folder, overrides = own_text
+    done = run(folder, *overrides, "model.n_embd=256", "model.block_size=128", "hardware.ram_gib=0.6", "eval_batch_size=1", "batch_size=0,8192,1")
+    rows = trials(folder)
+    assert [r["status"] for r in rows] == ["ok", "oom", "invalid"] and rows[0]["tokens_per_s"] > 0
+    assert "can't allocate memory" in rows[1]["reason"] and "batch_size=0 is out of range" in rows[2]["reason"]
+    assert all(name in done.stdout for name in ("report.html", "--config-dir outputs/fit +fit=best", "out of memory", "invalid"))
+    trained = run(folder, "--config-dir", "outputs/fit", "+fit=best", "max_iters=1", "model.n_embd=16", "model.block_size=16", "out_dir=outputs/a")
+    assert "iter 1: train loss" in trained.stdout
+    config = (folder / "outputs/a/config.yaml").read_text(encoding="utf-8")
+    assert "batch_size: 1\n" in config and "enabled: false" in config
+
+
+def test_what_is_known_is_not_measured_again_and_counts_once(own_text):
+    folder, overrides = own_text
+    for batch_size in (2, 4):
+        remember(overrides, batch_size)
+    remember(overrides, 8, status="oom", reason="too much", tokens_per_s=None)
+    done = run(folder, *overrides, "batch_size=2,4,8,4", "lang=zh")
+    assert [(r["micro_batch"], r["status"], r["known"]) for r in trials(folder)] == [(4, "ok", True), (2, "ok", True), (8, "oom", True)]
+    assert "3 次试跑中 3 次以前测过" in done.stdout
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
+def test_an_interrupted_sweep_keeps_what_is_finished_and_goes_on(own_text):
+    folder, overrides = own_text
+    remember(overrides, 2)
+    command = [*overrides, "batch_size=2,4", "trial.steps=5"]
+    process = subprocess.Popen([*RUN, *command], cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    while "batch_size=2" not in (line := process.stdout.readline()) or "trial" not in line:
+        assert process.poll() is None
+    while not (children := psutil.Process(process.pid).children()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on from there" in err and "Traceback" not in err
+    assert not any(child.is_running() for child in children) and len(list(known.FOLDER.glob("*.json"))) == 1
+    done = run(folder, *command)
+    assert "1 of 2 trials known from before" in done.stdout and [r["status"] for r in trials(folder)] == ["ok", "ok"]
+
+
+def test_the_exit_code_tells_the_truth(own_text):
+    folder, overrides = own_text
+    ok, oom, crash = (TrialResult((), status) for status in ("ok", "oom", "crashed"))
+    assert exit_code([ok, oom]) == 0 and exit_code([oom]) == exit_code([ok, crash]) == exit_code([]) == 1
+    assert exit_code([ok, TrialResult((), "timeout")]) == 1
+    run(folder, *overrides, "batch_size=0,-1", expect=1)
+    remember(overrides, 2)
+    single = [o for o in overrides if o != "-m"]
+    assert "2,000 tokens/s" in run(folder, *single, "batch_size=2").stdout
+    run(folder, *single, "batch_size=0", expect=1)
+
+
+def test_a_plain_sweep_and_a_plain_run_have_no_trials():
+    cfg = make_config()
+    assert not cfg.trial.enabled and make_config("experiment=fit").trial.enabled
+
+
+def test_the_parent_of_trials_never_imports_torch():
+    code = "import sys, nanogpt.fit.sweep, nanogpt.fit.trial, nanogpt.fit.report, nanogpt.fit.recipe, nanogpt.fit.child; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(("plugin", "options"), [
+    ("hydra_joblib_launcher", ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "batch_size=2,4"]),
+    ("hydra_optuna_sweeper", ["hydra/sweeper=optuna", "hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=1", "hydra.sweeper.sampler.seed=0",
+                              "batch_size=choice(2,4,0)"]),
+])
+def test_other_launchers_and_sweepers_work(own_text, plugin, options):
+    if not find_spec(f"hydra_plugins.{plugin}"):
+        pytest.skip(f"{plugin} is not installed (extra sweep)")
+    folder, overrides = own_text
+    for batch_size in (2, 4):
+        remember(overrides, batch_size)
+    run(folder, *overrides, *options)
+    found = {r["micro_batch"]: r["status"] for r in trials(folder)}
+    assert found[2] == found[4] == "ok"
+    if "optuna" in plugin:
+        best = next(folder.glob("outputs/fit/*/optimization_results.yaml")).read_text(encoding="utf-8")
+        # 失败记 0，Optuna 既不会崩也不会选它
+        assert "best_value: 4000.0" in best and "batch_size: 4" in best and found[None] == "invalid"
+
+
+def test_results_of_jobs_are_read_in_order_and_damaged_ones_left_out(tmp_path):
+    for number in (10, 2, 1):
+        result.write(TrialResult((f"batch_size={number}",), "ok", key=str(number)), tmp_path / str(number) / "trial.json")
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "trial.json").write_text("{", encoding="utf-8")
+    result.write(TrialResult(("batch_size=2", "lang=zh"), "ok", key="2"), tmp_path / "11" / "trial.json")
+    assert [r.key for r in result.collect(tmp_path)] == ["1", "2", "10"]

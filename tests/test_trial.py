@@ -1,0 +1,270 @@
+"""One trial: whatever happens in the child, a plain result comes out and nothing is left running."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+from conftest import make_config
+
+from nanogpt.config import ROOT
+from nanogpt.fit import child, known, process, result
+from nanogpt.fit.limits import limit_memory
+from nanogpt.fit.lock import lock_path, only_one
+from nanogpt.fit.process import Ended
+from nanogpt.fit.result import TrialResult, made
+from nanogpt.fit.trial import classified, run_trial
+
+FIT = ("trial.enabled=true", "trial.warmup_steps=1", "trial.steps=2", "hardware.ram_gib=1.0")
+POSIX = pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
+# 假的子进程：先照真的那样读任务，report(…) 写一行报告
+PRELUDE = """
+import json, os, signal, subprocess, sys, time
+job = json.loads(sys.stdin.readline())
+def report(**values):
+    with open(job["report"], "a", encoding="utf-8") as file:
+        print(json.dumps(values), file=file)
+"""
+
+
+def fake(code):
+    return [sys.executable, "-S", "-c", PRELUDE + code]
+
+
+@pytest.fixture
+def quick(tiny_overrides, in_tmp):
+    """Overrides of a trial of a second, in an empty folder."""
+    return [*tiny_overrides, *FIT], in_tmp
+
+
+def trial(quick, *more, code=None, **options):
+    overrides, folder = quick
+    cfg = make_config(*overrides, *more, checked=False)
+    return run_trial(cfg, [*overrides, *more], folder / "job", **({"command": fake(code)} if code else {}), **options)
+
+
+# ---- 真的子进程 ----
+
+
+def test_a_trial_measures_a_model_of_the_users_own_module(quick, monkeypatch):
+    _, folder = quick
+    module = folder / "mine" / "my_gpt.py"
+    module.parent.mkdir()
+    module.write_text("from nanogpt.model import GPT\nclass Mine(GPT):\n    pass\nprint('mine is used')\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(module.parent))
+    got = trial(quick, "model._target_=my_gpt.Mine", "gradient_accumulation_steps=2")
+    assert got.status == "ok", got
+    assert got.tokens_per_s == pytest.approx(8 * 16 / got.step_ms * 1000)
+    assert (got.micro_batch, got.effective_batch, got.precision, got.budget_gib) == (4, 8, "fp32", 1.0)
+    assert 0.05 < got.peak_gib < 1.0 and got.reserved_gib is None
+    # 三步的损失说明不了什么
+    assert got.train_loss is None and got.val_loss is None
+    assert "mine is used" in (folder / "job" / "trial.log").read_text(encoding="utf-8")
+    assert known.find(got.key) == result.read(known.FOLDER / f"{got.key}.json") == got
+    again = trial(quick, "model._target_=my_gpt.Mine", "gradient_accumulation_steps=2")
+    assert again.known and again.tokens_per_s == got.tokens_per_s
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA")
+def test_an_allocation_beyond_the_budget_is_a_result_and_is_not_repaired(quick):
+    got = trial(quick, "hardware.ram_gib=0.5", "batch_size=8192", "model.n_embd=256", "model.block_size=128")
+    assert got.status == "oom" and "can't allocate memory" in got.reason and got.micro_batch == 8192 and got.objective == 0.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA")
+def test_the_limit_is_real():
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from nanogpt.fit.limits import limit_memory; print(limit_memory(0.3)); bytearray(2**29)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8")
+    assert done.stdout.strip() == "rlimit" and "MemoryError" in done.stderr
+    assert callable(limit_memory)
+
+
+# ---- 子进程里的步骤，不另开进程 ----
+
+
+def measured(overrides, folder, plan):
+    lines = []
+    cfg = make_config(*overrides)
+    child.measure(cfg, overrides, folder, lambda **values: lines.append(values), predict=lambda cfg: plan, limit=lambda gib: gib)
+    return {key: value for line in lines for key, value in line.items()}
+
+
+def test_what_is_predicted_not_to_fit_is_skipped_unless_told_otherwise(quick):
+    overrides, folder = quick
+    plan = child.Prediction(predicted_gib=14.2, budget_gib=12.0, tokens_per_s=1000.0, fits=False)
+    got = measured(overrides, folder, plan)
+    assert got["status"] == "skipped" and got["reason"] == "predicted 14.2 GiB > 12.0" and "limit" not in got
+    assert got["predicted_gib"] == 14.2 and got["predicted_tokens_per_s"] == 1000.0
+    tried = measured([*overrides, "trial.skip_predicted=false"], folder, plan)
+    assert tried["status"] == "ok" and tried["limit"] == 12.0
+
+
+def test_losses_are_reported_after_enough_steps_and_no_run_folder_is_claimed(quick):
+    overrides, folder = quick
+    before = set(folder.rglob("*"))
+    got = measured([*overrides, f"trial.steps={result.STEPS_FOR_LOSS}"], folder / "job", None)
+    assert got["val_loss"] < math.log(30) and got["train_loss"] > 0
+    assert set(folder.rglob("*")) == before
+
+
+def test_errors_of_the_child_are_told_apart():
+    from nanogpt.messages import ConfigError
+
+    assert child.verdict_of(MemoryError()) == child.verdict_of(RuntimeError("can't start new thread")) == child.verdict_of(OSError(12, "x")) == "oom"
+    assert child.verdict_of(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")) == "oom"
+    assert child.verdict_of(ConfigError("compose", line="x")) == "invalid" and child.verdict_of(KeyError("x")) == "crashed"
+
+
+# ---- 各种结局，用假的子进程 ----
+
+ENDINGS = {
+    "os.abort()": ("crashed", "SIGABRT"),
+    "report(phase='steps'); print('CUDA error: an illegal memory access'); os.abort()": ("crashed", "SIGABRT (during: steps): CUDA error: an illegal memory access"),
+    "print('terminate called after throwing an instance of \\'std::bad_alloc\\''); sys.stdout.flush(); os.abort()": ("oom", "bad_alloc"),
+    "report(phase='steps'); os.kill(os.getpid(), signal.SIGKILL)": ("oom", "killed by the system, which was out of memory (during: steps)"),
+    "sys.exit(3)": ("crashed", "exit code 3"),
+    "sys.exit(0)": ("crashed", "exit code 0"),
+    "open(job['report'], 'wb').write(b'\\x00\\xff{{{\\n[1]\\n\"ok\"\\n{\"status\": \"o'); sys.stdout.buffer.write(b'\\xff\\x00 rubbish')": ("crashed", "rubbish"),
+    "report(status='splendid')": ("crashed", "splendid"),
+    "time.sleep(60)": ("timeout", "not done after 1 s"),
+    "subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)']).wait()": ("timeout", "not done"),
+    "report(watch_gib=0.05, device_type='cpu'); x = bytearray(os.urandom(1) * 2**27); time.sleep(60)": ("oom", "above the budget"),
+    "report(status='ok', tokens_per_s=5.0); os.abort()": ("ok", ""),
+}
+
+
+@POSIX
+@pytest.mark.parametrize("code", ENDINGS)
+def test_every_ending_is_a_result_in_one_line_and_leaves_no_process(quick, code):
+    status, reason = ENDINGS[code]
+    before = set(psutil.Process().children(recursive=True))
+    got = trial(quick, "trial.timeout_s=1" if status == "timeout" else "trial.timeout_s=30", code=code.replace("sys.exit", "os._exit") + "\nsys.stdout.flush()")
+    assert got.status == status and reason in got.reason and "\n" not in got.reason
+    assert set(psutil.Process().children(recursive=True)) <= before
+    # 崩溃可能是一时的，下次再测；其余记住
+    assert bool(known.find(got.key)) == (status != "crashed")
+
+
+@POSIX
+def test_grandchildren_go_with_the_child(quick):
+    _, folder = quick
+    trial(quick, code=f"p = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)']); open({str(folder / 'pid')!r}, 'w').write(str(p.pid))")
+    pid = int((folder / "pid").read_text(encoding="utf-8"))
+    for _ in range(50):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the grandchild lives on")
+
+
+def test_ctrl_c_ends_the_child_and_records_nothing(quick, monkeypatch):
+    before = set(psutil.Process().children(recursive=True))
+
+    def interrupt(pid):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(process, "resident", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trial(quick, code="time.sleep(60)")
+    assert set(psutil.Process().children(recursive=True)) <= before and not list(known.FOLDER.glob("*"))
+
+
+@POSIX
+def test_the_child_leaves_when_its_parent_is_killed(quick):
+    _, folder = quick
+    code = f"import json, sys; sys.path.insert(0, {str(ROOT)!r}); from nanogpt.fit import child; child._leave_with_parent(); print('up', flush=True); import time; time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=folder)
+    assert process.stdout.readline() == b"up\n"
+    process.stdin.close()
+    assert process.wait(10) == 1
+    process.stdout.close()
+
+
+# ---- 设置、已知结果、锁 ----
+
+
+@pytest.mark.parametrize("bad", ["batch_size=0", "model.n_embd=15", "batch_size=auto", "resume=latest"])
+def test_a_setting_that_cannot_be_is_a_result(quick, bad):
+    got = trial(quick, bad, code="os.abort()")
+    assert got.status == "invalid" and got.reason and "\n" not in got.reason and got.objective == 0.0
+    assert not (quick[1] / "job").exists()
+
+
+def test_known_results_are_found_by_what_they_depend_on_and_by_nothing_else(quick, monkeypatch):
+    overrides, _ = quick
+
+    def key(*more):
+        return known.key_of(make_config(*overrides, *more))
+
+    same = key()
+    assert same == key("out_dir=x", "lang=zh", "logger=jsonl", "trial.again=true", "trial.margin=0.2", "overwrite=true")
+    others = [key(o) for o in ("batch_size=8", "precision=bf16", "trial.steps=3", "memory=lean", "hardware.ram_gib=2", "model.n_layer=1", "seed=1")]
+    assert len({same, *others}) == 8
+    monkeypatch.setattr(known, "device", lambda cfg: "another card, driver 1.2")
+    assert key() != same
+
+
+def test_again_measures_anew_and_a_damaged_file_counts_as_unknown(quick):
+    code = "report(status='ok', tokens_per_s=time.time())"
+    first = trial(quick, code=code)
+    assert trial(quick, code=code).known
+    anew = trial(quick, "trial.again=true", code=code)
+    assert not anew.known and anew.tokens_per_s > first.tokens_per_s
+    (known.FOLDER / f"{first.key}.json").write_text('{"status": "ok", "tok', encoding="utf-8")
+    assert not trial(quick, code=code).known
+
+
+def test_results_survive_json_and_never_hold_nan(tmp_path):
+    values = {"overrides": ["a=1"], "status": "ok", "tokens_per_s": math.nan, "peak_gib": math.inf, "step_ms": "fast", "micro_batch": True, "reason": "a\nb",
+              "known": 1, "strange": 3, "device": None}
+    got = made(values)
+    assert (got.tokens_per_s, got.peak_gib, got.step_ms, got.micro_batch, got.reason, got.known) == (None, None, None, None, "a b", True)
+    assert got.objective == 0.0
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    json.loads(got.to_json(), parse_constant=refuse)
+    result.write(got, tmp_path / "x" / "trial.json")
+    assert result.read(tmp_path / "x" / "trial.json") == got
+    assert TrialResult((), "ok", tokens_per_s=3.0).objective == 3.0 and TrialResult((), "spilled", tokens_per_s=3.0).objective == 0.0
+
+
+def test_a_kernel_kill_is_out_of_memory_and_an_unnamed_signal_a_crash():
+    assert classified(Ended(-9), 10)[0] == "oom"
+    assert classified(Ended(-11, last_line="x"), 10) == ("crashed", "SIGSEGV (during: start): x")
+    assert classified(Ended(-41), 10)[1].startswith("signal 41" if os.name != "nt" else "")
+
+
+@POSIX
+def test_trials_wait_for_each_other_and_a_dead_process_blocks_nobody(tmp_path):
+    path, order = tmp_path / "lock", []
+
+    def second():
+        with only_one(path):
+            order.append("second")
+
+    with only_one(path):
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        time.sleep(0.3)
+        order.append("first")
+    waiting.join(5)
+    assert order == ["first", "second"]
+    code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from nanogpt.fit.lock import only_one\nwith only_one(Path({str(path)!r})): os._exit(1)"
+    subprocess.run([sys.executable, "-c", code], check=False)
+    with only_one(path):
+        pass
+
+
+def test_devices_have_locks_of_their_own(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert lock_path("auto") == lock_path("cuda") == lock_path("cuda:0") != lock_path("cuda:1")
+    first = lock_path("cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert lock_path("cuda") != first
