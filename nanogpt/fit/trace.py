@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanogpt import target
@@ -83,8 +83,10 @@ class Trace:
 class Tracker(TorchDispatchMode):
     """Follows storages and counts work; sits inside a FakeTensorMode."""
 
-    def __init__(self):
+    def __init__(self, mode: FakeTensorMode):
         super().__init__()
+        self.mode = mode
+        self.remembered: dict[tuple, tuple] = {}
         self.events: list[tuple[int, int]] = []
         self.ops: Counter = Counter()
         self.ids: dict[int, tuple[weakref.ref, int, int]] = {}
@@ -92,8 +94,11 @@ class Tracker(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.prim.device.default:
+            # 三分之二的调用只是在问设备：不必绕一大圈
+            return args[0].fake_device
         before = self.count
+        out = self._compute(func, args, kwargs or {})
         outputs = tensors_in(out)
         for t in outputs:
             self.follow(t)
@@ -106,6 +111,33 @@ class Tracker(TorchDispatchMode):
         over_pcie = self._over_pcie(inputs)
         flops, half = flops_of(func, args, out)
         self.ops[(flops, 0 if over_pcie else traffic_of(func, inputs, outputs), half, over_pcie)] += 1
+        return out
+
+    def _compute(self, func, args, kwargs):
+        """func(*args, **kwargs); what only depends on shapes is remembered, FakeTensorMode takes five times as long."""
+        schema = func._schema
+        if schema.is_mutable and len(schema.returns) == 1 and schema.name.endswith("_") and isinstance(args[0], torch.Tensor):
+            # 原地运算没有值可算，结果就是它自己
+            return args[0]
+        if func.is_view and isinstance(args[0], FakeTensor):
+            # 视图只改形状：直接让 meta 的实现去算
+            device = args[0].fake_device
+            with in_kernel_invocation_manager(self.mode):
+                out = func(*args, **kwargs)
+            return FakeTensor(self.mode, out, device) if isinstance(out, torch.Tensor) else [FakeTensor(self.mode, t, device) for t in out]
+        if schema.is_mutable:
+            return func(*args, **kwargs)
+        key = (func, _signature(args), _signature(tuple(kwargs.items())))
+        try:
+            known = self.remembered.get(key)
+        except TypeError:
+            return func(*args, **kwargs)
+        if known is not None:
+            return _fresh(self.mode, known)
+        mark = self.count
+        out = func(*args, **kwargs)
+        if isinstance(out, FakeTensor) and out.untyped_storage()._cdata not in self.ids and self.count == mark and out.storage_offset() == 0:
+            self.remembered[key] = (out.shape, out.stride(), out.dtype, out.fake_device)
         return out
 
     def follow(self, t: torch.Tensor) -> int:
@@ -155,6 +187,24 @@ class Tracker(TorchDispatchMode):
         return max(t.numel() * t.element_size() for t in inputs) if len(places) == 2 else 0
 
 
+def _signature(value):
+    """A key of what shapes depend on; tensors by shape, strides and type."""
+    if isinstance(value, torch.Tensor):
+        return (value.shape, value.stride(), value.dtype)
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_signature, value))
+    # True == 1 而 hash 也相同：连类型一起记
+    return (type(value), value)
+
+
+def _fresh(mode: FakeTensorMode, known: tuple) -> torch.Tensor:
+    """A new tensor without storage that looks as an earlier result did."""
+    shape, stride, dtype, device = known
+    with torch._C._DisableTorchDispatch():
+        meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    return FakeTensor(mode, meta, device)
+
+
 def tensors_in(value) -> list[torch.Tensor]:
     """All tensors in a tensor, a list or nested lists."""
     if isinstance(value, torch.Tensor):
@@ -168,8 +218,8 @@ def trace(cfg: TrainConfig, shape: Shape) -> Trace:
     """Trace set-up, two steps, an evaluation and a sample of cfg, whose batch_size and vocabulary are settled."""
     try:
         # 追踪中收走循环引用会改变释放的时刻：结果要每次相同
-        with _no_collector(), torch.random.fork_rng(devices=[]), target.planning_for(shape.device_type), FakeTensorMode(allow_non_fake_inputs=True):
-            return _Run(cfg, shape).all()
+        with _no_collector(), torch.random.fork_rng(devices=[]), target.planning_for(shape.device_type), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            return _Run(cfg, shape, mode).all()
     except ConfigError:
         raise
     except Exception as error:
@@ -192,9 +242,9 @@ def _no_collector() -> Iterator[None]:
 class _Run:
     """One trace in the making."""
 
-    def __init__(self, cfg: TrainConfig, shape: Shape):
+    def __init__(self, cfg: TrainConfig, shape: Shape, mode: FakeTensorMode):
         self.cfg, self.shape = cfg, shape
-        self.tracker = Tracker()
+        self.tracker = Tracker(mode)
         self.precision = PlannedPrecision(cfg.precision, shape.device_type, on_forward_end=self._forward_ended)
         self.result = Trace(shape, cfg.model.block_size, self.precision.dtype)
         self.before_forward: set[int] = set()
