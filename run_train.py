@@ -6,6 +6,10 @@ from nanogpt.config import TrainConfig, check
 
 
 def main(cfg: TrainConfig, overrides: list[str]) -> None:
+    if cfg.plan.lower() != "false":
+        from nanogpt.fit.command import run_plan
+
+        return run_plan(cfg, overrides)
     # 从这里到 import torch 之前，只做不花时间的检查：写错的命令一秒内就有答复
     if cfg.resume:
         run_dir = rundir.locate(cfg.resume)

@@ -8,6 +8,7 @@ from nanogpt import distributed
 from nanogpt.config import TrainConfig
 from nanogpt.fit.allocator import Replay, replay
 from nanogpt.fit.budget import Budget, target_of
+from nanogpt.fit.estimate import Estimate
 from nanogpt.fit.roofline import Rates, rates_of, step_seconds
 from nanogpt.fit.settle import settled
 from nanogpt.fit.trace import Shape, Trace, trace
@@ -78,6 +79,11 @@ class Planner:
         self.budget = target_of(cfg)
         self.rates = rates_of(cfg.hardware, self.budget)
         self._traces: dict[str, Trace] = {}
+        self._estimates: dict[str, Estimate] = {}
+
+    def share(self, other: "Planner") -> None:
+        """Use the traces of another planner for the same kind of device."""
+        self._traces, self._estimates = other._traces, other._estimates
 
     def trace(self, cfg: TrainConfig, rows: int, total: int, eval_rows: int) -> Trace:
         """The trace of cfg with micro-batches of `rows` out of `total`."""
@@ -94,28 +100,40 @@ class Planner:
         if cfg.batch_size == "auto":
             rows = self.largest_batch(cfg, BATCHES) or 1
             cfg = replace(cfg, batch_size=rows, gradient_accumulation_steps=1)
-        total, rows = share_batch(cfg, distributed.world())
-        traced = self.trace(cfg, rows, total, cfg.eval_batch_size or rows)
-        return self._judge(cfg, traced, total, vocab_source)
+        return self.judge(cfg, vocab_source)
 
-    def largest_batch(self, cfg: TrainConfig, candidates: tuple[int, ...], *, tight: bool = False) -> int | None:
-        """The largest of `candidates` rows that fits (or is tight), None where not even the first does."""
+    def largest_batch(self, cfg: TrainConfig, candidates: tuple[int, ...]) -> int | None:
+        """The largest of `candidates` rows that fits by a full trace, None where not even the first does."""
         limit = cfg.global_batch_size or candidates[-1]
         candidates = tuple(c for c in candidates if c <= limit)
-        low, high = -1, len(candidates)
-        # 内存随条数单调增加：二分，每次都真的追踪
-        while high - low > 1:
-            middle = low + 1 if low < 0 else (low + high) // 2
-            if self.fits(cfg, candidates[middle], tight=tight):
-                low = middle
-            else:
-                high = middle
-        return candidates[low] if low >= 0 else None
+        guess = self.estimate(cfg)
+        promising = [c for c in candidates if guess.fits(c, self.budget, TIGHT)]
+        at = max(0, len(promising) - 1)
+        # 估计只用来少追踪几次；答案都由完整的追踪说了算
+        if self.fits(cfg, candidates[at]):
+            while at + 1 < len(candidates) and guess.fits(candidates[at + 1], self.budget, 1.1) and self.fits(cfg, candidates[at + 1]):
+                at += 1
+            return candidates[at]
+        while at > 0:
+            at -= 1
+            if self.fits(cfg, candidates[at]):
+                return candidates[at]
+        return None
 
-    def fits(self, cfg: TrainConfig, rows: int, *, tight: bool = False) -> bool:
-        """Whether accumulated micro-batches of `rows` fit; with `tight` the whole capacity counts."""
+    def estimate(self, cfg: TrainConfig) -> Estimate:
+        """Peak and speed of cfg at any number of rows, from shallow traces; remembered."""
+        key = repr((cfg.model, cfg.precision, cfg.memory, cfg.optimizer, cfg.finetune, cfg.eval_batch_size, cfg.global_batch_size))
+        if key not in self._estimates:
+            self._estimates[key] = Estimate(cfg, self.budget.device_type)
+        return self._estimates[key]
+
+    def fits(self, cfg: TrainConfig, rows: int) -> bool:
+        """Whether accumulated micro-batches of `rows` fit, by a full trace."""
+        if not self.estimate(cfg).fits(rows, self.budget, 1.3):
+            # 差得远：不必花几秒去证实
+            return False
         traced = self.trace(cfg, rows, cfg.global_batch_size or 2 * rows, cfg.eval_batch_size or rows)
-        return self._within(cfg, traced, 1.0 if tight else TIGHT).fits
+        return self._within(cfg, traced, TIGHT).fits
 
     def _within(self, cfg: TrainConfig, traced: Trace, part: float) -> Replay:
         capacity = int(self.budget.capacity * part)
@@ -124,8 +142,10 @@ class Planner:
             return Replay(live + traced.ram <= capacity, live, live)
         return replay(with_workspace(cfg, traced), capacity)
 
-    def _judge(self, cfg: TrainConfig, traced: Trace, total: int, vocab_source: str) -> Plan:
-        """Verdict, parts and speed of a trace."""
+    def judge(self, cfg: TrainConfig, vocab_source: str) -> Plan:
+        """The plan of a settled config with a batch_size."""
+        total, rows = share_batch(cfg, distributed.world())
+        traced = self.trace(cfg, rows, total, cfg.eval_batch_size or rows)
         result, verdict = self._within(cfg, traced, TIGHT), "fits"
         if not result.fits:
             result, verdict = self._within(cfg, traced, 1.0), "tight"

@@ -40,9 +40,10 @@ class Shape:
 
 @dataclass
 class Trace:
-    """Events (storage id, +bytes or -bytes) by section, in the order set_up, first, steady, evaluate, sample.
+    """Events (storage id, +bytes or -bytes) and work, phase by phase.
 
-    `first` is the first optimizer step (the optimizer's state appears), `steady` any later one.
+    Phases: set_up; first_micro_0 and first_update (the optimizer's state appears); steady_micro_0,
+    steady_micro_1 when accumulating (gradients are there already) and steady_update; evaluate; sample.
     """
 
     shape: Shape
@@ -64,8 +65,19 @@ class Trace:
     def timeline(self) -> Iterator[tuple[int, int]]:
         """All events of set-up, two steps, an evaluation, a sample and one more step."""
         # 稳定后再走一步：评估留下的碎片可能让它多要一段
-        for section in ("set_up", "first", "steady", "evaluate", "sample", "steady"):
-            yield from self.events[section]
+        for phase in (*self.events, *(phase for phase in self.events if phase.startswith("steady"))):
+            yield from self.events[phase]
+
+    def peaks(self) -> dict[str, int]:
+        """Largest number of live bytes in each phase."""
+        live, peaks = 0, {}
+        for phase, events in self.events.items():
+            best = live
+            for _, size in events:
+                live += size
+                best = max(best, live)
+            peaks[phase] = best
+        return peaks
 
     def peak(self) -> tuple[int, dict[str, int]]:
         """Largest number of live bytes, and what they are at that moment."""
@@ -309,7 +321,7 @@ class _Run:
             x, y = self._tokens(self.shape.rows), self._tokens(self.shape.rows)
             self.before_forward = set(self.tracker.live())
             total += step.micro_batch(x, y, 1.0 / self.shape.accumulation)
-            self.result.ops[f"{section}_micro_{number}"] = self.tracker.take_ops()
+            self._end_phase(f"{section}_micro_{number}")
         if self.precision.scaler.is_enabled():
             self.precision.scaler.unscale_(step.optimizer)
         norm = step.gradient_norm()
@@ -317,8 +329,10 @@ class _Run:
         step.update()
         step.optimizer.zero_grad()
         del x, y, total, norm
-        self.result.ops[f"{section}_update"] = self.tracker.take_ops()
-        self.result.events[section] = self.tracker.take()
+        self._end_phase(f"{section}_update")
+
+    def _end_phase(self, phase: str) -> None:
+        self.result.events[phase], self.result.ops[phase] = self.tracker.take(), self.tracker.take_ops()
 
     def _name_survivors(self, step: Step) -> None:
         """Whatever outlives the first step and is no weight belongs to the optimizer."""
@@ -334,8 +348,7 @@ class _Run:
         with self.precision.context():
             loss = model.loss(x, y)
         del x, y, loss
-        self.result.ops["evaluate"] = self.tracker.take_ops()
-        self.result.events["evaluate"] = self.tracker.take()
+        self._end_phase("evaluate")
 
     @torch.no_grad()
     def _sample(self, model) -> None:
@@ -344,5 +357,4 @@ class _Run:
         idx = self._tokens(1)
         logits = model.logits(model.hidden(idx, cache)[:, -1])
         del cache, idx, logits
-        self.result.ops["sample"] = self.tracker.take_ops()
-        self.result.events["sample"] = self.tracker.take()
+        self._end_phase("sample")
