@@ -9,7 +9,7 @@ from nanogpt.fit.plan import TIGHT, Plan, Planner
 from nanogpt.messages import ConfigError
 
 LINES = 5
-SECONDS = 40.0
+SECONDS = 25.0
 """No further candidate is looked at after that long."""
 USEFUL = 0.995
 """A change counts where it brings the peak below this part of what it was."""
@@ -56,16 +56,17 @@ class Advice:
 def advise(plan: Plan, planner: Planner) -> list[Advice]:
     """At most LINES ways to make plan.cfg fit, the fastest first; single changes before combinations."""
     until = time.monotonic() + SECONDS
-    useful = [change for change in SINGLE if _is_useful(change, plan, planner)]
-    found: list[Advice] = []
-    for level in ([()], [(c,) for c in useful], [cs for cs in COMBINED if all(c in useful for c in cs)]):
+    found = _ways(plan, planner, ())
+    useful = [change for change in SINGLE if time.monotonic() < until and _is_useful(change, plan, planner)]
+    combined = [changes for changes in COMBINED if all(c in useful for c in changes)]
+    for level in ([(c,) for c in useful], combined):
         for changes in level:
             if len(found) < LINES and time.monotonic() < until:
                 found += _ways(plan, planner, changes)
-        if found and level != [()]:
+        if found:
             break
     if not found:
-        found = _shorter(plan, planner, useful)
+        found = _shorter(plan, planner, [(), *combined, *((c,) for c in useful)], until)
     return sorted(found, key=lambda a: -a.speed)[:LINES]
 
 
@@ -109,8 +110,6 @@ def _ways(plan: Plan, planner: Planner, changes: tuple[Change, ...]) -> list[Adv
     """The changes at the present batch size, or else at the largest smaller one with the same effective batch."""
     total = plan.batch_size * plan.accumulation if plan.cfg.global_batch_size is None else plan.cfg.global_batch_size
     sizes = [b for b in range(plan.batch_size, 0, -1) if total % b == 0 or b == plan.batch_size]
-    if not changes:
-        sizes = sizes[1:]
     tried = 0
     for rows in sizes:
         accumulation = -(-total // rows)
@@ -120,7 +119,7 @@ def _ways(plan: Plan, planner: Planner, changes: tuple[Change, ...]) -> list[Adv
             continue
         outcome = planner.judge(candidate, plan.vocab_source)
         if outcome.verdict == "fits":
-            words = [*(f"{key}={_word(value)}" for key, value in batch.items() if key != "global_batch_size" or plan.cfg.global_batch_size)]
+            words = [f"{key}={'null' if value is None else value}" for key, value in batch.items() if key != "global_batch_size" or plan.cfg.global_batch_size]
             return [Advice(" ".join([*words, *(c.typed for c in changes)]), outcome.tokens_per_s / plan.tokens_per_s, outcome)]
         tried += 1
         if tried == 2:
@@ -128,19 +127,12 @@ def _ways(plan: Plan, planner: Planner, changes: tuple[Change, ...]) -> list[Adv
     return []
 
 
-def _word(value) -> str:
-    return "null" if value is None else str(value)
-
-
-def _shorter(plan: Plan, planner: Planner, useful: list[Change]) -> list[Advice]:
-    """The longest shorter context that fits with one row and the strongest legal changes."""
-    strongest = [()] + [cs for cs in COMBINED if all(c in useful for c in cs)] + [(c,) for c in useful]
+def _shorter(plan: Plan, planner: Planner, levels: list[tuple[Change, ...]], until: float) -> list[Advice]:
+    """The longest shorter context that fits with one of the changes."""
     for divisor in BLOCKS:
         block = plan.cfg.model.block_size // divisor
-        if block < 1:
-            break
         shorter = replace(plan, cfg=replace(plan.cfg, model=replace(plan.cfg.model, block_size=block)))
-        for changes in strongest:
-            if ways := _ways(shorter, planner, changes):
-                return [replace(way, typed=f"model.block_size={block} {way.typed}") for way in ways]
+        for changes in levels:
+            if block and time.monotonic() < until and (ways := _ways(shorter, planner, changes)):
+                return [replace(way, typed=f"model.block_size={block} {way.typed}".strip()) for way in ways]
     return []

@@ -17,10 +17,6 @@ EXIT_DOES_NOT_FIT = 1
 
 def run_plan(cfg: TrainConfig, overrides: list[str]) -> None:
     """Print what cfg.plan asks for; exit code 1 when the setting does not fit."""
-    import torch
-
-    # 追踪不做计算，多线程只会互相等
-    torch.set_num_threads(1)
     if cfg.resume:
         folder = rundir.locate(cfg.resume)
         cfg = rundir.resumed_config((folder / "config.yaml").read_text(encoding="utf-8"), cfg, overrides, folder)
