@@ -6,6 +6,11 @@ from nanogpt.config import TrainConfig, check
 
 
 def main(cfg: TrainConfig, overrides: list[str]) -> float | None:
+    if cfg.plan.lower() != "false":
+        from nanogpt.fit.command import run_plan
+
+        run_plan(cfg, overrides)
+        return None
     if cfg.trial.enabled:
         from nanogpt.fit.sweep import trial_job
 

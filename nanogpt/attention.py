@@ -8,6 +8,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanogpt import target
+
 # 两种写法都给同样的 rms_norm，显式写出才不随 dtype 变
 RMS_EPS = 1e-6
 # 归一化后 q·k 不超过 hs；除以 hs 再乘它，注意力足够尖锐，与 head 大小无关
@@ -39,9 +41,13 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x: torch.Tensor) -> torch.Tensor:
     """RMSNorm without a gain over the last dimension (arXiv:1910.07467)."""
     # GPU 与 torch.compile 自带融合的实现
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if target.device_type(x) == "cpu" and not torch.compiler.is_compiling():
+        return _RMSNorm.apply(x)
+    if target.planned():
+        return target.FusedRMSNorm.apply(x)
+    # 有的版本的 autocast 会把它提到 fp32：q、k 跟着变宽，就用不上 flash 了
+    with torch.autocast(x.device.type, enabled=False):
         return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
-    return _RMSNorm.apply(x)
 
 
 def rope_table(head_size: int, length: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -244,7 +250,7 @@ class CausalSelfAttention(nn.Module):
     def _is_short(qkv: torch.Tensor, dropout: float) -> bool:
         """Whether the explicit products beat SDPA: on a CPU, in float32, with a short context."""
         # CPU 的 bf16、fp16 小矩阵乘很慢，半精度仍交给 SDPA
-        on_cpu = qkv.device.type == "cpu" and qkv.dtype in (torch.float32, torch.float64)
+        on_cpu = target.device_type(qkv) == "cpu" and qkv.dtype in (torch.float32, torch.float64)
         return on_cpu and not dropout and qkv.size(1) <= SHORT_CONTEXT and not torch.compiler.is_compiling()
 
     def _attend(self, qk: torch.Tensor, v: torch.Tensor, cache: KVCache | None, dropout: float) -> torch.Tensor:

@@ -192,17 +192,28 @@ def split_by_length(stream: Iterable[np.ndarray], train_tokens: int) -> Iterator
         left -= len(ids)
 
 
+def _script(name: str):
+    """data/<name>/prepare.py as a module."""
+    spec = importlib.util.spec_from_file_location(f"prepare_{name}", ROOT / "data" / name / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def folder_of(name: str, directory: str | None, options: dict, module=None) -> Path:
+    """Where data set `name` lies once it is prepared; fetches and writes nothing."""
+    module = module or _script(name)
+    # 没有 folder 函数的脚本最简单：数据就放在脚本旁边的 prepared/
+    return Path(directory) if directory else module.folder(**options) if hasattr(module, "folder") else Path(module.__file__).parent / "prepared"
+
+
 def prepare(name: str, directory: str | None, options: dict) -> Path:
     """Return the prepared folder of data set `name`, running data/<name>/prepare.py where it is missing.
 
     The script has `folder(**options) -> Path` and `prepare(folder, **options)`.
     """
-    script = ROOT / "data" / name / "prepare.py"
-    spec = importlib.util.spec_from_file_location(f"prepare_{name}", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    # 没有 folder 函数的脚本最简单：数据就放在脚本旁边的 prepared/
-    folder = Path(directory) if directory else module.folder(**options) if hasattr(module, "folder") else script.parent / "prepared"
+    module = _script(name)
+    folder = folder_of(name, directory, options, module)
     if not (folder / "meta.json").is_file():
         if folder.is_dir() and any(folder.iterdir()):
             raise ConfigError("not_a_dataset", path=folder, reason="meta.json is missing")

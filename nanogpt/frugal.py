@@ -3,11 +3,13 @@
 The arithmetic is that of nanogpt.optimizers, in float32; only what is stored between steps differs.
 """
 
+import contextlib
 import math
 
 import torch
 from torch.optim.adamw import adamw as adamw_kernel
 
+from nanogpt import target
 from nanogpt.config import MemoryConfig
 from nanogpt.lowbit import BLOCK, SMALL, Codec, round_stochastically, spans, zero_code
 
@@ -30,10 +32,14 @@ class Storage:
 
     def place(self, tensor: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
         """The tensor where states of p belong."""
-        if not self.offload or not p.is_cuda:
+        if not self._in_ram(p) or target.planned():
             return tensor.to(p.device)
         # 锁页内存：拷贝不经中转，且能与计算重叠
         return tensor.cpu().pin_memory()
+
+    def _in_ram(self, p: torch.Tensor) -> bool:
+        """Whether states of p stay in RAM while p is on a card."""
+        return self.offload and target.device_type(p) == "cuda"
 
     def keeps_codes(self, key: str, p: torch.Tensor) -> bool:
         """Whether this state of p is stored in 8 bits."""
@@ -43,13 +49,14 @@ class Storage:
         """Add a state of zeros under `key` unless it is there."""
         if key in state:
             return
-        device = "cpu" if self.offload else p.device
-        if self.keeps_codes(key, p):
-            state[key] = self.place(torch.full(p.shape, zero_code(key not in UNSIGNED), dtype=torch.uint8, device=device), p)
-            state[key + SCALE] = self.place(torch.zeros(math.ceil(p.numel() / BLOCK), device=device), p)
-        else:
-            dtype = torch.bfloat16 if key == COMPENSATION else torch.float32
-            state[key] = self.place(torch.zeros(p.shape, dtype=dtype, device=device), p)
+        device = "cpu" if self._in_ram(p) else p.device
+        with target.host_memory() if self._in_ram(p) else contextlib.nullcontext():
+            if self.keeps_codes(key, p):
+                state[key] = self.place(torch.full(p.shape, zero_code(key not in UNSIGNED), dtype=torch.uint8, device=device), p)
+                state[key + SCALE] = self.place(torch.zeros(math.ceil(p.numel() / BLOCK), device=device), p)
+            else:
+                dtype = torch.bfloat16 if key == COMPENSATION else torch.float32
+                state[key] = self.place(torch.zeros(p.shape, dtype=dtype, device=device), p)
 
     def read(self, state: dict, key: str, span: slice, device: torch.device) -> torch.Tensor:
         """Float32 values (n,) of a piece on `device`; a view of the state itself where that is possible."""
@@ -60,14 +67,14 @@ class Storage:
 
     def write(self, state: dict, key: str, span: slice, values: torch.Tensor) -> None:
         """Store what read() gave and the update has changed."""
-        target = state[key].view(-1)[span]
+        piece = state[key].view(-1)[span]
         if key + SCALE in state:
             codes, scale = self.codec.encode(values, key not in UNSIGNED)
-            target.copy_(codes, non_blocking=True)
+            piece.copy_(codes, non_blocking=True)
             state[key + SCALE][_blocks(span)].copy_(scale, non_blocking=True)
-        elif target.dtype != values.dtype or target.device != values.device:
+        elif piece.dtype != values.dtype or piece.device != values.device:
             # 同格式同设备时 read 给的就是它自己，已经就地改好
-            target.copy_(values, non_blocking=True)
+            piece.copy_(values, non_blocking=True)
 
     def converted(self, saved: dict, p: torch.Tensor) -> dict:
         """A checkpoint's states of p in this format; those already in it are taken bit for bit."""
@@ -106,13 +113,13 @@ class Storage:
         """Store updated weights; bf16 ones so that updates below half their last digit are not lost."""
         if p.dtype != torch.bfloat16:
             return
-        target = p.detach().view(-1)[span]
+        piece = p.detach().view(-1)[span]
         if self.kahan:
-            target.copy_(values)
+            piece.copy_(values)
             # 舍去的部分记下来，下一步先加回去
-            self.write(state, COMPENSATION, span, values - target.float())
+            self.write(state, COMPENSATION, span, values - piece.float())
         else:
-            target.copy_(round_stochastically(values))
+            piece.copy_(round_stochastically(values))
 
 
 def _blocks(span: slice) -> slice:
@@ -150,7 +157,7 @@ def muon_direction(
 ) -> torch.Tensor:
     """Nesterov momentum (rows, cols) to be orthogonalised, bf16 on a GPU, where the products take no more."""
     storage.start(state, "momentum", p)
-    direction = torch.empty(p.shape, dtype=torch.bfloat16 if p.is_cuda else torch.float32, device=p.device)
+    direction = torch.empty(p.shape, dtype=torch.bfloat16 if target.device_type(p) == "cuda" else torch.float32, device=p.device)
     for span in spans(p.numel()):
         g, old = _gradient(grad, span, factor), storage.read(state, "momentum", span, p.device)
         momentum = old.lerp(g, 1 - group["momentum"])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from nanogpt import checkpoint, distributed
 from nanogpt.messages import ConfigError
+from nanogpt.oom import is_out_of_memory
 
 
 @dataclass
@@ -45,10 +46,14 @@ def save(trainer, *, final: bool) -> None:
             trainer.run_dir, model=trainer.model, state=state_of(trainer), iteration=progress.iteration, val_loss=progress.val_loss,
             config_text=trainer.config_text, tokenizer_file=trainer.run_dir / "tokenizer.json", keep=cfg.keep,
         )
-    except OSError as error:
+    except Exception as error:
+        # 抄到内存里的那一份也可能放不下，与磁盘满一样对待
+        if not isinstance(error, OSError) and not is_out_of_memory(error):
+            raise
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         if final:
-            raise ConfigError("never_saved", reason=error.strerror, path=trainer.run_dir) from None
-        trainer.console.line("save_failed", reason=error.strerror, iters=cfg.save_interval or cfg.eval_interval)
+            raise ConfigError("never_saved", reason=reason, path=trainer.run_dir) from None
+        trainer.console.line("save_failed", reason=reason, iters=cfg.save_interval or cfg.eval_interval)
 
 
 def restore(trainer, source: checkpoint.Checkpoint) -> None:

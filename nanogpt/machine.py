@@ -8,6 +8,7 @@ import torch
 
 from nanogpt import distributed
 from nanogpt.config import HardwareConfig
+from nanogpt.fit.budget import allocator_cap
 from nanogpt.messages import ConfigError
 
 # glibc mallopt 的参数号（malloc.h）
@@ -42,9 +43,10 @@ def set_up(device: torch.device, *, deterministic: bool, hardware: HardwareConfi
         torch.use_deterministic_algorithms(True, warn_only=True)
         # 默认还会把每块新内存填满，只为查错，白费带宽
         torch.utils.deterministic.fill_uninitialized_memory = False
-    if hardware.vram_gib is not None:
+    # 与预测用同一个数：计划说放得下的，这里就真的给这么多
+    if (cap := allocator_cap(hardware)) is not None:
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, hardware.vram_gib * 2**30 / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device)
 
 
 def keep_freed_memory() -> None:

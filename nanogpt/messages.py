@@ -593,7 +593,77 @@ MESSAGES = {
         "{key} 要有 zh: [名字]、en: [名字]，可以有 words: {{zh: [...], en: [...]}}",
     ),
     # ---- 计划 ----
-    #
+    "budget_spent": (
+        "hardware.vram_gib={vram} leaves nothing after context_gib={context} and desktop_gib={desktop}; raise it or lower those",
+        "hardware.vram_gib={vram} 减去 context_gib={context} 与 desktop_gib={desktop} 后没有剩余；请调大它，或调小后两项",
+    ),
+    "plan_untraceable": (
+        "model._target_={target} cannot be planned ({reason}); its step must not depend on values: train with a small batch_size to measure it instead",
+        "model._target_={target} 无法预测（{reason}）：训练步不能依赖张量的数值；请改用小的 batch_size 实际训练来测",
+    ),
+    "plan_init_from": (
+        "init_from={got}: the plan needs a local copy or gpt2, gpt2-medium, gpt2-large, gpt2-xl; download it first, or plan with the model=… of its shape",
+        "init_from={got}：预测需要本机的文件，或 gpt2、gpt2-medium、gpt2-large、gpt2-xl；请先下载，或用形状相同的 model=… 来预测",
+    ),
+    "plan_tracing": ("tracing {what} …", "正在追踪 {what} …"),
+    "plan_title": (
+        "plan: {model}, {parameters}, {precision}, memory={memory}, batch {batch} x {accum} x {block} tokens -> {device}",
+        "预测：{model}，{parameters} 参数，{precision}，memory={memory}，批量 {batch} × {accum} × {block} token -> {device}",
+    ),
+    "plan_auto_batch": (
+        "batch_size=auto: {batch} is the largest that fits by the model; the training itself measures which is fastest",
+        "batch_size=auto：按模型推算，放得下的最大值是 {batch}；训练时再实测哪个最快",
+    ),
+    "plan_vocab": ("vocabulary {vocab} ({source})", "词表 {vocab}（{source}）"),
+    "plan_vocab_model": ("model.vocab_size", "model.vocab_size"),
+    "plan_vocab_data": ("the prepared data set", "已准备好的数据集"),
+    "plan_vocab_init": ("init_from", "init_from"),
+    "plan_vocab_tokenizer": ("the tokenizer", "分词器"),
+    "plan_vocab_assumed": (
+        "assumed, the data is not prepared yet; type model.vocab_size=… if you know better",
+        "假定值，数据还没准备；若知道实际大小，请写 model.vocab_size=…",
+    ),
+    "plan_part": ("part", "部分"),
+    "plan_share": ("of the budget", "占预算"),
+    "plan_weights": ("weights", "权重"),
+    "plan_gradients": ("gradients", "梯度"),
+    "plan_optimizer": ("optimizer state", "优化器状态"),
+    "plan_activations": ("activations", "激活"),
+    "plan_temporaries": ("temporaries", "临时张量"),
+    "plan_rounding": ("rounding, fragments", "取整与碎片"),
+    "plan_workspace": ("cuBLAS workspace", "cuBLAS 工作区"),
+    "plan_context": ("CUDA context", "CUDA 上下文"),
+    "plan_process": ("the process itself", "进程本身"),
+    "plan_desktop": ("desktop, others", "桌面与其他程序"),
+    "plan_total": ("predicted peak", "预测峰值"),
+    "plan_budget": ("budget", "预算"),
+    "plan_ram": ("optimizer state in RAM: {gib:.2f} GiB", "放在内存里的优化器状态：{gib:.2f} GiB"),
+    "plan_fits": ("FITS", "放得下"),
+    "plan_tight": ("TIGHT", "勉强"),
+    "plan_does_not_fit": ("DOES NOT FIT", "放不下"),
+    "plan_verdict": (
+        "{verdict}: {total:.2f} GiB of {budget:.2f} GiB (fits: within 95% of what the allocator may reserve)",
+        "{verdict}：{total:.2f} / {budget:.2f} GiB（“放得下”指不超过分配器可用量的 95%）",
+    ),
+    "plan_speed": (
+        "about {speed:,.0f} tokens/s, {step} per step, {wall} for {iters} iterations with evaluation",
+        "约 {speed:,.0f} token/s，每步 {step}，{iters} 次迭代连同评估约 {wall}",
+    ),
+    "plan_assumptions": (
+        "roofline: {half:.1f} (16-bit) and {fp32:.1f} (fp32) TFLOP/s, {bandwidth:.0f} GB/s [{source}], "
+        "of which {products:.0%} and {passes:.0%} are reached, {launch:.0f} us per operation; without torch.compile",
+        "按 roofline 估计：{half:.1f}（16 位）与 {fp32:.1f}（fp32）TFLOP/s，{bandwidth:.0f} GB/s［{source}］，"
+        "各达到 {products:.0%} 与 {passes:.0%}，每个运算另计 {launch:.0f} us；未计 torch.compile",
+    ),
+    "plan_advice": ("to make it fit, fastest first (speed relative to the setting above):", "可以这样放下，最快的在前（速度相对于上面的设置）："),
+    "plan_no_advice": (
+        "no combination of batch_size, memory=… and block_size that was tried fits; choose a smaller model",
+        "试过的 batch_size、memory=… 与 block_size 组合都放不下；请换小一些的模型",
+    ),
+    "plan_matrix_title": (
+        "largest batch_size that fits, at the model's block_size, {optimizer}, vocabulary {vocab}; - : not even one row",
+        "放得下的最大 batch_size（block_size 取各模型自己的，{optimizer}，词表 {vocab}）；- 表示一条也放不下",
+    ),
     # ---- 试跑、扫描与报告 ----
     "trial_predicted": ("predicted {predicted:.1f} GiB > {budget:.1f}", "预测 {predicted:.1f} GiB > {budget:.1f}"),
     "trial_timeout": (
@@ -696,6 +766,10 @@ MESSAGES = {
     "oom_in_forward": ("forward or backward pass", "前向或反向"),
     "oom_in_update": ("optimizer's update", "优化器更新"),
     "oom_in_evaluation": ("evaluation", "评估"),
+    "sample_skipped": (
+        "iter {iteration}: not enough memory to write a sample; training goes on (sample_tokens=0 writes none)",
+        "迭代 {iteration}: 内存不足，这次不写样本；训练继续（sample_tokens=0 不再写）",
+    ),
     "oom_title": (
         "---- out of memory in the {phase}, with {rows} rows at a time: this cannot be divided further ----",
         "---- {phase}时显存或内存不足，每次 {rows} 条：不能再分了 ----",

@@ -1,4 +1,6 @@
-"""Recognising out-of-memory errors, whichever library raised them."""
+"""Recognising out-of-memory errors, whichever library raised them, and the error that ends a run."""
+
+from nanogpt.messages import ConfigError, text
 
 # 各库的说法不同：CUDA 分配器、cuBLAS、cuDNN、CPU 分配器
 PHRASES = (
@@ -18,3 +20,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in PHRASES)
+
+
+class OutOfMemory(ConfigError):
+    """A part of training that cannot be divided further does not fit; `detail` is what the library said."""
+
+    def __init__(self, phase: str, *, rows: int, detail: str):
+        """phase: forward | update | evaluation."""
+        super().__init__("oom_final", phase=text(f"oom_in_{phase}"), rows=rows)
+        self.phase, self.rows, self.detail = phase, rows, detail

@@ -9,6 +9,7 @@ import math
 import torch
 from torch.optim.adamw import adamw as adamw_kernel
 
+from nanogpt import target
 from nanogpt.config import MemoryConfig
 from nanogpt.frugal import Storage, adamw_update, muon_apply, muon_direction
 from nanogpt.messages import ConfigError
@@ -94,7 +95,7 @@ class Optimizer:
 def orthogonalize(matrices: torch.Tensor, steps: int) -> torch.Tensor:
     """Push the singular values of each matrix in (n, rows, cols) towards 1 by Newton-Schulz iteration."""
     # CPU 没有 bf16 矩阵单元，fp32 反而快；GPU 用 bf16
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    x = matrices.bfloat16() if target.device_type(matrices) == "cuda" else matrices.float()
     # 始终让行数较少：Gram 矩阵取小的那一边
     wide = x.size(1) <= x.size(2)
     x = x if wide else x.mT

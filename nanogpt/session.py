@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -17,6 +18,7 @@ from nanogpt.files import write_text
 from nanogpt.loggers import JsonlLogger, Loggers
 from nanogpt.lora import add_adapters
 from nanogpt.messages import ConfigError, text
+from nanogpt.oom import OutOfMemory
 from nanogpt.precision import Precision
 from nanogpt.pretrained import Pretrained, adapted, build_pretrained, check_vocabulary, open_pretrained
 from nanogpt.step import build_step
@@ -24,6 +26,15 @@ from nanogpt.trainer import Trainer, share_batch
 
 # 大于它的学习率几步之内就会冲掉预训练学到的东西
 HIGH_FINETUNE_RATE = 1e-3
+
+
+def _settle_batch(cfg: TrainConfig, overrides: list[str]) -> int | str:
+    """Measure batch_size=auto (first process only) and put the outcome into cfg; returns it."""
+    if cfg.batch_size == "auto" and distributed.rank() == 0:
+        from nanogpt.fit.auto import choose
+
+        cfg.batch_size = choose(cfg, overrides, processes=distributed.world(), console=Console())
+    return cfg.batch_size
 
 
 class Session:
@@ -35,11 +46,11 @@ class Session:
         self.cfg, self.source, self.other_data, self.pretrained = cfg, source, other_data, pretrained
         self.console = Console(quiet=distributed.rank() > 0)
         self.device = machine.choose_device(cfg.device, cfg.hardware)
-        share_batch(cfg, distributed.world())
         machine.set_up(self.device, deterministic=cfg.deterministic, hardware=cfg.hardware)
         distributed.start(self.device)
-        # 默认目录名含时间，各进程要用同一个
-        self.run_dir = distributed.broadcast(run_dir)
+        # 默认目录名含时间，batch_size=auto 由第一个进程实测：各进程要用同一个
+        self.run_dir, cfg.batch_size = distributed.broadcast((run_dir, cfg.batch_size))
+        share_batch(cfg, distributed.world())
         self.data = self._open_data()
         self._check_against_data()
 
@@ -51,6 +62,7 @@ class Session:
             typed = rundir.typed_model_fields(overrides or [], cfg.groups.get("experiment"))
             pretrained = adapted(open_pretrained(cfg.init_from), cfg.model, typed, cfg.init_from)
             cfg.model = pretrained.config
+        _settle_batch(cfg, overrides or [])
         return cls(cfg, run_dir, None, pretrained=pretrained)
 
     @classmethod
@@ -61,6 +73,10 @@ class Session:
         check(cfg)
         if source.iteration >= cfg.max_iters:
             raise ConfigError("already_done", iteration=source.iteration, max_iters=cfg.max_iters, more=2 * source.iteration)
+        bundled = run_dir / "data"
+        # 试的是同一个形状：权重是什么不影响快慢与内存
+        trial = replace(cfg, resume=None, init_from=None, dataset={**cfg.dataset, "dir": str(bundled)} if bundled.is_dir() else cfg.dataset)
+        cfg.batch_size = _settle_batch(trial, [])
         return cls(cfg, run_dir, source, other_data=any(o.startswith("dataset.dir=") for o in overrides))
 
     # ---- 数据 ----
@@ -101,6 +117,9 @@ class Session:
         self._catch_signals(trainer)
         try:
             summary = trainer.fit()
+        except OutOfMemory as error:
+            self._autopsy(error, has_checkpoint=trainer.saved is not None)
+            raise
         finally:
             distributed.stop()
         if distributed.rank() == 0:
@@ -122,7 +141,7 @@ class Session:
     def build_trainer(self, loggers: Loggers, kind: type[Trainer] = Trainer) -> Trainer:
         """Model, step and trainer, on the device; writes nothing, so that a trial builds what a run would."""
         model = self._build_model().to(self.device)
-        computation = build_step(self.cfg, model, Precision(self.cfg.precision, self.device))
+        computation = build_step(self.cfg, model, Precision(self.cfg.precision, self.device, self.cfg.memory.weights))
         return kind(
             self.cfg, computation=computation, data=self.data, device=self.device, loggers=loggers,
             run_dir=self.run_dir, console=self.console,
@@ -175,6 +194,13 @@ class Session:
         line("peak", source=trainer.peak_source, tflops=trainer.peak)
         evaluated = sum(length for _, length in trainer.windows)
         line("eval_part", tokens=evaluated, total=len(self.data.tokens["val"]) - 1)
+
+    def _autopsy(self, error: OutOfMemory, *, has_checkpoint: bool) -> None:
+        """One screen about what did not fit and what to type instead."""
+        from nanogpt.fit import autopsy
+
+        if distributed.rank() == 0:
+            autopsy.show(error, self.cfg, self.console, resume=str(self.run_dir) if has_checkpoint else None)
 
     def _catch_signals(self, trainer: Trainer) -> None:
         """First Ctrl-C or SIGTERM: finish the step, save, leave; second: leave at once."""

@@ -17,7 +17,7 @@ from nanogpt.keeping import Progress
 from nanogpt.loggers import Loggers
 from nanogpt.messages import ConfigError
 from nanogpt.metrics import RTX3060_TFLOPS, Stopwatch, memory_gib, peak_tflops
-from nanogpt.oom import is_out_of_memory
+from nanogpt.oom import OutOfMemory, is_out_of_memory
 from nanogpt.optimizers import learning_rate_at
 from nanogpt.sampling import sampler
 from nanogpt.step import Step
@@ -100,7 +100,13 @@ class Trainer:
         )
         loss, stop = self._accumulate_until_it_fits(starts)
         distributed.sum_gradients(self.parameters)
-        norm = self._update(loss)
+        try:
+            norm = self._update(loss)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            # 更新到一半停下的参数退不回去：不能重做，已存的 checkpoint 还在
+            raise OutOfMemory("update", rows=self.micro_batch, detail=str(error)) from None
         self.progress.iteration += 1
         self.progress.samples_seen += self.global_rows
         self.progress.tokens_trained += self.global_rows * self.block_size
@@ -109,21 +115,21 @@ class Trainer:
     def _accumulate_until_it_fits(self, starts: np.ndarray) -> tuple[float, bool]:
         """Accumulate gradients over rows `starts`; return (mean loss over all processes, stop requested anywhere)."""
         while True:
-            failed = False
+            failed, detail = False, ""
             try:
                 loss = self._accumulate(starts)
             except Exception as error:
                 # 只接住显存不足，其余原样抛出
                 if not is_out_of_memory(error):
                     raise
-                failed = True
+                failed, detail = True, str(error)
                 loss = torch.zeros((), device=self.device)
             # 出了 except 才清理：异常对象的 traceback 还引用着那些张量
             loss = distributed.total(loss.detach().clone()).item()
             failed, stop = (bool(flag) for flag in distributed.largest([failed, self.stop_requested], self.device))
             if not failed:
                 return loss, stop
-            self._shrink()
+            self._shrink(detail)
 
     def _accumulate(self, starts: np.ndarray) -> torch.Tensor:
         """Forward and backward over all rows in micro-batches; return this process's share of the mean loss."""
@@ -146,22 +152,18 @@ class Trainer:
             self.computation.backward(loss)
         return loss.detach()
 
-    def _shrink(self) -> None:
-        """Halve the micro-batch after an out-of-memory error, or give up at one row."""
+    def _shrink(self, detail: str) -> None:
+        """Halve the micro-batch after an out-of-memory error, or give up at one row; `detail` is what the library said."""
         self.optimizer.zero_grad()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         # 反向里已更新过的参数退不回去，没更新过也不能分几次累积
         if self.micro_batch == 1 or self.computation.in_backward:
-            self._give_up()
+            raise OutOfMemory("forward", rows=self.micro_batch, detail=detail)
         old, self.micro_batch = self.micro_batch, (self.micro_batch + 1) // 2
         self.computation.expect(self.micro_batch)
         accumulation = math.ceil(self.local_rows / self.micro_batch) * distributed.world()
         self.console.line("oom_shrink", iteration=self.progress.iteration + 1, old=old, new=self.micro_batch, accum=accumulation)
-
-    def _give_up(self) -> None:
-        """End a run whose step does not fit, however it is divided."""
-        raise ConfigError("oom_final")
 
     def _update(self, loss: float) -> float:
         """Clip and apply the gradients unless something is not finite; return the gradient norm."""
@@ -226,8 +228,10 @@ class Trainer:
                 sums += self._loss_sum(batch, self.block_size)
             except Exception as error:
                 # 同样只接住显存不足
-                if not is_out_of_memory(error) or self.eval_batch == 1:
+                if not is_out_of_memory(error):
                     raise
+                if self.eval_batch == 1:
+                    raise OutOfMemory("evaluation", rows=1, detail=str(error)) from None
                 self.eval_batch = (self.eval_batch + 1) // 2
                 continue
             full = full[len(batch) :]
@@ -330,10 +334,17 @@ class Trainer:
     def _write_sample(self) -> None:
         if distributed.rank():
             return
-        sample = write_sample(
-            self.model, self.data.tokenizer, self.sample_prompt(), self.cfg.sample_tokens,
-            sampler=sampler(temperature=self.cfg.sample_temperature), seed=self.cfg.seed * SAMPLE_STREAM + self.progress.iteration,
-        )
+        try:
+            sample = write_sample(
+                self.model, self.data.tokenizer, self.sample_prompt(), self.cfg.sample_tokens,
+                sampler=sampler(temperature=self.cfg.sample_temperature), seed=self.cfg.seed * SAMPLE_STREAM + self.progress.iteration,
+            )
+        except Exception as error:
+            # 样本只是给人看的：写不下就不写，训练照常
+            if not is_out_of_memory(error) and not (isinstance(error, ConfigError) and error.message == "sample_oom"):
+                raise
+            self.console.line("sample_skipped", iteration=self.progress.iteration)
+            return
         self.last_sample = sample
         self.loggers.text(self.progress.iteration, sample)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from nanogpt.config import TrainConfig
 from nanogpt.console import Console
 from nanogpt.files import write_text
-from nanogpt.fit.known import trial_key
+from nanogpt.fit import known as known_results
 from nanogpt.fit.plan import Plan, predict
 from nanogpt.fit.trial import TrialResult, run_trial
 from nanogpt.messages import ConfigError
@@ -62,7 +62,7 @@ def fastest(sizes: list[int], measure: Callable[[int], TrialResult], within_marg
 def choose(cfg: TrainConfig, overrides: list[str], *, processes: int, console: Console) -> int:
     """The micro-batch for cfg.global_batch_size rows per step; remembered per machine, driver, versions and config."""
     rows = cfg.global_batch_size // processes
-    memory_file = FOLDER / f"{trial_key(cfg)}.json"
+    memory_file = FOLDER / f"{known_results.key_of(cfg)}.json"
     if not cfg.trial.again and (known := _remembered(memory_file)):
         console.line("auto_known", batch=known["batch_size"], speed=known["tokens_per_s"], file=memory_file)
         return known["batch_size"]

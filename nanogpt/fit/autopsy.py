@@ -9,19 +9,12 @@ from nanogpt.fit.advice import Advice, advise
 from nanogpt.fit.plan import Plan, Planner
 from nanogpt.fit.show import GIB, table
 from nanogpt.messages import ConfigError, text
+from nanogpt.oom import OutOfMemory
 
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 AMOUNT = r"([\d.]+) (bytes|KiB|MiB|GiB)"
 # 占预算不到这么多却不够用：多半是别的程序占着
 UNEXPECTED = 0.9
-
-
-class OutOfMemory(ConfigError):
-    """A step that cannot be made smaller does not fit; `detail` is what the library said."""
-
-    def __init__(self, *, phase: str, rows: int, detail: str):
-        super().__init__("oom_final", phase=text(f"oom_in_{phase}"), rows=rows)
-        self.phase, self.rows, self.detail = phase, rows, detail
 
 
 def wanted_and_free(detail: str) -> tuple[float | None, float | None]:

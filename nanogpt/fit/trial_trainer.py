@@ -1,6 +1,5 @@
 """The trainer of a trial: the same steps, but running out of memory is its result and not repaired."""
 
-from nanogpt.oom import is_out_of_memory
 from nanogpt.sampling import sampler
 from nanogpt.trainer import Trainer
 from nanogpt.writer import write_sample
@@ -9,20 +8,9 @@ from nanogpt.writer import write_sample
 class TrialTrainer(Trainer):
     """A Trainer that never takes smaller micro-batches than it was asked to."""
 
-    _why = ""
-
-    def _accumulate(self, starts):
-        try:
-            return super()._accumulate(starts)
-        except Exception as error:
-            if is_out_of_memory(error):
-                # 只记文字：异常对象会留住那一步的张量
-                self._why = str(error)
-            raise
-
-    def _shrink(self) -> None:
+    def _shrink(self, detail: str) -> None:
         # 缩小后再量，量到的就不是问的那个设置了
-        raise MemoryError(self._why)
+        raise MemoryError(detail)
 
     def evaluate(self) -> float:
         """Mean loss over the validation windows, at the batch size that was asked for."""

@@ -1,0 +1,37 @@
+"""plan=true and plan=matrix as run_train.py calls them: print, write nothing."""
+
+import sys
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from nanogpt import rundir
+from nanogpt.config import TrainConfig, check
+from nanogpt.console import Console
+from nanogpt.fit import advice, matrix
+from nanogpt.fit.plan import Planner
+from nanogpt.fit.show import show
+
+EXIT_DOES_NOT_FIT = 1
+
+
+def run_plan(cfg: TrainConfig, overrides: list[str]) -> None:
+    """Print what cfg.plan asks for; exit code 1 when the setting does not fit."""
+    if cfg.resume:
+        folder = rundir.locate(cfg.resume)
+        cfg = rundir.resumed_config((folder / "config.yaml").read_text(encoding="utf-8"), cfg, overrides, folder)
+    check(cfg)
+    console = Console()
+    if cfg.plan == "matrix":
+        matrix.show(cfg, console)
+        return
+    planner = Planner(cfg)
+    plan = planner.predict(cfg, overrides)
+    show(plan, console)
+    if cfg.batch_size == "auto":
+        console.line("plan_auto_batch", batch=plan.batch_size)
+    if plan.verdict == "does_not_fit":
+        advice.show(plan, planner, console)
+        # -m 时别的设置还要接着看：退出码只对单个设置有意义
+        if not (HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN):
+            sys.exit(EXIT_DOES_NOT_FIT)

@@ -1,0 +1,70 @@
+"""plan=matrix: the largest micro-batch of every preset, number format and memory preset on every card of conf/hardware."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import yaml
+
+from nanogpt.build import preset, preset_names, typed_node
+from nanogpt.config import ROOT, HardwareConfig, MemoryConfig, PrecisionConfig, TrainConfig
+from nanogpt.console import Console
+from nanogpt.fit.plan import Planner
+from nanogpt.fit.settle import GPT2_VOCAB
+from nanogpt.messages import say
+
+BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+def options(group: str, schema: type) -> dict[str, object]:
+    """Every option of conf/<group> as a typed node."""
+    return {
+        path.stem: typed_node(schema, yaml.safe_load(path.read_text(encoding="utf-8")) or {}) for path in sorted((ROOT / "conf" / group).glob("*.yaml"))
+    }
+
+
+def cards() -> dict[str, HardwareConfig]:
+    """The options of hardware= that state a card's memory, the largest first."""
+    found = {name: node for name, node in options("hardware", HardwareConfig).items() if node.vram_gib is not None}
+    return dict(sorted(found.items(), key=lambda item: -item[1].vram_gib))
+
+
+def rows(cfg: TrainConfig) -> Iterator[tuple[str, str, str, dict[str, int | None]]]:
+    """(model, precision, memory, largest batch by card) of every combination at the vocabulary of GPT-2."""
+    hardware, memories = cards(), options("memory", MemoryConfig)
+    planners = {name: Planner(replace(cfg, device="auto", hardware=node)) for name, node in hardware.items()}
+    first, *others = planners.values()
+    for other in others:
+        # 追踪与显存大小无关：各卡共用
+        other.share(first)
+    for model in preset_names():
+        for memory, node in memories.items():
+            known: dict[str, dict[str, int | None]] = {}
+            for precision in ("fp32", "fp16", "bf16"):
+                if node.weights == "bf16" and precision != "bf16" or node.optimizer_in_backward and precision == "fp16":
+                    continue
+                # fp16 与 bf16 的每个张量同样大（有测试）：只追踪一次
+                same = "fp32" if precision == "fp32" else "16"
+                if same not in known:
+                    say("plan_tracing", what=f"{model} {precision} memory={memory}")
+                    candidate = replace(
+                        cfg, model=preset(model, vocab_size=GPT2_VOCAB), precision=PrecisionConfig(dtype=precision), memory=node,
+                        gradient_accumulation_steps=1, global_batch_size=None, init_from=None,
+                    )
+                    known[same] = {name: planner.largest_batch(candidate, BATCHES) for name, planner in planners.items()}
+                yield model, precision, memory, known[same]
+
+
+def show(cfg: TrainConfig, console: Console) -> None:
+    """Print the matrix as a Markdown table."""
+    names = list(cards())
+    optimizer = str(cfg.optimizer["_target_"]).rpartition(".")[2]
+    console.line("plan_matrix_title", optimizer=f"optimizer={optimizer}", vocab=GPT2_VOCAB)
+    console.plain("")
+    console.plain(f"| model | memory | precision | {' | '.join(names)} |")
+    console.plain("|---|---|---|" + "--:|" * len(names))
+    merged: dict[tuple, list[str]] = {}
+    for model, precision, memory, largest in rows(cfg):
+        key = (model, memory, *(largest[name] for name in names))
+        merged.setdefault(key, []).append(precision)
+    for (model, memory, *largest), precisions in merged.items():
+        console.plain(f"| `{model}` | {memory} | {', '.join(precisions)} | {' | '.join('-' if n is None else str(n) for n in largest)} |")

@@ -1,0 +1,71 @@
+"""A config with everything filled in that a plan needs and that training takes from data or weights; nothing is fetched."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from nanogpt import corpus, rundir
+from nanogpt import tokenizer as tokenizers
+from nanogpt.build import preset, typed_node
+from nanogpt.config import ModelConfig, TrainConfig, untrusted_targets
+from nanogpt.messages import ConfigError, text
+
+GPT2_VOCAB = 50257
+BYTE_VOCAB = 256
+# 还没准备数据时的假定：英文剧本 76 到 79 个字符，中文语料常见几千字
+ENGLISH_CHARACTERS = 100
+OTHER_CHARACTERS = 6000
+
+
+def settled(cfg: TrainConfig, overrides: list[str] | None = None) -> tuple[TrainConfig, str]:
+    """(a copy of cfg whose model has its final shape and vocabulary, where the vocabulary comes from)."""
+    if cfg.init_from:
+        return replace(cfg, model=_pretrained_model(cfg, overrides or [])), text("plan_vocab_init")
+    if cfg.model.vocab_size is not None:
+        return cfg, text("plan_vocab_model")
+    vocab, source = vocabulary(cfg)
+    return replace(cfg, model=replace(cfg.model, vocab_size=vocab)), source
+
+
+def vocabulary(cfg: TrainConfig) -> tuple[int, str]:
+    """(size, where it comes from) of the data set's vocabulary."""
+    options = {k: v for k, v in cfg.dataset.items() if k not in ("name", "dir")}
+    name, tokenizer = cfg.dataset["name"], cfg.dataset.get("tokenizer")
+    saved = corpus.folder_of(name, cfg.dataset["dir"], options) / "tokenizer.json"
+    if saved.is_file():
+        return tokenizers.load(saved).vocab_size, text("plan_vocab_data")
+    if tokenizer in ("gpt2", "byte"):
+        return GPT2_VOCAB if tokenizer == "gpt2" else BYTE_VOCAB, text("plan_vocab_tokenizer")
+    if name in ("plays_char", "shakespeare_char"):
+        return ENGLISH_CHARACTERS, text("plan_vocab_assumed")
+    if tokenizer in ("auto", "char"):
+        return OTHER_CHARACTERS, text("plan_vocab_assumed")
+    return GPT2_VOCAB, text("plan_vocab_assumed")
+
+
+def _pretrained_model(cfg: TrainConfig, overrides: list[str]) -> ModelConfig:
+    """Shape of the weights that cfg.init_from names, with this run's dropout and, if typed, its context."""
+    have = _shape_of(cfg.init_from)
+    typed = rundir.typed_model_fields(overrides, cfg.groups.get("experiment"))
+    block = cfg.model.block_size if "block_size" in typed else have.block_size
+    return replace(have, dropout=cfg.model.dropout, block_size=block)
+
+
+def _shape_of(named: str) -> ModelConfig:
+    from nanogpt.pretrained import GPT2_NAMES, open_pretrained, read_config
+
+    path = Path(named)
+    if (path / "config.json").is_file():
+        # 只读形状：几百 MB 的权重用不着
+        return read_config(path / "config.json", path.resolve().name)
+    if named == "latest" or (path / "config.yaml").is_file():
+        import yaml
+
+        saved = yaml.safe_load((rundir.locate(named, key="init_from") / "config.yaml").read_text(encoding="utf-8"))
+        if foreign := untrusted_targets({"model": saved["model"]}, {}):
+            raise ConfigError("untrusted", path=path, targets=", ".join(foreign))
+        return typed_node(ModelConfig, saved["model"])
+    if path.is_file() or (path / "manifest.json").is_file():
+        return open_pretrained(named).config
+    if named in GPT2_NAMES:
+        return preset(named.replace("-", "_"), vocab_size=GPT2_VOCAB)
+    raise ConfigError("plan_init_from", got=named)

@@ -1,0 +1,78 @@
+"""A plan as a person reads it: one table, the verdict, the speed, and what to type when it does not fit."""
+
+from dataclasses import asdict
+
+from nanogpt.console import Console
+from nanogpt.fit.budget import GIB
+from nanogpt.fit.plan import Plan
+from nanogpt.fit.roofline import BANDWIDTH_EFFICIENCY, LAUNCH_S, PRODUCT_EFFICIENCY
+from nanogpt.messages import text
+
+BAR = 30
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Print the table, the verdict and the speed of a plan."""
+    cfg, line = plan.cfg, console.line
+    line(
+        "plan_title", model=cfg.model.name, parameters=f"{plan.parameters / 1e6:.1f}M", precision=plan.precision,
+        memory=cfg.groups.get("memory", "default"), batch=plan.batch_size, accum=plan.accumulation, block=cfg.model.block_size,
+        device=plan.budget.name,
+    )
+    line("plan_vocab", vocab=cfg.model.vocab_size, source=plan.vocab_source)
+    for row in table(plan):
+        console.plain(row)
+    if plan.ram:
+        line("plan_ram", gib=plan.ram / GIB)
+    line("plan_verdict", verdict=text(f"plan_{plan.verdict}"), total=plan.total / GIB, budget=plan.budget.total / GIB)
+    line(
+        "plan_speed", speed=plan.tokens_per_s, step=duration(plan.step_s), wall=duration(plan.train_s), iters=cfg.max_iters,
+    )
+    rates, kind = plan.rates, plan.budget.device_type
+    line(
+        "plan_assumptions", half=rates.half_flops / 1e12, fp32=rates.fp32_flops / 1e12, bandwidth=rates.bandwidth / 1e9, source=rates.source,
+        products=PRODUCT_EFFICIENCY[kind], passes=BANDWIDTH_EFFICIENCY[kind], launch=LAUNCH_S[kind] * 1e6,
+    )
+
+
+def table(plan: Plan) -> list[str]:
+    """Lines of aligned columns: part, GiB, share of the budget as a bar."""
+    on_cpu = plan.budget.device_type == "cpu"
+    names = {"context": "process"} if on_cpu else {}
+    # CPU 上没有分配器的取整、工作区与桌面
+    hidden = ("rounding", "workspace", "desktop") if on_cpu else ()
+    rows = [(text(f"plan_{names.get(key, key)}"), size) for key, size in asdict(plan.parts).items() if key not in hidden]
+    rows += [(text("plan_total"), plan.total), (text("plan_budget"), plan.budget.total)]
+    head = text("plan_part")
+    width = max(columns(name) for name, _ in [*rows, (head, 0)])
+    lines = [f"  {padded(head, width)}      GiB  {text('plan_share')}"]
+    for name, size in rows:
+        share = size / plan.budget.total
+        # 超出预算的部分用另一种字符，一眼看出差多少
+        filled = round(min(share, 1) * BAR)
+        bar = "#" * filled + "!" * min(BAR, round(max(0.0, share - 1) * BAR))
+        lines.append(f"  {padded(name, width)}  {size / GIB:7.2f}  {share:6.1%} {bar}".rstrip())
+    return lines
+
+
+def columns(name: str) -> int:
+    """Terminal columns of a text; a Chinese character takes two."""
+    return sum(2 if ord(c) > 0x2E80 else 1 for c in name)
+
+
+def padded(name: str, width: int) -> str:
+    """A text filled with spaces up to `width` terminal columns."""
+    return name + " " * (width - columns(name))
+
+
+def duration(seconds: float) -> str:
+    """A time with two significant parts, the same in every language."""
+    if seconds < 1:
+        return f"{seconds * 1e3:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours / 24:.1f} d"
