@@ -41,6 +41,7 @@ class Codec:
     def __init__(self):
         # 表随设备各存一份；由优化器持有，追踪时就是假张量
         self._tables: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._shortcuts: dict[bool, torch.Tensor] = {}
 
     def tables(self, signed: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """(values (256,), midpoints (255,)) on a device."""
@@ -57,11 +58,22 @@ class Codec:
         low, high = blocks.aminmax(dim=1)
         scale = torch.where(high >= -low, high, low)
         ratio = blocks / torch.where(scale == 0, 1.0, scale)[:, None]
-        codes = torch.bucketize(ratio, self.tables(signed, x.device)[1], out_int32=True)
+        codes = self.nearest(ratio, signed)
         if not signed:
             # 二阶矩变成零，分母就只剩 eps，一步会迈出几百倍；非零的至少留最小的码
             codes = torch.maximum(codes, (blocks > 0).int())
         return codes.to(torch.uint8).view(-1)[: x.numel()], scale
+
+    def nearest(self, x: torch.Tensor, signed: bool) -> torch.Tensor:
+        """Codes of the nearest values, int32; x float32 within -1 … 1."""
+        middles = self.tables(signed, x.device)[1]
+        if x.device.type != "cpu":
+            return torch.bucketize(x, middles, out_int32=True)
+        # 二分查找每步都猜错分支；CPU 上用高 16 位查表，至多再比一次，结果相同而快三倍
+        if signed not in self._shortcuts:
+            self._shortcuts[signed] = shortcut(middles)
+        codes = self._shortcuts[signed].index_select(0, (x.view(torch.int32) >> 16).bitwise_and_(0xFFFF).view(-1))
+        return codes.add_(x.view(-1) > F.pad(middles, (0, 1), value=float("inf")).index_select(0, codes)).view_as(x)
 
     def decode(self, codes: torch.Tensor, scale: torch.Tensor, signed: bool) -> torch.Tensor:
         """Float32 values (n,) of codes (n,) and their scales."""
@@ -69,6 +81,14 @@ class Codec:
         if codes.numel() % BLOCK == 0:
             return values.view(-1, BLOCK).mul_(scale[:, None]).view(-1)
         return values.mul_(scale.repeat_interleave(BLOCK)[: codes.numel()])
+
+
+def shortcut(middles: torch.Tensor) -> torch.Tensor:
+    """For each upper half of a float32's bits, how many of the midpoints lie below all such numbers, (65536,) int32."""
+    first = torch.arange(1 << 16, dtype=torch.int32, device=middles.device) << 16
+    # 负数的低位越大，值越小
+    lowest = torch.minimum(first.view(torch.float32), (first | 0xFFFF).view(torch.float32))
+    return torch.bucketize(lowest, middles, out_int32=True)
 
 
 def zero_code(signed: bool) -> int:
