@@ -661,8 +661,8 @@ MESSAGES = {
         "试过的 batch_size、memory=… 与 block_size 组合都放不下；请换小一些的模型",
     ),
     "plan_matrix_title": (
-        "largest batch_size that fits, at the model's block_size, {optimizer}, vocabulary {vocab}; - : not even one row",
-        "放得下的最大 batch_size（block_size 取各模型自己的，{optimizer}，词表 {vocab}）；- 表示一条也放不下",
+        "largest batch_size that fits, at the model's block_size, {optimizer}, vocabulary {vocab}; - : not even one row, + : more was not tried",
+        "放得下的最大 batch_size（block_size 取各模型自己的，{optimizer}，词表 {vocab}）；- 表示一条也放不下，+ 表示没有再往上试",
     ),
     # ---- 试跑、扫描与报告 ----
     "trial_predicted": ("predicted {predicted:.1f} GiB > {budget:.1f}", "预测 {predicted:.1f} GiB > {budget:.1f}"),

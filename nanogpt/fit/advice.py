@@ -30,9 +30,10 @@ BF16 = Change("memory.weights=bf16", {"weights": "bf16"})
 OFFLOAD = Change("memory.offload_optimizer=true", {"offload_optimizer": True})
 # 单项：新的 memory 键在这里加一行就会被考虑；这一版还没实现的不会降低峰值，自然落选
 SINGLE = (
-    Change("memory.loss_chunk_mib=16", {"loss_chunk_mib": 16}),
+    LEAN,
     Change("memory.activation_checkpointing=selective", {"activation_checkpointing": "selective"}),
-    LEAN, IN_BACKWARD, INT8, BF16, OFFLOAD,
+    IN_BACKWARD, INT8, BF16, OFFLOAD,
+    Change("memory.loss_chunk_mib=16", {"loss_chunk_mib": 16}),
 )
 # 单项都不够时依次加码
 COMBINED = (
@@ -67,7 +68,12 @@ def advise(plan: Plan, planner: Planner) -> list[Advice]:
             break
     if not found:
         found = _shorter(plan, planner, [(), *combined, *((c,) for c in useful)], until)
-    return sorted(found, key=lambda a: -a.speed)[:LINES]
+    return sorted((a for a in found if not any(_beats(b, a) for b in found)), key=lambda a: -a.speed)[:LINES]
+
+
+def _beats(one: Advice, other: Advice) -> bool:
+    """Whether fewer overrides are at least as fast."""
+    return set(one.typed.split()) < set(other.typed.split()) and one.speed >= other.speed
 
 
 def show(plan: Plan, planner: Planner, console: Console) -> None:

@@ -11,7 +11,7 @@ from nanogpt.fit.budget import Budget
 from nanogpt.fit.roofline import Rates, step_seconds
 from nanogpt.fit.trace import Shape, Trace, trace
 
-DEPTHS = (2, 4)
+DEPTHS = (1, 2)
 ROWS = (1, 2)
 # 碎片与取整的常见比例
 RESERVED = 1.04

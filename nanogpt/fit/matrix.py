@@ -8,11 +8,12 @@ import yaml
 from nanogpt.build import preset, preset_names, typed_node
 from nanogpt.config import ROOT, HardwareConfig, MemoryConfig, PrecisionConfig, TrainConfig
 from nanogpt.console import Console
-from nanogpt.fit.plan import Planner
+from nanogpt.fit.plan import BATCHES, Planner
 from nanogpt.fit.settle import GPT2_VOCAB
 from nanogpt.messages import say
 
-BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+MAX_TOKENS = 2**16
+"""Tokens per micro-batch beyond which nothing is gained, so that nothing is tried."""
 
 
 def options(group: str, schema: type) -> dict[str, object]:
@@ -50,8 +51,13 @@ def rows(cfg: TrainConfig) -> Iterator[tuple[str, str, str, dict[str, int | None
                         cfg, model=preset(model, vocab_size=GPT2_VOCAB), precision=PrecisionConfig(dtype=precision), memory=node,
                         gradient_accumulation_steps=1, global_batch_size=None, init_from=None,
                     )
-                    known[same] = {name: planner.largest_batch(candidate, BATCHES) for name, planner in planners.items()}
+                    known[same] = {name: planner.largest_batch(candidate, batches(candidate)) for name, planner in planners.items()}
                 yield model, precision, memory, known[same]
+
+
+def batches(cfg: TrainConfig) -> tuple[int, ...]:
+    """The numbers of rows that are tried."""
+    return tuple(rows for rows in BATCHES if rows * cfg.model.block_size <= MAX_TOKENS)
 
 
 def show(cfg: TrainConfig, console: Console) -> None:
@@ -64,7 +70,9 @@ def show(cfg: TrainConfig, console: Console) -> None:
     console.plain("|---|---|---|" + "--:|" * len(names))
     merged: dict[tuple, list[str]] = {}
     for model, precision, memory, largest in rows(cfg):
-        key = (model, memory, *(largest[name] for name in names))
+        most = max(rows for rows in BATCHES if rows * preset(model).block_size <= MAX_TOKENS)
+        # 到了上限还放得下的，加号说明没有再往上试
+        key = (model, memory, *("-" if largest[name] is None else f"{largest[name]}+" if largest[name] == most else str(largest[name]) for name in names))
         merged.setdefault(key, []).append(precision)
     for (model, memory, *largest), precisions in merged.items():
-        console.plain(f"| `{model}` | {memory} | {', '.join(precisions)} | {' | '.join('-' if n is None else str(n) for n in largest)} |")
+        console.plain(f"| `{model}` | {memory} | {', '.join(precisions)} | {' | '.join(largest)} |")

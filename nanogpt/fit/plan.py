@@ -111,7 +111,7 @@ class Planner:
         at = max(0, len(promising) - 1)
         # 估计只用来少追踪几次；答案都由完整的追踪说了算
         if self.fits(cfg, candidates[at]):
-            while at + 1 < len(candidates) and guess.fits(candidates[at + 1], self.budget, 1.1) and self.fits(cfg, candidates[at + 1]):
+            while at + 1 < len(candidates) and guess.fits(candidates[at + 1], self.budget, 1.0) and self.fits(cfg, candidates[at + 1]):
                 at += 1
             return candidates[at]
         while at > 0:
@@ -132,7 +132,9 @@ class Planner:
         if not self.estimate(cfg).fits(rows, self.budget, 1.3):
             # 差得远：不必花几秒去证实
             return False
-        traced = self.trace(cfg, rows, cfg.global_batch_size or 2 * rows, cfg.eval_batch_size or rows)
+        # 按会累积来算：第二个微批时梯度已经在了；反向里更新的不能累积
+        total = cfg.global_batch_size or (1 if cfg.memory.optimizer_in_backward else 2) * rows
+        traced = self.trace(cfg, rows, total, cfg.eval_batch_size or rows)
         return self._within(cfg, traced, TIGHT).fits
 
     def _within(self, cfg: TrainConfig, traced: Trace, part: float) -> Replay:

@@ -25,6 +25,8 @@ from nanogpt.lora import add_adapters
 from nanogpt.messages import ConfigError
 from nanogpt.step import Step, build_step
 
+# (运算, 参数的形状) -> 结果的形状；与模型、设备无关，各次追踪共用
+_REMEMBERED: dict[tuple, tuple] = {}
 KINDS = ("weights", "gradients", "optimizer", "activations", "temporaries")
 
 
@@ -107,7 +109,6 @@ class Tracker(TorchDispatchMode):
     def __init__(self, mode: FakeTensorMode):
         super().__init__()
         self.mode = mode
-        self.remembered: dict[tuple, tuple] = {}
         self.events: list[tuple[int, int]] = []
         self.ops: Counter = Counter()
         self.ids: dict[int, tuple[weakref.ref, int, int]] = {}
@@ -150,7 +151,7 @@ class Tracker(TorchDispatchMode):
             return func(*args, **kwargs)
         key = (func, _signature(args), _signature(tuple(kwargs.items())))
         try:
-            known = self.remembered.get(key)
+            known = _REMEMBERED.get(key)
         except TypeError:
             return func(*args, **kwargs)
         if known is not None:
@@ -158,7 +159,7 @@ class Tracker(TorchDispatchMode):
         mark = self.count
         out = func(*args, **kwargs)
         if isinstance(out, FakeTensor) and out.untyped_storage()._cdata not in self.ids and self.count == mark and out.storage_offset() == 0:
-            self.remembered[key] = (out.shape, out.stride(), out.dtype, out.fake_device)
+            _REMEMBERED[key] = (out.shape, out.stride(), out.dtype, out.fake_device)
         return out
 
     def follow(self, t: torch.Tensor) -> int:
