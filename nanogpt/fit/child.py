@@ -34,13 +34,14 @@ class Prediction:
     """What the planner says of a setting."""
 
     predicted_gib: float
+    """Reserved by the CUDA allocator, or the whole process on a CPU; to compare with budget_gib."""
     budget_gib: float
     tokens_per_s: float | None
     fits: bool
 
 
-def prediction(cfg: TrainConfig) -> Prediction | None:
-    """The planner's verdict, or None when it has none for this setting (a trial needs no prediction to run)."""
+def prediction(cfg: TrainConfig, device_type: str) -> Prediction | None:
+    """The planner's verdict, or None when it has none for this setting on this device (a trial needs no prediction to run)."""
     try:
         from nanogpt.fit.plan import predict
 
@@ -49,7 +50,12 @@ def prediction(cfg: TrainConfig) -> Prediction | None:
         # 预测只是参考：出错就记进日志，照样试跑
         traceback.print_exc()
         return None
-    return Prediction(plan.total / GIB, plan.budget / GIB, plan.tokens_per_s, plan.verdict != "does_not_fit")
+    if plan.budget.device_type != device_type:
+        # 为一张这里没有的卡做的计划，与这次试跑无关
+        return None
+    # 上下文与桌面不归分配器管：显存比的是 reserved，内存比的是整个进程
+    needed, available = (plan.reserved, plan.budget.capacity) if device_type == "cuda" else (plan.total, plan.budget.total)
+    return Prediction(needed / GIB, available / GIB, plan.tokens_per_s, plan.verdict != "does_not_fit")
 
 
 def run(job: dict[str, Any]) -> None:
@@ -129,10 +135,9 @@ def measure(cfg: TrainConfig, overrides: list[str], folder: Path, emit: Emit, *,
     free, total = _free_and_total(device)
     budget = _budget(cfg, device.type, free)
     emit(device=device_name(device), free_gib=free / GIB, total_gib=total / GIB, budget_gib=budget, device_type=device.type, phase="prediction")
-    plan = predict(cfg)
+    plan = predict(cfg, device.type)
     if plan:
-        emit(predicted_gib=plan.predicted_gib, predicted_tokens_per_s=plan.tokens_per_s, budget_gib=plan.budget_gib)
-        budget = plan.budget_gib
+        emit(predicted_gib=plan.predicted_gib, predicted_tokens_per_s=plan.tokens_per_s)
         if cfg.trial.skip_predicted and not plan.fits:
             emit(status="skipped", reason=text("trial_predicted", predicted=plan.predicted_gib, budget=plan.budget_gib))
             return
@@ -195,7 +200,7 @@ def _free_and_total(device) -> tuple[int, int]:
 
 
 def _budget(cfg: TrainConfig, device_type: str, free: int) -> float:
-    """GiB that this trial may use, where the planner has not said."""
+    """GiB that tensors may take (CUDA) or that the process may take (CPU)."""
     hardware = cfg.hardware
     if device_type == "cpu":
         return hardware.ram_gib or free / GIB
