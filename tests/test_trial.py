@@ -117,8 +117,9 @@ def test_a_prediction_speaks_of_this_device_and_a_failing_planner_stops_nothing(
     assert child.prediction(cfg, "cpu") is None
     plan.verdict, budget.device_type = "does_not_fit", "cpu"
     assert child.prediction(cfg, "cpu") == child.Prediction(11.0, 12.0, 5.0, False)
+    assert child.prediction_aside(cfg, "cpu") == child.prediction(cfg, "cpu")
     planner.predict = lambda cfg: 1 / 0
-    assert child.prediction(cfg, "cpu") is None
+    assert child.prediction(cfg, "cpu") is None and child.prediction_aside(cfg, "cpu") is None
 
 
 def test_losses_are_reported_after_enough_steps_and_no_run_folder_is_claimed(quick):

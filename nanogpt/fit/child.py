@@ -8,13 +8,15 @@ import errno
 import json
 import math
 import os
+import select
+import signal
 import statistics
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from nanogpt.messages import ConfigError, set_language, text
 GIB = 2**30
 # 够量出采样的峰值，又不花时间
 SAMPLE_TOKENS = 32
+# 预测通常几秒；等不到就不要预测了
+PREDICTION_S = 120
 Emit = Callable[..., None]
 
 
@@ -56,6 +60,32 @@ def prediction(cfg: TrainConfig, device_type: str) -> Prediction | None:
     # 上下文与桌面不归分配器管：显存比的是 reserved，内存比的是整个进程
     needed, available = (plan.reserved, plan.budget.capacity) if device_type == "cuda" else (plan.total, plan.budget.total)
     return Prediction(needed / GIB, available / GIB, plan.tokens_per_s, plan.verdict != "does_not_fit")
+
+
+def prediction_aside(cfg: TrainConfig, device_type: str) -> Prediction | None:
+    """The same from a forked copy of this process (Linux, CPU): what the planner loads would count into the peak of the trial."""
+    if device_type != "cpu" or sys.platform != "linux":
+        # 显存的峰值不受影响；没有安全的 fork 就在这里算
+        return prediction(cfg, device_type)
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            plan = prediction(cfg, device_type)
+            os.write(writer, json.dumps(asdict(plan) if plan else None).encode("ascii"))
+        finally:
+            sys.stderr.flush()
+            os._exit(0)
+    os.close(writer)
+    try:
+        ready, _, _ = select.select([reader], [], [], PREDICTION_S)
+        answer = os.read(reader, 65536) if ready else b""
+    finally:
+        os.close(reader)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    values = json.loads(answer or b"null")
+    return Prediction(**values) if values else None
 
 
 def run(job: dict[str, Any]) -> None:
@@ -120,7 +150,7 @@ def _reason(error: BaseException) -> str:
 # ---- 试跑 ----
 
 
-def measure(cfg: TrainConfig, overrides: list[str], folder: Path, emit: Emit, *, predict=prediction, limit=limit_memory) -> None:
+def measure(cfg: TrainConfig, overrides: list[str], folder: Path, emit: Emit, *, predict=prediction_aside, limit=limit_memory) -> None:
     """Open the data, predict, set the memory limit, train a few steps, and emit what was found."""
     import torch
 
