@@ -110,7 +110,7 @@ def test_the_parent_of_trials_never_imports_torch():
 
 @pytest.mark.parametrize(("plugin", "options"), [
     ("hydra_joblib_launcher", ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "batch_size=2,4"]),
-    ("hydra_optuna_sweeper", ["hydra/sweeper=optuna", "hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=1", "hydra.sweeper.sampler.seed=0",
+    ("hydra_optuna_sweeper", ["hydra/sweeper=optuna", "hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=8", "hydra.sweeper.n_jobs=1", "hydra.sweeper.sampler.seed=0",
                               "batch_size=choice(2,4,0)"]),
 ])
 def test_other_launchers_and_sweepers_work(own_text, plugin, options):
@@ -121,7 +121,7 @@ def test_other_launchers_and_sweepers_work(own_text, plugin, options):
         remember(overrides, batch_size)
     run(folder, *overrides, *options)
     found = {r["micro_batch"]: r["status"] for r in trials(folder)}
-    assert found[2] == found[4] == "ok"
+    assert all(status == "ok" for micro_batch, status in found.items() if micro_batch) and found[4] == "ok"
     if "optuna" in plugin:
         best = next(folder.glob("outputs/fit/*/optimization_results.yaml")).read_text(encoding="utf-8")
         # 失败记 0，Optuna 既不会崩也不会选它

@@ -90,7 +90,7 @@ def test_the_limit_is_real():
 def measured(overrides, folder, plan):
     lines = []
     cfg = make_config(*overrides)
-    child.measure(cfg, overrides, folder, lambda **values: lines.append(values), predict=lambda cfg: plan, limit=lambda gib: gib)
+    child.measure(cfg, overrides, folder, lambda **values: lines.append(values), predict=lambda cfg, device_type: plan, limit=lambda gib: gib)
     return {key: value for line in lines for key, value in line.items()}
 
 
@@ -101,7 +101,25 @@ def test_what_is_predicted_not_to_fit_is_skipped_unless_told_otherwise(quick):
     assert got["status"] == "skipped" and got["reason"] == "predicted 14.2 GiB > 12.0" and "limit" not in got
     assert got["predicted_gib"] == 14.2 and got["predicted_tokens_per_s"] == 1000.0
     tried = measured([*overrides, "trial.skip_predicted=false"], folder, plan)
-    assert tried["status"] == "ok" and tried["limit"] == 12.0
+    assert tried["status"] == "ok" and tried["limit"] == 1.0
+
+
+def test_a_prediction_speaks_of_this_device_and_a_failing_planner_stops_nothing(monkeypatch):
+    from types import ModuleType, SimpleNamespace
+
+    planner = ModuleType("nanogpt.fit.plan")
+    monkeypatch.setitem(sys.modules, "nanogpt.fit.plan", planner)
+    budget = SimpleNamespace(device_type="cuda", total=12 * 2**30, capacity=11 * 2**30)
+    plan = SimpleNamespace(budget=budget, total=11 * 2**30, reserved=10 * 2**30, tokens_per_s=5.0, verdict="tight")
+    planner.predict = lambda cfg: plan
+    cfg = make_config()
+    assert child.prediction(cfg, "cuda") == child.Prediction(10.0, 11.0, 5.0, True)
+    assert child.prediction(cfg, "cpu") is None
+    plan.verdict, budget.device_type = "does_not_fit", "cpu"
+    assert child.prediction(cfg, "cpu") == child.Prediction(11.0, 12.0, 5.0, False)
+    assert child.prediction_aside(cfg, "cpu") == child.prediction(cfg, "cpu")
+    planner.predict = lambda cfg: 1 / 0
+    assert child.prediction(cfg, "cpu") is None and child.prediction_aside(cfg, "cpu") is None
 
 
 def test_losses_are_reported_after_enough_steps_and_no_run_folder_is_claimed(quick):

@@ -8,13 +8,15 @@ import errno
 import json
 import math
 import os
+import select
+import signal
 import statistics
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from nanogpt.messages import ConfigError, set_language, text
 GIB = 2**30
 # 够量出采样的峰值，又不花时间
 SAMPLE_TOKENS = 32
+# 预测通常几秒；等不到就不要预测了
+PREDICTION_S = 120
 Emit = Callable[..., None]
 
 
@@ -34,13 +38,14 @@ class Prediction:
     """What the planner says of a setting."""
 
     predicted_gib: float
+    """Reserved by the CUDA allocator, or the whole process on a CPU; to compare with budget_gib."""
     budget_gib: float
     tokens_per_s: float | None
     fits: bool
 
 
-def prediction(cfg: TrainConfig) -> Prediction | None:
-    """The planner's verdict, or None when it has none for this setting (a trial needs no prediction to run)."""
+def prediction(cfg: TrainConfig, device_type: str) -> Prediction | None:
+    """The planner's verdict, or None when it has none for this setting on this device (a trial needs no prediction to run)."""
     try:
         from nanogpt.fit.plan import predict
 
@@ -49,7 +54,38 @@ def prediction(cfg: TrainConfig) -> Prediction | None:
         # 预测只是参考：出错就记进日志，照样试跑
         traceback.print_exc()
         return None
-    return Prediction(plan.total / GIB, plan.budget / GIB, plan.tokens_per_s, plan.verdict != "does_not_fit")
+    if plan.budget.device_type != device_type:
+        # 为一张这里没有的卡做的计划，与这次试跑无关
+        return None
+    # 上下文与桌面不归分配器管：显存比的是 reserved，内存比的是整个进程
+    needed, available = (plan.reserved, plan.budget.capacity) if device_type == "cuda" else (plan.total, plan.budget.total)
+    return Prediction(needed / GIB, available / GIB, plan.tokens_per_s, plan.verdict != "does_not_fit")
+
+
+def prediction_aside(cfg: TrainConfig, device_type: str) -> Prediction | None:
+    """The same from a forked copy of this process (Linux, CPU): what the planner loads would count into the peak of the trial."""
+    if device_type != "cpu" or sys.platform != "linux":
+        # 显存的峰值不受影响；没有安全的 fork 就在这里算
+        return prediction(cfg, device_type)
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            plan = prediction(cfg, device_type)
+            os.write(writer, json.dumps(asdict(plan) if plan else None).encode("ascii"))
+        finally:
+            sys.stderr.flush()
+            os._exit(0)
+    os.close(writer)
+    try:
+        ready, _, _ = select.select([reader], [], [], PREDICTION_S)
+        answer = os.read(reader, 65536) if ready else b""
+    finally:
+        os.close(reader)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    values = json.loads(answer or b"null")
+    return Prediction(**values) if values else None
 
 
 def run(job: dict[str, Any]) -> None:
@@ -114,7 +150,7 @@ def _reason(error: BaseException) -> str:
 # ---- 试跑 ----
 
 
-def measure(cfg: TrainConfig, overrides: list[str], folder: Path, emit: Emit, *, predict=prediction, limit=limit_memory) -> None:
+def measure(cfg: TrainConfig, overrides: list[str], folder: Path, emit: Emit, *, predict=prediction_aside, limit=limit_memory) -> None:
     """Open the data, predict, set the memory limit, train a few steps, and emit what was found."""
     import torch
 
@@ -129,10 +165,9 @@ def measure(cfg: TrainConfig, overrides: list[str], folder: Path, emit: Emit, *,
     free, total = _free_and_total(device)
     budget = _budget(cfg, device.type, free)
     emit(device=device_name(device), free_gib=free / GIB, total_gib=total / GIB, budget_gib=budget, device_type=device.type, phase="prediction")
-    plan = predict(cfg)
+    plan = predict(cfg, device.type)
     if plan:
-        emit(predicted_gib=plan.predicted_gib, predicted_tokens_per_s=plan.tokens_per_s, budget_gib=plan.budget_gib)
-        budget = plan.budget_gib
+        emit(predicted_gib=plan.predicted_gib, predicted_tokens_per_s=plan.tokens_per_s)
         if cfg.trial.skip_predicted and not plan.fits:
             emit(status="skipped", reason=text("trial_predicted", predicted=plan.predicted_gib, budget=plan.budget_gib))
             return
@@ -195,7 +230,7 @@ def _free_and_total(device) -> tuple[int, int]:
 
 
 def _budget(cfg: TrainConfig, device_type: str, free: int) -> float:
-    """GiB that this trial may use, where the planner has not said."""
+    """GiB that tensors may take (CUDA) or that the process may take (CPU)."""
     hardware = cfg.hardware
     if device_type == "cpu":
         return hardware.ram_gib or free / GIB

@@ -70,7 +70,8 @@ def device(cfg: TrainConfig) -> str:
     """The device of a trial with its driver, without importing torch."""
     if cfg.device == "cpu" or (cfg.device == "auto" and cfg.hardware.name == "cpu"):
         return _processor()
-    return _cards() + os.environ.get("CUDA_VISIBLE_DEVICES", "") or _processor()
+    cards = _cards()
+    return f"{cards} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}" if cards else _processor()
 
 
 def _processor() -> str:
