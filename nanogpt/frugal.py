@@ -46,9 +46,7 @@ class Storage:
         return self.int8 and key != COMPENSATION and p.numel() >= SMALL
 
     def start(self, state: dict, key: str, p: torch.Tensor) -> None:
-        """Add a state of zeros under `key` unless it is there."""
-        if key in state:
-            return
+        """Add a state of zeros under `key`."""
         device = "cpu" if self._in_ram(p) else p.device
         with target.host_memory() if self._in_ram(p) else contextlib.nullcontext():
             if self.keeps_codes(key, p):
@@ -80,7 +78,7 @@ class Storage:
         """A checkpoint's states of p in this format; those already in it are taken bit for bit."""
         state = {}
         for key, tensor in saved.items():
-            if key.endswith(SCALE) or (key == COMPENSATION and not (self.kahan and p.dtype == torch.bfloat16)):
+            if key.endswith(SCALE) or (key == COMPENSATION and not self.compensates(p)):
                 continue
             # 步数是标量，融合 kernel 要求它与参数在同一设备
             if tensor.dim() == 0:
@@ -101,11 +99,14 @@ class Storage:
 
     # ---- 权重 ----
 
+    def compensates(self, p: torch.Tensor) -> bool:
+        """Whether p has a compensation among its states."""
+        return self.kahan and p.dtype == torch.bfloat16
+
     def read_weights(self, state: dict, p: torch.Tensor, span: slice) -> torch.Tensor:
         """Float32 weights (n,) of a piece; p's own memory where p is float32."""
         weights = p.detach().view(-1)[span]
-        if p.dtype == torch.bfloat16 and self.kahan:
-            self.start(state, COMPENSATION, p)
+        if self.compensates(p):
             return weights.float() + self.read(state, COMPENSATION, span, p.device)
         return weights.float()
 
@@ -131,10 +132,6 @@ def adamw_update(
     skip: torch.Tensor | None = None, factor: torch.Tensor | None = None,
 ) -> None:
     """AdamW on one parameter; `skip` () is 1.0 where nothing may change, `factor` () multiplies the gradient."""
-    for key in ("exp_avg", "exp_avg_sq"):
-        storage.start(state, key, p)
-    if "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
     step = count = state["step"]
     for span in spans(p.numel()):
         weights = storage.read_weights(state, p, span)
@@ -156,7 +153,6 @@ def muon_direction(
     skip: torch.Tensor | None = None, factor: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Nesterov momentum (rows, cols) to be orthogonalised, bf16 on a GPU, where the products take no more."""
-    storage.start(state, "momentum", p)
     direction = torch.empty(p.shape, dtype=torch.bfloat16 if target.device_type(p) == "cuda" else torch.float32, device=p.device)
     for span in spans(p.numel()):
         g, old = _gradient(grad, span, factor), storage.read(state, "momentum", span, p.device)

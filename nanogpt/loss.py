@@ -47,7 +47,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_loss / ctx.N
-        return grad_hidden * scale, None if grad_weight is None else grad_weight * scale, None, None, None, None, None, None
+        # 就地缩放：与词表同大的梯度不再抄一份
+        return grad_hidden * scale, None if grad_weight is None else grad_weight.mul_(scale), None, None, None, None, None, None
 
 
 def chunked_cross_entropy(hidden, weight, targets, *, softcap: float, chunk_mib: int) -> torch.Tensor:

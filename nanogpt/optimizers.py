@@ -11,11 +11,13 @@ from torch.optim.adamw import adamw as adamw_kernel
 
 from nanogpt import target
 from nanogpt.config import MemoryConfig
-from nanogpt.frugal import Storage, adamw_update, muon_apply, muon_direction
+from nanogpt.frugal import COMPENSATION, Storage, adamw_update, muon_apply, muon_direction
 from nanogpt.messages import ConfigError
 
 # 同形状的矩阵一起正交化：小模型快数倍，大模型不为此多占显存
 STACK_BYTES = 64 * 2**20
+# AdamW 与 Muon 各自的状态
+ADAMW_STATES = ("step", "exp_avg", "exp_avg_sq")
 # NS 五步的系数：让奇异值尽快靠近 1，不求精确收敛（Keller Jordan, 2024）
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
@@ -27,7 +29,7 @@ class Optimizer:
     """
 
     def __init__(self, groups: list[dict]):
-        # 每组：params、names、lr、lr_scale、weight_decay，余下由子类定义
+        # 每组：params、names、states、lr、lr_scale、weight_decay，余下由子类定义
         self.param_groups = [group for group in groups if group["params"]]
         self.state: dict[str, dict[str, torch.Tensor]] = {}
         self.storage = Storage(MemoryConfig())
@@ -52,6 +54,32 @@ class Optimizer:
             raise ValueError("optimizer: the checkpoint's state belongs to other parameters; resume with the same model and optimizer")
         self.state = {name: self.storage.converted(tensors, by_name[name]) for name, tensors in state["state"].items()}
 
+    def started(self, name: str, p: torch.Tensor, group: dict) -> dict[str, torch.Tensor]:
+        """The states of a parameter, zeros at first."""
+        state = self.state.setdefault(name, {})
+        for key in group["states"]:
+            if key in state:
+                continue
+            if key == "step":
+                state[key] = torch.zeros((), dtype=torch.float32, device=p.device)
+            elif self.frugal:
+                self.storage.start(state, key, p)
+            else:
+                state[key] = torch.zeros_like(p)
+        if self.storage.compensates(p) and COMPENSATION not in state:
+            self.storage.start(state, COMPENSATION, p)
+        return state
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Allocate every state that is not there yet, before the first step.
+
+        Allocated one by one between the temporaries of the first update they would tear the card's memory to pieces for good.
+        """
+        for group in self.param_groups:
+            for name, p in zip(group["names"], group["params"], strict=True):
+                self.started(name, p, group)
+
     def _present(self, group: dict) -> list[tuple[str, torch.Tensor]]:
         """(name, parameter) pairs that have a gradient."""
         return [(n, p) for n, p in zip(group["names"], group["params"], strict=True) if p.grad is not None]
@@ -60,16 +88,9 @@ class Optimizer:
         """One AdamW update (Loshchilov & Hutter, arXiv:1711.05101) of (name, parameter) pairs through torch's fused kernel."""
         if self.frugal:
             for name, p in present:
-                adamw_update(self.storage, self.state.setdefault(name, {}), group, p, p.grad, **guard)
+                adamw_update(self.storage, self.started(name, p, group), group, p, p.grad, **guard)
             return
-        for name, p in present:
-            if name not in self.state:
-                self.state[name] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
-        states = [self.state[name] for name, _ in present]
+        states = [self.started(name, p, group) for name, p in present]
         if states:
             # fused：一个 kernel 更新全部张量，CPU 与 CUDA 都有
             adamw_kernel(
@@ -126,7 +147,7 @@ class Muon(Optimizer):
     def _plain_muon(self, group: dict, named: list[tuple[str, torch.Tensor]]) -> None:
         weights, directions = [], []
         for name, p in named:
-            momentum = self.state.setdefault(name, {"momentum": torch.zeros_like(p)})["momentum"]
+            momentum = self.started(name, p, group)["momentum"]
             momentum.lerp_(p.grad, 1 - group["momentum"])
             splits = group["splits"].get(name, 1)
             # Nesterov：向前多看一步
@@ -137,7 +158,7 @@ class Muon(Optimizer):
             part.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
 
     def _frugal_muon(self, group: dict, named: list[tuple[str, torch.Tensor]], skip=None, factor=None) -> None:
-        states = [self.state.setdefault(name, {}) for name, _ in named]
+        states = [self.started(name, p, group) for name, p in named]
         directions = [
             muon_direction(self.storage, state, group, p, p.grad, skip=skip, factor=factor) for (_, p), state in zip(named, states, strict=True)
         ]
@@ -213,7 +234,7 @@ def adamw(model: torch.nn.Module, *, weight_decay: float, beta1: float, beta2: f
     _check("weight_decay", weight_decay, 0, 10)
     matrices, tables, vectors = split_parameters(model)
     optimizer = Optimizer([])
-    shared = {"betas": (beta1, beta2), "eps": eps, "lr_scale": 1.0, "update": optimizer._adamw_step}
+    shared = {"betas": (beta1, beta2), "eps": eps, "lr_scale": 1.0, "states": ADAMW_STATES, "update": optimizer._adamw_step}
     # bias 与归一化的增益不衰减：它们不参与矩阵乘，缩小没有正则意义
     groups = [_group(matrices + tables, weight_decay=weight_decay, **shared), _group(vectors, weight_decay=0.0, **shared)]
     optimizer.param_groups = [g for g in groups if g["params"]]
@@ -231,13 +252,13 @@ def muon(
     _check("ns_steps", ns_steps, 1, 20)
     matrices, tables, vectors = split_parameters(model)
     optimizer = Muon([])
-    shared = {"betas": (beta1, beta2), "eps": eps, "weight_decay": 0.0, "update": optimizer._adamw_step}
+    shared = {"betas": (beta1, beta2), "eps": eps, "weight_decay": 0.0, "states": ADAMW_STATES, "update": optimizer._adamw_step}
     head = [(n, p) for n, p in tables if n.startswith("lm_head")]
     ngrams = [(n, p) for n, p in tables if n.startswith("ngrams")]
     embeddings = [(n, p) for n, p in tables if not n.startswith(("lm_head", "ngrams"))]
     groups = [
         _group(
-            matrices, lr_scale=1.0, weight_decay=weight_decay, momentum=momentum, ns_steps=ns_steps,
+            matrices, states=("momentum",), lr_scale=1.0, weight_decay=weight_decay, momentum=momentum, ns_steps=ns_steps,
             splits={n: 3 for n, _ in matrices if n.endswith("attn.c_attn.weight")}, update=optimizer._muon_step,
         ),
         # 每步只有少数行有梯度，查表参数要更大的步长

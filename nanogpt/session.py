@@ -46,11 +46,12 @@ class Session:
         self.cfg, self.source, self.other_data, self.pretrained = cfg, source, other_data, pretrained
         self.console = Console(quiet=distributed.rank() > 0)
         self.device = machine.choose_device(cfg.device, cfg.hardware)
+        if cfg.batch_size != "auto":
+            share_batch(cfg, distributed.world())
         machine.set_up(self.device, deterministic=cfg.deterministic, hardware=cfg.hardware)
         distributed.start(self.device)
         # 默认目录名含时间，batch_size=auto 由第一个进程实测：各进程要用同一个
         self.run_dir, cfg.batch_size = distributed.broadcast((run_dir, cfg.batch_size))
-        share_batch(cfg, distributed.world())
         self.data = self._open_data()
         self._check_against_data()
 

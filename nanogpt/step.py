@@ -8,7 +8,7 @@ import torch
 from nanogpt.build import build_part
 from nanogpt.config import MemoryConfig, TrainConfig
 from nanogpt.in_backward import InBackward
-from nanogpt.optimizers import configure
+from nanogpt.optimizers import Optimizer, configure
 from nanogpt.precision import Precision
 from nanogpt.recompute import fit_budget
 
@@ -38,6 +38,12 @@ class Step:
         self.memory = memory
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.in_backward = InBackward(optimizer, grad_clip) if memory.optimizer_in_backward else None
+
+    def prepare(self) -> None:
+        """Allocate what the optimizer keeps, before the first step."""
+        # torch.optim 的没有这一步：它们在第一次更新时才分配
+        if isinstance(self.optimizer, Optimizer):
+            self.optimizer.prepare()
 
     def expect(self, rows: int) -> None:
         """Prepare for micro-batches of `rows` rows: under activation_checkpointing=budget, say how many blocks are kept."""

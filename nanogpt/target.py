@@ -9,9 +9,10 @@ from collections.abc import Iterator
 
 import torch
 
-# 只在 planning_for 里面有值；正常训练时这两个都不起作用
+# 只在 planning_for 里面有意义；正常训练时都不起作用
 _planned: str | None = None
 _host = False
+_count = 1
 
 
 def device_type(x: torch.Tensor) -> str:
@@ -49,6 +50,22 @@ def host_memory() -> Iterator[None]:
 def in_host_memory() -> bool:
     """Whether the innermost context is host_memory()."""
     return _host
+
+
+@contextlib.contextmanager
+def counted(times: int) -> Iterator[None]:
+    """Let the work inside count `times` times in a trace: equal pieces need to be traced once; otherwise no effect."""
+    global _count
+    before, _count = _count, _count * times
+    try:
+        yield
+    finally:
+        _count = before
+
+
+def count() -> int:
+    """How often the present work counts."""
+    return _count
 
 
 class FusedRMSNorm(torch.autograd.Function):

@@ -71,6 +71,7 @@ class Trainer:
         self.eval_batch = cfg.eval_batch_size or self.micro_batch
         self.windows = data.val_windows(self.block_size, cfg.eval_tokens)
         self.stop_requested = False
+        self.prepared = False
         self.peak_source, self.peak = peak_tflops(cfg.hardware, device, self.precision)
         self.stopwatch = Stopwatch()
         self.interval = Interval()
@@ -92,6 +93,7 @@ class Trainer:
 
         A step that runs out of memory is repeated with half the micro-batch on the same data.
         """
+        self._prepare()
         rate = learning_rate_at(self.progress.iteration, self.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
@@ -111,6 +113,18 @@ class Trainer:
         self.progress.samples_seen += self.global_rows
         self.progress.tokens_trained += self.global_rows * self.block_size
         return StepResult(loss, norm, rate, stop)
+
+    def _prepare(self) -> None:
+        """Allocate the optimizer's states once, behind a restore and before the first step."""
+        if self.prepared:
+            return
+        try:
+            self.computation.prepare()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory("update", rows=self.micro_batch, detail=str(error)) from None
+        self.prepared = True
 
     def _accumulate_until_it_fits(self, starts: np.ndarray) -> tuple[float, bool]:
         """Accumulate gradients over rows `starts`; return (mean loss over all processes, stop requested anywhere)."""

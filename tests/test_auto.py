@@ -16,7 +16,7 @@ GIB = 2**30
 
 
 def result(size: int, speed: float, *, peak: float = 1.0, status: str = "ok") -> TrialResult:
-    return TrialResult(status=status, reason="", tokens_per_s=speed, peak_gib=peak, budget_gib=10.0, micro_batch=size)
+    return TrialResult(overrides=(), status=status, tokens_per_s=speed, peak_gib=peak, budget_gib=10.0, micro_batch=size)
 
 
 def test_candidates_split_any_number_of_rows_evenly_and_end_at_one():
@@ -52,16 +52,16 @@ def test_the_fastest_wins_and_not_the_largest():
         tried.append(size)
         return result(size, speeds[size])
 
-    assert auto.fastest(list(speeds), measure, lambda r: True).micro_batch == 16
+    assert auto.fastest(list(speeds), measure, 0.05).micro_batch == 16
     # 连续两档更慢就停，不再往小试
     assert tried == [32, 16, 8, 4]
 
 
 def test_failures_and_sizes_without_margin_never_win():
     outcomes = {32: result(32, 0.0, status="oom"), 16: result(16, 500.0, peak=9.9), 8: result(8, 50.0)}
-    best = auto.fastest(list(outcomes), outcomes.get, lambda r: r.peak_gib <= r.budget_gib * 0.95)
+    best = auto.fastest(list(outcomes), outcomes.get, 0.05)
     assert best.micro_batch == 8
-    assert auto.fastest([32], outcomes.get, lambda r: True) is None
+    assert auto.fastest([32], outcomes.get, 0.05) is None
 
 
 @pytest.fixture

@@ -43,12 +43,12 @@ def worth_trying(sizes: list[int], promising: Callable[[int], bool]) -> list[int
     return sizes[low:]
 
 
-def fastest(sizes: list[int], measure: Callable[[int], TrialResult], within_margin: Callable[[TrialResult], bool]) -> TrialResult | None:
-    """The fastest of those that fit, trying from the largest down until smaller ones only get slower; None when none fits."""
+def fastest(sizes: list[int], measure: Callable[[int], TrialResult], margin: float) -> TrialResult | None:
+    """The fastest of those that fit with `margin` of the budget free, trying from the largest down until smaller ones only get slower; None when none fits."""
     best, slower = None, 0
     for size in sizes:
         result = measure(size)
-        if result.status != "ok" or not within_margin(result):
+        if not result.fits(margin):
             continue
         if best is None or result.tokens_per_s > best.tokens_per_s:
             best, slower = result, 0
@@ -77,7 +77,7 @@ def choose(cfg: TrainConfig, overrides: list[str], *, processes: int, console: C
     def measure(size: int) -> TrialResult:
         result = run_trial(trial_config(size), overrides, memory_file.with_suffix("") / f"batch_{size}")
         what = f"{result.tokens_per_s:.0f} tokens/s" if result.status == "ok" else result.reason
-        console.line("auto_trial", batch=size, pieces=math.ceil(rows / size), status=result.status, what=what, peak=result.peak_gib or 0.0)
+        console.line("auto_trial", batch=size, pieces=math.ceil(rows / size), status=result.status, what=what, peak=result.held_gib or 0.0)
         return result
 
     sizes = candidates(rows, whole=cfg.memory.optimizer_in_backward)
@@ -88,15 +88,12 @@ def choose(cfg: TrainConfig, overrides: list[str], *, processes: int, console: C
         plans[size] = predict(trial_config(size))
         return plans[size].total <= plans[size].budget * HOPEFUL
 
-    def within_margin(result: TrialResult) -> bool:
-        return result.peak_gib <= result.budget_gib * (1 - cfg.trial.margin)
-
-    best = fastest(worth_trying(sizes, promising), measure, within_margin)
+    best = fastest(worth_trying(sizes, promising), measure, cfg.trial.margin)
     if best is None:
         smallest = plans.get(sizes[-1]) or predict(trial_config(sizes[-1]))
         raise ConfigError("auto_nothing_fits", size=sizes[-1], need=smallest.total / 2**30, budget=smallest.budget / 2**30)
     memory_file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(memory_file, json.dumps({"batch_size": best.micro_batch, "tokens_per_s": best.tokens_per_s, "peak_gib": best.peak_gib}) + "\n")
+    write_text(memory_file, json.dumps({"batch_size": best.micro_batch, "tokens_per_s": best.tokens_per_s, "peak_gib": best.held_gib}) + "\n")
     console.line("auto_chosen", batch=best.micro_batch, pieces=math.ceil(rows / best.micro_batch), rows=rows, speed=best.tokens_per_s)
     return best.micro_batch
 

@@ -132,7 +132,7 @@ class Tracker(TorchDispatchMode):
             self.events += [(self.count, workspace), (self.count, -workspace)]
         over_pcie = self._over_pcie(inputs)
         flops, half = flops_of(func, args, out)
-        self.ops[(flops, 0 if over_pcie else traffic_of(func, inputs, outputs), half, over_pcie)] += 1
+        self.ops[(flops, 0 if over_pcie else traffic_of(func, inputs, outputs), half, over_pcie)] += target.count()
         return out
 
     def _compute(self, func, args, kwargs):
@@ -274,6 +274,7 @@ class _Run:
     def all(self) -> Trace:
         with self.tracker:
             step = self._set_up()
+            step.prepare()
             self._optimizer_step(step, "first", micro_batches=1)
             self._name_survivors(step)
             self._optimizer_step(step, "steady", micro_batches=min(2, self.shape.accumulation))
