@@ -26,6 +26,7 @@ from nanogpt.step import build_step
 # 宽到每个矩阵都超过 SMALL，8 位状态才真的用上
 WIDE = ("model.n_embd=64", "model.block_size=32", "dropout=0", "max_iters=40", "eval_interval=40", "log_interval=40", "sample_tokens=0")
 PRESETS = sorted(path.stem for path in (ROOT / "conf" / "memory").glob("*.yaml"))
+SMALL_TABLE = ("model.ngrams=[2]", "model.ngram_buckets=97")
 RATE = {"adamw": "learning_rate=3e-3", "muon": "learning_rate=1e-2"}
 
 
@@ -177,7 +178,7 @@ def test_updates_below_half_a_digit_are_lost_by_plain_rounding_and_kept_by_ours(
 
 
 def test_a_bf16_model_starts_from_the_rounded_weights_of_the_float32_one():
-    config = make_config(*WIDE, "model.vocab_size=30", "model.n_layer=2", "model.n_head=2").model
+    config = make_config(*WIDE, *SMALL_TABLE, "model.vocab_size=30", "model.n_layer=2", "model.n_head=2").model
     usual = torch.get_default_dtype()
     wide, narrow = build_model(config, 3), build_model(config, 3, "bf16")
     assert torch.get_default_dtype() == usual and {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
@@ -328,7 +329,7 @@ class Alive(TorchDispatchMode):
 
 
 def step_of(*overrides):
-    cfg = make_config(*WIDE, "model.vocab_size=30", "model.n_layer=4", "model.n_head=2", "batch_size=4", *overrides)
+    cfg = make_config(*WIDE, *SMALL_TABLE, "model.vocab_size=30", "model.n_layer=4", "model.n_head=2", "batch_size=4", *overrides)
     model = build_model(cfg.model, 0, cfg.memory.weights).train()
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
