@@ -130,8 +130,8 @@ def main() -> None:
         sys.exit("RLIMIT_DATA is enforced on Linux only")
     options = [f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in ("model", "limit_gib", "steps", "memory", "optimizer", "threads")]
     command = [sys.executable, __file__, "--child", *options, *(["--quick"] if arguments.quick else [])]
-    # 大块一律直接向系统要、用完就还：堆里的碎片也算在上限里
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    # 大块直接向系统要、用完就还，免得堆里的碎片也算在上限里；逐块更新的临时量留在堆里，不必反复缺页
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**22)}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, encoding="utf-8", check=False)
     settings = {k: getattr(arguments, k) for k in ("model", "limit_gib", "memory", "optimizer", "threads")}
     if done.returncode:

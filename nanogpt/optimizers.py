@@ -249,7 +249,7 @@ def muon(
     return optimizer
 
 
-def configure(optimizer, memory: MemoryConfig) -> None:
+def configure(optimizer, memory: MemoryConfig, device_type: str = "cpu") -> None:
     """Make an optimizer store its states and update as memory= says; ConfigError where it is not one of ours."""
     wishes = {
         "memory.weights": memory.weights == "bf16", "memory.optimizer_state": memory.optimizer_state == "int8",
@@ -260,7 +260,7 @@ def configure(optimizer, memory: MemoryConfig) -> None:
         key = wanted[0]
         raise ConfigError("foreign_optimizer", key=key, got=str(getattr(memory, key.split(".")[1])).lower(), kind=type(optimizer).__name__)
     if wanted:
-        optimizer.storage = Storage(memory)
+        optimizer.storage = Storage(memory, device_type)
         optimizer.frugal = True
 
 

@@ -24,7 +24,7 @@ from nanogpt.recompute import fit_budget, saved_bytes
 from nanogpt.step import build_step
 
 # 宽到每个矩阵都超过 SMALL，8 位状态才真的用上
-WIDE = ("model.n_embd=64", "model.block_size=32", "dropout=0", "max_iters=40", "eval_interval=40", "log_interval=40", "sample_tokens=0")
+WIDE = ("model.n_embd=64", "model.block_size=32", "dropout=0", "max_iters=24", "eval_interval=24", "log_interval=24", "sample_tokens=0")
 PRESETS = sorted(path.stem for path in (ROOT / "conf" / "memory").glob("*.yaml"))
 SMALL_TABLE = ("model.ngrams=[2]", "model.ngram_buckets=97")
 RATE = {"adamw": "learning_rate=3e-3", "muon": "learning_rate=1e-2"}
@@ -110,9 +110,9 @@ def test_states_take_one_byte_and_a_64th_for_each_value(in_tmp, wide, optimizer)
 
 
 def test_norms_and_pieces_of_a_tensor_larger_than_one_piece():
-    x = torch.ones(PIECE + 3)
-    assert norm(x).item() == pytest.approx(math.sqrt(PIECE + 3))
-    p = torch.nn.Parameter(torch.ones(PIECE + 1000, dtype=torch.bfloat16))
+    piece = PIECE["cpu"]
+    assert norm(torch.ones(piece + 3), piece).item() == pytest.approx(math.sqrt(piece + 3))
+    p = torch.nn.Parameter(torch.ones(piece + 1000, dtype=torch.bfloat16))
     p.grad = torch.ones_like(p)
     model = torch.nn.Module()
     model.p = p
@@ -135,7 +135,7 @@ PARTS = {
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_loss_curves_follow_the_plain_one_within_two_percent(in_tmp, wide, optimizer):
     plain = train(wide, f"optimizer={optimizer}", RATE[optimizer], out="outputs/plain").progress.val_loss
-    assert plain < 1.6
+    assert plain < 2.2
     for name, parts in PARTS.items():
         other = train(wide, f"optimizer={optimizer}", RATE[optimizer], *parts, out=f"outputs/{name}").progress.val_loss
         assert other == pytest.approx(plain, rel=0.02), name
@@ -236,7 +236,7 @@ def test_each_parameter_is_clipped_by_its_own_norm(in_tmp, wide):
     seen, real = {}, trainer.optimizer.update_one
 
     def update(name, p, group, *, skip, factor):
-        seen[name] = (norm(p.grad).item(), factor.item())
+        seen[name] = (norm(p.grad, 1000).item(), factor.item())
         real(name, p, group, skip=skip, factor=factor)
 
     trainer.optimizer.update_one = update
@@ -329,7 +329,7 @@ class Alive(TorchDispatchMode):
 
 
 def step_of(*overrides):
-    cfg = make_config(*WIDE, *SMALL_TABLE, "model.vocab_size=30", "model.n_layer=4", "model.n_head=2", "batch_size=4", *overrides)
+    cfg = make_config(*WIDE, *SMALL_TABLE, "model.vocab_size=30", "model.n_layer=3", "model.n_head=2", "batch_size=4", *overrides)
     model = build_model(cfg.model, 0, cfg.memory.weights).train()
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
@@ -344,7 +344,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("recipe", [
-    [], ["arch=gpt2", "model.position=learned", "model.bias=true"], ["model.dropout=0.2"], ["model.block_size=192"], ["precision=bf16"], ["memory.weights=bf16"],
+    [], ["arch=gpt2", "model.position=learned", "model.bias=true", "dropout=0.2"], ["dropout=0.2", "model.block_size=192"], ["precision=bf16"], ["memory.weights=bf16"],
 ])
 def test_recomputing_changes_no_gradient(recipe):
     found = {}
@@ -363,7 +363,7 @@ def test_less_is_kept_for_the_backward_pass_the_more_is_recomputed(recipe):
     kept = {}
     for mode, overrides in MODES.items():
         _, step = step_of(*recipe, *overrides)
-        step.model.kept_blocks = 2
+        step.model.kept_blocks = 1
         idx = torch.randint(0, 30, (4, 32))
         with Alive() as alive:
             loss = step.forward(idx, idx, 1.0)
@@ -380,10 +380,10 @@ def test_a_budget_keeps_as_many_blocks_as_fit():
     one, inputs = saved_bytes(lambda: model.h[0](x, rope, None), [*model.parameters(), *model.buffers()]), x.nbytes
     assert one > 4 * inputs
     model.activation_checkpointing = "budget"
-    for kept in range(5):
+    for kept in range(4):
         # 其余 block 的输入也算在预算里；预算以 MiB 计，故放大行数
         rows = 4 * 64
-        budget = math.ceil((kept * one + (4 - kept) * inputs) * 64 / 2**20)
+        budget = math.ceil((kept * one + (3 - kept) * inputs) * 64 / 2**20)
         fit_budget(model, rows, budget, contextlib.nullcontext)
         assert model.kept_blocks == kept
     assert cfg.memory.activation_checkpointing == "none"
@@ -412,10 +412,9 @@ def test_every_preset_is_traced_without_allocating(optimizer, preset):
     with FakeTensorMode():
         _, step = step_of(f"optimizer={optimizer}", *extra)
         idx = torch.zeros(4, 32, dtype=torch.long)
-        for _ in range(2):
-            step.micro_batch(idx, idx, 1.0)
-            step.clip(step.gradient_norm(), 1.0)
-            step.update()
+        step.micro_batch(idx, idx, 1.0)
+        step.clip(step.gradient_norm(), 1.0)
+        step.update()
         assert all(t.shape is not None for tensors in step.optimizer.state.values() for t in tensors.values()) and step.optimizer.state
 
 
@@ -431,10 +430,10 @@ def test_resume_equals_the_uninterrupted_run_to_the_bit_under_every_preset(in_tm
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_run_goes_on_under_other_settings_and_back(in_tmp, wide, optimizer):
-    base = [*wide, f"optimizer={optimizer}", RATE[optimizer], "eval_interval=100", "lr_decay_iters=24"]
-    whole = train(base, "max_iters=24", out="outputs/whole")
-    train(base, "max_iters=8", out="outputs/half")
-    for end, memory in ((14, ["memory=minimal"]), (18, ["memory=offload", "memory.bf16_rounding=kahan"]), (24, ["memory=default"])):
+    base = [*wide, f"optimizer={optimizer}", RATE[optimizer], "eval_interval=100", "lr_decay_iters=16"]
+    whole = train(base, "max_iters=16", out="outputs/whole")
+    train(base, "max_iters=4", out="outputs/half")
+    for end, memory in ((8, ["memory=minimal"]), (12, ["memory=offload", "memory.bf16_rounding=kahan"]), (16, ["memory=default"])):
         trainer = resume("outputs/half", f"max_iters={end}", *memory)._build()
         trainer.fit()
     assert trainer.model.dtype == torch.float32 and not trainer.optimizer.frugal
