@@ -46,6 +46,7 @@ def save(trainer, *, final: bool) -> None:
             config_text=trainer.config_text, tokenizer_file=trainer.run_dir / "tokenizer.json", keep=cfg.keep,
         )
     except OSError as error:
+        # 磁盘满了可以腾，训练不必停；只有最后一次存不下才算失败
         if final:
             raise ConfigError("never_saved", reason=error.strerror, path=trainer.run_dir) from None
         trainer.console.line("save_failed", reason=error.strerror, iters=cfg.save_interval or cfg.eval_interval)
@@ -57,6 +58,7 @@ def restore(trainer, source: checkpoint.Checkpoint) -> None:
     if state["fingerprint"] != trainer.data.fingerprint:
         raise ConfigError("vocab_mismatch", name=trainer.data.name, reason="fingerprint")
     source.load_model(trainer.model)
+    # 先装权重：状态的格式要看参数是 fp32 还是 bf16
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.precision.scaler.load_state_dict(state["scaler"])
     trainer.progress = Progress(**state["progress"])
