@@ -42,6 +42,9 @@ class Optimizer:
 
     def state_dict(self) -> dict:
         """State tensors by parameter name (not copies)."""
+        if self.storage.offload and torch.cuda.is_available():
+            # 拷回内存是异步的：读之前要等它到
+            torch.cuda.synchronize()
         return {"state": self.state}
 
     def load_state_dict(self, state: dict) -> None:
