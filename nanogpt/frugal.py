@@ -11,7 +11,7 @@ from torch.optim.adamw import adamw as adamw_kernel
 
 from nanogpt import target
 from nanogpt.config import MemoryConfig
-from nanogpt.lowbit import BLOCK, SMALL, Codec, round_stochastically, spans, zero_code
+from nanogpt.lowbit import BLOCK, PIECE, SMALL, Codec, round_stochastically, spans, zero_code
 
 # 二阶矩非负，整个码表都给正数
 UNSIGNED = ("exp_avg_sq",)
@@ -22,7 +22,8 @@ COMPENSATION = "compensation"
 class Storage:
     """Where and in which format a parameter's states and weights lie between two steps."""
 
-    def __init__(self, memory: MemoryConfig):
+    def __init__(self, memory: MemoryConfig, device_type: str = "cpu"):
+        self.piece = PIECE[device_type]
         self.int8 = memory.optimizer_state == "int8"
         self.kahan = memory.bf16_rounding == "kahan"
         self.offload = memory.offload_optimizer
@@ -87,7 +88,7 @@ class Storage:
                 state |= {k: self.place(saved[k], p) for k in (key, key + SCALE) if k in saved}
             else:
                 self.start(state, key, p)
-                for span in spans(p.numel()):
+                for span in spans(p.numel(), self.piece):
                     self._store(state, key, span, self.read(saved, key, span, tensor.device))
         return state
 
@@ -133,7 +134,7 @@ def adamw_update(
 ) -> None:
     """AdamW on one parameter; `skip` () is 1.0 where nothing may change, `factor` () multiplies the gradient."""
     step = count = state["step"]
-    for span in spans(p.numel()):
+    for span in spans(p.numel(), storage.piece):
         weights = storage.read_weights(state, p, span)
         first, second = (storage.read(state, key, span, p.device) for key in ("exp_avg", "exp_avg_sq"))
         # kernel 自己把步数加一：每块都从同一个数起
@@ -154,7 +155,7 @@ def muon_direction(
 ) -> torch.Tensor:
     """Nesterov momentum (rows, cols) to be orthogonalised, bf16 on a GPU, where the products take no more."""
     direction = torch.empty(p.shape, dtype=torch.bfloat16 if target.device_type(p) == "cuda" else torch.float32, device=p.device)
-    for span in spans(p.numel()):
+    for span in spans(p.numel(), storage.piece):
         g, old = _gradient(grad, span, factor), storage.read(state, "momentum", span, p.device)
         momentum = old.lerp(g, 1 - group["momentum"])
         direction.view(-1)[span].copy_(g.lerp(momentum, group["momentum"]))
@@ -168,7 +169,7 @@ def muon_apply(
     storage: Storage, state: dict, group: dict, p: torch.Tensor, update: torch.Tensor, *, scale: float, skip: torch.Tensor | None = None
 ) -> None:
     """p <- p * (1 - lr * decay) - scale * update, update (rows, cols)."""
-    for span in spans(p.numel()):
+    for span in spans(p.numel(), storage.piece):
         old = storage.read_weights(state, p, span)
         new = old.mul(1 - group["lr"] * group["weight_decay"]).add_(update.view(-1)[span].float(), alpha=-scale)
         old.copy_(new if skip is None else torch.where(skip > 0, old, new))

@@ -30,7 +30,7 @@ class InBackward:
 
     def _hook(self, name: str, group: dict):
         def arrived(p: torch.Tensor) -> None:
-            length = norm(p.grad)
+            length = norm(p.grad, self.optimizer.storage.piece)
             # 全在设备上算：每个参数问一次 GPU，反向就成了走走停停
             skip = (~torch.isfinite(length)).float()
             factor = (self.grad_clip / (length + 1e-6)).clamp(max=1.0) if self.grad_clip else None

@@ -47,7 +47,7 @@ def save(trainer, *, final: bool) -> None:
             config_text=trainer.config_text, tokenizer_file=trainer.run_dir / "tokenizer.json", keep=cfg.keep,
         )
     except Exception as error:
-        # 抄到内存里的那一份也可能放不下，与磁盘满一样对待
+        # 磁盘满了可以腾，抄到内存里的那一份也可能放不下：训练不必停，只有最后一次存不下才算失败
         if not isinstance(error, OSError) and not is_out_of_memory(error):
             raise
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -62,6 +62,7 @@ def restore(trainer, source: checkpoint.Checkpoint) -> None:
     if state["fingerprint"] != trainer.data.fingerprint:
         raise ConfigError("vocab_mismatch", name=trainer.data.name, reason="fingerprint")
     source.load_model(trainer.model)
+    # 先装权重：状态的格式要看参数是 fp32 还是 bf16
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.precision.scaler.load_state_dict(state["scaler"])
     trainer.progress = Progress(**state["progress"])

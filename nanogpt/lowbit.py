@@ -3,8 +3,8 @@
 Our own instead of bitsandbytes or torchao, because it has to combine with bf16 weights and stochastic rounding, updates
 inside the backward pass, states streamed from RAM, tracing without allocating, and resuming under other settings.
 
-Blockwise 8-bit states: Dettmers et al., arXiv:2110.02861. Everything works on flat pieces of at most PIECE values, so
-that temporaries stay small, and never looks at a value, so that the planner can trace it.
+Blockwise 8-bit states: Dettmers et al., arXiv:2110.02861. Updates work on flat pieces of PIECE values, so that
+temporaries stay small, and never looks at a value, so that the planner can trace it.
 """
 
 import itertools
@@ -19,8 +19,8 @@ from nanogpt import target
 BLOCK = 256
 # bias 与归一化的增益省不了多少字节，却最怕误差
 SMALL = 4096
-# 更新时一次处理这么多个值，是 BLOCK 的整数倍；每个临时张量 4 MiB，几个一起也只占几十 MiB
-PIECE = 2**20
+# 更新时一次处理这么多个值，是 BLOCK 的整数倍：CPU 上留在缓存里，快三倍；显卡上太小就只剩 kernel 启动，太大则临时张量占显存
+PIECE = {"cpu": 2**18, "cuda": 2**20}
 
 
 def dynamic_map(signed: bool) -> list[float]:
@@ -106,9 +106,9 @@ def round_stochastically(x: torch.Tensor) -> torch.Tensor:
     return ((x.view(torch.int32) + noise) & -65536).view(torch.float32).to(torch.bfloat16)
 
 
-def spans(numel: int) -> Iterator[slice]:
-    """Slices that cover 0 … numel in pieces of at most PIECE; a trace gets one of the whole pieces and counts it for all."""
-    pieces = [slice(start, min(start + PIECE, numel)) for start in range(0, numel, PIECE)]
+def spans(numel: int, piece: int) -> Iterator[slice]:
+    """Slices that cover 0 … numel in pieces of at most `piece`; a trace gets one of the whole pieces and counts it for all."""
+    pieces = [slice(start, min(start + piece, numel)) for start in range(0, numel, piece)]
     if target.planned() and len(pieces) > 2:
         with target.counted(len(pieces) - 1):
             yield pieces[0]
@@ -117,7 +117,7 @@ def spans(numel: int) -> Iterator[slice]:
         yield from pieces
 
 
-def norm(x: torch.Tensor) -> torch.Tensor:
+def norm(x: torch.Tensor, piece: int) -> torch.Tensor:
     """L2 norm in float32, shape (), without a float32 copy of the whole tensor."""
-    flat = x.detach().view(-1)
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(flat[span], dtype=torch.float32) for span in spans(flat.numel())]))
+    flat = x.detach().reshape(-1)
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(flat[span], dtype=torch.float32) for span in spans(flat.numel(), piece)]))

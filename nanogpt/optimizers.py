@@ -45,6 +45,9 @@ class Optimizer:
 
     def state_dict(self) -> dict:
         """State tensors by parameter name (not copies)."""
+        if self.storage.offload and torch.cuda.is_available():
+            # 拷回内存是异步的：读之前要等它到
+            torch.cuda.synchronize()
         return {"state": self.state}
 
     def load_state_dict(self, state: dict) -> None:
@@ -271,7 +274,7 @@ def muon(
     return optimizer
 
 
-def configure(optimizer, memory: MemoryConfig) -> None:
+def configure(optimizer, memory: MemoryConfig, device_type: str = "cpu") -> None:
     """Make an optimizer store its states and update as memory= says; ConfigError where it is not one of ours."""
     wishes = {
         "memory.weights": memory.weights == "bf16", "memory.optimizer_state": memory.optimizer_state == "int8",
@@ -282,7 +285,7 @@ def configure(optimizer, memory: MemoryConfig) -> None:
         key = wanted[0]
         raise ConfigError("foreign_optimizer", key=key, got=str(getattr(memory, key.split(".")[1])).lower(), kind=type(optimizer).__name__)
     if wanted:
-        optimizer.storage = Storage(memory)
+        optimizer.storage = Storage(memory, device_type)
         optimizer.frugal = True
 
 

@@ -21,7 +21,7 @@ def build_step(cfg: TrainConfig, model, precision: Precision) -> "Step":
         # 反向里外层的函数模式不起作用，重算时要自己再舍入；autocast 则由 checkpoint 恢复
         model.recompute_context = precision.context
     optimizer = build_part(cfg.optimizer, "optimizer", model)
-    configure(optimizer, cfg.memory)
+    configure(optimizer, cfg.memory, precision.device_type)
     step = Step(model, optimizer, precision, cfg.memory, cfg.grad_clip)
     if isinstance(cfg.batch_size, int):
         step.expect(cfg.batch_size)

@@ -54,6 +54,7 @@ def test_presets_have_the_promised_shapes():
     assert got == {
         "tiny": (4, 4, 256, 128), "small": (6, 6, 384, 256), "medium": (12, 12, 768, 512), "large": (24, 16, 1024, 1024),
         "gpt2": (12, 12, 768, 1024), "gpt2_medium": (24, 16, 1024, 1024), "gpt2_large": (36, 20, 1280, 1024), "gpt2_xl": (48, 25, 1600, 1024),
+        "gpt_3b": (36, 20, 2560, 1024),
     }
 
 
@@ -88,6 +89,8 @@ BAD = {
     "precision.dtype=fp8": "precision.dtype",
     "model.position=alibi": "model.position",
     "memory.activation_checkpointing=some": "memory.activation_checkpointing",
+    "memory=minimal gradient_accumulation_steps=4": "cannot accumulate 64 rows in pieces of batch_size=16",
+    "memory=minimal precision=fp16": "memory.weights=bf16 computes in bf16",
     "dataset.name=nothing": "data/nothing/prepare.py",
     "dataset.name=../evil": "dataset.name",
     "keep=0": "keep",

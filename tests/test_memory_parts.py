@@ -1,11 +1,15 @@
 """Every part of memory= against the plain path: same gradients, same curves, the bytes that were promised."""
 
 import contextlib
+import copy
+import dataclasses
+import functools
 import math
 import weakref
 
 import pytest
 import torch
+import yaml
 from conftest import make_config
 from test_trainer import fail_above, resume, train, trainer_of, weights
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,6 +20,7 @@ from nanogpt.build import build_model, model_of
 from nanogpt.checkpoint import find
 from nanogpt.config import ROOT
 from nanogpt.frugal import Storage
+from nanogpt.lora import add_adapters
 from nanogpt.lowbit import BLOCK, PIECE, SMALL, Codec, dynamic_map, norm, round_stochastically, zero_code
 from nanogpt.messages import ConfigError
 from nanogpt.optimizers import adamw, configure
@@ -24,8 +29,9 @@ from nanogpt.recompute import fit_budget, saved_bytes
 from nanogpt.step import build_step
 
 # 宽到每个矩阵都超过 SMALL，8 位状态才真的用上
-WIDE = ("model.n_embd=64", "model.block_size=32", "dropout=0", "max_iters=40", "eval_interval=40", "log_interval=40", "sample_tokens=0")
+WIDE = ("model.n_embd=64", "model.block_size=32", "dropout=0", "max_iters=18", "eval_interval=18", "log_interval=18", "sample_tokens=0")
 PRESETS = sorted(path.stem for path in (ROOT / "conf" / "memory").glob("*.yaml"))
+SMALL_TABLE = ("model.ngrams=[2]", "model.ngram_buckets=97")
 RATE = {"adamw": "learning_rate=3e-3", "muon": "learning_rate=1e-2"}
 
 
@@ -41,6 +47,41 @@ def states(trainer):
 def same_states(a, b):
     assert a.keys() == b.keys()
     return all(torch.equal(t, b[name][k]) for name, tensors in a.items() for k, t in tensors.items())
+
+
+@functools.cache
+def composed_once(*overrides):
+    return make_config(*WIDE, *SMALL_TABLE, "model.vocab_size=30", "model.n_layer=3", "model.n_head=2", "batch_size=4", *overrides)
+
+
+def step_of(*overrides, lora=False, **memory):
+    """The step of a small model with random weights; `memory` are keys of memory=, set without composing anew."""
+    cfg = copy.deepcopy(composed_once(*overrides))
+    cfg.memory = dataclasses.replace(cfg.memory, **memory)
+    model = build_model(cfg.model, 0, cfg.memory.weights).train()
+    if lora:
+        add_adapters(model, cfg.finetune)
+    generator = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        p.data.copy_(0.1 * torch.randn(p.shape, generator=generator))
+    step = build_step(cfg, model, Precision(cfg.precision, torch.device("cpu"), cfg.memory.weights))
+    for group in step.optimizer.param_groups:
+        group["lr"] = 0.01 * group["lr_scale"]
+    return cfg, step
+
+
+def preset_parts(name):
+    return yaml.safe_load((ROOT / "conf" / "memory" / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def after_steps(step, count=3):
+    """Weights and states after some steps on the same rows."""
+    for number in range(count):
+        torch.manual_seed(number)
+        idx = torch.randint(0, 30, (4, step.model.config.block_size))
+        step.micro_batch(idx, idx, 1.0)
+        step.update()
+    return weights(step.model), step.optimizer.state
 
 
 # ---- 8 位码 ----
@@ -109,9 +150,9 @@ def test_states_take_one_byte_and_a_64th_for_each_value(in_tmp, wide, optimizer)
 
 
 def test_norms_and_pieces_of_a_tensor_larger_than_one_piece():
-    x = torch.ones(PIECE + 3)
-    assert norm(x).item() == pytest.approx(math.sqrt(PIECE + 3))
-    p = torch.nn.Parameter(torch.ones(PIECE + 1000, dtype=torch.bfloat16))
+    piece = PIECE["cpu"]
+    assert norm(torch.ones(piece + 3), piece).item() == pytest.approx(math.sqrt(piece + 3))
+    p = torch.nn.Parameter(torch.ones(piece + 1000, dtype=torch.bfloat16))
     p.grad = torch.ones_like(p)
     model = torch.nn.Module()
     model.p = p
@@ -126,16 +167,16 @@ def test_norms_and_pieces_of_a_tensor_larger_than_one_piece():
 
 
 PARTS = {
-    "int8": ["memory.optimizer_state=int8"], "stochastic": ["memory.weights=bf16"], "kahan": ["memory.weights=bf16", "memory.bf16_rounding=kahan"],
-    "minimal": ["memory=minimal"],
+    "adamw": {"int8": ["memory.optimizer_state=int8"], "kahan": ["memory.weights=bf16", "memory.bf16_rounding=kahan"], "minimal": ["memory=minimal"]},
+    "muon": {"int8": ["memory.optimizer_state=int8"], "stochastic": ["memory.weights=bf16"], "minimal": ["memory=minimal"]},
 }
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_loss_curves_follow_the_plain_one_within_two_percent(in_tmp, wide, optimizer):
     plain = train(wide, f"optimizer={optimizer}", RATE[optimizer], out="outputs/plain").progress.val_loss
-    assert plain < 1.6
-    for name, parts in PARTS.items():
+    assert plain < 2.5
+    for name, parts in PARTS[optimizer].items():
         other = train(wide, f"optimizer={optimizer}", RATE[optimizer], *parts, out=f"outputs/{name}").progress.val_loss
         assert other == pytest.approx(plain, rel=0.02), name
 
@@ -177,7 +218,7 @@ def test_updates_below_half_a_digit_are_lost_by_plain_rounding_and_kept_by_ours(
 
 
 def test_a_bf16_model_starts_from_the_rounded_weights_of_the_float32_one():
-    config = make_config(*WIDE, "model.vocab_size=30", "model.n_layer=2", "model.n_head=2").model
+    config = make_config(*WIDE, *SMALL_TABLE, "model.vocab_size=30", "model.n_layer=2", "model.n_head=2").model
     usual = torch.get_default_dtype()
     wide, narrow = build_model(config, 3), build_model(config, 3, "bf16")
     assert torch.get_default_dtype() == usual and {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
@@ -217,17 +258,18 @@ def test_a_bf16_run_is_saved_in_bf16_and_opens_as_float32(in_tmp, wide):
 # ---- 更新在反向里 ----
 
 
-@pytest.mark.parametrize("more", [[], ["memory.activation_checkpointing=every_block"], ["arch=gpt2", "model.position=learned"], ["finetune=lora"]])
-def test_updates_inside_backward_equal_the_plain_step(in_tmp, wide, more):
+@pytest.mark.parametrize(("overrides", "parts"), [
+    ([], {}), ([], {"activation_checkpointing": "every_block"}), (["arch=gpt2"], {"activation_checkpointing": "selective"}), ([], {"lora": True}),
+])
+def test_updates_inside_backward_equal_the_plain_step(overrides, parts):
     for optimizer in ("adamw", "muon"):
-        settings = [f"optimizer={optimizer}", RATE[optimizer], "grad_clip=0", "max_iters=3", *more]
-        plain = train(wide, *settings, out=f"outputs/a{optimizer}")
-        inside = train(wide, *settings, "memory.optimizer_in_backward=true", out=f"outputs/b{optimizer}")
-        assert all(p.grad is None for p in inside.model.parameters())
+        (plain, states), (inside, others) = (
+            after_steps(step_of("grad_clip=0", f"optimizer={optimizer}", *overrides, **parts, optimizer_in_backward=inside)[1]) for inside in (False, True)
+        )
         if optimizer == "adamw":
-            assert torch.equal(weights(plain.model), weights(inside.model)) and same_states(states(plain), states(inside))
+            assert torch.equal(plain, inside) and same_states(states, others)
         else:
-            torch.testing.assert_close(weights(inside.model), weights(plain.model), atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(inside, plain, atol=1e-5, rtol=1e-4)
 
 
 def test_each_parameter_is_clipped_by_its_own_norm(in_tmp, wide):
@@ -235,7 +277,7 @@ def test_each_parameter_is_clipped_by_its_own_norm(in_tmp, wide):
     seen, real = {}, trainer.optimizer.update_one
 
     def update(name, p, group, *, skip, factor):
-        seen[name] = (norm(p.grad).item(), factor.item())
+        seen[name] = (norm(p.grad, 1000).item(), factor.item())
         real(name, p, group, skip=skip, factor=factor)
 
     trainer.optimizer.update_one = update
@@ -245,8 +287,7 @@ def test_each_parameter_is_clipped_by_its_own_norm(in_tmp, wide):
     assert result.gradient_norm == pytest.approx(math.sqrt(sum(length**2 for length, _ in seen.values())), rel=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("memory", ["minimal", "default"])
+@pytest.mark.parametrize(("optimizer", "memory"), [("adamw", "minimal"), ("adamw", "default"), ("muon", "minimal")])
 def test_a_bad_gradient_leaves_its_parameter_alone_and_a_bad_loss_all_of_them(in_tmp, wide, optimizer, memory):
     trainer = trainer_of(wide, f"optimizer={optimizer}", f"memory={memory}", "memory.optimizer_in_backward=true")
     trainer.step()
@@ -295,15 +336,9 @@ def test_an_optimizer_of_another_kind_is_refused_by_the_key_it_cannot_follow(ove
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("form", ["fp32", "int8"])
-def test_states_in_ram_change_no_bit(in_tmp, wide, optimizer, form):
-    settings = [f"optimizer={optimizer}", f"memory.optimizer_state={form}", "max_iters=4"]
-    here = train(wide, *settings, out="outputs/a")
-    there = train(wide, *settings, "memory.offload_optimizer=true", out="outputs/b")
-    assert same_states(states(here), states(there))
-    if optimizer == "adamw" or form == "int8":
-        assert torch.equal(weights(here.model), weights(there.model))
-    else:
-        torch.testing.assert_close(weights(here.model), weights(there.model))
+def test_states_in_ram_change_no_bit(optimizer, form):
+    here, there = (after_steps(step_of(f"optimizer={optimizer}", optimizer_state=form, offload_optimizer=away)[1]) for away in (False, True))
+    assert same_states(here[1], there[1]) and torch.equal(here[0], there[0])
 
 
 # ---- 激活 ----
@@ -327,28 +362,19 @@ class Alive(TorchDispatchMode):
         return sum(self.seen.values())
 
 
-def step_of(*overrides):
-    cfg = make_config(*WIDE, "model.vocab_size=30", "model.n_layer=4", "model.n_head=2", "batch_size=4", *overrides)
-    model = build_model(cfg.model, 0, cfg.memory.weights).train()
-    generator = torch.Generator().manual_seed(1)
-    for p in model.parameters():
-        p.data.copy_(0.1 * torch.randn(p.shape, generator=generator))
-    return cfg, build_step(cfg, model, Precision(cfg.precision, torch.device("cpu"), cfg.memory.weights))
-
-
 MODES = {
-    "none": [], "selective": ["memory.activation_checkpointing=selective"], "every_block": ["memory.activation_checkpointing=every_block"],
-    "budget": ["memory.activation_checkpointing=budget", "memory.activation_budget_mib=1"],
+    "none": {}, "selective": {"activation_checkpointing": "selective"}, "every_block": {"activation_checkpointing": "every_block"},
+    "budget": {"activation_checkpointing": "budget", "activation_budget_mib": 1},
 }
 
 
 @pytest.mark.parametrize("recipe", [
-    [], ["arch=gpt2", "model.position=learned", "model.bias=true"], ["model.dropout=0.2"], ["model.block_size=192"], ["precision=bf16"], ["memory.weights=bf16"],
+    [], ["arch=gpt2", "model.position=learned", "model.bias=true", "dropout=0.2"], ["dropout=0.2", "model.block_size=192"], ["precision=bf16"], ["memory.weights=bf16"],
 ])
 def test_recomputing_changes_no_gradient(recipe):
     found = {}
-    for mode, overrides in MODES.items():
-        _, step = step_of(*recipe, *overrides)
+    for mode, parts in MODES.items():
+        _, step = step_of(*recipe, **parts)
         torch.manual_seed(0)
         idx = torch.randint(0, 30, (4, step.model.config.block_size))
         step.micro_batch(idx, idx, 1.0)
@@ -360,9 +386,9 @@ def test_recomputing_changes_no_gradient(recipe):
 @pytest.mark.parametrize("recipe", [[], ["arch=gpt2", "model.position=learned"], ["memory.weights=bf16"]])
 def test_less_is_kept_for_the_backward_pass_the_more_is_recomputed(recipe):
     kept = {}
-    for mode, overrides in MODES.items():
-        _, step = step_of(*recipe, *overrides)
-        step.model.kept_blocks = 2
+    for mode, parts in MODES.items():
+        _, step = step_of(*recipe, **parts)
+        step.model.kept_blocks = 1
         idx = torch.randint(0, 30, (4, 32))
         with Alive() as alive:
             loss = step.forward(idx, idx, 1.0)
@@ -379,10 +405,10 @@ def test_a_budget_keeps_as_many_blocks_as_fit():
     one, inputs = saved_bytes(lambda: model.h[0](x, rope, None), [*model.parameters(), *model.buffers()]), x.nbytes
     assert one > 4 * inputs
     model.activation_checkpointing = "budget"
-    for kept in range(5):
+    for kept in range(4):
         # 其余 block 的输入也算在预算里；预算以 MiB 计，故放大行数
         rows = 4 * 64
-        budget = math.ceil((kept * one + (4 - kept) * inputs) * 64 / 2**20)
+        budget = math.ceil((kept * one + (3 - kept) * inputs) * 64 / 2**20)
         fit_budget(model, rows, budget, contextlib.nullcontext)
         assert model.kept_blocks == kept
     assert cfg.memory.activation_checkpointing == "none"
@@ -404,21 +430,21 @@ def test_the_budget_is_spent_anew_when_the_micro_batch_shrinks(in_tmp, wide):
 
 
 @pytest.mark.parametrize(("preset", "optimizer"), [
-    *((preset, "muon") for preset in PRESETS), ("minimal", "adamw"), ("lean8", "adamw"), ("budget", "muon"), ("selective", "adamw"), ("kahan", "muon"),
+    *((preset, "muon") for preset in PRESETS), ("minimal", "adamw"), ("budget", "muon"), ("selective", "adamw"), ("kahan", "muon"),
 ])
 def test_every_preset_is_traced_without_allocating(optimizer, preset):
-    extra = {"kahan": ["memory=offload", "memory.bf16_rounding=kahan"], **MODES}.get(preset) or [f"memory={preset}"]
+    parts = MODES.get(preset) or ({**preset_parts("offload"), "bf16_rounding": "kahan"} if preset == "kahan" else preset_parts(preset))
+    composed_once(f"optimizer={optimizer}")
     with FakeTensorMode():
-        _, step = step_of(f"optimizer={optimizer}", *extra)
+        _, step = step_of(f"optimizer={optimizer}", **parts)
         idx = torch.zeros(4, 32, dtype=torch.long)
-        for _ in range(2):
-            step.micro_batch(idx, idx, 1.0)
-            step.clip(step.gradient_norm(), 1.0)
-            step.update()
+        step.micro_batch(idx, idx, 1.0)
+        step.clip(step.gradient_norm(), 1.0)
+        step.update()
         assert all(t.shape is not None for tensors in step.optimizer.state.values() for t in tensors.values()) and step.optimizer.state
 
 
-@pytest.mark.parametrize(("preset", "optimizer"), [*((preset, "muon") for preset in PRESETS), ("minimal", "adamw")])
+@pytest.mark.parametrize(("preset", "optimizer"), [("lean8", "muon"), ("offload", "adamw"), ("minimal", "muon"), ("minimal", "adamw")])
 def test_resume_equals_the_uninterrupted_run_to_the_bit_under_every_preset(in_tmp, wide, preset, optimizer):
     base = [*wide, f"memory={preset}", f"optimizer={optimizer}", "eval_interval=2", "lr_decay_iters=6", "model.dropout=0.1", "warmup_iters=0"]
     whole = train(base, "max_iters=4", out="outputs/whole")
@@ -428,12 +454,11 @@ def test_resume_equals_the_uninterrupted_run_to_the_bit_under_every_preset(in_tm
     assert torch.equal(weights(second.model), weights(whole.model)) and same_states(states(second), states(whole))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_goes_on_under_other_settings_and_back(in_tmp, wide, optimizer):
-    base = [*wide, f"optimizer={optimizer}", RATE[optimizer], "eval_interval=100", "lr_decay_iters=24"]
-    whole = train(base, "max_iters=24", out="outputs/whole")
-    train(base, "max_iters=8", out="outputs/half")
-    for end, memory in ((14, ["memory=minimal"]), (18, ["memory=offload", "memory.bf16_rounding=kahan"]), (24, ["memory=default"])):
+def test_a_run_goes_on_under_other_settings_and_back(in_tmp, wide):
+    base = [*wide, "optimizer=muon", RATE["muon"], "eval_interval=100", "lr_decay_iters=16"]
+    whole = train(base, "max_iters=16", out="outputs/whole")
+    train(base, "max_iters=4", out="outputs/half")
+    for end, memory in ((8, ["memory=minimal"]), (12, ["memory=offload", "memory.bf16_rounding=kahan"]), (16, ["memory=default"])):
         trainer = resume("outputs/half", f"max_iters={end}", *memory)._build()
         trainer.fit()
     assert trainer.model.dtype == torch.float32 and not trainer.optimizer.frugal

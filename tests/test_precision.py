@@ -7,6 +7,7 @@ from conftest import make_config, tiny_model_config
 
 from nanogpt.build import build_model
 from nanogpt.precision import Precision, RoundedProducts
+from nanogpt.step import build_step
 
 CPU = torch.device("cpu")
 
@@ -39,6 +40,20 @@ def test_a_16_bit_loss_stays_close_to_float32(name):
         loss = model.loss(idx, idx)
     assert loss.item() == pytest.approx(model.loss(idx, idx).item(), rel=0.02)
     assert precision.scaler.is_enabled() == (name == "fp16") and "rounded" in precision.label
+
+
+def test_recomputed_blocks_round_as_in_the_first_pass():
+    cfg, found = make_config("precision=bf16", "model.ngrams=[]", "model.n_layer=1", "model.n_embd=32", "model.vocab_size=11"), []
+    idx = torch.randint(0, 11, (2, 16))
+    for mode in ("none", "every_block"):
+        cfg.memory.activation_checkpointing = mode
+        torch.manual_seed(0)
+        model = build_model(cfg.model, 0).train()
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+        build_step(cfg, model, Precision(cfg.precision, CPU)).micro_batch(idx, idx, 1.0)
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.equal(*found)
 
 
 def test_auto_is_float32_on_a_cpu():
