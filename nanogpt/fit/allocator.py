@@ -35,7 +35,7 @@ class Replay:
 class _Block:
     """A piece of a segment."""
 
-    __slots__ = ("address", "size", "free", "before", "after", "small")
+    __slots__ = ("address", "after", "before", "free", "size", "small")
 
     def __init__(self, address: int, size: int, small: bool, before: "_Block | None" = None, after: "_Block | None" = None):
         self.address, self.size, self.small = address, size, small

@@ -29,19 +29,24 @@ def cards() -> dict[str, HardwareConfig]:
     return dict(sorted(found.items(), key=lambda item: -item[1].vram_gib))
 
 
+def memories() -> dict[str, MemoryConfig]:
+    """The options of memory=."""
+    return options("memory", MemoryConfig)
+
+
 def rows(cfg: TrainConfig) -> Iterator[tuple[str, str, str, dict[str, int | None]]]:
     """(model, precision, memory, largest batch by card) of every combination at the vocabulary of GPT-2."""
-    hardware, memories = cards(), options("memory", MemoryConfig)
+    hardware = cards()
     planners = {name: Planner(replace(cfg, device="auto", hardware=node)) for name, node in hardware.items()}
     first, *others = planners.values()
     for other in others:
         # 追踪与显存大小无关：各卡共用
         other.share(first)
     for model in preset_names():
-        for memory, node in memories.items():
+        for memory, node in memories().items():
             known: dict[str, dict[str, int | None]] = {}
             for precision in ("fp32", "fp16", "bf16"):
-                if node.weights == "bf16" and precision != "bf16" or node.optimizer_in_backward and precision == "fp16":
+                if (node.weights == "bf16" and precision != "bf16") or (node.optimizer_in_backward and precision == "fp16"):
                     continue
                 # fp16 与 bf16 的每个张量同样大（有测试）：只追踪一次
                 same = "fp32" if precision == "fp32" else "16"
