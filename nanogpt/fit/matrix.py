@@ -18,9 +18,8 @@ MAX_TOKENS = 2**16
 
 def options(group: str, schema: type) -> dict[str, object]:
     """Every option of conf/<group> as a typed node."""
-    return {
-        path.stem: typed_node(schema, yaml.safe_load(path.read_text(encoding="utf-8")) or {}) for path in sorted((ROOT / "conf" / group).glob("*.yaml"))
-    }
+    files = sorted((ROOT / "conf" / group).glob("*.yaml"))
+    return {path.stem: typed_node(schema, yaml.safe_load(path.read_text(encoding="utf-8")) or {}) for path in files}
 
 
 def cards() -> dict[str, HardwareConfig]:
@@ -77,7 +76,8 @@ def show(cfg: TrainConfig, console: Console) -> None:
     for model, precision, memory, largest in rows(cfg):
         most = max(rows for rows in BATCHES if rows * preset(model).block_size <= MAX_TOKENS)
         # 到了上限还放得下的，加号说明没有再往上试
-        key = (model, memory, *("-" if largest[name] is None else f"{largest[name]}+" if largest[name] == most else str(largest[name]) for name in names))
+        cells = {None: "-", most: f"{most}+"}
+        key = (model, memory, *(cells.get(largest[name], str(largest[name])) for name in names))
         merged.setdefault(key, []).append(precision)
     for (model, memory, *largest), precisions in merged.items():
         console.plain(f"| `{model}` | {memory} | {', '.join(precisions)} | {' | '.join(largest)} |")

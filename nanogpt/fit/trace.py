@@ -231,7 +231,7 @@ def trace(cfg: TrainConfig, shape: Shape) -> Trace:
     """Trace set-up, two steps, an evaluation and a sample of cfg, whose batch_size and vocabulary are settled."""
     try:
         # 追踪中收走循环引用会改变释放的时刻：结果要每次相同
-        with _no_collector(), torch.random.fork_rng(devices=[]), target.planning_for(shape.device_type), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with _no_collector(), torch.random.fork_rng(devices=[]), target.planning_for(shape.device_type), fake_tensors() as mode:
             return _Run(cfg, shape, mode).all()
     except ConfigError:
         raise
@@ -239,6 +239,11 @@ def trace(cfg: TrainConfig, shape: Shape) -> Trace:
         # 使用者自己的模型可能读取数值、调用不认识的 kernel：一行说明，不是崩溃
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         raise ConfigError("plan_untraceable", target=cfg.model._target_, reason=reason[:200]) from error
+
+
+def fake_tensors() -> FakeTensorMode:
+    """A mode in which tensors have shapes and types but no storage."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 @contextlib.contextmanager
