@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# ruff: noqa: E402 - 先把仓库根目录放进路径
 import psutil
 import torch
 from hydra import compose, initialize_config_dir
@@ -38,8 +39,9 @@ from nanogpt.step import build_step
 VOCAB = 50257
 # CPU 上要跑得动，又要大到常驻内存的增长盖过零碎开销
 CPU_GRID = [
-    ("tiny", precision, memory, rows) for precision in ("fp32", "bf16") for memory in ("default", "lean") for rows in (16, 32)
-] + [("small", "fp32", memory, rows) for memory in ("default", "lean") for rows in (4, 8)]
+    *(("tiny", precision, memory, rows) for precision in ("fp32", "bf16") for memory in ("default", "lean") for rows in (8, 16)),
+    *(("small", "fp32", memory, 4) for memory in ("default", "lean")),
+]
 GPU_GRID = [
     (model, precision, memory, rows)
     for model in ("small", "medium", "large", "gpt2", "gpt2_medium") for precision in ("fp32", "fp16", "bf16")
@@ -47,7 +49,7 @@ GPU_GRID = [
 ]
 CPU_VOCAB = 4096
 # 大块内存用完立刻还给系统，常驻内存才跟着活着的张量走
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
 
 
 def config(model: str, precision: str, memory: str, rows: int, *, cuda: bool) -> TrainConfig:

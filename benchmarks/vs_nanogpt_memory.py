@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# ruff: noqa: E402 - 先把仓库根目录放进路径
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -23,7 +24,8 @@ from omegaconf import OmegaConf
 from nanogpt import target
 from nanogpt.build import build_model
 from nanogpt.fit.substitutes import LikeCuda
-from nanogpt.fit.trace import Shape, Tracker, fake_tensors, trace
+from nanogpt.fit.trace import Shape, fake_tensors, trace
+from nanogpt.fit.tracker import Tracker
 from nanogpt.precision import Precision
 from nanogpt.sample_config import register_schemas
 from nanogpt.step import build_step
