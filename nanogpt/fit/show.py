@@ -49,9 +49,9 @@ def table(plan: Plan) -> list[str]:
     hidden = ("rounding", "workspace", "desktop") if on_cpu else ()
     rows = [(text(names[key]), size) for key, size in asdict(plan.parts).items() if key not in hidden]
     rows += [(text("plan_total"), plan.total), (text("plan_budget"), plan.budget.total)]
-    head = text("plan_part")
+    head, share_of = text("plan_part"), text("plan_share")
     width = max(columns(name) for name, _ in [*rows, (head, 0)])
-    lines = [f"  {padded(head, width)}      GiB  {text('plan_share')}"]
+    lines = [f"  {padded(head, width)}      GiB  {share_of}"]
     for name, size in rows:
         share = size / plan.budget.total
         # 超出预算的部分用另一种字符，一眼看出差多少
