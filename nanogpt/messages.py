@@ -598,11 +598,11 @@ MESSAGES = {
         "hardware.vram_gib={vram} 减去 context_gib={context} 与 desktop_gib={desktop} 后没有剩余；请调大它，或调小后两项",
     ),
     "plan_untraceable": (
-        "model._target_={target} cannot be planned ({reason}); its step must not depend on values: train with a small batch_size to measure it instead",
+        "model._target_={target} cannot be planned ({reason}); its step may not depend on values: measure it with a small batch_size instead",
         "model._target_={target} 无法预测（{reason}）：训练步不能依赖张量的数值；请改用小的 batch_size 实际训练来测",
     ),
     "plan_init_from": (
-        "init_from={got}: the plan needs a local copy or gpt2, gpt2-medium, gpt2-large, gpt2-xl; download it first, or plan with the model=… of its shape",
+        "init_from={got}: the plan needs a local copy or gpt2, gpt2-medium, gpt2-large, gpt2-xl; download it, or plan with model=… of its shape",
         "init_from={got}：预测需要本机的文件，或 gpt2、gpt2-medium、gpt2-large、gpt2-xl；请先下载，或用形状相同的 model=… 来预测",
     ),
     "plan_tracing": ("tracing {what} …", "正在追踪 {what} …"),

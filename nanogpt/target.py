@@ -81,5 +81,5 @@ class FusedRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, r = ctx.saved_tensors
+        x, _ = ctx.saved_tensors
         return torch.mul(grad.contiguous(), x.contiguous())

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from nanogpt.fit.allocator import MIB, Allocator, OutOfCapacity, replay
+from nanogpt.fit.allocator import MIB, Allocator, OutOfCapacityError, replay
 
 
 def test_small_requests_share_two_mebibyte_segments():
@@ -71,7 +71,7 @@ def test_unused_segments_are_given_back_before_failing():
     # 30 + 24 > 40：交还空着的 20，就放得下
     allocator.allocate(3, 24 * MIB)
     assert (allocator.reserved, allocator.peak_reserved) == (34 * MIB, 34 * MIB)
-    with pytest.raises(OutOfCapacity):
+    with pytest.raises(OutOfCapacityError):
         allocator.allocate(4, 7 * MIB)
 
 

@@ -125,12 +125,17 @@ def _ways(plan: Plan, planner: Planner, changes: tuple[Change, ...]) -> list[Adv
             continue
         outcome = planner.judge(candidate, plan.vocab_source)
         if outcome.verdict == "fits":
-            words = [f"{key}={'null' if value is None else value}" for key, value in batch.items() if key != "global_batch_size" or plan.cfg.global_batch_size]
-            return [Advice(" ".join([*words, *(c.typed for c in changes)]), outcome.tokens_per_s / plan.tokens_per_s, outcome)]
+            return [Advice(_typed(batch, plan.cfg, changes), outcome.tokens_per_s / plan.tokens_per_s, outcome)]
         tried += 1
         if tried == 2:
             break
     return []
+
+
+def _typed(batch: dict[str, int | None], cfg: TrainConfig, changes: tuple[Change, ...]) -> str:
+    """The overrides as one pastes them; global_batch_size only where it was set."""
+    keys = [key for key in batch if key != "global_batch_size" or cfg.global_batch_size]
+    return " ".join([*(f"{key}={'null' if batch[key] is None else batch[key]}" for key in keys), *(change.typed for change in changes)])
 
 
 def _shorter(plan: Plan, planner: Planner, levels: list[tuple[Change, ...]], until: float) -> list[Advice]:

@@ -35,7 +35,7 @@ class Replay:
 class _Block:
     """A piece of a segment."""
 
-    __slots__ = ("address", "size", "free", "before", "after", "small")
+    __slots__ = ("address", "after", "before", "free", "size", "small")
 
     def __init__(self, address: int, size: int, small: bool, before: "_Block | None" = None, after: "_Block | None" = None):
         self.address, self.size, self.small = address, size, small
@@ -43,7 +43,7 @@ class _Block:
         self.free = False
 
 
-class OutOfCapacity(Exception):
+class OutOfCapacityError(Exception):
     """The modelled allocator found no room, not even after giving its unused segments back."""
 
 
@@ -60,7 +60,7 @@ class Allocator:
         self._next_address = 0
 
     def allocate(self, key: int, size: int) -> None:
-        """Reserve `size` > 0 bytes under the name `key`; OutOfCapacity where they do not fit."""
+        """Reserve `size` > 0 bytes under the name `key`; OutOfCapacityError where they do not fit."""
         size = -(-size // ROUND) * ROUND
         small = size <= SMALL_LIMIT
         block = self._best_fit(size, small) or self._new_segment(size, small)
@@ -110,7 +110,7 @@ class Allocator:
         if self.capacity is not None and self.reserved + length > self.capacity:
             self._give_back_unused()
             if self.reserved + length > self.capacity:
-                raise OutOfCapacity(size)
+                raise OutOfCapacityError(size)
         self.reserved += length
         self.peak_reserved = max(self.peak_reserved, self.reserved)
         block = _Block(self._next_address, length, small)
@@ -148,6 +148,6 @@ def replay(events: Iterable[tuple[int, int]], capacity: int | None = None) -> Re
                 allocator.allocate(key, size)
             else:
                 allocator.free(key)
-    except OutOfCapacity as error:
+    except OutOfCapacityError as error:
         return Replay(False, allocator.peak_allocated, allocator.peak_reserved, error.args[0])
     return Replay(True, allocator.peak_allocated, allocator.peak_reserved)

@@ -22,7 +22,7 @@ def run_plan(cfg: TrainConfig, overrides: list[str]) -> None:
         cfg = rundir.resumed_config((folder / "config.yaml").read_text(encoding="utf-8"), cfg, overrides, folder)
     check(cfg)
     console = Console()
-    if cfg.plan == "matrix":
+    if cfg.plan.lower() == "matrix":
         matrix.show(cfg, console)
         return
     planner = Planner(cfg)

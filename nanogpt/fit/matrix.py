@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import groupby
 
 import yaml
 
@@ -12,15 +13,14 @@ from nanogpt.fit.plan import BATCHES, Planner
 from nanogpt.fit.settle import GPT2_VOCAB
 from nanogpt.messages import say
 
-MAX_TOKENS = 2**16
+MAX_TOKENS = 2**15
 """Tokens per micro-batch beyond which nothing is gained, so that nothing is tried."""
 
 
 def options(group: str, schema: type) -> dict[str, object]:
     """Every option of conf/<group> as a typed node."""
-    return {
-        path.stem: typed_node(schema, yaml.safe_load(path.read_text(encoding="utf-8")) or {}) for path in sorted((ROOT / "conf" / group).glob("*.yaml"))
-    }
+    files = sorted((ROOT / "conf" / group).glob("*.yaml"))
+    return {path.stem: typed_node(schema, yaml.safe_load(path.read_text(encoding="utf-8")) or {}) for path in files}
 
 
 def cards() -> dict[str, HardwareConfig]:
@@ -29,19 +29,24 @@ def cards() -> dict[str, HardwareConfig]:
     return dict(sorted(found.items(), key=lambda item: -item[1].vram_gib))
 
 
+def memories() -> dict[str, MemoryConfig]:
+    """The options of memory=."""
+    return options("memory", MemoryConfig)
+
+
 def rows(cfg: TrainConfig) -> Iterator[tuple[str, str, str, dict[str, int | None]]]:
     """(model, precision, memory, largest batch by card) of every combination at the vocabulary of GPT-2."""
-    hardware, memories = cards(), options("memory", MemoryConfig)
+    hardware = cards()
     planners = {name: Planner(replace(cfg, device="auto", hardware=node)) for name, node in hardware.items()}
     first, *others = planners.values()
     for other in others:
         # 追踪与显存大小无关：各卡共用
         other.share(first)
     for model in preset_names():
-        for memory, node in memories.items():
+        for memory, node in memories().items():
             known: dict[str, dict[str, int | None]] = {}
             for precision in ("fp32", "fp16", "bf16"):
-                if node.weights == "bf16" and precision != "bf16" or node.optimizer_in_backward and precision == "fp16":
+                if (node.weights == "bf16" and precision != "bf16") or (node.optimizer_in_backward and precision == "fp16"):
                     continue
                 # fp16 与 bf16 的每个张量同样大（有测试）：只追踪一次
                 same = "fp32" if precision == "fp32" else "16"
@@ -51,13 +56,13 @@ def rows(cfg: TrainConfig) -> Iterator[tuple[str, str, str, dict[str, int | None
                         cfg, model=preset(model, vocab_size=GPT2_VOCAB), precision=PrecisionConfig(dtype=precision), memory=node,
                         gradient_accumulation_steps=1, global_batch_size=None, init_from=None,
                     )
-                    known[same] = {name: planner.largest_batch(candidate, batches(candidate)) for name, planner in planners.items()}
+                    known[same] = {name: planner.largest_batch(candidate, batches(candidate.model.block_size)) for name, planner in planners.items()}
                 yield model, precision, memory, known[same]
 
 
-def batches(cfg: TrainConfig) -> tuple[int, ...]:
+def batches(block_size: int) -> tuple[int, ...]:
     """The numbers of rows that are tried."""
-    return tuple(rows for rows in BATCHES if rows * cfg.model.block_size <= MAX_TOKENS)
+    return tuple(rows for rows in BATCHES if rows * block_size <= MAX_TOKENS)
 
 
 def show(cfg: TrainConfig, console: Console) -> None:
@@ -68,11 +73,13 @@ def show(cfg: TrainConfig, console: Console) -> None:
     console.plain("")
     console.plain(f"| model | memory | precision | {' | '.join(names)} |")
     console.plain("|---|---|---|" + "--:|" * len(names))
-    merged: dict[tuple, list[str]] = {}
-    for model, precision, memory, largest in rows(cfg):
-        most = max(rows for rows in BATCHES if rows * preset(model).block_size <= MAX_TOKENS)
+    for model, found in groupby(rows(cfg), key=lambda row: row[0]):
+        most = batches(preset(model).block_size)[-1]
         # 到了上限还放得下的，加号说明没有再往上试
-        key = (model, memory, *("-" if largest[name] is None else f"{largest[name]}+" if largest[name] == most else str(largest[name]) for name in names))
-        merged.setdefault(key, []).append(precision)
-    for (model, memory, *largest), precisions in merged.items():
-        console.plain(f"| `{model}` | {memory} | {', '.join(precisions)} | {' | '.join(largest)} |")
+        cells = {None: "-", most: f"{most}+"}
+        merged: dict[tuple, list[str]] = {}
+        for _, precision, memory, largest in found:
+            merged.setdefault((memory, *(cells.get(largest[name], str(largest[name])) for name in names)), []).append(precision)
+        # 每个模型算完就打印：中途停下也留得住前面的
+        for (memory, *largest), precisions in merged.items():
+            console.plain(f"| `{model}` | {memory} | {', '.join(precisions)} | {' | '.join(largest)} |")

@@ -160,14 +160,16 @@ class Planner:
         on_cuda = self.budget.device_type == "cuda"
         workspace = cublas_workspace(cfg) if on_cuda else 0
         parts = Parts(
-            **by_kind, rounding=max(0, result.reserved - workspace - live), workspace=workspace, context=self.budget.context, desktop=self.budget.desktop,
+            **by_kind, rounding=max(0, result.reserved - workspace - live), workspace=workspace,
+            context=self.budget.context, desktop=self.budget.desktop,
         )
         step_s = step_seconds(traced, self.rates, total)
         return Plan(
             cfg=cfg, budget=self.budget, rates=self.rates, parts=parts, allocated=result.allocated, reserved=result.reserved, ram=traced.ram,
             verdict=verdict, batch_size=traced.shape.rows, accumulation=-(-total // traced.shape.rows), parameters=traced.parameters,
             precision=str(traced.dtype).removeprefix("torch."), vocab_source=vocab_source, step_s=step_s,
-            tokens_per_s=total * distributed.world() * cfg.model.block_size / step_s, train_s=cfg.max_iters * step_s + self._evaluation_s(cfg, traced),
+            tokens_per_s=total * distributed.world() * cfg.model.block_size / step_s,
+            train_s=cfg.max_iters * step_s + self._evaluation_s(cfg, traced),
         )
 
     def _evaluation_s(self, cfg: TrainConfig, traced: Trace) -> float:

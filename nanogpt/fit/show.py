@@ -9,6 +9,12 @@ from nanogpt.fit.roofline import BANDWIDTH_EFFICIENCY, LAUNCH_S, PRODUCT_EFFICIE
 from nanogpt.messages import text
 
 BAR = 30
+NAMES = {
+    "weights": "plan_weights", "gradients": "plan_gradients", "optimizer": "plan_optimizer", "activations": "plan_activations",
+    "temporaries": "plan_temporaries", "rounding": "plan_rounding", "workspace": "plan_workspace", "context": "plan_context",
+    "desktop": "plan_desktop",
+}
+VERDICTS = {"fits": "plan_fits", "tight": "plan_tight", "does_not_fit": "plan_does_not_fit"}
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -24,7 +30,7 @@ def show(plan: Plan, console: Console) -> None:
         console.plain(row)
     if plan.ram:
         line("plan_ram", gib=plan.ram / GIB)
-    line("plan_verdict", verdict=text(f"plan_{plan.verdict}"), total=plan.total / GIB, budget=plan.budget.total / GIB)
+    line("plan_verdict", verdict=text(VERDICTS[plan.verdict]), total=plan.total / GIB, budget=plan.budget.total / GIB)
     line(
         "plan_speed", speed=plan.tokens_per_s, step=duration(plan.step_s), wall=duration(plan.train_s), iters=cfg.max_iters,
     )
@@ -38,14 +44,14 @@ def show(plan: Plan, console: Console) -> None:
 def table(plan: Plan) -> list[str]:
     """Lines of aligned columns: part, GiB, share of the budget as a bar."""
     on_cpu = plan.budget.device_type == "cpu"
-    names = {"context": "process"} if on_cpu else {}
+    names = NAMES | ({"context": "plan_process"} if on_cpu else {})
     # CPU 上没有分配器的取整、工作区与桌面
     hidden = ("rounding", "workspace", "desktop") if on_cpu else ()
-    rows = [(text(f"plan_{names.get(key, key)}"), size) for key, size in asdict(plan.parts).items() if key not in hidden]
+    rows = [(text(names[key]), size) for key, size in asdict(plan.parts).items() if key not in hidden]
     rows += [(text("plan_total"), plan.total), (text("plan_budget"), plan.budget.total)]
-    head = text("plan_part")
+    head, share_of = text("plan_part"), text("plan_share")
     width = max(columns(name) for name, _ in [*rows, (head, 0)])
-    lines = [f"  {padded(head, width)}      GiB  {text('plan_share')}"]
+    lines = [f"  {padded(head, width)}      GiB  {share_of}"]
     for name, size in rows:
         share = size / plan.budget.total
         # 超出预算的部分用另一种字符，一眼看出差多少

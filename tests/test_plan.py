@@ -1,0 +1,193 @@
+"""plan=true: the verdict follows the allocator model, advice makes it fit, nothing is written."""
+
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+from conftest import make_config
+
+from nanogpt import messages
+from nanogpt.config import ROOT
+from nanogpt.fit import advice, matrix, settle
+from nanogpt.fit.allocator import replay
+from nanogpt.fit.budget import GIB, allocator_cap, target_of
+from nanogpt.fit.command import run_plan
+from nanogpt.fit.plan import TIGHT, Planner, predict, with_workspace
+from nanogpt.fit.roofline import rates_of, step_seconds
+from nanogpt.fit.show import columns, duration, table
+from nanogpt.messages import ConfigError
+
+SMALL = (
+    "model.n_layer=2", "model.n_head=2", "model.n_embd=64", "model.block_size=64", "model.vocab_size=300", "model.ngrams=[]", "precision=bf16",
+    "hardware=rtx3060_8gb", "eval_batch_size=1",
+)
+
+
+def small(*overrides):
+    return make_config(*SMALL, *overrides)
+
+
+def with_vram(cfg, gib):
+    """cfg on a card of which the allocator may take `gib`."""
+    return replace(cfg, hardware=replace(cfg.hardware, vram_gib=gib + 1, context_gib=0.5, desktop_gib=0.5))
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return predict(small("batch_size=8", "gradient_accumulation_steps=2"))
+
+
+def test_the_parts_add_up_to_the_total_and_the_table_shows_them(plan):
+    assert plan.total == sum(asdict(plan.parts).values()) == plan.reserved + plan.parts.context + plan.parts.desktop
+    assert plan.allocated <= plan.reserved and plan.verdict == "fits"
+    lines = table(plan)
+    assert len(lines) == 12 and f"{plan.total / GIB:.2f}" in lines[-2] and "8.00" in lines[-1]
+    messages.set_language("zh")
+    assert all(columns(a[: a.index(".")]) == columns(b[: b.index(".")]) for a, b in zip(table(plan)[1:], table(plan)[2:], strict=False))
+
+
+def test_fits_means_that_the_replay_succeeds_under_the_capacity(plan):
+    cfg = plan.cfg
+    reserved = plan.reserved / GIB
+    for gib, verdict in ((reserved / TIGHT + 0.001, "fits"), (reserved / TIGHT - 0.001, None), (reserved + 0.001, None), (reserved / 3, "does_not_fit")):
+        limited = with_vram(cfg, gib)
+        planner = Planner(limited)
+        got = planner.predict(limited)
+        traced = planner.trace(got.cfg, 8, 16, 1)
+        capacity = planner.budget.capacity
+        assert (got.verdict == "fits") == replay(with_workspace(limited, traced), int(capacity * TIGHT)).fits
+        assert (got.verdict == "does_not_fit") != replay(with_workspace(limited, traced), capacity).fits
+        assert verdict in (None, got.verdict)
+
+
+def test_the_allocators_cap_is_the_capacity_of_the_plan():
+    cfg = small()
+    assert target_of(cfg).capacity == allocator_cap(cfg.hardware) == 7 * GIB
+    assert allocator_cap(make_config().hardware) is None
+    with pytest.raises(ConfigError, match="hardware.vram_gib=0.5"):
+        allocator_cap(make_config("hardware=rtx3060_8gb", "hardware.vram_gib=0.5").hardware)
+
+
+@pytest.mark.parametrize(("overrides", "kind"), [
+    (("hardware=cpu",), "cpu"), (("hardware=rtx3060_12gb", "device=cpu"), "cpu"), (("hardware=rtx3060_12gb",), "cuda"), (("hardware.vram_gib=8",), "cuda"),
+])
+def test_the_stated_hardware_decides_what_is_planned_for(overrides, kind):
+    assert target_of(make_config(*overrides)).device_type == kind
+
+
+def test_a_cpu_is_planned_with_its_ram():
+    got = predict(make_config(*SMALL, "hardware=cpu", "hardware.ram_gib=2", "hardware.peak_tflops_fp32=0.1", "hardware.peak_tflops_half=0.1",
+                              "hardware.bandwidth_gb_per_s=10", "precision=fp32"))
+    assert got.budget.total == 2 * GIB and got.parts.context > 50 * 2**20 and got.parts.workspace == got.parts.rounding == 0
+    assert got.verdict == "fits" and len(table(got)) == 9
+
+
+def test_the_largest_batch_fits_and_is_planned_for_auto():
+    cfg = with_vram(small("batch_size=auto", "global_batch_size=96"), 0.15)
+    planner = Planner(cfg)
+    got = planner.predict(cfg)
+    assert got.verdict == "fits" and got.batch_size * got.accumulation >= 96 and 1 <= got.batch_size < 96
+    assert not planner.fits(settle.settled(cfg)[0], 96)
+
+
+def test_advice_fits_keeps_the_effective_batch_and_is_sorted_by_speed(monkeypatch):
+    monkeypatch.setattr(advice, "SINGLE", (advice.LEAN, advice.INT8))
+    cfg = with_vram(small("batch_size=64", "memory.loss_chunk_mib=1"), 0.1)
+    planner = Planner(cfg)
+    got = planner.predict(cfg)
+    assert got.verdict == "does_not_fit"
+    found = advice.advise(got, planner)
+    assert found and [a.speed for a in found] == sorted((a.speed for a in found), reverse=True)
+    for each in found:
+        assert each.plan.verdict == "fits" and each.plan.batch_size * each.plan.accumulation == 64
+        typed = [*SMALL, "batch_size=64", *each.typed.split()]
+        assert make_config(*typed).memory.activation_checkpointing == each.plan.cfg.memory.activation_checkpointing
+    assert any("batch_size=" in a.typed for a in found)
+
+
+def test_every_change_that_advice_knows_is_a_key_of_the_schema():
+    cfg = small()
+    for change in {c.typed: c for c in (*advice.SINGLE, *(c for changes in advice.COMBINED for c in changes))}.values():
+        assert all(hasattr(cfg.memory, key) for key in change.fields)
+        typed = make_config(*SMALL, change.typed)
+        assert all(getattr(typed.memory, key) == value for key, value in change.fields.items()), change.typed
+
+
+def test_time_grows_with_work_and_shrinks_with_a_faster_card(plan):
+    cfg = plan.cfg
+    planner = Planner(cfg)
+    traced = planner.trace(cfg, 8, 16, 1)
+    rates = rates_of(cfg.hardware, planner.budget)
+    once, twice, thrice = (step_seconds(traced, rates, rows) for rows in (8, 16, 24))
+    assert once < twice < thrice and thrice - twice == pytest.approx(twice - once, rel=0.3)
+    slower = replace(rates, half_flops=rates.half_flops / 1000)
+    assert step_seconds(traced, slower, 8) > once
+    assert plan.tokens_per_s == pytest.approx(16 * 64 / plan.step_s) and plan.train_s > cfg.max_iters * plan.step_s
+
+
+VOCABULARIES = {
+    "dataset=shakespeare_bpe": 50257, "dataset=plays_char dataset.tokenizer=gpt2": 50257, "dataset=plays_char dataset.tokenizer=byte": 256,
+    "dataset=plays_char init_from=gpt2-medium": 50257,
+}
+
+
+@pytest.mark.parametrize("overrides", VOCABULARIES)
+def test_the_vocabulary_is_known_without_preparing_data(overrides, tmp_path):
+    cfg = make_config(*overrides.split(), f"dataset.dir={tmp_path / 'none'}")
+    got, source = settle.settled(cfg)
+    assert got.model.vocab_size == VOCABULARIES[overrides] and source and not list(tmp_path.iterdir())
+
+
+def test_a_prepared_data_set_says_its_vocabulary(corpus_folder):
+    got, source = settle.settled(make_config("dataset=text_file", f"dataset.dir={corpus_folder}"))
+    assert got.model.vocab_size < 40 and source == "the prepared data set"
+
+
+def test_weights_that_would_have_to_be_fetched_are_refused_in_one_line():
+    with pytest.raises(ConfigError, match="init_from=someone/model: the plan needs a local copy") as error:
+        settle.settled(make_config("init_from=someone/model"))
+    assert "\n" not in str(error.value)
+
+
+def test_presets_of_init_from_have_their_own_shape():
+    got, _ = settle.settled(make_config("init_from=gpt2-xl"))
+    assert (got.model.n_layer, got.model.n_embd, got.model.position) == (48, 1600, "learned")
+
+
+def test_the_matrix_covers_every_card(monkeypatch):
+    memories = {"lean": make_config("memory=lean").memory}
+    monkeypatch.setattr(matrix, "memories", lambda: memories)
+    monkeypatch.setattr(matrix, "preset_names", lambda: ["tiny"])
+    monkeypatch.setattr(matrix, "MAX_TOKENS", 256)
+    monkeypatch.setattr(matrix, "GPT2_VOCAB", 300)
+    got = list(matrix.rows(make_config("optimizer=adamw")))
+    assert {precision for _, precision, *_ in got} == {"fp32", "fp16", "bf16"}
+    assert all(list(largest) == ["rtx3060_12gb", "rtx3060_8gb", "rtx3060_laptop_6gb"] for *_, largest in got)
+    assert all(n == 2 for *_, largest in got for n in largest.values())
+
+
+def run(folder, *overrides):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LANG": "en_US.UTF-8", "LANGUAGE": "", "LC_ALL": ""}
+    command = [sys.executable, str(ROOT / "run_train.py"), *overrides]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=120)
+
+
+def test_plan_true_prints_a_verdict_and_writes_nothing(tmp_path):
+    done = run(tmp_path, *SMALL, "plan=true", "batch_size=2")
+    assert done.returncode == 0 and not done.stderr and not list(tmp_path.iterdir())
+    assert "FITS: 1." in done.stdout and "tokens/s" in done.stdout and "hardware=rtx3060_8gb" in done.stdout
+
+
+def test_what_does_not_fit_ends_with_advice_and_exit_code_1(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(advice, "advise", lambda plan, planner: [advice.Advice("memory=lean", 0.71, plan)])
+    with pytest.raises(SystemExit) as stopped:
+        run_plan(with_vram(small("plan=true", "batch_size=64"), 0.05), [])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 1 and "DOES NOT FIT" in shown and "  0.71x  memory=lean" in shown and not list(tmp_path.iterdir())
+
+
+def test_durations_are_short():
+    assert [duration(s) for s in (0.25, 30, 600, 7260, 400000)] == ["250 ms", "30.0 s", "10 min", "2 h 01 min", "4.6 d"]
