@@ -63,7 +63,9 @@ def test_what_is_known_is_not_measured_again_and_counts_once(own_text):
     for batch_size in (2, 4):
         remember(overrides, batch_size)
     remember(overrides, 8, status="oom", reason="too much", tokens_per_s=None)
-    done = run(folder, *overrides, "batch_size=2,4,8,4", "lang=zh")
+    # 同一目录里上一次扫描留下的不算
+    result.write(TrialResult(("batch_size=64",), "crashed", key="stale"), folder / "outputs" / "fit" / "mine" / "7" / "trial.json")
+    done = run(folder, *overrides, "batch_size=2,4,8,4", "lang=zh", "hydra.sweep.dir=outputs/fit/mine")
     assert [(r["micro_batch"], r["status"], r["known"]) for r in trials(folder)] == [(4, "ok", True), (2, "ok", True), (8, "oom", True)]
     assert "3 次试跑中 3 次以前测过" in done.stdout
 
