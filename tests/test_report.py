@@ -20,7 +20,7 @@ from nanogpt.fit.report import write_report
 from nanogpt.fit.report_page import page
 from nanogpt.fit.result import TrialResult
 
-NASTY = "<script>alert('x')</script> & \"quotes\""
+NASTY = "<script>alert('x')</script> & \"quotes\" [/b]"
 
 
 def made(batch, status="ok", speed=None, peak=None, precision="fp16", **more):

@@ -11,7 +11,7 @@ from nanogpt.fit.chart import loss_chart, memory_chart
 from nanogpt.fit.ranking import best_of, names, ranked
 from nanogpt.fit.recipe import command, write_recipe
 from nanogpt.fit.report_page import figure, page
-from nanogpt.fit.result import TrialResult
+from nanogpt.fit.result import STATUS_MESSAGES, TrialResult
 from nanogpt.messages import current_language, text
 
 # 不论哪次扫描，最近的最佳设置总在这里
@@ -73,7 +73,7 @@ def print_table(order: Sequence[TrialResult], margin: float) -> None:
     best = best_of(order, margin)
     for rank, (result, name) in enumerate(zip(order, names(order)), 1):
         table.add_row(
-            str(rank), name or text("trial_defaults"), text(f"status_{result.status}"), figure(result.tokens_per_s, ",.0f"),
+            str(rank), name or text("trial_defaults"), text(STATUS_MESSAGES[result.status]), figure(result.tokens_per_s, ",.0f"),
             figure(result.step_ms, ",.1f"), peak_of_budget(result), figure(result.predicted_gib, ".2f"), figure(result.effective_batch, "d"),
             why(result, margin), style="bold green" if result is best else None if result.status == "ok" else "dim",
         )

@@ -5,9 +5,10 @@ from html import escape
 
 from nanogpt.fit.chart import COLOURS, loss_chart, memory_chart, svg
 from nanogpt.fit.ranking import best_of, names, ranked
-from nanogpt.fit.result import TrialResult
+from nanogpt.fit.result import STATUS_MESSAGES, TrialResult
 from nanogpt.messages import current_language, text
 
+# 颜色只在这里：SVG 也引用这些变量，深浅两套随系统切换
 STYLE = """
 :root { color-scheme: light dark; --page:#f6f7f9; --card:#fff; --ink:#111827; --soft:#4b5563; --faint:#e5e7eb; --accent:#2563eb; --bad:#dc2626;
   --c0:#2563eb; --c1:#d97706; --c2:#059669; --c3:#db2777; --c4:#7c3aed; --c5:#0891b2; --c6:#65a30d; --c7:#dc2626; }
@@ -80,6 +81,7 @@ def _card(title: str, note: str, content: str) -> str:
 
 
 def _tiles(found: Sequence[TrialResult], best: TrialResult | None) -> str:
+    # 溢出的也测到了速度
     failed = sum(r.status not in ("ok", "spilled") for r in found)
     tiles = [(f"{len(found) - failed} / {len(found)}", text("tile_done"))]
     if best:
@@ -113,7 +115,7 @@ def _ranking(order: Sequence[TrialResult], best: TrialResult | None, margin: flo
 
 
 def _badge(result: TrialResult) -> str:
-    return f"<span class='badge {result.status}'>{escape(text(f'status_{result.status}'))}</span>"
+    return f"<span class='badge {result.status}'>{escape(text(STATUS_MESSAGES[result.status]))}</span>"
 
 
 def _memory(result: TrialResult, margin: float) -> str:
@@ -122,6 +124,7 @@ def _memory(result: TrialResult, margin: float) -> str:
         return "–"
     if not budget:
         return f"{held:.2f}"
+    # 余量不足的不会被推荐，要看得出来
     tight = "" if result.status != "ok" or result.fits(margin) else " ⚠"
     return f"{held:.2f} / {budget:.2f}{tight}<span class='bar'><i style='width:{min(held / budget, 1):.0%}'></i></span>"
 

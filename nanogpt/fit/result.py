@@ -8,8 +8,12 @@ from typing import Any
 
 from nanogpt.files import write_text
 
-# ok 测到了；spilled 测到了但显存溢到内存；其余没有测到速度
-STATUSES = ("ok", "spilled", "oom", "skipped", "timeout", "crashed", "invalid")
+# 状态 -> 屏幕上的词；ok 测到了，spilled 测到了但显存溢到内存，其余没有测到速度
+STATUS_MESSAGES = {
+    "ok": "status_ok", "spilled": "status_spilled", "oom": "status_oom", "skipped": "status_skipped", "timeout": "status_timeout",
+    "crashed": "status_crashed", "invalid": "status_invalid",
+}
+STATUSES = tuple(STATUS_MESSAGES)
 # 扫描里意料之中的结果；其余说明有东西坏了，退出码要说出来
 EXPECTED = ("ok", "spilled", "oom", "skipped", "invalid")
 # 值得记住、下次不再测的；崩溃可能已被修好，invalid 重查不花时间

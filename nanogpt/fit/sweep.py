@@ -12,10 +12,10 @@ from omegaconf import DictConfig
 
 from nanogpt.config import TrainConfig
 from nanogpt.fit import result as results
-from nanogpt.fit.result import EXPECTED, TrialResult
+from nanogpt.fit.result import EXPECTED, STATUS_MESSAGES, TrialResult
 from nanogpt.fit.spill import judge_all
 from nanogpt.fit.trial import run_trial
-from nanogpt.messages import say, text
+from nanogpt.messages import ConfigError, say, text
 
 # 与被 SIGINT 结束的程序相同：128 + 2
 EXIT_INTERRUPTED = 130
@@ -30,10 +30,12 @@ def trial_job(cfg: TrainConfig, overrides: list[str]) -> float:
     folder = Path(cfg.out_dir) if cfg.out_dir else FIT / time.strftime("%Y-%m-%d_%H-%M-%S")
     try:
         result = run_trial(cfg, overrides, folder)
+        results.write(result, folder / "trial.json")
     except KeyboardInterrupt:
         say("trial_interrupted")
         sys.exit(EXIT_INTERRUPTED)
-    results.write(result, folder / "trial.json")
+    except OSError as error:
+        raise ConfigError("not_writable", path=folder, reason=error.strerror) from None
     print(line_of(result), flush=True)
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.RUN and (code := exit_code([result])):
         sys.exit(code)
@@ -48,7 +50,7 @@ def line_of(result: TrialResult) -> str:
     if result.status == "ok":
         line = text("trial_ok", what=what, speed=result.tokens_per_s, held=result.held_gib or 0.0, budget=result.budget_gib or 0.0)
     else:
-        line = text("trial_not_ok", what=what, status=text(f"status_{result.status}"), reason=result.reason)
+        line = text("trial_not_ok", what=what, status=text(STATUS_MESSAGES[result.status]), reason=result.reason)
     return line + (text("trial_known") if result.known else "")
 
 
@@ -64,6 +66,11 @@ def exit_code(found: list[TrialResult]) -> int:
 
 class SweepReport(Callback):
     """Hydra callback: when a sweep of trials is done, report it and let the exit code tell the truth."""
+
+    def on_multirun_start(self, config: DictConfig, **_kwargs: Any) -> None:
+        # 自己指定了 hydra.sweep.dir 时，上一次扫描留下的不能算进这一次
+        for stale in Path(config.hydra.sweep.dir).glob("*/trial.json"):
+            stale.unlink()
 
     def on_multirun_end(self, config: DictConfig, **_kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanogpt import messages
+from nanogpt import messages, rundir
 from nanogpt.config import TrainConfig, check
 from nanogpt.fit import known
 from nanogpt.fit.lock import lock_path, only_one
@@ -32,6 +32,9 @@ def run_trial(cfg: TrainConfig, overrides: list[str], folder: Path, *, command: 
     try:
         check(cfg)
         refuse(cfg)
+        if cfg.init_from == "latest":
+            # 记下真正的目录，结果才认得是哪些权重
+            cfg.init_from = str(rundir.locate(cfg.init_from, key="init_from"))
     except ConfigError as error:
         return made({**common, "status": "invalid", "reason": str(error)})
     folder.mkdir(parents=True, exist_ok=True)
