@@ -40,12 +40,15 @@ VOCAB = 50257
 # CPU 上要跑得动，又要大到常驻内存的增长盖过零碎开销
 CPU_GRID = [
     *(("tiny", precision, memory, rows) for precision in ("fp32", "bf16") for memory in ("default", "lean") for rows in (8, 16)),
-    *(("small", "fp32", memory, 4) for memory in ("default", "lean")),
+    *(("small", "fp32", memory, 4) for memory in ("default", "lean", "lean8")),
+    ("small", "bf16", "minimal", 4),
 ]
 GPU_GRID = [
     (model, precision, memory, rows)
     for model in ("small", "medium", "large", "gpt2", "gpt2_medium") for precision in ("fp32", "fp16", "bf16")
-    for memory in ("default", "lean") for rows in (1, 4, 16)
+    for memory in ("default", "lean", "lean8") for rows in (1, 4, 16)
+] + [
+    (model, "bf16", "minimal", rows) for model in ("medium", "large", "gpt2_large", "gpt2_xl") for rows in (1, 4)
 ]
 CPU_VOCAB = 4096
 # 大块内存用完立刻还给系统，常驻内存才跟着活着的张量走
@@ -53,10 +56,12 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "0", "MA
 
 
 def config(model: str, precision: str, memory: str, rows: int, *, cuda: bool) -> TrainConfig:
-    """The config of one setting; two micro-batches per step."""
+    """The config of one setting; two micro-batches per step where gradients can be accumulated."""
     register_schemas()
+    accumulation = 1 if memory == "minimal" else 2
     overrides = [
-        f"model={model}", f"precision={precision}", f"memory={memory}", f"batch_size={rows}", "gradient_accumulation_steps=2", "optimizer=adamw",
+        f"model={model}", f"precision={precision}", f"memory={memory}", f"batch_size={rows}", "optimizer=adamw",
+        f"gradient_accumulation_steps={accumulation}",
         f"model.vocab_size={VOCAB if cuda else CPU_VOCAB}", f"hardware={'rtx3060_12gb' if cuda else 'cpu'}",
     ]
     with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
@@ -69,8 +74,9 @@ def run_steps(cfg: TrainConfig, device: torch.device) -> None:
     """Two optimizer steps of two micro-batches, an evaluation and the reading of one long prompt."""
     from nanogpt.attention import KVCache
 
-    model = build_model(cfg.model, cfg.seed).to(device)
-    step = build_step(cfg, model, Precision(cfg.precision, device))
+    model = build_model(cfg.model, cfg.seed, cfg.memory.weights).to(device)
+    step = build_step(cfg, model, Precision(cfg.precision, device, cfg.memory.weights))
+    step.prepare()
     scaler = step.precision.scaler
     x = torch.randint(0, cfg.model.vocab_size, (cfg.batch_size, cfg.model.block_size), device=device)
     for _ in range(3 if device.type == "cuda" else 2):
@@ -96,8 +102,8 @@ def run_steps(cfg: TrainConfig, device: torch.device) -> None:
 def saved_bytes(cfg: TrainConfig) -> int:
     """Bytes that the first micro-batch keeps for the backward pass, weights and tokens aside."""
     device = torch.device("cpu")
-    model = build_model(cfg.model, cfg.seed)
-    step = build_step(cfg, model, Precision(cfg.precision, device))
+    model = build_model(cfg.model, cfg.seed, cfg.memory.weights)
+    step = build_step(cfg, model, Precision(cfg.precision, device, cfg.memory.weights))
     x = torch.randint(0, cfg.model.vocab_size, (cfg.batch_size, cfg.model.block_size))
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -148,7 +154,7 @@ def measure(setting: tuple, cuda: bool) -> dict:
             row["error_allocated"] = plan.allocated / measured["allocated"] - 1
             row["error_reserved"] = plan.reserved / measured["reserved"] - 1
         return row
-    traced = trace(cfg, Shape(cfg.batch_size, 2, cfg.batch_size))
+    traced = trace(cfg, Shape(cfg.batch_size, cfg.gradient_accumulation_steps, cfg.batch_size))
     live, hooks = traced.peak()[0], saved_bytes(cfg)
     row |= {
         "predicted_live": live, "resident_growth": measured["resident"], "error_resident": live / measured["resident"] - 1,

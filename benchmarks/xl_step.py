@@ -84,6 +84,7 @@ def child(arguments: argparse.Namespace) -> None:
 
     started = time.perf_counter()
     cfg, step = build(arguments)
+    step.prepare()
     x, y = row_of_tokens(cfg.model.block_size, cfg.model.vocab_size)
     record = {"parameters": step.model.parameter_count(), "build_s": round(time.perf_counter() - started, 1), "built_gib": round(peak_gib(), 3)}
     losses, seconds = [], []

@@ -479,7 +479,8 @@ MESSAGES = {
         "迭代 {iteration}: 显存不足；微批 {old} -> {new}，累积 {accum} 次，用同样的数据重做这一步",
     ),
     "oom_final": (
-        "out of memory in the {phase} with {rows} rows at a time, which cannot be divided further; add memory=lean, or choose a smaller model or model.block_size",
+        "out of memory in the {phase} with {rows} rows at a time, which cannot be divided further; "
+        "add memory=lean, or choose a smaller model or model.block_size",
         "{phase}时内存不足，每次 {rows} 条，不能再分了；请加 memory=lean，或选更小的 model 或 model.block_size",
     ),
     "nonfinite": (
@@ -776,15 +777,28 @@ MESSAGES = {
     ),
     "oom_wanted": ("it asked for {wanted:.2f} GiB more while {free:.2f} GiB were free", "还想要 {wanted:.2f} GiB，而空闲只有 {free:.2f} GiB"),
     "oom_wanted_only": ("it asked for {wanted:.2f} GiB more", "还想要 {wanted:.2f} GiB"),
-    "oom_no_plan": ("no prediction for this model ({reason}); try memory=lean, or a smaller model.block_size", "这个模型无法预测（{reason}）；可试 memory=lean，或更小的 model.block_size"),
+    "oom_no_plan": (
+        "no prediction for this model ({reason}); try memory=lean, or a smaller model.block_size",
+        "这个模型无法预测（{reason}）；可试 memory=lean，或更小的 model.block_size",
+    ),
     "oom_largest": ("largest part: {part}, {gib:.2f} GiB", "占得最多的部分：{part}，{gib:.2f} GiB"),
-    "oom_above": ("predicted peak {total:.2f} GiB, budget {budget:.2f} GiB: {over:.2f} GiB too much", "预测峰值 {total:.2f} GiB，预算 {budget:.2f} GiB：超出 {over:.2f} GiB"),
+    "oom_above": (
+        "predicted peak {total:.2f} GiB, budget {budget:.2f} GiB: {over:.2f} GiB too much",
+        "预测峰值 {total:.2f} GiB，预算 {budget:.2f} GiB：超出 {over:.2f} GiB",
+    ),
     "oom_unexpected": (
-        "predicted peak {total:.2f} GiB of {budget:.2f} GiB: it should fit; other programs seem to hold memory (close them, or say so with hardware.desktop_gib=…)",
+        "predicted peak {total:.2f} GiB of {budget:.2f} GiB: it should fit; other programs seem to hold memory "
+        "(close them, or say so with hardware.desktop_gib=…)",
         "预测峰值 {total:.2f} GiB，预算 {budget:.2f} GiB：本应放得下；可能是别的程序占着（请关掉，或用 hardware.desktop_gib=… 说明）",
     ),
-    "oom_add": ("add this (predicted peak {peak:.2f} GiB, {speed:.2f}x the speed): {typed}", "请加上（预测峰值 {peak:.2f} GiB，速度 {speed:.2f} 倍）：{typed}"),
-    "oom_nothing": ("no memory=… that was tried makes it fit: choose a smaller model or model.block_size", "试过的 memory=… 都不够：请选更小的 model 或 model.block_size"),
+    "oom_add": (
+        "add this (predicted peak {peak:.2f} GiB, {speed:.2f}x the speed): {typed}",
+        "请加上（预测峰值 {peak:.2f} GiB，速度 {speed:.2f} 倍）：{typed}",
+    ),
+    "oom_nothing": (
+        "no memory=… that was tried makes it fit: choose a smaller model or model.block_size",
+        "试过的 memory=… 都不够：请选更小的 model 或 model.block_size",
+    ),
     "auto_start": (
         "batch_size=auto: looking for the fastest micro-batch for {rows} rows per step; candidates: {sizes}",
         "batch_size=auto：每次更新 {rows} 条，正在找最快的微批；候选：{sizes}",
@@ -802,7 +816,8 @@ MESSAGES = {
         "batch_size=auto：{batch}，以前测得 {speed:.0f} tokens/s（{file}；trial.again=true 重测）",
     ),
     "auto_nothing_fits": (
-        "batch_size=auto: not even {size} rows fit (predicted {need:.1f} GiB, budget {budget:.1f} GiB); run the same with plan=true batch_size={size} for what to change",
+        "batch_size=auto: not even {size} rows fit (predicted {need:.1f} GiB, budget {budget:.1f} GiB); "
+        "run the same with plan=true batch_size={size} for what to change",
         "batch_size=auto：{size} 条也放不下（预测 {need:.1f} GiB，预算 {budget:.1f} GiB）；同样的命令加 plan=true batch_size={size} 可看到该改什么",
     ),
 }

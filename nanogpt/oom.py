@@ -22,7 +22,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in PHRASES)
 
 
-class OutOfMemory(ConfigError):
+class OutOfMemory(ConfigError):  # noqa: N818 - 与 torch.OutOfMemoryError 区分
     """A part of training that cannot be divided further does not fit; `detail` is what the library said."""
 
     def __init__(self, phase: str, *, rows: int, detail: str):

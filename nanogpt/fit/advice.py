@@ -1,12 +1,14 @@
 """What to type when a setting does not fit: the cheapest overrides, each traced in full and priced."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
-from nanogpt.config import TrainConfig, check
+import yaml
+
+from nanogpt.config import ROOT, MemoryConfig, TrainConfig, check
 from nanogpt.console import Console
 from nanogpt.fit.plan import TIGHT, Plan, Planner
-from nanogpt.messages import ConfigError
+from nanogpt.messages import ConfigError, text
 
 LINES = 5
 SECONDS = 25.0
@@ -23,23 +25,17 @@ class Change:
     fields: dict[str, object]
 
 
-IN_BACKWARD = Change("memory.optimizer_in_backward=true", {"optimizer_in_backward": True})
-LEAN = Change("memory=lean", {"activation_checkpointing": "every_block", "loss_chunk_mib": 16})
-INT8 = Change("memory.optimizer_state=int8", {"optimizer_state": "int8"})
-BF16 = Change("memory.weights=bf16", {"weights": "bf16"})
-OFFLOAD = Change("memory.offload_optimizer=true", {"offload_optimizer": True})
-# 单项：新的 memory 键在这里加一行就会被考虑；这一版还没实现的不会降低峰值，自然落选
-SINGLE = (
-    LEAN,
+# 新的 memory 键在这里加一行就会被考虑
+KEYS = (
     Change("memory.activation_checkpointing=selective", {"activation_checkpointing": "selective"}),
-    IN_BACKWARD, INT8, BF16, OFFLOAD,
+    Change("memory.optimizer_state=int8", {"optimizer_state": "int8"}),
+    Change("memory.offload_optimizer=true", {"offload_optimizer": True}),
+    Change("memory.weights=bf16", {"weights": "bf16"}),
+    Change("memory.optimizer_in_backward=true", {"optimizer_in_backward": True}),
     Change("memory.loss_chunk_mib=16", {"loss_chunk_mib": 16}),
 )
-# 单项都不够时依次加码
-COMBINED = (
-    (LEAN, INT8), (LEAN, OFFLOAD), (LEAN, INT8, BF16), (LEAN, INT8, IN_BACKWARD), (LEAN, INT8, BF16, IN_BACKWARD),
-    (LEAN, BF16, IN_BACKWARD, OFFLOAD),
-)
+# conf/memory 里的成套设置，从便宜到彻底
+PRESETS = ("lean", "lean8", "offload", "minimal")
 BLOCKS = (2, 4, 8)
 """Divisors of block_size, tried last: a shorter context is another model."""
 
@@ -54,20 +50,26 @@ class Advice:
     plan: Plan
 
 
+def presets() -> list[Change]:
+    """The options of conf/memory, each with all its fields."""
+    fields = {name: yaml.safe_load((ROOT / "conf" / "memory" / f"{name}.yaml").read_text(encoding="utf-8")) for name in PRESETS}
+    return [Change(f"memory={name}", {**asdict(MemoryConfig()), **fields[name]}) for name in PRESETS]
+
+
 def advise(plan: Plan, planner: Planner) -> list[Advice]:
-    """At most LINES ways to make plan.cfg fit, the fastest first; single changes before combinations."""
+    """At most LINES ways to make plan.cfg fit, the fastest first: a smaller batch, one key, a preset; where none fits, what fits tightly."""
     until = time.monotonic() + SECONDS
     found = _ways(plan, planner, ())
-    useful = [change for change in SINGLE if time.monotonic() < until and _is_useful(change, plan, planner)]
-    combined = [changes for changes in COMBINED if all(c in useful for c in changes)]
-    for level in ([(c,) for c in useful], combined):
-        for changes in level:
-            if len(found) < LINES and time.monotonic() < until:
-                found += _ways(plan, planner, changes)
-        if found:
-            break
+    useful = [change for change in KEYS if time.monotonic() < until and _is_useful(change, plan, planner)]
+    whole = presets()
+    for changes in [(whole[0],), *((c,) for c in useful), *((c,) for c in whole[1:])]:
+        # 单项已经够用时，不必再劝人用更重的成套设置
+        if len(found) < LINES and time.monotonic() < until and not (found and changes[0] in whole[1:]):
+            found += _ways(plan, planner, changes)
     if not found:
-        found = _shorter(plan, planner, [(), *combined, *((c,) for c in useful)], until)
+        found = [way for change in whole for way in _ways(plan, planner, (change,), accepted=("fits", "tight"))][:LINES]
+    if not found:
+        found = _shorter(plan, planner, [(), *((c,) for c in whole)], until)
     return sorted((a for a in found if not any(_beats(b, a) for b in found)), key=lambda a: -a.speed)[:LINES]
 
 
@@ -81,17 +83,18 @@ def show(plan: Plan, planner: Planner, console: Console) -> None:
     found = advise(plan, planner)
     console.line("plan_advice" if found else "plan_no_advice")
     for advice in found:
-        console.plain(f"  {advice.speed:.2f}x  {advice.typed}")
+        note = f"   # {text('plan_tight')}" if advice.plan.verdict == "tight" else ""
+        console.plain(f"  {advice.speed:.2f}x  {advice.typed}{note}")
 
 
 def changed(cfg: TrainConfig, changes: tuple[Change, ...]) -> TrainConfig | None:
     """cfg with the changes; None where the parts contradict each other."""
     fields = {key: value for change in changes for key, value in change.fields.items()}
-    if any(getattr(cfg.memory, key) == value and len(change.fields) == 1 for change in changes for key, value in change.fields.items()):
-        return None
     candidate = replace(cfg, memory=replace(cfg.memory, **fields))
-    if fields.get("activation_checkpointing"):
+    if "activation_checkpointing" in fields:
         candidate.memory.activation_budget_mib = None
+    if changes and candidate.memory == cfg.memory:
+        return None
     try:
         check(candidate)
     except ConfigError:
@@ -112,7 +115,7 @@ def _alone(cfg: TrainConfig) -> TrainConfig:
     return replace(cfg, gradient_accumulation_steps=1, global_batch_size=None)
 
 
-def _ways(plan: Plan, planner: Planner, changes: tuple[Change, ...]) -> list[Advice]:
+def _ways(plan: Plan, planner: Planner, changes: tuple[Change, ...], accepted: tuple[str, ...] = ("fits",)) -> list[Advice]:
     """The changes at the present batch size, or else at the largest smaller one with the same effective batch."""
     total = plan.batch_size * plan.accumulation if plan.cfg.global_batch_size is None else plan.cfg.global_batch_size
     sizes = [b for b in range(plan.batch_size, 0, -1) if total % b == 0 or b == plan.batch_size]
@@ -121,10 +124,10 @@ def _ways(plan: Plan, planner: Planner, changes: tuple[Change, ...]) -> list[Adv
         accumulation = -(-total // rows)
         batch = {} if rows == plan.batch_size else {"batch_size": rows, "gradient_accumulation_steps": accumulation, "global_batch_size": None}
         candidate = changed(replace(plan.cfg, **batch), changes)
-        if candidate is None or not planner.estimate(candidate).fits(rows, planner.budget, TIGHT):
+        if candidate is None or not planner.estimate(candidate).fits(rows, planner.budget, TIGHT if len(accepted) == 1 else TIGHT * 1.1):
             continue
         outcome = planner.judge(candidate, plan.vocab_source)
-        if outcome.verdict == "fits":
+        if outcome.verdict in accepted:
             return [Advice(_typed(batch, plan.cfg, changes), outcome.tokens_per_s / plan.tokens_per_s, outcome)]
         tried += 1
         if tried == 2:

@@ -44,7 +44,10 @@ def worth_trying(sizes: list[int], promising: Callable[[int], bool]) -> list[int
 
 
 def fastest(sizes: list[int], measure: Callable[[int], TrialResult], margin: float) -> TrialResult | None:
-    """The fastest of those that fit with `margin` of the budget free, trying from the largest down until smaller ones only get slower; None when none fits."""
+    """The fastest of those that fit with `margin` of the budget free; None when none does.
+
+    The sizes are tried from the largest down until smaller ones only get slower.
+    """
     best, slower = None, 0
     for size in sizes:
         result = measure(size)

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 from nanogpt.config import TrainConfig
 from nanogpt.console import Console
-from nanogpt.fit.advice import Advice, advise
+from nanogpt.fit.advice import Advice, changed, presets
 from nanogpt.fit.plan import Plan, Planner
 from nanogpt.fit.show import GIB, table
 from nanogpt.messages import ConfigError, text
@@ -15,6 +15,8 @@ UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 AMOUNT = r"([\d.]+) (bytes|KiB|MiB|GiB)"
 # 占预算不到这么多却不够用：多半是别的程序占着
 UNEXPECTED = 0.9
+# 只省下一点点的不值得劝人去试
+CLEARLY_LESS = 0.95
 
 
 def wanted_and_free(detail: str) -> tuple[float | None, float | None]:
@@ -31,33 +33,38 @@ def show(error: OutOfMemory, cfg: TrainConfig, console: Console, *, resume: str 
     if wanted is not None:
         console.line("oom_wanted" if free is not None else "oom_wanted_only", wanted=wanted, free=free or 0.0)
     try:
-        planner, plan, ways = _planned(cfg, error.rows)
+        plan, way = _planned(cfg, error.rows)
     except (ConfigError, MemoryError, RuntimeError) as reason:
         # 追踪不了的模型：少一张表，建议照给
         console.line("oom_no_plan", reason=str(reason).splitlines()[0] if str(reason) else type(reason).__name__)
         return
     for row in table(plan):
         console.plain(row)
-    _judge(plan, planner, console)
-    if ways:
-        console.line("oom_add", typed=ways[0].typed, speed=ways[0].speed, peak=ways[0].plan.total / GIB)
-        typed = ways[0].typed
-        command = f"resume={resume} {typed}" if resume else f"… {typed}"
-        console.plain(f"  python run_train.py {command}")
+    _judge(plan, console)
+    if way:
+        console.line("oom_add", typed=way.typed, speed=way.speed, peak=way.plan.total / GIB)
+        console.plain(f"  python run_train.py {f'resume={resume}' if resume else '…'} {way.typed}")
     else:
         console.line("oom_nothing")
 
 
-def _planned(cfg: TrainConfig, rows: int) -> tuple[Planner, Plan, list[Advice]]:
+def _planned(cfg: TrainConfig, rows: int) -> tuple[Plan, Advice | None]:
+    """The plan of the failed step, and the mildest preset of memory= that takes clearly less and fits."""
     total = cfg.global_batch_size or cfg.batch_size * cfg.gradient_accumulation_steps
     failed = replace(cfg, batch_size=min(rows, total), gradient_accumulation_steps=1, global_batch_size=total, init_from=None)
     planner = Planner(failed)
     plan = planner.predict(failed)
-    ways = [way for way in advise(plan, planner) if way.plan.total < plan.total]
-    return planner, plan, ways
+    for change in presets():
+        candidate = changed(plan.cfg, (change,))
+        if candidate is None:
+            continue
+        outcome = planner.judge(candidate, plan.vocab_source)
+        if outcome.verdict != "does_not_fit" and outcome.total - outcome.parts.context < CLEARLY_LESS * (plan.total - plan.parts.context):
+            return plan, Advice(change.typed, outcome.tokens_per_s / plan.tokens_per_s, outcome)
+    return plan, None
 
 
-def _judge(plan: Plan, planner: Planner, console: Console) -> None:
+def _judge(plan: Plan, console: Console) -> None:
     """Name the largest part, and say by how much the prediction is above the budget or that it is not."""
     parts = {key: size for key, size in asdict(plan.parts).items() if key not in ("context", "desktop", "rounding")}
     largest = max(parts, key=parts.get)

@@ -1,7 +1,6 @@
 """Stand-ins that a trace needs where the real part asks for a device or for a value."""
 
 import contextlib
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
