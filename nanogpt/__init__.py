@@ -6,7 +6,7 @@
 
 from functools import partial
 
-PRESETS = ("tiny", "small", "medium", "large", "gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl")
+PRESETS = ("tiny", "small", "medium", "large", "gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl", "gpt_3b")
 
 __all__ = ["create_model", *PRESETS]
 __version__ = "0.1.0"

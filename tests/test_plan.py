@@ -158,7 +158,7 @@ def test_presets_of_init_from_have_their_own_shape():
 
 def test_the_matrix_covers_every_card(monkeypatch):
     memories = {"lean": make_config("memory=lean").memory}
-    monkeypatch.setattr(matrix, "memories", lambda: memories)
+    monkeypatch.setattr(matrix, "memories", lambda chosen: memories)
     monkeypatch.setattr(matrix, "preset_names", lambda: ["tiny"])
     monkeypatch.setattr(matrix, "MAX_TOKENS", 256)
     monkeypatch.setattr(matrix, "GPT2_VOCAB", 300)

@@ -13,6 +13,8 @@ from nanogpt.fit.plan import BATCHES, Planner
 from nanogpt.fit.settle import GPT2_VOCAB
 from nanogpt.messages import say
 
+# 最快、重算、最省三档；其余几档在命令行写 memory=… 单独看
+MEMORY = ("default", "lean", "minimal")
 MAX_TOKENS = 2**15
 """Tokens per micro-batch beyond which nothing is gained, so that nothing is tried."""
 
@@ -29,9 +31,10 @@ def cards() -> dict[str, HardwareConfig]:
     return dict(sorted(found.items(), key=lambda item: -item[1].vram_gib))
 
 
-def memories() -> dict[str, MemoryConfig]:
-    """The options of memory=."""
-    return options("memory", MemoryConfig)
+def memories(chosen: str) -> dict[str, MemoryConfig]:
+    """MEMORY, or the one option of memory= that was typed."""
+    found = options("memory", MemoryConfig)
+    return {name: found[name] for name in (MEMORY if chosen == "default" else (chosen,))}
 
 
 def rows(cfg: TrainConfig) -> Iterator[tuple[str, str, str, dict[str, int | None]]]:
@@ -43,7 +46,7 @@ def rows(cfg: TrainConfig) -> Iterator[tuple[str, str, str, dict[str, int | None
         # 追踪与显存大小无关：各卡共用
         other.share(first)
     for model in preset_names():
-        for memory, node in memories().items():
+        for memory, node in memories(cfg.groups["memory"]).items():
             known: dict[str, dict[str, int | None]] = {}
             for precision in ("fp32", "fp16", "bf16"):
                 if (node.weights == "bf16" and precision != "bf16") or (node.optimizer_in_backward and precision == "fp16"):
