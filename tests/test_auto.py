@@ -69,8 +69,8 @@ def machine(in_tmp, monkeypatch):
     """A machine on which 20 rows fit by prediction and 16 in truth; returns the sizes that were tried."""
     tried = []
 
-    def predict(cfg):
-        return SimpleNamespace(total=cfg.batch_size * GIB // 2, budget=10 * GIB)
+    def predict(cfg, overrides):
+        return SimpleNamespace(total=cfg.batch_size * GIB // 2, budget=SimpleNamespace(total=10 * GIB))
 
     def run_trial(cfg, overrides, folder):
         tried.append(cfg)
@@ -110,7 +110,7 @@ def test_several_processes_share_the_effective_batch(machine):
 
 
 def test_auto_says_what_is_missing_when_nothing_fits(machine, monkeypatch):
-    monkeypatch.setattr(auto, "predict", lambda cfg: SimpleNamespace(total=20 * GIB, budget=10 * GIB))
+    monkeypatch.setattr(auto, "predict", lambda cfg, overrides: SimpleNamespace(total=20 * GIB, budget=SimpleNamespace(total=10 * GIB)))
     with pytest.raises(ConfigError, match="not even 1 rows fit .predicted 20.0 GiB, budget 10.0 GiB"):
         auto.choose(make_config("batch_size=auto", "global_batch_size=64"), [], processes=1, console=Console(quiet=True))
 

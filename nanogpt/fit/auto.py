@@ -88,13 +88,13 @@ def choose(cfg: TrainConfig, overrides: list[str], *, processes: int, console: C
     plans: dict[int, Plan] = {}
 
     def promising(size: int) -> bool:
-        plans[size] = predict(trial_config(size))
-        return plans[size].total <= plans[size].budget * HOPEFUL
+        plans[size] = predict(trial_config(size), overrides)
+        return plans[size].total <= plans[size].budget.total * HOPEFUL
 
     best = fastest(worth_trying(sizes, promising), measure, cfg.trial.margin)
     if best is None:
-        smallest = plans.get(sizes[-1]) or predict(trial_config(sizes[-1]))
-        raise ConfigError("auto_nothing_fits", size=sizes[-1], need=smallest.total / 2**30, budget=smallest.budget / 2**30)
+        smallest = plans.get(sizes[-1]) or predict(trial_config(sizes[-1]), overrides)
+        raise ConfigError("auto_nothing_fits", size=sizes[-1], need=smallest.total / 2**30, budget=smallest.budget.total / 2**30)
     memory_file.parent.mkdir(parents=True, exist_ok=True)
     write_text(memory_file, json.dumps({"batch_size": best.micro_batch, "tokens_per_s": best.tokens_per_s, "peak_gib": best.held_gib}) + "\n")
     console.line("auto_chosen", batch=best.micro_batch, pieces=math.ceil(rows / best.micro_batch), rows=rows, speed=best.tokens_per_s)
