@@ -34,7 +34,10 @@ def set_up(device: torch.device, *, deterministic: bool, hardware: HardwareConfi
     """Make results repeatable, CPU allocations cheap, and the VRAM budget real."""
     # 非正规数在 CPU 上慢几十倍，训练后期的微小梯度会碰到
     torch.set_flush_denormal(True)
-    keep_freed_memory()
+    if device.type == "cpu" and hardware.ram_gib is not None:
+        return_freed_memory()
+    else:
+        keep_freed_memory()
     if device.type != "cuda":
         return
     if deterministic:
@@ -51,9 +54,21 @@ def set_up(device: torch.device, *, deterministic: bool, hardware: HardwareConfi
 
 def keep_freed_memory() -> None:
     """Tell glibc not to return large blocks to the system: saves some 700 page faults a step (Linux only)."""
+    _mallopt(mmap_threshold=2**30, trim_threshold=2**31 - 1)
+
+
+def return_freed_memory() -> None:
+    """Tell glibc to return every large block at once, so that this process holds what lives and no fragments (Linux only).
+
+    Without it the heap of a training step was seen to hold 1.7 times what lives: too much under a budget.
+    """
+    _mallopt(mmap_threshold=2**20, trim_threshold=2**21)
+
+
+def _mallopt(*, mmap_threshold: int, trim_threshold: int) -> None:
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
-        mallopt(M_MMAP_THRESHOLD, 2**30)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, mmap_threshold)
+        mallopt(M_TRIM_THRESHOLD, trim_threshold)

@@ -1,5 +1,6 @@
 """How much memory a run may take, and on which device: one answer for the plan, the allocator's cap and the trials."""
 
+import functools
 from dataclasses import dataclass
 
 from nanogpt.config import HardwareConfig, TrainConfig
@@ -46,13 +47,13 @@ def target_of(cfg: TrainConfig) -> Budget:
     hardware = cfg.hardware
     cap = allocator_cap(hardware)
     if cfg.device == "cpu" or hardware.name == "cpu":
-        return _cpu(hardware)
+        return _cpu(cfg)
     if cap is not None:
         context, desktop = int(hardware.context_gib * GIB), int(hardware.desktop_gib * GIB)
         return Budget("cuda", hardware.name, int(hardware.vram_gib * GIB), cap, context, desktop, torch.cuda.is_available())
     device = choose_device(cfg.device, hardware)
     if device.type == "cpu":
-        return _cpu(hardware)
+        return _cpu(cfg)
     free, total = torch.cuda.mem_get_info(device)
     # 本进程已占的还能再用；free 里已经扣掉了自己的上下文
     free += torch.cuda.memory_reserved(device)
@@ -60,9 +61,21 @@ def target_of(cfg: TrainConfig) -> Budget:
     return Budget("cuda", torch.cuda.get_device_name(device), total, free, context, total - free - context, True)
 
 
-def _cpu(hardware: HardwareConfig) -> Budget:
+@functools.cache
+def process_bytes(checkpointing: bool) -> int:
+    """Resident size of this process when it was first asked for: the program before any tensor, forked copies included."""
     import psutil
 
-    process = psutil.Process().memory_info().rss
-    total = int(hardware.ram_gib * GIB) if hardware.ram_gib is not None else psutil.virtual_memory().available + process
+    if checkpointing:
+        # 重算第一次用到时会导入它，占几十 MB：训练时反正要有
+        import torch._dynamo  # noqa: F401
+
+    return psutil.Process().memory_info().rss
+
+
+def _cpu(cfg: TrainConfig) -> Budget:
+    import psutil
+
+    process = process_bytes(cfg.memory.activation_checkpointing != "none")
+    total = int(cfg.hardware.ram_gib * GIB) if cfg.hardware.ram_gib is not None else psutil.virtual_memory().available + process
     return Budget("cpu", "CPU", total, total - process, process, 0, True)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.config import TrainConfig
+from nanogpt.fit.budget import process_bytes
 from nanogpt.fit.limits import limit_memory
 from nanogpt.fit.result import STEPS_FOR_LOSS
 from nanogpt.messages import ConfigError, set_language, text
@@ -67,6 +68,8 @@ def prediction_aside(cfg: TrainConfig, device_type: str) -> Prediction | None:
     if device_type != "cpu" or sys.platform != "linux":
         # 显存的峰值不受影响；没有安全的 fork 就在这里算
         return prediction(cfg, device_type)
+    # 在分身之前量：分身里只有碰过的页才算常驻
+    process_bytes(cfg.memory.activation_checkpointing != "none")
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
