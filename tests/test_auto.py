@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from nanogpt.console import Console
 from nanogpt.fit import auto
 from nanogpt.fit.trial import TrialResult
 from nanogpt.messages import ConfigError
+from nanogpt.session import Session
 
 GIB = 2**30
 
@@ -131,3 +133,20 @@ def test_auto_says_what_is_missing_when_nothing_fits(machine, monkeypatch):
 def test_contradictions_between_the_keys_are_one_line(overrides, message):
     with pytest.raises(ConfigError, match=message):
         make_config(*overrides)
+
+
+def test_a_run_trains_with_what_auto_found_and_resumes_with_it(machine, tiny_overrides):
+    overrides = [o for o in tiny_overrides if not o.startswith("batch_size")]
+    cfg = make_config(*overrides, "batch_size=auto", "global_batch_size=32", "out_dir=outputs/run")
+    trainer = Session.new(cfg, Path("outputs/run"))._build()
+    trainer.fit()
+    assert trainer.micro_batch == 16 and trainer.local_rows == 32 and trainer.progress.samples_seen == 6 * 32
+    # 记下的是找到的数，不是 auto
+    typed = ["resume=outputs/run", "max_iters=8"]
+    again = Session.resume(make_config(*typed, checked=False), typed[1:], Path("outputs/run"))
+    assert again.cfg.batch_size == 16 and again.cfg.global_batch_size == 32 and len(machine) == 3
+    # 接着训时另写 auto：重新找，形状与数据都来自那次训练
+    typed = ["resume=outputs/run", "max_iters=8", "batch_size=auto", "global_batch_size=8"]
+    other = Session.resume(make_config(*typed, checked=False), typed[1:], Path("outputs/run"))
+    assert other.cfg.batch_size == 8
+    assert machine[-1].resume is None and machine[-1].model.n_embd == 16 and machine[-1].dataset["dir"].endswith("data")
