@@ -32,7 +32,7 @@ from nanogpt.step import build_step
 
 ROWS, BLOCK, VOCAB = 8, 1024, 50257
 STEPS = 10
-OURS = {"default": ("memory=default",), "lean": ("memory=lean",), "lean, chunk 64": ("memory=lean", "memory.loss_chunk_mib=64")}
+OURS = {"default": ("memory=default",), "lean": ("memory=lean",), "selective": ("memory.activation_checkpointing=selective",)}
 
 
 def nanogpt_parts(path: Path, device_type: str):

@@ -1,6 +1,7 @@
-"""A quick guess of peak and speed at any number of rows, from shallow traces; full traces decide, this only saves some.
+"""A quick guess of the peak at any number of rows, from shallow traces; full traces decide, this only saves some.
 
-Blocks are alike, so that every phase's peak is affine in the depth and in the rows, apart from rounding.
+Blocks are alike, so that every phase's peak is affine in the depth and, on either side of the number of rows whose logits fill one
+chunk of the loss, in the rows, apart from rounding.
 """
 
 from collections.abc import Callable
@@ -8,19 +9,17 @@ from dataclasses import replace
 
 from nanogpt.config import TrainConfig
 from nanogpt.fit.budget import Budget
-from nanogpt.fit.roofline import Rates, step_seconds
 from nanogpt.fit.trace import Shape, Trace, trace
 
 DEPTHS = (1, 2)
-ROWS = (1, 2)
 # 碎片与取整的常见比例
 RESERVED = 1.04
 
 
-def bilinear(corner: Callable[[int, int], float], x: float, y: float) -> float:
-    """The bilinear function through corner(i, j) at DEPTHS[i], ROWS[j], at depth x and y rows."""
+def bilinear(corner: Callable[[int, int], float], x: float, y: float, rows: tuple[int, int]) -> float:
+    """The bilinear function through corner(i, j) at DEPTHS[i], rows[j], at depth x and y rows."""
     u = (x - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
-    v = (y - ROWS[0]) / (ROWS[1] - ROWS[0])
+    v = (y - rows[0]) / (rows[1] - rows[0])
     return (1 - u) * ((1 - v) * corner(0, 0) + v * corner(0, 1)) + u * ((1 - v) * corner(1, 0) + v * corner(1, 1))
 
 
@@ -33,28 +32,30 @@ class Estimate:
         self.shallow = cfg.model._target_ == "nanogpt.model.GPT" and cfg.model.n_layer > 2 * DEPTHS[1]
         self.device_type = device_type
         self._corners: dict[tuple[int, int], Trace] = {}
+        # 到这么多条，输出层的一块 logits 正好装满；再多就分块，临时张量不再增长
+        tokens = cfg.memory.loss_chunk_mib * 2**20 // (4 * cfg.model.vocab_size)
+        self.full_chunk = max(1, -(-tokens // cfg.model.block_size))
 
-    def corner(self, i: int, j: int) -> Trace:
-        """The trace at DEPTHS[i] (or the full depth) and ROWS[j], made when first asked for."""
-        key = (i if self.shallow else 0, j)
+    def rows(self, wanted: int) -> tuple[int, int]:
+        """The two numbers of rows whose traces say something about `wanted` rows."""
+        return (1, 2) if wanted <= self.full_chunk else (self.full_chunk, 2 * self.full_chunk)
+
+    def corner(self, i: int, rows: int) -> Trace:
+        """The trace at DEPTHS[i] (or the full depth) and `rows` rows, made when first asked for."""
+        key = (i if self.shallow else 0, rows)
         if key not in self._corners:
             model = replace(self.cfg.model, n_layer=DEPTHS[key[0]]) if self.shallow else self.cfg.model
-            rows, total = ROWS[j], self.cfg.global_batch_size
+            total = self.cfg.global_batch_size
             accumulation = 1 if self.cfg.memory.optimizer_in_backward or total == 1 else 2
             self._corners[key] = trace(replace(self.cfg, model=model), Shape(rows, accumulation, self.cfg.eval_batch_size or rows, self.device_type))
         return self._corners[key]
 
     def live(self, rows: int) -> float:
         """Peak of the live bytes."""
-        phases = self.corner(0, 0).events
-        depth = self.cfg.model.n_layer
-        return max(bilinear(lambda i, j, phase=phase: self.corner(i, j).peaks()[phase], depth, rows) for phase in phases)
+        at, depth = self.rows(rows), self.cfg.model.n_layer
+        phases = self.corner(0, at[0]).events
+        return max(bilinear(lambda i, j, phase=phase: self.corner(i, at[j]).peaks()[phase], depth, rows, at) for phase in phases)
 
     def fits(self, rows: int, budget: Budget, part: float) -> bool:
         """Whether `part` of the capacity probably suffices."""
         return self.live(rows) * (RESERVED if budget.device_type == "cuda" else 1) <= budget.capacity * part
-
-    def step_s(self, rows: int, total: int, rates: Rates) -> float:
-        """Probable seconds of a step over `total` rows in micro-batches of `rows`."""
-        count = max(1.0, total / rows)
-        return bilinear(lambda i, j: step_seconds(self.corner(i, j), rates, count * ROWS[j]), self.cfg.model.n_layer, rows)
