@@ -17,7 +17,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_grad else None
         # 冻结的输出层（LoRA）不需要这块与词表同大的梯度
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
-        for start in range(0, N, rows):
+
+        def add(start: int) -> None:
+            """Add one chunk's part to total, grad_hidden and grad_weight."""
             h = hidden[start : start + rows].to(dtype)
             target = targets[start : start + rows, None]
             # softmax 一律用 fp32，半精度的指数和会丢小概率
@@ -26,9 +28,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 squashed = torch.tanh(logits / softcap)
                 logits = squashed * softcap
             log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
-            total += (log_z - logits.gather(1, target)).sum()
+            total.add_((log_z - logits.gather(1, target)).sum())
             if not need_grad:
-                continue
+                return
             # d(sum of losses)/d(logits) = softmax - onehot，量级为 1：半精度里也不下溢，1/N 留到反向再乘
             grad = logits.sub_(log_z).exp_()
             grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
@@ -37,7 +39,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad = grad.to(dtype)
             grad_hidden[start : start + rows] = torch.mm(grad, w)
             if need_weight:
-                grad_weight += torch.mm(grad.t(), h)
+                grad_weight.add_(torch.mm(grad.t(), h))
+
+        for start in range(0, N, rows):
+            # 写成函数：上一块的 logits 随返回释放，不与下一块同时占着
+            add(start)
         if need_grad:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype) if need_weight else None)
             ctx.N = N

@@ -38,7 +38,10 @@ class Estimate:
 
     def rows(self, wanted: int) -> tuple[int, int]:
         """The two numbers of rows whose traces say something about `wanted` rows."""
-        return (1, 2) if wanted <= self.full_chunk else (self.full_chunk, 2 * self.full_chunk)
+        # 峰值是几条直线的最大值，隔得太远会换一条：取离得近的两点
+        near = 1 if wanted <= 8 else 8 if wanted <= 64 else 64
+        first = max(near, self.full_chunk) if wanted > self.full_chunk else min(near, self.full_chunk)
+        return first, 2 * first
 
     def corner(self, i: int, rows: int) -> Trace:
         """The trace at DEPTHS[i] (or the full depth) and `rows` rows, made when first asked for."""

@@ -60,7 +60,8 @@ class Tracker(TorchDispatchMode):
             return FakeTensor(self.mode, out, device) if isinstance(out, torch.Tensor) else [FakeTensor(self.mode, t, device) for t in out]
         if schema.is_mutable:
             return func(*args, **kwargs)
-        key = (func, _signature(args), _signature(tuple(kwargs.items())))
+        # 不写 dtype 的 torch.empty 随默认类型而变：bf16 权重就是这样造出来的
+        key = (func, torch.get_default_dtype(), _signature(args), _signature(tuple(kwargs.items())))
         try:
             known = _REMEMBERED.get(key)
         except TypeError:
