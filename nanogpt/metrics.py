@@ -1,5 +1,6 @@
 """Speed, model FLOPs utilisation and memory, measured on the machine that is there."""
 
+import functools
 import sys
 import time
 
@@ -36,8 +37,9 @@ def known_card(name: str) -> tuple[str, float, float] | None:
     return None
 
 
+@functools.cache
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of a large matrix product, the best within a third of a second."""
+    """TFLOP/s of a large matrix product, the best within a third of a second; measured once in a process."""
     size = 4096 if device.type == "cuda" else 768
     a = torch.randn(size, size, device=device, dtype=dtype)
     best, until = float("inf"), time.perf_counter() + 0.3

@@ -16,7 +16,7 @@ from nanogpt.config import ROOT
 
 RUN = [sys.executable, str(ROOT / "run_train.py")]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "LANG": "en_US.UTF-8", "LANGUAGE": "", "LC_ALL": ""}
-QUICK = [*TINY, "max_iters=4", "eval_interval=2", "eval_tokens=200", "log_interval=1", "sample_tokens=5", "logger=none", "device=cpu"]
+QUICK = [*TINY, "max_iters=4", "eval_interval=2", "eval_tokens=200", "log_interval=1", "sample_tokens=5", "logger=none", "device=cpu", "hardware.peak_tflops_fp32=0.1"]
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 60
 
 

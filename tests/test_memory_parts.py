@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanogpt import distributed, messages
 from nanogpt.build import build_model, model_of
 from nanogpt.checkpoint import find
-from nanogpt.config import ROOT
+from nanogpt.config import ROOT, check
 from nanogpt.frugal import Storage
 from nanogpt.lora import add_adapters
 from nanogpt.lowbit import BLOCK, PIECE, SMALL, Codec, dynamic_map, norm, round_stochastically, zero_code
@@ -26,6 +27,7 @@ from nanogpt.messages import ConfigError
 from nanogpt.optimizers import adamw, configure
 from nanogpt.precision import Precision
 from nanogpt.recompute import fit_budget, saved_bytes
+from nanogpt.session import Session
 from nanogpt.step import build_step
 
 # 宽到每个矩阵都超过 SMALL，8 位状态才真的用上
@@ -38,6 +40,17 @@ RATE = {"adamw": "learning_rate=3e-3", "muon": "learning_rate=1e-2"}
 @pytest.fixture
 def wide(tiny_overrides):
     return [*tiny_overrides, *WIDE]
+
+
+def trained(overrides, *, out, memory, **changes):
+    """A finished run of a config whose keys of memory= and others are set without composing anew."""
+    cfg = make_config(*overrides)
+    cfg.memory = dataclasses.replace(cfg.memory, **memory)
+    cfg = dataclasses.replace(cfg, out_dir=out, **changes)
+    check(cfg)
+    trainer = Session.new(cfg, Path(out))._build()
+    trainer.fit()
+    return trainer
 
 
 def states(trainer):
@@ -54,9 +67,10 @@ def composed_once(*overrides):
     return make_config(*WIDE, *SMALL_TABLE, "model.vocab_size=30", "model.n_layer=3", "model.n_head=2", "batch_size=4", *overrides)
 
 
-def step_of(*overrides, lora=False, **memory):
+def step_of(*overrides, lora=False, n_layer=3, **memory):
     """The step of a small model with random weights; `memory` are keys of memory=, set without composing anew."""
     cfg = copy.deepcopy(composed_once(*overrides))
+    cfg.model = dataclasses.replace(cfg.model, n_layer=n_layer)
     cfg.memory = dataclasses.replace(cfg.memory, **memory)
     model = build_model(cfg.model, 0, cfg.memory.weights).train()
     if lora:
@@ -167,17 +181,18 @@ def test_norms_and_pieces_of_a_tensor_larger_than_one_piece():
 
 
 PARTS = {
-    "adamw": {"int8": ["memory.optimizer_state=int8"], "kahan": ["memory.weights=bf16", "memory.bf16_rounding=kahan"], "minimal": ["memory=minimal"]},
-    "muon": {"int8": ["memory.optimizer_state=int8"], "stochastic": ["memory.weights=bf16"], "minimal": ["memory=minimal"]},
+    "adamw": {"int8": {"optimizer_state": "int8"}, "kahan": {"weights": "bf16", "bf16_rounding": "kahan"}, "minimal": preset_parts("minimal")},
+    "muon": {"int8": {"optimizer_state": "int8"}, "stochastic": {"weights": "bf16"}, "minimal": preset_parts("minimal")},
 }
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_loss_curves_follow_the_plain_one_within_two_percent(in_tmp, wide, optimizer):
-    plain = train(wide, f"optimizer={optimizer}", RATE[optimizer], out="outputs/plain").progress.val_loss
+    recipe = [*wide, f"optimizer={optimizer}", RATE[optimizer]]
+    plain = trained(recipe, memory={}, out="outputs/plain").progress.val_loss
     assert plain < 2.5
     for name, parts in PARTS[optimizer].items():
-        other = train(wide, f"optimizer={optimizer}", RATE[optimizer], *parts, out=f"outputs/{name}").progress.val_loss
+        other = trained(recipe, memory=parts, out=f"outputs/{name}").progress.val_loss
         assert other == pytest.approx(plain, rel=0.02), name
 
 
@@ -264,7 +279,7 @@ def test_a_bf16_run_is_saved_in_bf16_and_opens_as_float32(in_tmp, wide):
 def test_updates_inside_backward_equal_the_plain_step(overrides, parts):
     for optimizer in ("adamw", "muon"):
         (plain, states), (inside, others) = (
-            after_steps(step_of("grad_clip=0", f"optimizer={optimizer}", *overrides, **parts, optimizer_in_backward=inside)[1]) for inside in (False, True)
+            after_steps(step_of("grad_clip=0", f"optimizer={optimizer}", *overrides, n_layer=2, **parts, optimizer_in_backward=inside)[1]) for inside in (False, True)
         )
         if optimizer == "adamw":
             assert torch.equal(plain, inside) and same_states(states, others)
@@ -436,7 +451,7 @@ def test_every_preset_is_traced_without_allocating(optimizer, preset):
     parts = MODES.get(preset) or ({**preset_parts("offload"), "bf16_rounding": "kahan"} if preset == "kahan" else preset_parts(preset))
     composed_once(f"optimizer={optimizer}")
     with FakeTensorMode():
-        _, step = step_of(f"optimizer={optimizer}", **parts)
+        _, step = step_of(f"optimizer={optimizer}", n_layer=1, **parts)
         idx = torch.zeros(4, 32, dtype=torch.long)
         step.micro_batch(idx, idx, 1.0)
         step.clip(step.gradient_norm(), 1.0)

@@ -1,5 +1,7 @@
 """The trace says what the real step does: same bytes, same lifetimes, nothing allocated."""
 
+import functools
+
 import psutil
 import pytest
 import torch
@@ -19,6 +21,15 @@ SMALL = ("model.n_layer=2", "model.n_head=2", "model.n_embd=32", "model.block_si
 
 def small(*overrides):
     return make_config(*SMALL, *overrides)
+
+
+@functools.cache
+def traced_once(shape, *overrides):
+    """The trace of a small config, shared by the tests that only read it."""
+    return trace(small(*overrides), shape)
+
+
+CARD = Shape(2, 2, 2, "cuda")
 
 
 def real_step(cfg, rows):
@@ -46,7 +57,7 @@ def state_bytes(step):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_traced_weights_gradients_and_state_are_those_of_the_real_model(optimizer):
     cfg = small(f"optimizer={optimizer}")
-    traced = trace(cfg, Shape(2, 2, 2))
+    traced = traced_once(Shape(2, 2, 2), f"optimizer={optimizer}")
     step, _ = real_step(cfg, 2)
     weights = sum(t.untyped_storage().nbytes() for t in (*step.model.parameters(), *step.model.buffers()))
     gradients = sum(p.grad.untyped_storage().nbytes() for p in step.model.parameters())
@@ -59,16 +70,15 @@ def test_traced_weights_gradients_and_state_are_those_of_the_real_model(optimize
 
 @pytest.mark.parametrize("overrides", [(), ("arch=gpt2",), ("precision=bf16",), ("memory=lean",), ("dropout=0.1",), ("model.block_size=160",)])
 def test_traced_activations_are_what_the_real_forward_pass_saves(overrides):
-    cfg = small(*overrides)
-    traced = trace(cfg, Shape(3, 1, 3))
-    _, kept = real_step(cfg, 3)
+    traced = traced_once(Shape(2), *overrides)
+    _, kept = real_step(small(*overrides), 2)
     # 追踪还看见几个标量（loss），hook 看不见
     assert kept <= traced.activations <= kept + 64 + 0.002 * kept
 
 
 def test_gpt2_124m_needs_what_was_found_for_it_before():
     cfg = make_config("model=gpt2", "model.vocab_size=50257", "precision=bf16", "optimizer=adamw")
-    traced = trace(cfg, Shape(8, 1, 8, "cuda"))
+    traced = trace(cfg, Shape(16, 1, 16, "cuda"))
     assert traced.weight_bytes == pytest.approx(0.498e9, rel=0.01) and traced.optimizer_bytes == pytest.approx(0.995e9, rel=0.01)
     # 5.5 GB 是整块 logits（bf16 加 fp32）也留着的时候；这里分块算，一块也不留
     logits = 8 * 1024 * 50257 * 6
@@ -76,7 +86,7 @@ def test_gpt2_124m_needs_what_was_found_for_it_before():
 
 
 def test_shallow_traces_extend_to_the_full_one():
-    cfg = small("model.n_layer=9", "model.n_embd=64", "precision=bf16", "memory=lean")
+    cfg = small("model.n_layer=6", "model.n_embd=64", "precision=bf16", "memory=lean")
     guess = Estimate(cfg, "cuda")
     assert guess.shallow
     live, _ = trace(cfg, Shape(5, 2, 5, "cuda")).peak()
@@ -85,21 +95,20 @@ def test_shallow_traces_extend_to_the_full_one():
 
 
 def test_fp16_and_bf16_take_the_same_memory():
-    peaks = [trace(small(f"precision={p}"), Shape(4, 2, 4, "cuda")).peak()[0] for p in ("fp16", "bf16")]
+    peaks = [traced_once(CARD, f"precision={p}").peak()[0] for p in ("fp16", "bf16")]
     assert peaks[0] == pytest.approx(peaks[1], abs=4096)
 
 
 def test_peaks_grow_with_rows_and_accumulation_and_shrink_with_checkpointing():
     def peak(rows, accumulation, *overrides):
-        return trace(small("precision=bf16", *overrides), Shape(rows, accumulation, rows, "cuda")).peak()[0]
+        return traced_once(Shape(rows, accumulation, rows, "cuda"), "precision=bf16", *overrides).peak()[0]
 
-    accumulated = peak(16, 2)
-    assert peak(8, 1) < peak(16, 1) < accumulated and peak(16, 2, "memory=lean") < accumulated
+    accumulated = peak(2, 2)
+    assert peak(1, 1) < peak(2, 1) < accumulated and peak(2, 2, "memory=lean") < accumulated
 
 
 def test_two_traces_are_equal_and_every_freed_storage_was_allocated():
-    cfg = small("precision=bf16")
-    one, two = (trace(cfg, Shape(2, 2, 2, "cuda")) for _ in range(2))
+    one, two = traced_once(CARD, "precision=bf16"), trace(small("precision=bf16"), CARD)
     # autocast 的缓存按地址散列，清空时的次序不定，别的都相同
     assert {p: sorted(e) for p, e in one.events.items()} == {p: sorted(e) for p, e in two.events.items()}
     assert one.events["steady_micro_1"] == two.events["steady_micro_1"] and one.ops == two.ops and one.peak() == two.peak()
@@ -126,7 +135,7 @@ def test_products_are_counted_in_full():
 def test_a_card_is_planned_without_one_and_the_plan_leaves_no_trace():
     cfg = small("precision=bf16")
     before = torch.random.get_rng_state()
-    on_card, on_cpu = (trace(cfg, Shape(2, 1, 2, kind)) for kind in ("cuda", "cpu"))
+    on_card, on_cpu = trace(cfg, Shape(2, device_type="cuda")), traced_once(Shape(2), "precision=bf16")
     # CPU 上短的注意力存概率矩阵，取整的乘积用 fp32：两条路不同
     assert on_card.activations != on_cpu.activations
     assert target.planned() is None and torch.equal(before, torch.random.get_rng_state())
@@ -134,10 +143,11 @@ def test_a_card_is_planned_without_one_and_the_plan_leaves_no_trace():
 
 
 def test_nothing_is_allocated():
-    cfg = make_config("model=gpt2_xl", "model.n_layer=6", "model.vocab_size=50257", "precision=bf16")
-    trace(small(), Shape(1))
+    cfg = make_config("model=gpt2_xl", "model.n_layer=2", "model.vocab_size=50257", "precision=bf16")
+    # 头一次追踪要载入模块
+    traced_once(Shape(2))
     before = psutil.Process().memory_info().rss
-    traced = trace(cfg, Shape(4, 1, 4, "cuda"))
+    traced = trace(cfg, Shape(16, 1, 16, "cuda"))
     assert traced.peak()[0] > 4 * 2**30
     assert psutil.Process().memory_info().rss - before < 100 * 2**20
 
@@ -161,7 +171,7 @@ class Peeking(GPT):
 
 
 def test_a_users_own_model_is_traced_and_one_that_reads_values_is_refused_in_one_line():
-    plain, wide = (trace(small(f"model._target_={name}"), Shape(2)) for name in ("nanogpt.model.GPT", "test_trace.Wide"))
+    plain, wide = traced_once(Shape(2)), traced_once(Shape(2), "model._target_=test_trace.Wide")
     assert wide.weight_bytes - plain.weight_bytes == 32 * 32 * 4 and wide.optimizer_bytes > plain.optimizer_bytes
     with pytest.raises(ConfigError, match="test_trace.Peeking") as error:
         trace(small("model._target_=test_trace.Peeking"), Shape(2))
@@ -169,7 +179,7 @@ def test_a_users_own_model_is_traced_and_one_that_reads_values_is_refused_in_one
 
 
 def test_adapters_are_traced_with_their_own_gradients_only():
-    full, lora = (trace(small("optimizer=adamw", f"finetune={f}"), Shape(2, 2, 2)) for f in ("full", "lora"))
+    full, lora = (traced_once(Shape(2, 2, 2), "optimizer=adamw", *more) for more in ((), ("finetune=lora",)))
     assert lora.optimizer_bytes < full.optimizer_bytes / 3 and lora.weight_bytes > full.weight_bytes
     assert lora.peak()[1]["gradients"] < full.peak()[1]["gradients"] / 3
 

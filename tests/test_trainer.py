@@ -17,7 +17,10 @@ from nanogpt.trainer import share_batch
 def session(overrides, *more, out="outputs/run"):
     from pathlib import Path
 
-    return Session.new(make_config(*overrides, *more, f"out_dir={out}"), Path(out))
+    cfg = make_config(*overrides, *more)
+    # 目录名不经 Hydra：同一组 overrides 只拼一次
+    cfg.out_dir = out
+    return Session.new(cfg, Path(out))
 
 
 def trainer_of(overrides, *more, out="outputs/run"):

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -38,8 +39,10 @@ def fake(code):
 
 
 @pytest.fixture
-def quick(tiny_overrides, in_tmp):
+def quick(tiny_overrides, in_tmp, monkeypatch):
     """Overrides of a trial of a second, in an empty folder."""
+    # 锁放在自己的目录：不等同一台机器上别的试跑
+    monkeypatch.setattr(tempfile, "tempdir", str(in_tmp))
     return [*tiny_overrides, *FIT], in_tmp
 
 

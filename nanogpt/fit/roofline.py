@@ -1,5 +1,6 @@
 """Seconds per step from the work that a trace counted: every operation is bound by products or by memory."""
 
+import functools
 from collections import Counter
 from dataclasses import dataclass
 
@@ -76,8 +77,9 @@ def _measure(budget: Budget) -> tuple[float, float, float, str]:
     return peak, peak, copy_bandwidth(device), "CPU, measured"
 
 
+@functools.cache
 def copy_bandwidth(device) -> float:
-    """GB/s of a large copy, reads and writes counted, the best of a few."""
+    """GB/s of a large copy, reads and writes counted, the best of a few; measured once in a process."""
     import time
 
     import torch
