@@ -78,7 +78,7 @@ def test_traced_activations_are_what_the_real_forward_pass_saves(overrides):
 
 def test_gpt2_124m_needs_what_was_found_for_it_before():
     cfg = make_config("model=gpt2", "model.vocab_size=50257", "precision=bf16", "optimizer=adamw")
-    traced = trace(cfg, Shape(16, 1, 16, "cuda"))
+    traced = trace(cfg, Shape(8, 1, 8, "cuda"))
     assert traced.weight_bytes == pytest.approx(0.498e9, rel=0.01) and traced.optimizer_bytes == pytest.approx(0.995e9, rel=0.01)
     # 5.5 GB 是整块 logits（bf16 加 fp32）也留着的时候；这里分块算，一块也不留
     logits = 8 * 1024 * 50257 * 6
@@ -147,7 +147,7 @@ def test_nothing_is_allocated():
     # 头一次追踪要载入模块
     traced_once(Shape(2))
     before = psutil.Process().memory_info().rss
-    traced = trace(cfg, Shape(16, 1, 16, "cuda"))
+    traced = trace(cfg, Shape(8, 1, 8, "cuda"))
     assert traced.peak()[0] > 4 * 2**30
     assert psutil.Process().memory_info().rss - before < 100 * 2**20
 
@@ -222,3 +222,20 @@ def offloaded(model):
 
 def test_tiny_models_and_single_tokens_are_traced():
     assert trace(make_config(*TINY, "model.vocab_size=3", "model.block_size=1"), Shape(1)).peak()[0] > 0
+
+
+def test_a_trace_does_not_depend_on_the_traces_before_it():
+    # 同一进程里先追踪过 fp32 的权重，bf16 的不能照着它的结果算
+    lean = small("memory=minimal", "batch_size=1")
+    alone = trace(lean, Shape(1, 1, 1, "cuda"))
+    trace(small("precision=fp32"), Shape(1, 1, 1, "cuda"))
+    again = trace(lean, Shape(1, 1, 1, "cuda"))
+    assert alone.peaks() == again.peaks()
+    assert again.weight_bytes < 0.6 * trace(small("precision=bf16"), Shape(1, 1, 1, "cuda")).weight_bytes
+
+
+def test_the_guess_is_close_on_both_sides_of_a_full_chunk_of_logits():
+    cfg = small("model.vocab_size=9000", "memory.loss_chunk_mib=2", "precision=bf16")
+    guess = Estimate(cfg, "cuda")
+    for rows in (1, 4, 24):
+        assert guess.live(rows) == pytest.approx(trace(cfg, Shape(rows, 2, rows, "cuda")).peak()[0], rel=0.07)
