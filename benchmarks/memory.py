@@ -137,7 +137,16 @@ def child(setting: list, cuda: bool) -> dict:
     run_steps(small, torch.device("cpu"))
     before = psutil.Process().memory_info().rss
     run_steps(cfg, torch.device("cpu"))
-    return {"ran": True, "resident": _peak_rss(psutil.Process().memory_info()) - before}
+    return {"ran": True, "resident": peak_resident() - before}
+
+
+def peak_resident() -> int:
+    """Largest resident size of this process so far, bytes."""
+    # ru_maxrss 会带上父进程 fork 时的大小，VmHWM 不会
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    return _peak_rss(psutil.Process().memory_info())
 
 
 def measure(setting: tuple, cuda: bool) -> dict:

@@ -12,6 +12,10 @@ PHRASES = (
 )
 
 
+# 在哪里发生的 -> 屏幕上的说法
+PHASES = {"forward": "oom_in_forward", "update": "oom_in_update", "evaluation": "oom_in_evaluation"}
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """True for torch.OutOfMemoryError, MemoryError and RuntimeErrors that say the same."""
     # 到这里才导入：试跑的父进程只要上面的说法
@@ -26,6 +30,6 @@ class OutOfMemory(ConfigError):  # noqa: N818 - 与 torch.OutOfMemoryError 区�
     """A part of training that cannot be divided further does not fit; `detail` is what the library said."""
 
     def __init__(self, phase: str, *, rows: int, detail: str):
-        """phase: forward | update | evaluation."""
-        super().__init__("oom_final", phase=text(f"oom_in_{phase}"), rows=rows)
+        """phase: one of PHASES."""
+        super().__init__("oom_final", phase=text(PHASES[phase]), rows=rows)
         self.phase, self.rows, self.detail = phase, rows, detail

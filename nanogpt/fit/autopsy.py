@@ -9,7 +9,7 @@ from nanogpt.fit.advice import Advice, changed, presets
 from nanogpt.fit.plan import Plan, Planner
 from nanogpt.fit.show import GIB, table
 from nanogpt.messages import ConfigError, text
-from nanogpt.oom import OutOfMemory
+from nanogpt.oom import PHASES, OutOfMemory
 
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 AMOUNT = r"([\d.]+) (bytes|KiB|MiB|GiB)"
@@ -29,7 +29,7 @@ def wanted_and_free(detail: str) -> tuple[float | None, float | None]:
 def show(error: OutOfMemory, cfg: TrainConfig, console: Console, *, resume: str | None) -> None:
     """Print one screen about the failed step of cfg; `resume` is the run folder when it has a checkpoint."""
     wanted, free = wanted_and_free(error.detail)
-    console.line("oom_title", phase=text(f"oom_in_{error.phase}"), rows=error.rows)
+    console.line("oom_title", phase=text(PHASES[error.phase]), rows=error.rows)
     if wanted is not None:
         console.line("oom_wanted" if free is not None else "oom_wanted_only", wanted=wanted, free=free or 0.0)
     try:
