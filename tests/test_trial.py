@@ -167,6 +167,15 @@ def test_every_ending_is_a_result_in_one_line_and_leaves_no_process(quick, code)
 
 
 @POSIX
+def test_a_child_is_on_its_own_also_under_torchrun(tmp_path, monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "x", "MY_OWN": "kept"}.items():
+        monkeypatch.setenv(name, value)
+    ended = process.run_child({}, tmp_path, timeout_s=30, command=fake("report(**{k: v for k, v in os.environ.items() if k.isupper()})"))
+    assert ended.values["MY_OWN"] == "kept"
+    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & set(ended.values)
+
+
+@POSIX
 def test_grandchildren_go_with_the_child(quick):
     _, folder = quick
     trial(quick, code=f"p = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)']); open({str(folder / 'pid')!r}, 'w').write(str(p.pid))")

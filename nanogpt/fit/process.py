@@ -16,6 +16,10 @@ import psutil
 
 GIB = 2**30
 POLL_S = 0.1
+TORCHRUN = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME",
+    "MASTER_ADDR", "MASTER_PORT",
+)
 # 子进程沿用父进程的 sys.path：run_train.py 旁边自己的模块也找得到
 BOOT = "import json, sys; job = json.loads(sys.stdin.readline()); sys.path[:] = job['path']; from nanogpt.fit.child import run; run(job)"
 CHILD = (sys.executable, "-c", BOOT)
@@ -45,7 +49,7 @@ def run_child(job: dict[str, Any], folder: Path, *, timeout_s: float, command: S
     report.write_bytes(b"")
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+            command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=environment(),
             # 自成一组：Ctrl-C 只到父进程，结束时连同孙进程一起
             **({"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}),
         )
@@ -64,6 +68,13 @@ def run_child(job: dict[str, Any], folder: Path, *, timeout_s: float, command: S
     ended.log = tail
     ended.last_line = next((line.strip() for line in reversed(tail.splitlines()) if line.strip()), "")
     return ended
+
+
+def environment() -> dict[str, str]:
+    """This process's environment for a child that is on its own, also where torchrun started this one."""
+    # 带着 torchrun 的变量，子进程会去等永远不来的伙伴
+    kept = {k: v for k, v in os.environ.items() if k not in TORCHRUN and not k.startswith("TORCHELASTIC_")}
+    return {**kept, "PYTHONIOENCODING": "utf-8"}
 
 
 def _send(process: subprocess.Popen, job: dict[str, Any]) -> None:
