@@ -1,5 +1,6 @@
 """A sweep of trials as a person types it: every job is a result, the exit code tells the truth, an interrupted sweep goes on."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -39,6 +40,15 @@ def remember(overrides, batch_size, **values):
                                            "micro_batch": batch_size, **values}))
 
 
+def running_trials(pid):
+    """The children of a sweep that are trials, and not some passing helper (uname, nvidia-smi)."""
+    found = []
+    for one in psutil.Process(pid).children():
+        with contextlib.suppress(psutil.Error):
+            found += [one] if any("nanogpt.fit.child" in word for word in one.cmdline()) else []
+    return found
+
+
 def trials(folder):
     """trials.jsonl of the newest sweep."""
     newest = sorted(folder.glob("outputs/fit/*/trials.jsonl"))[-1]
@@ -69,8 +79,10 @@ def test_an_interrupted_sweep_goes_on_survives_an_out_of_memory_error_and_a_mist
     process = subprocess.Popen([*RUN, *command], cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
     while "batch_size=2" not in (line := process.stdout.readline()) or "trial" not in line:
         assert process.poll() is None
-    while not (children := psutil.Process(process.pid).children()):
-        time.sleep(0.02)
+    while not (children := running_trials(process.pid)):
+        time.sleep(0.05)
+    # 等父进程进到守候的循环里
+    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command goes on from there" in err and "Traceback" not in err
