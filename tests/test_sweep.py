@@ -76,7 +76,11 @@ def test_an_interrupted_sweep_goes_on_survives_an_out_of_memory_error_and_a_mist
     # 真的子进程只有两个（内存不足的与成功的）；已知的一个慢，最快的是实测的
     remember(overrides, 2, tokens_per_s=0.1)
     command = [*overrides, "batch_size=2,0,8192,1"]
-    process = subprocess.Popen([*RUN, *command], cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    process = subprocess.Popen(
+        [*RUN, *command], cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+        # 测试自己可能在后台运行，那里的 SIGINT 是被忽略的，而且会遗传
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while "batch_size=2" not in (line := process.stdout.readline()) or "trial" not in line:
         assert process.poll() is None
     while not (children := running_trials(process.pid)):
