@@ -88,7 +88,7 @@ def main() -> None:
     if arguments.quick:
         return
     import torch
-    from xl_step import processor
+    from vs_nanogpt import processor
 
     record = {
         "recipe": "experiment=cpu_speedrun", "iters": arguments.iters, "seeds": arguments.seeds, "threads": arguments.threads, "device": processor(),

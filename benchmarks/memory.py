@@ -30,7 +30,7 @@ from nanogpt.build import build_model
 from nanogpt.config import TrainConfig, check
 from nanogpt.fit.plan import Planner
 from nanogpt.fit.trace import Shape, trace
-from nanogpt.metrics import _peak_rss
+from nanogpt.metrics import peak_resident
 from nanogpt.oom import is_out_of_memory
 from nanogpt.precision import Precision
 from nanogpt.sample_config import register_schemas
@@ -138,15 +138,6 @@ def child(setting: list, cuda: bool) -> dict:
     before = psutil.Process().memory_info().rss
     run_steps(cfg, torch.device("cpu"))
     return {"ran": True, "resident": peak_resident() - before}
-
-
-def peak_resident() -> int:
-    """Largest resident size of this process so far, bytes."""
-    # ru_maxrss 会带上父进程 fork 时的大小，VmHWM 不会
-    if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
-    return _peak_rss(psutil.Process().memory_info())
 
 
 def measure(setting: tuple, cuda: bool) -> dict:

@@ -11,7 +11,6 @@ tries the program on a tiny model and writes nothing.
 import argparse
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -25,19 +24,11 @@ RESULTS = ROOT / "benchmarks" / "results" / "xl_step.json"
 RATES = {"adamw": 5e-5, "muon": 5e-4}
 
 
-def processor() -> str:
-    """The processor's name."""
-    if Path("/proc/cpuinfo").is_file():
-        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))[1]
-    return platform.processor() or platform.machine()
-
-
 def peak_gib() -> float:
     """Largest resident memory of this process so far."""
-    import resource
+    from nanogpt.metrics import GIB, peak_resident
 
-    # Linux 给 KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_resident() / GIB
 
 
 def row_of_tokens(length: int, vocab_size: int):
@@ -134,6 +125,8 @@ def main() -> None:
     # 大块直接向系统要、用完就还，免得堆里的碎片也算在上限里；逐块更新的临时量留在堆里，不必反复缺页
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**22)}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, encoding="utf-8", check=False)
+    from vs_nanogpt import processor
+
     settings = {k: getattr(arguments, k) for k in ("model", "limit_gib", "memory", "optimizer", "threads")}
     if done.returncode:
         sys.exit(f"{settings}: the step failed with exit code {done.returncode}")

@@ -3,6 +3,7 @@
 import functools
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import torch
@@ -78,17 +79,21 @@ def memory_gib(device: torch.device) -> dict[str, float]:
             "peak": torch.cuda.max_memory_allocated(device) / GIB,
         }
     info = psutil.Process().memory_info()
-    return {"allocated": info.rss / GIB, "reserved": info.vms / GIB, "peak": _peak_rss(info) / GIB}
+    return {"allocated": info.rss / GIB, "reserved": info.vms / GIB, "peak": peak_resident(info) / GIB}
 
 
-def _peak_rss(info) -> int:
-    """Largest resident size of this process so far, bytes."""
+def peak_resident(info=None) -> int:
+    """Largest resident size of this process so far, bytes; `info` is psutil's memory_info() where it is at hand."""
+    if sys.platform == "linux":
+        # ru_maxrss 会带上父进程 fork 时的大小，VmHWM 不会
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
     if sys.platform == "win32":
-        return info.peak_wset
+        return (info or psutil.Process().memory_info()).peak_wset
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux 以 KiB 计，macOS 以字节计
+    # macOS 以字节计，别的以 KiB 计
     return peak if sys.platform == "darwin" else peak * 1024
 
 

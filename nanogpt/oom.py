@@ -1,5 +1,8 @@
 """Recognising out-of-memory errors, whichever library raised them, and the error that ends a run."""
 
+import contextlib
+from collections.abc import Iterator
+
 from nanogpt.messages import ConfigError, text
 
 # 各库的说法不同：CUDA 分配器、cuBLAS、cuDNN、CPU 分配器
@@ -33,3 +36,14 @@ class OutOfMemory(ConfigError):  # noqa: N818 - 与 torch.OutOfMemoryError 区�
         """phase: one of PHASES."""
         super().__init__("oom_final", phase=text(PHASES[phase]), rows=rows)
         self.phase, self.rows, self.detail = phase, rows, detail
+
+
+@contextlib.contextmanager
+def not_divisible(phase: str, *, rows: int) -> Iterator[None]:
+    """Turn running out of memory inside into OutOfMemory: nothing can be halved there, and nothing repeated."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(phase, rows=rows, detail=str(error)) from None

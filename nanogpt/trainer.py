@@ -17,7 +17,7 @@ from nanogpt.keeping import Progress
 from nanogpt.loggers import Loggers
 from nanogpt.messages import ConfigError
 from nanogpt.metrics import RTX3060_TFLOPS, Stopwatch, memory_gib, peak_tflops
-from nanogpt.oom import OutOfMemory, is_out_of_memory
+from nanogpt.oom import OutOfMemory, is_out_of_memory, not_divisible
 from nanogpt.optimizers import learning_rate_at
 from nanogpt.sampling import sampler
 from nanogpt.step import Step
@@ -102,13 +102,9 @@ class Trainer:
         )
         loss, stop = self._accumulate_until_it_fits(starts)
         distributed.sum_gradients(self.parameters)
-        try:
+        # 更新到一半停下的参数退不回去：不能重做，已存的 checkpoint 还在
+        with not_divisible("update", rows=self.micro_batch):
             norm = self._update(loss)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            # 更新到一半停下的参数退不回去：不能重做，已存的 checkpoint 还在
-            raise OutOfMemory("update", rows=self.micro_batch, detail=str(error)) from None
         self.progress.iteration += 1
         self.progress.samples_seen += self.global_rows
         self.progress.tokens_trained += self.global_rows * self.block_size
@@ -118,12 +114,8 @@ class Trainer:
         """Allocate the optimizer's states once, behind a restore and before the first step."""
         if self.prepared:
             return
-        try:
+        with not_divisible("update", rows=self.micro_batch):
             self.computation.prepare()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise OutOfMemory("update", rows=self.micro_batch, detail=str(error)) from None
         self.prepared = True
 
     def _accumulate_until_it_fits(self, starts: np.ndarray) -> tuple[float, bool]:

@@ -10,6 +10,7 @@ from nanogpt.config import TrainConfig
 from nanogpt.console import Console
 from nanogpt.files import write_text
 from nanogpt.fit import known as known_results
+from nanogpt.fit.budget import GIB
 from nanogpt.fit.plan import Plan, predict
 from nanogpt.fit.trial import TrialResult, run_trial
 from nanogpt.messages import ConfigError
@@ -94,7 +95,7 @@ def choose(cfg: TrainConfig, overrides: list[str], *, processes: int, console: C
     best = fastest(worth_trying(sizes, promising), measure, cfg.trial.margin)
     if best is None:
         smallest = plans.get(sizes[-1]) or predict(trial_config(sizes[-1]), overrides)
-        raise ConfigError("auto_nothing_fits", size=sizes[-1], need=smallest.total / 2**30, budget=smallest.budget.total / 2**30)
+        raise ConfigError("auto_nothing_fits", size=sizes[-1], need=smallest.total / GIB, budget=smallest.budget.total / GIB)
     memory_file.parent.mkdir(parents=True, exist_ok=True)
     write_text(memory_file, json.dumps({"batch_size": best.micro_batch, "tokens_per_s": best.tokens_per_s, "peak_gib": best.held_gib}) + "\n")
     console.line("auto_chosen", batch=best.micro_batch, pieces=math.ceil(rows / best.micro_batch), rows=rows, speed=best.tokens_per_s)

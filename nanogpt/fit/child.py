@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.config import TrainConfig
-from nanogpt.fit.budget import process_bytes
+from nanogpt.fit.budget import GIB, allocator_cap, process_bytes
 from nanogpt.fit.limits import limit_memory
 from nanogpt.fit.result import STEPS_FOR_LOSS
 from nanogpt.messages import ConfigError, set_language, text
 
-GIB = 2**30
 # 够量出采样的峰值，又不花时间
 SAMPLE_TOKENS = 32
 # 预测通常几秒；等不到就不要预测了
@@ -233,13 +232,12 @@ def _free_and_total(device) -> tuple[int, int]:
 
 
 def _budget(cfg: TrainConfig, device_type: str, free: int) -> float:
-    """GiB that tensors may take (CUDA) or that the process may take (CPU)."""
-    hardware = cfg.hardware
+    """GiB that this trial may use, where the planner has not said."""
     if device_type == "cpu":
-        return hardware.ram_gib or free / GIB
+        return cfg.hardware.ram_gib or free / GIB
     # 大卡按小卡的显存封顶时，此刻空闲的也可能更少
-    stated = (hardware.vram_gib or math.inf) - hardware.context_gib - hardware.desktop_gib
-    return min(stated, free / GIB)
+    cap = allocator_cap(cfg.hardware)
+    return (free if cap is None else min(cap, free)) / GIB
 
 
 def _forget_peak() -> None:
@@ -253,13 +251,8 @@ def _forget_peak() -> None:
 
 
 def _peaks(device, torch) -> dict[str, float | None]:
-    from nanogpt.metrics import memory_gib
+    from nanogpt.metrics import peak_resident
 
     if device.type == "cuda":
         return {"peak_gib": torch.cuda.max_memory_allocated(device) / GIB, "reserved_gib": torch.cuda.max_memory_reserved(device) / GIB}
-    if sys.platform == "linux":
-        # ru_maxrss 会带上父进程 fork 时的大小，VmHWM 不会
-        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return {"peak_gib": int(line.split()[1]) * 1024 / GIB}
-    return {"peak_gib": memory_gib(device)["peak"]}
+    return {"peak_gib": peak_resident() / GIB}

@@ -2,7 +2,8 @@
 
 import sys
 
-GIB = 2**30
+from nanogpt.fit.budget import GIB
+
 # Windows：JOBOBJECT_EXTENDED_LIMIT_INFORMATION 的编号与标志（winnt.h）
 EXTENDED_LIMIT_INFORMATION = 9
 LIMIT_PROCESS_MEMORY, LIMIT_KILL_ON_JOB_CLOSE = 0x100, 0x2000

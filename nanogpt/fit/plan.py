@@ -121,7 +121,7 @@ class Planner:
         return None
 
     def estimate(self, cfg: TrainConfig) -> Estimate:
-        """Peak and speed of cfg at any number of rows, from shallow traces; remembered."""
+        """The peak of cfg at any number of rows, from shallow traces; remembered."""
         key = repr((cfg.model, cfg.precision, cfg.memory, cfg.optimizer, cfg.finetune, cfg.eval_batch_size, cfg.global_batch_size))
         if key not in self._estimates:
             self._estimates[key] = Estimate(cfg, self.budget.device_type)

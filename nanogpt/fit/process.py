@@ -14,7 +14,8 @@ from typing import Any
 
 import psutil
 
-GIB = 2**30
+from nanogpt.fit.budget import GIB
+
 POLL_S = 0.1
 TORCHRUN = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME",
