@@ -89,14 +89,18 @@ class _ShortAttention(torch.autograd.Function):
     """softmax(scale * q k^T) v for a short causal context, in two batched products and four backward."""
 
     @staticmethod
-    def forward(ctx, scale, *parts):
+    def forward(ctx, scale, visible, *parts):
         # parts 沿第 2 维拼起来是 q、k、v，(B, T, 3, nh, hs)；拼接与换轴一次做完
         packed = torch.cat([part.permute(2, 0, 3, 1, 4) for part in parts])
         _, B, nh, T, hs = packed.shape
         q, k, v = packed.view(3, B * nh, T, hs)
         mask = torch.full((T, T), float("-inf"), dtype=q.dtype).triu_(1)
         # 缩放与掩码都并进矩阵乘，不再各走一遍内存
-        p = torch.baddbmm(mask, q, k.mT, alpha=scale).softmax(dim=-1)
+        p = torch.baddbmm(mask, q, k.mT, alpha=scale)
+        if visible is not None:
+            # 每行的文章边界不同，只好再走一遍；因果部分已经遮好
+            p.view(B, nh, T, T).masked_fill_(~visible, float("-inf"))
+        p = p.softmax(dim=-1)
         ctx.save_for_backward(q, k, v, p)
         ctx.scale = scale
         ctx.sizes = [part.size(2) for part in parts]
@@ -114,7 +118,7 @@ class _ShortAttention(torch.autograd.Function):
         packed[1].baddbmm_(grad_s.mT, q, beta=0, alpha=ctx.scale)
         torch.bmm(p.mT, grad, out=packed[2])
         grads = packed.view(3, B, nh, T, hs).permute(1, 3, 0, 2, 4).split(ctx.sizes, dim=2)
-        return None, *grads
+        return None, None, *grads
 
 
 class KVCache:
@@ -225,14 +229,14 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, rope=None, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope=None, cache: KVCache | None = None, visible: torch.Tensor | None = None) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         dropout = self.dropout if self.training else 0.0
         short = cache is None and self._is_short(qkv, dropout)
         if short and not self.qk_norm and rope is None:
             # q、k 原样使用时不必先拆开：反向少一次拼接
-            y = _ShortAttention.apply(self.scale, qkv)
+            y = _ShortAttention.apply(self.scale, visible, qkv)
         else:
             # q 与 k 的归一化、旋转完全相同，一起算，调用次数减半
             qk, v = qkv.split((2, 1), dim=2)
@@ -241,7 +245,7 @@ class CausalSelfAttention(nn.Module):
                 qk = rms_norm(qk)
             if rope is not None:
                 qk = rotate(qk, *rope)
-            y = _ShortAttention.apply(self.scale, qk, v) if short else self._attend(qk, v, cache, dropout)
+            y = _ShortAttention.apply(self.scale, visible, qk, v) if short else self._attend(qk, v, cache, dropout, visible)
         # (B, nh, T, hs) -> (B, T, C)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
@@ -253,14 +257,14 @@ class CausalSelfAttention(nn.Module):
         on_cpu = target.device_type(qkv) == "cpu" and qkv.dtype in (torch.float32, torch.float64)
         return on_cpu and not dropout and qkv.size(1) <= SHORT_CONTEXT and not torch.compiler.is_compiling()
 
-    def _attend(self, qk: torch.Tensor, v: torch.Tensor, cache: KVCache | None, dropout: float) -> torch.Tensor:
+    def _attend(self, qk: torch.Tensor, v: torch.Tensor, cache: KVCache | None, dropout: float, visible: torch.Tensor | None) -> torch.Tensor:
         """Scaled dot-product attention through PyTorch's kernel, (B, nh, T, hs)."""
         T = qk.size(1)
         q, k, v = (t.transpose(1, 2) for t in (*qk.unbind(2), v.squeeze(2)))
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         # 单 token 续写时自己的每个 key 都可见；整段预填充才是因果的
-        mask = cache.mask if cache is not None else None
+        mask = cache.mask if cache is not None else visible
         if cache is not None and 1 < T < k.size(2):
             mask = torch.ones(T, k.size(2), dtype=torch.bool, device=qk.device).tril(k.size(2) - T)
         return F.scaled_dot_product_attention(

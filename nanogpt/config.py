@@ -61,6 +61,8 @@ class ModelConfig:
     ngrams: list[int] = field(default_factory=lambda: [2, 3, 4, 5])
     """Sizes n of the hashed n-gram embeddings, for example [2, 3]."""
     ngram_buckets: int = 16384
+    separator: int | None = None
+    """Id that begins every document and ends the one before; set from the data. None: the text runs on."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Settings of a model class of the user's own."""
 
@@ -196,6 +198,8 @@ class TrainConfig:
     save_interval: int | None = None
     keep: int = 2
     max_nonfinite_steps: int = 10
+    label_dropout: float = 0.1
+    """Probability that a training document loses its labels."""
     sample_tokens: int = 300
     sample_prompt: str | None = None
     sample_temperature: float = 0.8
@@ -240,6 +244,7 @@ RANGES = {
     "lr_decay_iters": (1, None),
     "decay_fraction": (0, 1),
     "grad_clip": (0, None),
+    "label_dropout": (0, 1),
     "eval_interval": (1, None),
     "eval_tokens": (1, None),
     "eval_batch_size": (1, None),

@@ -162,23 +162,34 @@ def write_dataset(folder: Path, *, name: str, source: str, tokenizer, train: Ite
 def write_tagged(folder: Path, *, name: str, source: str, tokenizer, stream: Iterable[tuple[str, np.ndarray]]) -> Path:
     """Like write_dataset, from one stream of (split, ids): nothing has to be held or read twice."""
     with folder_aside(folder) as aside:
-        writers = {split: TokenWriter(aside / f"{split}.bin", tokenizer.vocab_size) for split in ("train", "val")}
-        try:
-            for split, ids in stream:
-                writers[split].write(ids)
-        finally:
-            for writer in writers.values():
-                writer.close()
-        tokenizers.save(tokenizer, aside / "tokenizer.json")
-        meta = {
-            "format": FORMAT, "name": name, "source": source, "tokenizer": tokenizer.kind,
-            "vocab_size": tokenizer.vocab_size, "dtype": str(writers["train"].dtype),
-            "tokens": {split: writer.count for split, writer in writers.items()},
-            "sha256": {file: sha256(aside / file) for file in ("train.bin", "val.bin", "tokenizer.json")},
-        }
-        write_text(aside / "meta.json", json.dumps(meta, indent=2, ensure_ascii=False))
+        dtype, counts = write_tokens(aside, tokenizer, stream)
+        meta = write_meta(aside, name=name, source=source, tokenizer=tokenizer, dtype=dtype, tokens=counts)
     say("prepared", name=name, train=meta["tokens"]["train"], val=meta["tokens"]["val"], vocab=tokenizer.vocab_size, path=folder)
     return folder
+
+
+def write_tokens(folder: Path, tokenizer, stream: Iterable[tuple[str, np.ndarray]]) -> tuple[np.dtype, dict[str, int]]:
+    """Write train.bin and val.bin from one stream of (split, ids); return their number format and lengths."""
+    writers = {split: TokenWriter(folder / f"{split}.bin", tokenizer.vocab_size) for split in ("train", "val")}
+    try:
+        for split, ids in stream:
+            writers[split].write(ids)
+    finally:
+        for writer in writers.values():
+            writer.close()
+    return writers["train"].dtype, {split: writer.count for split, writer in writers.items()}
+
+
+def write_meta(folder: Path, *, name: str, source: str, tokenizer, dtype: np.dtype, tokens: dict[str, int], **more) -> dict:
+    """Write tokenizer.json, and meta.json with the SHA-256 of every file in the folder; return the latter."""
+    tokenizers.save(tokenizer, folder / "tokenizer.json")
+    meta = {
+        "format": FORMAT, "name": name, "source": source, "tokenizer": tokenizer.kind,
+        "vocab_size": tokenizer.vocab_size, "dtype": str(dtype), "tokens": tokens, **more,
+        "sha256": {file.name: sha256(file) for file in sorted(folder.iterdir())},
+    }
+    write_text(folder / "meta.json", json.dumps(meta, indent=2, ensure_ascii=False))
+    return meta
 
 
 def split_by_length(stream: Iterable[np.ndarray], train_tokens: int) -> Iterator[tuple[str, np.ndarray]]:

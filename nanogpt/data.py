@@ -20,12 +20,32 @@ from nanogpt.messages import ConfigError
 SPLITS = ("train", "val")
 
 
+def read_meta(folder: Path) -> dict:
+    """meta.json of a prepared folder; ConfigError where there is none that fits."""
+    path = folder / "meta.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        if meta["format"] > FORMAT:
+            raise ConfigError("newer_format", file=path, got=meta["format"], want=FORMAT)
+        # 文件名只能是同一个文件夹里的
+        assert set(meta["sha256"]) >= {"train.bin", "val.bin", "tokenizer.json"} and all(Path(f).name == f for f in meta["sha256"])
+        assert set(meta["tokens"]) == set(SPLITS) and meta["dtype"] in ("uint8", "uint16", "uint32")
+        return meta
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ConfigError("not_a_dataset", path=folder, reason=f"{type(error).__name__}") from None
+
+
 class TokenData:
     """A data set folder opened for reading; refuses files that differ from their meta.json."""
 
+    separator: int | None = None
+    """Id between documents; None: the text runs on."""
+
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.meta = self._read_meta()
+        self.meta = read_meta(self.folder)
         for file, expected in self.meta["sha256"].items():
             self._verify(self.folder / file, expected)
         self.name: str = self.meta["name"]
@@ -39,24 +59,10 @@ class TokenData:
         }
         self._epoch: tuple[int, int, np.ndarray] | None = None
 
-    def _read_meta(self) -> dict:
-        path = self.folder / "meta.json"
-        try:
-            meta = json.loads(path.read_text(encoding="utf-8"))
-            if meta["format"] > FORMAT:
-                raise ConfigError("newer_format", file=path, got=meta["format"], want=FORMAT)
-            assert set(meta["sha256"]) == {"train.bin", "val.bin", "tokenizer.json"}
-            assert set(meta["tokens"]) == set(SPLITS) and meta["dtype"] in ("uint8", "uint16", "uint32")
-            return meta
-        except ConfigError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-            raise ConfigError("not_a_dataset", path=self.folder, reason=f"{type(error).__name__}") from None
-
     def _verify(self, path: Path, expected: str) -> None:
         if not path.is_file():
             raise ConfigError("damaged_dataset", path=path, reason="missing", folder=self.folder)
-        if path.suffix == ".bin":
+        if path.stem in SPLITS and path.suffix == ".bin":
             wanted = self.meta["tokens"][path.stem] * np.dtype(self.meta["dtype"]).itemsize
             if path.stat().st_size != wanted:
                 raise ConfigError("damaged_dataset", path=path, reason=f"{path.stat().st_size} bytes, not {wanted}", folder=self.folder)
@@ -76,6 +82,10 @@ class TokenData:
             limit = count // 2 if split == "train" else count - 1
             if block_size > limit or count < need:
                 raise ConfigError("block_too_long", got=block_size, split=split, tokens=count, limit=max(limit, 0))
+
+    def targets(self, starts: np.ndarray, block_size: int) -> np.ndarray:
+        """How many targets each training sample has, (len(starts),)."""
+        return np.full(len(starts), block_size, dtype=np.int64)
 
     def starts(self, seed: int, first: int, count: int, block_size: int) -> np.ndarray:
         """Offsets (count,) in train.bin of samples first … first + count - 1.
@@ -123,10 +133,11 @@ class TokenData:
 def copy_dataset(source: Path, target: Path) -> None:
     """Copy a prepared folder into a run folder, whole or not at all."""
     with folder_aside(target) as aside:
-        for file in ("train.bin", "val.bin", "tokenizer.json", "meta.json"):
+        meta = json.loads((source / "meta.json").read_text(encoding="utf-8"))
+        for file in (*meta["sha256"], "meta.json"):
             shutil.copyfile(source / file, aside / file)
 
 
 def dataset_bytes(folder: Path) -> int:
     """Size of a prepared folder's files."""
-    return sum(os.path.getsize(folder / f"{split}.bin") for split in SPLITS)
+    return sum(os.path.getsize(file) for file in folder.iterdir() if file.is_file())

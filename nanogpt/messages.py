@@ -198,6 +198,22 @@ MESSAGES = {
         "{path} does not match its meta.json ({reason}); delete the folder {folder} and start again to prepare it anew",
         "{path} 与 meta.json 不符（{reason}）；删除文件夹 {folder} 后重新运行即可重新准备",
     ),
+    "block_too_short": (
+        "model.block_size={got} leaves hardly any room behind the labels; choose model.block_size>={want}",
+        "model.block_size={got} 放下标签后几乎没有余地；请用 model.block_size>={want}",
+    ),
+    "no_documents": (
+        "{path} has no documents for {split}; give more texts or a larger part for it",
+        "{path} 里没有{split}用的文章；请多给文本，或调大它的份额",
+    ),
+    "documents_need_end": (
+        "dataset: documents need a vocabulary with an end of text, this one ({kind}) has none; choose dataset.tokenizer=char, byte, gpt2 or bpe",
+        "dataset：成篇的数据需要带结束符的词表，这个（{kind}）没有；请用 dataset.tokenizer=char、byte、gpt2 或 bpe",
+    ),
+    "prepared_documents": (
+        "{name}: {train:,} documents for training ({tokens:,} tokens), {val:,} for validation, vocabulary {vocab} -> {path}",
+        "{name}：训练 {train:,} 篇（{tokens:,} 个 token），验证 {val:,} 篇，词表 {vocab} -> {path}",
+    ),
     "block_too_long": (
         "model.block_size={got} is longer than the {split} split ({tokens} tokens); choose model.block_size<={limit} or give more text",
         "model.block_size={got} 比 {split} 数据（{tokens} 个 token）还长；请用 model.block_size<={limit} 或提供更多文本",

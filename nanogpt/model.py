@@ -81,8 +81,10 @@ class Block(nn.Module):
         self.ln_2 = Norm(config)
         self.mlp = mlp
 
-    def forward(self, x: torch.Tensor, rope=None, cache: KVCache | None = None) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), rope, cache)
+    def forward(self, x: torch.Tensor, rope=None, cache: KVCache | None = None, visible: torch.Tensor | None = None) -> torch.Tensor:
+        # 只有成篇的数据才有 visible：使用者自己的注意力不必认识它
+        seen = {} if visible is None else {"visible": visible}
+        x = x + self.attn(self.ln_1(x), rope, cache, **seen)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -100,8 +102,11 @@ class NgramEmbedding(nn.Module):
         self.multiplier = config.vocab_size + 1 if distinct <= config.ngram_buckets else 1000003
         self.table = nn.Embedding(min(distinct, config.ngram_buckets), config.n_embd)
 
-    def forward(self, idx: torch.Tensor, history: torch.Tensor | None = None) -> torch.Tensor:
-        """history (B, >= n - 1) holds the ids before idx, -1 where there are none."""
+    def forward(self, idx: torch.Tensor, history: torch.Tensor | None = None, inside: torch.Tensor | None = None) -> torch.Tensor:
+        """history (B, >= n - 1) holds the ids before idx, -1 where there are none.
+
+        inside (B, T) says how many ids before each one belong to the same document; None: all of them.
+        """
         T = idx.size(1)
         if history is None:
             history = idx.new_full((), -1).expand(idx.size(0), self.n - 1)
@@ -111,8 +116,12 @@ class NgramEmbedding(nn.Module):
         key = padded[:, padded.size(1) - T :]
         for back in range(1, self.n):
             start = padded.size(1) - T - back
+            before = padded[:, start : start + T]
+            if inside is not None:
+                # 别的文章的字与没有前文一样，都是 0
+                before = before * (inside >= back)
             # int64 溢出时自然回绕，不影响哈希
-            key = key * self.multiplier + padded[:, start : start + T]
+            key = key * self.multiplier + before
         return self.table(key % self.table.num_embeddings)
 
 
@@ -164,7 +173,7 @@ class GPT(nn.Module):
         self.reset_parameters()
 
     def make_attention(self, layer: int) -> nn.Module:
-        """Build the attention of block `layer`; called as attn(x, rope, cache)."""
+        """Build the attention of block `layer`; called as attn(x, rope, cache), and with visible= for data of documents."""
         return CausalSelfAttention(self.config, layer)
 
     def make_mlp(self, layer: int) -> nn.Module:
@@ -215,24 +224,43 @@ class GPT(nn.Module):
         T = idx.size(1)
         assert T <= self.config.block_size, f"{T} positions do not fit block_size={self.config.block_size}"
         at = cache.begin(T) if cache is not None else slice(0, T)
+        inside = self.inside(idx) if cache is None else None
         x = self.wte(idx)
         if self.wpe is not None:
-            x = x + self.wpe.weight[at]
+            # 每篇文章的位置从 0 数起，与单独写它时一样
+            x = x + self.wpe.weight[at if inside is None else inside]
         if self.ngrams:
             history = cache.recent(max(self.config.ngrams) - 1) if cache is not None else None
             for ngram in self.ngrams:
-                x = x + ngram(idx, history)
+                x = x + ngram(idx, history, inside)
         if self.config.embed_norm:
             x = rms_norm(x)
         return self.drop(x)
 
+    def inside(self, idx: torch.Tensor) -> torch.Tensor | None:
+        """How many ids of the same document stand before each id of idx, (B, T); None where text runs on."""
+        if self.config.separator is None:
+            return None
+        at = torch.arange(idx.size(1), device=idx.device).expand_as(idx)
+        # 最近一个分隔符的位置；行首之前视为 0，接着上一行写的文章从 0 数起
+        return at - torch.where(idx == self.config.separator, at, 0).cummax(dim=1).values
+
+    def visible(self, idx: torch.Tensor) -> torch.Tensor | None:
+        """Which positions each position attends to, (B, 1, T, T) bool: earlier ones of its own document; None: all earlier ones."""
+        if self.config.separator is None:
+            return None
+        document = (idx == self.config.separator).cumsum(dim=1)
+        return (document[:, :, None] == document[:, None, :]).tril_()[:, None]
+
     def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """Return the normalised last hidden state (B, T, C)."""
+        """Return the normalised last hidden state (B, T, C); documents packed into one row do not see each other."""
         x = self.embed(idx, cache)
+        # 写作时一行只有一篇
+        visible = self.visible(idx) if cache is None else None
         at = cache.position if cache is not None else slice(0, idx.size(1))
         rope = (self.rope_cos[at], self.rope_sin[at]) if self.config.position == "rope" else None
         for layer, block in enumerate(self.h):
-            x = run_block(self, layer, block, x, rope, cache)
+            x = run_block(self, layer, block, x, rope, cache, visible)
         if cache is not None:
             cache.advance(idx)
         return self.ln_f(x)
@@ -258,12 +286,15 @@ class GPT(nn.Module):
         return self.logits(self.hidden(idx, cache))
 
     def loss(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the mean cross-entropy in nats, shape (), computed in chunks of tokens."""
+        """Return the mean cross-entropy in nats, shape (), computed in chunks of tokens.
+
+        With data of documents, targets of -1 (labels, unfilled ends of rows) do not count.
+        """
         # 只编译训练用的这一条路；逐 token 解码的形状每步都变，编译反而慢
         hidden = self.compiled_hidden or self.hidden
         return chunked_cross_entropy(
             hidden(idx), self.lm_head.weight, targets,
-            softcap=self.config.logit_softcap, chunk_mib=self.loss_chunk_mib,
+            softcap=self.config.logit_softcap, chunk_mib=self.loss_chunk_mib, ignoring=self.config.separator is not None,
         )
 
     def parameter_count(self) -> int:

@@ -100,8 +100,9 @@ def adapted(pretrained: Pretrained, wanted: ModelConfig, typed: set[str], named:
 def check_vocabulary(pretrained: Pretrained, other: Tokenizer, named: str) -> None:
     """Refuse data whose ids mean something else than the model's."""
     own = pretrained.tokenizer
-    # 名字不影响 id
-    if {**own.to_dict(), "name": ""} != {**other.to_dict(), "name": ""}:
+    # 名字不影响 id；标签是别的数据的也没关系
+    ignored = {"name": "", "labels": {}}
+    if own.to_dict() | ignored != other.to_dict() | ignored:
         raise ConfigError(
             "init_from_tokenizer", named=named, want=own.vocab_size, want_kind=own.kind, got=other.vocab_size, got_kind=other.kind
         )

@@ -18,19 +18,19 @@ ATTENTION = [
 ]
 
 
-def run_block(model, layer: int, block, x: torch.Tensor, rope, cache) -> torch.Tensor:
-    """block(x, rope, cache), with its activations kept as model.activation_checkpointing says."""
+def run_block(model, layer: int, block, x: torch.Tensor, rope, cache, visible=None) -> torch.Tensor:
+    """block(x, rope, cache, visible), with its activations kept as model.activation_checkpointing says."""
     mode = model.activation_checkpointing
     if mode == "none" or not (model.training and torch.is_grad_enabled()):
-        return block(x, rope, cache)
+        return block(x, rope, cache, visible)
     # 保留靠后的 block：反向最先用到，用完就释放，不与前面的重算同时占内存
     if mode == "budget" and layer >= len(model.h) - model.kept_blocks:
-        return block(x, rope, cache)
+        return block(x, rope, cache, visible)
     # 只留每个 block 的输入，反向时重算一遍：以约三成时间换激活显存
     contexts = _selective(model.config.dropout) if mode == "selective" else _nothing
     if model.recompute_context is not contextlib.nullcontext:
         contexts = functools.partial(_second_in, model.recompute_context, contexts)
-    return checkpoint(block, x, rope, use_reentrant=False, **({} if contexts is _nothing else {"context_fn": contexts}))
+    return checkpoint(block, x, rope, None, visible, use_reentrant=False, **({} if contexts is _nothing else {"context_fn": contexts}))
 
 
 def _nothing() -> tuple:
@@ -82,11 +82,13 @@ def fit_budget(model, rows: int, budget_mib: int, context) -> None:
     T = c.block_size
     x = torch.zeros(rows, T, c.n_embd, dtype=model.dtype, device=model.device, requires_grad=True)
     rope = (model.rope_cos[:T], model.rope_sin[:T]) if c.position == "rope" else None
-    fixed = [*model.parameters(), *model.buffers()]
+    # 哪些位置互相看得见由各 block 共用，不算在哪一个头上
+    visible = model.visible(torch.zeros(rows, T, dtype=torch.long, device=model.device))
+    fixed = [*model.parameters(), *model.buffers(), *([] if visible is None else [visible])]
     was_training = model.training
     model.train()
     with context(), torch.enable_grad():
-        whole = saved_bytes(lambda: model.h[0](x, rope, None), fixed)
+        whole = saved_bytes(lambda: model.h[0](x, rope, None, visible), fixed)
     model.train(was_training)
     inputs = x.nbytes
     spare = budget_mib * 2**20 - len(model.h) * inputs

@@ -14,6 +14,7 @@ from nanogpt.build import build_model, build_part
 from nanogpt.config import TrainConfig, check
 from nanogpt.console import Console
 from nanogpt.data import TokenData, copy_dataset, dataset_bytes
+from nanogpt.documents import open_data
 from nanogpt.files import write_text
 from nanogpt.loggers import JsonlLogger, Loggers
 from nanogpt.lora import add_adapters
@@ -86,7 +87,7 @@ class Session:
         bundled = self.run_dir / "data"
         if self.source and (bundled / "meta.json").is_file() and not self.other_data:
             # 运行目录自带数据：拷到别的机器上也能接着训
-            return TokenData(bundled)
+            return open_data(bundled, self.cfg.label_dropout)
         options = {k: v for k, v in self.cfg.dataset.items() if k not in ("name", "dir")}
         if options.get("tokenizer") == "auto" and self.cfg.init_from:
             # 微调沿用模型自己的词表；续训时它在运行目录里
@@ -94,13 +95,15 @@ class Session:
         folder = None
         if distributed.rank() == 0:
             folder = corpus.prepare(self.cfg.dataset["name"], self.cfg.dataset["dir"], options)
-        return TokenData(distributed.broadcast(folder))
+        return open_data(distributed.broadcast(folder), self.cfg.label_dropout)
 
     def _check_against_data(self) -> None:
         model, data = self.cfg.model, self.data
         if self.pretrained:
             check_vocabulary(self.pretrained, data.tokenizer, self.cfg.init_from)
         data.check_block_size(model.block_size)
+        # 文章之间不互相看：由数据决定，不由人写
+        model.separator = data.separator
         if model.vocab_size is None:
             model.vocab_size = data.vocab_size
         elif model.vocab_size < data.vocab_size:
@@ -194,7 +197,7 @@ class Session:
         )
         line("peak", source=trainer.peak_source, tflops=trainer.peak)
         evaluated = sum(length for _, length in trainer.windows)
-        line("eval_part", tokens=evaluated, total=len(self.data.tokens["val"]) - 1)
+        line("eval_part", tokens=evaluated, total=sum(length for _, length in self.data.val_windows(trainer.block_size, None)))
 
     def _autopsy(self, error: OutOfMemory, *, has_checkpoint: bool) -> None:
         """One screen about what did not fit and what to type instead."""

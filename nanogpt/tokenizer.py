@@ -1,4 +1,8 @@
-"""Text <-> token ids: characters, bytes, byte-pair encoding, or what the tokenizers library reads; saved as json."""
+"""Text <-> token ids: characters, bytes, byte-pair encoding, or what the tokenizers library reads; saved as json.
+
+A vocabulary may have special tokens: <|endoftext|>, and labels such as <|style:宋词|> (with_labels). encode never gives
+them; in the text of a character or byte vocabulary they leave nothing.
+"""
 
 import base64
 import codecs
@@ -18,6 +22,12 @@ KINDS = ("char", "byte", "gpt2", "auto")
 # GPT-2 的预切分规则：缩写、词、数字、标点、空白（Radford et al. 2019 的公开实现）
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 END_OF_TEXT = "<|endoftext|>"
+# 文章可以有的标签种类
+LABEL_KINDS = ("style", "emotion")
+# 标签 token 的写法；由它也能从别人保存的词表里认出标签
+LABEL = re.compile(rf"<\|({'|'.join(LABEL_KINDS)}):(.+)\|>")
+# 标签：种类 -> 名字 -> 代表它的 id
+Labels = dict[str, dict[str, tuple[int, ...]]]
 # 汉字与全角标点
 CJK = "[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef]"
 
@@ -68,11 +78,14 @@ class CharTokenizer:
     """One token per Unicode character of the training text, in code-point order."""
 
     kind = "char"
-    end_of_text: int | None = None
 
-    def __init__(self, characters: str):
+    def __init__(self, characters: str, special: tuple[str, ...] = ()):
         self.characters = characters
-        self.vocab_size = len(characters)
+        # 特殊 token 排在字符之后：加了它们，字符的 id 不变
+        self.special = {word: len(characters) + i for i, word in enumerate(special)}
+        self.vocab_size = len(characters) + len(special)
+        self.end_of_text = self.special.get(END_OF_TEXT)
+        self.labels: Labels = {}
         codes = np.array([ord(c) for c in characters], dtype=np.uint32)
         # 查表向量化：码点 -> id，百万字以毫秒计
         self._table = np.full(int(codes.max(initial=0)) + 1, -1, dtype=np.int64)
@@ -91,22 +104,27 @@ class CharTokenizer:
         return ids
 
     def decode(self, ids) -> str:
-        return "".join(self.characters[i] for i in ids)
+        # 切片而不是下标：特殊 token 得到空串
+        return "".join(self.characters[i : i + 1] for i in ids)
 
     def stream(self) -> TextStream:
         """Decodes ids one by one."""
-        return TextStream(lambda token: self.characters[token].encode("utf-8", errors="replace"))
+        return TextStream(lambda token: self.characters[token : token + 1].encode("utf-8", errors="replace"))
 
     def to_dict(self) -> dict:
-        return {"kind": self.kind, "characters": self.characters}
+        return {"kind": self.kind, "characters": self.characters, **_described(self)}
 
 
 class ByteTokenizer:
     """One token per UTF-8 byte: any text, 256 tokens."""
 
     kind = "byte"
-    vocab_size = 256
-    end_of_text: int | None = None
+
+    def __init__(self, special: tuple[str, ...] = ()):
+        self.special = {word: 256 + i for i, word in enumerate(special)}
+        self.vocab_size = 256 + len(special)
+        self.end_of_text = self.special.get(END_OF_TEXT)
+        self.labels: Labels = {}
 
     def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
         """Ids of a text, shape (n,); there are no unknown characters."""
@@ -114,14 +132,14 @@ class ByteTokenizer:
 
     def decode(self, ids) -> str:
         # 截断在半个汉字处时用 U+FFFD 表示，而不是报错
-        return bytes(int(i) for i in ids).decode("utf-8", errors="replace")
+        return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
 
     def stream(self) -> TextStream:
         """Decodes ids one by one."""
-        return TextStream(lambda token: bytes((token,)))
+        return TextStream(lambda token: bytes((token,)) if token < 256 else b"")
 
     def to_dict(self) -> dict:
-        return {"kind": self.kind}
+        return {"kind": self.kind, **_described(self)}
 
 
 class BPETokenizer:
@@ -137,6 +155,7 @@ class BPETokenizer:
         self.vocab_size = self._encoding.n_vocab
         self._end_word = end_of_text
         self.end_of_text = special.get(end_of_text)
+        self.labels: Labels = {}
 
     def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
         """Ids of a text, shape (n,); the words of special tokens are ordinary text, and there are no unknown characters."""
@@ -166,7 +185,7 @@ class BPETokenizer:
         ranked: list[str | None] = [None] * (max(self.ranks.values()) + 1)
         for token, rank in self.ranks.items():
             ranked[rank] = base64.b64encode(token).decode("ascii")
-        saved = {"kind": self.kind, "name": self.name, "pattern": self.pattern, "special": self.special, "ranks": ranked}
+        saved = {"kind": self.kind, "name": self.name, "pattern": self.pattern, "special": self.special, "ranks": ranked, **_labels_of(self)}
         return saved if self._end_word == END_OF_TEXT else {**saved, "end_of_text": self._end_word}
 
 
@@ -188,6 +207,7 @@ class LibraryTokenizer:
         # 词表里的空号也占 embedding 的一行
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.end_of_text = None if end_of_text is None else self._tokenizer.token_to_id(end_of_text)
+        self.labels: Labels = {}
 
     def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
         """Ids of a text, shape (n,), without the marks that some tokenizers add at both ends."""
@@ -203,10 +223,74 @@ class LibraryTokenizer:
         return WindowStream(self.decode)
 
     def to_dict(self) -> dict:
-        return {"kind": self.kind, "tokenizers": self.description, "end_of_text": self._end_word}
+        return {"kind": self.kind, "tokenizers": self.description, "end_of_text": self._end_word, **_labels_of(self)}
 
 
 Tokenizer = CharTokenizer | ByteTokenizer | BPETokenizer | LibraryTokenizer
+
+
+def _labels_of(tokenizer: Tokenizer) -> dict:
+    return {"labels": tokenizer.labels} if tokenizer.labels else {}
+
+
+def _described(tokenizer: CharTokenizer | ByteTokenizer) -> dict:
+    return ({"special": list(tokenizer.special)} if tokenizer.special else {}) | _labels_of(tokenizer)
+
+
+# ---- 标签 ----
+
+
+def label_word(kind: str, name: str) -> str:
+    """The special token that stands for a label, for example <|style:宋词|>."""
+    return f"<|{kind}:{name}|>"
+
+
+def with_labels(tokenizer: Tokenizer, names: dict[str, list[str]], *, grow: bool) -> Tokenizer:
+    """The tokenizer with an end of text and with `labels` for all names of each kind.
+
+    A new vocabulary grows by one special token each; where it must keep its size (grow=False, the vocabulary of a
+    pretrained model), a label that it lacks is its word as ordinary text.
+    """
+    if grow:
+        words = [END_OF_TEXT, *(label_word(kind, name) for kind, listed in names.items() for name in listed)]
+        tokenizer = _grown(tokenizer, words)
+    else:
+        # 另做一个：模型自己的词表不因这份数据而变
+        tokenizer = from_dict({**tokenizer.to_dict(), "labels": {}})
+    if tokenizer.end_of_text is None:
+        raise ConfigError("documents_need_end", kind=tokenizer.kind)
+    special = getattr(tokenizer, "special", {})
+    for kind, listed in names.items():
+        words = {name: label_word(kind, name) for name in listed}
+        tokenizer.labels[kind] = {
+            name: (special[word],) if word in special else tuple(tokenizer.encode(word).tolist()) for name, word in words.items()
+        }
+    return tokenizer
+
+
+def _grown(tokenizer: Tokenizer, words: list[str]) -> Tokenizer:
+    """A new tokenizer with these special tokens behind the ids that there are."""
+    special = list(dict.fromkeys([*tokenizer.special, *words]))
+    if isinstance(tokenizer, CharTokenizer):
+        return CharTokenizer(tokenizer.characters, tuple(special))
+    if isinstance(tokenizer, ByteTokenizer):
+        return ByteTokenizer(tuple(special))
+    assert isinstance(tokenizer, BPETokenizer), "only vocabularies of our own grow"
+    first = tokenizer.vocab_size
+    new = {word: first + i for i, word in enumerate(w for w in special if w not in tokenizer.special)}
+    return BPETokenizer(tokenizer.name, tokenizer.pattern, tokenizer.ranks, {**tokenizer.special, **new})
+
+
+def labels_in(special: dict[str, int]) -> Labels:
+    """The labels among the words of special tokens."""
+    found: Labels = {}
+    for word, token in special.items():
+        if match := LABEL.fullmatch(word):
+            found.setdefault(match[1], {})[match[2]] = (token,)
+    return found
+
+
+# ---- 读写 ----
 
 
 def gpt2_tokenizer() -> BPETokenizer:
@@ -221,10 +305,18 @@ def gpt2_tokenizer() -> BPETokenizer:
 
 def from_dict(saved: dict) -> Tokenizer:
     """The tokenizer that to_dict described."""
+    tokenizer = _from_dict(saved)
+    tokenizer.labels = {
+        str(kind): {str(name): tuple(int(i) for i in ids) for name, ids in listed.items()} for kind, listed in saved.get("labels", {}).items()
+    }
+    return tokenizer
+
+
+def _from_dict(saved: dict) -> Tokenizer:
     if saved["kind"] == "char":
-        return CharTokenizer(saved["characters"])
+        return CharTokenizer(saved["characters"], tuple(saved.get("special", ())))
     if saved["kind"] == "byte":
-        return ByteTokenizer()
+        return ByteTokenizer(tuple(saved.get("special", ())))
     if saved["kind"] == "bpe":
         ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved["ranks"]) if token is not None}
         return BPETokenizer(saved["name"], saved["pattern"], ranks, saved["special"], saved.get("end_of_text", END_OF_TEXT))

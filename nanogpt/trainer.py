@@ -97,10 +97,11 @@ class Trainer:
         rate = learning_rate_at(self.progress.iteration, self.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
-        starts = self.data.starts(
-            self.cfg.seed, self.progress.samples_seen + distributed.rank() * self.local_rows, self.local_rows, self.block_size
-        )
-        loss, stop = self._accumulate_until_it_fits(starts)
+        starts = self.data.starts(self.cfg.seed, self.progress.samples_seen, self.global_rows, self.block_size)
+        targets = self.data.targets(starts, self.block_size)
+        # 装箱的行填得有多有少：每行按它的目标数计权，切成多少微批、几个进程，梯度都相同
+        mine = slice(distributed.rank() * self.local_rows, (distributed.rank() + 1) * self.local_rows)
+        loss, stop = self._accumulate_until_it_fits(starts[mine], targets[mine], int(targets.sum()))
         distributed.sum_gradients(self.parameters)
         # 更新到一半停下的参数退不回去：不能重做，已存的 checkpoint 还在
         with not_divisible("update", rows=self.micro_batch):
@@ -118,12 +119,15 @@ class Trainer:
             self.computation.prepare()
         self.prepared = True
 
-    def _accumulate_until_it_fits(self, starts: np.ndarray) -> tuple[float, bool]:
-        """Accumulate gradients over rows `starts`; return (mean loss over all processes, stop requested anywhere)."""
+    def _accumulate_until_it_fits(self, starts: np.ndarray, targets: np.ndarray, total: int) -> tuple[float, bool]:
+        """Accumulate gradients over rows `starts` with so many targets each, of `total` in the step.
+
+        Returns (mean loss over all processes, stop requested anywhere).
+        """
         while True:
             failed, detail = False, ""
             try:
-                loss = self._accumulate(starts)
+                loss = self._accumulate(starts, targets, total)
             except Exception as error:
                 # 只接住显存不足，其余原样抛出
                 if not is_out_of_memory(error):
@@ -137,17 +141,17 @@ class Trainer:
                 return loss, stop
             self._shrink(detail)
 
-    def _accumulate(self, starts: np.ndarray) -> torch.Tensor:
+    def _accumulate(self, starts: np.ndarray, targets: np.ndarray, total: int) -> torch.Tensor:
         """Forward and backward over all rows in micro-batches; return this process's share of the mean loss."""
         # 每步由 (seed, iteration, rank) 重新播种：续训、重做都得到同样的 dropout，不必保存随机状态
         torch.manual_seed(((self.cfg.seed * 1_000_003 + self.progress.iteration) * 1009 + distributed.rank()) % 2**63)
         self.model.train()
-        total = torch.zeros((), device=self.device)
+        loss = torch.zeros((), device=self.device)
         for first in range(0, len(starts), self.micro_batch):
-            rows = starts[first : first + self.micro_batch]
-            x, y = self._to_device(*self.data.rows("train", rows, self.block_size))
-            total += self._micro_batch(x, y, len(rows) / self.global_rows)
-        return total
+            rows = slice(first, first + self.micro_batch)
+            x, y = self._to_device(*self.data.rows("train", starts[rows], self.block_size))
+            loss += self._micro_batch(x, y, float(targets[rows].sum() / total))
+        return loss
 
     def _micro_batch(self, x: torch.Tensor, y: torch.Tensor, share: float) -> torch.Tensor:
         if not self.computation.in_backward:
@@ -250,7 +254,9 @@ class Trainer:
         x, y = self._to_device(*self.data.rows("val", starts, length))
         with self.precision.context():
             loss = self.model.loss(x, y)
-        return torch.stack((loss.double() * x.numel(), torch.tensor(x.numel(), dtype=torch.float64, device=self.device)))
+        # 标签与行尾的空位（-1）不算
+        count = (y >= 0).sum().double()
+        return torch.stack((loss.double() * count, count))
 
     # ---- 整个训练 ----
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import make_sample_config, wild_model
 
-from nanogpt import control, tokenizer, words
+from nanogpt import tokenizer, words
 from nanogpt.config import ROOT
-from nanogpt.control import build_control, language_of, prefix, read_form
+from nanogpt.control import build_control, language_of, prefix, prefixes, read_form
 from nanogpt.messages import ConfigError
 from nanogpt.samples import write_samples
 from nanogpt.sampling import sampler
@@ -28,7 +28,7 @@ DRAWN = 300
 
 @pytest.fixture(autouse=True)
 def nothing_said_before():
-    control._said.clear()
+    prefixes._said.clear()
 
 
 @lru_cache

@@ -13,9 +13,10 @@ from test_end_to_end import ENVIRONMENT
 from test_trainer import train
 from test_writer import Scripted
 
-from nanogpt import control, messages
+from nanogpt import messages
 from nanogpt.commands import Session
 from nanogpt.config import ROOT
+from nanogpt.control import prefixes
 from nanogpt.groups import option, options
 from nanogpt.interactive import at_the_terminal, completer, decoded, from_a_pipe, obey, prompt_session, toolbar
 from nanogpt.messages import ConfigError
@@ -33,7 +34,7 @@ SPRING = "春天来了，花儿都开了。"
 def own_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NANOGPT_CACHE", str(tmp_path / "cache"))
-    control._said.clear()
+    prefixes._said.clear()
 
 
 @pytest.fixture(scope="module")

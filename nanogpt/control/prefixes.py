@@ -12,11 +12,11 @@ from typing import Any, Protocol
 from nanogpt.build import build_part
 from nanogpt.config import check_range
 from nanogpt.messages import ConfigError, say
+from nanogpt.tokenizer import LABEL_KINDS as KINDS
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.words import CJK, WordBias, ids_of, word_bias
 from nanogpt.writer import Request
 
-KINDS = ("style", "emotion")
 # 用户手写的两种标记，全角半角都收；值里不能有竖线和换行
 FORM = re.compile(r"\s*(style|emotion|风格|情绪|情感|心情)\s*[:：]([^|｜\n]*)[|｜]", re.IGNORECASE)
 FORM_NAMES = {"风格": "style", "情绪": "emotion", "情感": "emotion", "心情": "emotion"}

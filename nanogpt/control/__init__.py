@@ -1,0 +1,19 @@
+"""Style and emotion of a text: what a person asks for, and how a model is led there.
+
+`prefixes` puts a sentence in front of the prompt and raises the logits of words; nothing is trained in.
+"""
+
+from nanogpt.control.prefixes import (
+    KINDS,
+    Control,
+    NoControl,
+    PrefixControl,
+    Wish,
+    build_control,
+    language_of,
+    prefix,
+    read_form,
+    takes_forms,
+)
+
+__all__ = ["KINDS", "Control", "NoControl", "PrefixControl", "Wish", "build_control", "language_of", "prefix", "read_form", "takes_forms"]
