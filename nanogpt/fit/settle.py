@@ -7,6 +7,7 @@ from nanogpt import corpus, rundir
 from nanogpt import tokenizer as tokenizers
 from nanogpt.build import preset, typed_node
 from nanogpt.config import ModelConfig, TrainConfig, untrusted_targets
+from nanogpt.data import read_meta
 from nanogpt.messages import ConfigError, text
 
 GPT2_VOCAB = 50257
@@ -22,24 +23,26 @@ def settled(cfg: TrainConfig, overrides: list[str] | None = None) -> tuple[Train
         return replace(cfg, model=_pretrained_model(cfg, overrides or [])), text("plan_vocab_init")
     if cfg.model.vocab_size is not None:
         return cfg, text("plan_vocab_model")
-    vocab, source = vocabulary(cfg)
-    return replace(cfg, model=replace(cfg.model, vocab_size=vocab)), source
+    vocab, separator, source = vocabulary(cfg)
+    return replace(cfg, model=replace(cfg.model, vocab_size=vocab, separator=separator)), source
 
 
-def vocabulary(cfg: TrainConfig) -> tuple[int, str]:
-    """(size, where it comes from) of the data set's vocabulary."""
+def vocabulary(cfg: TrainConfig) -> tuple[int, int | None, str]:
+    """(size, separator of documents, where it comes from) of the data set's vocabulary."""
     options = {k: v for k, v in cfg.dataset.items() if k not in ("name", "dir")}
     name, tokenizer = cfg.dataset["name"], cfg.dataset.get("tokenizer")
-    saved = corpus.folder_of(name, cfg.dataset["dir"], options) / "tokenizer.json"
-    if saved.is_file():
-        return tokenizers.load(saved).vocab_size, text("plan_vocab_data")
+    folder = corpus.folder_of(name, cfg.dataset["dir"], options)
+    if (folder / "meta.json").is_file():
+        data = tokenizers.load(folder / "tokenizer.json")
+        # 成篇的数据多一张“谁看得见谁”的表，注意力也换一个 kernel
+        return data.vocab_size, data.end_of_text if "documents" in read_meta(folder) else None, text("plan_vocab_data")
     if tokenizer in ("gpt2", "byte"):
-        return GPT2_VOCAB if tokenizer == "gpt2" else BYTE_VOCAB, text("plan_vocab_tokenizer")
+        return GPT2_VOCAB if tokenizer == "gpt2" else BYTE_VOCAB, None, text("plan_vocab_tokenizer")
     if name in ("plays_char", "shakespeare_char"):
-        return ENGLISH_CHARACTERS, text("plan_vocab_assumed")
+        return ENGLISH_CHARACTERS, None, text("plan_vocab_assumed")
     if tokenizer in ("auto", "char"):
-        return OTHER_CHARACTERS, text("plan_vocab_assumed")
-    return GPT2_VOCAB, text("plan_vocab_assumed")
+        return OTHER_CHARACTERS, None, text("plan_vocab_assumed")
+    return GPT2_VOCAB, None, text("plan_vocab_assumed")
 
 
 def _pretrained_model(cfg: TrainConfig, overrides: list[str]) -> ModelConfig:
