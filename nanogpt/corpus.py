@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt import tokenizer as tokenizers
+from nanogpt.bpe import check_vocab_size, train_bpe
 from nanogpt.config import ROOT
 from nanogpt.files import folder_aside, remove_leftovers, sha256, write_text
 from nanogpt.messages import ConfigError, say
@@ -112,21 +113,26 @@ def build_char_tokenizer(pieces: Iterable[str]) -> tokenizers.CharTokenizer:
     return tokenizers.CharTokenizer("".join(sorted(seen)))
 
 
-def tokenizer_for(wanted: str | tokenizers.Tokenizer, pieces: Callable[[], Iterable[str]]) -> tokenizers.Tokenizer:
-    """The tokenizer that dataset.tokenizer names, or the one given; `pieces()` yields the text whose characters count."""
+def tokenizer_for(wanted: str | tokenizers.Tokenizer, pieces: Callable[[], Iterable[str]], vocab_size: int | None = None) -> tokenizers.Tokenizer:
+    """The tokenizer that dataset.tokenizer names, or the one given; `pieces()` yields the text it is made from (char, bpe)."""
     if not isinstance(wanted, str):
         return wanted
     if wanted == "byte":
         return tokenizers.ByteTokenizer()
+    if wanted == "bpe":
+        return train_bpe(pieces(), vocab_size)
     return tokenizers.gpt2_tokenizer() if wanted == "gpt2" else build_char_tokenizer(pieces())
 
 
-def tokenizer_word(wanted: str | tokenizers.Tokenizer) -> str:
+def tokenizer_word(wanted: str | tokenizers.Tokenizer, vocab_size: int | None = None) -> str:
     """A word that stands for the tokenizer in folder names: another vocabulary gives another word."""
     if not isinstance(wanted, str):
         return hashlib.sha256(json.dumps(wanted.to_dict()).encode("utf-8")).hexdigest()[:12]
     if wanted not in tokenizers.KINDS:
         raise ConfigError("unknown_tokenizer", got=wanted, allowed=" | ".join(tokenizers.KINDS))
+    if wanted == "bpe":
+        check_vocab_size(vocab_size)
+        return f"bpe-{vocab_size}"
     # auto 而没有 init_from：从零训练用字符
     return "char" if wanted == "auto" else wanted
 

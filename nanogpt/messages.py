@@ -210,6 +210,14 @@ MESSAGES = {
         "dataset: documents need a vocabulary with an end of text, this one ({kind}) has none; choose dataset.tokenizer=char, byte, gpt2 or bpe",
         "dataset：成篇的数据需要带结束符的词表，这个（{kind}）没有；请用 dataset.tokenizer=char、byte、gpt2 或 bpe",
     ),
+    "split": (
+        "{documents:,} texts: {dropped:,} duplicates dropped, {groups:,} groups with common passages kept together (the largest: {largest:,})",
+        "{documents:,} 篇文本：去掉重复 {dropped:,} 篇，{groups:,} 组有相同段落的各放在一起（最大一组 {largest:,} 篇）",
+    ),
+    "dropped_rare": (
+        "{dropped:,} texts left out: a character in them occurs fewer than {least} times in the training texts",
+        "略去 {dropped:,} 篇：其中有字在训练文本里出现不到 {least} 次",
+    ),
     "prepared_documents": (
         "{name}: {train:,} documents for training ({tokens:,} tokens), {val:,} for validation, vocabulary {vocab} -> {path}",
         "{name}：训练 {train:,} 篇（{tokens:,} 个 token），验证 {val:,} 篇，词表 {vocab} -> {path}",
@@ -241,6 +249,7 @@ MESSAGES = {
     ),
     "preparing": ("preparing the data set {name} …", "正在准备数据集 {name} …"),
     "fetching": ("fetching {name} from {place} …", "正在从 {place} 获取 {name} …"),
+    "fetching_part": ("{name}: {have:.1f} of {total} MB", "{name}：{have:.1f} / {total} MB"),
     "dataset_ready": ("ready: {path}", "已就绪：{path}"),
     "prepared": (
         "{name}: {train:,} training and {val:,} validation tokens, vocabulary {vocab} -> {path}",

@@ -17,7 +17,7 @@ from nanogpt import assets
 from nanogpt.files import write_text
 from nanogpt.messages import ConfigError
 
-KINDS = ("char", "byte", "gpt2", "auto")
+KINDS = ("char", "byte", "gpt2", "bpe", "auto")
 
 # GPT-2 的预切分规则：缩写、词、数字、标点、空白（Radford et al. 2019 的公开实现）
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""

@@ -1,0 +1,169 @@
+"""Chinese poems with their form as style: 五言绝句, 七言绝句, 五言律诗, 七言律诗, 宋词, 元曲.
+
+From the npm package chinese-poetry 2.0.1 (MIT), all in simplified script. A text is its lines. What is damaged is left out
+whole: in these forms a missing character is a fault.
+"""
+
+import json
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from nanogpt import assets
+from nanogpt.corpus import tokenizer_for, tokenizer_word
+from nanogpt.documents import Document, write_documents
+from nanogpt.splitting import split_documents, without_rare
+from nanogpt.tokenizer import Tokenizer
+
+# 每段字数与段数 -> 近体诗的四种
+FORMS = {(5, 4): "五言绝句", (7, 4): "七言绝句", (5, 8): "五言律诗", (7, 8): "七言律诗"}
+CI, QU = "宋词", "元曲"
+# 一成五留给评判：生成与评判用的诗没有一联相同
+FRACTIONS = {"train": 0.80, "val": 0.05, "judge": 0.15}
+# 训练部分里出现不到这么多次的字学不会，含有它的作品整首不要
+MIN_COUNT = 4
+# 再短就是残句：最短的词牌十六字令正好 16 字，最短的曲 10 余字
+MIN_CI, MIN_QU = 16, 12
+# 曲多为一支，更长的是没有断开的整折
+MAX_QU = 300
+
+HAN = "\u3400-\u9fff\U00020000-\U0003ffff"
+MARKS = "，。！？；：、"
+MEMBERS = {
+    "tang": r"package/dist/quantangshi/poet\.tang\.\d+\.json",
+    "song": r"package/dist/quantangshi/poet\.song\.\d+\.json",
+    CI: r"package/dist/songci/ci\.song\.\w+\.json",
+    QU: r"package/dist/yuanqu/yuanqu\.json",
+}
+# 只说怎么唱、何人上下的括号；别的（云、白、科介）说明有念白，整段不要
+SUNG = r"[^云白念诗词科介问答背叫打做]{0,6}唱|合|合前|合同前|和|众和|[^云白念诗词科介问答]{0,6}[下上]"
+
+
+# ---- 读 ----
+
+
+def records(archive: Path, *, song: bool) -> Iterator[tuple[str, dict]]:
+    """(key of MEMBERS, record) of every work in the tarball."""
+    wanted = {name: re.compile(pattern) for name, pattern in MEMBERS.items() if song or name != "song"}
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            name = next((name for name, pattern in wanted.items() if pattern.fullmatch(member.name)), None)
+            if name:
+                for record in json.load(tar.extractfile(member)):
+                    yield name, record
+
+
+# ---- 清理 ----
+
+
+def without_notes(text: str) -> str | None:
+    """The text without notes in brackets and quotation marks; None where a note says that something is missing."""
+    text = text.replace("(", "（").replace(")", "）")
+    # 注里还有注：由内向外
+    while notes := re.findall(r"（[^（）]*）", text):
+        if any(re.search("[缺阙泐]", note) for note in notes):
+            return None
+        text = re.sub(r"（[^（）]*）", "", text)
+    text = re.sub(r"\[[一二三四五六七八九十]+\]|〖\d+〗", "", text)
+    return re.sub(r"[《》「」『』〈〉“”‘’\"'\s]", "", text)
+
+
+def normal(text: str) -> str:
+    """One set of full-width marks, one at a time."""
+    text = text.translate(str.maketrans(",.!?;:．・·", "，。！？；：。、、"))
+    # “？。”“！，。”取其中语气最强的一个
+    return re.sub(rf"[{MARKS}]{{2,}}", lambda m: next(c for c in "？！。；：，、" if c in m[0]), text).lstrip(MARKS)
+
+
+def whole(text: str) -> bool:
+    """Whether nothing but characters and marks is left: no hole, no remains of notes or of a wrong encoding."""
+    return bool(re.fullmatch(rf"[{HAN}{MARKS}]+", text))
+
+
+def lines(text: str) -> str:
+    """A line for every sentence."""
+    return re.sub(r"(?<=[。！？])(?=.)", "\n", text)
+
+
+def regular(text: str) -> tuple[str, str] | None:
+    """(style, text in couplets) of one of the FORMS, else None."""
+    parts = re.findall(rf"([{HAN}]+)([{MARKS}]|$)", text)
+    lengths = {len(words) for words, _ in parts}
+    style = FORMS.get((lengths.pop(), len(parts))) if len(lengths) == 1 else None
+    if style is None:
+        return None
+    # 一联一行：前半句后用逗号，后半句后用句号，问号、叹号照旧
+    ends = [mark if mark in ("？", "！") else "，。"[i % 2] for i, (_, mark) in enumerate(parts)]
+    return style, "".join(words + end + "\n" * (i % 2) for i, ((words, _), end) in enumerate(zip(parts, ends))).strip()
+
+
+def poem(record: dict) -> Document | None:
+    """A Tang or Song poem in one of the four regular forms."""
+    text = without_notes("".join(record["paragraphs"]))
+    found = regular(normal(text)) if text and whole(normal(text)) else None
+    return found and Document(found[1], style=found[0])
+
+
+def ci(record: dict) -> Document | None:
+    """A ci; those in the shape of a poem (玉楼春, 生查子 …) are left out, since nothing in them shows the label."""
+    text = without_notes("".join(record["paragraphs"]))
+    return _free(text, CI, MIN_CI)
+
+
+def qu(record: dict) -> Document | None:
+    """A song of yuanqu without spoken parts; the beginning that the source puts into the title is put back."""
+    title, _, tune = record["title"].partition("・")
+    # 标题为空的一类，标题里混着下一首的题目，分不开
+    if not title:
+        return None
+    head = tune if re.search(r"[，。？！]", tune) else ""
+    text = (head + "".join(record["paragraphs"])).translate(str.maketrans("()［］〔〕[]", "（）（）（）（）"))
+    cues = re.findall(r"（([^（）]*)）", text)
+    if not all(re.fullmatch(SUNG, cue) for cue in cues):
+        return None
+    found = _free(re.sub(r"^幺篇?", "", without_notes(text) or ""), QU, MIN_QU)
+    return found if found and len(found.text) <= MAX_QU else None
+
+
+def _free(text: str | None, style: str, shortest: int) -> Document | None:
+    text = normal(text or "")
+    if not whole(text) or len(re.sub(rf"[{MARKS}]", "", text)) < shortest or regular(text):
+        return None
+    # 原书行尾脱落的句号补上
+    return Document(lines(text if text[-1] in "。！？" else text.rstrip(MARKS) + "。"), style=style)
+
+
+def documents(found: Iterable[tuple[str, dict]]) -> Iterator[Document]:
+    """Clean works in simplified script."""
+    from opencc import OpenCC
+
+    simplified = OpenCC("t2s")
+    read = {"tang": poem, "song": poem, CI: ci, QU: qu}
+    for name, record in found:
+        if document := read[name](record):
+            # 词曲里也混有繁体字；不统一的话，字体本身就泄露了标签
+            yield Document(simplified.convert(document.text), style=document.style)
+
+
+def folder(tokenizer: str | Tokenizer, vocab_size: int, song: bool) -> Path:
+    """Where the prepared form belongs."""
+    word = tokenizer_word(tokenizer, vocab_size)
+    name = "prepared" + ("" if word == "char" else f"-{word}") + ("-song" if song else "")
+    return Path(__file__).resolve().parent / name
+
+
+def prepare(folder: Path, tokenizer: str | Tokenizer, vocab_size: int, song: bool) -> None:
+    """Fetch the poems and write the data set folder."""
+    found = documents(records(assets.fetch(assets.CHINESE_POETRY), song=song))
+    parts = without_rare(split_documents(found, FRACTIONS), MIN_COUNT)
+    coder = tokenizer_for(tokenizer, lambda: (document.text for document in parts["train"]), vocab_size)
+    write_documents(
+        folder, name="chinese_poetry", source=f"npm {assets.CHINESE_POETRY.npm}", tokenizer=coder, parts=parts, grow=isinstance(tokenizer, str)
+    )
+
+
+if __name__ == "__main__":
+    from nanogpt.corpus import run_prepare
+
+    run_prepare("chinese_poetry")
