@@ -35,6 +35,8 @@ def vocabulary(cfg: TrainConfig) -> tuple[int, str]:
         return tokenizers.load(saved).vocab_size, text("plan_vocab_data")
     if tokenizer in ("gpt2", "byte"):
         return GPT2_VOCAB if tokenizer == "gpt2" else BYTE_VOCAB, text("plan_vocab_tokenizer")
+    if tokenizer == "bpe":
+        return cfg.dataset["vocab_size"], text("plan_vocab_tokenizer")
     if name in ("plays_char", "shakespeare_char"):
         return ENGLISH_CHARACTERS, text("plan_vocab_assumed")
     if tokenizer in ("auto", "char"):
