@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from nanogpt.messages import ConfigError
+from nanogpt.messages import ConfigError, say
 from nanogpt.tokenizer import GPT2_PATTERN, BPETokenizer
 from nanogpt.tokenizer_files import byte_letters
 
@@ -22,6 +22,7 @@ def train_bpe(pieces: Iterable[str], vocab_size: int) -> BPETokenizer:
         import tokenizers
     except ImportError:
         raise ConfigError("missing_package", what="dataset.tokenizer=bpe", package="tokenizers") from None
+    say("training_bpe", vocab=vocab_size)
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(

@@ -173,6 +173,45 @@ MESSAGES = {
         "dataset.path is not set; type dataset=text_file dataset.path=my.txt",
         "没有设置 dataset.path；请写 dataset=text_file dataset.path=my.txt",
     ),
+    "no_labelled_path": (
+        "dataset.path is not set; type dataset=labelled dataset.path=my.jsonl",
+        "没有设置 dataset.path；请写 dataset=labelled dataset.path=my.jsonl",
+    ),
+    "empty_labelled": (
+        "dataset.path={got}: no texts in it; give a file with texts, or a folder with some of: {kinds}",
+        "dataset.path={got}：里面没有文本；请给出有内容的文件，或含有 {kinds} 的文件夹",
+    ),
+    "labelled_json": (
+        "{file}, line {line}: this is no JSON object ({reason}); write one in each line, for example {example}",
+        "{file} 第 {line} 行：不是 JSON 对象（{reason}）；请每行写一个，例如 {example}",
+    ),
+    "labelled_text": (
+        "{file}, line {line}: \"text\" is {got}, which is no text; write for example {example}",
+        "{file} 第 {line} 行：\"text\" 是 {got}，不是正文；请写成例如 {example}",
+    ),
+    "labelled_label": (
+        "{file}, line {line}: \"{kind}\" is {got}, which is no label; write a string in quotes without | and line breaks, at most {most} characters",
+        "{file} 第 {line} 行：\"{kind}\" 是 {got}，不能作标签；请写成带引号的文字，不含 | 与换行，至多 {most} 个字符",
+    ),
+    "labelled_header": (
+        "{file}, line 1: the columns are {got}; the first line must name them, one of them text",
+        "{file} 第 1 行：列名是 {got}；第一行应为列名，其中要有 text",
+    ),
+    "labelled_columns": (
+        "{file}, line {line}: {got} fields where the first line names {want}; put a text with commas or line breaks in double quotes",
+        "{file} 第 {line} 行：有 {got} 格，而第一行有 {want} 列；含逗号或换行的正文请用双引号括起来",
+    ),
+    "labelled_csv": (
+        "{file}, line {line}: this is no table ({reason}); double the quotation marks inside of quoted fields, or use .jsonl",
+        "{file} 第 {line} 行：表格格式不对（{reason}）；引号内的引号要写两个，或改用 .jsonl",
+    ),
+    "labelled_many": (
+        "dataset.path: {labels} different values of {kind} for {documents} texts; a label is a word that many texts share (at most {most}), "
+        "not a title or a number: rename that field or choose fewer",
+        "dataset.path：{documents} 篇文本的 {kind} 有 {labels} 种；标签应是许多篇共有的词（至多 {most} 种），而不是标题或编号："
+        "请改掉这个字段名，或合并标签",
+    ),
+    "labelled_unused": ("not used: the fields {fields} (labels are {kinds})", "没有用到的字段：{fields}（标签是 {kinds}）"),
     "empty_text": ("{key}={got}: no text in it; give a file with text", "{key}={got}：没有文字；请换一个有内容的文件"),
     "undecodable": (
         "{path}: byte {offset} is not {encoding}; save the file as UTF-8 or set dataset.encoding",
@@ -249,6 +288,7 @@ MESSAGES = {
     ),
     "preparing": ("preparing the data set {name} …", "正在准备数据集 {name} …"),
     "fetching": ("fetching {name} from {place} …", "正在从 {place} 获取 {name} …"),
+    "training_bpe": ("training a vocabulary of {vocab:,} tokens …", "正在训练 {vocab:,} 个 token 的词表 …"),
     "fetching_part": ("{name}: {have:.1f} of {total} MB", "{name}：{have:.1f} / {total} MB"),
     "dataset_ready": ("ready: {path}", "已就绪：{path}"),
     "prepared": (

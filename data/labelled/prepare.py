@@ -1,0 +1,164 @@
+"""Texts of your own with labels: lines of JSON {"text": …, "style": …, "emotion": …}, or CSV / TSV with these columns.
+
+One file, or all .jsonl, .csv and .tsv files of a folder. Labels may be missing; other fields are not used.
+"""
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from nanogpt.config import ROOT, check_range
+from nanogpt.corpus import iter_text, tokenizer_for, tokenizer_word
+from nanogpt.documents import Document, label_names, write_documents
+from nanogpt.files import sha256
+from nanogpt.messages import ConfigError, say
+from nanogpt.splitting import split_documents
+from nanogpt.tokenizer import LABEL_KINDS, Tokenizer
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+SUFFIXES = (".jsonl", ".ndjson", *DELIMITERS)
+EXAMPLE = '{"text": "春眠不觉晓", "style": "五言绝句"}'
+LONGEST_LABEL = 64
+# 标签多于这些，或者篇数的一半，多半是把标题、编号当成了标签
+MOST_LABELS, FEW_LABELS = 1000, 20
+
+
+def labelled_files(path: Path) -> list[Path]:
+    """The file itself, or all files of these kinds below a folder in a fixed order."""
+    if path.is_file():
+        return [path]
+    return sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES)
+
+
+def folder(path: str | None, tokenizer: str | Tokenizer, vocab_size: int, encoding: str, val_fraction: float, judge_fraction: float) -> Path:
+    """Where the prepared form belongs: other texts or options give another folder."""
+    if path is None:
+        raise ConfigError("no_labelled_path")
+    source = Path(path)
+    if not source.exists():
+        raise ConfigError("missing_file", key="dataset.path", got=path)
+    word = tokenizer_word(tokenizer, vocab_size)
+    if not 0 < val_fraction < 1:
+        raise ConfigError("out_of_range", key="dataset.val_fraction", got=val_fraction, wanted="> 0, < 1")
+    check_range("dataset.judge_fraction", judge_fraction, 0, 1)
+    if val_fraction + judge_fraction >= 1:
+        raise ConfigError("out_of_range", key="dataset.judge_fraction", got=judge_fraction, wanted=f"< 1 - val_fraction = {1 - val_fraction:g}")
+    files = labelled_files(source)
+    if not any(file.stat().st_size for file in files):
+        raise ConfigError("empty_labelled", got=path, kinds=" ".join(SUFFIXES))
+    options = [word, encoding, repr(val_fraction), repr(judge_fraction)]
+    # 同样的内容，.csv 与 .jsonl 读法不同，所以后缀也算
+    identity = hashlib.sha256("\n".join([*(sha256(file) + file.suffix for file in files), *options]).encode("utf-8"))
+    stem = re.sub(r"[^\w-]", "_", source.resolve().stem)
+    return ROOT / "data" / "labelled" / f"{stem}-{identity.hexdigest()[:12]}"
+
+
+# ---- 读 ----
+
+
+def lines_of(file: Path, encoding: str) -> Iterator[str]:
+    """The lines of a file with their ends."""
+    pending = ""
+    for piece in iter_text(file, encoding):
+        # 不用 splitlines：JSON 字符串里可以有 U+2028 之类
+        *whole, pending = (pending + piece).split("\n")
+        yield from (line + "\n" for line in whole)
+    if pending:
+        yield pending
+
+
+def rows_of_json(file: Path, encoding: str) -> Iterator[tuple[int, dict]]:
+    """(line number, object) of each line that is not blank."""
+    for number, line in enumerate(lines_of(file, encoding), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError("labelled_json", file=file, line=number, reason=str(error).splitlines()[0], example=EXAMPLE) from None
+        if not isinstance(row, dict):
+            raise ConfigError("labelled_json", file=file, line=number, reason=f"a {type(row).__name__}", example=EXAMPLE)
+        yield number, row
+
+
+def rows_of_table(file: Path, encoding: str) -> Iterator[tuple[int, dict]]:
+    """(number of its last line, fields) of each row below the header."""
+    reader = csv.reader(lines_of(file, encoding), delimiter=DELIMITERS[file.suffix.lower()], strict=True)
+    # 长文章也是一格
+    csv.field_size_limit(2**31 - 1)
+    try:
+        header = [name.strip().lower() for name in next(reader, [])]
+        if "text" not in header:
+            raise ConfigError("labelled_header", file=file, got=", ".join(header)[:80])
+        for fields in reader:
+            if not fields:
+                continue
+            if len(fields) != len(header):
+                raise ConfigError("labelled_columns", file=file, line=reader.line_num, got=len(fields), want=len(header))
+            yield reader.line_num, dict(zip(header, fields))
+    except csv.Error as error:
+        raise ConfigError("labelled_csv", file=file, line=reader.line_num, reason=error) from None
+
+
+def document(file: Path, line: int, row: dict) -> Document:
+    """One text with its labels, checked."""
+    text = row.get("text")
+    if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
+        raise ConfigError("labelled_text", file=file, line=line, got=_short(text), example=EXAMPLE)
+    labels = {}
+    for kind in LABEL_KINDS:
+        label = row.get(kind)
+        if label is None or (isinstance(label, str) and not label.strip()):
+            continue
+        if not isinstance(label, str) or len(label.strip()) > LONGEST_LABEL or re.search(r"[|\x00-\x1f\x7f\u2028\u2029\ud800-\udfff]", label.strip()):
+            raise ConfigError("labelled_label", file=file, line=line, kind=kind, got=_short(label), most=LONGEST_LABEL)
+        labels[kind] = label.strip()
+    return Document(text.replace("\r\n", "\n").replace("\r", "\n").strip(), **labels)
+
+
+def _short(value) -> str:
+    return ascii(value) if isinstance(value, str) and re.search("[\ud800-\udfff]", value) else repr(value)[:60]
+
+
+def documents(files: list[Path], encoding: str) -> Iterator[Document]:
+    """All texts of the files; says once which fields are not used."""
+    unused: set[str] = set()
+    for file in files:
+        rows = rows_of_table if file.suffix.lower() in DELIMITERS else rows_of_json
+        for line, row in rows(file, encoding):
+            unused.update(row)
+            yield document(file, line, row)
+    if unused := sorted(unused - {"text", *LABEL_KINDS}):
+        say("labelled_unused", fields=", ".join(unused[:10])[:200], kinds=", ".join(LABEL_KINDS))
+
+
+def check_labels(listed: list[Document]) -> None:
+    """Refuse labels that are hardly ever the same twice."""
+    for kind, names in label_names(listed).items():
+        labelled = sum(getattr(document, kind) is not None for document in listed)
+        if len(names) > MOST_LABELS or (len(names) > FEW_LABELS and 2 * len(names) > labelled):
+            raise ConfigError("labelled_many", kind=kind, labels=len(names), documents=labelled, most=MOST_LABELS)
+
+
+def prepare(folder: Path, path: str, tokenizer: str | Tokenizer, vocab_size: int, encoding: str, val_fraction: float, judge_fraction: float) -> None:
+    """Read, check, split and write the data set folder."""
+    source = Path(path)
+    listed = list(documents(labelled_files(source), encoding))
+    if not listed:
+        raise ConfigError("empty_labelled", got=path, kinds=" ".join(SUFFIXES))
+    check_labels(listed)
+    parts = split_documents(listed, {"train": 1 - val_fraction - judge_fraction, "val": val_fraction, "judge": judge_fraction})
+    for split in ("train", "val"):
+        if not parts[split]:
+            raise ConfigError("no_documents", split=split, path=path)
+    coder = tokenizer_for(tokenizer, lambda: (document.text for document in parts["train"]), vocab_size)
+    write_documents(folder, name="labelled", source=source.name, tokenizer=coder, parts=parts, grow=isinstance(tokenizer, str))
+
+
+if __name__ == "__main__":
+    from nanogpt.corpus import run_prepare
+
+    run_prepare("labelled")
