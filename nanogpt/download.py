@@ -37,10 +37,9 @@ REPORT_S = 10.0
 
 def download(url: str, into: Path) -> None:
     """Write what a URL gives into a file; a connection that breaks is taken up again where it stopped."""
-    have, idle = 0, 0
+    have, furthest, idle = 0, 0, 0
     with into.open("wb") as file, _progress(into.name) as show:
         while True:
-            before = have
             try:
                 with open_url(urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})) as response:
                     if have and response.status != 206:
@@ -57,8 +56,9 @@ def download(url: str, into: Path) -> None:
                 # 提前断开时 read 只是返回空，不报错
                 raise ConnectionError(f"the connection closed after {have} of {total} bytes")
             except (OSError, http.client.HTTPException) as error:
-                idle = 0 if have > before else idle + 1
-                if not have or idle > RETRIES or isinstance(error, urllib.error.HTTPError):
+                idle = 0 if have > furthest else idle + 1
+                furthest = max(have, furthest)
+                if not have or idle >= RETRIES or isinstance(error, urllib.error.HTTPError):
                     raise
                 time.sleep(PAUSE_S)
 
@@ -150,7 +150,8 @@ def sdist_urls(file: str) -> list[str]:
         try:
             with open_url(urllib.request.Request(page, headers={"Accept": "text/html"})) as response:
                 links = re.findall(r"""href\s*=\s*["']([^"']+)["']""", response.read().decode("utf-8", errors="replace"))
-                found += [link for name in links if _file_of(link := urllib.parse.urljoin(response.url, unescape(name))) == file]
+                links = [urllib.parse.urldefrag(urllib.parse.urljoin(response.url, unescape(link))).url for link in links]
+                found += [link for link in links if _file_of(link) == file]
         except (OSError, urllib.error.URLError) as error:
             reasons.append(f"{page}: {error}")
     if not found:

@@ -246,8 +246,15 @@ MESSAGES = {
         "{path} 里没有{split}用的文章；请多给文本，或调大它的份额",
     ),
     "documents_need_end": (
-        "dataset: documents need a vocabulary with an end of text, this one ({kind}) has none; choose dataset.tokenizer=char, byte, gpt2 or bpe",
-        "dataset：成篇的数据需要带结束符的词表，这个（{kind}）没有；请用 dataset.tokenizer=char、byte、gpt2 或 bpe",
+        "dataset: documents need a vocabulary with an end of text, this one ({kind}) has none; choose dataset.tokenizer=char, byte, gpt2 or bpe, "
+        "or init_from a model that was trained on documents",
+        "dataset：成篇的数据需要带结束符的词表，这个（{kind}）没有；请用 dataset.tokenizer=char、byte、gpt2 或 bpe，"
+        "或让 init_from 用按篇训练过的模型",
+    ),
+    "label_unwritable": (
+        "{kind}={got}: the model of init_from has no token for this label and no characters to write it with; use its own labels ({have}), or train "
+        "without init_from",
+        "{kind}={got}：init_from 的模型没有这个标签的 token，词表里也没有写出它的字符；请用它已有的标签（{have}），或不用 init_from",
     ),
     "split": (
         "{documents:,} texts: {dropped:,} duplicates dropped, {groups:,} groups with common passages kept together (the largest: {largest:,})",

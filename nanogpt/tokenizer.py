@@ -259,13 +259,22 @@ def with_labels(tokenizer: Tokenizer, names: dict[str, list[str]], *, grow: bool
         tokenizer = from_dict({**tokenizer.to_dict(), "labels": {}})
     if tokenizer.end_of_text is None:
         raise ConfigError("documents_need_end", kind=tokenizer.kind)
-    special = getattr(tokenizer, "special", {})
     for kind, listed in names.items():
-        words = {name: label_word(kind, name) for name in listed}
-        tokenizer.labels[kind] = {
-            name: (special[word],) if word in special else tuple(tokenizer.encode(word).tolist()) for name, word in words.items()
-        }
+        tokenizer.labels[kind] = {name: _label_ids(tokenizer, kind, name) for name in listed}
     return tokenizer
+
+
+def _label_ids(tokenizer: Tokenizer, kind: str, name: str) -> tuple[int, ...]:
+    """The special token of a label, else its word as text."""
+    word, special = label_word(kind, name), getattr(tokenizer, "special", {})
+    if word in special:
+        return (special[word],)
+    try:
+        return tuple(tokenizer.encode(word).tolist())
+    except ConfigError:
+        # 字符词表里多半没有 < 与 |：只能用它已有的标签
+        have = ", ".join(labels_in(special).get(kind, {})) or "-"
+        raise ConfigError("label_unwritable", kind=kind, got=name, have=have) from None
 
 
 def _grown(tokenizer: Tokenizer, words: list[str]) -> Tokenizer:

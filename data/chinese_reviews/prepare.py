@@ -24,7 +24,7 @@ SHORTEST, LONGEST = 4, 256
 MIN_COUNT = 2
 
 HAN = "\u3400-\u9fff"
-FULL = "，。！？；：、（）《》“”‘’【】…—～％￥"
+FULL = "，。！？；：、（）《》“”‘’【】…—～·"
 PAIRS = ("（）", "《》", "“”", "‘’", "【】")
 # 汉字旁的半角标点换成全角的
 WIDE = {",": "，", ".": "。", "!": "！", "?": "？", ";": "；", ":": "：", "(": "（", ")": "）", "~": "～"}
@@ -38,7 +38,7 @@ def clean(line: str) -> str | None:
     if re.search(UNUSABLE, text):
         return None
     text = re.sub(r"^补充点评[\d年月日 ]*[:：]", "", text)
-    text = re.sub(r"[\u3000\xa0\t ]+", " ", text.replace("．", ".").replace("﹗", "!").replace("―", "—").replace("·", "、"))
+    text = re.sub(r"[\u3000\xa0\t ]+", " ", text.replace("．", ".").replace("﹗", "!").replace("―", "—"))
     text = re.sub(r"\.{2,}|。{2,}|…+", "……", text)
     text = re.sub(r"[-—]{2,}", "——", text)
     # 颜文字与杂符号：只留常见的
