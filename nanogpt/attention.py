@@ -152,6 +152,21 @@ class KVCache:
         part.lengths, part.fixed = [0] * (stop - start), None
         return part
 
+    def widened(self, rows: int) -> "KVCache":
+        """A cache of so many rows that holds what this one held; this one is of no use any more."""
+        # 新对象：录好的 CUDA graph 由此知道地址变了
+        wide = object.__new__(KVCache)
+        wide.max_length, wide.lengths, wide.fixed = self.max_length, self.lengths, self.fixed
+        filled = max(self.lengths, default=0)
+        for name in ("k", "v"):
+            # 一个一个来，抄完就放：不同时占着两份
+            old = self.__dict__.pop(name)
+            new = old.new_zeros(old.size(0), rows, *old.shape[2:])
+            new[:, : old.size(1), :, :filled] = old[..., :filled, :]
+            setattr(wide, name, new)
+        wide.tokens = torch.cat((self.tokens, self.tokens.new_zeros(rows - self.tokens.size(0), self.max_length)))
+        return wide
+
     def begin(self, T: int) -> slice | torch.Tensor:
         """Positions of the next T ids: a slice when all rows are equally long, else (B, 1) for T = 1."""
         lengths = self.lengths

@@ -290,6 +290,12 @@ def labels_in(special: dict[str, int]) -> Labels:
     return found
 
 
+def label_tokens(tokenizer: Tokenizer) -> list[int]:
+    """Ids of the special tokens that stand for labels; labels that are ordinary text have none."""
+    # 当普通文字写的标签，没有词表会用一个 token 写完
+    return sorted({ids[0] for listed in tokenizer.labels.values() for ids in listed.values() if len(ids) == 1})
+
+
 # ---- 读写 ----
 
 

@@ -229,7 +229,7 @@ class Worker:
             self._fail(job, error)
             return
         mine = [key for key, (owner, _) in self._keys.items() if owner is job]
-        self._tell(job.accept, [len(self._writer.texts[key].prompt_ids) for key in mine])
+        self._tell(job.accept, [self._writer.texts[key].prompt_tokens for key in mine])
 
     def _fail(self, job: Job, error: ConfigError) -> None:
         self._forget(job)

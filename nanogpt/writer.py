@@ -17,7 +17,7 @@ from nanogpt.generate import Decoder
 from nanogpt.messages import ConfigError
 from nanogpt.oom import is_out_of_memory
 from nanogpt.sampling import Sampler
-from nanogpt.tokenizer import END_OF_TEXT, TextStream, Tokenizer
+from nanogpt.tokenizer import END_OF_TEXT, TextStream, Tokenizer, label_tokens
 
 if TYPE_CHECKING:
     from nanogpt.control import Control
@@ -32,12 +32,18 @@ class Request:
     max_new_tokens: int
     seed: int
     prefix: str = ""
-    """Read before the prompt and never shown: where style and emotion go."""
+    """Read before the prompt and never shown: where style and emotion go in words."""
+    prefix_ids: tuple[int, ...] = ()
+    """Read before the prefix: the labels of a model of documents (whose separator the Writer puts in front by itself)."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """What these ids mean: kind -> name of the label."""
+    guidance: float = 1.0
+    """How far prefix_ids push the text: 0 not at all, 1 as the model learned it, more of it above (Decoder)."""
     stop: tuple[str, ...] = ()
     """The text ends before the first of these."""
     stop_at_end_of_text: bool = True
     control: "Control | None" = None
-    """Style and emotion: fills in the prefix and wraps the sampler when the request is submitted."""
+    """Style and emotion: fills in the prefixes and wraps the sampler when the request is submitted."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,8 @@ class _Text:
 
     request: Request
     prompt_ids: np.ndarray
+    prompt_tokens: int
+    """Ids that are read before the first is drawn: separator and labels too."""
     stream: TextStream
     ids: list[int] = field(default_factory=list)
     shown: list[str] = field(default_factory=list)
@@ -90,7 +98,10 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, *, skip_unknown: bool = Fal
 
 
 class Writer:
-    """Writes any number of requests, up to `capacity` of them together; the others wait for a free row."""
+    """Writes any number of requests, up to `capacity` of them together; the others wait for a free row.
+
+    A model of documents reads its separator before every text, so that its prompt may be empty.
+    """
 
     def __init__(
         self, model, tokenizer: Tokenizer, *, capacity: int = 1, max_length: int | None = None, skip_unknown: bool = False,
@@ -98,9 +109,10 @@ class Writer:
     ):
         self.model, self.tokenizer, self.skip_unknown, self.context = model, tokenizer, skip_unknown, context
         self.capacity, self.max_length = capacity, max_length
+        self.separator: int | None = model.config.separator
         # GPU 上先排下一步，再读上一步的结果：取数与解码文字的时间藏在计算后面
         self.lookahead = model.device.type == "cuda"
-        self._flight: tuple[list[int], torch.Tensor] | None = None
+        self._flight: tuple[list[int | None], torch.Tensor] | None = None
         self.decoder: Decoder | None = None
         self.texts: dict[int, _Text] = {}
         self.waiting: deque[int] = deque()
@@ -111,10 +123,11 @@ class Writer:
         if request.control:
             request = request.control.apply(request, self.tokenizer)
         ids = encode_prompt(self.tokenizer, request.prefix + request.prompt, skip_unknown=self.skip_unknown)
-        if not len(ids):
+        if not len(ids) and self.separator is None:
             raise ConfigError("empty_prompt", got=request.prompt)
         key, self._next_key = self._next_key, self._next_key + 1
-        self.texts[key] = _Text(request, ids, self.tokenizer.stream())
+        read = len(ids) + len(labels_of(request)) + (self.separator is not None)
+        self.texts[key] = _Text(request, ids, read, self.tokenizer.stream())
         self.waiting.append(key)
         return key
 
@@ -164,8 +177,8 @@ class Writer:
         # 多走了一步的行可能已经写完
         return [piece for key, token in drawn if key in self.texts and (piece := self._push(key, token))]
 
-    def _drawn(self) -> list[tuple[int, int]]:
-        """(key, id) of the rows, of this step or, looking ahead, of the one before."""
+    def _drawn(self) -> list[tuple[int | None, int]]:
+        """(key, id) of the rows, of this step or, looking ahead, of the one before; no key where the id is not wanted any more."""
         launched = None
         if self.decoder and self.decoder.rows:
             keys = [row.key for row in self.decoder.rows]
@@ -185,12 +198,15 @@ class Writer:
         if self.waiting and self.decoder is None:
             # 多一个位置：提前排下的一步不该触发重读
             length = None if self.max_length is None else self.max_length + 1
-            self.decoder = Decoder(self.model, capacity=self.capacity, max_length=length, vocab_size=self.tokenizer.vocab_size)
+            never = () if self.separator is None else label_tokens(self.tokenizer)
+            self.decoder = Decoder(self.model, capacity=self.capacity, max_length=length, vocab_size=self.tokenizer.vocab_size, never=never)
         while self.waiting and len(self.decoder.rows) < self.capacity:
             key = self.waiting.popleft()
-            text = self.texts[key]
+            text, request = self.texts[key], self.texts[key].request
             prompt = np.concatenate((text.prompt_ids, np.array(text.ids, dtype=np.int64)))
-            self.decoder.add(key, prompt, text.request.sampler, text.request.seed, count=len(text.ids))
+            self.decoder.add(
+                key, prompt, request.sampler, request.seed, count=len(text.ids), labels=labels_of(request), guidance=request.guidance,
+            )
 
     def _shrink(self) -> None:
         # 正在写的排到队首，次序不变；旧缓存先释放，再建小的
@@ -217,18 +233,33 @@ class Writer:
             return self._end(key, text.held[: min(found)], "stop")
         if len(text.ids) == request.max_new_tokens:
             return self._end(key, text.held + text.stream.finish(), "length")
+        if token == self.separator:
+            self._begin_document(key)
         safe = len(text.held) - longest_beginning(text.held, request.stop)
         shown, text.held = text.held[:safe], text.held[safe:]
         text.shown.append(shown)
         return Piece(key, request.prompt, shown) if shown else None
 
+    def _begin_document(self, key: int) -> None:
+        """A text goes on behind the end of a document: another one begins, which does not see the one before."""
+        self.decoder.remove(key)
+        self.waiting.appendleft(key)
+        if self._flight:
+            # 提前排下的那一步还接着上一篇：不要它
+            self._flight = [None if k == key else k for k in self._flight[0]], self._flight[1]
+
     def _end(self, key: int, last: str, finish: str) -> Piece:
         text, now = self.texts[key], time.perf_counter()
         self.cancel(key)
         return Piece(key, text.request.prompt, last, Result(
-            text.request, "".join(text.shown) + last, finish, len(text.ids), len(text.prompt_ids),
+            text.request, "".join(text.shown) + last, finish, len(text.ids), text.prompt_tokens,
             (text.first_token or now) - text.submitted, now - text.submitted,
         ))
+
+
+def labels_of(request: Request) -> tuple[int, ...]:
+    """The label ids that are read: none with guidance 0, which is the model without them."""
+    return request.prefix_ids if request.guidance else ()
 
 
 def longest_beginning(text: str, stops: tuple[str, ...]) -> int:

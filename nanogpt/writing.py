@@ -88,7 +88,7 @@ class Model:
         # 全部开头先编码：第 100 个里有词表没有的字，也在开写之前就说
         for request in requests:
             writer.submit(request)
-        writer.max_length = max(len(text.prompt_ids) + text.request.max_new_tokens for text in writer.texts.values())
+        writer.max_length = max(text.prompt_tokens + text.request.max_new_tokens for text in writer.texts.values())
         return writer
 
 

@@ -129,3 +129,126 @@ def test_logits_that_are_not_finite_are_told_not_drawn():
     model = wild_model()
     torch.nn.init.constant_(model.lm_head.weight, float("nan"))
     assert decode(model, prompts(4), 2).tolist() == [[-1, -1]]
+
+
+# ---- 成篇的模型：分隔符、标签、引导 ----
+
+SEPARATOR, LABELS = 10, (8, 9)
+
+
+def document_model(**changes):
+    """Ids 0 … 7 are text, 8 and 9 labels, 10 the separator."""
+    return wild_model(**{"separator": SEPARATOR, "std": 0.5, **changes})
+
+
+def guided_by_full_forward(model, prompt, steps, labels, guidance):
+    """Greedy ids from u + g (c - u), never a label or the end, where every step reads both windows again."""
+    block = model.config.block_size
+    text, opening = list(prompt), [SEPARATOR]
+    if len(labels) + 1 + len(text) > block:
+        opening, start = [], len(text) - (block - len(labels))
+    else:
+        start = 0
+    with torch.no_grad():
+        for _ in range(steps):
+            if len(opening) + len(labels) + len(text) - start > block:
+                opening, start = [], len(text) - block // 2
+            c, u = (model(torch.tensor([[*opening, *front, *text[start:]]]))[0, -1] for front in (labels, ()))
+            logits = u + guidance * (c - u)
+            text.append(int(logits[:8].argmax()))
+    return text[len(prompt) :]
+
+
+def decode_documents(model, rows, steps, chosen=GREEDY, never=LABELS):
+    """Ids of rows (prompt, labels, guidance), each up to its end."""
+    decoder, got = Decoder(model, capacity=len(rows), never=never), {key: [] for key in range(len(rows))}
+    for key, (prompt, labels, guidance) in enumerate(rows):
+        decoder.add(key, prompt, chosen, seed=key, labels=labels, guidance=guidance)
+    for _ in range(steps):
+        keys = [row.key for row in decoder.rows]
+        for key, token in zip(keys, decoder.step().tolist() if keys else []):
+            got[key].append(token)
+            if token == SEPARATOR:
+                decoder.remove(key)
+    return list(got.values())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("guidance", [1.0, 2.5, 0.5])
+def test_documents_equal_the_full_forward_with_and_without_labels_within_the_context_and_beyond(recipe, guidance):
+    model = document_model(**RECIPES[recipe])
+    model.config.separator = None
+    rows = [(prompt, labels) for prompt in ([], *prompts(5, 30, vocab=8)) for labels in ((), LABELS[:1], LABELS)]
+    expected = [guided_by_full_forward(model, prompt, 40, labels, guidance) for prompt, labels in rows]
+    model.config.separator = SEPARATOR
+    got = decode_documents(model, [(prompt, labels, guidance) for prompt, labels in rows], 40, never=(*LABELS, SEPARATOR))
+    assert got == expected
+
+
+def test_a_guided_text_is_the_same_alone_and_beside_rows_that_come_and_go():
+    model = document_model(ngrams=[2], ngram_buckets=99)
+    chosen = sampler(temperature=0.9, repetition_penalty=1.3)
+    rows = [(prompt, labels, guidance) for (prompt, labels), guidance in zip([([1, 2], LABELS), ([3], ()), ([], LABELS[:1]), ([5, 4, 3], LABELS)], (3.0, 2.0, 1.0, 0.7))]
+    alone = []
+    for key, (prompt, labels, guidance) in enumerate(rows):
+        decoder = Decoder(model, capacity=1, never=LABELS)
+        decoder.add(key, prompt, chosen, seed=key, labels=labels, guidance=guidance)
+        alone.append([int(decoder.step()) for _ in range(30)])
+    decoder, got = Decoder(model, capacity=4, never=LABELS), {key: [] for key in range(4)}
+    arrivals, departures = {0: [1], 2: [0], 5: [2, 3]}, {9: 1, 14: 0}
+    for step in range(35):
+        if step in departures:
+            decoder.remove(departures[step])
+        for key in arrivals.get(step, []):
+            prompt, labels, guidance = rows[key]
+            decoder.add(key, prompt, chosen, seed=key, labels=labels, guidance=guidance)
+        for row, token in zip([*decoder.rows], decoder.step().tolist()):
+            got[row.key].append(token)
+    assert [got[key][:30] for key in got] == [ids[: len(got[key])] for key, ids in enumerate(alone)] and len(got[0]) == 12
+
+
+def test_guidance_one_takes_no_second_lane_and_changes_no_bit():
+    model = document_model()
+    plain, one = (Decoder(model, capacity=2) for _ in range(2))
+    for key in range(2):
+        plain.add(key, [1, 2], GREEDY, seed=0, labels=LABELS)
+        one.add(key, [1, 2], GREEDY, seed=0, labels=LABELS, guidance=1.0)
+    assert len(one.lanes) == 2 and one.cache.k.size(1) == 2
+    for _ in range(20):
+        assert torch.equal(plain.step(), one.step())
+    assert torch.equal(plain.cache.k, one.cache.k)
+
+
+def test_labels_are_never_drawn_and_count_as_no_repetition():
+    model = document_model()
+    torch.nn.init.constant_(model.lm_head.weight, 0.0)
+    drawn = decode_documents(model, [([], LABELS, 1.0)], 200, sampler(temperature=1.0))[0]
+    assert not set(drawn) & set(LABELS) and drawn[-1] == SEPARATOR
+    once = Decoder(model, capacity=1, never=LABELS)
+    once.add(0, [], sampler(temperature=0.0, no_repeat_ngram=1), seed=0, labels=LABELS, guidance=2.0)
+    assert sorted(int(once.step()) for _ in range(9)) == [*range(8), SEPARATOR]
+
+
+@pytest.mark.parametrize("shadow", [False, True])
+def test_one_lane_that_is_not_finite_spoils_its_own_row_only(shadow):
+    model = document_model()
+    decoder = Decoder(model, capacity=2, never=LABELS)
+    decoder.add(0, [1], GREEDY, seed=0, labels=LABELS, guidance=2.0)
+    decoder.add(1, [1, 2, 3], GREEDY, seed=0)
+    decoder.step()
+    slot = next(slot for slot in decoder._slots(0) if decoder.lanes[slot].shadow == shadow)
+    with torch.inference_mode():
+        decoder.cache.k[:, slot, :, 0] = float("nan")
+    ids = decoder.step().tolist()
+    assert ids[0] == -1 and ids[1] >= 0
+    decoder.wipe(0)
+    decoder.remove(0)
+    assert not decoder.cache.k.isnan().any() and len(decoder.lanes) == len(decoder.rows) == 1
+    alone = Decoder(model, capacity=1, never=LABELS)
+    alone.add(1, [1, 2, 3], GREEDY, seed=0)
+    assert [int(decoder.step()) for _ in range(6)] == [int(alone.step()) for _ in range(8)][2:]
+
+
+def test_what_stands_before_the_last_separator_of_a_prompt_is_not_read():
+    model = document_model()
+    assert decode_documents(model, [([1, 2, SEPARATOR, 3], LABELS, 2.0)], 9) == decode_documents(model, [([3], LABELS, 2.0)], 9)

@@ -7,11 +7,13 @@ from conftest import tiny_model_config, wild_model
 from nanogpt import generate, writer
 from nanogpt.messages import ConfigError
 from nanogpt.sampling import sampler
-from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, with_labels
 from nanogpt.writer import Request, Writer, encode_prompt, longest_beginning, write_sample
 
 GREEDY = sampler(temperature=0.0)
 TOKENIZER = CharTokenizer("abcdefghijk")
+# 8 是分隔符，9、10 是标签
+DOCUMENTS = with_labels(CharTokenizer("abcdefgh"), {"style": ["x", "y"]}, grow=True)
 
 
 @pytest.fixture
@@ -192,3 +194,93 @@ def test_results_count_tokens_and_seconds(model):
     result = [p.result for p in Writer(model, TOKENIZER).write([Request("abc", GREEDY, 8, seed=0)])][-1]
     assert (result.tokens, result.prompt_tokens, result.finish) == (8, 3, "length") and 0 < result.seconds_to_first_token <= result.seconds
     assert writer.Piece(0, "a", "b").result is None
+
+
+# ---- 成篇的模型 ----
+
+
+@pytest.fixture
+def document_model():
+    return wild_model(separator=8, ngrams=[2], ngram_buckets=99)
+
+
+def document_requests(count=30, **changes):
+    """Guided, labelled and plain texts side by side."""
+    cases = [("abc", (9,), 2.5), ("", (10,), 1.0), ("hfedb", (9, 10), 0.5), ("", (), 1.0), ("b", (), 3.0), ("g", (10,), 0.0)]
+    return [
+        Request(prompt, chosen, count, seed=3, prefix_ids=ids, guidance=guidance, **changes)
+        for prompt, ids, guidance in cases for chosen in (sampler(repetition_penalty=1.2), GREEDY)
+    ]
+
+
+def test_guided_texts_share_few_rows_and_look_ahead_as_if_alone(document_model):
+    requests = document_requests()
+    alone = [write(document_model, request, tokenizer=DOCUMENTS)[0] for request in requests]
+    for capacity in (2, 12):
+        assert write(document_model, *requests, tokenizer=DOCUMENTS, capacity=capacity) == alone
+    ahead = Writer(document_model, DOCUMENTS, capacity=5)
+    ahead.lookahead = True
+    assert [r.text for r in results_of(ahead, requests)] == alone
+
+
+def results_of(writer, requests):
+    found = {p.key: p.result for p in writer.write(requests) if p.result}
+    return [found[key] for key in range(len(requests))]
+
+
+def test_out_of_memory_halves_guided_texts_too_and_loses_nothing(document_model, monkeypatch):
+    # 每篇短于上下文：半路重读的一行看到的正是原来那些
+    requests = document_requests(9)
+    calm = write(document_model, *requests, tokenizer=DOCUMENTS, capacity=12)
+    real, limit = generate.Decoder.step, [20]
+
+    def tight(self):
+        if len(self.lanes) > limit[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if self.rows[0].count == 2 and limit[0] > 2:
+            limit[0] //= 2
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self)
+
+    monkeypatch.setattr(generate.Decoder, "step", tight)
+    assert write(document_model, *requests, tokenizer=DOCUMENTS, capacity=12) == calm and limit[0] == 2
+
+
+def test_guidance_zero_is_writing_without_labels_and_guidance_one_is_writing_with_them(document_model):
+    def texts(ids, guidance):
+        return [write(document_model, Request(p, GREEDY, 25, seed=0, prefix_ids=ids, guidance=guidance), tokenizer=DOCUMENTS)[0] for p in ("", "abc", "hhgfa")]
+
+    assert texts((9,), 0.0) == texts((), 1.0) == texts((), 4.0)
+    assert len({str(texts(ids, guidance)) for ids, guidance in (((9,), 1.0), ((9,), 3.0), ((), 1.0))}) == 3
+
+
+def test_a_model_of_documents_begins_with_its_separator_and_takes_an_empty_prompt(document_model, model):
+    empty, behind = results_of(Writer(document_model, DOCUMENTS), [Request("", GREEDY, 5, seed=0, prefix_ids=(9,)), Request("ab", GREEDY, 5, seed=0)])
+    assert (empty.prompt_tokens, behind.prompt_tokens) == (2, 3)
+    with pytest.raises(ConfigError, match="empty"):
+        write(model, Request("", GREEDY, 3, seed=0))
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_behind_the_end_of_a_document_another_one_begins(document_model, lookahead):
+    torch.nn.init.constant_(document_model.lm_head.weight, 0.0)
+    request = Request("abc", sampler(), 60, seed=1, prefix_ids=(9,), guidance=2.0, stop_at_end_of_text=False)
+    writer = Writer(document_model, DOCUMENTS)
+    writer.lookahead = lookahead
+    got, read = [], []
+    real = generate.Decoder._open_lanes
+
+    def noting(self, row, ids):
+        real(self, row, ids)
+        read.append([lane.unread.tolist() for lane in self.lanes])
+
+    generate.Decoder._open_lanes = noting
+    try:
+        got = results_of(writer, [request])[0]
+    finally:
+        generate.Decoder._open_lanes = real
+    assert got.tokens == 60 and len(read) > 3 and read[0] == [[8, 9, 0, 1, 2], [8, 0, 1, 2]] and all(lanes == [[8, 9], [8]] for lanes in read[1:])
+    # 均匀的 logits：抽到什么只看随机数，接在哪里都一样
+    once = Writer(wild_model(separator=8, ngrams=[2], ngram_buckets=99), DOCUMENTS)
+    torch.nn.init.constant_(once.model.lm_head.weight, 0.0)
+    assert got.text == results_of(once, [request])[0].text
