@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,7 @@ def problem(text: str) -> str:
 def _repetitive(units: list[str]) -> bool:
     for start in range(0, len(units), WINDOW):
         window = units[start : start + WINDOW]
-        pairs = list(zip(window, window[1:]))
+        pairs = list(pairwise(window))
         if len(pairs) >= 4 and len(set(pairs)) < DIFFERENT * len(pairs):
             return True
     return False
