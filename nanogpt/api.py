@@ -208,7 +208,7 @@ class Api:
 
     async def openapi(self, exchange: Exchange) -> None:
         """The API's description for programs."""
-        await exchange.json(document(self.limits))
+        await exchange.json(document(self.limits, empty_prompts=self.reader.empty_prompts))
 
     async def models(self, exchange: Exchange) -> None:
         """The one model that is loaded."""

@@ -97,7 +97,8 @@ def quoted(argument: str) -> str:
     key, equals, value = argument.partition("=")
     if not equals or not value or value[0] in "'\"":
         return argument
-    if key in FREE_TEXT and value[0] not in "[{":
+    # 说明里写的 null 是“没有”，不是文字；要写这个词就加引号
+    if key in FREE_TEXT and value[0] not in "[{" and value != "null":
         return f"{key}={_in_quotes(value)}"
     # 逗号与括号留给 Hydra：列表、扫描里的每个中文项分别加引号
     items = re.compile(f"({QUOTED})|{NON_ASCII_ITEM}")

@@ -91,7 +91,7 @@ class Session:
             extra = [k for k in self.settings.control if k not in ("_target_", *KINDS) and not self._is_table(k)]
             return options(command) + (extra if command == "control" else [])
         if command in KINDS and takes_forms(self.settings.control):
-            return build_control(self.settings.control).known()[command]
+            return build_control(self.settings.control).known(self.model.tokenizer)[command]
         return []
 
     # ---- 写作 ----
@@ -226,7 +226,7 @@ class Session:
     def _do_control(self, value: str) -> None:
         key, _, setting = value.partition(" ")
         if not key:
-            for kind, names in build_control(self.settings.control).known().items():
+            for kind, names in build_control(self.settings.control).known(self.model.tokenizer).items():
                 say("control_knows", kind=kind, names=" ".join(names))
         elif not setting:
             node = option("control", key, self.temperature)

@@ -7,7 +7,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from nanogpt.control import KINDS, takes_forms
+from nanogpt.control import GUIDANCE, KINDS, takes_forms
 from nanogpt.messages import ConfigError, text_in
 from nanogpt.sample_config import ServerConfig
 from nanogpt.sampling import SETTINGS
@@ -24,7 +24,7 @@ SAMPLER_FIELDS = {
 FIELDS = {
     "model": ("string", None, None), "prompt": ("string or array of strings", None, None), "max_tokens": ("integer", 1, None),
     "n": ("integer", 1, None), "stop": ("string or array of strings", None, None), "seed": ("integer", 0, 2**62), "stream": ("boolean", None, None),
-    "style": ("string", None, None), "emotion": ("string", None, None), "stream_options": ("object", None, None),
+    "style": ("string", None, None), "emotion": ("string", None, None), "guidance": ("number", *GUIDANCE), "stream_options": ("object", None, None),
     "echo": ("boolean", None, None), "user": ("string", None, None), **SAMPLER_FIELDS,
 }
 TYPES = {
@@ -95,6 +95,8 @@ class Reader:
     model: str
     base: Settings
     limits: ServerConfig
+    empty_prompts: bool = False
+    """Whether the model can write behind nothing."""
 
     def read(self, body: bytes) -> Completion:
         """Check every field; ApiError names the first that is wrong."""
@@ -139,17 +141,21 @@ class Reader:
 
     def _prompts(self, prompt: str | list | None) -> list[str]:
         prompts = _strings("prompt", prompt)
-        if not prompts or "" in prompts:
+        if not prompts or ("" in prompts and not self.empty_prompts):
             raise ApiError(400, "api_no_prompt", param="prompt")
         if (longest := max(map(len, prompts))) > self.limits.max_prompt_chars:
             raise ApiError(400, "api_prompt_too_long", param="prompt", got=longest, limit=self.limits.max_prompt_chars)
         return prompts
 
     def _control(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The control node with this request's style and emotion; "" switches one off."""
+        """The control node with this request's style, emotion ("" switches one off) and guidance."""
         asked = {kind: _asked_label(kind, given[kind]) or None for kind in KINDS if kind in given}
         if asked and not takes_forms(self.base.control):
             raise ApiError(400, "api_no_control", param=next(iter(asked)))
+        if "guidance" in given:
+            if "guidance" not in self.base.control:
+                raise ApiError(400, "api_no_guidance", param="guidance")
+            asked["guidance"] = given["guidance"]
         return {**self.base.control, **asked}
 
     def _settings(self, given: dict[str, Any]) -> Settings:

@@ -56,7 +56,7 @@ def write_gpt2(folder: Path, pretrained: Pretrained) -> None:
         "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "n_inner": config.mlp_ratio * config.n_embd,
         "activation_function": activation, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": config.tie_embeddings,
         "resid_pdrop": config.dropout, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout,
-        "bos_token_id": end, "eos_token_id": end, "dtype": "float32",
+        "bos_token_id": end, "eos_token_id": end, "dtype": "float32", **about_documents(pretrained),
     })
     tensors = {}
     for name, tensor in pretrained.tensors.items():
@@ -76,10 +76,17 @@ def write_custom(folder: Path, pretrained: Pretrained) -> None:
     write_json(folder / "config.json", {
         "architectures": ["NanoGPTForCausalLM"], "model_type": "nanogpt", "dtype": "float32", "bos_token_id": end, "eos_token_id": end,
         "auto_map": {"AutoConfig": f"{MODULE}.NanoGPTConfig", "AutoModelForCausalLM": f"{MODULE}.NanoGPTForCausalLM"},
-        **{field: getattr(config, field) for field in fields},
+        **{field: getattr(config, field) for field in fields}, **about_documents(pretrained),
     })
     shutil.copyfile(Path(__file__).with_name(f"{MODULE}.py"), folder / f"{MODULE}.py")
     write_tensors(folder, pretrained.tensors)
+
+
+def about_documents(pretrained: Pretrained) -> dict:
+    """What a model of documents is written with: its separator, and the names of its labels."""
+    names = {kind: list(listed) for kind, listed in pretrained.tokenizer.labels.items()}
+    separator = pretrained.config.separator
+    return {} if separator is None else {"document_separator": separator, "document_labels": names}
 
 
 def write_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:

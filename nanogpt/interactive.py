@@ -139,4 +139,5 @@ def toolbar(session: Session) -> str:
     parts += [f"tokens={settings.max_new_tokens}", f"seed={settings.seed}"]
     parts += [f"samples={session.samples}"] if session.samples > 1 else []
     parts += [f"{kind}={plain(control[kind])}" for kind in ("style", "emotion") if control.get(kind)]
+    parts += [f"guidance={control['guidance']}"] if control.get("guidance", 1) != 1 else []
     return " " + " · ".join([*parts, text("toolbar_keys")])

@@ -412,6 +412,10 @@ MESSAGES = {
         "style and emotion are switched off here (control=none); leave them out",
         "这里关闭了风格与情绪（control=none）；请去掉这两个字段",
     ),
+    "api_no_guidance": (
+        "guidance belongs to control=codes, which this server was not started with; leave it out",
+        "guidance 属于 control=codes，这个服务器启动时没有选它；请去掉这个字段",
+    ),
     "api_too_many_texts": (
         "prompts x n = {got}; at most {limit} texts per request",
         "开头数 × n = {got}；一个请求最多 {limit} 段",
@@ -553,7 +557,7 @@ MESSAGES = {
         "  /sampler top_p             another strategy; /tokens 200 /samples 3 /seed 7 /stop \\n\n"
         "  /style poetic  /emotion happy   for all texts from now on; nothing behind it clears it\n"
         "  style:poetic| emotion:happy| It was     for this text only\n"
-        "  /control                   styles and emotions that have words; /control strength 3, /control none\n"
+        "  /control                   styles and emotions, the model's labels first; /control guidance 2, /control strength 3, /control none\n"
         "  /again  /more              the same beginning with the next seed; go on from the last text\n"
         "  /save [all] FILE.txt|.jsonl     append the last text, or all texts, to a file\n"
         "  /settings  /help  /quit    Alt-Enter starts a new line, // begins a text with a slash",
@@ -561,7 +565,7 @@ MESSAGES = {
         "  /sampler top_p             换采样策略；/tokens 200 /samples 3 /seed 7 /stop \\n\n"
         "  /style 充满诗意  /emotion 开心    对之后所有文字有效；后面什么也不写即清除\n"
         "  style:充满诗意| emotion:开心| 春天    只对这一段有效\n"
-        "  /control                   有词可加分的风格与情绪；/control strength 3，/control none\n"
+        "  /control                   风格与情绪，模型的标签在前；/control guidance 2，/control strength 3，/control none\n"
         "  /again  /more              同一开头换下一个种子；接着上一段写\n"
         "  /save [all] 文件.txt|.jsonl     把上一段或全部文字追加到文件\n"
         "  /settings  /help  /quit    Alt-Enter 换行；// 是以斜杠开头的文字",
@@ -589,10 +593,22 @@ MESSAGES = {
     ),
     "save_not_writable": ("/save {got}: cannot be written ({reason}); choose another file", "/save {got}：无法写入（{reason}）；请换一个文件"),
     "control_off": (
-        "control={name} has no {kind}; type /control prefix first",
-        "control={name} 没有 {kind} 这一项；请先输入 /control prefix",
+        "control={name} has no {kind}; type /control codes first",
+        "control={name} 没有 {kind} 这一项；请先输入 /control codes",
     ),
     "control_knows": ("{kind}: {names} — or any other words", "{kind}：{names}，或任何文字"),
+    "control_no_label": (
+        "control.{kind}={got} is no label of this model (it knows {known}); a sentence and words ask for it as with control=prefix",
+        "control.{kind}={got} 不是这个模型的标签（它认识 {known}）；像 control=prefix 那样用一句话和加分的词",
+    ),
+    "guidance_without_label": (
+        "control.guidance={got} has no effect on a text without a label; the model knows {known}",
+        "control.guidance={got} 对没有标签的文字不起作用；模型认识 {known}",
+    ),
+    "guidance_without_labels": (
+        "control.guidance={got} has no effect: the model was trained without labels",
+        "control.guidance={got} 不起作用：模型训练时没有标签",
+    ),
     "control_no_words": (
         "control.{kind}={got} is used as it is written, without words to lead the text to; those with words: {known}",
         "control.{kind}={got} 照原文使用，没有可加分的词；有词的：{known}",

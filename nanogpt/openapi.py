@@ -33,10 +33,10 @@ COMPLETION = {
 }
 
 
-def request_schema(limits: ServerConfig) -> dict:
+def request_schema(limits: ServerConfig, *, empty_prompts: bool = False) -> dict:
     """The body of POST /v1/completions; null is the same as leaving a field out."""
-    def text(longest: int) -> dict:
-        return {"type": "string", "minLength": 1, "maxLength": longest}
+    def text(longest: int, shortest: int = 1) -> dict:
+        return {"type": "string", "minLength": shortest, "maxLength": longest}
 
     properties = {}
     for name, (kind, low, high) in FIELDS.items():
@@ -47,7 +47,7 @@ def request_schema(limits: ServerConfig) -> dict:
             schema["maximum"] = high
         properties[name] = schema
     # 字段表说不清的几个，单独写；拿这份文档做模糊测试的程序靠它
-    prompt, stop = text(limits.max_prompt_chars), text(MAX_STOP_CHARS)
+    prompt, stop = text(limits.max_prompt_chars, 0 if empty_prompts else 1), text(MAX_STOP_CHARS)
     properties["prompt"] = {"anyOf": [prompt, {"type": "array", "items": prompt, "minItems": 1, "maxItems": limits.max_texts}]}
     properties["stop"] = {"anyOf": [stop, {"type": "array", "items": stop, "maxItems": MAX_STOPS}, {"type": "null"}]}
     for name in KINDS:
@@ -59,7 +59,7 @@ def request_schema(limits: ServerConfig) -> dict:
     return {"type": "object", "required": ["prompt"], "properties": properties, "additionalProperties": False}
 
 
-def document(limits: ServerConfig) -> dict:
+def document(limits: ServerConfig, *, empty_prompts: bool = False) -> dict:
     """OpenAPI 3.1."""
     def answers(description: str, content: dict) -> dict:
         failures = {status: {"description": words, "content": {"application/json": {"schema": ERROR}}} for status, words in ERRORS.items()}
@@ -76,7 +76,7 @@ def document(limits: ServerConfig) -> dict:
             "/health": get("Whether it can write, and how much it has to do"), "/v1/models": get("The model that is loaded"),
             "/v1/completions": {"post": {
                 "summary": "Write behind a prompt", "responses": answers("What was written", written),
-                "requestBody": {"required": True, "content": {"application/json": {"schema": request_schema(limits)}}},
+                "requestBody": {"required": True, "content": {"application/json": {"schema": request_schema(limits, empty_prompts=empty_prompts)}}},
             }},
         },
     }

@@ -15,7 +15,7 @@ from nanogpt import tokenizer as tokenizers
 from nanogpt.build import build_model, model_of, preset
 from nanogpt.config import ModelConfig
 from nanogpt.messages import ConfigError
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.tokenizer import LABEL_KINDS, Tokenizer, with_labels
 from nanogpt.tokenizer_files import read_tokenizer
 from nanogpt.weight_files import read_json, read_weights
 
@@ -119,7 +119,8 @@ def read_folder(folder: Path, name: str | None = None) -> Pretrained:
         own = hf_name.removeprefix("transformer.")
         if not own.endswith(MASKS):
             tensors[own] = tensor.t() if own.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
-    return checked(folder, config, tensors, read_tokenizer(folder, config.vocab_size))
+    config, tokenizer = with_documents(folder / "config.json", config, read_tokenizer(folder, config.vocab_size))
+    return checked(folder, config, tensors, tokenizer)
 
 
 def read_config(path: Path, name: str) -> ModelConfig:
@@ -145,6 +146,24 @@ def read_config(path: Path, name: str) -> ModelConfig:
         vocab_size=sizes["vocab_size"], mlp_ratio=inner // width, activation=ACTIVATIONS[activation],
         tie_embeddings=bool(given.get("tie_word_embeddings", True)),
     )
+
+
+def with_documents(path: Path, config: ModelConfig, tokenizer: Tokenizer) -> tuple[ModelConfig, Tokenizer]:
+    """The same for a model of documents, with its separator and labels: as config.json names them, else as its special tokens are called."""
+    given = read_json(path)
+    separator, names = given.get("document_separator"), given.get("document_labels", {})
+    if separator is None:
+        return (replace(config, separator=tokenizer.end_of_text) if tokenizer.labels else config), tokenizer
+    try:
+        assert type(separator) is int and 0 <= separator < config.vocab_size and set(names) <= set(LABEL_KINDS)
+        assert all(isinstance(name, str) for listed in names.values() for name in listed)
+        # 当普通文字写的标签（微调别人的词表）只有名字能带过来
+        return replace(config, separator=separator), with_labels(tokenizer, names, grow=False)
+    except ConfigError:
+        raise
+    except Exception as error:
+        # 名字来自陌生人，tokenizers 库又只抛裸 Exception
+        raise ConfigError("pretrained_damaged", file=path, reason=f"document_separator, document_labels: {type(error).__name__}") from None
 
 
 # ---- 核对 ----

@@ -45,8 +45,8 @@ class SampleConfig:
     init_from: str | None = None
     checkpoint: str = "best"
     device: str = "auto"
-    start: Any = "\n"
-    """A prompt, or a list of prompts."""
+    start: Any = None
+    """A prompt, or a list of prompts; None: a line break, or nothing where the model writes documents."""
     prompts: str | None = None
     num_samples: int = 1
     max_new_tokens: int = 500
@@ -102,7 +102,7 @@ def check_sample(cfg: SampleConfig) -> None:
     check_ranges(cfg, SAMPLE_RANGES)
     check_device(cfg.device)
     listed = isinstance(cfg.start, list) and cfg.start and all(isinstance(s, str | int | float) for s in cfg.start)
-    if not (isinstance(cfg.start, str) or listed):
+    if not (cfg.start is None or isinstance(cfg.start, str) or listed):
         raise ConfigError("not_a_prompt", got=cfg.start)
     if "" in cfg.stop:
         raise ConfigError("empty_stop")
@@ -111,7 +111,7 @@ def check_sample(cfg: SampleConfig) -> None:
         for key in ("interactive", "prompts", "output"):
             if getattr(cfg, key):
                 raise ConfigError("not_with_serve", key=key)
-    if cfg.interactive and (cfg.prompts is not None or cfg.start != SampleConfig.start):
+    if cfg.interactive and (cfg.prompts is not None or cfg.start is not None):
         raise ConfigError("interactive_prompts", key="start" if cfg.prompts is None else "prompts")
     check_server(cfg.server)
 

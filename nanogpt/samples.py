@@ -46,9 +46,9 @@ class Records:
 
 
 def settings_record(result: Result, settings: Settings) -> dict:
-    """The settings as json: of the control its plain values, with the style and emotion of this very text."""
+    """The settings as json: of the control its plain values, with the style and emotion of this very text and the labels they became."""
     record, control = dataclasses.asdict(settings), result.request.control
-    own = {"style": control.style, "emotion": control.emotion} if control else {}
+    own = {"style": control.style, "emotion": control.emotion, "labels": result.request.labels} if control else {}
     # 模板与词表几十行，不必每条记录都抄一遍
     record["control"] = {key: value for key, value in record["control"].items() if not isinstance(value, dict | list)} | own
     return record
@@ -71,7 +71,7 @@ def in_order(pieces: Iterator[Piece], count: int) -> Iterator[Piece]:
 def write_samples(cfg: SampleConfig, model: Model) -> None:
     """Print num_samples texts behind every prompt, in order; the first unfinished one is streamed."""
     settings = Settings.of(cfg)
-    prompts = prompt_list(cfg)
+    prompts = prompt_list(cfg, model.default_prompt)
     requests = [settings.request(prompt, number) for prompt in prompts for number in range(cfg.num_samples)]
     writer = model.writer_of(requests, batch_size=cfg.batch_size, skip_unknown=cfg.unknown == "skip")
     records = Records(cfg.output, model.name)

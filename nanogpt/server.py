@@ -33,7 +33,7 @@ async def run(cfg: SampleConfig, model, bound: socket.socket, *, on_start=None) 
     # 只报最后两段：本机的目录结构与访客无关
     name = "/".join(Path(model.name).parts[-2:])
     worker = Worker(model.writer(capacity=cfg.batch_size, skip_unknown=cfg.unknown == "skip"), max_waiting=cfg.server.max_waiting)
-    api = Api(worker, Reader(name, Settings.of(cfg), cfg.server), announcement(cfg, model))
+    api = Api(worker, Reader(name, Settings.of(cfg), cfg.server, model.writes_documents), announcement(cfg, model))
     server = Server(api, cfg.server, on_shutdown=worker.begin_closing)
 
     def started() -> None:
@@ -55,11 +55,17 @@ def announcement(cfg: SampleConfig, model) -> dict:
     from nanogpt.control import build_control
 
     limits, sampler = cfg.server, {key: value for key, value in cfg.sampler.items() if key != "_target_"}
-    known = build_control(dict(cfg.control)).known()
-    controls = {"controls": {"styles": known["style"], "emotions": known["emotion"]}} if any(known.values()) else {}
+    known = build_control(dict(cfg.control)).known(model.tokenizer)
+    labels = [label for listed in model.tokenizer.labels.values() for label in listed]
+    controls = {"controls": {"styles": known["style"], "emotions": known["emotion"], "labels": labels}} if any(known.values()) else {}
+    # 没有标签的模型拧不动它：页面不给这个旋钮
+    guidance = {"guidance": cfg.control["guidance"]} if labels and "guidance" in cfg.control else {}
     return {
         **controls,
         "parameters": model.network.parameter_count(), "block_size": model.network.config.block_size, "vocab_size": model.tokenizer.vocab_size,
         "limits": {"max_tokens": limits.max_tokens, "max_texts": limits.max_texts, "max_prompt_chars": limits.max_prompt_chars},
-        "defaults": {**sampler, "max_tokens": min(cfg.max_new_tokens, limits.max_tokens), "seed": cfg.seed, "stop": cfg.stop},
+        "defaults": {
+            **sampler, **guidance, "prompt": model.default_prompt, "max_tokens": min(cfg.max_new_tokens, limits.max_tokens), "seed": cfg.seed,
+            "stop": cfg.stop,
+        },
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nanogpt import tokenizer as tokenizers
 from nanogpt.messages import ConfigError
-from nanogpt.tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, ByteTokenizer, CharTokenizer, LibraryTokenizer, Tokenizer
+from nanogpt.tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, ByteTokenizer, CharTokenizer, LibraryTokenizer, Tokenizer, labels_in
 
 # GPT-2 的词表大小，以及 nanoGPT 补齐到 64 倍数之后的
 GPT2_SIZES = (50257, 50304)
@@ -53,7 +53,10 @@ def _read(folder: Path) -> Tokenizer | None:
     if not described:
         return None
     end = _end_word(described, settings)
-    return byte_level_bpe(described, end or END_OF_TEXT) or LibraryTokenizer(described, end)
+    found = byte_level_bpe(described, end or END_OF_TEXT) or LibraryTokenizer(described, end)
+    # 标签就是照这个写法起名的特殊 token：名字里已经说清了种类
+    found.labels = labels_in({token["content"]: token["id"] for token in described.get("added_tokens") or []})
+    return found
 
 
 def _end_word(described: dict, settings: dict) -> str | None:
@@ -149,11 +152,11 @@ def to_library_json(tokenizer: Tokenizer) -> dict:
     if isinstance(tokenizer, LibraryTokenizer):
         return tokenizer.description
     if isinstance(tokenizer, CharTokenizer):
-        return _character_json(tokenizer.characters)
+        return _character_json(tokenizer.characters, tokenizer.special)
     letters = byte_letters()
     if isinstance(tokenizer, ByteTokenizer):
         # 没有合并规则的字节级 BPE，就是逐字节
-        return byte_level_json({letter: byte for byte, letter in enumerate(letters)}, [], {})
+        return byte_level_json({letter: byte for byte, letter in enumerate(letters)} | tokenizer.special, [], tokenizer.special)
     words = {token: "".join(letters[b] for b in token) for token in tokenizer.ranks}
     merges = [[words[left], words[right]] for left, right in merges_of(tokenizer.ranks)]
     # 特殊 token 也要列进词表，库才会用我们的编号而不是另给
@@ -161,13 +164,14 @@ def to_library_json(tokenizer: Tokenizer) -> dict:
     return byte_level_json(vocab, merges, tokenizer.special)
 
 
-def _character_json(characters: str) -> dict:
+def _character_json(characters: str, special: dict[str, int]) -> dict:
     """One token per character: split everywhere, look up, join without spaces; other characters are an error there too."""
     return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None, "post_processor": None,
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [_added(word, i) for word, i in special.items()],
+        "normalizer": None, "post_processor": None,
         "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False},
         "decoder": {"type": "Fuse"},
-        "model": {"type": "WordLevel", "vocab": {c: i for i, c in enumerate(characters)}, "unk_token": "<unknown>"},
+        "model": {"type": "WordLevel", "vocab": {c: i for i, c in enumerate(characters)} | special, "unk_token": "<unknown>"},
     }
 
 

@@ -361,9 +361,11 @@ class Trainer:
         self.loggers.text(self.progress.iteration, sample)
 
     def sample_prompt(self) -> str:
-        """The configured prompt, or a line break, or the first validation token where there is none."""
+        """The configured prompt; else nothing for documents, or a line break, or the first validation token where there is none."""
         if self.cfg.sample_prompt is not None:
             return self.cfg.sample_prompt
+        if self.data.separator is not None:
+            return ""
         tokenizer = self.data.tokenizer
         if (tokenizer.kind != "char" or "\n" in tokenizer.characters) and len(tokenizer.encode("\n")):
             return "\n"

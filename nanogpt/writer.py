@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +21,9 @@ from nanogpt.tokenizer import END_OF_TEXT, TextStream, Tokenizer, label_tokens
 
 if TYPE_CHECKING:
     from nanogpt.control import Control
+
+# 训练中给人看的样本最多写几种标签
+SAMPLED_LABELS = 6
 
 
 @dataclass(frozen=True)
@@ -268,11 +271,20 @@ def longest_beginning(text: str, stops: tuple[str, ...]) -> int:
 
 
 def write_sample(model, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, *, sampler: Sampler, seed: int) -> str:
-    """The prompt and max_new_tokens tokens behind it; leaves the model's mode and the global generators as they were."""
+    """The prompt and max_new_tokens tokens behind it; leaves the model's mode and the global generators as they were.
+
+    A model of documents writes one for each of up to SAMPLED_LABELS labels of one kind, "[label] text", each up to its end.
+    """
+    documents = model.config.separator is not None
+    listed = next(iter(tokenizer.labels.values()), {}) if documents else {}
+    # 同一个种子：几段的不同只来自标签
+    base = Request(prompt, sampler, max_new_tokens, seed, stop_at_end_of_text=documents)
+    requests = {f"[{label}] ": replace(base, prefix_ids=ids) for label, ids in list(listed.items())[:SAMPLED_LABELS]} or {"": base}
     was_training = model.training
     model.eval()
     try:
-        pieces = Writer(model, tokenizer).write([Request(prompt, sampler, max_new_tokens, seed, stop_at_end_of_text=False)])
-        return prompt + "".join(piece.text for piece in pieces)
+        writer = Writer(model, tokenizer, capacity=len(requests))
+        results = {piece.key: piece.result for piece in writer.write(requests.values()) if piece.result}
+        return "\n".join(f"{head}{prompt}{results[key].text}" for key, head in enumerate(requests))
     finally:
         model.train(was_training)

@@ -76,6 +76,16 @@ class Model:
     tokenizer: tokenizers.Tokenizer
     context: Callable[[], contextlib.AbstractContextManager]
 
+    @property
+    def writes_documents(self) -> bool:
+        """Whether every text begins with a separator, so that nothing need stand before it."""
+        return self.network.config.separator is not None
+
+    @property
+    def default_prompt(self) -> str:
+        """What start=null means."""
+        return "" if self.writes_documents else "\n"
+
     def writer(self, *, capacity: int, max_length: int | None = None, skip_unknown: bool = False) -> Writer:
         """A Writer of `capacity` rows."""
         return Writer(
@@ -128,10 +138,12 @@ def prompt_text(start: str) -> str:
     return "".join(iter_text(path))
 
 
-def prompt_list(cfg: SampleConfig) -> list[str]:
-    """All prompts that the config names, in order: prompts=FILE, start=[…], or start."""
+def prompt_list(cfg: SampleConfig, default: str) -> list[str]:
+    """All prompts that the config names, in order: prompts=FILE, start=[…], start, or the default."""
     if cfg.prompts is not None:
         return prompts_of_file(Path(cfg.prompts))
+    if cfg.start is None:
+        return [default]
     return [prompt_text(str(start)) for start in (cfg.start if isinstance(cfg.start, list) else [cfg.start])]
 
 

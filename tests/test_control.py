@@ -56,7 +56,7 @@ def raised(bias, tokens, text, vocab_size):
 
 def test_without_a_wish_the_request_stays_the_same_object():
     request = Request("a", PLAIN, 5, 0)
-    for group in ("control=prefix", "control=none", "control.strength=3"):
+    for group in ("control=prefix", "control=codes", "control=none", "control.strength=3"):
         assert build_control(node(group)).apply(request, ByteTokenizer()) is request
 
 
@@ -269,13 +269,13 @@ def test_bad_settings_are_one_line_that_names_the_key(changes, message):
 
 
 def test_every_label_of_the_yaml_is_found_by_each_of_its_names():
-    shipped = build_control(node())
+    shipped = build_control(node("control=prefix"))
     for kind, labels in shipped.labels.items():
         names = [n.lower() for label in labels for n in {label.name, *label.names["zh"], *label.names["en"]}]
         assert len(names) == len(set(names)), f"{kind}: a name stands in two labels"
         assert all(label.words["zh"] and label.words["en"] for label in labels)
-    assert {"happy", "sad", "angry", "calm", "fearful", "surprised", "loving", "开心"} <= set(shipped.known()["emotion"])
-    assert "poetic" in shipped.known()["style"]
+    assert {"happy", "sad", "angry", "calm", "fearful", "surprised", "loving", "开心"} <= set(shipped.known(ByteTokenizer())["emotion"])
+    assert "poetic" in shipped.known(ByteTokenizer())["style"]
 
 
 def test_a_label_of_ones_own_needs_one_entry(model):

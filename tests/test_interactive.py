@@ -164,7 +164,7 @@ def test_every_setting_can_be_changed_and_says_its_new_value(session, capsys, li
     ("/tokens 0", "max_new_tokens=0 is out of range"), ("/tokens many", "max_new_tokens=many has the wrong type"), ("/tokens true", "max_new_tokens"), ("/seed -1", "seed=-1"),
     ("/samples 0", "num_samples=0"), ('/stop ["a", ""]', "stop holds an empty string"), ("/stop [1]", "stop=[1] has the wrong type"), ("/stop [a", "cannot be read"),
     ("/sampler top_q", "did you mean top_p?"), ("/sampler", "choose one of: greedy, min_p"), ("/sampler ../train", "there is no such option"),
-    ("/control strength much", "control.strength=much"), ("/control strength", "control=strength"), ("/control bogus 3", "choose one of: none prefix strength bias"),
+    ("/control strength much", "control.strength=much"), ("/control strength", "control=strength"), ("/control bogus 3", "choose one of: codes none prefix strength bias guidance"),
     ("/control emotions 3", "control.emotions: there is no such setting"), ("/control _target_ os.system", "there is no such setting"),
     ("/again", "no text has been written yet"), ("/more", "no text has been written yet"), ("/save x.txt", "no text has been written yet"), ("/save all", "no text has been written yet"),
     ("/save x.py", ".txt or .jsonl"), ("/save x", ".txt or .jsonl"),
@@ -194,7 +194,7 @@ def test_the_command_lines_sampler_comes_back_with_its_values(model):
 
 def test_style_and_emotion_are_cleared_by_nothing_and_kept_across_controls(session, capsys):
     piped(session, "/style 诗意", "/emotion sad", "/emotion", "/control none")
-    assert piped(session, "/emotion sad") == 2 and "type /control prefix first" in capsys.readouterr().err
+    assert piped(session, "/emotion sad") == 2 and "type /control codes first" in capsys.readouterr().err
     piped(session, "/control prefix", "/style a, b: c", "So")
     assert session.settings.control["emotion"] is None and session.settings.control["style"] == "a, b: c"
     assert "without words to lead the text to" in capsys.readouterr().err

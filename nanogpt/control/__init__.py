@@ -1,8 +1,10 @@
 """Style and emotion of a text: what a person asks for, and how a model is led there.
 
-`prefixes` puts a sentence in front of the prompt and raises the logits of words; nothing is trained in.
+`codes` puts labels in front that the model was trained behind. `prefixes` puts a sentence in front of the prompt and
+raises the logits of words; nothing is trained in.
 """
 
+from nanogpt.control.codes import GUIDANCE, CodesControl, codes
 from nanogpt.control.prefixes import (
     KINDS,
     Control,
@@ -16,4 +18,7 @@ from nanogpt.control.prefixes import (
     takes_forms,
 )
 
-__all__ = ["KINDS", "Control", "NoControl", "PrefixControl", "Wish", "build_control", "language_of", "prefix", "read_form", "takes_forms"]
+__all__ = [
+    "GUIDANCE", "KINDS", "CodesControl", "Control", "NoControl", "PrefixControl", "Wish", "build_control", "codes", "language_of", "prefix",
+    "read_form", "takes_forms",
+]

@@ -35,8 +35,8 @@ class Control(Protocol):
     def apply(self, request: Request, tokenizer: Tokenizer) -> Request:
         """The request that writes in this style and emotion; the prompt stays as it is."""
 
-    def known(self) -> dict[str, list[str]]:
-        """Names that can be typed for "style" and "emotion"; other words may be allowed too."""
+    def known(self, tokenizer: Tokenizer) -> dict[str, list[str]]:
+        """Names that can be typed for "style" and "emotion", the model's labels first; other words may be allowed too."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class NoControl:
     def apply(self, request: Request, tokenizer: Tokenizer) -> Request:
         return request
 
-    def known(self) -> dict[str, list[str]]:
+    def known(self, tokenizer: Tokenizer) -> dict[str, list[str]]:
         return {kind: [] for kind in KINDS}
 
 
@@ -63,7 +63,11 @@ class Label:
 
     def is_called(self, typed: str) -> bool:
         """Whether `typed` is one of its names."""
-        return typed.lower() in {self.name.lower(), *(n.lower() for names in self.names.values() for n in names)}
+        return typed.lower() in {name.lower() for name in self.all_names()}
+
+    def all_names(self) -> list[str]:
+        """Every name, in every language."""
+        return distinct([self.name, *(n for names in self.names.values() for n in names)])
 
     def name_in(self, language: str, typed: str) -> str:
         """The typed word where it is in that language, else the first name there."""
@@ -85,6 +89,8 @@ class PrefixControl:
     templates: dict[str, dict[str, str]]
     labels: dict[str, list[Label]]
     bias: bool = True
+    hints: bool = True
+    """Whether a text without words is told which names have some."""
 
     def apply(self, request: Request, tokenizer: Tokenizer) -> Request:
         wishes = {kind: typed for kind in KINDS if (typed := getattr(self, kind))}
@@ -99,14 +105,15 @@ class PrefixControl:
             sampler = bias.before(sampler)
         return replace(request, prefix=prefix, sampler=sampler)
 
-    def known(self) -> dict[str, list[str]]:
+    def known(self, tokenizer: Tokenizer) -> dict[str, list[str]]:
         return {kind: [name for label in labels for name in (label.name, label.names["zh"][0])] for kind, labels in self.labels.items()}
 
-    def _label(self, kind: str, typed: str) -> Label | None:
+    def label(self, kind: str, typed: str) -> Label | None:
+        """The entry that a typed word is a name of."""
         return next((label for label in self.labels[kind] if label.is_called(typed)), None)
 
     def _sentence(self, kind: str, typed: str, languages: tuple[str, str], tokenizer: Tokenizer) -> str:
-        label, missing = self._label(kind, typed), ""
+        label, missing = self.label(kind, typed), ""
         for language in languages:
             if not (template := self.templates.get(language, {}).get(kind)):
                 continue
@@ -121,10 +128,11 @@ class PrefixControl:
     def _words(self, kind: str, typed: str, languages: tuple[str, str], tokenizer: Tokenizer) -> WordBias | None:
         if not (self.bias and self.strength):
             return None
-        label = self._label(kind, typed)
+        label = self.label(kind, typed)
         if not label or not any(label.words.values()):
-            known = ", ".join(n for n in self.known()[kind] if (found := self._label(kind, n)) and any(found.words.values()))
-            say_once("control_no_words", kind=kind, got=typed, known=known)
+            known = ", ".join(n for n in self.known(tokenizer)[kind] if (found := self.label(kind, n)) and any(found.words.values()))
+            if self.hints:
+                say_once("control_no_words", kind=kind, got=typed, known=known)
             return None
         for language in languages:
             if words := [w for w in label.words[language] if ids_of(w, tokenizer)]:
@@ -192,6 +200,11 @@ def _labels(key: str, node: dict | None) -> list[Label]:
             raise ConfigError("bad_label", key=f"control.{key}.{name}")
         labels.append(Label(str(name), names, words))
     return labels
+
+
+def distinct(names: list[str]) -> list[str]:
+    """Each name once, the first of those that differ in case only."""
+    return list({name.lower(): name for name in reversed(names)}.values())[::-1]
 
 
 def language_of(prompt: str, *typed: str) -> str:
