@@ -140,7 +140,8 @@ class DocumentData(TokenData):
         names = [[*names, None] for names in self.labels.values()]
         start = 0
         for end, *labels in self._index[split].tolist():
-            text = self.tokenizer.decode(self.tokens[split][start:end])
+            # 先成普通的整数：逐个从 memmap 取要慢十倍
+            text = self.tokenizer.decode(self.tokens[split][start:end].tolist())
             yield Document(text, **{kind: listed[label] for kind, listed, label in zip(self.labels, names, labels)})
             start = end
 
@@ -220,13 +221,17 @@ class DocumentData(TokenData):
         cut = self.pieces("train", block_size)
         return np.array([cut.targets[self._deal("train", block_size, int(seed), int(epoch))[0][row]].sum() for seed, epoch, row in starts])
 
-    def rows(self, split: str, starts: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """x and y, both (len(starts), block_size) int64; y is -1 where nothing is to be predicted."""
+    def rows(self, split: str, starts: np.ndarray, block_size: int, *, labelled: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """x and y, both (len(starts), block_size) int64; y is -1 where nothing is to be predicted.
+
+        With labelled=False no document has its labels; the targets are the same ones in the same order.
+        """
         x = np.full((len(starts), block_size), self.separator, dtype=np.int64)
         y = np.full((len(starts), block_size), IGNORED, dtype=np.int64)
         for i, start in enumerate(starts):
             seed, epoch, row = (int(n) for n in start) if split == "train" else (None, 0, int(start))
             rows, dropped = self._deal(split, block_size, seed, epoch)
+            dropped = dropped if labelled else np.ones_like(dropped)
             at = 0
             for piece in rows[row]:
                 at = self._put(split, block_size, piece, dropped, x[i], y[i], at)

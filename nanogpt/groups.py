@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nanogpt.cli import one_line
 from nanogpt.config import ROOT
 from nanogpt.messages import ConfigError, text
-from nanogpt.sample_config import register_schemas
+from nanogpt.sample_config import SampleConfig, register_schemas
 
 
 def parsed(key: str, value: str) -> Any:
@@ -31,6 +31,14 @@ def _composed(overrides: list[str]):
     register_schemas()
     with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
         return compose("sample", overrides)
+
+
+def sample_config(overrides: list[str]) -> SampleConfig:
+    """The config that run_sample.py would see for these overrides, for other programs that write; not checked."""
+    try:
+        return OmegaConf.to_object(_composed(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise one_line(error, "sample") from None
 
 
 def options(group: str) -> list[str]:

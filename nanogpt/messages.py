@@ -681,6 +681,80 @@ MESSAGES = {
         "{key} needs zh: [names], en: [names] and may have words: {{zh: [...], en: [...]}}",
         "{key} 要有 zh: [名字]、en: [名字]，可以有 words: {{zh: [...], en: [...]}}",
     ),
+    # ---- 评估风格与情绪 ----
+    "evaluate_no_labels": (
+        "{model} knows no labels of style or emotion; train with dataset=chinese_poetry, chinese_reviews or labelled",
+        "{model} 没有风格或情绪的标签；请用 dataset=chinese_poetry、chinese_reviews 或 labelled 训练",
+    ),
+    "evaluate_no_kind": ("--kind {got}: the model has labels for {have} only; choose that", "--kind {got}：模型只有 {have} 的标签；请改用它"),
+    "evaluate_no_data": (
+        "OUT_DIR={path}: its texts are neither in its data/ nor in {folder}; put the data set folder there, or train with a larger bundle_data_mib",
+        "OUT_DIR={path}：它的文本既不在自己的 data/ 里，也不在 {folder}；请把数据集文件夹放回去，或训练时调大 bundle_data_mib",
+    ),
+    "evaluate_own_key": (
+        "{key}=… is set by the evaluation itself; leave it out",
+        "{key}=… 由评估自己决定；请去掉它",
+    ),
+    "judge_lacks_label": (
+        "judge.jsonl of the data set has {count} texts labelled {label}, a judge needs {need}; prepare it with more texts or a larger judge part",
+        "数据集的 judge.jsonl 里标为 {label} 的只有 {count} 篇，评判至少要 {need} 篇；请给更多文本，或调大 judge 的份额",
+    ),
+    "file_not_writable": ("{key} {got}: cannot be written ({reason}); choose another file", "{key} {got}：无法写入（{reason}）；请换一个文件"),
+    "picture_suffix": ("--plot {got}: the file's name must end in .png or .svg", "--plot {got}：文件名要以 .png 或 .svg 结尾"),
+    "not_an_evaluation": (
+        "{got} is not what --output writes ({reason}); make it with: python -m nanogpt.control evaluate OUT_DIR --output {got}",
+        "{got} 不是 --output 写出的文件（{reason}）；请先运行：python -m nanogpt.control evaluate OUT_DIR --output {got}",
+    ),
+    "evaluate_title": (
+        "{run} ({checkpoint}) on {device}: {samples} texts for each {kind}, seeds from {seed}, {sampler}",
+        "{run}（{checkpoint}，{device}）：每种{kind} 写 {samples} 篇，种子从 {seed} 起，{sampler}",
+    ),
+    "judge_form": (
+        "judge: the form. Segments and their lengths decide, exactly for the four regular forms; 宋词, 元曲 or neither by a regression on them",
+        "评判：形式。看句读的段数与每段字数：近体诗四种完全精确；宋词、元曲或都不是，由对段长的回归判定",
+    ),
+    "judge_text": (
+        "judge: TF-IDF of 1 to 3 characters and logistic regression, trained on texts that the model has never seen",
+        "评判：1 至 3 字的 TF-IDF 与逻辑回归，用模型从未见过的文本训练",
+    ),
+    "judge_accuracy": (
+        "the judge itself is right on {rate:.1%} of real held-out texts (95%: {low:.1%} to {high:.1%}; mean over labels, {n:,} texts)",
+        "评判自己在没见过的真实文本上的正确率：{rate:.1%}（95% 区间 {low:.1%} 至 {high:.1%}；各标签平均，共 {n:,} 篇）",
+    ),
+    "evaluate_real": (
+        "real texts (hits: the judge on its held-out texts; the rest: validation texts)",
+        "真实文本（命中：评判在留出文本上；其余：验证文本）",
+    ),
+    "setting_codes": ("control=codes control.guidance={guidance:g}", "control=codes control.guidance={guidance:g}"),
+    "setting_prefix": ("control=prefix: the wish as a sentence before the text", "control=prefix：把要求写成一句话放在前面"),
+    "setting_none": ("control=none: nothing is asked (chance {chance:.1%})", "control=none：不作要求（碰巧命中 {chance:.1%}）"),
+    "column_label": ("label", "标签"),
+    "column_hits": ("hits", "命中"),
+    "column_rate": ("hit rate", "命中率"),
+    "column_interval": ("95%", "95% 区间"),
+    "column_judge": ("real", "真实文本"),
+    "column_distinct": ("distinct-1/2/3", "distinct-1/2/3"),
+    "column_pairs": ("known pairs", "见过的字对"),
+    "column_copies": ("copies", "照抄"),
+    "column_length": ("length", "字数"),
+    "column_finished": ("finished", "写完"),
+    "column_perplexity": ("perplexity", "困惑度"),
+    "row_total": ("mean", "平均"),
+    "evaluate_missed": ("{label} missed: {found}", "{label} 未命中：{found}"),
+    "evaluate_tunes": (
+        "ci with exactly the segment lengths of a real one: {hits} of {n}, {rate:.1%} (95%: {low:.1%} to {high:.1%}; real validation ci: {real:.1%})",
+        "各段字数与某首真实的词完全相同的词：{n} 首中 {hits} 首，{rate:.1%}（95% 区间 {low:.1%} 至 {high:.1%}；真实的验证词：{real:.1%}）",
+    ),
+    "evaluate_perplexity": (
+        "perplexity of real validation texts at this guidance: {value:.2f} per token (without labels: {without:.2f})",
+        "此 guidance 下真实验证文本的困惑度：每 token {value:.2f}（不带标签：{without:.2f}）",
+    ),
+    "evaluate_written": ("written: {path}", "已写出：{path}"),
+    "miss_empty": ("empty", "空白"),
+    "miss_repetitive": ("turning in circles", "反复打转"),
+    "miss_formless": ("no form", "不成体"),
+    "miss_unfinished": ("unfinished", "没写完"),
+    "miss_repeated": ("written before", "与前面的相同"),
     # ---- 计划 ----
     "budget_spent": (
         "hardware.vram_gib={vram} leaves nothing after context_gib={context} and desktop_gib={desktop}; raise it or lower those",

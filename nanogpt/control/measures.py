@@ -1,0 +1,124 @@
+"""What is counted in texts: intervals of shares, different n-grams, passages and pairs of characters that training texts have too."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+# 汉字：基本区、扩展 A 及其后、兼容区
+HAN = "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+# 95% 区间对应的标准正态分位数
+Z = 1.959963984540054
+COPY = 20
+"""A text copies where it shares so many characters in a row with one training text."""
+# 少于这么多对汉字时，见过的比例没有意义
+FEWEST_PAIRS = 8
+
+
+# ---- 比例与区间 ----
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """The 95% score interval of a share (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
+    if not n:
+        return 0.0, 1.0
+    share, spread = hits / n, Z * Z / n
+    centre = (share + spread / 2) / (1 + spread)
+    half = Z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
+    # 0 与 n 时端点恰为 0 与 1，不让舍入误差露出来
+    return (0.0 if hits == 0 else centre - half), (1.0 if hits == n else centre + half)
+
+
+def share(hits: int, n: int) -> dict:
+    """hits, n, their quotient and its interval, for a record."""
+    low, high = wilson(hits, n)
+    return {"hits": hits, "n": n, "rate": hits / n if n else None, "low": low, "high": high}
+
+
+def mean_share(shares: Sequence[dict]) -> dict:
+    """The mean of several shares, each counting alike, with a 95% interval (normal, from each one's Wilson centre)."""
+    variance = sum(c * (1 - c) / (s["n"] + Z * Z) for s in shares for c in [(s["hits"] + Z * Z / 2) / (s["n"] + Z * Z)]) / len(shares) ** 2
+    rate, half = sum(s["hits"] / s["n"] for s in shares) / len(shares), Z * math.sqrt(variance)
+    return {
+        "hits": sum(s["hits"] for s in shares), "n": sum(s["n"] for s in shares), "rate": rate,
+        "low": max(0.0, rate - half), "high": min(1.0, rate + half),
+    }
+
+
+# ---- 多样 ----
+
+
+def without_space(text: str) -> str:
+    """The text without white space: what lengths, n-grams and copies are counted in."""
+    return "".join(text.split())
+
+
+def distinct(texts: Iterable[str], n: int) -> float | None:
+    """Different n-grams of characters / all of them, within texts (Li et al. 2016, arXiv:1510.03055); None where there is none.
+
+    The value falls as texts are added: compare only equal numbers of them.
+    """
+    seen, total = set(), 0
+    for text in map(without_space, texts):
+        grams = [text[i : i + n] for i in range(len(text) - n + 1)]
+        seen.update(grams)
+        total += len(grams)
+    return len(seen) / total if total else None
+
+
+# ---- 与训练文本相同的 ----
+
+
+class Seen:
+    """The training texts, indexed for passages of COPY characters and pairs of Chinese characters."""
+
+    def __init__(self, texts: Iterable[str]):
+        # 文章之间隔一个不会出现在别处的字符：跨篇的不算
+        self.text = "\0".join(map(without_space, texts))
+        codes = _codes(self.text)
+        # 400 万字的指纹 32 MB，排序不到一秒；查找是二分，重复的不碍事
+        self._passages = np.sort(_fingerprints(codes))
+        self._pairs = np.sort(_pairs(codes))
+
+    def copies(self, text: str) -> bool:
+        """Whether the text shares COPY characters in a row with a training text; white space does not count."""
+        text = without_space(text).replace("\0", "")
+        found = _among(_fingerprints(_codes(text)), self._passages)
+        # 指纹相同还要文字真的相同，结果才是精确的
+        return any(text[i : i + COPY] in self.text for i in found.nonzero()[0])
+
+    def known_pairs(self, text: str) -> float | None:
+        """Share of the pairs of neighbouring Chinese characters that training texts have too; None where there are few pairs."""
+        pairs = _pairs(_codes(without_space(text)))
+        return float(_among(pairs, self._pairs).mean()) if len(pairs) >= FEWEST_PAIRS else None
+
+
+def _codes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32).astype(np.uint64)
+
+
+def _fingerprints(codes: np.ndarray) -> np.ndarray:
+    """A 64-bit polynomial hash of every passage of COPY characters."""
+    count = max(len(codes) - COPY + 1, 0)
+    hashes = np.zeros(count, dtype=np.uint64)
+    # 无符号整数溢出时回绕，正是模 2^64 的多项式
+    for at in range(COPY):
+        hashes *= np.uint64(0x9E3779B97F4A7C15)
+        hashes += codes[at : at + count]
+    return hashes
+
+
+def _pairs(codes: np.ndarray) -> np.ndarray:
+    han = np.zeros(len(codes), dtype=bool)
+    for first, last in re.findall("(.)-(.)", HAN):
+        han |= (codes >= ord(first)) & (codes <= ord(last))
+    both = han[:-1] & han[1:]
+    return (codes[:-1] << np.uint64(21) | codes[1:])[both]
+
+
+def _among(wanted: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Which of `wanted` are in the sorted `known`."""
+    if not len(known):
+        return np.zeros(len(wanted), dtype=bool)
+    return known[np.searchsorted(known, wanted).clip(max=len(known) - 1)] == wanted

@@ -1,0 +1,105 @@
+"""An evaluation as a person reads it on the console."""
+
+from nanogpt.fit.show import columns, padded
+from nanogpt.messages import text
+
+# 没有标签的原因 -> 消息
+WHY = {
+    "empty": "miss_empty", "repetitive": "miss_repetitive", "formless": "miss_formless", "unfinished": "miss_unfinished",
+    "repeated": "miss_repeated",
+}
+
+
+def heading(record: dict) -> list[str]:
+    """What is evaluated, how, and the same measures of real texts."""
+    judge = "judge_form" if record["judge"]["name"] == "form" else "judge_text"
+    settings = record["settings"]
+    sampler = ", ".join(f"{key}={value:g}" for key, value in settings["sampler"].items() if isinstance(value, int | float))
+    return [
+        text("evaluate_title", run=record["run"], checkpoint=record["checkpoint"], kind=record["kind"], samples=record["samples"],
+             seed=settings["seed"], sampler=sampler, device=record["device"]),
+        text(judge),
+        text("judge_accuracy", **interval(record["judge"]["accuracy"])),
+        "", text("evaluate_real"), *rows(record["real"], record["real"]), *tune_line(record["real"]["tunes"], record["real"]["tunes"]),
+    ]
+
+
+def result(record: dict) -> list[str]:
+    """The newest setting of a record."""
+    entry, real = record["results"][-1], record["real"]
+    guidance = {"codes": "setting_codes", "prefix": "setting_prefix", "none": "setting_none"}[entry["control"]]
+    lines = ["", text(guidance, guidance=entry["guidance"], chance=1 / len(record["labels"]))]
+    lines += rows(entry, real)
+    for label, row in entry["labels"].items():
+        missed = {name: count for name, count in row["judged"].items() if name != label}
+        if missed:
+            lines.append("  " + text("evaluate_missed", label=label, found=", ".join(f"{why(name)} {count}" for name, count in missed.items())))
+    lines += tune_line(entry["tunes"], real["tunes"])
+    if entry["perplexity"] is not None:
+        lines.append("  " + text("evaluate_perplexity", value=entry["perplexity"], without=record["perplexity_without_labels"]))
+    return lines
+
+
+def summary(record: dict) -> list[str]:
+    """One line per setting, where there are several."""
+    if len(record["results"]) < 2:
+        return []
+    table = [[text(f) for f in ("column_setting", "column_rate", "column_interval", "column_perplexity", "column_distinct", "column_copies")]]
+    for entry in record["results"]:
+        total, name = entry["total"], f"control={entry['control']}"
+        table.append([
+            name if entry["guidance"] is None else f"{name} control.guidance={entry['guidance']:g}", percent(total["rate"]), between(total),
+            "-" if entry["perplexity"] is None else f"{entry['perplexity']:.2f}", distinct(total), percent(total["copies"]["rate"]),
+        ])
+    return ["", *aligned(table)]
+
+
+def rows(part: dict, real: dict) -> list[str]:
+    """The table of one setting (or of the real texts themselves)."""
+    heads = ("column_label", "column_hits", "column_rate", "column_interval", "column_judge", "column_distinct", "column_pairs", "column_copies",
+             "column_length", "column_finished")
+    table = [[text(head) for head in heads]]
+    for label, row in [*part["labels"].items(), (None, part["total"])]:
+        accuracy = real["labels"][label] if label else real["total"]
+        table.append([
+            label or text("row_total"), f"{row['hits']}/{row['n']}", percent(row["rate"]), between(row), percent(accuracy["rate"]), distinct(row),
+            percent(row["known_pairs"]), percent(row["copies"]["rate"]), "-" if row["length"] is None else f"{row['length']:.1f}",
+            percent(row["finished"]),
+        ])
+    return aligned(table)
+
+
+def tune_line(found: dict | None, real: dict | None) -> list[str]:
+    """How many ci have the exact lengths of a real one."""
+    return ["  " + text("evaluate_tunes", **interval(found), real=real["rate"] if real else 0.0)] if found else []
+
+
+def why(name: str) -> str:
+    """A label, or the reason for none."""
+    return text(WHY[name]) if name in WHY else name
+
+
+def interval(found: dict) -> dict:
+    return {key: found[key] for key in ("hits", "n", "rate", "low", "high")}
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def between(found: dict) -> str:
+    return f"{100 * found['low']:.1f}–{100 * found['high']:.1f}%"
+
+
+def distinct(row: dict) -> str:
+    return "/".join("-" if value is None else f"{value:.2f}" for value in row["distinct"])
+
+
+def aligned(table: list[list[str]]) -> list[str]:
+    """Rows of cells as lines: the first column on the left, numbers on the right."""
+    widths = [max(map(columns, column)) for column in zip(*table)]
+    lines = []
+    for first, *others in table:
+        numbers = (" " * (width - columns(cell)) + cell for cell, width in zip(others, widths[1:]))
+        lines.append("  " + "  ".join([padded(first, widths[0]), *numbers]))
+    return lines
