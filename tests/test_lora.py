@@ -185,5 +185,5 @@ def test_what_contradicts_the_weights_is_one_line(tiny_overrides, base_run):
             start([*overrides, f"init_from={base_run}", typed], out="outputs/b")
     Path("other.txt").write_text("other characters 123\n" * 40, encoding="utf-8")
     text = ["dataset=text_file", "dataset.path=other.txt", "dataset.dir=prepared", "dataset.tokenizer=byte", f"init_from={base_run}"]
-    with pytest.raises(ConfigError, match=r"is not that of the data \(256 tokens, byte\); use dataset=text_file or"):
+    with pytest.raises(ConfigError, match=r"is not that of the data \(256 tokens, byte\); use dataset=text_file"):
         start([o for o in overrides if not o.startswith("dataset")], *text, out="outputs/b")

@@ -25,8 +25,8 @@ FRACTIONS = {"train": 0.80, "val": 0.05, "judge": 0.15}
 MIN_COUNT = 4
 # 再短就是残句：最短的词牌十六字令正好 16 字，最短的曲 10 余字
 MIN_CI, MIN_QU = 16, 12
-# 曲多为一支，更长的是没有断开的整折
-MAX_QU = 300
+# 曲多为一支；更长的十之八九是几支连着题目没有断开
+MAX_QU = 200
 
 HAN = "\u3400-\u9fff\U00020000-\U0003ffff"
 MARKS = "，。！？；：、"
@@ -129,7 +129,7 @@ def qu(record: dict) -> Document | None:
     head = tune if re.search(r"[，。？！]", tune) else ""
     text = (head + "".join(record["paragraphs"])).translate(str.maketrans("()［］〔〕[]", "（）（）（）（）"))
     cues = re.findall(r"（([^（）]*)）", text)
-    if not all(re.fullmatch(SUNG, cue) for cue in cues):
+    if not all(re.fullmatch(SUNG, cue) for cue in cues) or "曰：" in text:
         return None
     found = _free(re.sub(r"^幺篇?", "", without_notes(text) or ""), QU, MIN_QU)
     return found if found and len(found.text) <= MAX_QU else None
