@@ -10,6 +10,7 @@ from pathlib import Path
 from nanogpt import rundir
 from nanogpt.cli import EXIT_USER_ERROR, quoted
 from nanogpt.config import check_range
+from nanogpt.control.codes import GUIDANCE
 from nanogpt.files import write_text
 from nanogpt.groups import sample_config
 from nanogpt.messages import ConfigError, language_from_arguments, say, set_language, text
@@ -17,10 +18,14 @@ from nanogpt.sample_config import SampleConfig, check_sample
 from nanogpt.tokenizer import LABEL_KINDS
 
 # 评估自己决定的键
-OWN_KEYS = ("out_dir", "init_from", "start", "prompts", "num_samples", "output", "interactive", "serve", "server", "control")
+OWN_KEYS = (
+    "out_dir", "init_from", "start", "prompts", "num_samples", "stop_at_end_of_text", "output", "interactive", "serve", "server", "control",
+)
 # 与 conf/sample.yaml 不同的默认值：诗都不长，并排多写几段
 DEFAULTS = {"max_new_tokens": 300, "batch_size": 64}
 DIAL = (1.0, 1.5, 2.0, 3.0, 4.0)
+# 与被 SIGINT 结束的程序相同：128 + 2
+EXIT_INTERRUPTED = 130
 OVERRIDE = re.compile(r"[+~]{0,2}[a-z_][\w.]*=")
 
 EPILOG = """\
@@ -45,6 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
     except ConfigError as error:
         say("error", line=error)
         sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        # 写完的设置都已在 --output 里
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -94,7 +102,7 @@ def run_evaluate(typed: argparse.Namespace, overrides: list[str]) -> None:
     guidance = list(dict.fromkeys(typed.guidance or (DIAL if typed.plot else (1.0,))))
     check_range("--samples", typed.samples, 1, None)
     for value in guidance:
-        check_range("--guidance", value, 0, 100)
+        check_range("--guidance", value, *GUIDANCE)
     cfg, run_dir = config_of(overrides), rundir.locate(typed.out_dir, key="OUT_DIR")
     if typed.plot:
         check_writable(typed.plot, "--plot")

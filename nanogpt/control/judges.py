@@ -241,9 +241,16 @@ def _trained(examples: list, labels: list[str], vectors) -> Callable[[Sequence],
 # ---- 评判用的文本 ----
 
 
-def held_out(document: Document) -> bool:
-    """Whether a text of the judge part belongs to the fifth that measures the judge; a matter of the text alone."""
-    return hashlib.sha256(document.text.encode("utf-8")).digest()[0] % 5 == 0
+def parted(documents: Sequence[Document], kind: str) -> tuple[list[Document], list[Document]]:
+    """(to learn from, held out): of each label the fifth with the lowest hashes is held out, so that only the texts decide."""
+    by_hash = sorted(documents, key=lambda d: hashlib.sha256(d.text.encode("utf-8")).digest())
+    counts, before = Counter(getattr(d, kind) for d in documents), Counter()
+    parts: tuple[list[Document], list[Document]] = [], []
+    for document in by_hash:
+        label = getattr(document, kind)
+        before[label] += 1
+        parts[5 * before[label] <= counts[label]].append(document)
+    return parts
 
 
 def read_judge_part(folder: Path) -> list[Document]:
@@ -262,7 +269,7 @@ def build_judge(kind: str, labels: Sequence[str], documents: Sequence[Document])
         if count < FEWEST:
             raise ConfigError("judge_lacks_label", label=label, count=count, need=FEWEST)
     check_package()
-    learned, test = [d for d in documents if not held_out(d)], [d for d in documents if held_out(d)]
+    learned, test = parted(documents, kind)
     judge = FormJudge(learned) if kind == "style" and set(labels) <= POETRY else TextJudge(learned, kind)
     verdicts = judge.verdicts([d.text for d in test])
     right = Counter(getattr(d, kind) for d, verdict in zip(test, verdicts) if verdict.label == getattr(d, kind))

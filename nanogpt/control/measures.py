@@ -37,13 +37,11 @@ def share(hits: int, n: int) -> dict:
 
 
 def mean_share(shares: Sequence[dict]) -> dict:
-    """The mean of several shares, each counting alike, with a 95% interval (normal, from each one's Wilson centre)."""
-    variance = sum(c * (1 - c) / (s["n"] + Z * Z) for s in shares for c in [(s["hits"] + Z * Z / 2) / (s["n"] + Z * Z)]) / len(shares) ** 2
-    rate, half = sum(s["hits"] / s["n"] for s in shares) / len(shares), Z * math.sqrt(variance)
-    return {
-        "hits": sum(s["hits"] for s in shares), "n": sum(s["n"] for s in shares), "rate": rate,
-        "low": max(0.0, rate - half), "high": min(1.0, rate + half),
-    }
+    """The mean of several shares, each counting alike, with a 95% interval from theirs (MOVER: Zou and Donner 2008, doi:10.1002/sim.3095)."""
+    rate = sum(s["rate"] for s in shares) / len(shares)
+    # 各自的一侧距离平方相加：区间必含均值，也不会越过 0 与 1
+    below, above = (math.sqrt(sum((s[side] - s["rate"]) ** 2 for s in shares)) / len(shares) for side in ("low", "high"))
+    return {"hits": sum(s["hits"] for s in shares), "n": sum(s["n"] for s in shares), "rate": rate, "low": rate - below, "high": rate + above}
 
 
 # ---- 多样 ----

@@ -14,6 +14,7 @@ ENGLISH = {
 }
 # 色盲也分得清的八色（Okabe 与 Ito）
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#999999")
+MEAN = "mean of labels (95%)"
 INK, MUTED, GRID = "#111827", "#6b7280", "#e5e7eb"
 # 标签更多时，各自的区间会叠成一团，只画平均的
 MOST_INTERVALS = 3
@@ -39,8 +40,11 @@ def draw(record: dict, path: Path) -> None:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1.7, 1))
         _hit_rates(above, record, entries)
         _perplexities(below, record, entries)
-        handles, names = above.get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=9)
+        figure.get_layout_engine().set(hspace=0.06)
+        figure.align_ylabels()
+        # 平均那条带着区间，matplotlib 总把它排在最后
+        named = sorted(zip(*above.get_legend_handles_labels()), key=lambda pair: pair[1] != MEAN)
+        figure.legend(*zip(*named), loc="outside right upper", frameon=False, fontsize=9)
         # 日期会让每次画出的文件都不同
         metadata = {"Date": None} if path.suffix.lower() == ".svg" else {"Software": None}
         figure.savefig(path, facecolor="white", metadata=metadata)
@@ -51,7 +55,7 @@ def _hit_rates(ax, record: dict, entries: list[dict]) -> None:
         shares = [e["labels"][label] for e in entries]
         intervals = len(record["labels"]) <= MOST_INTERVALS
         _line(ax, entries, shares, colour=PALETTE[index % len(PALETTE)], name=_english(label, index), width=1.2, intervals=intervals)
-    _line(ax, entries, [e["total"] for e in entries], colour=INK, name="mean of labels (95%)", width=2.2, intervals=True)
+    _line(ax, entries, [e["total"] for e in entries], colour=INK, name=MEAN, width=2.2, intervals=True)
     accuracy = record["judge"]["accuracy"]
     ax.axhspan(accuracy["low"], accuracy["high"], color=MUTED, alpha=0.15, linewidth=0)
     ax.axhline(accuracy["rate"], color=MUTED, linestyle="--", linewidth=1.2, label="the judge on real texts")
