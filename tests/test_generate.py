@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import GPT2_RECIPE, wild_model
 
+from nanogpt.acceleration import accelerate
 from nanogpt.generate import UNIFORMS, Decoder
 from nanogpt.sampling import sampler
 
@@ -252,3 +253,11 @@ def test_one_lane_that_is_not_finite_spoils_its_own_row_only(shadow):
 def test_what_stands_before_the_last_separator_of_a_prompt_is_not_read():
     model = document_model()
     assert decode_documents(model, [([1, 2, SEPARATOR, 3], LABELS, 2.0)], 9) == decode_documents(model, [([3], LABELS, 2.0)], 9)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_the_compiled_step_writes_the_same_guided_texts(precision):
+    pytest.importorskip("numba")
+    rows = [([1, 2], LABELS, 2.0), ([3], (), 1.0), ([], LABELS[:1], 0.5)]
+    plain, fast = (accelerate(document_model(ngrams=[2], ngram_buckets=99), precision, fast=fast) for fast in (False, True))
+    assert fast.fast_step and decode_documents(plain, rows, 40, never=(*LABELS, SEPARATOR)) == decode_documents(fast, rows, 40, never=(*LABELS, SEPARATOR))
