@@ -64,7 +64,8 @@ def _hit_rates(ax, record: dict, entries: list[dict]) -> None:
         if entry["control"] in names:
             name, dashes = names[entry["control"]]
             ax.axhline(entry["total"]["rate"], color=INK, linestyle=dashes, linewidth=1.2, label=name)
-    ax.set_ylim(0, 1.03)
+    # 0 与 1 处的点要完整露出来
+    ax.set_ylim(-0.03, 1.03)
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     ax.set_ylabel("hit rate")
     ax.set_title(f"{record['kind']}: {record['samples']} texts per label", loc="left", fontsize=11)
