@@ -601,6 +601,10 @@ MESSAGES = {
         "control.{kind}={got} is no label of this model (it knows {known}); a sentence and words ask for it as with control=prefix",
         "control.{kind}={got} 不是这个模型的标签（它认识 {known}）；像 control=prefix 那样用一句话和加分的词",
     ),
+    "control_no_label_no_words": (
+        "control.{kind}={got} is no label of this model (it knows {known}), whose vocabulary cannot write it either; left out",
+        "control.{kind}={got} 不是这个模型的标签（它认识 {known}），用它的词表也写不出来；略去",
+    ),
     "guidance_without_label": (
         "control.guidance={got} has no effect on a text without a label; the model knows {known}",
         "control.guidance={got} 对没有标签的文字不起作用；模型认识 {known}",

@@ -111,6 +111,10 @@ def test_a_word_without_a_label_is_asked_for_as_with_prefix_and_said_once(capsys
     assert got.labels == {"style": "宋词"} and got.prefix == "The mood of the following text: surprised.\n" and len(got.sampler.stages) == len(GREEDY.stages) + 1
     # 自由的词也只有这一行
     assert applied(tokens, "It", style="像鲁迅").prefix.startswith("The following text") and capsys.readouterr().err.count("\n") == 1
+    poor = with_labels(CharTokenizer("春天"), LABELS, grow=True)
+    got = applied(poor, "春", style="像鲁迅", emotion="happy")
+    err = capsys.readouterr().err
+    assert (got.prefix, got.sampler, got.labels) == ("", GREEDY, {"emotion": "positive"}) and err.count("\n") == 1 and "cannot write it either; left out" in err
 
 
 def test_a_model_without_labels_writes_as_with_prefix_and_says_the_same(plain, capsys):

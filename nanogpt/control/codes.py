@@ -35,11 +35,10 @@ class CodesControl:
         return self.words.emotion
 
     def apply(self, request: Request, tokenizer: Tokenizer) -> Request:
-        wishes = {kind: typed for kind in KINDS if (typed := getattr(self, kind))}
-        labels = {kind: label for kind, typed in wishes.items() if (label := self.label(kind, typed, tokenizer))}
-        self._say(wishes, labels, tokenizer)
-        # 没有标签的模型与 control=prefix 完全一样；有标签的，上面已经说了该说的
-        rest = replace(self.words, **dict.fromkeys(labels), hints=self.words.hints and not tokenizer.labels)
+        labels = {kind: label for kind in KINDS if (typed := getattr(self, kind)) and (label := self.label(kind, typed, tokenizer))}
+        # 没有标签的模型与 control=prefix 完全一样；有标签的，下面一句话说完
+        rest = replace(self.words, **dict.fromkeys(labels), tells=not tokenizer.labels)
+        self._say(rest, request, labels, tokenizer)
         request = rest.apply(request, tokenizer)
         if not labels:
             return request
@@ -63,11 +62,17 @@ class CodesControl:
         lists = [[label.lower(), *(other.lower() for other in listed)] for label, listed in self.aliases.get(kind, {}).items()]
         return [[word], [name.lower() for name in mood.all_names()] if mood else [], *(group for group in lists if means & set(group))]
 
-    def _say(self, wishes: dict[str, str], labels: dict[str, str], tokenizer: Tokenizer) -> None:
+    def _say(self, rest: PrefixControl, request: Request, labels: dict[str, str], tokenizer: Tokenizer) -> None:
+        """What has no label, and whether the rest can ask for it; that guidance has nothing to strengthen."""
         known = "; ".join(f"{kind}: {', '.join(listed)}" for kind, listed in tokenizer.labels.items())
-        for kind, typed in wishes.items() if known else ():
-            if kind not in labels:
+        for kind in KINDS if known else ():
+            if not (typed := getattr(rest, kind)):
+                continue
+            asked = replace(rest, **{other: None for other in KINDS if other != kind}).apply(request, tokenizer)
+            if asked.prefix or asked.sampler is not request.sampler:
                 say_once("control_no_label", kind=kind, got=typed, known=known)
+            else:
+                say_once("control_no_label_no_words", kind=kind, got=typed, known=known)
         if self.guidance != 1 and not labels:
             if known:
                 say_once("guidance_without_label", got=self.guidance, known=known)

@@ -89,8 +89,8 @@ class PrefixControl:
     templates: dict[str, dict[str, str]]
     labels: dict[str, list[Label]]
     bias: bool = True
-    hints: bool = True
-    """Whether a text without words is told which names have some."""
+    tells: bool = True
+    """Whether it says what it has no words for or had to leave out."""
 
     def apply(self, request: Request, tokenizer: Tokenizer) -> Request:
         wishes = {kind: typed for kind in KINDS if (typed := getattr(self, kind))}
@@ -121,7 +121,7 @@ class PrefixControl:
             sentence = template.replace("{" + kind + "}", label.name_in(language, typed) if label else typed)
             if not (missing := missing_characters(tokenizer, sentence)):
                 return sentence
-        if missing:
+        if missing and self.tells:
             say_once("control_no_sentence", kind=kind, got=typed, characters=missing)
         return ""
 
@@ -131,13 +131,14 @@ class PrefixControl:
         label = self.label(kind, typed)
         if not label or not any(label.words.values()):
             known = ", ".join(n for n in self.known(tokenizer)[kind] if (found := self.label(kind, n)) and any(found.words.values()))
-            if self.hints:
+            if self.tells:
                 say_once("control_no_words", kind=kind, got=typed, known=known)
             return None
         for language in languages:
             if words := [w for w in label.words[language] if ids_of(w, tokenizer)]:
                 return word_bias(tokenizer, tuple(words), float(self.strength))
-        say_once("control_unwritable", kind=kind, got=typed)
+        if self.tells:
+            say_once("control_unwritable", kind=kind, got=typed)
         return None
 
 
