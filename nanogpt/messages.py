@@ -731,7 +731,10 @@ MESSAGES = {
     ),
     "setting_codes": ("control=codes control.guidance={guidance:g}", "control=codes control.guidance={guidance:g}"),
     "setting_prefix": ("control=prefix: the wish as a sentence before the text", "control=prefix：把要求写成一句话放在前面"),
-    "setting_none": ("control=none: nothing is asked (chance {chance:.1%})", "control=none：不作要求（碰巧命中 {chance:.1%}）"),
+    "setting_none": (
+        "control=none: nothing is asked (if every text had one of the labels, evenly: {chance:.1%})",
+        "control=none：不作要求（若每篇都有一种标签且各占一份：{chance:.1%}）",
+    ),
     "column_label": ("label", "标签"),
     "column_hits": ("hits", "命中"),
     "column_rate": ("hit rate", "命中率"),

@@ -12,11 +12,12 @@ from test_judges import poetry, reviews
 from nanogpt import messages
 from nanogpt.config import ROOT
 from nanogpt.control import __main__ as command
-from nanogpt.control import picture, prefixes
-from nanogpt.control.measures import wilson
+from nanogpt.control import evaluate, picture, prefixes
+from nanogpt.control.measures import Seen, wilson
 from nanogpt.corpus import build_char_tokenizer
 from nanogpt.documents import Document, write_documents
 from nanogpt.session import Session
+from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
 
 QUICK = [*TINY, "dataset=text_file", "dataset.path=unused.txt", "logger=none", "device=cpu", "batch_size=4", "log_interval=1", "sample_tokens=0",
          "warmup_iters=1", "model.block_size=48"]
@@ -168,6 +169,15 @@ def test_a_run_without_texts_for_the_judge_and_a_missing_package_are_one_line(in
     assert "needs the package scikit-learn; install it with: pip install scikit-learn" in one_line(capsys, "evaluate", poems)
     monkeypatch.setattr(picture, "find_spec", lambda name: None)
     assert "--plot needs the package matplotlib" in one_line(capsys, "evaluate", poems, "--plot", "a.png")
+
+
+def test_the_text_prefix_asks_in_the_language_of_the_texts_and_without_a_line_break_where_there_is_none():
+    ground = lambda text, kind: evaluate.Ground(kind, [], None, {}, Seen([text]), set())  # noqa: E731
+    for text, tokenizer, typed, ends in (("很好", ByteTokenizer(), "积极", "\n"), ("很好", CharTokenizer("很好"), "积极", "。"), ("good", ByteTokenizer(), "positive", "\n")):
+        node = evaluate.in_words(ground(text, "emotion"), "positive", tokenizer)
+        assert node["emotion"] == typed and node["templates"]["zh"]["emotion"].endswith(ends)
+    assert evaluate.in_words(ground("春眠不觉晓", "style"), "七言绝句", ByteTokenizer())["style"] == "七言绝句"
+    assert evaluate.in_words(ground("a book", "style"), "mystery", ByteTokenizer())["style"] == "mystery"
 
 
 def test_overrides_are_told_from_options_and_their_values():

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt.control.measures import HAN, share
+from nanogpt.control.measures import HAN, is_chinese, share
 from nanogpt.documents import JUDGE, Document
 from nanogpt.messages import ConfigError
 
@@ -224,9 +224,8 @@ def _shape_vectors():
 def _text_vectors(texts: list[str]):
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    chinese = sum(len(re.findall(f"[{HAN}]", text)) for text in texts) > sum(len(re.findall(r"[A-Za-z]", text)) for text in texts)
     # 英文的 n-gram 不跨词，中文没有词界
-    return TfidfVectorizer(analyzer="char" if chinese else "char_wb", ngram_range=(1, 3), min_df=2, sublinear_tf=True)
+    return TfidfVectorizer(analyzer="char" if is_chinese("".join(texts)) else "char_wb", ngram_range=(1, 3), min_df=2, sublinear_tf=True)
 
 
 def _trained(examples: list, labels: list[str], vectors) -> Callable[[Sequence], list[str]]:

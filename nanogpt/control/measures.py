@@ -52,6 +52,11 @@ def without_space(text: str) -> str:
     return "".join(text.split())
 
 
+def is_chinese(text: str) -> bool:
+    """Whether a text has more Chinese characters than Latin letters."""
+    return len(re.findall(f"[{HAN}]", text)) > len(re.findall("[A-Za-z]", text))
+
+
 def distinct(texts: Iterable[str], n: int) -> float | None:
     """Different n-grams of characters / all of them, within texts (Li et al. 2016, arXiv:1510.03055); None where there is none.
 
@@ -75,6 +80,7 @@ class Seen:
         # 文章之间隔一个不会出现在别处的字符：跨篇的不算
         self.text = "\0".join(map(without_space, texts))
         codes = _codes(self.text)
+        self.chinese = is_chinese(self.text)
         # 400 万字的指纹 32 MB，排序不到一秒；查找是二分，重复的不碍事
         self._passages = np.sort(_fingerprints(codes))
         self._pairs = np.sort(_pairs(codes))

@@ -42,20 +42,23 @@ def draw(record: dict, path: Path) -> None:
         _perplexities(below, record, entries)
         figure.get_layout_engine().set(hspace=0.06)
         figure.align_ylabels()
-        # 平均那条带着区间，matplotlib 总把它排在最后
-        named = sorted(zip(*above.get_legend_handles_labels()), key=lambda pair: pair[1] != MEAN)
-        figure.legend(*zip(*named), loc="outside right upper", frameon=False, fontsize=9)
+        # matplotlib 总把带区间的排在最后：按画的次序重排，平均在前
+        named = dict(zip(*reversed(above.get_legend_handles_labels())))
+        order = [MEAN, *(_english(label, index) for index, label in enumerate(record["labels"])), *named]
+        figure.legend([named[name] for name in dict.fromkeys(order)], dict.fromkeys(order), loc="outside right upper", frameon=False, fontsize=9)
         # 日期会让每次画出的文件都不同
         metadata = {"Date": None} if path.suffix.lower() == ".svg" else {"Software": None}
         figure.savefig(path, facecolor="white", metadata=metadata)
 
 
 def _hit_rates(ax, record: dict, entries: list[dict]) -> None:
+    count = len(record["labels"])
     for index, label in enumerate(record["labels"]):
-        shares = [e["labels"][label] for e in entries]
-        intervals = len(record["labels"]) <= MOST_INTERVALS
-        _line(ax, entries, shares, colour=PALETTE[index % len(PALETTE)], name=_english(label, index), width=1.2, intervals=intervals)
-    _line(ax, entries, [e["total"] for e in entries], colour=INK, name=MEAN, width=2.2, intervals=True)
+        # 各自的区间错开一点才看得清
+        aside = (index // 2 + 1) * (-1) ** index / 100 if count <= MOST_INTERVALS else None
+        shares, colour = [e["labels"][label] for e in entries], PALETTE[index % len(PALETTE)]
+        _line(ax, entries, shares, colour=colour, name=_english(label, index), width=1.2, aside=aside)
+    _line(ax, entries, [e["total"] for e in entries], colour=INK, name=MEAN, width=2.2, aside=0)
     accuracy = record["judge"]["accuracy"]
     ax.axhspan(accuracy["low"], accuracy["high"], color=MUTED, alpha=0.15, linewidth=0)
     ax.axhline(accuracy["rate"], color=MUTED, linestyle="--", linewidth=1.2, label="the judge on real texts")
@@ -64,11 +67,13 @@ def _hit_rates(ax, record: dict, entries: list[dict]) -> None:
         if entry["control"] in names:
             name, dashes = names[entry["control"]]
             ax.axhline(entry["total"]["rate"], color=INK, linestyle=dashes, linewidth=1.2, label=name)
-    ax.set_ylim(0, 1.03)
+    # 0 与 1 处的点要完整露出来
+    ax.set_ylim(-0.03, 1.03)
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     ax.set_ylabel("hit rate")
     ax.set_title(f"{record['kind']}: {record['samples']} texts per label", loc="left", fontsize=11)
     _frame(ax)
+    ax.spines["bottom"].set_visible(False)
 
 
 def _perplexities(ax, record: dict, entries: list[dict]) -> None:
@@ -84,14 +89,15 @@ def _perplexities(ax, record: dict, entries: list[dict]) -> None:
     _frame(ax)
 
 
-def _line(ax, entries: list[dict], shares: Sequence[dict], *, colour: str, name: str, width: float, intervals: bool) -> None:
+def _line(ax, entries: list[dict], shares: Sequence[dict], *, colour: str, name: str, width: float, aside: float | None) -> None:
+    """Rates over guidance; with intervals, moved aside by this share of the axis, unless that is None."""
     x, y = [e["guidance"] for e in entries], [s["rate"] for s in shares]
-    if intervals:
-        # 平均的区间是近似的，可能略微越过估计值
-        reach = [[max(0, s["rate"] - s["low"]) for s in shares], [max(0, s["high"] - s["rate"]) for s in shares]]
-        ax.errorbar(x, y, yerr=reach, fmt="o-", color=colour, linewidth=width, markersize=5, capsize=3, elinewidth=1.2, label=name)
-    else:
+    if aside is None:
         ax.plot(x, y, "o-", color=colour, linewidth=width, markersize=3.5, label=name)
+        return
+    x = [value + aside * (max(x) - min(x)) for value in x]
+    reach = [[s["rate"] - s["low"] for s in shares], [s["high"] - s["rate"] for s in shares]]
+    ax.errorbar(x, y, yerr=reach, fmt="o-", color=colour, linewidth=width, markersize=5, capsize=3, elinewidth=1.2, label=name)
 
 
 def _frame(ax) -> None:
