@@ -21,8 +21,9 @@ from nanogpt.bins import pack
 from nanogpt.corpus import write_meta, write_tokens
 from nanogpt.data import SPLITS, TokenData, read_meta
 from nanogpt.files import folder_aside
+from nanogpt.labels import LABEL_KINDS, with_labels
 from nanogpt.messages import ConfigError, say
-from nanogpt.tokenizer import LABEL_KINDS, Tokenizer, with_labels
+from nanogpt.tokenizer import Tokenizer
 
 JUDGE = "judge.jsonl"
 IGNORED = -1

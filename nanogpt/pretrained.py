@@ -14,8 +14,9 @@ from nanogpt import checkpoint, hub, karpathy, rundir
 from nanogpt import tokenizer as tokenizers
 from nanogpt.build import build_model, model_of, preset
 from nanogpt.config import ModelConfig
+from nanogpt.labels import LABEL_KINDS, with_labels
 from nanogpt.messages import ConfigError
-from nanogpt.tokenizer import LABEL_KINDS, Tokenizer, with_labels
+from nanogpt.tokenizer import Tokenizer
 from nanogpt.tokenizer_files import read_tokenizer
 from nanogpt.weight_files import read_json, read_weights
 

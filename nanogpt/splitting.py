@@ -12,8 +12,8 @@ from dataclasses import replace
 import numpy as np
 
 from nanogpt.documents import Document
+from nanogpt.labels import LABEL_KINDS
 from nanogpt.messages import say
-from nanogpt.tokenizer import LABEL_KINDS
 
 # 连着这么多字相同就算同源
 RUN = 20

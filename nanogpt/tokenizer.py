@@ -1,6 +1,6 @@
 """Text <-> token ids: characters, bytes, byte-pair encoding, or what the tokenizers library reads; saved as json.
 
-A vocabulary may have special tokens: <|endoftext|>, and labels such as <|style:宋词|> (with_labels). encode never gives
+A vocabulary may have special tokens: <|endoftext|>, and labels such as <|style:宋词|> (nanogpt.labels). encode never gives
 them; in the text of a character or byte vocabulary they leave nothing.
 """
 
@@ -22,10 +22,6 @@ KINDS = ("char", "byte", "gpt2", "bpe", "auto")
 # GPT-2 的预切分规则：缩写、词、数字、标点、空白（Radford et al. 2019 的公开实现）
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 END_OF_TEXT = "<|endoftext|>"
-# 文章可以有的标签种类
-LABEL_KINDS = ("style", "emotion")
-# 标签 token 的写法；由它也能从别人保存的词表里认出标签
-LABEL = re.compile(rf"<\|({'|'.join(LABEL_KINDS)}):(.+)\|>")
 # 标签：种类 -> 名字 -> 代表它的 id
 Labels = dict[str, dict[str, tuple[int, ...]]]
 # 汉字与全角标点
@@ -235,74 +231,6 @@ def _labels_of(tokenizer: Tokenizer) -> dict:
 
 def _described(tokenizer: CharTokenizer | ByteTokenizer) -> dict:
     return ({"special": list(tokenizer.special)} if tokenizer.special else {}) | _labels_of(tokenizer)
-
-
-# ---- 标签 ----
-
-
-def label_word(kind: str, name: str) -> str:
-    """The special token that stands for a label, for example <|style:宋词|>."""
-    return f"<|{kind}:{name}|>"
-
-
-def with_labels(tokenizer: Tokenizer, names: dict[str, list[str]], *, grow: bool) -> Tokenizer:
-    """The tokenizer with an end of text and with `labels` for all names of each kind.
-
-    A new vocabulary grows by one special token each; where it must keep its size (grow=False, the vocabulary of a
-    pretrained model), a label that it lacks is its word as ordinary text.
-    """
-    if grow:
-        words = [END_OF_TEXT, *(label_word(kind, name) for kind, listed in names.items() for name in listed)]
-        tokenizer = _grown(tokenizer, words)
-    else:
-        # 另做一个：模型自己的词表不因这份数据而变
-        tokenizer = from_dict({**tokenizer.to_dict(), "labels": {}})
-    if tokenizer.end_of_text is None:
-        raise ConfigError("documents_need_end", kind=tokenizer.kind)
-    for kind, listed in names.items():
-        tokenizer.labels[kind] = {name: _label_ids(tokenizer, kind, name) for name in listed}
-    return tokenizer
-
-
-def _label_ids(tokenizer: Tokenizer, kind: str, name: str) -> tuple[int, ...]:
-    """The special token of a label, else its word as text."""
-    word, special = label_word(kind, name), getattr(tokenizer, "special", {})
-    if word in special:
-        return (special[word],)
-    try:
-        return tuple(tokenizer.encode(word).tolist())
-    except ConfigError:
-        # 字符词表里多半没有 < 与 |：只能用它已有的标签
-        have = ", ".join(labels_in(special).get(kind, {})) or "-"
-        raise ConfigError("label_unwritable", kind=kind, got=name, have=have) from None
-
-
-def _grown(tokenizer: Tokenizer, words: list[str]) -> Tokenizer:
-    """A new tokenizer with these special tokens behind the ids that there are."""
-    special = list(dict.fromkeys([*tokenizer.special, *words]))
-    if isinstance(tokenizer, CharTokenizer):
-        return CharTokenizer(tokenizer.characters, tuple(special))
-    if isinstance(tokenizer, ByteTokenizer):
-        return ByteTokenizer(tuple(special))
-    assert isinstance(tokenizer, BPETokenizer), "only vocabularies of our own grow"
-    first = tokenizer.vocab_size
-    new = {word: first + i for i, word in enumerate(w for w in special if w not in tokenizer.special)}
-    return BPETokenizer(tokenizer.name, tokenizer.pattern, tokenizer.ranks, {**tokenizer.special, **new})
-
-
-def labels_in(special: dict[str, int]) -> Labels:
-    """The labels among the words of special tokens."""
-    found: Labels = {}
-    for word, token in special.items():
-        if match := LABEL.fullmatch(word):
-            found.setdefault(match[1], {})[match[2]] = (token,)
-    return found
-
-
-def label_tokens(tokenizer: Tokenizer) -> list[int]:
-    """Ids of the special tokens that stand for labels; labels that are ordinary text have none."""
-    # 当普通文字写的标签，没有词表会用一个 token 写完
-    return sorted({ids[0] for listed in tokenizer.labels.values() for ids in listed.values() if len(ids) == 1})
 
 
 # ---- 读写 ----

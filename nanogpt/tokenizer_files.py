@@ -5,8 +5,9 @@ from functools import cache
 from pathlib import Path
 
 from nanogpt import tokenizer as tokenizers
+from nanogpt.labels import labels_in
 from nanogpt.messages import ConfigError
-from nanogpt.tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, ByteTokenizer, CharTokenizer, LibraryTokenizer, Tokenizer, labels_in
+from nanogpt.tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, ByteTokenizer, CharTokenizer, LibraryTokenizer, Tokenizer
 
 # GPT-2 的词表大小，以及 nanoGPT 补齐到 64 倍数之后的
 GPT2_SIZES = (50257, 50304)

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from nanogpt.generate import Decoder
+from nanogpt.labels import label_tokens
 from nanogpt.messages import ConfigError
 from nanogpt.oom import is_out_of_memory
 from nanogpt.sampling import Sampler
-from nanogpt.tokenizer import END_OF_TEXT, TextStream, Tokenizer, label_tokens
+from nanogpt.tokenizer import END_OF_TEXT, TextStream, Tokenizer
 
 if TYPE_CHECKING:
     from nanogpt.control import Control

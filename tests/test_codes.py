@@ -19,12 +19,13 @@ from nanogpt.control import build_control, prefixes
 from nanogpt.documents import Document, open_data, write_documents
 from nanogpt.huggingface import export, open_pretrained
 from nanogpt.interactive import from_a_pipe, toolbar
+from nanogpt.labels import label_tokens, with_labels
 from nanogpt.messages import ConfigError
 from nanogpt.openapi import request_schema
 from nanogpt.samples import write_samples
 from nanogpt.sampling import sampler
 from nanogpt.server import announcement
-from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, label_tokens, with_labels
+from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
 from nanogpt.writer import Request, Writer, write_sample
 from nanogpt.writing import Model, Settings
 

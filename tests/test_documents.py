@@ -15,9 +15,10 @@ from nanogpt.config import ModelConfig
 from nanogpt.corpus import build_char_tokenizer
 from nanogpt.data import TokenData, copy_dataset
 from nanogpt.documents import Document, open_data, write_documents
+from nanogpt.labels import with_labels
 from nanogpt.loss import chunked_cross_entropy
 from nanogpt.messages import ConfigError
-from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, with_labels
+from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
 LETTERS = "abcdefghij"
 

@@ -14,8 +14,9 @@ from nanogpt import assets, corpus
 from nanogpt.bpe import train_bpe
 from nanogpt.config import ROOT
 from nanogpt.documents import Document, open_data
+from nanogpt.labels import with_labels
 from nanogpt.messages import ConfigError
-from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, with_labels
+from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
 from nanogpt.tokenizer_files import byte_level_bpe, to_library_json
 
 OPTIONS = {"tokenizer": "char", "vocab_size": 300, "encoding": "auto", "val_fraction": 0.2, "judge_fraction": 0.1}

@@ -5,9 +5,10 @@ import torch
 from conftest import tiny_model_config, wild_model
 
 from nanogpt import generate, writer
+from nanogpt.labels import with_labels
 from nanogpt.messages import ConfigError
 from nanogpt.sampling import sampler
-from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, with_labels
+from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 from nanogpt.writer import Request, Writer, encode_prompt, longest_beginning, write_sample
 
 GREEDY = sampler(temperature=0.0)

@@ -14,9 +14,10 @@ from nanogpt.config import ROOT, check_range
 from nanogpt.corpus import iter_text, tokenizer_for, tokenizer_word
 from nanogpt.documents import Document, label_names, write_documents
 from nanogpt.files import sha256
+from nanogpt.labels import LABEL_KINDS
 from nanogpt.messages import ConfigError, say
 from nanogpt.splitting import split_documents
-from nanogpt.tokenizer import LABEL_KINDS, Tokenizer
+from nanogpt.tokenizer import Tokenizer
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".jsonl", ".ndjson", *DELIMITERS)

@@ -13,9 +13,9 @@ from nanogpt.config import check_range
 from nanogpt.control.codes import GUIDANCE
 from nanogpt.files import write_text
 from nanogpt.groups import sample_config
+from nanogpt.labels import LABEL_KINDS
 from nanogpt.messages import ConfigError, language_from_arguments, say, set_language, text
 from nanogpt.sample_config import SampleConfig, check_sample
-from nanogpt.tokenizer import LABEL_KINDS
 
 # 评估自己决定的键
 OWN_KEYS = (

@@ -26,10 +26,11 @@ from nanogpt.control.perplexity import guided_perplexity
 from nanogpt.control.prefixes import language_of, writable
 from nanogpt.documents import Document, DocumentData, open_data
 from nanogpt.groups import option
+from nanogpt.labels import LABEL_KINDS
 from nanogpt.messages import ConfigError
 from nanogpt.sample_config import SampleConfig
 from nanogpt.summary import device_name, versions
-from nanogpt.tokenizer import LABEL_KINDS, Tokenizer
+from nanogpt.tokenizer import Tokenizer
 from nanogpt.writer import Result
 from nanogpt.writing import Model, Settings, open_model
 

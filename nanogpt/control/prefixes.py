@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from nanogpt.build import build_part
 from nanogpt.config import check_range
+from nanogpt.labels import LABEL_KINDS as KINDS
 from nanogpt.messages import ConfigError, say
-from nanogpt.tokenizer import LABEL_KINDS as KINDS
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.words import CJK, WordBias, ids_of, word_bias
 from nanogpt.writer import Request
