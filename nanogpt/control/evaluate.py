@@ -183,15 +183,14 @@ def described(texts: list[str], seen: Seen) -> dict:
     }
 
 
-def measured(ground: Ground, written: dict[str, list[tuple[str, bool]]]) -> dict:
-    """The record of one setting from (text, finished) of each label."""
+def measured(ground: Ground, written: dict[str, list[tuple[str, bool]]], verdicts: dict[str, list[Verdict]]) -> dict:
+    """The record of one setting from (text, finished) and the verdict on each text of each label."""
     rows = {}
     for label, pairs in written.items():
         texts, finished = [text for text, _ in pairs], [done for _, done in pairs]
-        verdicts = judged(ground.judge, texts, finished)
         rows[label] = {
-            **share(sum(v.label == label for v in verdicts), len(texts)),
-            "judged": dict(Counter(v.label or v.why for v in verdicts).most_common()),
+            **share(sum(v.label == label for v in verdicts[label]), len(texts)),
+            "judged": dict(Counter(v.label or v.why for v in verdicts[label]).most_common()),
             **described(texts, ground.seen), "finished": sum(finished) / len(finished),
         }
     together = [pair for pairs in written.values() for pair in pairs]
@@ -246,12 +245,13 @@ def evaluate(cfg: SampleConfig, run_dir: Path, asked: Asked, kind: str | None, s
     for control, guidance, node in settings_of(ground, asked, model.tokenizer):
         written = write(model, cfg, labels, node, asked.samples)
         pairs = {label: [(r.text, r.finish != "length") for r in results] for label, results in written.items()}
+        verdicts = {label: judged(ground.judge, *map(list, zip(*listed))) for label, listed in pairs.items()}
         entry = {
             "control": control, "guidance": guidance, "perplexity": by_guidance.get(guidance) if control == "codes" else None,
-            **measured(ground, pairs),
+            **measured(ground, pairs, verdicts),
         }
         if asked.keep_texts:
-            entry["texts"] = {label: [_text_record(r) for r in results] for label, results in written.items()}
+            entry["texts"] = {label: list(map(_text_record, results, verdicts[label])) for label, results in written.items()}
         record["results"].append(entry)
         show("result", record)
     return record
@@ -262,5 +262,5 @@ def _plain_settings(cfg: SampleConfig) -> dict:
     return {**{key: getattr(cfg, key) for key in keys}, "precision": cfg.precision.dtype, "sampler": dict(cfg.sampler)}
 
 
-def _text_record(result: Result) -> dict:
-    return {"text": result.text, "finish": result.finish, "seed": result.request.seed}
+def _text_record(result: Result, verdict: Verdict) -> dict:
+    return {"text": result.text, "finish": result.finish, "seed": result.request.seed, "judged": verdict.label or verdict.why}
