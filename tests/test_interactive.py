@@ -389,13 +389,13 @@ def test_the_command_reads_prompts_from_a_pipe_with_sampler_and_controls_of_ones
     for name, content in zip(("mine", "title"), yamls, strict=True):
         (tmp_path / "mine" / "control" / f"{name}.yaml").write_text(content, encoding="utf-8")
     command = [sys.executable, str(ROOT / "run_sample.py"), f"--config-dir={tmp_path / 'mine'}", "interactive=true", "max_new_tokens=6", "sampler=odd", "output=o.jsonl"]
-    lines = "the king\n/id 4\nthe king\n/sampler top_p\n/sampler odd\nthe king\n/control mine\n/emotion sleepy\n/control title\n/control mark queen\nstyle:love| the king\n/oops\n"
+    lines = "the king\n/id 4\nthe king\n/sampler top_p\n/sampler odd\nthe king\n/control mine\n/emotion sleepy\n/control title\n/control\n/control mark queen\nstyle:love| the king\n/oops\n"
     environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path), "PYTHONUTF8": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, input=lines, capture_output=True, text=True, encoding="utf-8", timeout=90)
     assert done.returncode == 2, done.stderr
     texts = [t.removesuffix("\n") for t in done.stdout.split(f"{SEPARATOR}\n")]
     assert [len(set(t.removeprefix("the king"))) for t in texts] == [1, 1, 1, 1] and texts[0] == texts[2] == texts[3] != texts[1]
-    assert "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith("error: /oops")
+    assert "Traceback" not in done.stderr and "style: ballad letter" in done.stderr and done.stderr.splitlines()[-1].startswith("error: /oops")
     assert len((tmp_path / "o.jsonl").read_text(encoding="utf-8").splitlines()) == 4
     records = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [r["prompt_tokens"] for r in records] == [8, 8, 8, 8 + len("queen love\n")] and records[-1]["settings"]["control"]["style"] == "love"
