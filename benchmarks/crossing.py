@@ -61,11 +61,13 @@ def main() -> None:
         for name, target in (("apart", "nanogpt.model.GPT"), ("crossing", "crossing.Crossing")):
             runs[name].append(train(target, seed, arguments, rest))
             print(name, runs[name][-1], flush=True)
-    mean = {name: {key: sum(run[key] for run in found) / len(found) for key in ("val_loss", "train_s")} for name, found in runs.items()}
+    loss = {name: sum(run["val_loss"] for run in found) / len(found) for name, found in runs.items()}
+    # 别的程序只会让它变慢：各取最快的一次
+    seconds = {name: min(run["train_s"] for run in found) for name, found in runs.items()}
     record = {
         "recipe": "experiment=poetry", **vars(arguments), "overrides": rest, "torch": torch.__version__, "device": processor(), "runs": runs,
-        "val_loss_of_crossing_minus_apart": round(mean["crossing"]["val_loss"] - mean["apart"]["val_loss"], 4),
-        "time_of_apart_over_crossing": round(mean["apart"]["train_s"] / mean["crossing"]["train_s"], 3),
+        "val_loss_of_crossing_minus_apart": round(loss["crossing"] - loss["apart"], 4),
+        "time_of_apart_over_crossing": round(seconds["apart"] / seconds["crossing"], 3),
     }
     RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in record.items() if key != "runs"}, indent=1))

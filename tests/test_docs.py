@@ -141,3 +141,26 @@ def test_every_text_file_is_opened_with_its_encoding_named():
         for line in path.read_text(encoding="utf-8").splitlines():
             if re.search(r"\.(read_text|write_text)\(|\.open\(\"[rwa]\"", line):
                 assert "encoding=" in line, (path.name, line)
+
+def test_the_guide_to_control_shows_what_was_measured():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import control_texts
+    finally:
+        sys.path.pop(0)
+    results = {name: json.loads((ROOT / f"benchmarks/results/control_{name}.json").read_text(encoding="utf-8")) for name in ("poetry", "reviews")}
+    for guide in ("docs/control.md", "docs/control.zh-CN.md"):
+        shown = read(guide)
+        for record in results.values():
+            for entry in record["results"]:
+                name = f"control.guidance={entry['guidance']:g}" if entry["control"] == "codes" else f"control={entry['control']}"
+                rate, low, high = (f"{100 * entry['total'][key]:.1f}%" for key in ("rate", "low", "high"))
+                perplexity = f"{entry['perplexity']:.2f}" if entry["perplexity"] else "-"
+                assert f"| `{name}` | {rate} | {low} – {high} | {perplexity} |" in shown, (guide, name)
+            assert f"{100 * record['judge']['accuracy']['rate']:.1f}%" in shown
+        for file in control_texts.FILES:
+            assert "\n".join(control_texts.rows(file)) in shown, (guide, file)
+    best = {name: max(e["total"]["rate"] for e in record["results"]) for name, record in results.items()}
+    # 目标：体裁 90%，情绪不低于评判看真实文本，照抄不超过 5%
+    assert best["poetry"] >= 0.9 and best["reviews"] >= 0.84
+    assert all(e["total"]["copies"]["rate"] <= 0.05 for record in results.values() for e in record["results"])
