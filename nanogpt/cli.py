@@ -21,6 +21,8 @@ from nanogpt.messages import ConfigError, language_from_arguments, say, set_lang
 from nanogpt.sample_config import SampleConfig, register_schemas
 
 EXIT_USER_ERROR = 2
+# 与被 SIGINT 结束的程序相同：128 + 2
+EXIT_INTERRUPTED = 130
 # 与被 SIGPIPE 结束的程序相同：128 + 13
 EXIT_PIPE_CLOSED = 141
 # 值是文字的键：逗号、空格都属于内容
@@ -111,11 +113,16 @@ def _in_quotes(value: str) -> str:
     return "'" + value.replace("'", "\\'") + "\\" * tail + "'"
 
 
-def run_script(config_name: str, task: Callable[[TrainConfig | SampleConfig, list[str]], float | None]) -> None:
-    """Compose conf/<config_name>.yaml with the command line and call task(cfg, overrides); exit 2 on a mistake."""
-    # 重定向到 GBK 终端时，打不出的字符用 ? 代替，而不是崩溃
+def forgive_output() -> None:
+    """Print ? for a character that the terminal cannot show."""
+    # 重定向到 GBK 终端时，打不出的字符也不该让程序崩溃
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
+
+
+def run_script(config_name: str, task: Callable[[TrainConfig | SampleConfig, list[str]], float | None]) -> None:
+    """Compose conf/<config_name>.yaml with the command line and call task(cfg, overrides); exit 2 on a mistake."""
+    forgive_output()
     set_language(language_from_arguments(sys.argv))
     register_schemas()
     # 让 Hydra 把异常原样抛出，由下面统一压成一行

@@ -98,11 +98,20 @@ def iter_text(path: Path, encoding: str = "auto") -> Iterator[str]:
         raise ConfigError("undecodable", path=path, offset=error.start, encoding=encoding) from None
 
 
-def text_files(path: Path) -> list[Path]:
-    """The file itself, or all text files below a folder in a fixed order."""
+def own_source(path: str | None, *, unnamed: str) -> Path:
+    """The file or folder that dataset.path names; ConfigError where there is none, with the message `unnamed` where it names nothing."""
+    if path is None:
+        raise ConfigError(unnamed)
+    if not Path(path).exists():
+        raise ConfigError("missing_file", key="dataset.path", got=path)
+    return Path(path)
+
+
+def text_files(path: Path, suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> list[Path]:
+    """The file itself, or all files of these kinds below a folder in a fixed order."""
     if path.is_file():
         return [path]
-    return sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in TEXT_SUFFIXES)
+    return sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in suffixes)
 
 
 def build_char_tokenizer(pieces: Iterable[str]) -> tokenizers.CharTokenizer:

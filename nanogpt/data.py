@@ -133,8 +133,7 @@ class TokenData:
 def copy_dataset(source: Path, target: Path) -> None:
     """Copy a prepared folder into a run folder, whole or not at all."""
     with folder_aside(target) as aside:
-        meta = json.loads((source / "meta.json").read_text(encoding="utf-8"))
-        for file in (*meta["sha256"], "meta.json"):
+        for file in (*read_meta(source)["sha256"], "meta.json"):
             shutil.copyfile(source / file, aside / file)
 
 

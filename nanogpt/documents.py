@@ -100,10 +100,10 @@ def open_data(folder: Path, label_dropout: float = 0.0) -> TokenData:
 
 @dataclass
 class Pieces:
-    """What a split is cut into for one block_size, and the row and place of each slot of the packing.
+    """What a split is cut into for one block_size, and how rows are filled.
 
     Arrays over pieces: document, first and last text token, ids in the row (labels included), targets, whether the piece
-    goes on with a document and so must open its row. Arrays over slots, in the order of `slots`: row, place in it.
+    goes on with a document and so must open its row. rows: the slots of each row of the packing, in their order (bins.pack).
     """
 
     document: np.ndarray
@@ -112,9 +112,7 @@ class Pieces:
     length: np.ndarray
     targets: np.ndarray
     goes_on: np.ndarray
-    row: np.ndarray
-    place: np.ndarray
-    rows: int
+    rows: list[np.ndarray]
 
 
 class DocumentData(TokenData):
@@ -176,8 +174,10 @@ class DocumentData(TokenData):
         length = last - first + header[document] - goes_on
         # 开头的块还要从标签预测第一个字，所以多一个目标
         targets = last - first + ~goes_on
-        row, place, rows = pack(length, goes_on, block_size)
-        return Pieces(document, first, last, length, targets, goes_on, row, place, rows)
+        row, place, count = pack(length, goes_on, block_size)
+        # 装箱的结构每个 epoch 都一样，只算一次
+        rows = np.split(np.lexsort((place, row)), np.cumsum(np.bincount(row, minlength=count))[:-1])
+        return Pieces(document, first, last, length, targets, goes_on, rows)
 
     def _deal(self, split: str, block_size: int, seed: int | None, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
         """(pieces of each row, which labels of each document are dropped (documents, kinds)) of one epoch; no seed: as they lie."""
@@ -186,20 +186,18 @@ class DocumentData(TokenData):
             cut = self.pieces(split, block_size)
             documents, kinds = len(self._index[split]), len(self.labels)
             if seed is None:
-                ties, shuffled = np.arange(len(cut.length)), np.arange(cut.rows)
+                ties, shuffled = np.arange(len(cut.length)), np.arange(len(cut.rows))
                 dropped = np.zeros((documents, kinds), dtype=bool)
             else:
                 # 计数器式随机数：由 (seed, epoch) 直接算出
                 random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-                ties, shuffled = random.random(len(cut.length)), random.permutation(cut.rows)
+                ties, shuffled = random.random(len(cut.length)), random.permutation(len(cut.rows))
                 chances = random.random((documents, 1 + kinds)) < self.label_dropout
                 # 单独略去只在有几种标签时才另算
                 dropped = chances[:, :1] | (chances[:, 1:] if kinds > 1 else False)
             # 同样长的块互换位置，装箱的结构不变
             slots = np.lexsort((ties, -cut.length, ~cut.goes_on))
-            by_row = np.lexsort((cut.place, cut.row))
-            rows = np.split(slots[by_row], np.cumsum(np.bincount(cut.row, minlength=cut.rows))[:-1])
-            self._dealt[split] = (key, [rows[i] for i in shuffled], np.broadcast_to(dropped, (documents, kinds)))
+            self._dealt[split] = (key, [slots[cut.rows[i]] for i in shuffled], np.broadcast_to(dropped, (documents, kinds)))
         return self._dealt[split][1:]
 
     # ---- 取批 ----
@@ -214,7 +212,7 @@ class DocumentData(TokenData):
 
     def starts(self, seed: int, first: int, count: int, block_size: int) -> np.ndarray:
         """(seed, epoch, row) of samples first … first + count - 1, (count, 3)."""
-        epoch, row = np.divmod(np.arange(first, first + count), self.pieces("train", block_size).rows)
+        epoch, row = np.divmod(np.arange(first, first + count), len(self.pieces("train", block_size).rows))
         return np.stack((np.full(count, seed), epoch, row), axis=1)
 
     def targets(self, starts: np.ndarray, block_size: int) -> np.ndarray:
@@ -232,7 +230,7 @@ class DocumentData(TokenData):
         for i, start in enumerate(starts):
             seed, epoch, row = (int(n) for n in start) if split == "train" else (None, 0, int(start))
             rows, dropped = self._deal(split, block_size, seed, epoch)
-            dropped = dropped if labelled else np.ones_like(dropped)
+            dropped = dropped if labelled else np.broadcast_to(True, dropped.shape)
             at = 0
             for piece in rows[row]:
                 at = self._put(split, block_size, piece, dropped, x[i], y[i], at)
@@ -260,6 +258,6 @@ class DocumentData(TokenData):
 
     def val_windows(self, block_size: int, limit: int | None) -> list[tuple[int, int]]:
         """(row, block_size) of the rows to evaluate: all, or as many as hold `limit` tokens, spread evenly."""
-        count = self.pieces("val", block_size).rows
+        count = len(self.pieces("val", block_size).rows)
         wanted = count if limit is None else max(1, min(count, limit // block_size))
         return [(int(row), block_size) for row in np.linspace(0, count, wanted, endpoint=False).astype(int)]

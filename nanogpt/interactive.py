@@ -5,13 +5,11 @@ import sys
 from collections.abc import Iterable
 
 from nanogpt.assets import cache_folder
-from nanogpt.cli import EXIT_USER_ERROR
+from nanogpt.cli import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from nanogpt.commands import Session, plain
 from nanogpt.messages import ConfigError, say, text
 from nanogpt.sample_config import SampleConfig
 from nanogpt.writing import Model
-
-EXIT_INTERRUPTED = 130
 
 
 def converse(cfg: SampleConfig, model: Model) -> int:

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf, open_dict
 from nanogpt import messages
 from nanogpt.build import build_model
 from nanogpt.config import ROOT, ModelConfig, TrainConfig, check
+from nanogpt.control import prefixes
 from nanogpt.corpus import build_char_tokenizer, write_dataset
 from nanogpt.sample_config import SampleConfig, check_sample, register_schemas
 
@@ -36,6 +37,12 @@ def english():
     messages.set_language("en")
     yield
     messages.set_language("en")
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_before():
+    """What is said once in a process is said once in a test."""
+    prefixes._said.clear()
 
 
 @pytest.fixture

@@ -34,11 +34,6 @@ LETTERS = "\n ,.:|abcdefghijklmnopqrstuvwxyzIT春天花朵的"
 GREEDY = sampler(temperature=0.0)
 
 
-@pytest.fixture(autouse=True)
-def nothing_said_before():
-    prefixes._said.clear()
-
-
 @lru_cache
 def composed_once(*overrides):
     return make_sample_config(*overrides).control

@@ -11,7 +11,7 @@ from conftest import make_sample_config, wild_model
 
 from nanogpt import tokenizer, words
 from nanogpt.config import ROOT
-from nanogpt.control import build_control, language_of, prefix, prefixes, read_form
+from nanogpt.control import build_control, language_of, prefix, read_form
 from nanogpt.messages import ConfigError
 from nanogpt.samples import write_samples
 from nanogpt.sampling import sampler
@@ -24,11 +24,6 @@ LETTERS = "\n !',.:|ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-"
 CHINESE = LETTERS + "快乐开心下面这段文字的情绪风格：。春天诗意充满悲伤"
 PLAIN = sampler(temperature=0.9)
 DRAWN = 300
-
-
-@pytest.fixture(autouse=True)
-def nothing_said_before():
-    prefixes._said.clear()
 
 
 @lru_cache

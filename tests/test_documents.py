@@ -62,7 +62,7 @@ def test_documents_come_back_with_their_labels(folder):
 @pytest.mark.parametrize("block_size", [40, 64, 200])
 def test_every_epoch_shows_every_document_once_and_whole(folder, block_size):
     data = open_data(folder)
-    rows, index = data.pieces("train", block_size).rows, data._index["train"]
+    rows, index = len(data.pieces("train", block_size).rows), data._index["train"]
     wanted = sorted(
         (tuple(i for kind, label in enumerate(labels) for i in data._ids[kind][label]), tuple(data.tokens["train"][start:end].tolist()), True)
         for start, (end, *labels) in zip([0, *index[:-1, 0]], index.tolist())
@@ -81,9 +81,9 @@ def test_a_long_document_goes_on_behind_its_labels(folder):
     data = open_data(folder)
     block_size = 12
     cut = data.pieces("train", block_size)
-    starts = data.starts(0, 0, cut.rows, block_size)
+    starts = data.starts(0, 0, len(cut.rows), block_size)
     x, y = data.rows("train", starts, block_size)
-    pieces = [text for i in range(cut.rows) for text in texts_of(x[i], y[i], data)]
+    pieces = [text for i in range(len(cut.rows)) for text in texts_of(x[i], y[i], data)]
     # 每个字恰好读一次，每篇恰好结束一次；接着写的块也带着标签
     assert sum(len(text) for _, text, _ in pieces) == len(data.tokens["train"]) and sum(ended for *_, ended in pieces) == 200
     assert cut.goes_on.any() and int((y >= 0).sum()) == len(data.tokens["train"]) + 200
@@ -93,7 +93,7 @@ def test_a_long_document_goes_on_behind_its_labels(folder):
 
 def test_labels_are_dropped_together_and_alone(folder):
     data = open_data(folder, label_dropout=0.3)
-    starts = data.starts(0, 0, 40 * data.pieces("train", 64).rows, 64)
+    starts = data.starts(0, 0, 40 * len(data.pieces("train", 64).rows), 64)
     x, y = data.rows("train", starts, 64)
     kept = [labels for i in range(len(starts)) for labels, *_ in texts_of(x[i], y[i], data)]
     both = sum(len(labels) == 2 for labels in kept) / len(kept)

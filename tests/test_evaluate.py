@@ -12,7 +12,7 @@ from test_judges import poetry, reviews
 from nanogpt import messages
 from nanogpt.config import ROOT
 from nanogpt.control import __main__ as command
-from nanogpt.control import evaluate, picture, prefixes
+from nanogpt.control import evaluate, picture
 from nanogpt.control.measures import Seen, wilson
 from nanogpt.corpus import build_char_tokenizer
 from nanogpt.documents import Document, write_documents
@@ -21,11 +21,6 @@ from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
 
 QUICK = [*TINY, "dataset=text_file", "dataset.path=unused.txt", "logger=none", "device=cpu", "batch_size=4", "log_interval=1", "sample_tokens=0",
          "warmup_iters=1", "model.block_size=48"]
-
-
-@pytest.fixture(autouse=True)
-def nothing_said_before():
-    prefixes._said.clear()
 
 
 def trained(folder, documents, *overrides, judge=()):

@@ -214,7 +214,7 @@ def test_the_form_decides_the_style_and_notes_are_no_part_of_it():
     assert poem({"paragraphs": ["床前明月光，疑是地上霜。", "舉頭望明月（一作山月），低頭思故鄉。（見《全唐詩》（卷一））"]}) == Document(
         "床前明月光，疑是地上霜。\n舉頭望明月，低頭思故鄉。", style="五言绝句"
     )
-    for (length, segments), style in script("chinese_poetry").FORMS.items():
+    for (segments, length), style in script("chinese_poetry").FORMS.items():
         lines = couplets(length, segments)
         assert poem({"paragraphs": lines}) == poem({"paragraphs": ["".join(lines)]}) == Document("\n".join(lines), style=style)
         assert poem({"paragraphs": lines[:-1]}) is None and poem({"paragraphs": [lines[0].replace("，", "□，"), *lines[1:]]}) is None

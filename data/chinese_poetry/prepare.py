@@ -11,14 +11,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nanogpt import assets
+from nanogpt.control.judges import CI, FORMS, QU
 from nanogpt.corpus import tokenizer_for, tokenizer_word
 from nanogpt.documents import Document, write_documents
 from nanogpt.splitting import split_documents, without_rare
 from nanogpt.tokenizer import Tokenizer
 
-# 每段字数与段数 -> 近体诗的四种
-FORMS = {(5, 4): "五言绝句", (7, 4): "七言绝句", (5, 8): "五言律诗", (7, 8): "七言律诗"}
-CI, QU = "宋词", "元曲"
 # 一成五留给评判：生成与评判用的诗没有一联相同
 FRACTIONS = {"train": 0.80, "val": 0.05, "judge": 0.15}
 # 训练部分里出现不到这么多次的字学不会，含有它的作品整首不要
@@ -99,7 +97,7 @@ def regular(text: str) -> tuple[str, str] | None:
     """(style, text in couplets) of one of the FORMS, else None."""
     parts = re.findall(rf"([{HAN}]+)([{MARKS}]|$)", text)
     lengths = {len(words) for words, _ in parts}
-    style = FORMS.get((lengths.pop(), len(parts))) if len(lengths) == 1 else None
+    style = FORMS.get((len(parts), lengths.pop())) if len(lengths) == 1 else None
     if style is None:
         return None
     # 一联一行：前半句后用逗号，后半句后用句号，问号、叹号照旧

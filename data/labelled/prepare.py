@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanogpt.config import ROOT, check_range
-from nanogpt.corpus import iter_text, tokenizer_for, tokenizer_word
+from nanogpt.corpus import iter_text, own_source, text_files, tokenizer_for, tokenizer_word
 from nanogpt.documents import Document, label_names, write_documents
 from nanogpt.files import sha256
 from nanogpt.labels import LABEL_KINDS
@@ -27,27 +27,16 @@ LONGEST_LABEL = 64
 MOST_LABELS, FEW_LABELS = 1000, 20
 
 
-def labelled_files(path: Path) -> list[Path]:
-    """The file itself, or all files of these kinds below a folder in a fixed order."""
-    if path.is_file():
-        return [path]
-    return sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES)
-
-
 def folder(path: str | None, tokenizer: str | Tokenizer, vocab_size: int, encoding: str, val_fraction: float, judge_fraction: float) -> Path:
     """Where the prepared form belongs: other texts or options give another folder."""
-    if path is None:
-        raise ConfigError("no_labelled_path")
-    source = Path(path)
-    if not source.exists():
-        raise ConfigError("missing_file", key="dataset.path", got=path)
+    source = own_source(path, unnamed="no_labelled_path")
     word = tokenizer_word(tokenizer, vocab_size)
     if not 0 < val_fraction < 1:
         raise ConfigError("out_of_range", key="dataset.val_fraction", got=val_fraction, wanted="> 0, < 1")
     check_range("dataset.judge_fraction", judge_fraction, 0, 1)
     if val_fraction + judge_fraction >= 1:
         raise ConfigError("out_of_range", key="dataset.judge_fraction", got=judge_fraction, wanted=f"< 1 - val_fraction = {1 - val_fraction:g}")
-    files = labelled_files(source)
+    files = text_files(source, SUFFIXES)
     if not any(file.stat().st_size for file in files):
         raise ConfigError("empty_labelled", got=path, kinds=" ".join(SUFFIXES))
     options = [word, encoding, repr(val_fraction), repr(judge_fraction)]
@@ -147,7 +136,7 @@ def check_labels(listed: list[Document]) -> None:
 def prepare(folder: Path, path: str, tokenizer: str | Tokenizer, vocab_size: int, encoding: str, val_fraction: float, judge_fraction: float) -> None:
     """Read, check, split and write the data set folder."""
     source = Path(path)
-    listed = list(documents(labelled_files(source), encoding))
+    listed = list(documents(text_files(source, SUFFIXES), encoding))
     if not listed:
         raise ConfigError("empty_labelled", got=path, kinds=" ".join(SUFFIXES))
     check_labels(listed)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from nanogpt.config import ROOT
-from nanogpt.corpus import detect_encoding, iter_text, split_by_length, text_files, tokenizer_for, tokenizer_word, write_tagged
+from nanogpt.corpus import detect_encoding, iter_text, own_source, split_by_length, text_files, tokenizer_for, tokenizer_word, write_tagged
 from nanogpt.files import sha256
 from nanogpt.messages import ConfigError
 from nanogpt.tokenizer import Tokenizer
@@ -16,11 +16,7 @@ from nanogpt.tokenizer import Tokenizer
 
 def folder(path: str | None, tokenizer: str | Tokenizer, encoding: str, val_fraction: float, vocab_size: int | None = None) -> Path:
     """Where the prepared form belongs: another text or other options give another folder."""
-    if path is None:
-        raise ConfigError("no_text_path")
-    source = Path(path)
-    if not source.exists():
-        raise ConfigError("missing_file", key="dataset.path", got=path)
+    source = own_source(path, unnamed="no_text_path")
     word = tokenizer_word(tokenizer, vocab_size)
     if not 0 < val_fraction < 1:
         raise ConfigError("out_of_range", key="dataset.val_fraction", got=val_fraction, wanted="> 0, < 1")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from nanogpt import rundir
-from nanogpt.cli import EXIT_USER_ERROR, quoted
+from nanogpt.cli import EXIT_INTERRUPTED, EXIT_USER_ERROR, forgive_output, quoted
 from nanogpt.config import check_range
 from nanogpt.control.codes import GUIDANCE
 from nanogpt.files import write_text
@@ -24,8 +24,6 @@ OWN_KEYS = (
 # 与 conf/sample.yaml 不同的默认值：诗都不长，并排多写几段
 DEFAULTS = {"max_new_tokens": 300, "batch_size": 64}
 DIAL = (1.0, 1.5, 2.0, 3.0, 4.0)
-# 与被 SIGINT 结束的程序相同：128 + 2
-EXIT_INTERRUPTED = 130
 OVERRIDE = re.compile(r"[+~]{0,2}[a-z_][\w.]*=")
 
 EPILOG = """\
@@ -39,9 +37,7 @@ conf/sample.yaml, for example: sampler=top_p temperature=0.9 seed=1 max_new_toke
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; exit code 2 on a mistake."""
-    for stream in (sys.stdout, sys.stderr):
-        # 重定向到 GBK 终端时，打不出的字符用 ? 代替，而不是崩溃
-        stream.reconfigure(errors="replace")
+    forgive_output()
     options, overrides = split(sys.argv[1:] if arguments is None else arguments)
     typed = parser().parse_args(options)
     set_language(typed.lang if typed.lang != "auto" else language_from_arguments(overrides))

@@ -10,6 +10,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from nanogpt.cli import EXIT_INTERRUPTED
 from nanogpt.config import TrainConfig
 from nanogpt.fit import result as results
 from nanogpt.fit.result import EXPECTED, STATUS_MESSAGES, TrialResult
@@ -17,8 +18,6 @@ from nanogpt.fit.spill import judge_all
 from nanogpt.fit.trial import run_trial
 from nanogpt.messages import ConfigError, say, text
 
-# 与被 SIGINT 结束的程序相同：128 + 2
-EXIT_INTERRUPTED = 130
 FIT = Path("outputs") / "fit"
 
 
