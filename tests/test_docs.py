@@ -137,7 +137,7 @@ def test_chinese_comments_are_everywhere():
 
 
 def test_every_text_file_is_opened_with_its_encoding_named():
-    for path in [*(ROOT / "nanogpt").rglob("*.py"), *(ROOT / "data").glob("*/*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+    for path in [*(ROOT / "nanogpt").rglob("*.py"), *(ROOT / "data").glob("*/*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
         for line in path.read_text(encoding="utf-8").splitlines():
             if re.search(r"\.(read_text|write_text)\(|\.open\(\"[rwa]\"", line):
                 assert "encoding=" in line, (path.name, line)

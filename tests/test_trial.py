@@ -17,10 +17,10 @@ from conftest import make_config
 from nanogpt.config import ROOT, lookup
 from nanogpt.fit import child, known, process, result
 from nanogpt.fit.limits import limit_memory
-from nanogpt.fit.lock import lock_path, only_one
 from nanogpt.fit.process import Ended
 from nanogpt.fit.result import TrialResult, made
-from nanogpt.fit.trial import classified, run_trial
+from nanogpt.fit.trial import classified, lock_path, run_trial
+from nanogpt.lock import only_one
 
 FIT = ("trial.enabled=true", "trial.warmup_steps=1", "trial.steps=2", "hardware.ram_gib=1.0")
 POSIX = pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
@@ -286,7 +286,7 @@ def test_trials_wait_for_each_other_and_a_dead_process_blocks_nobody(tmp_path):
         order.append("first")
     waiting.join(5)
     assert order == ["first", "second"]
-    code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from nanogpt.fit.lock import only_one\nwith only_one(Path({str(path)!r})): os._exit(1)"
+    code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from nanogpt.lock import only_one\nwith only_one(Path({str(path)!r})): os._exit(1)"
     subprocess.run([sys.executable, "-c", code], check=False)
     with only_one(path):
         pass

@@ -3,7 +3,11 @@
 Needs no torch: the parent of a sweep stays small and idle while a child measures.
 """
 
+import getpass
+import os
+import re
 import signal
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +16,10 @@ from typing import Any
 from nanogpt import messages, rundir
 from nanogpt.config import TrainConfig, check
 from nanogpt.fit import known
-from nanogpt.fit.lock import lock_path, only_one
 from nanogpt.fit.process import CHILD, Ended, run_child
 from nanogpt.fit.result import TrialResult, made
 from nanogpt.fit.spill import judge
+from nanogpt.lock import only_one
 from nanogpt.messages import ConfigError, text
 from nanogpt.oom import PHRASES
 
@@ -39,6 +43,7 @@ def run_trial(cfg: TrainConfig, overrides: list[str], folder: Path, *, command: 
         return made({**common, "status": "invalid", "reason": str(error)})
     folder.mkdir(parents=True, exist_ok=True)
     key = known.key_of(cfg)
+    # 并行的任务排队：同时试跑会互相弄坏对方的计时
     with only_one(lock_path(cfg.device)):
         # 拿到锁再查：并行的另一个任务可能刚测完同一个
         earlier = None if cfg.trial.again else known.find(key)
@@ -102,3 +107,19 @@ def _how(returncode: int) -> str:
             # 实时信号没有名字
             return f"signal {-returncode}"
     return text("trial_exit_code", code=returncode)
+
+
+def lock_path(device: str) -> Path:
+    """The lock file of the device that `device=…` means here; GPUs that a launcher handed out have files of their own."""
+    # auto 与 cuda 都是第一张看得见的卡；父进程不导入 torch，只能按名字分
+    named = device if re.fullmatch(r"cuda:[1-9]\d*", device) else "first"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return Path(tempfile.gettempdir()) / ("nanogpt-trial-" + re.sub(r"\W+", "-", f"{_user()}-{visible}-{named}") + ".lock")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        # 容器里没有用户名
+        return "nobody"

@@ -1,0 +1,96 @@
+"""Locks of the operating system on a file: they go with the process, however that ends, so that none is ever left behind."""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+POLL_S = 0.1
+# 锁在内容之外的一个字节上：Windows 上被锁的字节别人读不了，而内容要能读
+LOCKED_BYTE = 2**30
+
+
+class Lock:
+    """A lock on the file `path`, which is made where it is missing and holds the process id of whoever took it last.
+
+    The file stays: were it removed, two processes could each lock one of the same name.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = None
+
+    def take(self) -> bool:
+        """Try once; False while another process (or another Lock of this one) holds it. OSError where no file can be made."""
+        file = self.path.open("a+b")
+        if not _try(file):
+            file.close()
+            return False
+        self._file = file
+        with contextlib.suppress(OSError):
+            # 只为给人看；磁盘满时写不进，锁照样有效
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n".encode("ascii"))
+            file.flush()
+        return True
+
+    def release(self) -> None:
+        """Let others have it; nothing happens where it is not held."""
+        if self._file:
+            _release(self._file)
+            self._file.close()
+            self._file = None
+
+    def holder(self) -> str:
+        """The process id in the file, ? where there is none."""
+        try:
+            content = self.path.read_text(encoding="ascii").strip()
+        except (OSError, ValueError):
+            return "?"
+        return content if content.isdigit() else "?"
+
+
+@contextlib.contextmanager
+def only_one(path: Path, *, waiting=None) -> Iterator[None]:
+    """Hold the lock on `path` inside; waits for whoever holds it, after calling waiting() once where there is someone."""
+    lock = Lock(path)
+    while not lock.take():
+        if waiting:
+            waiting()
+            waiting = None
+        # 轮询而不是阻塞：Windows 上阻塞时按不出 Ctrl-C
+        time.sleep(POLL_S)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _try(file) -> bool:
+        try:
+            file.seek(LOCKED_BYTE)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            return True
+        except OSError:
+            return False
+
+    def _release(file) -> None:
+        file.seek(LOCKED_BYTE)
+        msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+else:
+    import fcntl
+
+    def _try(file) -> bool:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+
+    def _release(file) -> None:
+        fcntl.flock(file, fcntl.LOCK_UN)
