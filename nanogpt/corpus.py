@@ -19,10 +19,13 @@ from omegaconf.errors import OmegaConfBaseException
 from nanogpt import tokenizer as tokenizers
 from nanogpt.bpe import check_vocab_size, train_bpe
 from nanogpt.config import ROOT
-from nanogpt.files import folder_aside, remove_leftovers, sha256, write_text
+from nanogpt.files import folder_aside, remove_leftovers, sha256
+from nanogpt.lock import only_one
 from nanogpt.messages import ConfigError, say
+from nanogpt.sealed import write_sealed
 
-FORMAT = 1
+# 1：meta.json 没有自己的摘要
+FORMAT = 2
 # 每次读这么多字节：大文件不进内存
 PIECE = 4 * 2**20
 TEXT_SUFFIXES = (".txt", ".md", ".text")
@@ -203,7 +206,7 @@ def write_meta(folder: Path, *, name: str, source: str, tokenizer, dtype: np.dty
         "vocab_size": tokenizer.vocab_size, "dtype": str(dtype), "tokens": tokens, **more,
         "sha256": {file.name: sha256(file) for file in sorted(folder.iterdir())},
     }
-    write_text(folder / "meta.json", json.dumps(meta, indent=2, ensure_ascii=False))
+    write_sealed(folder / "meta.json", meta)
     return meta
 
 
@@ -240,16 +243,20 @@ def prepare(name: str, directory: str | None, options: dict) -> Path:
     """
     module = _script(name)
     folder = folder_of(name, directory, options, module)
-    if not (folder / "meta.json").is_file():
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ConfigError("not_a_dataset", path=folder, reason="meta.json is missing")
-        say("preparing", name=name)
-        if folder.is_dir():
-            folder.rmdir()
-        elif folder.parent.is_dir():
+    if (folder / "meta.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # 同时启动的两次训练只准备一次：另一个等着，等到了就有
+    with only_one(folder.with_name(f".{folder.name}.lock"), waiting=lambda: say("preparing_elsewhere", name=name)):
+        if not (folder / "meta.json").is_file():
+            if folder.is_dir() and any(folder.iterdir()):
+                raise ConfigError("not_a_dataset", path=folder, reason="meta.json is missing")
+            say("preparing", name=name)
+            if folder.is_dir():
+                folder.rmdir()
             # 只清这个数据集自己的：旁边可能是使用者的文件
             remove_leftovers(folder.parent, folder.name)
-        module.prepare(folder, **options)
+            module.prepare(folder, **options)
     return folder
 
 

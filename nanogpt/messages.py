@@ -229,9 +229,14 @@ MESSAGES = {
         "the vocabulary lacks {characters}; leave them out, write with unknown=skip, or train on text that has them",
         "词表里没有 {characters}；请去掉这些字符，写作时可加 unknown=skip 跳过，或用包含它们的文本训练",
     ),
+    "preparing_elsewhere": ("another process is preparing data set {name}; waiting for it", "另一个进程正在准备数据集 {name}；等它做完"),
     "not_a_dataset": (
         "{path} has no readable meta.json ({reason}); delete the folder and start again to prepare it anew",
         "{path} 没有可用的 meta.json（{reason}）；删除该文件夹后重新运行即可重新准备",
+    ),
+    "damaged_tokenizer": (
+        "{file} is no vocabulary ({reason}); get an undamaged copy or another model",
+        "{file} 不是可用的词表（{reason}）；请换一份完好的，或换一个模型",
     ),
     "damaged_dataset": (
         "{path} does not match its meta.json ({reason}); delete the folder {folder} and start again to prepare it anew",
@@ -501,10 +506,21 @@ MESSAGES = {
         "{file} 已损坏（{reason}）；{remedy}",
     ),
     "older_checkpoint": ("the next older good one is checkpoint={name}", "更早的完好 checkpoint：checkpoint={name}"),
+    "other_checkpoint": ("a good one is checkpoint={name}", "完好的有 checkpoint={name}"),
+    "other_run": ("it belongs to another run", "属于另一次训练"),
+    "remove_record": (
+        "delete this file: the checkpoints have what is needed to go on",
+        "删掉这个文件即可：继续训练要用的都在 checkpoint 里",
+    ),
+    "run_in_use": (
+        "{path}: process {process} is training there; wait until it ends, or choose another out_dir",
+        "{path}：进程 {process} 正在那里训练；请等它结束，或换 out_dir",
+    ),
+    "begun_again": ("{path} has no checkpoint yet: beginning again from iteration 0", "{path} 里还没有 checkpoint：从第 0 次迭代重新开始"),
     "no_older_checkpoint": ("there is no older good one; start a new run", "没有更早的完好 checkpoint；请重新训练"),
     "newer_format": (
-        "{file} has format {got}, this program reads up to {want}; update nanogpt",
-        "{file} 的格式版本是 {got}，本程序最高支持 {want}；请更新 nanogpt",
+        "{file}: has format {got}, this program reads up to {want}; update nanogpt",
+        "{file}：格式版本是 {got}，本程序最高支持 {want}；请更新 nanogpt",
     ),
     "resume_changes": (
         "{key} cannot change on resume ({old} -> {new}); leave it out or start a new run",
@@ -515,12 +531,16 @@ MESSAGES = {
         "训练已到第 {iteration} 次迭代（max_iters={max_iters}）；加 max_iters={more} 可继续",
     ),
     "save_failed": (
-        "could not save a checkpoint ({reason}); the older ones are kept, trying again in {iters} iterations",
-        "checkpoint 保存失败（{reason}）；旧的仍在，{iters} 次迭代后重试",
+        "could not save a checkpoint ({reason}); the older ones are kept, trying again in {seconds} s; free some disk space",
+        "checkpoint 保存失败（{reason}）；旧的仍在，{seconds} 秒后重试；请腾出磁盘空间",
     ),
     "never_saved": (
-        "the last checkpoint could not be saved ({reason}); free some disk space and continue with resume={path}",
-        "最后的 checkpoint 没能保存（{reason}）；请腾出磁盘空间，再用 resume={path} 继续",
+        "the last checkpoint could not be saved ({reason}); the newest one is {checkpoint}; free some disk space and continue with resume={path}",
+        "最后的 checkpoint 没能保存（{reason}）；最新的完好 checkpoint 是 {checkpoint}；请腾出磁盘空间，再用 resume={path} 继续",
+    ),
+    "logger_failed": (
+        "{name} cannot write ({reason}); training goes on, metrics may be missing",
+        "{name} 写不进去（{reason}）；训练继续，曲线可能缺一段",
     ),
     # ---- 训练过程 ----
     "start": (
