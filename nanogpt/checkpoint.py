@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,8 @@ class Checkpoint:
         """Names and shapes of the weights, without reading them."""
         try:
             return shapes_in(self.folder / "model.safetensors")
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:
+            # RuntimeError：映射不了的文件，刚被删掉的就是
             raise self.damaged(f"model.safetensors: {reason_of(error)}") from None
 
     def load_model(self, model: torch.nn.Module) -> None:
@@ -188,6 +190,9 @@ def find(run_dir: Path, which: str, *, key: str = "resume") -> Checkpoint:
     if chosen is None:
         raise ConfigError("no_such_checkpoint", got=which, path=run_dir, have=", ".join(["last", "best", *by_name]))
     if problem := chosen.problem():
+        if not chosen.folder.is_dir():
+            # 正在训练的那一方刚把它删了：再找一次
+            return find(run_dir, which, key=key)
         raise chosen.damaged(problem)
     return chosen
 
@@ -208,6 +213,17 @@ def find_trained(run_dir: Path, which: str, *, key: str) -> Checkpoint:
     if which == "best" and best_of(found.good) is None and not found.bad:
         which = "last"
     return find(run_dir, which, key=key)
+
+
+def use(run_dir: Path, which: str, use_it: Callable[[Checkpoint], Any], *, key: str) -> Any:
+    """use_it(the checkpoint that find_trained() gives), again where a training under way deleted it meanwhile."""
+    while True:
+        source = find_trained(run_dir, which, key=key)
+        try:
+            return use_it(source)
+        except ConfigError:
+            if source.folder.is_dir():
+                raise
 
 
 def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from nanogpt import tokenizer as tokenizers
 from nanogpt.bpe import check_vocab_size, train_bpe
 from nanogpt.config import ROOT
 from nanogpt.files import folder_aside, remove_leftovers, sha256
-from nanogpt.lock import only_one
+from nanogpt.lock import only_one, remove_stale
 from nanogpt.messages import ConfigError, say
 from nanogpt.sealed import write_sealed
 
@@ -243,11 +243,13 @@ def prepare(name: str, directory: str | None, options: dict) -> Path:
     """
     module = _script(name)
     folder = folder_of(name, directory, options, module)
+    lock = folder.with_name(f".{folder.name}.lock")
     if (folder / "meta.json").is_file():
+        remove_stale(lock)
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     # 同时启动的两次训练只准备一次：另一个等着，等到了就有
-    with only_one(folder.with_name(f".{folder.name}.lock"), waiting=lambda: say("preparing_elsewhere", name=name)):
+    with only_one(lock, waiting=lambda: say("preparing_elsewhere", name=name)):
         if not (folder / "meta.json").is_file():
             if folder.is_dir() and any(folder.iterdir()):
                 raise ConfigError("not_a_dataset", path=folder, reason="meta.json is missing")

@@ -78,6 +78,13 @@ def only_one(path: Path, *, waiting=None) -> Iterator[None]:
         lock.release(remove=True)
 
 
+def remove_stale(path: Path) -> None:
+    """Remove a lock file of only_one() that a killed process left behind; one that is held stays."""
+    with contextlib.suppress(OSError):
+        if path.is_file() and (lock := Lock(path)).take():
+            lock.release(remove=True)
+
+
 if sys.platform == "win32":
     import msvcrt
 

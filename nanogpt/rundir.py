@@ -4,6 +4,7 @@ A run folder holds run.json (its id, and the config it began with), config.yaml,
 data/ (small data sets), lock (held while the run lives) and, at the end, summary.json. Needs no torch.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.config import ROOT, TrainConfig, untrusted_targets
-from nanogpt.files import remove_leftovers, write_text
+from nanogpt.files import remove_leftovers
 from nanogpt.lock import Lock
 from nanogpt.messages import ConfigError, text
 from nanogpt.saved_config import read_saved
@@ -141,7 +142,12 @@ def read_record(path: Path) -> RunRecord | None:
 def remember(path: Path) -> None:
     """Make `path` the run that resume=latest means."""
     OUTPUTS.mkdir(exist_ok=True)
-    write_text(LATEST, str(path.absolute()) + "\n")
+    # 名字固定：被杀时留下的，下一次就覆盖掉，不会越积越多
+    aside = LATEST.with_name(f".{LATEST.name}.tmp")
+    aside.write_text(str(path.absolute()) + "\n", encoding="utf-8", newline="\n")
+    with contextlib.suppress(FileNotFoundError):
+        # 同时启动的另一次训练抢先改了名：latest 已经是最新的
+        os.replace(aside, LATEST)
 
 
 def locate(named: str, key: str = "resume") -> Path:

@@ -283,8 +283,8 @@ class Session:
         # SIGHUP：终端关了或网络断了；SIGBREAK 是 Windows 的同一件事
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
             number = getattr(signal, name, None)
-            # nohup 已让它忽略的，照旧忽略
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            # nohup 已让它忽略 SIGHUP：照旧忽略
+            if number is not None and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
                 signal.signal(number, handle)
 
     def _finish(self, trainer: Trainer, summary: dict) -> None:

@@ -40,7 +40,7 @@ def test_train_then_resume_then_move_to_another_machine(own_text):
         assert expected in done.stdout
     assert done.stderr.count("\n") == 2 and "preparing the data set text_file" in done.stderr
     out = folder / "outputs" / "a"
-    assert {p.name for p in out.iterdir()} == {"config.yaml", "tokenizer.json", "metrics.jsonl", "summary.json", "logs", "ckpt", "data"}
+    assert {p.name for p in out.iterdir()} == {*"run.json lock config.yaml tokenizer.json metrics.jsonl summary.json logs ckpt data".split()}
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     for key in ("val_loss", "best_val_loss", "iters", "tokens_per_s", "mfu", "peak_vram_gib", "wall_s", "parameters", "device", "versions"):
         assert key in summary
