@@ -247,19 +247,27 @@ def prepare(name: str, directory: str | None, options: dict) -> Path:
     if (folder / "meta.json").is_file():
         remove_stale(lock)
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # 同时启动的两次训练只准备一次：另一个等着，等到了就有
-    with only_one(lock, waiting=lambda: say("preparing_elsewhere", name=name)):
-        if not (folder / "meta.json").is_file():
-            if folder.is_dir() and any(folder.iterdir()):
-                raise ConfigError("not_a_dataset", path=folder, reason="meta.json is missing")
-            say("preparing", name=name)
-            if folder.is_dir():
-                folder.rmdir()
-            # 只清这个数据集自己的：旁边可能是使用者的文件
-            remove_leftovers(folder.parent, folder.name)
-            module.prepare(folder, **options)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # 同时启动的两次训练只准备一次：另一个等着，等到了就有
+        with only_one(lock, waiting=lambda: say("preparing_elsewhere", name=name)):
+            if not (folder / "meta.json").is_file():
+                _prepare_in(folder, name, module, options)
+    except OSError as error:
+        # 磁盘满、目录只读、原文读不出来
+        raise ConfigError("cannot_prepare", name=name, path=error.filename or folder, reason=error.strerror or error) from None
     return folder
+
+
+def _prepare_in(folder: Path, name: str, module, options: dict) -> None:
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError("not_a_dataset", path=folder, reason="meta.json is missing")
+    say("preparing", name=name)
+    if folder.is_dir():
+        folder.rmdir()
+    # 只清这个数据集自己的：旁边可能是使用者的文件
+    remove_leftovers(folder.parent, folder.name)
+    module.prepare(folder, **options)
 
 
 def run_prepare(name: str) -> None:

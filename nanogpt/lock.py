@@ -24,7 +24,8 @@ class Lock:
 
     def take(self) -> bool:
         """Try once; False while another process (or another Lock of this one) holds it. OSError where no file can be made."""
-        file = self.path.open("a+b")
+        # 不用缓冲：磁盘满时，攒着的字节会让关闭文件也失败
+        file = self.path.open("a+b", buffering=0)
         if not _try(file) or not self._is(file):
             file.close()
             return False
@@ -33,7 +34,6 @@ class Lock:
             # 只为给人看；磁盘满时写不进，锁照样有效
             file.truncate(0)
             file.write(f"{os.getpid()}\n".encode("ascii"))
-            file.flush()
         return True
 
     def _is(self, file) -> bool:
@@ -46,12 +46,12 @@ class Lock:
     def release(self, *, remove: bool = False) -> None:
         """Let others have it; nothing happens where it is not held."""
         if self._file:
+            file, self._file = self._file, None
             if remove and os.name != "nt":
                 # 还锁着时删：后来的人建的是新文件，等着的人会发觉
                 self.path.unlink(missing_ok=True)
-            _release(self._file)
-            self._file.close()
-            self._file = None
+            _release(file)
+            file.close()
 
     def holder(self) -> str:
         """The process id in the file, ? where there is none."""

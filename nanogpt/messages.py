@@ -229,6 +229,10 @@ MESSAGES = {
         "the vocabulary lacks {characters}; leave them out, write with unknown=skip, or train on text that has them",
         "词表里没有 {characters}；请去掉这些字符，写作时可加 unknown=skip 跳过，或用包含它们的文本训练",
     ),
+    "cannot_prepare": (
+        "data set {name} could not be prepared: {path} ({reason}); mend that, or name another place with dataset.dir=…",
+        "数据集 {name} 准备失败：{path}（{reason}）；请先解决它，或用 dataset.dir=… 换个地方",
+    ),
     "preparing_elsewhere": ("another process is preparing data set {name}; waiting for it", "另一个进程正在准备数据集 {name}；等它做完"),
     "not_a_dataset": (
         "{path} has no readable meta.json ({reason}); delete the folder and start again to prepare it anew",

@@ -94,18 +94,31 @@ def claim(path: Path, *, overwrite: bool) -> Lock:
         try:
             # 从检查到这里过了几秒：别的进程可能也选了它
             refuse_contents(path, overwrite=overwrite)
-            for name in RUN_FILES:
-                old = path / name
-                if old.is_dir():
-                    shutil.rmtree(old)
-                else:
-                    old.unlink(missing_ok=True)
+            _empty(path)
         except BaseException:
             lock.release()
             raise
         return lock
     except OSError as error:
         raise ConfigError("not_writable", path=path, reason=error.strerror) from None
+
+
+def _empty(path: Path) -> None:
+    for name in RUN_FILES:
+        if (path / name).is_dir():
+            shutil.rmtree(path / name)
+        else:
+            (path / name).unlink(missing_ok=True)
+
+
+def abandon(path: Path, lock: Lock) -> None:
+    """Remove what claim() and a run that could not begin have left in its folder."""
+    with contextlib.suppress(OSError):
+        _empty(path)
+        remove_leftovers(path)
+        lock.release(remove=True)
+        # 里面还有别的，就留着
+        path.rmdir()
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from nanogpt.messages import ConfigError, text
 from nanogpt.oom import OutOfMemory
 from nanogpt.precision import Precision
 from nanogpt.pretrained import Pretrained, adapted, build_pretrained, check_vocabulary, open_pretrained
+from nanogpt.sealed import reason_of
 from nanogpt.step import build_step
 from nanogpt.trainer import Trainer, share_batch
 
@@ -181,9 +182,16 @@ class Session:
         if distributed.rank() == 0:
             node = OmegaConf.structured(self.cfg)
             trainer.config_text = OmegaConf.to_yaml(node)
-            self._claim_folder(trainer.config_text)
+            fresh = not self.lock
+            try:
+                self._claim_folder(trainer.config_text)
+                loggers.open(self.run_dir, OmegaConf.to_container(node), trainer.progress.iteration)
+            except OSError as error:
+                if fresh and self.lock:
+                    # 一步都还没训：不留下半个训练目录
+                    rundir.abandon(self.run_dir, self.lock)
+                raise ConfigError("not_writable", path=self.run_dir, reason=reason_of(error)) from None
             trainer.run_dir, trainer.run_id = self.run_dir, self.record.id
-            loggers.open(self.run_dir, OmegaConf.to_container(node), trainer.progress.iteration)
         return trainer
 
     def build_trainer(self, loggers: Loggers, kind: type[Trainer] = Trainer) -> Trainer:

@@ -89,7 +89,8 @@ class Attack:
         ended = [run.wait() for run in runs]
         won = [e for e in ended if e.code == 0]
         good = len(won) == 1 and all(self.refused(e) for e in ended if e.code) and outcome(self.folder / RUN) == self.whole
-        self.judge("at the same moment, one folder", good, "one trains, the others are refused", " | ".join(f"{e.code} {e.output[-120:]}" for e in ended))
+        said = " | ".join(f"{e.code} {e.output[-120:]}" for e in ended)
+        self.judge("at the same moment, one folder", good, "one trains, the others are refused", said)
         self.judge("one data set, prepared at the same moment", not litter(self.folder), "whole, nothing left behind", str(litter(self.folder)))
         empty(self.folder)
 

@@ -131,6 +131,8 @@ def _child(arguments: list[str], folder: Path, log: Path, kill_at_change: int | 
             sys.addaudithook(_Killer(folder, kill_at_change))
         if before:
             before()
+        # fork 来的那两个还记着原来的终端：照着现在的重新打开
+        sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
         run_script("train", run_train.main)
         code = 0
     except SystemExit as leaving:
