@@ -4,7 +4,7 @@ Each of them ends the run with one line before anything bad reaches a checkpoint
 """
 
 import math
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 
 import torch
@@ -12,8 +12,8 @@ import torch
 from nanogpt import checkpoint
 from nanogpt.messages import ConfigError, text
 
-# 训练损失连续这么多步高于“乱猜”才算发散：偏高的学习率在开头几步也会冲上去，但会自己下来
-RUNAWAY_STEPS = 50
+# 最近这么多步里，多半的训练损失高于“乱猜”才算发散：偏高的学习率开头也会冲上去十几步，但会自己下来
+RUNAWAY_STEPS = 100
 # 高出这么多 nat 才算：随机数据、刚初始化的模型就在乱猜的水平上下浮动
 RUNAWAY_MARGIN = 0.5
 
@@ -60,7 +60,8 @@ class Health:
         self.trainer = trainer
         self.lowest = math.inf
         """Smallest training loss of a step since this process began."""
-        self.absurd_in_a_row = 0
+        self.absurd: deque[bool] = deque(maxlen=RUNAWAY_STEPS)
+        """Whether each of the latest steps was worse than guessing and than every one before it."""
         self.uniform = math.log(trainer.model.config.vocab_size)
         """Loss of guessing every token with the same probability, nats."""
 
@@ -112,19 +113,18 @@ class Health:
         return False
 
     def _compare_with_guessing(self, loss: float) -> None:
-        """Stop when the loss stays above that of guessing and above every earlier one: no clipping brings such a run back.
+        """Stop when most of the latest losses are above that of guessing and above every earlier one: clipping hides such an end.
 
         A pretrained model may begin above it (text in another language); going up from there is what counts.
         """
         self.lowest = min(self.lowest, loss)
         # 续训时这一程的最低值还不可靠，参考存下来的最好验证损失
         known = min(self.lowest, self.trainer.progress.best_val_loss)
-        if loss <= max(self.uniform, known) + RUNAWAY_MARGIN:
-            self.absurd_in_a_row = 0
-            return
-        self.absurd_in_a_row += 1
-        if self.absurd_in_a_row >= RUNAWAY_STEPS:
-            raise Diverged("runaway", loss=loss, count=RUNAWAY_STEPS, uniform=self.uniform, remedy=self._remedy(best=True))
+        self.absurd.append(loss > max(self.uniform, known) + RUNAWAY_MARGIN)
+        if sum(self.absurd) > RUNAWAY_STEPS // 2:
+            raise Diverged(
+                "runaway", loss=loss, count=sum(self.absurd), steps=RUNAWAY_STEPS, uniform=self.uniform, remedy=self._remedy(best=True),
+            )
 
     def _remedy(self, *, best: bool = False) -> str:
         """What to type: go on from the last (or best) checkpoint with a lower rate, or begin again where there is none."""

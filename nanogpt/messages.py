@@ -596,9 +596,9 @@ MESSAGES = {
         "这次训练的起点里，{tensor} 不是有限数；请换一个 checkpoint=…（best 或更早的 iter_…），或换 init_from",
     ),
     "runaway": (
-        "the training loss ({loss:.2f}) has been above that of guessing ({uniform:.2f}) for {count} steps in a row, after it had been lower: "
-        "it has diverged; {remedy}",
-        "训练损失（{loss:.2f}）连续 {count} 步高于乱猜的水平（{uniform:.2f}），而此前更低：已经发散；{remedy}",
+        "{count} of the last {steps} steps had a training loss above that of guessing ({uniform:.2f}; now {loss:.2f}), which had been lower before: "
+        "the run has diverged; {remedy}",
+        "最近 {steps} 步里有 {count} 步的训练损失高于乱猜的水平（{uniform:.2f}，现为 {loss:.2f}），而此前更低：已经发散；{remedy}",
     ),
     "remedy_last": (
         "the last good checkpoint is {checkpoint}; continue from it with a lower rate: resume={path}{which} learning_rate={rate:.1e}",

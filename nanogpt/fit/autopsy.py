@@ -8,7 +8,7 @@ from nanogpt.console import Console
 from nanogpt.fit.advice import Advice, changed, presets
 from nanogpt.fit.plan import Plan, Planner
 from nanogpt.fit.show import GIB, table
-from nanogpt.messages import ConfigError, text
+from nanogpt.messages import text
 from nanogpt.oom import PHASES, OutOfMemory
 
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
