@@ -111,16 +111,18 @@ def default_format(device: torch.device) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def settle_scale(scaler, *, skipped: bool) -> bool:
+def settle_scale(scaler, *, skipped: bool, overflow: bool) -> bool:
     """Let a GradScaler learn from the step that it has just unscaled; True where it lowered its scale, down to SMALLEST_SCALE.
 
-    `skipped` says that the step was not finite; only then is it worth waiting for the device.
+    skipped: the step was not finite; overflow: because its gradients were not.
     """
     if not skipped:
         scaler.update()
         return False
+    # 只在坏的一步才读 scale：读一次，GPU 就停一次
     before = scaler.get_scale()
-    scaler.update()
-    if scaler.get_scale() < SMALLEST_SCALE:
-        scaler.update(SMALLEST_SCALE)
+    if overflow:
+        scaler.update()
+    # 坏的只是 loss 的值：scale 照旧，这一步也不算“又好了一步”
+    scaler.update(max(SMALLEST_SCALE, scaler.get_scale()))
     return scaler.get_scale() < before

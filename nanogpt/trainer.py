@@ -205,7 +205,7 @@ class Trainer:
             self.computation.update()
         if scaler.is_enabled():
             # 梯度溢出是 fp16 的日常：跳过这一步并减半 scale，下一步就好了
-            healing = settle_scale(scaler, skipped=not finite) and math.isfinite(loss)
+            healing = settle_scale(scaler, skipped=not finite, overflow=not math.isfinite(norm)) and math.isfinite(loss)
         self._drop_gradients()
         self.health.after_update(loss, norm, healing=healing)
         return norm
