@@ -266,7 +266,7 @@ class Trained:
 
 
 def permanent(ledger: Ledger, trained: Trained, random: Random, variant: tuple[str, ...]) -> None:
-    """One element of a weight or of an optimizer state becomes NaN or Inf: nothing of it is saved, the last checkpoint goes on as if nothing had been."""
+    """One element of a weight or of an optimizer state becomes NaN or Inf: it is never saved, the last checkpoint goes on as if nothing had been."""
     trainer = trained.lab.trainer(*variant)
     at, value, target = random.randrange(1, 12), random.choice(VALUES), random.choice(("weight", "optimizer state"))
     real, hit = trainer.step, []
