@@ -24,7 +24,7 @@ from tiny_runs import SHAPE, Lab, checkpoint_fault, difference, snapshot, start_
 
 from nanogpt import checkpoint, distributed, generate
 from nanogpt.messages import ConfigError
-from nanogpt.oom import OutOfMemory
+from nanogpt.oom import OutOfMemory, is_out_of_memory
 from nanogpt.sampling import sampler
 from nanogpt.worker import Worker
 from nanogpt.writer import Request, Writer
@@ -438,7 +438,8 @@ def real_limit(ledger: Ledger, lab: Lab, common: list[str]) -> None:
     if sys.platform != "linux":
         return
     wide = [
-        "model=tiny", "model.n_layer=2", "model.ngrams=[]", "max_iters=3", "batch_size=768", "eval_interval=3", "eval_batch_size=8", "eval_tokens=512",
+        "model=tiny", "model.n_layer=2", "model.ngrams=[]", "max_iters=3", "batch_size=768", "eval_interval=3", "eval_batch_size=8",
+        "eval_tokens=512",
     ]
     losses = []
     for name, limit in (("free", None), ("limited", 2600)):
@@ -446,8 +447,8 @@ def real_limit(ledger: Ledger, lab: Lab, common: list[str]) -> None:
         done = _run(lab, [*common, *wide, "model.block_size=64", f"out_dir={run_dir}"], limit)
         shrunk = done.stdout.count("out of memory; micro-batch")
         if done.returncode or bool(shrunk) != bool(limit):
-            said = f"{done.stdout[-300:]} {done.stderr[-300:]}"
-            ledger.breach("real limit of memory", f"{name}: exit code {done.returncode}, shrunk {shrunk} times: {said}")
+            said = f"exit code {done.returncode}, shrunk {shrunk} times: {done.stdout[-300:]} {done.stderr[-300:]}"
+            ledger.breach("real limit of memory", f"{name}: {said}")
             return
         losses.append(checkpoint.checkpoints(run_dir)[-1].val_loss)
     if abs(losses[0] - losses[1]) > 1e-4:
@@ -468,6 +469,10 @@ def attack(ledger: Ledger, *, folder: Path, cases: int, seed: int, errors=None, 
     random, lab = Random(seed), Lab(folder)
     known = errors or memory_errors()
     ledger.figures["messages of memory"] = len(known)
+    for library, error in known:
+        # 落网的也会被下面的每一步发现；这里说是哪一句
+        if not is_out_of_memory(error):
+            ledger.breach("message", f"{library}: {error!r}")
     with lab.quiet():
         repeats = Repeats(lab)
         for number in range(max(cases, len(known)) if errors is None else cases):

@@ -75,8 +75,9 @@ OUT_OF_MEMORY = {
     ),
     "HIP": (
         "HIP out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 11.98 GiB of which 0 bytes is free.",
-        "HIP error: out of memory", "hipErrorOutOfMemory", "CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`", "miopenStatusAllocFailed",
-        "rocblas_status_memory_error", "HSA_STATUS_ERROR_OUT_OF_RESOURCES: the runtime failed to allocate the necessary resources",
+        "HIP error: out of memory", "hipErrorOutOfMemory", "CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`",
+        "miopenStatusAllocFailed", "rocblas_status_memory_error",
+        "HSA_STATUS_ERROR_OUT_OF_RESOURCES: the runtime failed to allocate the necessary resources",
     ),
     "XPU": (
         "XPU out of memory. Tried to allocate 1.00 GiB. GPU 0 has a total capacity of 15.91 GiB.",

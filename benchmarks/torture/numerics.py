@@ -125,15 +125,17 @@ def skip(trainer, fault: Fault) -> None:
 class Bench:
     """Trainers that are used again and again: building one takes longer than ten of its steps."""
 
-    def __init__(self, lab: Lab, variants: list[tuple[str, ...]]):
-        self.lab, self.variants = lab, variants
+    def __init__(self, lab: Lab, halvings: int):
+        self.lab, self.halvings = lab, halvings
         self._built: dict[tuple, list] = {}
 
     def pair(self, variant: tuple[str, ...]) -> list:
         """Two trainers of a variant at iteration 0, equal to the bit."""
-        # 不在反向里更新的变体分两个微批：第二个微批坏了，第一个的梯度也不能用
-        values = {} if "memory=minimal" in variant else {"batch_size": 2, "gradient_accumulation_steps": 2}
         if variant not in self._built:
+            values = {"precision__initial_loss_scale": 2.0**self.halvings}
+            if not self.lab.config(*variant).memory.optimizer_in_backward:
+                # 第二个微批坏了，第一个的梯度也不能用
+                values |= {"batch_size": 2, "gradient_accumulation_steps": 2}
             self._built[variant] = [self.lab.trainer(*variant, save_interval=10**6, keep=10**6, **values) for _ in range(2)]
         for trainer in self._built[variant]:
             start_again(trainer)
@@ -196,7 +198,7 @@ def _unequal(real, reference) -> str | None:
 def storm(ledger: Ledger, bench: Bench, random: Random, variant: tuple[str, ...], length: int) -> None:
     """fp16 gradients overflow `length` times in a row."""
     real, reference = bench.pair(variant)
-    allowed = HALVINGS + real.cfg.max_nonfinite_steps
+    allowed = bench.halvings + real.cfg.max_nonfinite_steps
     name = random.choice([n for n, _ in real.model.named_parameters()])
     fault = Fault("gradient", random.choice((math.inf, -math.inf)), frozenset(range(2, 2 + length)), name)
     said, ended = f"{' '.join(variant)}: {fault}", None
@@ -222,7 +224,7 @@ def storm(ledger: Ledger, bench: Bench, random: Random, variant: tuple[str, ...]
             reference.progress.nonfinite_in_a_row += before <= 1
         else:
             _good_step(reference)
-    wrong = ended or _unequal(real, reference) or (None if scale == max(1.0, 2.0 ** (HALVINGS - length)) else f"scale {scale}")
+    wrong = ended or _unequal(real, reference) or (None if scale == max(1.0, 2.0 ** (bench.halvings - length)) else f"scale {scale}")
     ledger.breach("overflow storm", f"{said}: {wrong}") if wrong else ledger.count("overflow storm", "recovered to the bit")
 
 
@@ -371,7 +373,7 @@ def diverging(ledger: Ledger, trained: Trained, random: Random, *, iters: int) -
     rate = 10 ** random.uniform(-1, 3)
     values = {"lr_schedule": random.choice(("linear", "constant")), "grad_clip": random.choice((0.0, 1.0))}
     values["model__ngrams"] = [] if arch == "gpt2" else [2]
-    trainer = trained.lab.trainer(*groups, learning_rate=rate, max_iters=iters, eval_interval=iters // 8, log_interval=50, **values)
+    trainer = trained.lab.trainer(*groups, learning_rate=rate, max_iters=iters, eval_interval=iters // 4, log_interval=50, **values)
     ended, said = _fit(trainer), f"{' '.join(groups)} learning_rate={rate:.3g} {values}"
     wrong, kind = checkpoint_fault(trainer.run_dir), f"learning_rate {rate:.0e}".replace("+0", "")
     if ended and not wrong:
@@ -429,29 +431,37 @@ def commands(ledger: Ledger, lab: Lab) -> None:
         ledger.breach("command", f"{fault}: {wrong}") if wrong else ledger.count("command", f"{fault}: exit code {code}")
 
 
-def attack(ledger: Ledger, *, folder: Path, cases: int, seed: int, variants=VARIANTS, iters: int = 160, whole: bool = True) -> None:
-    """`cases` transient faults per variant and a share of every other kind, in trainings under `folder`; whole=False leaves out the slow ones."""
+def attack(ledger: Ledger, *, folder: Path, cases: int, seed: int, variants=VARIANTS, halvings: int = HALVINGS, whole: bool = True) -> None:
+    """`cases` transient faults per variant and a share of every other kind, in trainings under `folder`.
+
+    whole=False leaves out the whole trainings; fp16 begins with a loss scale that `halvings` bring to 1.
+    """
     random, lab = Random(seed), Lab(folder)
     with lab.quiet():
-        bench, trained = Bench(lab, variants), Trained(lab)
+        bench = Bench(lab, halvings)
         for variant in variants:
             for _ in range(cases):
                 transient(ledger, bench, random, variant)
             for _ in range(max(1, cases // 10)):
                 persistent(ledger, bench, random, variant)
-        for variant in (v for v in variants if "precision=fp16" in v):
-            for length in [3, HALVINGS + 4, HALVINGS + 10, *(random.randrange(1, 40) for _ in range(cases // 6))]:
+        for variant in (v for v in variants if lab.config(*v).precision.dtype == "fp16"):
+            for length in [3, halvings + 4, halvings + 10, *(random.randrange(1, 40) for _ in range(cases // 6))]:
                 storm(ledger, bench, random, variant, length)
-        if not whole:
-            return
-        for variant in variants:
-            for _ in range(max(1, cases // 6)):
-                permanent(ledger, trained, random, variant)
-            for _ in range(max(1, cases // 20)):
-                evaluation(ledger, trained, random, variant)
-            sample(ledger, trained, variant)
-        for _ in range(cases):
-            diverging(ledger, trained, random, iters=iters)
+        if whole:
+            whole_runs(ledger, lab, random, cases, variants)
+
+
+def whole_runs(ledger: Ledger, lab: Lab, random: Random, cases: int, variants: list, *, iters: int = 160) -> None:
+    """Trainings from their first to their last step."""
+    trained = Trained(lab)
+    for variant in variants:
+        for _ in range(max(1, cases // 6)):
+            permanent(ledger, trained, random, variant)
+        for _ in range(max(1, cases // 20)):
+            evaluation(ledger, trained, random, variant)
+        sample(ledger, trained, variant)
+    for _ in range(cases):
+        diverging(ledger, trained, random, iters=iters)
 
 
 def main() -> int:

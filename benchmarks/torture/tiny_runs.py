@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from ledger import ROOT
 from omegaconf import OmegaConf
@@ -55,8 +56,11 @@ class Lab:
             self.data = {"text": text_folder(folder / "text"), "documents": document_folder(folder / "documents")}
 
     def config(self, *groups: str, data: str = "text", **values) -> TrainConfig:
-        """A checked config; values are the keys of conf/train.yaml with __ for the dots."""
-        cfg = copy.deepcopy(composed(*groups))
+        """A checked config; values are the keys of conf/train.yaml with __ for the dots, as are "a.b=c" among the groups."""
+        dotted = dict(group.split("=") for group in groups if "." in group)
+        values = {**{key.replace(".", "__"): yaml.safe_load(value) for key, value in dotted.items()}, **values}
+        # 拼一次配置要半秒：只有真正的配置组交给 Hydra
+        cfg = copy.deepcopy(composed(*(group for group in groups if "." not in group)))
         cfg.dataset["dir"] = str(self.data[data])
         cfg.groups = {}
         for field, value in SHAPE.items():
