@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nanogpt import rundir
 from nanogpt.config import ROOT, TrainConfig
 from nanogpt.messages import ConfigError, language_from_arguments, say, set_language, text
+from nanogpt.oom import told_in_one_line
 from nanogpt.sample_config import SampleConfig, register_schemas
 
 EXIT_USER_ERROR = 2
@@ -142,8 +143,9 @@ def run_script(config_name: str, task: Callable[[TrainConfig | SampleConfig, lis
             if hydra_config.mode == RunMode.MULTIRUN and (typed.out_dir is None or trial):
                 # 每个任务一个目录，不会互相覆盖
                 typed.out_dir = str(Path(hydra_config.sweep.dir) / hydra_config.sweep.subdir)
-            # 扫描器（Optuna 等）要这个返回值
-            return task(typed, overrides)
+            # 载入模型、准备数据时内存不足，也只用一行说；扫描器（Optuna 等）要这个返回值
+            with told_in_one_line():
+                return task(typed, overrides)
         except (ConfigError, OmegaConfBaseException) as error:
             say("error", line=one_line(error, config_name))
             reported.append(error)

@@ -43,7 +43,22 @@ def text(message: str, **values) -> str:
 
 def text_in(language: str | None, message: str, **values) -> str:
     """The same in a language of its own, None for the console's: a visitor of the page need not speak that."""
-    return MESSAGES[message][1 if (language or _language) == "zh" else 0].format(**values)
+    line = MESSAGES[message][1 if (language or _language) == "zh" else 0]
+    return line.format(**{key: NOTHING if value is None else value for key, value in values.items()})
+
+
+class _Nothing:
+    """None as a line shows it: a value that there is not has no decimals either."""
+
+    def __format__(self, form: str) -> str:
+        return "-" if form else "None"
+
+    def __repr__(self) -> str:
+        return "None"
+
+
+# 还没评估过就没有验证损失：说完成的那一行不能因此出错
+NOTHING = _Nothing()
 
 
 def say(message: str, **values) -> None:
@@ -587,10 +602,39 @@ MESSAGES = {
         "iter {iteration}: {what} is not finite; step skipped ({count} in a row)",
         "迭代 {iteration}: {what} 不是有限数；跳过这一步（连续 {count} 次）",
     ),
-    "diverged": (
-        "{count} steps in a row were not finite; the last good checkpoint is {checkpoint}; continue from it with a lower rate: "
-        "resume={path} learning_rate={rate:.1e}",
-        "连续 {count} 步不是有限数；最后的完好 checkpoint 是 {checkpoint}；请降低学习率后继续：resume={path} learning_rate={rate:.1e}",
+    "nonfinite_partly": (
+        "iter {iteration}: {what} is not finite; the parameters that it belongs to were left as they are ({count} in a row)",
+        "迭代 {iteration}: {what} 不是有限数；对应的那些参数这一步不更新（连续 {count} 次）",
+    ),
+    "nonfinite_evaluation": (
+        "iter {iteration}: the validation loss is not finite although every weight is; this evaluation does not count",
+        "迭代 {iteration}: 验证损失不是有限数，而权重都是；这次评估不算",
+    ),
+    "diverged": ("{count} steps in a row were not finite; {remedy}", "连续 {count} 步不是有限数；{remedy}"),
+    "broken": (
+        "iter {iteration}: {tensor} is not finite any more and cannot recover; this state is not saved; {remedy}",
+        "迭代 {iteration}: {tensor} 已不是有限数，不会自己恢复；这个状态不保存；{remedy}",
+    ),
+    "broken_start": (
+        "{tensor} is not finite in what this run starts from; choose another checkpoint=… (best, or an older iter_…) or another init_from",
+        "这次训练的起点里，{tensor} 不是有限数；请换一个 checkpoint=…（best 或更早的 iter_…），或换 init_from",
+    ),
+    "runaway": (
+        "{count} of the last {steps} steps had a training loss above that of guessing ({uniform:.2f}; now {loss:.2f}), which had been lower before: "
+        "the run has diverged; {remedy}",
+        "最近 {steps} 步里有 {count} 步的训练损失高于乱猜的水平（{uniform:.2f}，现为 {loss:.2f}），而此前更低：已经发散；{remedy}",
+    ),
+    "remedy_last": (
+        "the last good checkpoint is {checkpoint}; continue from it with a lower rate: resume={path}{which} learning_rate={rate:.1e}",
+        "最后的完好 checkpoint 是 {checkpoint}；请降低学习率后继续：resume={path}{which} learning_rate={rate:.1e}",
+    ),
+    "remedy_best": (
+        "the best checkpoint is {checkpoint}; continue from it with a lower rate: resume={path}{which} learning_rate={rate:.1e}",
+        "最好的 checkpoint 是 {checkpoint}；请降低学习率后继续：resume={path}{which} learning_rate={rate:.1e}",
+    ),
+    "remedy_again": (
+        "nothing has been saved yet; start again with a lower rate: learning_rate={rate:.1e}",
+        "还没有存过 checkpoint；请降低学习率重新开始：learning_rate={rate:.1e}",
     ),
     "early_stop": (
         "val loss has not improved for {count} evaluations; stopping (early_stop_evals)",
@@ -958,11 +1002,21 @@ MESSAGES = {
     "status_invalid": ("invalid", "设置有误"),
     # ---- 自动批量与显存不足的诊断 ----
     "oom_in_forward": ("forward or backward pass", "前向或反向"),
+    "oom_in_sum": ("sum of the gradients over the processes", "各进程的梯度求和"),
+    "oom_in_training": ("training loop", "训练循环"),
     "oom_in_update": ("optimizer's update", "优化器更新"),
     "oom_in_evaluation": ("evaluation", "评估"),
     "sample_skipped": (
         "iter {iteration}: not enough memory to write a sample; training goes on (sample_tokens=0 writes none)",
         "迭代 {iteration}: 内存不足，这次不写样本；训练继续（sample_tokens=0 不再写）",
+    ),
+    "sample_nonfinite": (
+        "iter {iteration}: the model's logits are not finite here, no sample is written; training goes on",
+        "迭代 {iteration}: 模型在这里的 logits 不是有限数，不写样本；训练继续",
+    ),
+    "oom_outside": (
+        "not enough memory ({reason}); close other programs, or choose a smaller model, a smaller batch_size or memory=lean",
+        "内存或显存不足（{reason}）；请关掉别的程序，或选更小的 model、更小的 batch_size，或用 memory=lean",
     ),
     "oom_title": (
         "---- out of memory in the {phase}, with {rows} rows at a time: this cannot be divided further ----",

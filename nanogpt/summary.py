@@ -1,6 +1,7 @@
 """summary.json: what a finished run reached, for people and for sweeps."""
 
 import json
+import math
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -37,7 +38,7 @@ def write_summary(trainer, reason: str, wall_s: float) -> dict:
     summary = {
         "stopped_by": reason,
         "val_loss": progress.val_loss,
-        "best_val_loss": progress.best_val_loss if progress.val_loss is not None else None,
+        "best_val_loss": progress.best_val_loss if math.isfinite(progress.best_val_loss) else None,
         "iters": progress.iteration,
         "tokens": progress.tokens_trained,
         "tokens_per_s": trained["tokens_per_s"],

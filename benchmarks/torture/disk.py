@@ -119,8 +119,8 @@ class Attack:
             time.sleep(self.chance.random())
             ballast.unlink(missing_ok=True)
             ended = running.wait()
-            good = ended.code == 0 and said and self.last_good() and checkpoint.find(self.run, "last").iteration == 400
-            self.judge(f"full, then free, logger={logger}", good, "said, trained on, saved", ended)
+            good = ended.code == 0 and self.last_good() and checkpoint.find(self.run, "last").iteration == 400
+            self.judge(f"full, then free, logger={logger}", good, "said, trained on, saved" if said else "had room enough", ended)
 
     def full_to_the_end(self) -> None:
         """The disk stays full: the exit code says so, and the last good checkpoint is there."""
@@ -231,7 +231,8 @@ class Attack:
             # 头一行就没人读：还没开始训
             begun = (self.run / "run.json").is_file()
             again = train([f"resume={self.run}", "lang=en"] if begun else self.command, self.place)
-            good = ended.code == 141 and again.code == 0 and outcome(self.run) == self.whole
+            # 也可能到最后一行才发觉没人读：那时已训完
+            good = ended.code == 141 and (again.code == 0 or "already stands" in again.output) and outcome(self.run) == self.whole
             self.judge("nobody reads stdout", good, "exit code 141; then resumes, equal to the bit", again if ended.code == 141 else ended)
         shutil.rmtree(self.disk, ignore_errors=True)
 
