@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from nanogpt.config import ROOT, FinetuneConfig, ModelConfig, check_model, untrusted_targets
 from nanogpt.messages import ConfigError
+from nanogpt.ram import free_ram
 
 # 各部分必须会做的事；不会的在执行之前就拒绝，os.system 之类不会被当作优化器来调用
 METHODS = {
@@ -53,7 +54,6 @@ def build_model(config: ModelConfig, seed: int, weights: str = "fp32"):
 
 def check_memory_for(config: ModelConfig, bytes_each: int) -> None:
     """Refuse a model whose weights alone are more than the memory that is free, before the system kills something for it."""
-    import psutil
     import torch
 
     from nanogpt import target
@@ -62,7 +62,7 @@ def check_memory_for(config: ModelConfig, bytes_each: int) -> None:
     if target.planned() or torch.get_default_device().type == "meta":
         return
     parameters = parameters_at_least(config)
-    need, have = parameters * bytes_each, psutil.virtual_memory().available
+    need, have = parameters * bytes_each, free_ram()
     if need > have:
         raise ConfigError("model_too_large", need=need / GIB, parameters=float(parameters), have=have / GIB)
 

@@ -21,7 +21,7 @@ from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError
 from nanogpt import rundir
 from nanogpt.config import ROOT, TrainConfig
 from nanogpt.messages import ConfigError, language_from_arguments, say, set_language, text
-from nanogpt.mistakes import EXIT_INTERRUPTED, EXIT_PIPE_CLOSED, EXIT_USER_ERROR, explained, one_line_each
+from nanogpt.mistakes import EXIT_INTERRUPTED, EXIT_PIPE_CLOSED, EXIT_USER_ERROR, explained, leave_quietly, one_line_each
 from nanogpt.sample_config import SampleConfig, register_schemas
 from nanogpt.user_yaml import checked_yaml
 from nanogpt.values import check_values, wanted_type
@@ -263,7 +263,7 @@ class _Script:
         except Exception as error:
             if error in self.reported:
                 sys.exit(EXIT_USER_ERROR)
-            if isinstance(error, BrokenPipeError) or (self.started and not isinstance(error, OmegaConfBaseException)):
+            if self.started and not isinstance(error, OmegaConfBaseException):
                 # 任务里的异常：是错误就一行，是缺陷就留着 traceback
                 raise
             with composing(self.config_name):
@@ -279,7 +279,7 @@ class _Script:
             # 扫描器（Optuna 等）要这个返回值
             return self.task(typed, overrides)
         except BrokenPipeError:
-            raise
+            leave_quietly()
         except Exception as error:
             line = one_line(error, self.config_name) if isinstance(error, OmegaConfBaseException) else explained(error)
             if line is None:

@@ -107,7 +107,7 @@ MESSAGES = {
     "compose": ("{line}", "{line}"),
     "unreadable_flag": ("{reason}; --help shows what there is", "{reason}；--help 可看到有哪些"),
     "long_argument": (
-        "{key}=…: {got:,} characters are too many for a command line (at most {most:,}); put the text into a file (start=FILE:…, prompts=…) or a yaml",
+        "{key}=…: {got:,} characters are too many for a command line (at most {most:,}); put the text into a file (start=FILE:…, prompts=…)",
         "{key}=…：{got:,} 个字符，命令行写不下（至多 {most:,}）；请放进文件：start=FILE:…、prompts=…，或写成 yaml",
     ),
     "sweep_without_m": (
@@ -290,12 +290,38 @@ MESSAGES = {
         "dataset.path：{documents} 篇文本的 {kind} 有 {labels} 种；标签应是许多篇共有的词（至多 {most} 种），而不是标题或编号："
         "请改掉这个字段名，或合并标签",
     ),
+    "labelled_long": (
+        "{file}, line {line}: longer than {most:,} characters, which is no single text; put each text on a line of its own",
+        "{file} 第 {line} 行：超过 {most:,} 个字符，不会是一篇文本；请每篇各占一行",
+    ),
+    "labelled_memory": (
+        "dataset.path={got}: {size:,.0f} MiB of labelled texts are compared with each other in memory, which takes over {need:.1f} GiB; {have:.1f} are "
+        "free: give fewer texts, or use dataset=text_file, which needs no memory for them",
+        "dataset.path={got}：{size:,.0f} MiB 带标签的文本要在内存里互相比较，需 {need:.1f} GiB 以上，现空闲 {have:.1f}；请少给一些，"
+        "或用 dataset=text_file（不占内存）",
+    ),
     "labelled_unused": ("not used: the fields {fields} (labels are {kinds})", "没有用到的字段：{fields}（标签是 {kinds}）"),
     "empty_text": ("{key}={got}: no text in it; give a file with text", "{key}={got}：没有文字；请换一个有内容的文件"),
     "undecodable": (
         "{path}: byte {offset} is not {encoding}; save the file as UTF-8 or set dataset.encoding",
         "{path}：第 {offset} 个字节不是 {encoding}；请另存为 UTF-8，或设置 dataset.encoding",
     ),
+    "mixed_encodings": (
+        "{path}: the lines up to {line} hold UTF-8, but byte {offset} is none: the file mixes encodings; save it whole as UTF-8",
+        "{path}：第 {line} 行之前有 UTF-8 的文字，而第 {offset} 个字节不是：文件混用了几种编码；请整个另存为 UTF-8",
+    ),
+    "binary_file": ("{path} is a {kind} file, no text; save its text as UTF-8", "{path} 是 {kind} 文件，不是文本；请把文字另存为 UTF-8 的 .txt"),
+    "half_character": (
+        "{path}: as {encoding} it holds half a character; save the file as UTF-8 or set dataset.encoding",
+        "{path}：按 {encoding} 读出半个字符；请另存为 UTF-8，或设置 dataset.encoding",
+    ),
+    "text_changed": ("{path} was changed while it was read; start again", "{path} 在读取时被改动了；请重新运行"),
+    "text_too_short": (
+        "dataset.path={got}: {tokens} tokens, {val} of them for validation, are too few (at least {least} each); give more text or another "
+        "dataset.val_fraction",
+        "dataset.path={got}：只有 {tokens} 个 token，其中验证 {val} 个，太少（各至少 {least} 个）；请给更多文字，或改 dataset.val_fraction",
+    ),
+    "not_an_option": ("{got}: there is no such option; choose from: {options}", "{got}：没有这个选项；可用：{options}"),
     "unknown_encoding": (
         "dataset.encoding={got} is not known; try utf-8, utf-16, gb18030 or auto",
         "dataset.encoding={got} 无法识别；可用 utf-8、utf-16、gb18030 或 auto",
