@@ -210,6 +210,9 @@ def typed_config(cfg: DictConfig, config_name: str) -> TrainConfig | SampleConfi
     """The typed configuration of a composed one, with the option chosen in each group; refuses keys taken away and values that cannot be right."""
     check_whole(cfg, SCHEMAS[config_name])
     typed = OmegaConf.to_object(cfg)
+    for name in typed.groups:
+        # 由程序自己填写
+        raise ConfigError("unread_key", key=f"groups.{name}")
     choices = {g: o for g, o in HydraConfig.get().runtime.choices.items() if o and not g.startswith("hydra/")}
     for group, option in choices.items():
         if not isinstance(option, str):

@@ -295,8 +295,8 @@ MESSAGES = {
         "{file} 第 {line} 行：超过 {most:,} 个字符，不会是一篇文本；请每篇各占一行",
     ),
     "labelled_memory": (
-        "dataset.path={got}: {size:,.0f} MiB of labelled texts are compared with each other in memory, which takes over {need:.1f} GiB; {have:.1f} are "
-        "free: give fewer texts, or use dataset=text_file, which needs no memory for them",
+        "dataset.path={got}: {size:,.0f} MiB of labelled texts are compared with each other in memory, which takes over {need:.1f} GiB, and "
+        "{have:.1f} are free: give fewer texts, or use dataset=text_file, which needs no memory for them",
         "dataset.path={got}：{size:,.0f} MiB 带标签的文本要在内存里互相比较，需 {need:.1f} GiB 以上，现空闲 {have:.1f}；请少给一些，"
         "或用 dataset=text_file（不占内存）",
     ),
@@ -505,6 +505,10 @@ MESSAGES = {
     "bad_prompt_line": (
         "prompts={path}: line {number} is neither a string nor an object with \"prompt\"; correct it",
         "prompts={path}：第 {number} 行既不是字符串，也不是带 \"prompt\" 的对象；请改正",
+    ),
+    "large_prompts": (
+        "{key}={got}: {size:,.0f} MiB are too many for prompts (at most {most}); give a smaller file",
+        "{key}={got}：有 {size:,.0f} MiB，不会是开头（至多 {most} MiB）；请给小一些的文件",
     ),
     "no_prompts": ("prompts={path} holds no prompt; give one per line", "prompts={path} 里没有开头；请每行写一个"),
     "output_not_writable": (

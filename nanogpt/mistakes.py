@@ -1,5 +1,6 @@
 """What stops a program from outside of its own checks - the system, the memory, the keyboard - as one line and an exit code."""
 
+import argparse
 import contextlib
 import errno
 import os
@@ -53,6 +54,13 @@ def leave_quietly() -> None:
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(EXIT_PIPE_CLOSED)
+
+
+class Arguments(argparse.ArgumentParser):
+    """A parser whose mistakes are one line instead of its whole usage."""
+
+    def error(self, message: str):
+        raise ConfigError("unreadable_flag", reason=message)
 
 
 @contextlib.contextmanager

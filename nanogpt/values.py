@@ -52,6 +52,13 @@ def check_value(key: str, value: Any) -> None:
         raise ConfigError("empty_value", key=key)
 
 
+def check_path(key: str, typed: str) -> None:
+    """Refuse an empty path, and one that no file of ours can hold."""
+    check_value(key, typed)
+    if not typed.strip():
+        raise ConfigError("empty_value", key=key)
+
+
 def unread_keys(cfg: Any, prefix: str = "") -> Iterator[str]:
     """Dotted keys, added with +key=…, that the schema does not know."""
     if not is_dataclass(cfg):
