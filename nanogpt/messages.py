@@ -3,6 +3,7 @@
 import locale
 import os
 import sys
+import unicodedata
 
 _language = "en"
 
@@ -74,14 +75,92 @@ class ConfigError(ValueError):
         self.message, self.values = message, values
 
     def __str__(self) -> str:
-        return text(self.message, **self.values)
+        return text(self.message, **{name: presentable(value) for name, value in self.values.items()})
+
+
+# 更长的值（一兆的参数、整行的 JSON）只给人看首尾
+LONGEST = 500
+
+
+def presentable(value):
+    """A value for one line of a terminal: numbers as they are; text without control characters, its middle left out where it is long."""
+    if isinstance(value, bool | float | None):
+        return value
+    try:
+        shown = str(value)
+    except ValueError:
+        # Python 不肯把几千位的整数写成十进制
+        return hex(value)[:LONGEST] + "…"
+    if isinstance(value, int):
+        return value if len(shown) < 60 else shown[:40] + "…"
+    if len(shown) > LONGEST:
+        shown = f"{shown[: LONGEST - 100]} … {shown[-60:]} ({len(shown):,})"
+    # 换行、ESC、NUL、半个代理对：写成转义，一行仍是一行；全角空格照旧
+    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode("ascii") for c in shown)
 
 
 # 名字 -> (英文, 中文)；两种语言的占位符必须相同，有测试
 MESSAGES = {
     "error": ("error: {line}", "错误：{line}"),
+    # ---- 系统与内存 ----
+    "system_refused": ("{path}: the system refuses ({reason}); {remedy}", "{path}：系统拒绝（{reason}）；{remedy}"),
+    "remedy_space": ("free some disk space or choose another disk, then start again", "请腾出磁盘空间或换一个磁盘，再运行同一条命令"),
+    "remedy_access": ("change its permissions or choose another place", "请改权限，或换一个位置"),
+    "remedy_files": (
+        "too many files are open: close other programs or raise the limit (ulimit -n)",
+        "打开的文件太多：请关掉别的程序，或调高上限（ulimit -n）",
+    ),
+    "remedy_name": ("choose a shorter name", "请用短一些的名字"),
+    "remedy_memory": ("close other programs or choose smaller settings", "请关掉别的程序，或调小设置"),
+    "remedy_disk": ("the disk itself fails: copy what matters to another one", "磁盘本身出错：请把重要的东西拷到别处"),
+    "remedy_path": ("check that path", "请检查这个路径"),
+    "no_memory": (
+        "out of memory ({reason}); choose a smaller model, batch_size or text, or close other programs",
+        "内存不足（{reason}）；请用更小的模型、batch_size 或文本，或关掉别的程序",
+    ),
     # ---- 配置 ----
     "compose": ("{line}", "{line}"),
+    "unreadable_flag": ("{reason}; --help shows what there is", "{reason}；--help 可看到有哪些"),
+    "long_argument": (
+        "{key}=…: {got:,} characters are too many for a command line (at most {most:,}); put the text into a file (start=FILE:…, prompts=…)",
+        "{key}=…：{got:,} 个字符，命令行写不下（至多 {most:,}）；请放进文件：start=FILE:…、prompts=…，或写成 yaml",
+    ),
+    "sweep_without_m": (
+        "{argument}: this means several values; add -m to try each, write key=[a,b] for a list, or quote the value",
+        "{argument}：写了几个值；要逐个尝试请加 -m，列表请写 key=[a,b]，文字请加引号",
+    ),
+    "nothing_chosen": ("{group}: nothing is chosen; choose one of: {options}", "{group}：没有选；可选：{options}"),
+    "one_option": (
+        "{group}={got}: one option is wanted here, not several; choose one, or put both into a yaml of your own under conf/{group}",
+        "{group}={got}：这里只能选一个；请只写一个，或在 conf/{group} 里自己写一份 yaml",
+    ),
+    "interpolation": ("{key}: {reason}; write the value itself", "{key}：{reason}；请直接写出值"),
+    "unread_key": ("+{key}: nothing reads this key; correct its name or leave it out", "+{key}：没有地方会读这一项；请改正名字或去掉"),
+    "removed_key": ("~{key}: this key is always needed; write {key}=VALUE instead", "~{key}：这一项不能去掉；请改写成 {key}=值"),
+    "bad_yaml": ("{file}: this is no yaml that can be used ({reason}); correct it", "{file}：不是能用的 yaml（{reason}）；请改正"),
+    "yaml_size": ("{got:,} KiB, at most {most} are read", "{got:,} KiB，至多读 {most} KiB"),
+    "yaml_aliases": ("its aliases stand for too many values", "别名展开后的值太多"),
+    "yaml_mapping": ("keys with values are wanted: key: value", "应为一列 键: 值"),
+    "yaml_encoding": ("byte {offset} is not UTF-8; save it as UTF-8", "第 {offset} 个字节不是 UTF-8；请另存为 UTF-8"),
+    "yaml_line": ("line {line}", "第 {line} 行"),
+    "too_deep": ("nested too deeply", "嵌套得太深"),
+    "not_finite": ("{key}={got} is not a finite number; write one", "{key}={got} 不是有限的数；请改写"),
+    "empty_value": ("{key} is empty; write a value, or {key}=null for none", "{key} 是空的；请写出值，没有就写 {key}=null"),
+    "unwritable_text": (
+        "{key}={got}: this holds {what}, which no file of ours can hold; write it otherwise, or rename what it names",
+        "{key}={got}：其中有{what}，存不进文件；请换个写法，或给它所指的文件改名",
+    ),
+    "what_nul": ("a NUL character", "NUL 字符"),
+    "what_half": ("bytes that are no UTF-8, or half a character", "非 UTF-8 的字节或半个字符"),
+    "large_number": ("{key}={got} is too large; write a smaller number", "{key}={got} 太大；请写小一些的数"),
+    "missing_key": ("{key} is missing; write it into the yaml", "缺少 {key}；请在 yaml 里写出"),
+    "not_a_part": ("{key}={got} is no {want}; name a class or function that is", "{key}={got} 不能用作 {want}；请改成合适的类或函数"),
+    "model_too_large": (
+        "model: its weights alone are {need:.1f} GiB ({parameters:.3g} parameters), {have:.1f} GiB are free; lower model.n_layer, model.n_embd or "
+        "model.vocab_size, or use memory.weights=bf16",
+        "model：只是权重就有 {need:.1f} GiB（{parameters:.3g} 个参数），而内存空闲 {have:.1f} GiB；请调小 model.n_layer、model.n_embd 或 "
+        "model.vocab_size，或用 memory.weights=bf16",
+    ),
     "unreadable": (
         "{argument}: this cannot be read ({reason}); put the value in quotes: \"key='value'\"",
         "{argument}：无法解析（{reason}）；请给值加引号：\"key='值'\"",
@@ -226,12 +305,38 @@ MESSAGES = {
         "dataset.path：{documents} 篇文本的 {kind} 有 {labels} 种；标签应是许多篇共有的词（至多 {most} 种），而不是标题或编号："
         "请改掉这个字段名，或合并标签",
     ),
+    "labelled_long": (
+        "{file}, line {line}: longer than {most:,} characters, which is no single text; put each text on a line of its own",
+        "{file} 第 {line} 行：超过 {most:,} 个字符，不会是一篇文本；请每篇各占一行",
+    ),
+    "labelled_memory": (
+        "dataset.path={got}: {size:,.0f} MiB of labelled texts are compared with each other in memory, which takes over {need:.1f} GiB, and "
+        "{have:.1f} are free: give fewer texts, or use dataset=text_file, which needs no memory for them",
+        "dataset.path={got}：{size:,.0f} MiB 带标签的文本要在内存里互相比较，需 {need:.1f} GiB 以上，现空闲 {have:.1f}；请少给一些，"
+        "或用 dataset=text_file（不占内存）",
+    ),
     "labelled_unused": ("not used: the fields {fields} (labels are {kinds})", "没有用到的字段：{fields}（标签是 {kinds}）"),
     "empty_text": ("{key}={got}: no text in it; give a file with text", "{key}={got}：没有文字；请换一个有内容的文件"),
     "undecodable": (
         "{path}: byte {offset} is not {encoding}; save the file as UTF-8 or set dataset.encoding",
         "{path}：第 {offset} 个字节不是 {encoding}；请另存为 UTF-8，或设置 dataset.encoding",
     ),
+    "mixed_encodings": (
+        "{path}: the lines up to {line} hold UTF-8, but byte {offset} is none: the file mixes encodings; save it whole as UTF-8",
+        "{path}：第 {line} 行之前有 UTF-8 的文字，而第 {offset} 个字节不是：文件混用了几种编码；请整个另存为 UTF-8",
+    ),
+    "binary_file": ("{path} is a {kind} file, no text; save its text as UTF-8", "{path} 是 {kind} 文件，不是文本；请把文字另存为 UTF-8 的 .txt"),
+    "half_character": (
+        "{path}: as {encoding} it holds half a character; save the file as UTF-8 or set dataset.encoding",
+        "{path}：按 {encoding} 读出半个字符；请另存为 UTF-8，或设置 dataset.encoding",
+    ),
+    "text_changed": ("{path} was changed while it was read; start again", "{path} 在读取时被改动了；请重新运行"),
+    "text_too_short": (
+        "dataset.path={got}: {tokens} tokens, {val} of them for validation, are too few (at least {least} each); give more text or another "
+        "dataset.val_fraction",
+        "dataset.path={got}：只有 {tokens} 个 token，其中验证 {val} 个，太少（各至少 {least} 个）；请给更多文字，或改 dataset.val_fraction",
+    ),
+    "not_an_option": ("{got}: there is no such option; choose from: {options}", "{got}：没有这个选项；可用：{options}"),
     "unknown_encoding": (
         "dataset.encoding={got} is not known; try utf-8, utf-16, gb18030 or auto",
         "dataset.encoding={got} 无法识别；可用 utf-8、utf-16、gb18030 或 auto",
@@ -424,6 +529,10 @@ MESSAGES = {
     "bad_prompt_line": (
         "prompts={path}: line {number} is neither a string nor an object with \"prompt\"; correct it",
         "prompts={path}：第 {number} 行既不是字符串，也不是带 \"prompt\" 的对象；请改正",
+    ),
+    "large_prompts": (
+        "{key}={got}: {size:,.0f} MiB are too many for prompts (at most {most}); give a smaller file",
+        "{key}={got}：有 {size:,.0f} MiB，不会是开头（至多 {most} MiB）；请给小一些的文件",
     ),
     "no_prompts": ("prompts={path} holds no prompt; give one per line", "prompts={path} 里没有开头；请每行写一个"),
     "output_not_writable": (

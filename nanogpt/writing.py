@@ -25,6 +25,8 @@ from nanogpt.sampling import Sampler, build_sampler
 from nanogpt.writer import Request, Writer
 
 FROM_FILE = "FILE:"
+# 再大就不是开头，而是一份语料：不整个读进内存
+LARGEST_PROMPTS = 64 * 2**20
 
 
 @dataclass
@@ -131,9 +133,15 @@ def prompt_text(start: str) -> str:
     """The prompt itself, or the content of the file that FILE:… names."""
     if not start.startswith(FROM_FILE):
         return start
-    path = Path(start.removeprefix(FROM_FILE))
+    return file_text(Path(start.removeprefix(FROM_FILE)), "start", start)
+
+
+def file_text(path: Path, key: str, got: str) -> str:
+    """The content of a file of prompts; ConfigError where there is none or it is too large to be that."""
     if not path.is_file():
-        raise ConfigError("missing_file", key="start", got=start)
+        raise ConfigError("missing_file", key=key, got=got)
+    if (size := path.stat().st_size) > LARGEST_PROMPTS:
+        raise ConfigError("large_prompts", key=key, got=got, size=size / 2**20, most=LARGEST_PROMPTS // 2**20)
     return "".join(iter_text(path))
 
 
@@ -148,10 +156,8 @@ def prompt_list(cfg: SampleConfig, default: str) -> list[str]:
 
 def prompts_of_file(path: Path) -> list[str]:
     """One prompt per line of a text file (empty lines are passed over), or per json line: a string or {"prompt": …}."""
-    if not path.is_file():
-        raise ConfigError("missing_file", key="prompts", got=path)
     prompts = []
-    for number, line in enumerate("".join(iter_text(path)).splitlines(), 1):
+    for number, line in enumerate(file_text(path, "prompts", str(path)).splitlines(), 1):
         if not line.strip():
             continue
         if path.suffix != ".jsonl":
@@ -159,8 +165,11 @@ def prompts_of_file(path: Path) -> list[str]:
             continue
         try:
             record = json.loads(line)
-            prompts.append(record if isinstance(record, str) else str(record["prompt"]))
-        except (ValueError, KeyError, TypeError):
+            prompt = record if isinstance(record, str) else record["prompt"]
+            # 半个代理对（"\\ud800"）存不进文件，也编不成字节
+            prompt.encode("utf-8")
+            prompts.append(prompt)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ConfigError("bad_prompt_line", path=path, number=number) from None
     if not prompts:
         raise ConfigError("no_prompts", path=path)

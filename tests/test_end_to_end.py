@@ -154,7 +154,7 @@ def bad_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     (folder / "bad.txt").write_bytes(b"good\xff\xff")
     (folder / "empty.txt").write_bytes(b"")
-    (folder / "short.txt").write_text("too short", encoding="utf-8")
+    (folder / "short.txt").write_text("too short " * 3, encoding="utf-8")
     (folder / "ok.txt").write_text(TEXT, encoding="utf-8")
     (folder / "file.txt").write_text("x", encoding="utf-8")
     return folder
