@@ -229,12 +229,12 @@ def writable(tokenizer: Tokenizer, text: str) -> bool:
 
 
 def say_once(message: str, **values) -> None:
-    """Print a message on stderr, unless it was printed before."""
+    """Print a message on stderr, unless it was printed before or a hundred others were."""
+    # 词来自请求：控制字符会操纵终端
+    values = {name: "".join(c if c.isprintable() else "?" for c in value) if isinstance(value, str) else value for name, value in values.items()}
     key = (message, *sorted(values.items()))
-    if key not in _said:
-        # 服务器上谁都可以写新词：记满就忘，内存不增长
-        if len(_said) >= 1000:
-            _said.clear()
+    # 服务器上谁都可以写新词：说满一百句就不再说，屏幕与内存都不会被占满
+    if key not in _said and len(_said) < 100:
         _said.add(key)
         # 消息名在 messages.py 里按 "control_no_sentence" 等逐条登记
         say(message, **values)
