@@ -116,7 +116,9 @@ class Reader:
             raise ApiError(400, "api_too_many_texts", param="n" if n > 1 else "prompt", got=len(prompts) * n, limit=self.limits.max_texts)
         options = given.get("stream_options", {})
         if unknown := next((name for name in options if name not in STREAM_OPTIONS), None):
-            raise ApiError(400, "api_unknown_field", param="stream_options", field=f"stream_options.{unknown}", known=", ".join(STREAM_OPTIONS))
+            raise ApiError(400, "api_unknown_field", param="stream_options", field=f"stream_options.{unknown[:100]}", known=", ".join(STREAM_OPTIONS))
+        if wrong := next((name for name, value in options.items() if not isinstance(value, bool)), None):
+            raise ApiError(400, "api_wrong_type", param="stream_options", field=f"stream_options.{wrong}", wanted="boolean")
         settings = self._settings(given)
         requests = [settings.request(prompt, number) for prompt in prompts for number in range(n)]
         return Completion(

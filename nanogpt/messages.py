@@ -446,6 +446,7 @@ MESSAGES = {
         "正在用 {model} 写作；请在浏览器打开 {url}，或把 {url}v1 当作 OpenAI 兼容的 base URL（Ctrl-C 结束）",
     ),
     "api_not_json": ("the body is not a JSON object in UTF-8 ({reason})", "正文不是 UTF-8 的 JSON 对象（{reason}）"),
+    "api_long_head": ("the head of the request is longer than {limit} KiB", "请求头超过 {limit} KiB"),
     "api_two_lengths": (
         "the request names its length twice (Content-Length and Transfer-Encoding); send one of them",
         "请求用两种方式给出长度（Content-Length 与 Transfer-Encoding）；请只用一种",

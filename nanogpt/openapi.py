@@ -10,7 +10,7 @@ from nanogpt.sample_config import ServerConfig
 ERRORS = {
     "400": "A field is wrong", "401": "The token is missing or wrong", "403": "Another origin, or a host name that is not this machine's",
     "404": "The named model is not loaded", "405": "The method is not allowed", "408": "The body came too slowly", "413": "The body is too large",
-    "415": "Not application/json", "500": "The server failed", "503": "Too busy; Retry-After says when to come back",
+    "415": "Not application/json", "431": "The head is too long", "500": "The server failed", "503": "Too busy; Retry-After says when to come back",
     "504": "The time limit was reached",
 }
 ERROR = {

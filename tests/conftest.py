@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import functools
+import importlib
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -154,3 +156,10 @@ def no_grad_eval(model):
     with torch.no_grad():
         yield model
     model.train()
+
+
+def torture(name: str):
+    """The program benchmarks/torture/<name>.py."""
+    folder = str(ROOT / "benchmarks" / "torture")
+    sys.path[:] = [folder, *(path for path in sys.path if path != folder)]
+    return importlib.import_module(name)
