@@ -175,7 +175,7 @@ class Api:
     def guard(self, exchange: Exchange) -> None:
         """Refuse heads that are too long, bodies of two lengths, pages of other origins, names that are not this machine's, and missing tokens."""
         # h11 的上限只管没收全的头：一次到齐的大得多也放行
-        if sum(len(name) + len(value) for name, value in exchange.scope["headers"]) + len(exchange.scope["raw_path"]) > MAX_HEAD:
+        if sum(len(name) + len(value) + 4 for name, value in exchange.scope["headers"]) + len(exchange.scope["raw_path"]) > MAX_HEAD:
             raise ApiError(431, "api_long_head", headers=CLOSE, limit=MAX_HEAD // 2**10)
         # 两种长度并存时，前面的代理与这里会把不同的字节当作下一个请求
         if exchange.header("transfer-encoding") and exchange.header("content-length"):

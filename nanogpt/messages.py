@@ -847,6 +847,10 @@ MESSAGES = {
     ),
     "trial_watched": ("ended at {rss:.2f} GiB, above the budget (during: {phase})", "用到 {rss:.2f} GiB，超出预算，已结束（阶段：{phase}）"),
     "trial_killed": ("killed by the system, which was out of memory (during: {phase})", "系统内存耗尽，被系统结束（阶段：{phase}）"),
+    "trial_ended": (
+        "SIGKILL (during: {phase}): ended by someone, or by a program that guards the memory; the system itself ended nothing for want of memory",
+        "SIGKILL（阶段：{phase}）：被人或看守内存的程序结束；系统自己没有因内存不足结束过程序",
+    ),
     "trial_crashed": ("{how} (during: {phase}): {line}", "{how}（阶段：{phase}）：{line}"),
     "trial_exit_code": ("exit code {code}", "退出码 {code}"),
     "trial_not_with": (

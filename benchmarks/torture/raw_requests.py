@@ -50,8 +50,10 @@ def post(body: bytes, *more: str) -> bytes:
 
 
 def cases(random: Random, size: int, *, every: int = 1) -> list[Case]:
-    """Every `every`-th of the fixed cases, and `size` random ones of each random kind, in random order."""
+    """Every fixed case, and `size` random ones of each random kind, in random order; `every` > 1: every so-many-th of the small fixed ones."""
     fixed = [*heads(), *floods(), *lengths(), *smuggled(), *chunks(), *pipelines(), *paths(), *strangers(), *bodies()]
+    if every > 1:
+        fixed = [case for case in fixed if len(case.data) < 2**17]
     found = [*fixed[random.randrange(every)::every], *mutations(random, size), *noise(random, size), *random_bodies(random, size)]
     random.shuffle(found)
     return found
@@ -178,7 +180,8 @@ def bodies() -> Iterator[Case]:
         b'{"prompt": "a", "' + b"k" * 1_000_000 + b'": 1}', b'{"prompt": "a", "n": 1, "n": 17}', b'{"prompt": "a", "stream": "true"}', b'{"prompt": "a", "temperature": "1"}', b"a=b&c=d", b"<xml/>",
     ]
     for body in bad:
-        yield Case("body", post(body, "Connection: close"), frozenset({400, 404}), may_cut=False)
+        # 机器忙时，一兆的正文也可能没按时收完
+        yield Case("body", post(body, "Connection: close"), frozenset({400, 404, 408}), may_cut=False)
     good = [
         b'{"prompt": "a", "max_tokens": 9, "max_tokens": 1}', b'{"prompt": "\\u0000", "max_tokens": 2}', b'{"prompt": "\\ud83d\\ude00", "max_tokens": 1}',
         b' \n\t{"prompt": "a", "max_tokens": 1}\r\n ', b'{"prompt": "a", "max_tokens": 2, "temperature": 1e-320}', b'{"prompt": "a", "max_tokens": 2, "repetition_penalty": 0.01}',

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 import nanogpt
 from nanogpt.config import ROOT, TrainConfig
+from nanogpt.files import remove_leftovers
 from nanogpt.fit import result as results
 from nanogpt.fit.result import LASTING, TrialResult
 
@@ -50,6 +51,8 @@ def find(key: str) -> TrialResult | None:
 def keep(result: TrialResult) -> None:
     """Remember a result for later sweeps, unless it may be different next time."""
     if result.status in LASTING:
+        # 上次写到一半被杀留下的；同一个键只有拿着锁的人在写
+        remove_leftovers(FOLDER, f"{result.key}.json")
         results.write(result, FOLDER / f"{result.key}.json")
 
 
