@@ -20,9 +20,9 @@ def ledger():
 def test_no_client_makes_the_server_fault_tell_or_forget_itself(serve, ledger, capfd):  # noqa: F811
     server = serve(tiny(ByteTokenizer(), block_size=64), batch_size=8, max_waiting=64, read_seconds=0.4, stall_seconds=0.4, max_unread_chars=2000)
     target = torture("target").Target(server.port, ledger, read_seconds=0.4)
-    torture("server").attack(ledger, target, size=6, random=Random(0), every=9)
+    torture("server").attack(ledger, target, size=5, random=Random(0), every=12)
     torture("server_life").quiet(ledger, capfd.readouterr().err)
-    assert ledger.cases > 150
+    assert ledger.cases > 120
 
 
 def test_the_judge_sees_what_is_wrong(serve, ledger):  # noqa: F811
