@@ -242,6 +242,19 @@ def test_known_results_are_found_by_what_they_depend_on_and_by_nothing_else(quic
     assert key() != same
 
 
+def test_a_mended_module_of_ones_own_is_measured_anew(quick, monkeypatch):
+    overrides, folder = quick
+    monkeypatch.syspath_prepend(str(folder))
+    cfg = make_config(*overrides, "model._target_=my_own_model.Mine")
+    keys = []
+    for code in ("import broken", "import mended", "import broken"):
+        (folder / "my_own_model.py").write_text(code, encoding="utf-8")
+        keys.append(known.key_of(cfg))
+    # 只读，不导入：子进程里会出的错不该出在这里
+    assert keys[0] == keys[2] != keys[1] and "my_own_model" not in sys.modules
+    assert known.own_code({"a": [{"_target_": "omegaconf.OmegaConf"}, {"_target_": "nowhere.X"}, {"_target_": 3}]}) == {}
+
+
 def test_again_measures_anew_and_a_damaged_file_counts_as_unknown(quick):
     code = "report(status='ok', tokens_per_s=time.time())"
     first = trial(quick, code=code)
