@@ -579,6 +579,11 @@ MESSAGES = {
         "正在用 {model} 写作；请在浏览器打开 {url}，或把 {url}v1 当作 OpenAI 兼容的 base URL（Ctrl-C 结束）",
     ),
     "api_not_json": ("the body is not a JSON object in UTF-8 ({reason})", "正文不是 UTF-8 的 JSON 对象（{reason}）"),
+    "api_long_head": ("the head of the request is longer than {limit} KiB", "请求头超过 {limit} KiB"),
+    "api_two_lengths": (
+        "the request names its length twice (Content-Length and Transfer-Encoding); send one of them",
+        "请求用两种方式给出长度（Content-Length 与 Transfer-Encoding）；请只用一种",
+    ),
     "api_content_type": ("the content type is {got}; send application/json", "内容类型是 {got}；请发送 application/json"),
     "api_unknown_field": (
         "{field}: there is no such field; known fields: {known}",
@@ -1019,6 +1024,10 @@ MESSAGES = {
     ),
     "trial_watched": ("ended at {rss:.2f} GiB, above the budget (during: {phase})", "用到 {rss:.2f} GiB，超出预算，已结束（阶段：{phase}）"),
     "trial_killed": ("killed by the system, which was out of memory (during: {phase})", "系统内存耗尽，被系统结束（阶段：{phase}）"),
+    "trial_ended": (
+        "SIGKILL (during: {phase}): ended by someone, or by a program that guards the memory; the system itself ended nothing for want of memory",
+        "SIGKILL（阶段：{phase}）：被人或看守内存的程序结束；系统自己没有因内存不足结束过程序",
+    ),
     "trial_crashed": ("{how} (during: {phase}): {line}", "{how}（阶段：{phase}）：{line}"),
     "trial_exit_code": ("exit code {code}", "退出码 {code}"),
     "trial_not_with": (
@@ -1122,10 +1131,6 @@ MESSAGES = {
     "sample_nonfinite": (
         "iter {iteration}: the model's logits are not finite here, no sample is written; training goes on",
         "迭代 {iteration}: 模型在这里的 logits 不是有限数，不写样本；训练继续",
-    ),
-    "oom_outside": (
-        "not enough memory ({reason}); close other programs, or choose a smaller model, a smaller batch_size or memory=lean",
-        "内存或显存不足（{reason}）；请关掉别的程序，或选更小的 model、更小的 batch_size，或用 memory=lean",
     ),
     "oom_title": (
         "---- out of memory in the {phase}, with {rows} rows at a time: this cannot be divided further ----",
