@@ -2,14 +2,14 @@
 
 import json
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
 import yaml
 from conftest import TINY, make_config
-from test_end_to_end import ENVIRONMENT, QUICK, TEXT
+from test_end_to_end import QUICK, TEXT
+from typed import typed
 
 import nanogpt
 from nanogpt import build, corpus
@@ -102,10 +102,7 @@ def test_the_documented_model_optimizer_and_logger_train_and_resume(tmp_path):
     quick = [o for o in QUICK if o not in ("logger=none",)]
 
     def run(*overrides):
-        command = [sys.executable, str(ROOT / "run_train.py"), f"--config-dir={tmp_path / 'conf'}", *overrides]
-        done = subprocess.run(command, cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, encoding="utf-8", timeout=120)
-        assert done.returncode == 0, done.stderr
-        return done
+        return typed("run_train.py", tmp_path, f"--config-dir={tmp_path / 'conf'}", *overrides, python_path=tmp_path)
 
     mine = ["model=gated", "optimizer=mine", "logger=mine"]
     run(*mine, "dataset=text_file", "dataset.path=my.txt", "dataset.dir=prepared", *quick, "out_dir=outputs/a")
