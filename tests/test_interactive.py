@@ -9,9 +9,9 @@ import sys
 
 import pytest
 from conftest import make_sample_config, wild_model
-from test_end_to_end import ENVIRONMENT
 from test_trainer import train
 from test_writer import Scripted
+from typed import ENVIRONMENT
 
 from nanogpt import messages
 from nanogpt.commands import Session
