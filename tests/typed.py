@@ -29,14 +29,15 @@ class Done:
     stderr: str
 
 
-def typed(script: str, folder, *arguments: str, expect: int = 0, python_path=None) -> Done:
-    """Run `python <script> <arguments>` in `folder`, in this process; everything that it changes here is put back.
+def typed(script: str, folder, *arguments: str, expect: int = 0, python_path=None, lines: str = "") -> Done:
+    """Run `python <script> <arguments>` in `folder`, in this process, with `lines` on its stdin; what it changes here is put back.
 
     What a process of its own would prove (signals, pipes, terminals, what is imported when) is not proved by this.
     """
     # 先用真的 TextIOWrapper：命令会对它 reconfigure
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     with _put_back(folder, python_path), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        sys.stdin = io.TextIOWrapper(io.BytesIO(lines.encode("utf-8")), encoding="utf-8")
         sys.argv[:] = [str(ROOT / script), *map(str, arguments)]
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -55,7 +56,7 @@ def typed(script: str, folder, *arguments: str, expect: int = 0, python_path=Non
 def _put_back(folder, python_path):
     """Enter the folder with the environment of a new process; afterwards put back what a command changes in its process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    root, here = logging.getLogger(), os.getcwd()
+    stdin, root, here = sys.stdin, logging.getLogger(), os.getcwd()
     loggers, level = root.handlers[:], root.level
     before = {"argv": sys.argv[:], "path": sys.path[:], "modules": set(sys.modules), "environment": dict(os.environ)}
     hydra = copy.copy(HydraConfig.instance().cfg)
@@ -65,6 +66,7 @@ def _put_back(folder, python_path):
         sys.path[:0] = [str(python_path), str(ROOT)] if python_path else [str(ROOT)]
         yield
     finally:
+        sys.stdin = stdin
         os.chdir(here)
         os.environ.clear()
         os.environ.update(before["environment"])
