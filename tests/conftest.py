@@ -6,6 +6,7 @@ import functools
 import importlib
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -55,6 +56,29 @@ def in_tmp(tmp_path, monkeypatch):
     """Run in an empty folder: outputs/ lands there."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory, corpus_folder) -> Path:
+    """A folder with outputs/run, a short run of the tiny model, which is `latest`; read it, or copy it with `own_run`."""
+    from nanogpt.session import Session
+
+    folder, here = tmp_path_factory.mktemp("trained"), Path.cwd()
+    os.chdir(folder)
+    try:
+        cfg = make_config(*tiny(corpus_folder))
+        cfg.out_dir = "outputs/run"
+        Session.new(cfg, Path("outputs/run"))._build().fit()
+    finally:
+        os.chdir(here)
+    return folder
+
+
+@pytest.fixture
+def own_run(in_tmp, trained_once):
+    """Run in a folder that holds a copy of that run."""
+    shutil.copytree(trained_once, in_tmp, dirs_exist_ok=True)
+    return in_tmp
 
 
 @pytest.fixture(scope="session")
@@ -130,13 +154,18 @@ def make_sample_config(*overrides: str) -> SampleConfig:
     return cfg
 
 
-@pytest.fixture
-def tiny_overrides(corpus_folder):
+def tiny(corpus_folder) -> list[str]:
     """Overrides of a run that takes a second on a CPU."""
     return [
         *TINY, "dataset=text_file", f"dataset.dir={corpus_folder}", "dataset.path=unused.txt", "logger=none", "device=cpu", "max_iters=6",
         "batch_size=4", "eval_interval=3", "eval_tokens=null", "log_interval=1", "sample_tokens=8", "warmup_iters=2", "learning_rate=1e-2",
     ]
+
+
+@pytest.fixture
+def tiny_overrides(corpus_folder):
+    """The same, as a list of one's own."""
+    return tiny(corpus_folder)
 
 
 def tiny_model_config(**changes) -> ModelConfig:
