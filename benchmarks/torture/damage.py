@@ -60,21 +60,23 @@ class HungError(BaseException):
 # ---- 材料 ----
 
 
-def build(place: Path) -> None:
-    """Two runs of equal shape, one run of documents, a folder in Hugging Face's format."""
+def build(place: Path, names: tuple[str, ...]) -> None:
+    """Two runs of equal shape (a, b), one run of documents, and one of gpt2 with a folder in Hugging Face's format."""
     write_text_file(place)
     words = (place / "my.txt").read_text(encoding="utf-8").splitlines()
     lines = [json.dumps({"text": line[:30], "style": ("plain", "grand")[i % 2]}) for i, line in enumerate(words)]
     (place / "my.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    often = ["save_interval=10", "keep=3", "eval_interval=10"]
+    often = [f"save_interval={ITERATIONS[0]}", "keep=3", f"eval_interval={ITERATIONS[0]}"]
     commands = {
         "a": [*TINY, *often], "b": [*TINY, *often, "seed=9"],
         "documents": [*TINY, *often, "dataset=labelled", "dataset.path=my.jsonl", "dataset.dir=documents", "model.block_size=48"],
         "gpt2": [*TINY, *often, "arch=gpt2", "model.ngrams=[]", "dataset.tokenizer=byte", "dataset.dir=bytes"],
     }
-    for name, command in commands.items():
-        ended = train([*command, f"out_dir=runs/{name}"], place)
+    for name in names:
+        ended = train([*commands[name], f"out_dir=runs/{name}"], place)
         assert ended.code == 0, ended.output
+    if "gpt2" not in names:
+        return
     from nanogpt.huggingface import export
 
     with contextlib.redirect_stdout(io.StringIO()):
@@ -471,8 +473,8 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size)
 
 
-def attack(ledger: Ledger, *, cases: int, seed: int) -> None:
-    """Damage and load until so many cases have been counted."""
+def attack(ledger: Ledger, *, cases: int, seed: int, whole: bool = True) -> None:
+    """Damage and load until so many cases have been counted; not `whole`: only runs, not data sets and weights from elsewhere."""
     register_schemas()
     messages.set_language("en")
     machine.set_up(torch.device("cpu"), deterministic=True, hardware=HardwareConfig())
@@ -486,15 +488,15 @@ def attack(ledger: Ledger, *, cases: int, seed: int) -> None:
     with tempfile.TemporaryDirectory() as named:
         place, chance = Path(named), random.Random(seed)
         (place / "good").mkdir()
-        build(place / "good")
+        build(place / "good", ("a", "b", "documents", "gpt2") if whole else ("a", "b"))
         os.chdir(place)
         try:
-            _judge_all(ledger, chance, place, cases)
+            _judge_all(ledger, chance, place, cases, whole)
         finally:
             os.chdir(start)
 
 
-def _judge_all(ledger: Ledger, chance: random.Random, place: Path, cases: int) -> None:
+def _judge_all(ledger: Ledger, chance: random.Random, place: Path, cases: int, all_kinds: bool) -> None:
     good, here = place / "good", place / "here"
 
     def fresh() -> None:
@@ -502,14 +504,19 @@ def _judge_all(ledger: Ledger, chance: random.Random, place: Path, cases: int) -
         shutil.copytree(good, here)
 
     fresh()
-    run, documents = here / "runs/a", here / "documents"
+    run = here / "runs/a"
     with contextlib.redirect_stdout(io.StringIO()):
         whole = {f"resume {n}": resume(run, f"iter_{n:08d}") for n in reversed(ITERATIONS)}
         fresh()
-        whole |= {"resume": whole["resume 30"], "write": write_with(run), "data": read_data(here / "prepared"), "documents": read_data(documents)}
-        whole |= {"documents run": resume(here / "runs/documents"), "weights": start_from(here / "folder")}
+        whole |= {"resume": whole[f"resume {ITERATIONS[-1]}"], "write": write_with(run)}
+        if all_kinds:
+            # 没受伤的材料都用得上，攻击才说明问题
+            whole |= {"data": read_data(here / "prepared"), "documents": read_data(here / "documents")}
+            whole |= {"documents run": resume(here / "runs/documents"), "weights": start_from(here / "folder")}
     judge = Judge(ledger, whole, place / SENTINEL)
-    attacks = [_accident_in_run] * 6 + [_swap] * 3 + [_accident_in_data] * 2 + [_malice_in_run] * 6 + [_malice_in_data] * 2 + [_malice_in_weights] * 2
+    attacks = [_accident_in_run] * 6 + [_swap] * 3 + [_malice_in_run] * 6
+    if all_kinds:
+        attacks += [_accident_in_data] * 2 + [_malice_in_data] * 2 + [_malice_in_weights] * 2
     while ledger.cases < cases:
         fresh()
         chance.choice(attacks)(judge, chance, here)
