@@ -114,6 +114,15 @@ def test_before_anything_was_saved_the_advice_is_to_begin_again(in_tmp, tiny_ove
         trainer.fit()
 
 
+def test_a_run_that_stops_closes_its_loggers_and_a_logger_cannot_hide_why(in_tmp, tiny_overrides):
+    trainer, closed = trainer_of(tiny_overrides), []
+    trainer.loggers.close = lambda: closed.append(1) or fail_with(OSError("disk full"))
+    spoil(trainer, 1, lambda: trainer.model.wte.weight.data.fill_(math.inf))
+    with pytest.raises(Diverged):
+        trainer.fit()
+    assert closed == [1]
+
+
 def test_a_run_does_not_start_from_weights_that_are_not_finite(in_tmp, tiny_overrides):
     trainer = trainer_of(tiny_overrides)
     trainer.model.wte.weight.data[2, 3] = math.nan
