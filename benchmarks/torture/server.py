@@ -21,7 +21,7 @@ import psutil
 import server_life
 import server_schema
 from ledger import Ledger
-from raw_requests import GET, SMALL, cases, post
+from raw_requests import GET, SMALL, Case, cases, post
 from target import SEEDED, Target, replies, reset, stream_request
 
 PROMISE = (
@@ -42,7 +42,7 @@ def attack(ledger: Ledger, target: Target, *, size: int, random: Random, every: 
     raw(ledger, target, size, random, every)
     target.still_itself("raw requests")
     for name, one in (("slow clients", slow), ("clients that read nothing", deaf), ("clients that vanish", vanishing),
-                      ("a crowd", crowd), ("one after another", sequence)):
+                      ("a crowd", crowd), ("too many connections", overfull), ("one after another", sequence)):
         one(ledger, target, size, random)
         target.still_itself(name)
 
@@ -157,6 +157,25 @@ def crowd(ledger: Ledger, target: Target, size: int, random: Random) -> None:
     with ThreadPoolExecutor(size) as pool:
         book(ledger, pool.map(one, range(size)))
     ledger.figures[f"{size} completions at once, all answered after s"] = round(time.monotonic() - started, 2)
+
+
+def overfull(ledger: Ledger, target: Target, size: int, random: Random) -> None:
+    """More connections than the server takes: those beyond are told so when they ask, and when to come back."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(target.max_connections):
+            stack.enter_context(contextlib.closing(target.connect()))
+        for _ in range(size):
+            outcome = "cut off"
+            try:
+                received, how = target.exchange(Case("too many connections", GET))
+                for reply in replies(received):
+                    late = reply.status == 503 and int(reply.headers.get("retry-after", 0)) <= 0
+                    outcome, wrong = str(reply.status), target.wrong_with_reply(reply, frozenset({200, 503})) or (late and "503 without Retry-After")
+                if how == "open" or not received:
+                    wrong = f"not answered ({how})"
+            except (OSError, ValueError) as error:
+                wrong = repr(error)
+            book(ledger, [("too many connections", outcome, wrong or None)])
 
 
 def _text(body: bytes) -> str:
