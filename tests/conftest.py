@@ -3,8 +3,10 @@
 import contextlib
 import copy
 import functools
+import importlib
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -183,3 +185,10 @@ def no_grad_eval(model):
     with torch.no_grad():
         yield model
     model.train()
+
+
+def torture(name: str):
+    """The program benchmarks/torture/<name>.py."""
+    folder = str(ROOT / "benchmarks" / "torture")
+    sys.path[:] = [folder, *(path for path in sys.path if path != folder)]
+    return importlib.import_module(name)
