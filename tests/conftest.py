@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import importlib
+import json
 import os
 import shutil
 import sys
@@ -23,7 +24,9 @@ from nanogpt.build import build_model
 from nanogpt.config import ROOT, ModelConfig, TrainConfig, check
 from nanogpt.control import prefixes
 from nanogpt.corpus import build_char_tokenizer, write_dataset
+from nanogpt.files import sha256
 from nanogpt.sample_config import SampleConfig, check_sample, register_schemas
+from nanogpt.sealed import write_sealed
 
 register_schemas()
 
@@ -128,6 +131,12 @@ def _composed_node(config_name: str, overrides: tuple[str, ...]):
     with open_dict(node):
         del node.hydra
     return node, choices
+
+
+def reseal(folder: Path) -> None:
+    """Make a changed checkpoint folder agree with itself again, as someone would who means harm."""
+    values = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    write_sealed(folder / "manifest.json", {**values, "sha256": {file: sha256(folder / file) for file in values["sha256"]}})
 
 
 def make_config(*overrides: str, checked: bool = True) -> TrainConfig:

@@ -47,7 +47,7 @@ def test_train_then_resume_then_move_to_another_machine(own_text):
         assert expected in done.stdout
     assert done.stderr.count("\n") == 2 and "preparing the data set text_file" in done.stderr
     out = folder / "outputs" / "a"
-    assert {p.name for p in out.iterdir()} == {"config.yaml", "tokenizer.json", "metrics.jsonl", "summary.json", "logs", "ckpt", "data"}
+    assert {p.name for p in out.iterdir()} == {*"run.json lock config.yaml tokenizer.json metrics.jsonl summary.json logs ckpt data".split()}
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     for key in ("val_loss", "best_val_loss", "iters", "tokens_per_s", "mfu", "peak_vram_gib", "wall_s", "parameters", "device", "versions"):
         assert key in summary
@@ -177,7 +177,7 @@ def bad_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     (folder / "bad.txt").write_bytes(b"good\xff\xff")
     (folder / "empty.txt").write_bytes(b"")
-    (folder / "short.txt").write_text("too short", encoding="utf-8")
+    (folder / "short.txt").write_text("too short " * 3, encoding="utf-8")
     (folder / "ok.txt").write_text(TEXT, encoding="utf-8")
     (folder / "file.txt").write_text("x", encoding="utf-8")
     return folder

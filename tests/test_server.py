@@ -312,7 +312,7 @@ def test_the_openapi_document_tells_the_same_limits_and_fields(shared):
     ({"prompt": "a", "max_tokens": 1.5}, 400, "max_tokens", "integer"), ({"prompt": "a", "max_tokens": True}, 400, "max_tokens", "integer"),
     ({"prompt": "a", "temperature": -1}, 400, "temperature", "0 … 100"), ({"prompt": "a", "temperature": "1"}, 400, "temperature", "number"),
     ({"prompt": "a", "top_p": 1.1}, 400, "top_p", "0 … 1"), ({"prompt": "a", "repetition_penalty": 0}, 400, "repetition_penalty", "0.01"),
-    ({"prompt": "a", "n": 17}, 400, "n", "at most 16"), ({"prompt": ["a"] * 6, "n": 3}, 400, "n", "18"), ({"prompt": "a", "n": 0}, 400, "n", ">= 1"),
+    ({"prompt": "a", "n": 17}, 400, "n", "at most 16"), ({"prompt": ["a"] * 6, "n": 3}, 400, "n", "18"), ({"prompt": "a", "n": 0}, 400, "n", "n=0 is out of range"),
     ({"prompt": "a", "seed": -1}, 400, "seed", "seed=-1"), ({"prompt": "a", "stop": [""]}, 400, "stop", "stop"), ({"prompt": "a", "stop": ["a"] * 17}, 400, "stop", "16"),
     ({"prompt": "a", "stop": {"a": 1}}, 400, "stop", "string"), ({"prompt": "a", "stream": "yes"}, 400, "stream", "boolean"),
     ({"prompt": "a", "logprobs": 2}, 400, "logprobs", "not supported"), ({"prompt": "a", "best_of": 3}, 400, "best_of", "not supported"),

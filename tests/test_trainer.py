@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_config
+from conftest import make_config, reseal
 
 from nanogpt import checkpoint
 from nanogpt.cli import remembered_groups
@@ -337,11 +337,7 @@ def test_code_named_by_a_stranger_is_not_run_on_resume(in_tmp, tiny_overrides):
     for config in (in_tmp / "outputs/run").rglob("config.yaml"):
         config.write_text(config.read_text(encoding="utf-8").replace("nanogpt.model.GPT", "os.abort"), encoding="utf-8")
         if config.parent.name.startswith("iter_"):
-            manifest = json.loads((config.parent / "manifest.json").read_text(encoding="utf-8"))
-            from nanogpt.files import sha256
-
-            manifest["sha256"]["config.yaml"] = sha256(config)
-            (config.parent / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+            reseal(config.parent)
     with pytest.raises(ConfigError, match=r"names code of its own \(os.abort\)"):
         resume("outputs/run", "max_iters=9")
 

@@ -221,7 +221,7 @@ def attack_resuming(ledger: Ledger, times: int, generator: random.Random) -> Non
             line.head("206 Partial Content" if line.begin else "200 OK", Content_Length=len(rest))
             line.send(rest[: stop - line.begin])
 
-        with BadServer({"/a": broken, "/b": wrong_rest(CONTENT)}) as server, impatient():
+        with BadServer({"/a": broken, "/b": wrong_rest(CONTENT)}) as server, impatient(timeout_s=5, patience_s=5):
             asset = Asset("a.bin", digest, len(CONTENT), urls=(f"{server.address}/a",))
             with contextlib.redirect_stderr(io.StringIO()):
                 right = assets.is_whole(asset, assets.fetch(asset))
