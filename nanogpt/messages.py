@@ -452,7 +452,7 @@ MESSAGES = {
         "或给出本地文件夹：{key}=文件夹，内含 config.json 与 model.safetensors",
     ),
     "hub_not_https": (
-        "{key}={got}: HF_ENDPOINT={endpoint} is not https, and weights have no hash that is known beforehand; name a mirror that speaks https, or give a "
+        "{key}={got}: HF_ENDPOINT={endpoint} is not https, and weights have no hash known beforehand; name a mirror with https, or give a "
         "local folder: {key}=FOLDER",
         "{key}={got}：HF_ENDPOINT={endpoint} 不是 https，而权重没有事先知道的摘要；请换一个支持 https 的镜像，或给出本地文件夹：{key}=文件夹",
     ),
