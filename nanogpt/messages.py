@@ -425,7 +425,8 @@ MESSAGES = {
     "preparing": ("preparing the data set {name} …", "正在准备数据集 {name} …"),
     "fetching": ("fetching {name} from {place} …", "正在从 {place} 获取 {name} …"),
     "training_bpe": ("training a vocabulary of {vocab:,} tokens …", "正在训练 {vocab:,} 个 token 的词表 …"),
-    "fetching_part": ("{name}: {have:.1f} of {total} MB", "{name}：{have:.1f} / {total} MB"),
+    "fetching_part": ("{name}: {have:.1f} of {total:.1f} MB", "{name}：{have:.1f} / {total:.1f} MB"),
+    "not_https": ("{setting} = {url} is not https: passed over", "{setting} = {url} 不是 https，不用它"),
     "dataset_ready": ("ready: {path}", "已就绪：{path}"),
     "prepared": (
         "{name}: {train:,} training and {val:,} validation tokens, vocabulary {vocab} -> {path}",
@@ -449,6 +450,16 @@ MESSAGES = {
         "variable HF_ENDPOINT to a mirror, or give a local folder: {key}=FOLDER with config.json and model.safetensors",
         "{key}={got}：本机没有这个文件夹，{endpoint} 也取不到（{reason}）；请检查名字与网络，用环境变量 HF_ENDPOINT 指定镜像，"
         "或给出本地文件夹：{key}=文件夹，内含 config.json 与 model.safetensors",
+    ),
+    "run_links": (
+        "{path}: {name} in it is a link, through which a run would write elsewhere; put what it points at in its place (the run folder itself may "
+        "be a link)",
+        "{path}：其中的 {name} 是链接，训练会经它写到别处；请换成它指向的内容（整个运行目录可以是链接）",
+    ),
+    "hub_not_https": (
+        "{key}={got}: HF_ENDPOINT={endpoint} is not https, and weights have no hash known beforehand; name a mirror with https, or give a "
+        "local folder: {key}=FOLDER",
+        "{key}={got}：HF_ENDPOINT={endpoint} 不是 https，而权重没有事先知道的摘要；请换一个支持 https 的镜像，或给出本地文件夹：{key}=文件夹",
     ),
     "pretrained_damaged": (
         "{file} cannot be used ({reason}); get an undamaged copy or choose another model",
