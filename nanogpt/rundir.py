@@ -86,6 +86,8 @@ def hold(path: Path) -> Lock:
         if not lock.take():
             raise ConfigError("run_in_use", path=path, process=lock.holder())
         remove_leftovers(path)
+        # 被杀在最后一刻的，没有下一次保存来清
+        remove_leftovers(path / "ckpt")
     except OSError as error:
         raise ConfigError("not_writable", path=path, reason=error.strerror) from None
     return lock

@@ -144,9 +144,19 @@ def test_leftovers_of_killed_starts_do_not_keep_anyone_out(in_tmp, tiny_override
     (run / "lock").write_bytes(b"1\n")
     (run / ".config.yaml.abcd.tmp").write_bytes(b"half")
     (run / ".data.abcd.tmp").mkdir()
+    (run / "ckpt" / ".iter_00000001.old.tmp").mkdir(parents=True)
     rundir.choose(make_config(*tiny_overrides, "out_dir=outputs/run"))
     train(tiny_overrides)
-    assert not list(run.glob(".*.tmp"))
+    assert not list(run.rglob(".*.tmp"))
+
+
+def test_what_a_kill_behind_the_last_save_left_is_removed_though_nothing_is_left_to_do(own_run):
+    doomed = own_run / "outputs/run/ckpt/.iter_00000001.old.tmp"
+    doomed.mkdir()
+    done = checkpoint.find(Path("outputs/run"), "last").iteration
+    with pytest.raises(ConfigError, match="already stands at"):
+        resume("outputs/run", f"max_iters={done}")
+    assert not doomed.exists()
 
 
 # ---- 写不下 ----

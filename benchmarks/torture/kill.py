@@ -125,8 +125,11 @@ class Life:
         return True
 
     def finished(self, ended: Ended) -> None:
-        """A run that went on to its end must have done so without an error."""
-        if ended.code or ended.traced:
+        """A run that went on to its end must have done so without an error, or say that it had been there before."""
+        # 存完最后的 checkpoint、还没写总结就被杀：已经到头了
+        if "already stands at iteration" in ended.output:
+            self.ledger.count("killed behind its last save", "said to be done")
+        elif ended.code or ended.traced:
             self.ledger.breach(self.kind, f"{' '.join(self.arguments())} ended with {ended.code}: {ended.output[-400:]}")
 
     def live(self, whole: tuple) -> None:
