@@ -451,6 +451,11 @@ MESSAGES = {
         "{key}={got}：本机没有这个文件夹，{endpoint} 也取不到（{reason}）；请检查名字与网络，用环境变量 HF_ENDPOINT 指定镜像，"
         "或给出本地文件夹：{key}=文件夹，内含 config.json 与 model.safetensors",
     ),
+    "run_links": (
+        "{path}: {name} in it is a link, through which a run would write elsewhere; put what it points at in its place (the run folder itself may "
+        "be a link)",
+        "{path}：其中的 {name} 是链接，训练会经它写到别处；请换成它指向的内容（整个运行目录可以是链接）",
+    ),
     "hub_not_https": (
         "{key}={got}: HF_ENDPOINT={endpoint} is not https, and weights have no hash known beforehand; name a mirror with https, or give a "
         "local folder: {key}=FOLDER",

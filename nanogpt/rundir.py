@@ -31,6 +31,8 @@ LATEST = OUTPUTS / "latest"
 # 属于一次训练的名字；清空目录时只认这些
 RUN_FILES = {"run.json", "config.yaml", "tokenizer.json", "metrics.jsonl", "summary.json", "logs", "ckpt", "data", "wandb"}
 LOCK = "lock"
+# 其中训练会往里写的：data 只读
+WRITTEN = RUN_FILES - {"data"}
 # 从 2 起带摘要
 FORMAT = 2
 # 继续训练时不可改：改了就不再是同一次训练
@@ -76,6 +78,9 @@ def refuse_contents(path: Path, *, overwrite: bool) -> None:
 
 def hold(path: Path) -> Lock:
     """The lock of a run folder; ConfigError while another process trains in it. What a killed process left half-written is removed."""
+    # 陌生人的目录里，链接可以指向你的任何文件；整个目录是链接（放到别的盘上）则是你自己定的
+    if links := sorted(name for name in (*WRITTEN, LOCK) if (path / name).is_symlink()):
+        raise ConfigError("run_links", path=path, name=links[0])
     lock = Lock(path / LOCK)
     try:
         if not lock.take():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import make_config, reseal
 
 from nanogpt import checkpoint
 from nanogpt.cli import remembered_groups
+from nanogpt.lock import Lock
 from nanogpt.messages import ConfigError
 from nanogpt.session import Session
 from nanogpt.trainer import share_batch
@@ -369,3 +371,24 @@ def test_data_other_than_the_checkpoints_is_refused(in_tmp, tiny_overrides, tmp_
     assert TokenData(other).fingerprint != trainer.data.fingerprint
     with pytest.raises(ConfigError, match="differs from what the checkpoint was trained on"):
         resume("outputs/run", "max_iters=9", f"dataset.dir={other}")._build()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+@pytest.mark.parametrize("name", ["lock", "metrics.jsonl", "logs", "ckpt"])
+def test_a_strangers_run_with_a_link_in_it_writes_nowhere_else(own_run, name):
+    mine = own_run / "mine"
+    if (own_run / "outputs/run" / name).is_dir():
+        (own_run / "outputs/run" / name).rename(mine)
+    else:
+        mine.write_text("years of work", encoding="utf-8")
+        (own_run / "outputs/run" / name).unlink(missing_ok=True)
+    (own_run / "outputs/run" / name).symlink_to(mine)
+    before = {path: path.read_bytes() for path in [mine, *mine.rglob("*")] if path.is_file()}
+    with pytest.raises(ConfigError, match=f"outputs/run: {name} in it is a link") as error:
+        resume("outputs/run", "max_iters=9")._build()
+    assert "\n" not in str(error.value) and before == {path: path.read_bytes() for path in [mine, *mine.rglob("*")] if path.is_file()}
+    if name == "lock":
+        # 公用的 /tmp 里的锁也是
+        with pytest.raises(OSError):
+            Lock(own_run / "outputs/run/lock").take()
+        assert mine.read_text(encoding="utf-8") == "years of work"

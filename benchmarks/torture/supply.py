@@ -40,8 +40,9 @@ from nanogpt.assets import Asset
 from nanogpt.messages import ConfigError
 
 PROMISE = (
-    "Every version that is installed is pinned; nothing that was fetched is used unless it is what was expected to the byte, over https with "
-    "certificates checked; whatever a server sends, no more is read than expected, nothing waits for ever, and one line says why."
+    "Every version that is installed is pinned and, where that can be asked, has no known hole; nothing that was fetched is used unless it is "
+    "what was expected to the byte, over https with certificates checked; whatever a server sends, no more is read than expected, nothing waits "
+    "for ever, and one line says why."
 )
 # 每次失败的获取最多这么久：时限都缩到一秒以内
 LONGEST_S = 8.0
@@ -276,6 +277,11 @@ def audit(ledger: Ledger, program: str | None) -> None:
         return
     holes = {one["name"]: sorted(hole["id"] for hole in one["vulns"]) for one in listed if one.get("vulns")}
     skipped = sorted(one["name"] for one in listed if "skip_reason" in one)
+    if len(skipped) == len(listed):
+        # 连不上漏洞服务的包源，对每个包都答“没有”：不能当作没有漏洞
+        ledger.figures["pip-audit"] = f"not checked: its service knows none of the {len(listed)} packages"
+        return
+    judge(ledger, "known holes", "none", "; ".join(f"{name}: {' '.join(ids)}" for name, ids in holes.items()) or None)
     ledger.figures["pip-audit"] = {"checked": len(listed) - len(skipped), "known holes": holes, "unknown to it": skipped}
 
 
