@@ -136,9 +136,9 @@ class RunRecord:
     """The resolved config that it began with."""
 
 
-def write_record(path: Path, config_text: str, known: RunRecord | None = None) -> RunRecord:
-    """Write run.json, with the id of a run that is begun again."""
-    record = RunRecord(known.id if known else uuid.uuid4().hex, config_text)
+def write_record(path: Path, config_text: str, known: str | None = None) -> RunRecord:
+    """Write run.json, with a new id where none is known."""
+    record = RunRecord(known or uuid.uuid4().hex, config_text)
     write_sealed(path / "run.json", {"format": FORMAT, "id": record.id, "config": record.config_text})
     return record
 

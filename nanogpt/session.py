@@ -221,8 +221,9 @@ class Session:
         elif not self.lock:
             self.run_dir, self.lock = self._own_folder()
         if not self.source or not self.record:
-            # 早先版本的训练没有编号：从这里起有
-            self.record = rundir.write_record(self.run_dir, config_text, self.record)
+            # 早先版本的训练没有编号：从这里起有；run.json 被删掉的，编号还在 checkpoint 里
+            known = self.record.id if self.record else self.source.run if self.source else None
+            self.record = rundir.write_record(self.run_dir, config_text, known)
         (self.run_dir / "ckpt").mkdir(exist_ok=True)
         rundir.remember(self.run_dir)
         write_text(self.run_dir / "config.yaml", config_text)

@@ -1,5 +1,6 @@
 """Trainer: step computes, evaluate measures, fit decides when; nothing here knows Hydra."""
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass, field
@@ -141,8 +142,11 @@ class Trainer:
                 if not is_out_of_memory(error):
                     raise
                 failed, detail = True, str(error)
+            if failed:
+                # 出了 except 才清理：异常对象的 traceback 还引用着那些张量
+                self._drop_gradients()
+                release(self.device)
                 loss = torch.zeros((), device=self.device)
-            # 出了 except 才清理：异常对象的 traceback 还引用着那些张量
             loss = distributed.total(loss.detach().clone()).item()
             failed, stop = (bool(flag) for flag in distributed.largest([failed, self.stop_requested], self.device))
             if not failed:
@@ -176,8 +180,8 @@ class Trainer:
 
     def _shrink(self, detail: str) -> None:
         """Halve the micro-batch after an out-of-memory error, or give up at one row; `detail` is what the library said."""
+        # 别的进程失败时，这里没有失败，但也要从头来
         self._drop_gradients()
-        release(self.device)
         # 反向里已更新过的参数退不回去，没更新过也不能分几次累积
         if self.micro_batch == 1 or self.computation.in_backward:
             raise OutOfMemory("forward", rows=self.micro_batch, detail=detail)
@@ -229,20 +233,30 @@ class Trainer:
 
     def fit(self) -> dict:
         """Train to max_iters or until something asks to stop; return the summary."""
-        cfg, started = self.cfg, time.perf_counter()
+        started = time.perf_counter()
+        try:
+            reason = self._train()
+            if self.saved is None or self.saved.iteration < self.progress.iteration:
+                self._save(final=True)
+        except BaseException:
+            # 出事前的曲线最有用，TensorBoard 攒着的也要写出；关不上也不能盖住真正的原因
+            with contextlib.suppress(Exception):
+                self.loggers.close()
+            raise
+        self.loggers.close()
+        return write_summary(self, reason or "finished", time.perf_counter() - started)
+
+    def _train(self) -> str | None:
+        """Steps, and what is due after each; returns why it stopped early, or None."""
         reason = None
-        with self.console.progress(cfg.max_iters, self.progress.iteration) as advance:
-            while self.progress.iteration < cfg.max_iters and reason is None:
+        with self.console.progress(self.cfg.max_iters, self.progress.iteration) as advance:
+            while self.progress.iteration < self.cfg.max_iters and reason is None:
                 # 能分小的都分过了：还有别处的内存不足，也是一种结局
                 with not_divisible("training", rows=self.micro_batch):
                     result = self._timed_step()
                     advance(self.progress.iteration)
                     reason = self._after_step(result)
-        last = self.progress.iteration
-        if self.saved is None or self.saved.iteration < last:
-            self._save(final=True)
-        self.loggers.close()
-        return write_summary(self, reason or "finished", time.perf_counter() - started)
+        return reason
 
     def _timed_step(self) -> StepResult:
         self.stopwatch.start()

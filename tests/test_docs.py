@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import TINY, make_config
+from conftest import TINY, make_config, torture
 from test_end_to_end import QUICK, TEXT
 from typed import typed
 
@@ -20,7 +20,8 @@ from nanogpt.sampling import build_sampler
 
 PAIRS = [("README.md", "README.zh-CN.md"), ("docs/extend.md", "docs/extend.zh-CN.md"), ("docs/architecture.md", "docs/architecture.zh-CN.md"),
          ("docs/interactive.md", "docs/interactive.zh-CN.md"), ("docs/sweeps.md", "docs/sweeps.zh-CN.md"),
-         ("docs/fit.md", "docs/fit.zh-CN.md"), ("docs/control.md", "docs/control.zh-CN.md"), ("SECURITY.md", "SECURITY.zh-CN.md")]
+         ("docs/fit.md", "docs/fit.zh-CN.md"), ("docs/control.md", "docs/control.zh-CN.md"), ("docs/trust.md", "docs/trust.zh-CN.md"),
+         ("SECURITY.md", "SECURITY.zh-CN.md")]
 
 
 def read(name):
@@ -161,3 +162,12 @@ def test_the_guide_to_control_shows_what_was_measured():
     # 目标：体裁 90%，情绪不低于评判看真实文本，照抄不超过 5%
     assert best["poetry"] >= 0.9 and best["reviews"] >= 0.84
     assert all(e["total"]["copies"]["rate"] <= 0.05 for record in results.values() for e in record["results"])
+
+
+def test_the_page_on_trust_shows_what_was_counted_and_nothing_was_broken():
+    table = torture("table")
+    for language, guide in (("en", "docs/trust.md"), ("zh", "docs/trust.zh-CN.md")):
+        assert "\n".join(table.rows(language)) in read(guide)
+    for name in table.ATTACKS:
+        record = json.loads((ROOT / f"benchmarks/results/torture_{name}.json").read_text(encoding="utf-8"))
+        assert record["broken"] == [] and record["cases"] >= 50 and "BROKEN" not in json.dumps(record["counts"]), name

@@ -18,8 +18,8 @@ def ledger():
 
 
 def test_no_client_makes_the_server_fault_tell_or_forget_itself(serve, ledger, capfd):  # noqa: F811
-    server = serve(tiny(ByteTokenizer(), block_size=64), batch_size=8, max_waiting=64, read_seconds=0.4, stall_seconds=0.4, max_unread_chars=2000)
-    target = torture("target").Target(server.port, ledger, read_seconds=0.4)
+    server = serve(tiny(ByteTokenizer(), block_size=64), batch_size=8, max_waiting=64, read_seconds=0.4, stall_seconds=0.4, max_unread_chars=2000, max_connections=40)
+    target = torture("target").Target(server.port, ledger, read_seconds=0.4, max_connections=40)
     torture("server").attack(ledger, target, size=5, random=Random(0), every=12)
     torture("server_life").quiet(ledger, capfd.readouterr().err)
     assert ledger.cases > 120

@@ -150,13 +150,13 @@ class Life:
             self.ledger.breach(self.kind, f"left behind: {left}")
 
 
-def attack(ledger: Ledger, *, kills: int, seed: int) -> None:
-    """Kill runs until so many kills have been counted."""
+def attack(ledger: Ledger, *, kills: int, seed: int, kinds: tuple[str, ...] = tuple(KINDS), changes: int | None = None) -> None:
+    """Kill runs of these KINDS until so many kills have been counted; a run makes so many changes of files (None: counted first)."""
     chance = random.Random(seed)
     dead, repeated, most = 0, [], 0
     with tempfile.TemporaryDirectory() as place:
-        whole, seconds, changes = {}, {}, {}
-        for kind in KINDS:
+        whole, seconds, made = {}, {}, {}
+        for kind in kinds:
             folder = Path(place) / kind.replace(", ", "-").replace("=", "-")
             folder.mkdir()
             write_text_file(folder)
@@ -165,12 +165,12 @@ def attack(ledger: Ledger, *, kills: int, seed: int) -> None:
             assert ended.code == 0, ended.output
             whole[kind], seconds[kind] = outcome(folder / RUN), ended.seconds
             empty(folder)
-            changes[kind] = changes_of(command, folder)
+            made[kind] = changes or changes_of(command, folder)
             empty(folder)
         while dead < kills:
-            kind = chance.choice(list(KINDS))
+            kind = chance.choice(kinds)
             folder = Path(place) / kind.replace(", ", "-").replace("=", "-")
-            life = Life(ledger, chance, folder, kind, seconds[kind], changes[kind])
+            life = Life(ledger, chance, folder, kind, seconds[kind], made[kind])
             life.live(whole[kind])
             dead += len(life.repeated)
             repeated += life.repeated

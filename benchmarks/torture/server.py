@@ -21,7 +21,7 @@ import psutil
 import server_life
 import server_schema
 from ledger import Ledger
-from raw_requests import GET, SMALL, cases, post
+from raw_requests import GET, SMALL, Case, cases, post
 from target import SEEDED, Target, replies, reset, stream_request
 
 PROMISE = (
@@ -42,7 +42,7 @@ def attack(ledger: Ledger, target: Target, *, size: int, random: Random, every: 
     raw(ledger, target, size, random, every)
     target.still_itself("raw requests")
     for name, one in (("slow clients", slow), ("clients that read nothing", deaf), ("clients that vanish", vanishing),
-                      ("a crowd", crowd), ("one after another", sequence)):
+                      ("a crowd", crowd), ("too many connections", overfull), ("one after another", sequence)):
         one(ledger, target, size, random)
         target.still_itself(name)
 
@@ -61,21 +61,28 @@ def book(ledger: Ledger, outcomes: Iterable[tuple[str, str, str | None]]) -> Non
 
 def slow(ledger: Ledger, target: Target, size: int, random: Random) -> None:
     """Slow-loris: heads and bodies byte by byte, and silence; others are served meanwhile."""
-    kinds = {"silence": b"", "a slow head": GET, "a slow body": post(SMALL)[:-1], "a slow second head": GET * 2}
+    body, large = post(SMALL), post(b" " * 1_000_000)
+    # 名字 -> (全部字节, 其中一开始就发的)；后面的逐字节发，发不完
+    kinds = {
+        "silence": (b"", 0), "a slow head": (GET, 0), "a slow body": (body[:-1], len(body) - len(SMALL)), "a slow second head": (GET * 2, len(GET)),
+        "a large body without its end": (large[:-1], len(large) - 9),
+    }
     begun, waits = time.monotonic(), []
-    clients = [(kind, data, target.connect()) for kind, data in kinds.items() for _ in range(max(2, size // 8))]
-    fast = {"a slow body": len(post(SMALL)) - len(SMALL), "a slow second head": len(GET), "silence": 0, "a slow head": 0}
-    for kind, data, client in clients:
-        client.sendall(data[: fast[kind]])
+    clients = [(kind, target.connect()) for kind in kinds for _ in range(max(2, size // 8))]
+    for kind, client in clients:
+        data, count = kinds[kind]
+        with contextlib.suppress(ConnectionError):
+            client.sendall(data[:count])
     for step in range(4):
         asked = time.monotonic()
         target.ask("GET", "/health")
         waits.append(time.monotonic() - asked)
-        for kind, data, client in clients:
+        for kind, client in clients:
+            data, count = kinds[kind]
             with contextlib.suppress(OSError):
-                client.sendall(data[fast[kind] + step: fast[kind] + step + 1])
+                client.sendall(data[count + step: count + step + 1])
         time.sleep(target.read_seconds / 8)
-    for kind, _, client in clients:
+    for kind, client in clients:
         with contextlib.closing(client):
             how = _until_end(client)
         if time.monotonic() - begun > target.read_seconds * 2 + 5:
@@ -157,6 +164,25 @@ def crowd(ledger: Ledger, target: Target, size: int, random: Random) -> None:
     with ThreadPoolExecutor(size) as pool:
         book(ledger, pool.map(one, range(size)))
     ledger.figures[f"{size} completions at once, all answered after s"] = round(time.monotonic() - started, 2)
+
+
+def overfull(ledger: Ledger, target: Target, size: int, random: Random) -> None:
+    """More connections than the server takes: those beyond are told so when they ask, and when to come back."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(target.max_connections):
+            stack.enter_context(contextlib.closing(target.connect()))
+        for _ in range(size):
+            outcome = "cut off"
+            try:
+                received, how = target.exchange(Case("too many connections", GET))
+                for reply in replies(received):
+                    late = reply.status == 503 and int(reply.headers.get("retry-after", 0)) <= 0
+                    outcome, wrong = str(reply.status), target.wrong_with_reply(reply, frozenset({200, 503})) or (late and "503 without Retry-After")
+                if how == "open" or not received:
+                    wrong = f"not answered ({how})"
+            except (OSError, ValueError) as error:
+                wrong = repr(error)
+            book(ledger, [("too many connections", outcome, wrong or None)])
 
 
 def _text(body: bytes) -> str:

@@ -134,7 +134,7 @@ class Sweep:
 # ---- 一：坏掉的试跑 ----
 
 
-def faults(ledger: Ledger, folder: Path, *, trials: int, timeout_s: int = 25) -> None:
+def faults(ledger: Ledger, folder: Path, *, trials: int, timeout_s: int = 40) -> None:
     """A sweep of real trials, some of which crash, hang or are killed; typed again, it measures only what crashed."""
     shutil.copy(ROOT / "benchmarks" / "torture" / "faulty.py", folder)
     sizes = ",".join(str(rows) for rows in range(1, trials + 1))

@@ -73,6 +73,7 @@ class Target:
     token: str | None = None
     process: psutil.Process | None = None
     read_seconds: float = 1.0
+    max_connections: int = 200
     secrets: list[bytes] = field(default_factory=list)
     wanted: bytes = b""
 
