@@ -20,7 +20,8 @@ from nanogpt.sampling import build_sampler
 
 PAIRS = [("README.md", "README.zh-CN.md"), ("docs/extend.md", "docs/extend.zh-CN.md"), ("docs/architecture.md", "docs/architecture.zh-CN.md"),
          ("docs/interactive.md", "docs/interactive.zh-CN.md"), ("docs/sweeps.md", "docs/sweeps.zh-CN.md"),
-         ("docs/fit.md", "docs/fit.zh-CN.md"), ("docs/control.md", "docs/control.zh-CN.md"), ("docs/trust.md", "docs/trust.zh-CN.md")]
+         ("docs/fit.md", "docs/fit.zh-CN.md"), ("docs/control.md", "docs/control.zh-CN.md"), ("docs/trust.md", "docs/trust.zh-CN.md"),
+         ("SECURITY.md", "SECURITY.zh-CN.md")]
 
 
 def read(name):

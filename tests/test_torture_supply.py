@@ -1,12 +1,14 @@
 """A short form of benchmarks/torture/supply.py."""
 
 import hashlib
+import json
 import random
 
 import pytest
 from conftest import torture
 
-from nanogpt import assets
+from nanogpt import assets, checkpoint, download, https
+from nanogpt.config import ROOT, TRUSTED_TARGETS
 
 
 @pytest.fixture
@@ -56,3 +58,14 @@ def test_the_judge_sees_what_is_wrong(monkeypatch, ledger):
     monkeypatch.setattr(supply, "LONGEST_S", 0.3)
     assert refused(lambda line: line.over.wait(20), 0.4).startswith("took ")
     ledger.count("judge", "sees")
+
+
+def test_what_security_says_is_what_the_program_and_its_figures_say():
+    record = json.loads((ROOT / "benchmarks/results/torture_supply.json").read_text(encoding="utf-8"))
+    assert not record["broken"] and len(TRUSTED_TARGETS) == 5 and https.TIMEOUT_S == 20 and https.PATIENCE_S == 60
+    assert https.LEAST_BYTES == 16 * 2**10 and download.MOST_PAGE == 16 * 2**20
+    for name in ("SECURITY.md", "SECURITY.zh-CN.md"):
+        said = (ROOT / name).read_text(encoding="utf-8")
+        assert f"{record['cases']:,}" in said
+        for file in (*checkpoint.FILES, *checkpoint.FILES_1, "manifest.json", "run.json"):
+            assert f"`{file}`" in said, file

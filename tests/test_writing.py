@@ -39,7 +39,7 @@ def test_characters_that_the_vocabulary_lacks_are_one_line(own_run):
 ])
 def test_bad_settings_are_named(change, message):
     with pytest.raises(ConfigError, match=message):
-        check_sample(SampleConfig(**change))
+        check_sample(SampleConfig(**{"sampler": {"_target_": "x.y"}, "control": {"_target_": "x.y"}, **change}))
 
 
 def test_prompts_come_from_files_too(tmp_path):
