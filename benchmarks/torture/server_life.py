@@ -108,7 +108,9 @@ def hosts(ledger: Ledger, folder: Path) -> None:
             ledger.breach("another host without a token", f"{host}: exit {done.returncode}: {done.stderr}{done.stdout}")
         else:
             ledger.count("another host without a token", "refused in one line")
-        ledger.figures["refusing another host, s"] = round(seconds, 2)
+        # 别的程序也在用这台机器：最快的一次说明问题
+        fastest = min(seconds, ledger.figures.get("refusing another host, fastest, s", seconds))
+        ledger.figures["refusing another host, fastest, s"] = round(fastest, 2)
 
 
 def loopback_only(ledger: Ledger, process: subprocess.Popen, port: int) -> None:

@@ -67,7 +67,8 @@ def run_child(job: dict[str, Any], folder: Path, *, timeout_s: float, command: S
             # 它没读完就结束时，缓冲里还有剩的
             process.stdin.close()
     ended.returncode, ended.values = process.returncode, read_report(report)
-    ended.oom_kills = None if before is None else oom_kills() - before
+    after = oom_kills()
+    ended.oom_kills = None if before is None or after is None else after - before
     tail = end_of(log, 20_000).decode("utf-8", errors="replace")
     ended.log = tail
     ended.last_line = next((line.strip() for line in reversed(tail.splitlines()) if line.strip()), "")
