@@ -1,23 +1,41 @@
 """From configuration nodes to objects: models, optimizers, loggers."""
 
+import inspect
+import math
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.config import ROOT, FinetuneConfig, ModelConfig, check_model, untrusted_targets
 from nanogpt.messages import ConfigError
+from nanogpt.ram import free_ram
+from nanogpt.saved_config import read_saved
+from nanogpt.sealed import DamagedError, reason_of
+
+# 极小的模型也可以有长上下文：位置表至少允许这么多个数
+LEAST_TABLE = 2**20
+# 各部分必须会做的事；不会的在执行之前就拒绝，os.system 之类不会被当作优化器来调用
+METHODS = {
+    "optimizer": ("step", "zero_grad", "state_dict", "load_state_dict"), "logger": ("open", "log", "text", "close"), "control": ("apply", "known"),
+}
+GIB = 2**30
 
 
 def locate_class(target: str, key: str) -> Any:
     """The class or function of a dotted name."""
     module, _, name = target.rpartition(".")
     try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError("no_such_class", key=key, got=target, reason=error) from None
+        found = getattr(import_module(module), name)
+    except Exception as error:
+        # 使用者自己的模块在导入时可能抛出任何异常
+        raise ConfigError("no_such_class", key=key, got=target, reason=f"{type(error).__name__}: {error}") from None
+    if not callable(found) or inspect.isbuiltin(found):
+        raise ConfigError("not_a_part", key=key, got=target, want=key.removesuffix("._target_"))
+    return found
 
 
 def build_model(config: ModelConfig, seed: int, weights: str = "fp32"):
@@ -25,6 +43,9 @@ def build_model(config: ModelConfig, seed: int, weights: str = "fp32"):
     import torch
 
     kind = locate_class(config._target_, "model._target_")
+    if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
+        raise ConfigError("not_a_part", key="model._target_", got=config._target_, want="torch.nn.Module")
+    check_memory_for(config, 2 if weights == "bf16" else 4)
     torch.manual_seed(seed)
     usual = torch.get_default_dtype()
     try:
@@ -37,32 +58,112 @@ def build_model(config: ModelConfig, seed: int, weights: str = "fp32"):
         torch.set_default_dtype(usual)
 
 
+def check_memory_for(config: ModelConfig, bytes_each: int) -> None:
+    """Refuse a model whose weights alone are more than the memory that is free, before the system kills something for it."""
+    import torch
+
+    from nanogpt import target
+
+    # 预测用的是没有存储的张量，核对形状用的是 meta
+    if target.planned() or torch.get_default_device().type == "meta":
+        return
+    parameters = parameters_at_least(config)
+    need, have = parameters * bytes_each, free_ram()
+    if need > have:
+        raise ConfigError("model_too_large", need=need / GIB, parameters=float(parameters), have=have / GIB)
+
+
+def parameters_at_least(config: ModelConfig) -> int:
+    """Numbers in the matrices of a GPT of this shape; a class of one's own may have others."""
+    vocab, width = config.vocab_size or 1, config.n_embd
+    tables = vocab * (1 if config.tie_embeddings else 2) + (config.block_size if config.position == "learned" else 0)
+    tables += sum(min((vocab + 1) ** n, config.ngram_buckets) for n in config.ngrams)
+    return width * tables + config.n_layer * (4 + 2 * config.mlp_ratio) * width**2
+
+
 def build_part(node: dict, key: str, *arguments) -> Any:
     """Call a node's `_target_` with the given arguments and the node's other keys."""
+    if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+        raise ConfigError("missing_key", key=f"{key}._target_")
     kind = locate_class(node["_target_"], f"{key}._target_")
     settings = {name: value for name, value in node.items() if name != "_target_"}
+    part = key.partition(".")[0]
+    if isinstance(kind, type):
+        check_part(kind, part, key, node["_target_"])
+    elif part == "logger":
+        raise ConfigError("not_a_part", key=f"{key}._target_", got=node["_target_"], want=_wanted(part))
     try:
-        return kind(*arguments, **settings)
+        built = kind(*arguments, **settings)
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError("bad_part", key=key, reason=error) from None
+    check_part(built, part, key, node["_target_"])
+    return built
+
+
+def check_part(made: Any, part: str, key: str, named: str) -> None:
+    """Refuse a class or object that cannot do what its part of the program must do."""
+    if not all(callable(getattr(made, method, None)) for method in METHODS.get(part, ())):
+        raise ConfigError("not_a_part", key=f"{key}._target_", got=named, want=_wanted(part))
+
+
+def _wanted(part: str) -> str:
+    return f"{part}: {' '.join(METHODS[part])}"
 
 
 def model_of(source):
     """The model of a checkpoint.Checkpoint on the CPU, LoRA adapters merged into plain weights."""
     from nanogpt.lora import add_adapters, merge
 
-    saved = yaml.safe_load(source.config_text())
-    if foreign := untrusted_targets({"model": saved["model"]}, {}):
-        raise ConfigError("untrusted", path=source.folder, targets=", ".join(foreign))
-    model = build_model(typed_node(ModelConfig, saved["model"]), seed=0)
-    # 早于 LoRA 的训练没有 finetune 一节
-    finetune = typed_node(FinetuneConfig, saved.get("finetune", {}))
+    try:
+        saved = read_saved(source.config_text())
+        if foreign := untrusted_targets({"model": saved["model"]}, {}):
+            raise ConfigError("untrusted", path=source.folder, targets=", ".join(foreign))
+        # 早于 LoRA 的训练没有 finetune 一节
+        config, finetune = typed_node(ModelConfig, saved["model"]), typed_node(FinetuneConfig, saved.get("finetune", {}))
+    except (DamagedError, OmegaConfBaseException, TypeError) as error:
+        raise source.damaged(f"config.yaml: {reason_of(error)}") from None
+    check_weights(source, config, finetune)
+    model = build_model(config, seed=0)
     if finetune.method == "lora":
         add_adapters(model, finetune)
     source.load_model(model)
     return merge(model)
+
+
+def check_weights(source, config: ModelConfig, finetune: FinetuneConfig) -> None:
+    """ConfigError unless the weights of a checkpoint.Checkpoint have the names and shapes of this config; allocates nothing.
+
+    A config that asks for a billion layers does not get the memory to build them. Only for our own model class: what a
+    person's own class does is theirs to know.
+    """
+    import torch
+
+    from nanogpt.lora import add_adapters
+
+    if config._target_ != ModelConfig._target_:
+        return
+    have = source.weight_shapes()
+    total = sum(math.prod(shape) for shape in have.values())
+    try:
+        if min(config.n_layer, config.n_head, config.n_embd, config.block_size, config.mlp_ratio) < 1:
+            raise ValueError("a size below 1")
+        check_model(config)
+        # 每层至少有几个张量；RoPE 的表不在文件里，不许大过权重许多
+        if config.n_layer > len(have) or config.block_size * config.n_embd > max(total, LEAST_TABLE) * 64:
+            raise ValueError(f"{config.n_layer} layers and {config.block_size} positions for {total} weights")
+        with torch.device("meta"):
+            model = build_model(config, seed=0)
+            if finetune.method == "lora":
+                add_adapters(model, finetune)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise source.damaged(f"config.yaml: {reason_of(error)}") from None
+    want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shared = {"lm_head.weight"} if config.tie_embeddings else set()
+    wrong = sorted(name for name in set(have) ^ set(want) if name not in shared) or sorted(n for n in set(have) & set(want) if have[n] != want[n])
+    if wrong:
+        raise source.damaged(f"model.safetensors: other parameters: {wrong[:3]}")
 
 
 def typed_node(schema: type, node: dict) -> Any:

@@ -1,39 +1,47 @@
 """Between the command line and the run scripts: compose with Hydra, turn mistakes into one line."""
 
+import contextlib
 import difflib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import hydra
 import yaml
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from nanogpt import rundir
 from nanogpt.config import ROOT, TrainConfig
 from nanogpt.messages import ConfigError, language_from_arguments, say, set_language, text
-from nanogpt.oom import told_in_one_line
+from nanogpt.mistakes import EXIT_INTERRUPTED, EXIT_PIPE_CLOSED, EXIT_USER_ERROR, explained, leave_quietly, one_line_each
 from nanogpt.sample_config import SampleConfig, register_schemas
+from nanogpt.user_yaml import checked_yaml
+from nanogpt.values import check_values, wanted_type
 
-EXIT_USER_ERROR = 2
-# 与被 SIGINT 结束的程序相同：128 + 2
-EXIT_INTERRUPTED = 130
-# 与被 SIGPIPE 结束的程序相同：128 + 13
-EXIT_PIPE_CLOSED = 141
+__all__ = ["EXIT_INTERRUPTED", "EXIT_PIPE_CLOSED", "EXIT_USER_ERROR", "composing", "forgive_output", "one_line", "quoted", "run_script"]
+
+SCHEMAS = {"train": TrainConfig, "sample": SampleConfig}
 # 值是文字的键：逗号、空格都属于内容
 FREE_TEXT = ("sample_prompt", "start", "control.style", "control.emotion")
+# 再长的话，Hydra 的语法分析要几十秒；Windows 的命令行本来就到这里为止
+LONGEST_ARGUMENT = 32_000
 # 已经带引号的一段，照原样
 QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
 # 列表或扫描里含有非 ASCII 字符的一项
 NON_ASCII_ITEM = r"[^,\[\]{}()'\"]*[^\x00-\x7f][^,\[\]{}()'\"]*"
 # 内容随选项而变的配置组；model 一类形状固定的不在内
 SWAPPABLE = ("optimizer", "dataset", "logger")
+
+
+# ---- 组合时的错误 ----
 
 
 def known_keys(config_name: str) -> list[str]:
@@ -45,33 +53,90 @@ def known_keys(config_name: str) -> list[str]:
             if isinstance(value, dict):
                 yield from walk(value, f"{prefix}{key}.")
 
-    container = OmegaConf.to_container(OmegaConf.structured({"train": TrainConfig, "sample": SampleConfig}[config_name]), throw_on_missing=False)
+    container = OmegaConf.to_container(OmegaConf.structured(SCHEMAS[config_name]), throw_on_missing=False)
     return list(walk(container, ""))
+
+
+def group_options(group: str) -> str:
+    """The options of a config group, in one line."""
+    return ", ".join(sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml")))
 
 
 def one_line(error: Exception, config_name: str) -> ConfigError:
     """Turn what Hydra or OmegaConf raised while composing into a ConfigError that names the key."""
-    if isinstance(error, ConfigError):
-        return error
     message = str(error)
     if isinstance(error, MissingConfigException) and error.options:
         group, _, got = (error.missing_cfg_file or "").rpartition("/")
         return ConfigError("unknown_option", group=group, got=got, options=", ".join(error.options))
+    # Hydra 的“找不到配置”也是一种 OSError
+    if not isinstance(error, HydraException) and (found := explained(error)):
+        return found
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    if isinstance(cause, OmegaConfBaseException) and cause.full_key and "could not be converted" in str(cause):
-        want = re.search(r"could not be converted to (\w+)", str(cause))
-        return ConfigError("wrong_type", key=cause.full_key, got=cause.value, want=want[1] if want else "?")
+    if isinstance(cause, OmegaConfBaseException):
+        if found := _of_a_value(cause, error, config_name):
+            return found
     if isinstance(error, OverrideParseException):
         reason = next((line for line in message.splitlines() if line.strip()), "")
         return ConfigError("unreadable", argument=error.override, reason=reason)
+    if several := re.search(r"Ambiguous value for argument '(.+)'\n|Sweep parameters '(.+)' requires", message):
+        return ConfigError("sweep_without_m", argument=several[1] or several[2])
     unknown = re.search(r"Could not (?:override|append|delete)[^']*'([^'=@]+)", message)
     if unknown:
         key = unknown[1]
         close = difflib.get_close_matches(key, known_keys(config_name), n=1)
-        guess = text("did_you_mean", guess=close[0]) if close else ""
+        guess = text("did_you_mean", guess=close[0]) if close and close[0] != key else ""
         return ConfigError("unknown_key", key=key, guess=guess, config=config_name)
-    # 其余情形：第一行足以说明问题，后面是 Hydra 的内部细节
-    return ConfigError("compose", line=" ".join(line.strip() for line in message.splitlines() if line.strip()))
+    if found := _of_a_group(message):
+        return found
+    # 其余情形：后面的行是 Hydra 的内部细节，压成一行
+    return ConfigError("compose", line=" ".join(line.strip() for line in message.splitlines() if line.strip()) or type(error).__name__)
+
+
+def _of_a_value(cause: OmegaConfBaseException, error: Exception, config_name: str) -> ConfigError | None:
+    """The line for a value that does not fit its key."""
+    key, first = cause.full_key or "?", str(cause).partition("\n")[0]
+    if isinstance(cause, InterpolationKeyError | InterpolationResolutionError) or "ecursive interpolation" in first:
+        return ConfigError("interpolation", key=key, reason=first)
+    if isinstance(cause, MissingMandatoryValue):
+        return ConfigError("nothing_chosen", group=key, options=group_options(key))
+    if "could not be converted" in first and cause.full_key:
+        want = re.search(r"could not be converted to (\w+)", first)
+        return ConfigError("wrong_type", key=key, got=cause.value, want=want[1] if want else "?")
+    typed = re.match(r"Error merging override [+~]*([^=]+)=(.*)", str(error), flags=re.DOTALL)
+    if typed and (want := wanted_type(SCHEMAS[config_name], typed[1])):
+        return ConfigError("wrong_type", key=typed[1], got=typed[2], want=want)
+    if want := cause.full_key and wanted_type(SCHEMAS[config_name], cause.full_key):
+        return ConfigError("wrong_type", key=key, got=cause.value, want=want)
+    return None
+
+
+def _of_a_group(message: str) -> ConfigError | None:
+    """The line for what Hydra says of a group without naming it."""
+    if "Config group override must be" not in message:
+        return None
+    for argument in sys.argv[1:]:
+        group, _, got = argument.partition("=")
+        if group and (ROOT / "conf" / group).is_dir() and f"{got}.yaml" not in {path.name for path in (ROOT / "conf" / group).iterdir()}:
+            return ConfigError("unknown_option", group=group, got=got, options=group_options(group))
+    return None
+
+
+@contextlib.contextmanager
+def composing(config_name: str) -> Iterator[None]:
+    """Turn whatever is raised inside, while Hydra reads and composes, into a ConfigError."""
+    try:
+        with checked_yaml():
+            yield
+    except (KeyboardInterrupt, SystemExit, BrokenPipeError):
+        raise
+    except RecursionError:
+        raise ConfigError("compose", line=text("too_deep")) from None
+    except Exception as error:
+        # 这里还没有我们自己的代码在跑：无论 Hydra 抛什么，都是写法的问题
+        raise one_line(error, config_name) from None
+
+
+# ---- 命令行 ----
 
 
 def remembered_groups(arguments: list[str]) -> list[str]:
@@ -87,7 +152,7 @@ def remembered_groups(arguments: list[str]) -> list[str]:
         typed = {a.split("=")[0] for a in arguments}
         # 只认 conf/ 里确实有的选项：运行目录可能来自陌生人
         return [f"{g}={saved[g]}" for g in SWAPPABLE if g not in typed and (ROOT / "conf" / g / f"{saved[g]}.yaml").is_file()]
-    except (ConfigError, OSError, KeyError, TypeError, yaml.YAMLError):
+    except (ConfigError, OSError, KeyError, TypeError, ValueError, yaml.YAMLError, RecursionError):
         # 目录不对或配置损坏：稍后由真正的加载来说明
         return []
 
@@ -114,11 +179,59 @@ def _in_quotes(value: str) -> str:
     return "'" + value.replace("'", "\\'") + "\\" * tail + "'"
 
 
+def check_arguments(arguments: list[str]) -> None:
+    """Refuse what Hydra would answer with its whole usage, or chew on for minutes."""
+    for argument in arguments:
+        if len(argument) > LONGEST_ARGUMENT:
+            raise ConfigError("long_argument", key=argument.partition("=")[0][:60], got=len(argument), most=LONGEST_ARGUMENT)
+        if argument.partition("=")[0] not in FREE_TEXT and (digits := re.search(r"\d{400,}", argument)):
+            # Python 不肯读几千位的整数
+            raise ConfigError("large_number", key=argument.partition("=")[0], got=f"{digits[0][:20]}…")
+    parser = get_args_parser()
+
+    def refuse(reason: str):
+        raise ConfigError("unreadable_flag", reason=reason)
+
+    parser.error = refuse
+    parser.parse_args(arguments)
+
+
 def forgive_output() -> None:
     """Print ? for a character that the terminal cannot show."""
     # 重定向到 GBK 终端时，打不出的字符也不该让程序崩溃
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
+
+
+# ---- 运行 ----
+
+
+def typed_config(cfg: DictConfig, config_name: str) -> TrainConfig | SampleConfig:
+    """The typed configuration of a composed one, with the option chosen in each group; refuses keys taken away and values that cannot be right."""
+    check_whole(cfg, SCHEMAS[config_name])
+    typed = OmegaConf.to_object(cfg)
+    for name in typed.groups:
+        # 由程序自己填写
+        raise ConfigError("unread_key", key=f"groups.{name}")
+    choices = {g: o for g, o in HydraConfig.get().runtime.choices.items() if o and not g.startswith("hydra/")}
+    for group, option in choices.items():
+        if not isinstance(option, str):
+            raise ConfigError("one_option", group=group, got=OmegaConf.to_container(option))
+    typed.groups = choices
+    check_values(typed)
+    return typed
+
+
+def check_whole(cfg: DictConfig, schema: type, prefix: str = "") -> None:
+    """Refuse a configuration from which ~key took a part of the schema."""
+    for field in fields(schema):
+        if field.name not in cfg:
+            if (ROOT / "conf" / field.name).is_dir():
+                raise ConfigError("nothing_chosen", group=field.name, options=group_options(field.name))
+            # 悄悄换成 schema 的默认值，会与 yaml 里写的不一样
+            raise ConfigError("removed_key", key=prefix + field.name)
+        if is_dataclass(field.type):
+            check_whole(cfg[field.name], field.type, f"{prefix}{field.name}.")
 
 
 def run_script(config_name: str, task: Callable[[TrainConfig | SampleConfig, list[str]], float | None]) -> None:
@@ -128,39 +241,69 @@ def run_script(config_name: str, task: Callable[[TrainConfig | SampleConfig, lis
     register_schemas()
     # 让 Hydra 把异常原样抛出，由下面统一压成一行
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    reported: list[Exception] = []
-    remembered = remembered_groups(sys.argv[1:])
-    sys.argv[1:] = [*map(quoted, sys.argv[1:]), *remembered]
+    with one_line_each():
+        with composing(config_name):
+            check_arguments(sys.argv[1:])
+        _Script(config_name, task).run()
 
-    def job(cfg):
-        hydra_config = HydraConfig.get()
-        overrides = [o for o in hydra_config.overrides.task if o not in remembered]
+
+class _Script:
+    """One run of hydra.main: the job, and what has been said about its mistakes."""
+
+    def __init__(self, config_name: str, task: Callable):
+        self.config_name, self.task = config_name, task
+        self.remembered = remembered_groups(sys.argv[1:])
+        self.started = False
+        self.reported: list[Exception] = []
+
+    def run(self) -> None:
+        """Compose and run every job; SystemExit on a mistake."""
+        sys.argv[1:] = [*map(quoted, sys.argv[1:]), *self.remembered]
         try:
-            set_language(cfg.lang if cfg.lang in ("zh", "en") else "auto")
-            typed = OmegaConf.to_object(cfg)
-            typed.groups = {g: o for g, o in hydra_config.runtime.choices.items() if o and not g.startswith("hydra/")}
-            trial = isinstance(typed, TrainConfig) and typed.trial.enabled
-            if hydra_config.mode == RunMode.MULTIRUN and (typed.out_dir is None or trial):
-                # 每个任务一个目录，不会互相覆盖
-                typed.out_dir = str(Path(hydra_config.sweep.dir) / hydra_config.sweep.subdir)
-            # 载入模型、准备数据时内存不足，也只用一行说；扫描器（Optuna 等）要这个返回值
-            with told_in_one_line():
-                return task(typed, overrides)
-        except (ConfigError, OmegaConfBaseException) as error:
-            say("error", line=one_line(error, config_name))
-            reported.append(error)
+            with checked_yaml():
+                # Hydra 会看函数定义在哪个文件：要给它一个函数，而不是方法
+                hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=self.config_name)(lambda cfg: self.job(cfg))()
+        except Exception as error:
+            if error in self.reported:
+                sys.exit(EXIT_USER_ERROR)
+            if self.started and not isinstance(error, OmegaConfBaseException):
+                # 任务里的异常：是错误就一行，是缺陷就留着 traceback
+                raise
+            with composing(self.config_name):
+                raise
+
+    def job(self, cfg: DictConfig) -> float | None:
+        """One job, or the only one."""
+        self.started = True
+        hydra_config = HydraConfig.get()
+        try:
+            with composing(self.config_name):
+                typed, overrides = self.composed(cfg, hydra_config)
+            # 扫描器（Optuna 等）要这个返回值
+            return self.task(typed, overrides)
+        except BrokenPipeError:
+            leave_quietly()
+        except Exception as error:
+            line = one_line(error, self.config_name) if isinstance(error, OmegaConfBaseException) else explained(error)
+            if line is None:
+                raise
+            say("error", line=line)
+            self.reported.append(error)
             # 多任务时只算这一个失败，其余照跑；单任务直接退出
             if hydra_config.mode == RunMode.MULTIRUN:
                 raise
             sys.exit(EXIT_USER_ERROR)
-        except BrokenPipeError:
-            # 读的一方先走了（… | head）：不是错误，安静地结束；解释器退出时还会再刷一次 stdout
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(EXIT_PIPE_CLOSED)
 
-    try:
-        hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=config_name)(job)()
-    except (HydraException, ConfigCompositionException, OverrideParseException, OmegaConfBaseException, ConfigError) as error:
-        if error not in reported:
-            say("error", line=one_line(error, config_name))
-        sys.exit(EXIT_USER_ERROR)
+    def composed(self, cfg: DictConfig, hydra_config: DictConfig) -> tuple[TrainConfig | SampleConfig, list[str]]:
+        """(typed configuration, the overrides that were typed) of a job."""
+        # 不解析：override 里的 ${…} 属于配置，不属于这张清单
+        overrides = [o for o in OmegaConf.to_container(hydra_config.overrides.task, resolve=False) if o not in self.remembered]
+        # 先定语言：下面的错误才用它说
+        lang = cfg.get("lang")
+        set_language(lang if lang in ("zh", "en") else "auto")
+        typed = typed_config(cfg, self.config_name)
+        trial = isinstance(typed, TrainConfig) and typed.trial.enabled
+        if hydra_config.mode == RunMode.MULTIRUN and (typed.out_dir is None or trial):
+            # 每个任务一个目录，不会互相覆盖
+            typed.out_dir = str(Path(hydra_config.sweep.dir) / hydra_config.sweep.subdir)
+        return typed, overrides

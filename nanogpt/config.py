@@ -233,55 +233,59 @@ CHOICES = {
     "plan": ("false", "true", "matrix"),
     "finetune.method": ("full", "lora"),
 }
-# 下限（含）与上限（含）；None 表示不限
+# 没有哪次训练会走这么多步；再大多半是打错了，还可能溢出
+MANY = 10**12
+# float32 装得下的数
+HUGE = 1e38
+# 下限（含）与上限（含）：上限不是建议，只拦住会吃光内存的打字错误
 RANGES = {
     "seed": (0, 2**63 - 1),
-    "max_iters": (1, None),
-    "global_batch_size": (1, None),
-    "gradient_accumulation_steps": (1, None),
-    "min_lr": (0, None),
-    "warmup_iters": (0, None),
-    "lr_decay_iters": (1, None),
+    "max_iters": (1, MANY),
+    "global_batch_size": (1, 10**7),
+    "gradient_accumulation_steps": (1, 10**6),
+    "min_lr": (0, 1000),
+    "warmup_iters": (0, MANY),
+    "lr_decay_iters": (1, MANY),
     "decay_fraction": (0, 1),
-    "grad_clip": (0, None),
+    "grad_clip": (0, HUGE),
     "label_dropout": (0, 1),
-    "eval_interval": (1, None),
-    "eval_tokens": (1, None),
-    "eval_batch_size": (1, None),
-    "early_stop_evals": (0, None),
-    "log_interval": (1, None),
-    "save_interval": (1, None),
-    "keep": (1, None),
-    "max_nonfinite_steps": (1, None),
-    "sample_tokens": (0, None),
+    "eval_interval": (1, MANY),
+    "eval_tokens": (1, 10**15),
+    "eval_batch_size": (1, 10**6),
+    "early_stop_evals": (0, MANY),
+    "log_interval": (1, MANY),
+    "save_interval": (1, MANY),
+    "keep": (1, MANY),
+    "max_nonfinite_steps": (1, MANY),
+    "sample_tokens": (0, 10**7),
     "sample_temperature": (0, 100),
-    "bundle_data_mib": (0, None),
-    "model.n_layer": (1, None),
-    "model.n_head": (1, None),
-    "model.n_embd": (1, None),
-    "model.block_size": (1, None),
-    "model.vocab_size": (1, None),
-    "model.mlp_ratio": (1, None),
-    "model.logit_softcap": (0, None),
-    "model.rope_base": (1, None),
-    "model.ngram_buckets": (1, None),
-    "precision.initial_loss_scale": (1, None),
-    "precision.loss_scale_growth_interval": (1, None),
-    "memory.loss_chunk_mib": (1, None),
-    "memory.activation_budget_mib": (1, None),
-    "finetune.rank": (1, None),
-    "finetune.alpha": (0, None),
-    "hardware.peak_tflops_fp32": (0, None),
-    "hardware.peak_tflops_half": (0, None),
-    "hardware.bandwidth_gb_per_s": (0.1, None),
-    "hardware.pcie_gb_per_s": (0.1, None),
-    "hardware.vram_gib": (0.1, None),
-    "hardware.context_gib": (0, None),
-    "hardware.desktop_gib": (0, None),
-    "hardware.ram_gib": (0.1, None),
-    "trial.warmup_steps": (0, None),
-    "trial.steps": (1, None),
-    "trial.timeout_s": (1, None),
+    "bundle_data_mib": (0, 10**9),
+    "model.n_layer": (1, 10**4),
+    "model.n_head": (1, 10**5),
+    "model.n_embd": (1, 10**6),
+    "model.block_size": (1, 10**8),
+    "model.vocab_size": (1, 10**9),
+    "model.mlp_ratio": (1, 1000),
+    "model.logit_softcap": (0, HUGE),
+    "model.rope_base": (1, HUGE),
+    "model.ngram_buckets": (1, 10**9),
+    "precision.initial_loss_scale": (1, HUGE),
+    "precision.loss_scale_growth_interval": (1, MANY),
+    "memory.loss_chunk_mib": (1, 10**9),
+    "memory.activation_budget_mib": (1, 10**9),
+    "finetune.rank": (1, 10**6),
+    "finetune.alpha": (0, HUGE),
+    "hardware.peak_tflops_fp32": (0, HUGE),
+    "hardware.peak_tflops_half": (0, HUGE),
+    "hardware.bandwidth_gb_per_s": (0.1, HUGE),
+    "hardware.pcie_gb_per_s": (0.1, HUGE),
+    "hardware.vram_gib": (0.1, 10**6),
+    "hardware.context_gib": (0, 10**6),
+    "hardware.desktop_gib": (0, 10**6),
+    "hardware.ram_gib": (0.1, 10**6),
+    "trial.warmup_steps": (0, 10**6),
+    "trial.steps": (1, 10**6),
+    "trial.timeout_s": (1, 10**7),
     "trial.margin": (0, 0.9),
 }
 
@@ -303,7 +307,7 @@ def check_choices(cfg: Any, choices: dict[str, tuple[str, ...]]) -> None:
 
 
 def check_range(key: str, got: float | None, low: float, high: float | None) -> None:
-    """Refuse a number outside low … high; None passes."""
+    """Refuse a number outside low … high (None: no limit); None passes."""
     # 写成 not (>=) 而不是 <：NaN 与任何数比较都为假，也要拦下
     if got is not None and (not got >= low or (high is not None and not got <= high)):
         wanted = f">= {low:g}" if high is None else f"{low:g} … {high:g}"
@@ -324,8 +328,8 @@ def check_ranges(cfg: Any, ranges: dict[str, tuple[float, float | None]]) -> Non
 
 def check_rates(cfg: Any) -> None:
     """Ranges with an open end."""
-    if not 0 < cfg.learning_rate < float("inf"):
-        raise ConfigError("out_of_range", key="learning_rate", got=cfg.learning_rate, wanted="> 0")
+    if not 0 < cfg.learning_rate <= 1000:
+        raise ConfigError("out_of_range", key="learning_rate", got=cfg.learning_rate, wanted="> 0, <= 1000")
     for key in ("model.dropout", "finetune.dropout"):
         if not 0 <= lookup(cfg, key) < 1:
             raise ConfigError("out_of_range", key=key, got=lookup(cfg, key), wanted=">= 0, < 1")
@@ -362,7 +366,7 @@ def check_batch(cfg: Any) -> None:
         return
     if not isinstance(batch, int):
         raise ConfigError("not_a_choice", key="batch_size", got=batch, allowed="1 2 3 … | auto")
-    check_range("batch_size", batch, 1, None)
+    check_range("batch_size", batch, 1, 10**6)
     # 默认的 1 等于没写；写了就必须说的是同一件事
     if total is not None and accumulation != 1 and batch * accumulation != total:
         raise ConfigError("two_totals", batch=batch, accum=accumulation, product=batch * accumulation, total=total)
@@ -404,16 +408,33 @@ def schedule_of(cfg: TrainConfig) -> Schedule:
     return Schedule(cfg.learning_rate, cfg.min_lr, warmup, end, cfg.lr_schedule, cfg.decay_fraction)
 
 
+def check_parts(cfg: Any) -> None:
+    """Refuse parts that are not written as a `_target_` with its settings."""
+    loggers = cfg.logger or {}
+    if not isinstance(loggers, dict):
+        raise ConfigError("wrong_type", key="logger", got=loggers, want="{name: {_target_: …}}")
+    for key, node in {"optimizer": cfg.optimizer, **{f"logger.{name}": node for name, node in loggers.items()}}.items():
+        if not isinstance(node, dict):
+            raise ConfigError("wrong_type", key=key, got=node, want="{_target_: …}")
+        if not isinstance(node.get("_target_"), str):
+            raise ConfigError("missing_key", key=f"{key}._target_")
+    if not isinstance(cfg.dataset, dict):
+        raise ConfigError("wrong_type", key="dataset", got=cfg.dataset, want="{name: …}")
+
+
 def check(cfg: Any) -> None:
     """Refuse every wrong value or combination that can be seen without torch or data; one line each."""
     check_choices(cfg, CHOICES)
     check_ranges(cfg, RANGES)
+    check_parts(cfg)
     check_rates(cfg)
     check_model(cfg.model)
     check_batch(cfg)
     check_memory(cfg)
     check_schedule(cfg)
     check_device(cfg.device)
+    if missing := {"name", "dir"} - set(cfg.dataset):
+        raise ConfigError("missing_key", key=f"dataset.{min(missing)}")
     name = str(cfg.dataset["name"])
     # 名字会拼成脚本路径：限制字符，配置文件就不能指向别处的代码
     if not re.fullmatch(r"[A-Za-z0-9_]+", name) or not (ROOT / "data" / name / "prepare.py").is_file():

@@ -7,31 +7,59 @@ use what is here; so does a script of your own.
 import codecs
 import hashlib
 import importlib.util
+import inspect
 import json
+import os
+import re
 import sys
+import typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt import tokenizer as tokenizers
 from nanogpt.bpe import check_vocab_size, train_bpe
 from nanogpt.config import ROOT
-from nanogpt.files import folder_aside, remove_leftovers, sha256, write_text
+from nanogpt.files import folder_aside, remove_leftovers, sha256
+from nanogpt.lock import only_one, remove_stale
 from nanogpt.messages import ConfigError, say
+from nanogpt.mistakes import one_line_each
+from nanogpt.sealed import write_sealed
+from nanogpt.values import check_value
 
-FORMAT = 1
+# 1：meta.json 没有自己的摘要
+FORMAT = 2
 # 每次读这么多字节：大文件不进内存
 PIECE = 4 * 2**20
 TEXT_SUFFIXES = (".txt", ".md", ".text")
+# 常被当成文本给进来的文件，按开头几个字节认
+BINARY = {
+    b"%PDF-": "PDF", b"PK\x03\x04": "ZIP / DOCX / EPUB", b"\xd0\xcf\x11\xe0": "DOC", b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF",
+    b"\x1f\x8b": "GZIP", b"7z\xbc\xaf\x27": "7Z", b"Rar!\x1a": "RAR", b"\xfd7zXZ": "XZ", b"BZh": "BZIP2", b"\x7fELF": "ELF",
+    b"SQLite format 3\0": "SQLite",
+}
+# 大于 127 的字节
+HIGH = bytes(range(128, 256))
+# GB18030 的文字里，连着这么多这样的字节恰好都合乎 UTF-8 的机会不到十亿分之一
+STRETCH = 48
+HALF = re.compile("[\ud800-\udfff]")
+NO_TEXTS = ("idna", "punycode", "unicode-escape", "raw-unicode-escape", "undefined")
+# 消息里写得出名字的类型
+PLAIN = (int, float, str, bool, type(None))
+# 这些解码器不会给出半个代理对
+WHOLE = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be")
 
 
 def detect_encoding(path: Path) -> str:
-    """UTF-8, UTF-16 (with or without a byte-order mark) or GB18030, decided by reading the whole file."""
+    """UTF-8, UTF-16 (with or without a byte-order mark) or GB18030, decided by reading the whole file; ConfigError for anything else."""
     with path.open("rb") as file:
         head = file.read(PIECE)
+    if kind := next((kind for magic, kind in BINARY.items() if head.startswith(magic)), None):
+        raise ConfigError("binary_file", path=path, kind=kind)
     for mark, name in ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
         if head.startswith(mark):
             return name
@@ -44,12 +72,54 @@ def detect_encoding(path: Path) -> str:
             pass
         return "utf-8"
     except UnicodeDecodeError as utf8_error:
-        try:
-            for _ in decode_pieces(path, "gb18030"):
-                pass
+        line = stretch_of_utf8(path) if is_whole(path, "gb18030") else None
+        if line == 0:
             return "gb18030"
-        except UnicodeDecodeError:
-            raise ConfigError("undecodable", path=path, offset=utf8_error.start, encoding="UTF-8 / UTF-16 / GB18030") from None
+        if line:
+            raise ConfigError("mixed_encodings", path=path, line=line, offset=utf8_error.start) from None
+        raise ConfigError("undecodable", path=path, offset=utf8_error.start, encoding="UTF-8 / UTF-16 / GB18030") from None
+
+
+def is_whole(path: Path, encoding: str) -> bool:
+    """Whether the file is of this encoding from end to end."""
+    try:
+        for _ in decode_pieces(path, encoding):
+            pass
+        return True
+    except UnicodeDecodeError:
+        return False
+
+
+def stretch_of_utf8(path: Path) -> int:
+    """The number of a line up to which successive lines hold so much UTF-8 that GB18030 text cannot look like it; 0 where there is none."""
+    run = number = 0
+    with path.open("rb") as file:
+        # 没有换行的文件也一段一段地读
+        while line := file.readline(PIECE):
+            number += 1
+            high = len(line) - len(line.translate(None, HIGH))
+            if not high:
+                continue
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                run = 0
+                continue
+            run += high
+            if run >= STRETCH:
+                return number
+    return 0
+
+
+def check_encoding(encoding: str) -> None:
+    """Refuse what is no encoding of text."""
+    try:
+        found = codecs.lookup(encoding) if encoding != "auto" else None
+    except (LookupError, ValueError):
+        raise ConfigError("unknown_encoding", got=encoding) from None
+    # base64、zlib、rot13 之类不是文字的编码；idna、punycode 等也解不出一篇文章
+    if found and (not found._is_text_encoding or found.name in NO_TEXTS):
+        raise ConfigError("unknown_encoding", got=encoding)
 
 
 def decode_pieces(path: Path, encoding: str) -> Iterator[str]:
@@ -74,15 +144,15 @@ def decode_pieces(path: Path, encoding: str) -> Iterator[str]:
 
 def iter_text(path: Path, encoding: str = "auto") -> Iterator[str]:
     """Yield the text of one file in pieces that end at line breaks where there are any; LF line ends."""
+    check_encoding(encoding)
     if encoding == "auto":
         encoding = detect_encoding(path)
-    try:
-        codecs.lookup(encoding)
-    except LookupError:
-        raise ConfigError("unknown_encoding", got=encoding) from None
     pending = ""
     try:
         for piece in decode_pieces(path, encoding):
+            if encoding not in WHOLE and HALF.search(piece):
+                # UTF-7 等能写出半个代理对，之后没有文件存得下它
+                raise ConfigError("half_character", path=path, encoding=encoding)
             pending += piece
             # 切在换行处，BPE 的词不会被劈开；\r\n 也不会被分到两段
             cut = pending.rfind("\n") + 1
@@ -96,6 +166,9 @@ def iter_text(path: Path, encoding: str = "auto") -> Iterator[str]:
             yield pending.replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ConfigError("undecodable", path=path, offset=error.start, encoding=encoding) from None
+    except UnicodeError as error:
+        # UTF-16 之类的解码器有时不说位置
+        raise ConfigError("undecodable", path=path, offset="?", encoding=f"{encoding} ({error})") from None
 
 
 def own_source(path: str | None, *, unnamed: str) -> Path:
@@ -109,9 +182,30 @@ def own_source(path: str | None, *, unnamed: str) -> Path:
 
 def text_files(path: Path, suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> list[Path]:
     """The file itself, or all files of these kinds below a folder in a fixed order."""
-    if path.is_file():
-        return [path]
-    return sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in suffixes)
+    if not path.is_dir():
+        # 管道与设备读不到头：不算文件
+        return [path] if path.is_file() else []
+    # os.walk 比 rglob 快几倍，一百万个文件时差一分钟；它不进入链接指向的文件夹，不会绕圈
+    found = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names if os.path.splitext(name)[1].lower() in suffixes)
+    return [Path(p) for p in sorted(found, key=lambda p: p.split(os.sep)) if os.path.isfile(p)]
+
+
+def state_of(files: Iterable[Path]) -> list[tuple[int, int, int]]:
+    """What changes when a file is written to or replaced."""
+    return [(stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in map(os.stat, files)]
+
+
+def check_unchanged(files: list[Path], before: list[tuple[int, int, int]]) -> None:
+    """Refuse a text that was written to while it was read, in several passes, for this data set."""
+    for file, then, now in zip(files, before, state_of(files)):
+        if then != now:
+            raise ConfigError("text_changed", path=file)
+
+
+def stem_of(source: Path) -> str:
+    """The name of a source as the beginning of a folder's name."""
+    # 名字很长的文件：后面还要加指纹与临时后缀，255 字节装得下
+    return re.sub(r"[^\w-]", "_", source.resolve().stem)[:40]
 
 
 def build_char_tokenizer(pieces: Iterable[str]) -> tokenizers.CharTokenizer:
@@ -203,7 +297,7 @@ def write_meta(folder: Path, *, name: str, source: str, tokenizer, dtype: np.dty
         "vocab_size": tokenizer.vocab_size, "dtype": str(dtype), "tokens": tokens, **more,
         "sha256": {file.name: sha256(file) for file in sorted(folder.iterdir())},
     }
-    write_text(folder / "meta.json", json.dumps(meta, indent=2, ensure_ascii=False))
+    write_sealed(folder / "meta.json", meta)
     return meta
 
 
@@ -226,9 +320,33 @@ def _script(name: str):
     return module
 
 
+def check_options(prepare: Callable, options: dict) -> None:
+    """Refuse options of dataset=… that its script does not take, or whose type it does not take."""
+    hints = typing.get_type_hints(prepare)
+    parameters = inspect.signature(prepare).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key, got in options.items():
+        if key not in parameters and not open_ended:
+            raise ConfigError("unread_key", key=f"dataset.{key}")
+        check_value(f"dataset.{key}", got)
+        want = hints.get(key)
+        kinds = typing.get_args(want) or (want,)
+        # Python 里 True 也是整数；没有写类型的、写得复杂的，由脚本自己核对
+        fits = any(isinstance(got, int | float if kind is float else kind) for kind in kinds if isinstance(kind, type)) and (
+            not isinstance(got, bool) or bool in kinds
+        )
+        if all(isinstance(kind, type) for kind in kinds) and want is not None and not fits:
+            names = " | ".join(kind.__name__ for kind in kinds if kind in PLAIN)
+            raise ConfigError("wrong_type", key=f"dataset.{key}", got=got, want=names.replace("NoneType", "null"))
+    for key, parameter in list(parameters.items())[1:]:
+        if key not in options and parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+            raise ConfigError("missing_key", key=f"dataset.{key}")
+
+
 def folder_of(name: str, directory: str | None, options: dict, module=None) -> Path:
     """Where data set `name` lies once it is prepared; fetches and writes nothing."""
     module = module or _script(name)
+    check_options(module.prepare, options)
     # 没有 folder 函数的脚本最简单：数据就放在脚本旁边的 prepared/
     return Path(directory) if directory else module.folder(**options) if hasattr(module, "folder") else Path(module.__file__).parent / "prepared"
 
@@ -240,31 +358,55 @@ def prepare(name: str, directory: str | None, options: dict) -> Path:
     """
     module = _script(name)
     folder = folder_of(name, directory, options, module)
-    if not (folder / "meta.json").is_file():
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ConfigError("not_a_dataset", path=folder, reason="meta.json is missing")
-        say("preparing", name=name)
-        if folder.is_dir():
-            folder.rmdir()
-        elif folder.parent.is_dir():
-            # 只清这个数据集自己的：旁边可能是使用者的文件
-            remove_leftovers(folder.parent, folder.name)
-        module.prepare(folder, **options)
+    lock = folder.with_name(f".{folder.name}.lock")
+    if (folder / "meta.json").is_file():
+        remove_stale(lock)
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # 同时启动的两次训练只准备一次：另一个等着，等到了就有
+        with only_one(lock, waiting=lambda: say("preparing_elsewhere", name=name)):
+            if not (folder / "meta.json").is_file():
+                _prepare_in(folder, name, module, options)
+    except OSError as error:
+        # 磁盘满、目录只读、原文读不出来
+        raise ConfigError("cannot_prepare", name=name, path=error.filename or folder, reason=error.strerror or error) from None
     return folder
+
+
+def _prepare_in(folder: Path, name: str, module, options: dict) -> None:
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError("not_a_dataset", path=folder, reason="meta.json is missing")
+    say("preparing", name=name)
+    if folder.is_dir():
+        folder.rmdir()
+    # 只清这个数据集自己的：旁边可能是使用者的文件
+    remove_leftovers(folder.parent, folder.name)
+    module.prepare(folder, **options)
 
 
 def run_prepare(name: str) -> None:
     """Main program of data/<name>/prepare.py: key=value arguments over the defaults of conf/dataset/<name>.yaml."""
-    node = OmegaConf.load(ROOT / "conf" / "dataset" / f"{name}.yaml")
-    OmegaConf.set_struct(node, True)
-    try:
-        try:
-            options = OmegaConf.to_container(OmegaConf.merge(node, OmegaConf.from_dotlist(sys.argv[1:])))
-        except OmegaConfBaseException as error:
-            raise ConfigError("compose", line=str(error).splitlines()[0]) from None
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    with one_line_each():
+        options = typed_options(name, sys.argv[1:])
         options.pop("name")
         folder = prepare(name, options.pop("dir"), options)
         say("dataset_ready", path=folder)
-    except ConfigError as error:
-        say("error", line=error)
-        sys.exit(2)
+
+
+def typed_options(name: str, arguments: list[str]) -> dict:
+    """The options of conf/dataset/<name>.yaml with key=value arguments laid over them."""
+    node = OmegaConf.load(ROOT / "conf" / "dataset" / f"{name}.yaml")
+    OmegaConf.set_struct(node, True)
+    for argument in arguments:
+        if "=" not in argument:
+            raise ConfigError("not_an_option", got=argument, options=" ".join(f"{key}=" for key in node if key != "name"))
+        key = argument.partition("=")[0]
+        if key not in node or key == "name":
+            raise ConfigError("not_an_option", got=argument, options=" ".join(f"{key}=" for key in node if key != "name"))
+    try:
+        return OmegaConf.to_container(OmegaConf.merge(node, OmegaConf.from_dotlist(arguments)), resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError("compose", line=" ".join(str(error).split())) from None

@@ -6,14 +6,14 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nanogpt.cli import one_line
+from nanogpt.cli import check_whole, composing
 from nanogpt.config import ROOT
 from nanogpt.messages import ConfigError, text
 from nanogpt.sample_config import SampleConfig, register_schemas
+from nanogpt.values import check_values
 
 
 def parsed(key: str, value: str) -> Any:
@@ -35,10 +35,12 @@ def _composed(overrides: list[str]):
 
 def sample_config(overrides: list[str]) -> SampleConfig:
     """The config that run_sample.py would see for these overrides, for other programs that write; not checked."""
-    try:
-        return OmegaConf.to_object(_composed(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise one_line(error, "sample") from None
+    with composing("sample"):
+        composed = _composed(overrides)
+        check_whole(composed, SampleConfig)
+        cfg = OmegaConf.to_object(composed)
+        check_values(cfg)
+    return cfg
 
 
 def options(group: str) -> list[str]:
@@ -54,7 +56,5 @@ def option(group: str, name: str, temperature: float) -> dict[str, Any]:
         close = difflib.get_close_matches(name, names, n=1)
         guess = text("did_you_mean", guess=close[0]) if close else ""
         raise ConfigError("unknown_option", group=group, got=f"{name}{guess}", options=", ".join(names))
-    try:
+    with composing("sample"):
         return OmegaConf.to_container(_composed([f"{group}={name}", f"temperature={temperature}"])[group], resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise one_line(error, "sample") from None

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from nanogpt.https import is_secure, without_password
 from nanogpt.messages import ConfigError, say
 from nanogpt.weight_files import WEIGHTS, shard_names
 
@@ -16,9 +17,12 @@ def download(name: str, named: str, key: str) -> Path:
         from huggingface_hub import constants
     except ImportError:
         raise ConfigError("hub_package", key=key, got=named) from None
+    if not is_secure(constants.ENDPOINT):
+        # 这里没有事先知道的 SHA-256：路上不被改动全靠 TLS
+        raise ConfigError("hub_not_https", key=key, got=named, endpoint=without_password(constants.ENDPOINT))
     # 断网时库自己会反复重试并打印警告，下面的一行已说明一切
     huggingface_hub.logging.set_verbosity_error()
-    say("fetching", name=name, place=constants.ENDPOINT)
+    say("fetching", name=name, place=without_password(constants.ENDPOINT))
     try:
         folder = Path(huggingface_hub.hf_hub_download(name, "config.json")).parent
         weights = next((file for file in WEIGHTS if _optional(huggingface_hub, name, file)), None)
@@ -35,7 +39,7 @@ def download(name: str, named: str, key: str) -> Path:
         # 网络库的错误类型随版本变，但都意味着没有取到；连不上时起因比外层的套话有用
         cause = (error.__cause__ or error) if isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError) else error
         reason = " ".join(str(cause).split())[:160] or type(cause).__name__
-        raise ConfigError("hub_failed", key=key, got=named, endpoint=constants.ENDPOINT, reason=reason) from None
+        raise ConfigError("hub_failed", key=key, got=named, endpoint=without_password(constants.ENDPOINT), reason=reason) from None
     return folder
 
 

@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 from nanogpt.config import ModelConfig
 from nanogpt.files import folder_aside, write_text
 from nanogpt.messages import ConfigError, say, set_language
+from nanogpt.mistakes import Arguments, one_line_each
 from nanogpt.pretrained import ACTIVATIONS, TRANSPOSED, Pretrained, build_pretrained, open_pretrained
 from nanogpt.tokenizer_files import END_WORDS, to_library_json
+from nanogpt.values import check_path
 
 __all__ = ["Pretrained", "build_pretrained", "export", "open_pretrained"]
 
@@ -114,22 +116,29 @@ def write_json(path: Path, content: dict) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line: export OUT_DIR TARGET [--checkpoint best|last|iter_…]; exit code 2 on a mistake."""
-    parser = argparse.ArgumentParser(prog="python -m nanogpt.huggingface", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    set_language("auto")
+    with one_line_each():
+        typed = parser().parse_args(arguments)
+        set_language(typed.lang)
+        for key, value in (("OUT_DIR", typed.out_dir), ("TARGET", str(typed.target)), ("--checkpoint", typed.checkpoint)):
+            check_path(key, value)
+        pretrained = export(typed.out_dir, typed.target, typed.checkpoint)
+    trust = "" if is_gpt2(pretrained.config) else ", trust_remote_code=True"
+    say("exported", target=typed.target, command=f"transformers.AutoModelForCausalLM.from_pretrained({str(typed.target)!r}{trust})")
+
+
+def parser() -> argparse.ArgumentParser:
+    """export."""
+    top = Arguments(prog="python -m nanogpt.huggingface", description=__doc__.splitlines()[0])
+    commands = top.add_subparsers(dest="command", required=True)
     command = commands.add_parser("export", help="write a run as a folder that transformers loads")
     command.add_argument("out_dir", metavar="OUT_DIR", help="run folder, latest, or anything that init_from takes")
     command.add_argument("target", metavar="TARGET", type=Path, help="new or empty folder")
     command.add_argument("--checkpoint", default="best", help="best (default), last or iter_…")
     command.add_argument("--lang", default="auto", choices=("auto", "zh", "en"))
-    typed = parser.parse_args(arguments)
-    set_language(typed.lang)
-    try:
-        pretrained = export(typed.out_dir, typed.target, typed.checkpoint)
-    except ConfigError as error:
-        say("error", line=error)
-        sys.exit(2)
-    trust = "" if is_gpt2(pretrained.config) else ", trust_remote_code=True"
-    say("exported", target=typed.target, command=f"transformers.AutoModelForCausalLM.from_pretrained({str(typed.target)!r}{trust})")
+    return top
 
 
 if __name__ == "__main__":

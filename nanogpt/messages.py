@@ -3,6 +3,7 @@
 import locale
 import os
 import sys
+import unicodedata
 
 _language = "en"
 
@@ -74,14 +75,92 @@ class ConfigError(ValueError):
         self.message, self.values = message, values
 
     def __str__(self) -> str:
-        return text(self.message, **self.values)
+        return text(self.message, **{name: presentable(value) for name, value in self.values.items()})
+
+
+# 更长的值（一兆的参数、整行的 JSON）只给人看首尾
+LONGEST = 500
+
+
+def presentable(value):
+    """A value for one line of a terminal: numbers as they are; text without control characters, its middle left out where it is long."""
+    if isinstance(value, bool | float | None):
+        return value
+    try:
+        shown = str(value)
+    except ValueError:
+        # Python 不肯把几千位的整数写成十进制
+        return hex(value)[:LONGEST] + "…"
+    if isinstance(value, int):
+        return value if len(shown) < 60 else shown[:40] + "…"
+    if len(shown) > LONGEST:
+        shown = f"{shown[: LONGEST - 100]} … {shown[-60:]} ({len(shown):,})"
+    # 换行、ESC、NUL、半个代理对：写成转义，一行仍是一行；全角空格照旧
+    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode("ascii") for c in shown)
 
 
 # 名字 -> (英文, 中文)；两种语言的占位符必须相同，有测试
 MESSAGES = {
     "error": ("error: {line}", "错误：{line}"),
+    # ---- 系统与内存 ----
+    "system_refused": ("{path}: the system refuses ({reason}); {remedy}", "{path}：系统拒绝（{reason}）；{remedy}"),
+    "remedy_space": ("free some disk space or choose another disk, then start again", "请腾出磁盘空间或换一个磁盘，再运行同一条命令"),
+    "remedy_access": ("change its permissions or choose another place", "请改权限，或换一个位置"),
+    "remedy_files": (
+        "too many files are open: close other programs or raise the limit (ulimit -n)",
+        "打开的文件太多：请关掉别的程序，或调高上限（ulimit -n）",
+    ),
+    "remedy_name": ("choose a shorter name", "请用短一些的名字"),
+    "remedy_memory": ("close other programs or choose smaller settings", "请关掉别的程序，或调小设置"),
+    "remedy_disk": ("the disk itself fails: copy what matters to another one", "磁盘本身出错：请把重要的东西拷到别处"),
+    "remedy_path": ("check that path", "请检查这个路径"),
+    "no_memory": (
+        "out of memory ({reason}); choose a smaller model, batch_size or text, or close other programs",
+        "内存不足（{reason}）；请用更小的模型、batch_size 或文本，或关掉别的程序",
+    ),
     # ---- 配置 ----
     "compose": ("{line}", "{line}"),
+    "unreadable_flag": ("{reason}; --help shows what there is", "{reason}；--help 可看到有哪些"),
+    "long_argument": (
+        "{key}=…: {got:,} characters are too many for a command line (at most {most:,}); put the text into a file (start=FILE:…, prompts=…)",
+        "{key}=…：{got:,} 个字符，命令行写不下（至多 {most:,}）；请放进文件：start=FILE:…、prompts=…，或写成 yaml",
+    ),
+    "sweep_without_m": (
+        "{argument}: this means several values; add -m to try each, write key=[a,b] for a list, or quote the value",
+        "{argument}：写了几个值；要逐个尝试请加 -m，列表请写 key=[a,b]，文字请加引号",
+    ),
+    "nothing_chosen": ("{group}: nothing is chosen; choose one of: {options}", "{group}：没有选；可选：{options}"),
+    "one_option": (
+        "{group}={got}: one option is wanted here, not several; choose one, or put both into a yaml of your own under conf/{group}",
+        "{group}={got}：这里只能选一个；请只写一个，或在 conf/{group} 里自己写一份 yaml",
+    ),
+    "interpolation": ("{key}: {reason}; write the value itself", "{key}：{reason}；请直接写出值"),
+    "unread_key": ("+{key}: nothing reads this key; correct its name or leave it out", "+{key}：没有地方会读这一项；请改正名字或去掉"),
+    "removed_key": ("~{key}: this key is always needed; write {key}=VALUE instead", "~{key}：这一项不能去掉；请改写成 {key}=值"),
+    "bad_yaml": ("{file}: this is no yaml that can be used ({reason}); correct it", "{file}：不是能用的 yaml（{reason}）；请改正"),
+    "yaml_size": ("{got:,} KiB, at most {most} are read", "{got:,} KiB，至多读 {most} KiB"),
+    "yaml_aliases": ("its aliases stand for too many values", "别名展开后的值太多"),
+    "yaml_mapping": ("keys with values are wanted: key: value", "应为一列 键: 值"),
+    "yaml_encoding": ("byte {offset} is not UTF-8; save it as UTF-8", "第 {offset} 个字节不是 UTF-8；请另存为 UTF-8"),
+    "yaml_line": ("line {line}", "第 {line} 行"),
+    "too_deep": ("nested too deeply", "嵌套得太深"),
+    "not_finite": ("{key}={got} is not a finite number; write one", "{key}={got} 不是有限的数；请改写"),
+    "empty_value": ("{key} is empty; write a value, or {key}=null for none", "{key} 是空的；请写出值，没有就写 {key}=null"),
+    "unwritable_text": (
+        "{key}={got}: this holds {what}, which no file of ours can hold; write it otherwise, or rename what it names",
+        "{key}={got}：其中有{what}，存不进文件；请换个写法，或给它所指的文件改名",
+    ),
+    "what_nul": ("a NUL character", "NUL 字符"),
+    "what_half": ("bytes that are no UTF-8, or half a character", "非 UTF-8 的字节或半个字符"),
+    "large_number": ("{key}={got} is too large; write a smaller number", "{key}={got} 太大；请写小一些的数"),
+    "missing_key": ("{key} is missing; write it into the yaml", "缺少 {key}；请在 yaml 里写出"),
+    "not_a_part": ("{key}={got} is no {want}; name a class or function that is", "{key}={got} 不能用作 {want}；请改成合适的类或函数"),
+    "model_too_large": (
+        "model: its weights alone are {need:.1f} GiB ({parameters:.3g} parameters), {have:.1f} GiB are free; lower model.n_layer, model.n_embd or "
+        "model.vocab_size, or use memory.weights=bf16",
+        "model：只是权重就有 {need:.1f} GiB（{parameters:.3g} 个参数），而内存空闲 {have:.1f} GiB；请调小 model.n_layer、model.n_embd 或 "
+        "model.vocab_size，或用 memory.weights=bf16",
+    ),
     "unreadable": (
         "{argument}: this cannot be read ({reason}); put the value in quotes: \"key='value'\"",
         "{argument}：无法解析（{reason}）；请给值加引号：\"key='值'\"",
@@ -226,12 +305,38 @@ MESSAGES = {
         "dataset.path：{documents} 篇文本的 {kind} 有 {labels} 种；标签应是许多篇共有的词（至多 {most} 种），而不是标题或编号："
         "请改掉这个字段名，或合并标签",
     ),
+    "labelled_long": (
+        "{file}, line {line}: longer than {most:,} characters, which is no single text; put each text on a line of its own",
+        "{file} 第 {line} 行：超过 {most:,} 个字符，不会是一篇文本；请每篇各占一行",
+    ),
+    "labelled_memory": (
+        "dataset.path={got}: {size:,.0f} MiB of labelled texts are compared with each other in memory, which takes over {need:.1f} GiB, and "
+        "{have:.1f} are free: give fewer texts, or use dataset=text_file, which needs no memory for them",
+        "dataset.path={got}：{size:,.0f} MiB 带标签的文本要在内存里互相比较，需 {need:.1f} GiB 以上，现空闲 {have:.1f}；请少给一些，"
+        "或用 dataset=text_file（不占内存）",
+    ),
     "labelled_unused": ("not used: the fields {fields} (labels are {kinds})", "没有用到的字段：{fields}（标签是 {kinds}）"),
     "empty_text": ("{key}={got}: no text in it; give a file with text", "{key}={got}：没有文字；请换一个有内容的文件"),
     "undecodable": (
         "{path}: byte {offset} is not {encoding}; save the file as UTF-8 or set dataset.encoding",
         "{path}：第 {offset} 个字节不是 {encoding}；请另存为 UTF-8，或设置 dataset.encoding",
     ),
+    "mixed_encodings": (
+        "{path}: the lines up to {line} hold UTF-8, but byte {offset} is none: the file mixes encodings; save it whole as UTF-8",
+        "{path}：第 {line} 行之前有 UTF-8 的文字，而第 {offset} 个字节不是：文件混用了几种编码；请整个另存为 UTF-8",
+    ),
+    "binary_file": ("{path} is a {kind} file, no text; save its text as UTF-8", "{path} 是 {kind} 文件，不是文本；请把文字另存为 UTF-8 的 .txt"),
+    "half_character": (
+        "{path}: as {encoding} it holds half a character; save the file as UTF-8 or set dataset.encoding",
+        "{path}：按 {encoding} 读出半个字符；请另存为 UTF-8，或设置 dataset.encoding",
+    ),
+    "text_changed": ("{path} was changed while it was read; start again", "{path} 在读取时被改动了；请重新运行"),
+    "text_too_short": (
+        "dataset.path={got}: {tokens} tokens, {val} of them for validation, are too few (at least {least} each); give more text or another "
+        "dataset.val_fraction",
+        "dataset.path={got}：只有 {tokens} 个 token，其中验证 {val} 个，太少（各至少 {least} 个）；请给更多文字，或改 dataset.val_fraction",
+    ),
+    "not_an_option": ("{got}: there is no such option; choose from: {options}", "{got}：没有这个选项；可用：{options}"),
     "unknown_encoding": (
         "dataset.encoding={got} is not known; try utf-8, utf-16, gb18030 or auto",
         "dataset.encoding={got} 无法识别；可用 utf-8、utf-16、gb18030 或 auto",
@@ -244,9 +349,18 @@ MESSAGES = {
         "the vocabulary lacks {characters}; leave them out, write with unknown=skip, or train on text that has them",
         "词表里没有 {characters}；请去掉这些字符，写作时可加 unknown=skip 跳过，或用包含它们的文本训练",
     ),
+    "cannot_prepare": (
+        "data set {name} could not be prepared: {path} ({reason}); mend that, or name another place with dataset.dir=…",
+        "数据集 {name} 准备失败：{path}（{reason}）；请先解决它，或用 dataset.dir=… 换个地方",
+    ),
+    "preparing_elsewhere": ("another process is preparing data set {name}; waiting for it", "另一个进程正在准备数据集 {name}；等它做完"),
     "not_a_dataset": (
         "{path} has no readable meta.json ({reason}); delete the folder and start again to prepare it anew",
         "{path} 没有可用的 meta.json（{reason}）；删除该文件夹后重新运行即可重新准备",
+    ),
+    "damaged_tokenizer": (
+        "{file} is no vocabulary ({reason}); get an undamaged copy or another model",
+        "{file} 不是可用的词表（{reason}）；请换一份完好的，或换一个模型",
     ),
     "damaged_dataset": (
         "{path} does not match its meta.json ({reason}); delete the folder {folder} and start again to prepare it anew",
@@ -311,7 +425,8 @@ MESSAGES = {
     "preparing": ("preparing the data set {name} …", "正在准备数据集 {name} …"),
     "fetching": ("fetching {name} from {place} …", "正在从 {place} 获取 {name} …"),
     "training_bpe": ("training a vocabulary of {vocab:,} tokens …", "正在训练 {vocab:,} 个 token 的词表 …"),
-    "fetching_part": ("{name}: {have:.1f} of {total} MB", "{name}：{have:.1f} / {total} MB"),
+    "fetching_part": ("{name}: {have:.1f} of {total:.1f} MB", "{name}：{have:.1f} / {total:.1f} MB"),
+    "not_https": ("{setting} = {url} is not https: passed over", "{setting} = {url} 不是 https，不用它"),
     "dataset_ready": ("ready: {path}", "已就绪：{path}"),
     "prepared": (
         "{name}: {train:,} training and {val:,} validation tokens, vocabulary {vocab} -> {path}",
@@ -335,6 +450,16 @@ MESSAGES = {
         "variable HF_ENDPOINT to a mirror, or give a local folder: {key}=FOLDER with config.json and model.safetensors",
         "{key}={got}：本机没有这个文件夹，{endpoint} 也取不到（{reason}）；请检查名字与网络，用环境变量 HF_ENDPOINT 指定镜像，"
         "或给出本地文件夹：{key}=文件夹，内含 config.json 与 model.safetensors",
+    ),
+    "run_links": (
+        "{path}: {name} in it is a link, through which a run would write elsewhere; put what it points at in its place (the run folder itself may "
+        "be a link)",
+        "{path}：其中的 {name} 是链接，训练会经它写到别处；请换成它指向的内容（整个运行目录可以是链接）",
+    ),
+    "hub_not_https": (
+        "{key}={got}: HF_ENDPOINT={endpoint} is not https, and weights have no hash known beforehand; name a mirror with https, or give a "
+        "local folder: {key}=FOLDER",
+        "{key}={got}：HF_ENDPOINT={endpoint} 不是 https，而权重没有事先知道的摘要；请换一个支持 https 的镜像，或给出本地文件夹：{key}=文件夹",
     ),
     "pretrained_damaged": (
         "{file} cannot be used ({reason}); get an undamaged copy or choose another model",
@@ -416,6 +541,10 @@ MESSAGES = {
         "prompts={path}: line {number} is neither a string nor an object with \"prompt\"; correct it",
         "prompts={path}：第 {number} 行既不是字符串，也不是带 \"prompt\" 的对象；请改正",
     ),
+    "large_prompts": (
+        "{key}={got}: {size:,.0f} MiB are too many for prompts (at most {most}); give a smaller file",
+        "{key}={got}：有 {size:,.0f} MiB，不会是开头（至多 {most} MiB）；请给小一些的文件",
+    ),
     "no_prompts": ("prompts={path} holds no prompt; give one per line", "prompts={path} 里没有开头；请每行写一个"),
     "output_not_writable": (
         "output={got} cannot be written ({reason}); choose another file",
@@ -461,6 +590,11 @@ MESSAGES = {
         "正在用 {model} 写作；请在浏览器打开 {url}，或把 {url}v1 当作 OpenAI 兼容的 base URL（Ctrl-C 结束）",
     ),
     "api_not_json": ("the body is not a JSON object in UTF-8 ({reason})", "正文不是 UTF-8 的 JSON 对象（{reason}）"),
+    "api_long_head": ("the head of the request is longer than {limit} KiB", "请求头超过 {limit} KiB"),
+    "api_two_lengths": (
+        "the request names its length twice (Content-Length and Transfer-Encoding); send one of them",
+        "请求用两种方式给出长度（Content-Length 与 Transfer-Encoding）；请只用一种",
+    ),
     "api_content_type": ("the content type is {got}; send application/json", "内容类型是 {got}；请发送 application/json"),
     "api_unknown_field": (
         "{field}: there is no such field; known fields: {known}",
@@ -516,10 +650,21 @@ MESSAGES = {
         "{file} 已损坏（{reason}）；{remedy}",
     ),
     "older_checkpoint": ("the next older good one is checkpoint={name}", "更早的完好 checkpoint：checkpoint={name}"),
+    "other_checkpoint": ("a good one is checkpoint={name}", "完好的有 checkpoint={name}"),
+    "other_run": ("it belongs to another run", "属于另一次训练"),
+    "remove_record": (
+        "delete this file: the checkpoints have what is needed to go on",
+        "删掉这个文件即可：继续训练要用的都在 checkpoint 里",
+    ),
+    "run_in_use": (
+        "{path}: process {process} is training there; wait until it ends, or choose another out_dir",
+        "{path}：进程 {process} 正在那里训练；请等它结束，或换 out_dir",
+    ),
+    "begun_again": ("{path} has no checkpoint yet: beginning again from iteration 0", "{path} 里还没有 checkpoint：从第 0 次迭代重新开始"),
     "no_older_checkpoint": ("there is no older good one; start a new run", "没有更早的完好 checkpoint；请重新训练"),
     "newer_format": (
-        "{file} has format {got}, this program reads up to {want}; update nanogpt",
-        "{file} 的格式版本是 {got}，本程序最高支持 {want}；请更新 nanogpt",
+        "{file}: has format {got}, this program reads up to {want}; update nanogpt",
+        "{file}：格式版本是 {got}，本程序最高支持 {want}；请更新 nanogpt",
     ),
     "resume_changes": (
         "{key} cannot change on resume ({old} -> {new}); leave it out or start a new run",
@@ -530,12 +675,16 @@ MESSAGES = {
         "训练已到第 {iteration} 次迭代（max_iters={max_iters}）；加 max_iters={more} 可继续",
     ),
     "save_failed": (
-        "could not save a checkpoint ({reason}); the older ones are kept, trying again in {iters} iterations",
-        "checkpoint 保存失败（{reason}）；旧的仍在，{iters} 次迭代后重试",
+        "could not save a checkpoint ({reason}); the older ones are kept, trying again in {seconds} s; free some disk space",
+        "checkpoint 保存失败（{reason}）；旧的仍在，{seconds} 秒后重试；请腾出磁盘空间",
     ),
     "never_saved": (
-        "the last checkpoint could not be saved ({reason}); free some disk space and continue with resume={path}",
-        "最后的 checkpoint 没能保存（{reason}）；请腾出磁盘空间，再用 resume={path} 继续",
+        "the last checkpoint could not be saved ({reason}); the newest one is {checkpoint}; free some disk space and continue with resume={path}",
+        "最后的 checkpoint 没能保存（{reason}）；最新的完好 checkpoint 是 {checkpoint}；请腾出磁盘空间，再用 resume={path} 继续",
+    ),
+    "logger_failed": (
+        "{name} cannot write ({reason}); training goes on, metrics may be missing",
+        "{name} 写不进去（{reason}）；训练继续，曲线可能缺一段",
     ),
     # ---- 训练过程 ----
     "start": (
@@ -886,6 +1035,10 @@ MESSAGES = {
     ),
     "trial_watched": ("ended at {rss:.2f} GiB, above the budget (during: {phase})", "用到 {rss:.2f} GiB，超出预算，已结束（阶段：{phase}）"),
     "trial_killed": ("killed by the system, which was out of memory (during: {phase})", "系统内存耗尽，被系统结束（阶段：{phase}）"),
+    "trial_ended": (
+        "SIGKILL (during: {phase}): ended by someone, or by a program that guards the memory; the system itself ended nothing for want of memory",
+        "SIGKILL（阶段：{phase}）：被人或看守内存的程序结束；系统自己没有因内存不足结束过程序",
+    ),
     "trial_crashed": ("{how} (during: {phase}): {line}", "{how}（阶段：{phase}）：{line}"),
     "trial_exit_code": ("exit code {code}", "退出码 {code}"),
     "trial_not_with": (
@@ -989,10 +1142,6 @@ MESSAGES = {
     "sample_nonfinite": (
         "iter {iteration}: the model's logits are not finite here, no sample is written; training goes on",
         "迭代 {iteration}: 模型在这里的 logits 不是有限数，不写样本；训练继续",
-    ),
-    "oom_outside": (
-        "not enough memory ({reason}); close other programs, or choose a smaller model, a smaller batch_size or memory=lean",
-        "内存或显存不足（{reason}）；请关掉别的程序，或选更小的 model、更小的 batch_size，或用 memory=lean",
     ),
     "oom_title": (
         "---- out of memory in the {phase}, with {rows} rows at a time: this cannot be divided further ----",

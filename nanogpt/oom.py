@@ -87,15 +87,3 @@ def not_divisible(phase: str, *, rows: int) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(phase, rows=rows, detail=str(error)) from None
-
-
-@contextlib.contextmanager
-def told_in_one_line() -> Iterator[None]:
-    """Turn running out of memory inside, wherever it was and nobody expected it, into a ConfigError."""
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        lines = str(error).strip().splitlines()
-        raise ConfigError("oom_outside", reason=lines[0] if lines else type(error).__name__) from None

@@ -75,24 +75,24 @@ SAMPLE_CHOICES = {
     "precision.dtype": ("auto", "fp32", "fp16", "bf16", "int8"),
 }
 
-# 下限（含）与上限（含）；None 表示不限
+# 下限（含）与上限（含）：上限不是建议，只拦住会吃光内存的打字错误
 SAMPLE_RANGES = {
-    "num_samples": (1, None),
-    "max_new_tokens": (1, None),
+    "num_samples": (1, 10**6),
+    "max_new_tokens": (1, 10**7),
     "temperature": (0, 100),
     "seed": (0, 2**62),
     "batch_size": (1, 4096),
     "server.port": (0, 65535),
-    "server.max_tokens": (1, None),
-    "server.max_prompt_chars": (1, None),
-    "server.max_texts": (1, None),
-    "server.max_waiting": (0, None),
-    "server.max_connections": (1, None),
-    "server.max_body_kib": (1, None),
-    "server.request_seconds": (0.1, None),
-    "server.read_seconds": (0.1, None),
-    "server.stall_seconds": (0.1, None),
-    "server.max_unread_chars": (1, None),
+    "server.max_tokens": (1, 10**7),
+    "server.max_prompt_chars": (1, 10**9),
+    "server.max_texts": (1, 10**6),
+    "server.max_waiting": (0, 10**6),
+    "server.max_connections": (1, 10**6),
+    "server.max_body_kib": (1, 10**7),
+    "server.request_seconds": (0.1, 10**7),
+    "server.read_seconds": (0.1, 10**7),
+    "server.stall_seconds": (0.1, 10**7),
+    "server.max_unread_chars": (1, 10**9),
 }
 
 
@@ -106,6 +106,11 @@ def check_sample(cfg: SampleConfig) -> None:
         raise ConfigError("not_a_prompt", got=cfg.start)
     if "" in cfg.stop:
         raise ConfigError("empty_stop")
+    for key, node in {"sampler": cfg.sampler, "control": cfg.control}.items():
+        if not isinstance(node, dict):
+            raise ConfigError("wrong_type", key=key, got=node, want="{_target_: …}")
+        if not isinstance(node.get("_target_"), str):
+            raise ConfigError("missing_key", key=f"{key}._target_")
     if cfg.serve:
         # 这些只属于命令行：悄悄忽略会让人以为写进了文件
         for key in ("interactive", "prompts", "output"):

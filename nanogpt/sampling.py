@@ -204,6 +204,8 @@ def build_sampler(node: dict) -> Sampler:
             signature.bind(*[None] * _positional(signature), **settings)
             return _wrapped(lambda *inputs: target(*inputs, **settings), _positional(signature))
         built = target(**settings)
+        if not callable(built):
+            raise ConfigError("not_a_part", key="sampler._target_", got=node["_target_"], want="sampler: __call__")
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:

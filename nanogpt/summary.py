@@ -9,6 +9,7 @@ import torch
 
 from nanogpt import distributed
 from nanogpt.files import write_text
+from nanogpt.sealed import reason_of
 
 
 def versions() -> dict[str, str]:
@@ -56,5 +57,9 @@ def write_summary(trainer, reason: str, wall_s: float) -> dict:
         "versions": versions(),
     }
     if not distributed.rank():
-        write_text(trainer.run_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        try:
+            write_text(trainer.run_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        except OSError as error:
+            # 权重都已存好：少一份总结不算失败
+            trainer.console.line("logger_failed", name="summary.json", reason=reason_of(error))
     return summary

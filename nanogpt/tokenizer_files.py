@@ -13,6 +13,7 @@ from nanogpt.tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, ByteToken
 GPT2_SIZES = (50257, 50304)
 # 没有说明文件时，结束符常用的几种写法
 END_WORDS = (END_OF_TEXT, "</s>", "[SEP]")
+MOST_BYTES = 128 * 2**20
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
@@ -37,8 +38,15 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
 
 
+def _text(path: Path) -> str:
+    # 最大的词表几十 MB；再大的读进来要占许多倍的内存
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path.name} is larger than {MOST_BYTES // 2**20} MiB")
+    return path.read_text(encoding="utf-8")
+
+
 def _json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return json.loads(_text(path)) if path.is_file() else {}
 
 
 def _read(folder: Path) -> Tokenizer | None:
@@ -73,14 +81,14 @@ def _end_word(described: dict, settings: dict) -> str | None:
 def _from_merges(folder: Path) -> dict:
     """The json that the tokenizers library would write for GPT-2's old pair of files."""
     vocab = _json(folder / "vocab.json")
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    lines = _text(folder / "merges.txt").split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     return byte_level_json(vocab, merges, {END_OF_TEXT: vocab[END_OF_TEXT]} if END_OF_TEXT in vocab else {})
 
 
 def _from_word_pieces(path: Path, lower: bool) -> dict:
     """BERT's vocab.txt, which many Chinese GPT-2 models use, as the json of the tokenizers library."""
-    words = path.read_text(encoding="utf-8").split("\n")
+    words = _text(path).split("\n")
     vocab = {word.strip("\r"): i for i, word in enumerate(words) if word.strip("\r")}
     special = [w for w in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if w in vocab]
     return {

@@ -66,6 +66,8 @@ class Trainer:
         self.run_dir = run_dir
         self.console = console
         self.config_text = ""
+        self.run_id: str | None = None
+        self.retry_at: float | None = None
         self.schedule = schedule_of(cfg)
         self.parameters = computation.parameters
         self.progress = Progress()
@@ -275,7 +277,7 @@ class Trainer:
         if iteration % cfg.log_interval == 0 or evaluated or reason:
             self._log(result, evaluated and self.progress.val_loss is not None)
         save_due = iteration % cfg.save_interval == 0 if cfg.save_interval else evaluated
-        if save_due or reason:
+        if save_due or reason or keeping.overdue(self):
             self._save(final=bool(reason) or last)
         if evaluated and cfg.sample_tokens and reason != "interrupted":
             self._write_sample()

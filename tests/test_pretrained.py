@@ -342,6 +342,23 @@ def test_a_mirror_of_the_hub_serves_models_and_the_cache_remembers_them(tmp_path
     assert "model.safetensors" in local_hub.asked and not [file for file in local_hub.asked if file.endswith(".py")]
 
 
+def test_a_mirror_of_the_hub_that_is_not_https_is_not_asked(monkeypatch, in_tmp):
+    library = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(library, "hf_hub_download", None)
+    monkeypatch.setattr(library.constants, "ENDPOINT", "http://me:secret@mirror.example")
+    with pytest.raises(ConfigError, match="HF_ENDPOINT=http://mirror.example is not https"):
+        open_pretrained("gpt2")
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+def test_a_giant_json_is_not_read_into_memory(folder, file):
+    # 稀疏文件：只有长度，没有内容
+    with (folder / file).open("r+b") as opened:
+        opened.truncate(2**34)
+    with pytest.raises(ConfigError, match="larger than .* MiB"):
+        open_pretrained(str(folder))
+
+
 def test_without_the_package_the_line_names_it_and_the_other_ways(monkeypatch, in_tmp):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ConfigError, match="pip install huggingface_hub; HF_ENDPOINT .* local folder"):

@@ -11,11 +11,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanogpt.config import ROOT, check_range
-from nanogpt.corpus import iter_text, own_source, text_files, tokenizer_for, tokenizer_word
+from nanogpt.corpus import (
+    check_encoding,
+    check_unchanged,
+    iter_text,
+    own_source,
+    state_of,
+    stem_of,
+    text_files,
+    tokenizer_for,
+    tokenizer_word,
+)
 from nanogpt.documents import Document, label_names, write_documents
 from nanogpt.files import sha256
 from nanogpt.labels import LABEL_KINDS
 from nanogpt.messages import ConfigError, say
+from nanogpt.ram import free_ram
 from nanogpt.splitting import split_documents
 from nanogpt.tokenizer import Tokenizer
 
@@ -23,27 +34,40 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".jsonl", ".ndjson", *DELIMITERS)
 EXAMPLE = '{"text": "春眠不觉晓", "style": "五言绝句"}'
 LONGEST_LABEL = 64
+# 一篇至多这么多字：十部长篇小说；再长就不是一篇，而是少了换行或引号
+LONGEST_TEXT = 2**25
+# 每字节文件至少要这么多内存：正文两份，查重时每字再记一个 hash 与归属（实测中文 20、英文 45 上下）
+BYTES_EACH = 12
 # 标签多于这些，或者篇数的一半，多半是把标题、编号当成了标签
 MOST_LABELS, FEW_LABELS = 1000, 20
 
 
-def folder(path: str | None, tokenizer: str | Tokenizer, vocab_size: int, encoding: str, val_fraction: float, judge_fraction: float) -> Path:
-    """Where the prepared form belongs: other texts or options give another folder."""
+def checked(path: str | None, tokenizer, vocab_size: int | None, encoding: str, val_fraction: float, judge_fraction: float) -> tuple[list[Path], str]:
+    """(files, word for the tokenizer); ConfigError for options that cannot be right, and for more text than the memory holds."""
     source = own_source(path, unnamed="no_labelled_path")
     word = tokenizer_word(tokenizer, vocab_size)
+    check_encoding(encoding)
     if not 0 < val_fraction < 1:
         raise ConfigError("out_of_range", key="dataset.val_fraction", got=val_fraction, wanted="> 0, < 1")
     check_range("dataset.judge_fraction", judge_fraction, 0, 1)
     if val_fraction + judge_fraction >= 1:
         raise ConfigError("out_of_range", key="dataset.judge_fraction", got=judge_fraction, wanted=f"< 1 - val_fraction = {1 - val_fraction:g}")
     files = text_files(source, SUFFIXES)
-    if not any(file.stat().st_size for file in files):
+    size = sum(file.stat().st_size for file in files)
+    if not size:
         raise ConfigError("empty_labelled", got=path, kinds=" ".join(SUFFIXES))
+    if size * BYTES_EACH > (free := free_ram()):
+        raise ConfigError("labelled_memory", got=path, size=size / 2**20, need=size * BYTES_EACH / 2**30, have=free / 2**30)
+    return files, word
+
+
+def folder(path: str | None, tokenizer: str | Tokenizer, vocab_size: int, encoding: str, val_fraction: float, judge_fraction: float) -> Path:
+    """Where the prepared form belongs: other texts or options give another folder."""
+    files, word = checked(path, tokenizer, vocab_size, encoding, val_fraction, judge_fraction)
     options = [word, encoding, repr(val_fraction), repr(judge_fraction)]
     # 同样的内容，.csv 与 .jsonl 读法不同，所以后缀也算
-    identity = hashlib.sha256("\n".join([*(sha256(file) + file.suffix for file in files), *options]).encode("utf-8"))
-    stem = re.sub(r"[^\w-]", "_", source.resolve().stem)
-    return ROOT / "data" / "labelled" / f"{stem}-{identity.hexdigest()[:12]}"
+    identity = hashlib.sha256("\n".join([*(sha256(file) + file.suffix for file in files), *options]).encode("utf-8", errors="surrogatepass"))
+    return ROOT / "data" / "labelled" / f"{stem_of(Path(path))}-{identity.hexdigest()[:12]}"
 
 
 # ---- 读 ----
@@ -51,11 +75,15 @@ def folder(path: str | None, tokenizer: str | Tokenizer, vocab_size: int, encodi
 
 def lines_of(file: Path, encoding: str) -> Iterator[str]:
     """The lines of a file with their ends."""
-    pending = ""
+    pending, number = "", 1
     for piece in iter_text(file, encoding):
         # 不用 splitlines：JSON 字符串里可以有 U+2028 之类
         *whole, pending = (pending + piece).split("\n")
         yield from (line + "\n" for line in whole)
+        number += len(whole)
+        if len(pending) > LONGEST_TEXT:
+            # 多半是整个文件没有换行：再读下去只会吃光内存
+            raise ConfigError("labelled_long", file=file, line=number, most=LONGEST_TEXT)
     if pending:
         yield pending
 
@@ -66,7 +94,7 @@ def rows_of_json(file: Path, encoding: str) -> Iterator[tuple[int, dict]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=without_repeats)
         except (ValueError, RecursionError) as error:
             raise ConfigError("labelled_json", file=file, line=number, reason=str(error).splitlines()[0], example=EXAMPLE) from None
         if not isinstance(row, dict):
@@ -74,11 +102,20 @@ def rows_of_json(file: Path, encoding: str) -> Iterator[tuple[int, dict]]:
         yield number, row
 
 
+def without_repeats(pairs: list[tuple[str, object]]) -> dict:
+    """The object of these pairs; ValueError where a name stands twice, since one of the two values would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)!r} stands twice")
+    return found
+
+
 def rows_of_table(file: Path, encoding: str) -> Iterator[tuple[int, dict]]:
     """(number of its last line, fields) of each row below the header."""
     reader = csv.reader(lines_of(file, encoding), delimiter=DELIMITERS[file.suffix.lower()], strict=True)
-    # 长文章也是一格
-    csv.field_size_limit(2**31 - 1)
+    # 长文章也是一格；引号没有配对时，整个文件都是一格
+    csv.field_size_limit(LONGEST_TEXT)
     try:
         header = [name.strip().lower() for name in next(reader, [])]
         if "text" not in header:
@@ -133,10 +170,15 @@ def check_labels(listed: list[Document]) -> None:
             raise ConfigError("labelled_many", kind=kind, labels=len(names), documents=labelled, most=MOST_LABELS)
 
 
-def prepare(folder: Path, path: str, tokenizer: str | Tokenizer, vocab_size: int, encoding: str, val_fraction: float, judge_fraction: float) -> None:
+def prepare(
+    folder: Path, path: str | None, tokenizer: str | Tokenizer, vocab_size: int, encoding: str, val_fraction: float, judge_fraction: float
+) -> None:
     """Read, check, split and write the data set folder."""
-    source = Path(path)
-    listed = list(documents(text_files(source, SUFFIXES), encoding))
+    # 给了 dataset.dir 就没有人替它核对过
+    files, _ = checked(path, tokenizer, vocab_size, encoding, val_fraction, judge_fraction)
+    before = state_of(files)
+    listed = list(documents(files, encoding))
+    check_unchanged(files, before)
     if not listed:
         raise ConfigError("empty_labelled", got=path, kinds=" ".join(SUFFIXES))
     check_labels(listed)
@@ -145,7 +187,7 @@ def prepare(folder: Path, path: str, tokenizer: str | Tokenizer, vocab_size: int
         if not parts[split]:
             raise ConfigError("no_documents", split=split, path=path)
     coder = tokenizer_for(tokenizer, lambda: (document.text for document in parts["train"]), vocab_size)
-    write_documents(folder, name="labelled", source=source.name, tokenizer=coder, parts=parts, grow=isinstance(tokenizer, str))
+    write_documents(folder, name="labelled", source=Path(path).name, tokenizer=coder, parts=parts, grow=isinstance(tokenizer, str))
 
 
 if __name__ == "__main__":

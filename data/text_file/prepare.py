@@ -1,32 +1,53 @@
 """Text of your own: one file, or all .txt and .md files of a folder; the last part is held out."""
 
 import hashlib
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from nanogpt.config import ROOT
-from nanogpt.corpus import detect_encoding, iter_text, own_source, split_by_length, text_files, tokenizer_for, tokenizer_word, write_tagged
+from nanogpt.corpus import (
+    check_encoding,
+    check_unchanged,
+    detect_encoding,
+    iter_text,
+    own_source,
+    split_by_length,
+    state_of,
+    stem_of,
+    text_files,
+    tokenizer_for,
+    tokenizer_word,
+    write_tagged,
+)
 from nanogpt.files import sha256
 from nanogpt.messages import ConfigError
 from nanogpt.tokenizer import Tokenizer
 
+# 一个输入加一个目标：再少就没有可学、可验证的
+SHORTEST = 2
 
-def folder(path: str | None, tokenizer: str | Tokenizer, encoding: str, val_fraction: float, vocab_size: int | None = None) -> Path:
-    """Where the prepared form belongs: another text or other options give another folder."""
+
+def checked(path: str | None, tokenizer: str | Tokenizer, encoding: str, val_fraction: float, vocab_size: int | None) -> tuple[list[Path], str]:
+    """(files, word for the tokenizer); ConfigError for options that cannot be right."""
     source = own_source(path, unnamed="no_text_path")
     word = tokenizer_word(tokenizer, vocab_size)
+    check_encoding(encoding)
     if not 0 < val_fraction < 1:
         raise ConfigError("out_of_range", key="dataset.val_fraction", got=val_fraction, wanted="> 0, < 1")
     files = text_files(source)
     if not any(file.stat().st_size for file in files):
         raise ConfigError("empty_text", key="dataset.path", got=path)
+    return files, word
+
+
+def folder(path: str | None, tokenizer: str | Tokenizer, encoding: str, val_fraction: float, vocab_size: int | None = None) -> Path:
+    """Where the prepared form belongs: another text or other options give another folder."""
+    files, word = checked(path, tokenizer, encoding, val_fraction, vocab_size)
     # 指纹取自内容：改了文字就重新准备，改个文件名不用
     identity = hashlib.sha256("\n".join([*map(sha256, files), word, encoding, repr(val_fraction)]).encode("utf-8"))
-    stem = re.sub(r"[^\w-]", "_", source.resolve().stem)
-    return ROOT / "data" / "text_file" / f"{stem}-{identity.hexdigest()[:12]}"
+    return ROOT / "data" / "text_file" / f"{stem_of(Path(path))}-{identity.hexdigest()[:12]}"
 
 
 def pieces(files: list[tuple[Path, str]]) -> Iterator[str]:
@@ -44,11 +65,13 @@ def first(stream: Iterable[str], characters: int) -> Iterator[str]:
         characters -= len(piece)
 
 
-def prepare(folder: Path, path: str, tokenizer: str | Tokenizer, encoding: str, val_fraction: float, vocab_size: int | None = None) -> None:
+def prepare(folder: Path, path: str | None, tokenizer: str | Tokenizer, encoding: str, val_fraction: float, vocab_size: int | None = None) -> None:
     """Tokenise the text piece by piece and write the data set folder."""
-    source = Path(path)
+    # 给了 dataset.dir 就没有人替它核对过
+    paths, _ = checked(path, tokenizer, encoding, val_fraction, vocab_size)
+    before = state_of(paths)
     # 判断编码要通读文件，下面还要读两三遍：只判断一次
-    files = [(file, detect_encoding(file) if encoding == "auto" else encoding) for file in text_files(source)]
+    files = [(file, detect_encoding(file) if encoding == "auto" else encoding) for file in paths]
 
     def made_from() -> Iterator[str]:
         if tokenizer != "bpe":
@@ -59,15 +82,19 @@ def prepare(folder: Path, path: str, tokenizer: str | Tokenizer, encoding: str, 
     coder = tokenizer_for(tokenizer, made_from, vocab_size)
 
     def ids() -> Iterator[np.ndarray]:
-        return (coder.encode(piece) for piece in pieces(files))
+        for piece in pieces(files):
+            yield coder.encode(piece)
+        # 最后一段写完、还没改名之前：读的几遍必须是同一份文字
+        check_unchanged(paths, before)
 
     # 先数一遍再写：切分点准确，内存里始终只有一段
     total = sum(len(part) for part in ids())
+    train = total - round(total * val_fraction)
     if not total:
         raise ConfigError("empty_text", key="dataset.path", got=path)
-    write_tagged(
-        folder, name="text_file", source=source.name, tokenizer=coder, stream=split_by_length(ids(), total - round(total * val_fraction))
-    )
+    if train < SHORTEST or total - train < SHORTEST:
+        raise ConfigError("text_too_short", got=path, tokens=total, val=total - train, least=SHORTEST)
+    write_tagged(folder, name="text_file", source=Path(path).name, tokenizer=coder, stream=split_by_length(ids(), train))
 
 
 if __name__ == "__main__":

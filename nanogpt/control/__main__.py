@@ -8,14 +8,16 @@ import sys
 from pathlib import Path
 
 from nanogpt import rundir
-from nanogpt.cli import EXIT_INTERRUPTED, EXIT_USER_ERROR, forgive_output, quoted
+from nanogpt.cli import check_arguments, forgive_output, quoted
 from nanogpt.config import check_range
 from nanogpt.control.codes import GUIDANCE
 from nanogpt.files import write_text
 from nanogpt.groups import sample_config
 from nanogpt.labels import LABEL_KINDS
-from nanogpt.messages import ConfigError, language_from_arguments, say, set_language, text
+from nanogpt.messages import ConfigError, language_from_arguments, set_language, text
+from nanogpt.mistakes import Arguments, one_line_each
 from nanogpt.sample_config import SampleConfig, check_sample
+from nanogpt.values import check_path
 
 # 评估自己决定的键
 OWN_KEYS = (
@@ -39,21 +41,17 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line; exit code 2 on a mistake."""
     forgive_output()
     options, overrides = split(sys.argv[1:] if arguments is None else arguments)
-    typed = parser().parse_args(options)
-    set_language(typed.lang if typed.lang != "auto" else language_from_arguments(overrides))
-    try:
+    set_language(language_from_arguments(overrides))
+    # 被 Ctrl-C 打断时，写完的设置都已在 --output 里
+    with one_line_each():
+        typed = parser().parse_args(options)
+        set_language(typed.lang if typed.lang != "auto" else language_from_arguments(overrides))
         (run_plot if typed.command == "plot" else run_evaluate)(typed, overrides)
-    except ConfigError as error:
-        say("error", line=error)
-        sys.exit(EXIT_USER_ERROR)
-    except KeyboardInterrupt:
-        # 写完的设置都已在 --output 里
-        sys.exit(EXIT_INTERRUPTED)
 
 
 def parser() -> argparse.ArgumentParser:
     """evaluate and plot."""
-    top = argparse.ArgumentParser(prog="python -m nanogpt.control", description=__doc__)
+    top = Arguments(prog="python -m nanogpt.control", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
         "evaluate", help="write, judge, count", epilog=EPILOG, usage="%(prog)s OUT_DIR [options] [key=value …]",
@@ -84,6 +82,7 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def config_of(overrides: list[str]) -> SampleConfig:
     """The checked configuration of the texts."""
+    check_arguments(overrides)
     typed = [o.lstrip("+~").partition("=")[0] for o in overrides]
     for key in typed:
         if key.split(".")[0] in OWN_KEYS:
@@ -96,7 +95,9 @@ def config_of(overrides: list[str]) -> SampleConfig:
 def run_evaluate(typed: argparse.Namespace, overrides: list[str]) -> None:
     """Check everything that can be checked at once, then write and judge."""
     guidance = list(dict.fromkeys(typed.guidance or (DIAL if typed.plot else (1.0,))))
-    check_range("--samples", typed.samples, 1, None)
+    check_range("--samples", typed.samples, 1, 10**6)
+    for key, value in (("OUT_DIR", typed.out_dir), ("--output", str(typed.output or "-")), ("--plot", str(typed.plot or "-"))):
+        check_path(key, value)
     for value in guidance:
         check_range("--guidance", value, *GUIDANCE)
     cfg, run_dir = config_of(overrides), rundir.locate(typed.out_dir, key="OUT_DIR")

@@ -119,13 +119,28 @@ def typed_config(node: dict) -> TrainConfig:
 
 
 def _leave_with_parent() -> None:
-    """End this process when the parent closes its end of stdin, that is, also when the parent is killed."""
+    """End this process and all that it started when the parent closes its end of stdin, that is, also when the parent is killed."""
+    leads = os.name != "nt" and os.getpgrp() == os.getpid()
+    if leads and sys.platform == "linux":
+        _end_group_with_pipe(sys.stdin.fileno())
 
     def watch() -> None:
         sys.stdin.buffer.read()
+        if leads:
+            # 数据进程、预测的分身都在这一组里
+            os.killpg(0, signal.SIGKILL)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _end_group_with_pipe(descriptor: int) -> None:
+    """Let the kernel send SIGIO, which ends a process, to the whole group when the other end of a pipe is closed (Linux)."""
+    import fcntl
+
+    # 卡在 C 代码里又不放 GIL 的进程，自己的线程醒不过来
+    fcntl.fcntl(descriptor, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_ASYNC)
 
 
 def verdict_of(error: BaseException) -> str:

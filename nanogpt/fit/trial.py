@@ -92,9 +92,12 @@ def classified(ended: Ended, timeout_s: float) -> tuple[str, str]:
         return "oom", text("trial_watched", rss=ended.rss_gib, phase=phase)
     if says_out_of_memory(ended.log) or any(phrase in ended.log for phrase in ABORT_PHRASES):
         return "oom", ended.last_line
-    if ended.returncode == -9:
+    if ended.returncode == -9 and ended.oom_kills != 0:
         # 不是我们杀的 SIGKILL：内核的 OOM killer
         return "oom", text("trial_killed", phase=phase)
+    if ended.returncode == -9:
+        # 内核没有为内存杀过谁：是人或别的程序，不能当成结论记下来
+        return "crashed", text("trial_ended", phase=phase)
     return "crashed", text("trial_crashed", how=_how(ended.returncode), phase=phase, line=ended.last_line or "-")
 
 

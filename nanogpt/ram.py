@@ -1,0 +1,26 @@
+"""How much memory this process may still take."""
+
+import contextlib
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_ram() -> int:
+    """Bytes that are free on this machine, or fewer where a container or ulimit allows this process fewer."""
+    import psutil
+
+    used = psutil.Process().memory_info()
+    limits = [psutil.virtual_memory().available]
+    with contextlib.suppress(OSError, ValueError):
+        # 容器（cgroup v2）里看到的空闲是整台机器的；没有上限时写着 max
+        most, taken = ((CGROUP / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
+        limits.append(int(most) - int(taken))
+    with contextlib.suppress(ImportError):
+        # Windows 没有 ulimit
+        import resource
+
+        for name, taken in (("RLIMIT_AS", used.vms), ("RLIMIT_DATA", used.data)):
+            most = resource.getrlimit(getattr(resource, name))[0]
+            limits += [] if most == resource.RLIM_INFINITY else [most - taken]
+    return max(0, min(limits))

@@ -1,0 +1,83 @@
+"""What no key of a configuration may hold, whatever its meaning: keys that nothing reads, text that no file can hold, numbers that are none."""
+
+import math
+import re
+import typing
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from nanogpt.messages import ConfigError, text
+
+# 空着有意义的键：从空的开头写起
+MAY_BE_EMPTY = ("sample_prompt", "start", "control.style", "control.emotion")
+LARGEST = 2**63 - 1
+
+
+def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in nested dataclasses, dicts and lists."""
+    inner = ((f.name, getattr(node, f.name)) for f in fields(node)) if is_dataclass(node) else node.items() if isinstance(node, dict) else None
+    if inner is not None:
+        for name, value in inner:
+            yield from leaves(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for i, value in enumerate(node):
+            yield from leaves(value, f"{key}[{i}]")
+    else:
+        yield key, node
+
+
+def check_values(cfg: Any) -> None:
+    """Refuse what cannot be right anywhere in a typed configuration; one line that names the key."""
+    for key in unread_keys(cfg):
+        raise ConfigError("unread_key", key=key)
+    for key, value in leaves(cfg):
+        check_value(key, value)
+
+
+def check_value(key: str, value: Any) -> None:
+    """Refuse a value that cannot be right under any key."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError("not_finite", key=key, got=value)
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ConfigError("large_number", key=key, got=value)
+    if not isinstance(value, str):
+        return
+    for what, pattern in (("what_nul", "\0"), ("what_half", "[\ud800-\udfff]")):
+        # 配置要存成 UTF-8 的 yaml：写不进去的现在就说
+        if re.search(pattern, value):
+            raise ConfigError("unwritable_text", key=key, got=value, what=text(what))
+    # 空值多半是没有展开的 shell 变量：resume=$RUN 不该变成从头训练
+    if not value.strip() and key not in MAY_BE_EMPTY and re.fullmatch(r"[a-z_]+|(dataset|model|server|precision|finetune|hardware)\.\w+", key):
+        raise ConfigError("empty_value", key=key)
+
+
+def check_path(key: str, typed: str) -> None:
+    """Refuse an empty path, and one that no file of ours can hold."""
+    check_value(key, typed)
+    if not typed.strip():
+        raise ConfigError("empty_value", key=key)
+
+
+def unread_keys(cfg: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys, added with +key=…, that the schema does not know."""
+    if not is_dataclass(cfg):
+        return
+    known = {f.name for f in fields(cfg)}
+    yield from (prefix + name for name in vars(cfg) if name not in known)
+    for name in known:
+        yield from unread_keys(getattr(cfg, name), f"{prefix}{name}.")
+
+
+def wanted_type(schema: type, key: str) -> str | None:
+    """What a dotted key of a schema takes, in words; None where that is not fixed."""
+    kind: Any = schema
+    for part in re.sub(r"\[.*", "", key).split("."):
+        if not is_dataclass(kind) or part not in (hints := typing.get_type_hints(kind)):
+            return None
+        kind = hints[part]
+    if is_dataclass(kind):
+        return "{…}"
+    if kind is Any:
+        return None
+    return (kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)).replace("None", "null").replace("typing.", "")
