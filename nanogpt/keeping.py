@@ -59,7 +59,8 @@ def save(trainer, *, final: bool) -> None:
         # 磁盘满了可以腾，抄到内存里的那一份也可能放不下：训练不必停，只有最后一次存不下才算失败
         if not isinstance(error, OSError) and not is_out_of_memory(error):
             raise
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        # MemoryError 多半什么也不说
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
         if final:
             older = trainer.saved.name if trainer.saved else "-"
             raise ConfigError("never_saved", reason=reason, path=trainer.run_dir, checkpoint=older) from None

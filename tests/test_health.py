@@ -16,7 +16,8 @@ from nanogpt.fit.child import verdict_of
 from nanogpt.health import Diverged, Health, broken_tensor
 from nanogpt.loss import chunked_cross_entropy
 from nanogpt.messages import ConfigError
-from nanogpt.oom import OutOfMemory, told_in_one_line
+from nanogpt.mistakes import explained
+from nanogpt.oom import OutOfMemory
 from nanogpt.precision import settle_scale
 
 
@@ -253,10 +254,7 @@ def test_any_other_place_without_memory_is_one_line(in_tmp, tiny_overrides):
     trainer.data.starts = lambda *_: fail_with(MemoryError("Unable to allocate 8.00 GiB for an array"))
     with pytest.raises(OutOfMemory, match="training loop"):
         trainer.fit()
-    with pytest.raises(ConfigError, match="not enough memory .std::bad_alloc."), told_in_one_line():
-        raise RuntimeError("std::bad_alloc\nmore")
-    with pytest.raises(RuntimeError, match="shape"), told_in_one_line():
-        raise RuntimeError("shape mismatch")
+    assert "std::bad_alloc" in str(explained(RuntimeError("std::bad_alloc\nmore"))) and explained(RuntimeError("shape mismatch")) is None
 
 
 def test_a_trial_that_ran_out_of_memory_anywhere_is_called_so_in_either_language():

@@ -375,7 +375,7 @@ def diverging(ledger: Ledger, trained: Trained, random: Random, *, iters: int) -
     values["model__ngrams"] = [] if arch == "gpt2" else [2]
     trainer = trained.lab.trainer(*groups, learning_rate=rate, max_iters=iters, eval_interval=iters // 4, log_interval=50, **values)
     ended, said = _fit(trainer), f"{' '.join(groups)} learning_rate={rate:.3g} {values}"
-    wrong, kind = checkpoint_fault(trainer.run_dir), f"learning_rate {rate:.0e}".replace("+0", "")
+    wrong, kind = checkpoint_fault(trainer.run_dir), f"learning_rate from {10 ** math.floor(math.log10(rate)):g}"
     if ended and not wrong:
         line = str(ended)
         found = checkpoint.checkpoints(trainer.run_dir)

@@ -15,6 +15,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from ledger import ROOT
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
 from nanogpt import checkpoint, messages
 from nanogpt.config import TrainConfig, check
@@ -177,7 +178,7 @@ def checkpoint_fault(run_dir: Path) -> str | None:
             return f"{one.name}: {problem}"
         if one.val_loss is not None and not math.isfinite(one.val_loss):
             return f"{one.name}: val_loss={one.val_loss}"
-        tensors = checkpoint.load_file(one.folder / "model.safetensors")
+        tensors = load_file(one.folder / "model.safetensors")
         for name, tensor in [*floating(tensors), *floating(one.load_state())]:
             if not torch.isfinite(tensor).all():
                 return f"{one.name}: {name} is not finite"
