@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from nanogpt.config import ROOT, FinetuneConfig, ModelConfig, check_model, untrusted_targets
 from nanogpt.messages import ConfigError
 from nanogpt.ram import free_ram
+from nanogpt.values import check_types
 
 # 各部分必须会做的事；不会的在执行之前就拒绝，os.system 之类不会被当作优化器来调用
 METHODS = {
@@ -87,10 +88,11 @@ def build_part(node: dict, key: str, *arguments) -> Any:
     elif part == "logger":
         raise ConfigError("not_a_part", key=f"{key}._target_", got=node["_target_"], want=_wanted(part))
     try:
+        check_types(kind, key, settings)
         built = kind(*arguments, **settings)
     except ConfigError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NameError) as error:
         raise ConfigError("bad_part", key=key, reason=error) from None
     check_part(built, part, key, node["_target_"])
     return built

@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import functools
+import importlib
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,14 @@ torch.set_num_threads(1)
 os.environ.setdefault("WANDB_MODE", "offline")
 
 TINY = ("model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "model.ngrams=[2]", "model.ngram_buckets=97")
+
+
+def torture(name: str):
+    """The program benchmarks/torture/<name>.py as a module."""
+    folder = str(ROOT / "benchmarks" / "torture")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return importlib.import_module(name)
 
 
 @pytest.fixture(autouse=True)

@@ -22,9 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ledger import ROOT, Ledger
-
 from bad_overrides import Case, all_cases, furnish
+from nanogpt import cli
+from ledger import ROOT, Ledger
 
 PROMISE = (
     "Whatever is typed or written into a config file, a wrong command is answered by one clear line and a non-zero exit code; nothing is written, "

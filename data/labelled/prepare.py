@@ -14,6 +14,7 @@ from nanogpt.config import ROOT, check_range
 from nanogpt.corpus import (
     check_encoding,
     check_unchanged,
+    digest,
     iter_text,
     own_source,
     state_of,
@@ -23,7 +24,6 @@ from nanogpt.corpus import (
     tokenizer_word,
 )
 from nanogpt.documents import Document, label_names, write_documents
-from nanogpt.files import sha256
 from nanogpt.labels import LABEL_KINDS
 from nanogpt.messages import ConfigError, say
 from nanogpt.ram import free_ram
@@ -66,7 +66,7 @@ def folder(path: str | None, tokenizer: str | Tokenizer, vocab_size: int, encodi
     files, word = checked(path, tokenizer, vocab_size, encoding, val_fraction, judge_fraction)
     options = [word, encoding, repr(val_fraction), repr(judge_fraction)]
     # 同样的内容，.csv 与 .jsonl 读法不同，所以后缀也算
-    identity = hashlib.sha256("\n".join([*(sha256(file) + file.suffix for file in files), *options]).encode("utf-8", errors="surrogatepass"))
+    identity = hashlib.sha256("\n".join([*(digest(file) + file.suffix for file in files), *options]).encode("utf-8", errors="surrogatepass"))
     return ROOT / "data" / "labelled" / f"{stem_of(Path(path))}-{identity.hexdigest()[:12]}"
 
 

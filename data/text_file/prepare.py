@@ -11,6 +11,7 @@ from nanogpt.corpus import (
     check_encoding,
     check_unchanged,
     detect_encoding,
+    digest,
     iter_text,
     own_source,
     split_by_length,
@@ -21,7 +22,6 @@ from nanogpt.corpus import (
     tokenizer_word,
     write_tagged,
 )
-from nanogpt.files import sha256
 from nanogpt.messages import ConfigError
 from nanogpt.tokenizer import Tokenizer
 
@@ -46,7 +46,7 @@ def folder(path: str | None, tokenizer: str | Tokenizer, encoding: str, val_frac
     """Where the prepared form belongs: another text or other options give another folder."""
     files, word = checked(path, tokenizer, encoding, val_fraction, vocab_size)
     # 指纹取自内容：改了文字就重新准备，改个文件名不用
-    identity = hashlib.sha256("\n".join([*map(sha256, files), word, encoding, repr(val_fraction)]).encode("utf-8"))
+    identity = hashlib.sha256("\n".join([*map(digest, files), word, encoding, repr(val_fraction)]).encode("utf-8"))
     return ROOT / "data" / "text_file" / f"{stem_of(Path(path))}-{identity.hexdigest()[:12]}"
 
 
