@@ -15,18 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.completions import Answer, ApiError, Completion, Reader, as_api_error, error_body
+from nanogpt.connections import HEADERS, MAX_HEAD
 from nanogpt.messages import ConfigError
 from nanogpt.openapi import document
 from nanogpt.sample_config import ServerConfig, is_loopback
 from nanogpt.worker import Job, Worker
 
 PAGE = Path(__file__).resolve().parent / "page" / "index.html"
-# 没有 CORS 头：别的网站发得出请求，却读不到回答；Guard 连请求也拒绝
-HEADERS = {
-    "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin", "Cross-Origin-Opener-Policy": "same-origin",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-}
 CLOSE = {"Connection": "close"}
 # 正文超限后最多再读多少倍丢掉，好让对方读到回答而不是连接被重置
 DRAIN = 64
@@ -70,17 +65,17 @@ class Exchange:
 
     async def json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         """Send a JSON answer."""
-        await self.answer(status, json.dumps(value, ensure_ascii=False).encode("utf-8"), "application/json", headers)
+        await self.answer(status, _encoded(value), "application/json", headers)
 
     async def events(self, events: list[dict | str], *, last: bool = False) -> None:
         """Send server-sent events."""
-        data = [event if isinstance(event, str) else json.dumps(event, ensure_ascii=False) for event in events]
-        body = "".join(f"data: {line}\n\n" for line in data).encode("utf-8")
+        data = [event.encode("ascii") if isinstance(event, str) else _encoded(event) for event in events]
+        body = b"".join(b"data: %s\n\n" % line for line in data)
         await self.send({"type": "http.response.body", "body": body, "more_body": not last})
 
     async def body(self, limits: ServerConfig) -> bytes:
         """The body of the request; ApiError when it is too large or too slow."""
-        limit, parts, size = limits.max_body_kib * 2**10, [], 0
+        limit, body, size = limits.max_body_kib * 2**10, bytearray(), 0
         too_large = ApiError(413, "api_too_large", headers=CLOSE, limit=limits.max_body_kib)
         # 先问能不能发的客户端（Expect: 100-continue），不必让它发完
         if self.header("expect") and int(self.header("content-length") or 0) > limit:
@@ -93,17 +88,25 @@ class Exchange:
                     if message["type"] == "http.disconnect":
                         raise ClientGoneError
                     more, size = message.get("more_body", False), size + len(message["body"])
-                    parts = [*parts, message["body"]] if size <= limit else []
+                    if size <= limit:
+                        body += message["body"]
+                    else:
+                        body.clear()
         except TimeoutError:
             raise ApiError(408, "api_slow_body", headers=CLOSE, seconds=limits.read_seconds) from None
         if size > limit:
             raise too_large
-        return b"".join(parts)
+        return bytes(body)
 
     async def disconnected(self) -> None:
         """Return once the client has gone away; the body must have been read."""
         while (await self.receive())["type"] != "http.disconnect":
             pass
+
+
+def _encoded(value: Any) -> bytes:
+    # 错误里会照写请求的字段名，那里可能有半个代理对：UTF-8 里没有它
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", errors="replace")
 
 
 def content_security_policy(page: str) -> str:
@@ -170,7 +173,13 @@ class Api:
     # ---- 谁可以来 ----
 
     def guard(self, exchange: Exchange) -> None:
-        """Refuse pages of other origins, names that are not this machine's, and missing tokens."""
+        """Refuse heads that are too long, bodies of two lengths, pages of other origins, names that are not this machine's, and missing tokens."""
+        # h11 的上限只管没收全的头：一次到齐的大得多也放行
+        if sum(len(name) + len(value) + 4 for name, value in exchange.scope["headers"]) + len(exchange.scope["raw_path"]) > MAX_HEAD:
+            raise ApiError(431, "api_long_head", headers=CLOSE, limit=MAX_HEAD // 2**10)
+        # 两种长度并存时，前面的代理与这里会把不同的字节当作下一个请求
+        if exchange.header("transfer-encoding") and exchange.header("content-length"):
+            raise ApiError(400, "api_two_lengths", headers=CLOSE)
         host, origin = (exchange.header("host") or "").lower(), exchange.header("origin")
         name = re.fullmatch(r"\[?([^\[\]]*?)\]?(:\d*)?", host)
         # DNS rebinding：别人的域名解析到 127.0.0.1，浏览器就当它是同源；有口令时它也进不来
@@ -201,14 +210,13 @@ class Api:
 
     async def health(self, exchange: Exchange) -> None:
         """Whether it can write, and how much it has to do."""
-        alive = self.worker.alive
-        await exchange.json(
-            {"status": "ok" if alive else "stopping", "texts": self.worker.texts, "capacity": self.worker.capacity}, 200 if alive else 503,
-        )
+        if not self.worker.alive:
+            raise ConfigError("api_stopping")
+        await exchange.json({"status": "ok", "texts": self.worker.texts, "capacity": self.worker.capacity})
 
     async def openapi(self, exchange: Exchange) -> None:
         """The API's description for programs."""
-        await exchange.json(document(self.limits, empty_prompts=self.reader.empty_prompts))
+        await exchange.json(document(self.limits, fields=self.reader.fields, empty_prompts=self.reader.empty_prompts))
 
     async def models(self, exchange: Exchange) -> None:
         """The one model that is loaded."""

@@ -1,18 +1,24 @@
 """From configuration nodes to objects: models, optimizers, loggers."""
 
 import inspect
+import math
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.config import ROOT, FinetuneConfig, ModelConfig, check_model, untrusted_targets
 from nanogpt.messages import ConfigError
 from nanogpt.ram import free_ram
+from nanogpt.saved_config import read_saved
+from nanogpt.sealed import DamagedError, reason_of
 from nanogpt.values import check_types
 
+# 极小的模型也可以有长上下文：位置表至少允许这么多个数
+LEAST_TABLE = 2**20
 # 各部分必须会做的事；不会的在执行之前就拒绝，os.system 之类不会被当作优化器来调用
 METHODS = {
     "optimizer": ("step", "zero_grad", "state_dict", "load_state_dict"), "logger": ("open", "log", "text", "close"), "control": ("apply", "known"),
@@ -112,16 +118,54 @@ def model_of(source):
     """The model of a checkpoint.Checkpoint on the CPU, LoRA adapters merged into plain weights."""
     from nanogpt.lora import add_adapters, merge
 
-    saved = yaml.safe_load(source.config_text())
-    if foreign := untrusted_targets({"model": saved["model"]}, {}):
-        raise ConfigError("untrusted", path=source.folder, targets=", ".join(foreign))
-    model = build_model(typed_node(ModelConfig, saved["model"]), seed=0)
-    # 早于 LoRA 的训练没有 finetune 一节
-    finetune = typed_node(FinetuneConfig, saved.get("finetune", {}))
+    try:
+        saved = read_saved(source.config_text())
+        if foreign := untrusted_targets({"model": saved["model"]}, {}):
+            raise ConfigError("untrusted", path=source.folder, targets=", ".join(foreign))
+        # 早于 LoRA 的训练没有 finetune 一节
+        config, finetune = typed_node(ModelConfig, saved["model"]), typed_node(FinetuneConfig, saved.get("finetune", {}))
+    except (DamagedError, OmegaConfBaseException, TypeError) as error:
+        raise source.damaged(f"config.yaml: {reason_of(error)}") from None
+    check_weights(source, config, finetune)
+    model = build_model(config, seed=0)
     if finetune.method == "lora":
         add_adapters(model, finetune)
     source.load_model(model)
     return merge(model)
+
+
+def check_weights(source, config: ModelConfig, finetune: FinetuneConfig) -> None:
+    """ConfigError unless the weights of a checkpoint.Checkpoint have the names and shapes of this config; allocates nothing.
+
+    A config that asks for a billion layers does not get the memory to build them. Only for our own model class: what a
+    person's own class does is theirs to know.
+    """
+    import torch
+
+    from nanogpt.lora import add_adapters
+
+    if config._target_ != ModelConfig._target_:
+        return
+    have = source.weight_shapes()
+    total = sum(math.prod(shape) for shape in have.values())
+    try:
+        if min(config.n_layer, config.n_head, config.n_embd, config.block_size, config.mlp_ratio) < 1:
+            raise ValueError("a size below 1")
+        check_model(config)
+        # 每层至少有几个张量；RoPE 的表不在文件里，不许大过权重许多
+        if config.n_layer > len(have) or config.block_size * config.n_embd > max(total, LEAST_TABLE) * 64:
+            raise ValueError(f"{config.n_layer} layers and {config.block_size} positions for {total} weights")
+        with torch.device("meta"):
+            model = build_model(config, seed=0)
+            if finetune.method == "lora":
+                add_adapters(model, finetune)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise source.damaged(f"config.yaml: {reason_of(error)}") from None
+    want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shared = {"lm_head.weight"} if config.tie_embeddings else set()
+    wrong = sorted(name for name in set(have) ^ set(want) if name not in shared) or sorted(n for n in set(have) & set(want) if have[n] != want[n])
+    if wrong:
+        raise source.damaged(f"model.safetensors: other parameters: {wrong[:3]}")
 
 
 def typed_node(schema: type, node: dict) -> Any:

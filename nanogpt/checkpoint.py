@@ -1,23 +1,37 @@
-"""Checkpoints: immutable folders <run>/ckpt/iter_NNNNNNNN, written whole, verified before use.
+"""Checkpoints: immutable folders <run>/ckpt/iter_NNNNNNNN, written whole, verified before use, without a pickle.
 
-Each holds model.safetensors, state.pt (optimizer, scaler, counters; weights_only), config.yaml,
-tokenizer.json and manifest.json (format, iteration, val_loss, SHA-256 of every file). `last` is the
+Each holds model.safetensors, the optimizer, scaler and counters (state.json names the tensors in state.safetensors), config.yaml,
+tokenizer.json and manifest.json: format, iteration, val_loss, the run's id, SHA-256 of every file and of itself. `last` is the
 newest, `best` the one with the lowest val_loss: no pointer that could be wrong.
 """
 
 import json
+import math
+import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 
 from nanogpt.files import folder_aside, remove_leftovers, sha256, write_text
 from nanogpt.messages import ConfigError, text
+from nanogpt.plain_state import flatten, restore
+from nanogpt.sealed import DamagedError, read_sealed, reason_of, write_sealed
+from nanogpt.tensor_file import read_tensors, shapes_in, write_tensors
 
-FORMAT = 1
-FILES = ("model.safetensors", "state.pt", "config.yaml", "tokenizer.json")
+# 1：优化器等在 state.pt 里，只以 weights_only 读；manifest 没有自己的摘要，也没有训练的编号
+FORMAT = 2
+FILES = ("model.safetensors", "state.safetensors", "state.json", "config.yaml", "tokenizer.json")
+FILES_1 = ("model.safetensors", "state.pt", "config.yaml", "tokenizer.json")
+NAME = re.compile(r"iter_(\d{8,12})")
+# config.yaml 不过几 KB；state.json 每个张量几十字节
+MOST_TEXT_BYTES = 64 * 2**20
+# 内容合不上时，读的一方会抛出这些
+UNFIT = (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError, RecursionError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -28,6 +42,8 @@ class Checkpoint:
     iteration: int
     val_loss: float | None
     sha256: dict[str, str]
+    run: str | None = None
+    """Id of the run that wrote it; None in format 1."""
 
     @property
     def name(self) -> str:
@@ -35,121 +51,231 @@ class Checkpoint:
 
     def problem(self) -> str | None:
         """What is wrong with the files, or None; reads them all."""
-        for file in FILES:
+        for file, expected in self.sha256.items():
             path = self.folder / file
             if not path.is_file():
                 return f"{file}: missing"
-            if sha256(path) != self.sha256.get(file):
-                return f"{file}: SHA-256 differs"
+            try:
+                if sha256(path) != expected:
+                    return f"{file}: SHA-256 differs"
+            except OSError as error:
+                # 坏扇区读不出来
+                return f"{file}: {reason_of(error)}"
         return None
+
+    def damaged(self, reason: str) -> ConfigError:
+        """The error that says so, with the next older good one of the same run."""
+        older = next((c for c in reversed(listed(self.folder.parent.parent).good) if c.iteration < self.iteration and not c.problem()), None)
+        remedy = text("older_checkpoint", name=older.name) if older else text("no_older_checkpoint")
+        return ConfigError("damaged_checkpoint", file=self.folder, reason=reason, remedy=remedy)
 
     def config_text(self) -> str:
         """The run's resolved config, yaml."""
-        return (self.folder / "config.yaml").read_text(encoding="utf-8")
+        return self._text("config.yaml")
+
+    def _text(self, file: str) -> str:
+        try:
+            if (self.folder / file).stat().st_size > MOST_TEXT_BYTES:
+                raise ValueError("too large")
+            return (self.folder / file).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise self.damaged(f"{file}: {reason_of(error)}") from None
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the weights, without reading them."""
+        try:
+            return shapes_in(self.folder / "model.safetensors")
+        except (SafetensorError, OSError, RuntimeError) as error:
+            # RuntimeError：映射不了的文件，刚被删掉的就是
+            raise self.damaged(f"model.safetensors: {reason_of(error)}") from None
 
     def load_model(self, model: torch.nn.Module) -> None:
         """Copy the weights into a model of the same shape."""
-        tensors = load_file(self.folder / "model.safetensors")
-        # 共享的权重只存了一份，装回时由模型自己的共享关系补上
-        missing, unexpected = model.load_state_dict(tensors, strict=False)
-        shared = {name for name, p in model.state_dict().items() if any(p.data_ptr() == q.data_ptr() for q in
-                  (model.state_dict()[k] for k in tensors if k in model.state_dict()))}
-        lacking = set(missing) - shared
-        if lacking or unexpected:
-            raise ConfigError("damaged_checkpoint", file=self.folder / "model.safetensors",
-                              reason=f"other parameters: {sorted(lacking | set(unexpected))[:3]}", remedy=text("no_older_checkpoint"))
+        try:
+            tensors = read_tensors(self.folder / "model.safetensors")
+            # 共享的权重只存了一份，装回时由模型自己的共享关系补上
+            missing, unexpected = model.load_state_dict(tensors, strict=False)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise self.damaged(f"model.safetensors: {reason_of(error)}") from None
+        own = model.state_dict()
+        shared = {name for name, p in own.items() if any(p.data_ptr() == own[k].data_ptr() for k in tensors if k in own)}
+        if others := (set(missing) - shared) | set(unexpected):
+            raise self.damaged(f"model.safetensors: other parameters: {sorted(others)[:3]}")
 
     def load_state(self) -> dict:
         """Optimizer, scaler and counters; tensors and plain values only, no code is run."""
-        return torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
+        try:
+            if "state.pt" in self.sha256:
+                return torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
+            state = restore(json.loads(self._text("state.json")), read_tensors(self.folder / "state.safetensors"))
+            return state if isinstance(state, dict) else {}
+        except ConfigError:
+            raise
+        except Exception as error:
+            # 旧格式里夹带代码的文件各抛各的错误，结论相同：不用它
+            raise self.damaged(f"state: {reason_of(error)}") from None
+
+
+@dataclass
+class Listing:
+    """The checkpoints of a run, oldest first, and the folders that are none, with the reason."""
+
+    good: list[Checkpoint] = field(default_factory=list)
+    """Their manifests are in order; the other files have not been read."""
+    bad: dict[Path, str] = field(default_factory=dict)
+
+
+def listed(run_dir: Path) -> Listing:
+    """All checkpoint folders of a run; what is no checkpoint of it is never passed over in silence."""
+    found = Listing()
+    for folder in sorted(p for p in (run_dir / "ckpt").glob("iter_*") if p.is_dir() and NAME.fullmatch(p.name)):
+        try:
+            found.good.append(read_manifest(folder))
+        except DamagedError as error:
+            found.bad[folder] = str(error)
+    own = _own_run(run_dir, found.good)
+    for strange in [c for c in found.good if c.run not in (None, own)]:
+        found.good.remove(strange)
+        found.bad[strange.folder] = text("other_run")
+    return found
+
+
+def _own_run(run_dir: Path, found: list[Checkpoint]) -> str | None:
+    """The id that the checkpoints of this run carry."""
+    try:
+        return read_sealed(run_dir / "run.json", FORMAT)["id"]
+    except (DamagedError, KeyError):
+        # 早先的训练没有 run.json；没有它，就看最早的那一个
+        return next((c.run for c in found if c.run), None)
+
+
+def read_manifest(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder; DamagedError says why there is none."""
+    manifest = read_sealed(folder / "manifest.json", FORMAT)
+    try:
+        iteration, loss, hashes, run = manifest["iteration"], manifest["val_loss"], manifest["sha256"], manifest.get("run")
+        assert iteration == int(NAME.fullmatch(folder.name)[1]), "belongs to another folder"
+        assert loss is None or type(loss) in (int, float), "val_loss"
+        assert run is None or isinstance(run, str), "run"
+        # 多一个、少一个文件名都不行：没登记的文件就没人核对
+        assert set(hashes) == set(FILES if manifest["format"] > 1 else FILES_1), "other files"
+        return Checkpoint(folder, iteration, loss, dict(hashes), run)
+    except (KeyError, TypeError, ValueError, AssertionError) as error:
+        raise DamagedError(f"manifest.json: {reason_of(error)}") from None
 
 
 def checkpoints(run_dir: Path) -> list[Checkpoint]:
-    """All checkpoints of a run, oldest first; a folder without a readable manifest is passed over."""
-    found = []
-    for folder in sorted((run_dir / "ckpt").glob("iter_*")):
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-            if manifest["format"] > FORMAT:
-                raise ConfigError("newer_format", file=folder / "manifest.json", got=manifest["format"], want=FORMAT)
-            found.append(Checkpoint(folder, int(manifest["iteration"]), manifest["val_loss"], manifest["sha256"]))
-        except ConfigError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return found
+    """The checkpoints of a run whose manifests are in order, oldest first."""
+    return listed(run_dir).good
 
 
 def best_of(found: list[Checkpoint]) -> Checkpoint | None:
     """The one with the lowest val_loss, the newest among equals; None when none was evaluated."""
-    evaluated = [c for c in found if c.val_loss is not None]
+    evaluated = [c for c in found if c.val_loss is not None and math.isfinite(c.val_loss)]
     return min(evaluated, key=lambda c: (c.val_loss, -c.iteration)) if evaluated else None
 
 
 def find(run_dir: Path, which: str, *, key: str = "resume") -> Checkpoint:
     """The checkpoint called last, best or iter_…, verified; ConfigError names damage and the next older good one."""
-    found = checkpoints(run_dir)
-    if not found:
+    found = listed(run_dir)
+    if not found.good and not found.bad:
         raise ConfigError("no_run", key=key, path=run_dir)
-    by_name = {c.name: c for c in found}
-    chosen = found[-1] if which == "last" else best_of(found) if which == "best" else by_name.get(which)
+    by_name = {c.name: c for c in found.good}
+    for folder, reason in found.bad.items():
+        # 读不懂的那个，可能正是最新的，也可能是最好的：不悄悄换成别的
+        newest = which == "last" and all(folder.name > c.name for c in found.good)
+        if which == folder.name or which == "best" or newest:
+            raise _unusable(folder, reason, found, best=which == "best")
+    chosen = found.good[-1] if which == "last" else best_of(found.good) if which == "best" else by_name.get(which)
     if chosen is None:
         raise ConfigError("no_such_checkpoint", got=which, path=run_dir, have=", ".join(["last", "best", *by_name]))
     if problem := chosen.problem():
-        older = next((c for c in reversed(found) if c.iteration < chosen.iteration and c.problem() is None), None)
-        remedy = text("older_checkpoint", name=older.name) if older else text("no_older_checkpoint")
-        raise ConfigError("damaged_checkpoint", file=chosen.folder, reason=problem, remedy=remedy)
+        if not chosen.folder.is_dir():
+            # 正在训练的那一方刚把它删了：再找一次
+            return find(run_dir, which, key=key)
+        raise chosen.damaged(problem)
     return chosen
+
+
+def _unusable(folder: Path, reason: str, found: Listing, *, best: bool) -> ConfigError:
+    """The error for a folder whose manifest is of no use, with what can be used instead."""
+    usable = [c for c in found.good if best or c.name < folder.name]
+    usable = [c for c in usable if c.problem() is None]
+    instead = (best_of(usable) if best else None) or (usable[-1] if usable else None)
+    remedy = text("older_checkpoint" if not best else "other_checkpoint", name=instead.name) if instead else text("no_older_checkpoint")
+    return ConfigError("damaged_checkpoint", file=folder, reason=reason, remedy=remedy)
 
 
 def find_trained(run_dir: Path, which: str, *, key: str) -> Checkpoint:
     """What find() gives, to write with or to start from: `best` of a run that was never evaluated is its last."""
     # 只训了几步、还没评估过的，没有 best
-    if which == "best" and best_of(checkpoints(run_dir)) is None:
+    found = listed(run_dir)
+    if which == "best" and best_of(found.good) is None and not found.bad:
         which = "last"
     return find(run_dir, which, key=key)
 
 
+def use(run_dir: Path, which: str, use_it: Callable[[Checkpoint], Any], *, key: str) -> Any:
+    """use_it(the checkpoint that find_trained() gives), again where a training under way deleted it meanwhile."""
+    while True:
+        source = find_trained(run_dir, which, key=key)
+        try:
+            return use_it(source)
+        except ConfigError:
+            if source.folder.is_dir():
+                raise
+
+
 def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict with tied tensors once, contiguous and on the CPU, as safetensors wants it."""
+    """The state dict with tied tensors once."""
     seen, tensors = set(), {}
     for name, tensor in model.state_dict().items():
         if tensor.data_ptr() not in seen or tensor.numel() == 0:
             seen.add(tensor.data_ptr())
-            tensors[name] = tensor.detach().cpu().contiguous()
+            tensors[name] = tensor.detach()
     return tensors
 
 
 def save(
-    run_dir: Path, *, model, state: dict, iteration: int, val_loss: float | None, config_text: str, tokenizer_file: Path, keep: int,
+    run_dir: Path, *, model, state: dict[str, Any], iteration: int, val_loss: float | None, config_text: str, tokenizer_text: str, keep: int,
+    run: str | None,
 ) -> Checkpoint:
     """Write a checkpoint aside, sync it, rename it; then drop all but the newest `keep` and the best."""
     final = run_dir / "ckpt" / f"iter_{iteration:08d}"
+    # 被杀的那次没写完的先清掉：磁盘快满时，正缺这点地方
+    remove_leftovers(final.parent)
     with folder_aside(final) as aside:
-        save_file(model_tensors(model), aside / "model.safetensors", metadata={"format": "pt"})
-        torch.save(state, aside / "state.pt")
+        tensors: dict[str, torch.Tensor] = {}
+        write_text(aside / "state.json", json.dumps(flatten(state, tensors), ensure_ascii=False, allow_nan=False))
         write_text(aside / "config.yaml", config_text)
-        shutil.copyfile(tokenizer_file, aside / "tokenizer.json")
-        hashes = {file: sha256(aside / file) for file in FILES}
-        manifest = {"format": FORMAT, "iteration": iteration, "val_loss": val_loss, "sha256": hashes}
-        write_text(aside / "manifest.json", json.dumps(manifest, indent=2))
+        write_text(aside / "tokenizer.json", tokenizer_text)
+        # 大文件的摘要取自要写的内容，不是写出来的：写坏了也看得出
+        hashes = {
+            "model.safetensors": write_tensors(aside / "model.safetensors", model_tensors(model)),
+            "state.safetensors": write_tensors(aside / "state.safetensors", tensors),
+            **{file: sha256(aside / file) for file in ("state.json", "config.yaml", "tokenizer.json")},
+        }
+        manifest = {"format": FORMAT, "iteration": iteration, "val_loss": val_loss, "run": run, "sha256": hashes}
+        write_sealed(aside / "manifest.json", manifest)
     # 新的完整落盘之后才删旧的
     prune(run_dir, keep)
-    return Checkpoint(final, iteration, val_loss, hashes)
+    return Checkpoint(final, iteration, val_loss, hashes, run)
 
 
 def set_aside_newer(run_dir: Path, iteration: int) -> None:
-    """Rename checkpoints beyond `iteration` to replaced_…, so that going on from an older one makes it the last."""
-    for newer in checkpoints(run_dir):
-        if newer.iteration > iteration:
-            target = newer.folder.with_name(f"replaced_{newer.name}")
+    """Rename checkpoint folders beyond `iteration` to replaced_…, so that going on from an older one makes it the last."""
+    found = listed(run_dir)
+    # 从最新的开始：中途被杀，剩下的仍是一段连续的历史
+    for folder in sorted([*(c.folder for c in found.good), *found.bad], reverse=True):
+        if int(NAME.fullmatch(folder.name)[1]) > iteration:
+            target = folder.with_name(f"replaced_{folder.name}")
             # 同名的更早一次放弃过：编号，绝不覆盖
-            numbered = (newer.folder.with_name(f"replaced_{newer.name}_{n}") for n in range(2, 10**6))
-            newer.folder.rename(target if not target.exists() else next(p for p in numbered if not p.exists()))
+            numbered = (folder.with_name(f"replaced_{folder.name}_{n}") for n in range(2, 10**6))
+            folder.rename(target if not target.exists() else next(p for p in numbered if not p.exists()))
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Delete all checkpoints but the newest `keep` and the best, and what killed saves left behind."""
+    """Delete all checkpoints but the newest `keep` and the best, and what killed saves left behind; damaged ones stay."""
     found = checkpoints(run_dir)
     best = best_of(found)
     for old in found[:-keep]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import itertools
 import os
 import re
 import sys
@@ -33,6 +34,8 @@ SCHEMAS = {"train": TrainConfig, "sample": SampleConfig}
 FREE_TEXT = ("sample_prompt", "start", "control.style", "control.emotion")
 # 再长的话，Hydra 的语法分析要几十秒；Windows 的命令行本来就到这里为止
 LONGEST_ARGUMENT = 32_000
+# 括号套得更深的，语法分析的时间会成倍增长
+DEEPEST = 60
 # 已经带引号的一段，照原样
 QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
 # 列表或扫描里含有非 ASCII 字符的一项
@@ -187,6 +190,8 @@ def check_arguments(arguments: list[str]) -> None:
         if argument.partition("=")[0] not in FREE_TEXT and (digits := re.search(r"\d{400,}", argument)):
             # Python 不肯读几千位的整数
             raise ConfigError("large_number", key=argument.partition("=")[0], got=f"{digits[0][:20]}…")
+        if max(itertools.accumulate((c in "[{(") - (c in ")}]") for c in argument), default=0) > DEEPEST and argument.partition("=")[0] not in FREE_TEXT:
+            raise ConfigError("unreadable", argument=argument, reason=text("too_deep"))
     parser = get_args_parser()
 
     def refuse(reason: str):

@@ -23,7 +23,7 @@ SAMPLER_FIELDS = {
 }
 FIELDS = {
     "model": ("string", None, None), "prompt": ("string or array of strings", None, None), "max_tokens": ("integer", 1, None),
-    "n": ("integer", 1, None), "stop": ("string or array of strings", None, None), "seed": ("integer", 0, 2**62), "stream": ("boolean", None, None),
+    "n": ("integer", 1, 2**31), "stop": ("string or array of strings", None, None), "seed": ("integer", 0, 2**62), "stream": ("boolean", None, None),
     "style": ("string", None, None), "emotion": ("string", None, None), "guidance": ("number", *GUIDANCE), "stream_options": ("object", None, None),
     "echo": ("boolean", None, None), "user": ("string", None, None), **SAMPLER_FIELDS,
 }
@@ -98,6 +98,14 @@ class Reader:
     empty_prompts: bool = False
     """Whether the model can write behind nothing."""
 
+    @property
+    def fields(self) -> list[str]:
+        """The fields that a request may have here: what the sampler and the control do not have is left out."""
+        left_out = {name for name in SAMPLER_FIELDS if name not in self.base.sampler}
+        left_out |= set() if takes_forms(self.base.control) else set(KINDS)
+        left_out |= set() if "guidance" in self.base.control else {"guidance"}
+        return [name for name in FIELDS if name not in left_out]
+
     def read(self, body: bytes) -> Completion:
         """Check every field; ApiError names the first that is wrong."""
         given = self._fields(_json_object(body))
@@ -108,7 +116,9 @@ class Reader:
             raise ApiError(400, "api_too_many_texts", param="n" if n > 1 else "prompt", got=len(prompts) * n, limit=self.limits.max_texts)
         options = given.get("stream_options", {})
         if unknown := next((name for name in options if name not in STREAM_OPTIONS), None):
-            raise ApiError(400, "api_unknown_field", param="stream_options", field=f"stream_options.{unknown}", known=", ".join(STREAM_OPTIONS))
+            raise ApiError(400, "api_unknown_field", param="stream_options", field=f"stream_options.{unknown[:100]}", known=", ".join(STREAM_OPTIONS))
+        if wrong := next((name for name, value in options.items() if not isinstance(value, bool)), None):
+            raise ApiError(400, "api_wrong_type", param="stream_options", field=f"stream_options.{wrong}", wanted="boolean")
         settings = self._settings(given)
         requests = [settings.request(prompt, number) for prompt in prompts for number in range(n)]
         return Completion(
@@ -124,18 +134,22 @@ class Reader:
             if value is None:
                 continue
             if name in NEUTRAL:
-                if value not in NEUTRAL[name]:
+                if isinstance(value, bool) or value not in NEUTRAL[name]:
                     raise ApiError(400, "api_unsupported", param=name, field=name)
                 continue
             if name not in FIELDS:
                 raise ApiError(400, "api_unknown_field", param=name[:100], field=name[:100], known=", ".join(FIELDS))
             kind, low, high = FIELDS[name]
+            if kind == "integer" and isinstance(value, float) and value.is_integer():
+                # JSON 不分 1 与 1.0
+                value = int(value)
             # Python 里 True 也是整数，JSON 里不是
             if not isinstance(value, TYPES[kind]) or (isinstance(value, bool) and kind != "boolean"):
                 raise ApiError(400, "api_wrong_type", param=name, field=name, wanted=kind)
             high = self.limits.max_tokens if name == "max_tokens" else high
             if low is not None and not (value >= low and (high is None or value <= high)):
-                raise ApiError(400, "api_out_of_range", param=name, field=name, got=value, wanted=f">= {low}" if high is None else f"{low} … {high}")
+                wanted = f">= {low}" if high is None else f"{low} … {high}"
+                raise ApiError(400, "api_out_of_range", param=name, field=name, got=str(value)[:40], wanted=wanted)
             given[name] = value
         return given
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import signal
 import socket
@@ -20,11 +21,27 @@ except ImportError:
 SEND_BUFFER = 2**15
 MAX_HEAD = 2**14
 KEEP_ALIVE_SECONDS = 5
+# 连接数超过上限的这么多倍，就不再逐个解释为什么拒绝
+CROWD = 2
 SHUTDOWN_SECONDS = 5
-TOO_MANY = (
-    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 5\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%s"
-)
-TOO_MANY_BODY = b'{"error": {"message": "too many connections", "type": "server_error", "param": null, "code": "connections"}}'
+# 没有 CORS 头：别的网站发得出请求，却读不到回答；Guard 连请求也拒绝
+HEADERS = {
+    "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin", "Cross-Origin-Opener-Policy": "same-origin",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+}
+
+
+def refusal(status: str, code: str, message: str, **headers: str) -> bytes:
+    """A whole answer to a client that the app never sees: the same headers and form of error as the app's."""
+    kind = "server_error" if status.startswith("5") else "invalid_request_error"
+    body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
+    fields = {**HEADERS, "Content-Type": "application/json", "Content-Length": len(body), "Connection": "close", **headers}
+    return (f"HTTP/1.1 {status}\r\n" + "".join(f"{name.lower()}: {value}\r\n" for name, value in fields.items()) + "\r\n" + body).encode("ascii")
+
+
+TOO_MANY = refusal("503 Service Unavailable", "connections", "too many connections", **{"Retry-After": "5"})
+NO_HTTP = refusal("400 Bad Request", "bad_request", "this is no HTTP request, or its head is too long")
 
 
 def bind(config: ServerConfig) -> socket.socket:
@@ -61,18 +78,23 @@ class Connection(H11Protocol):
     limits: ServerConfig
     _head_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
+    _refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         # 用户态不留余量：有一个字节送不出去就开始计时
         transport.set_write_buffer_limits(high=0)
-        if len(self.connections) > self.limits.max_connections:
-            transport.write(TOO_MANY % (len(TOO_MANY_BODY), TOO_MANY_BODY))
-            transport.close()
+        self._refused = len(self.connections) > self.limits.max_connections
+        if len(self.connections) > CROWD * self.limits.max_connections:
+            transport.abort()
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
+            return
+        if self._refused:
+            # 收到请求才回答并断开：一连上就断，对方看到的是连接被重置
+            self._end(TOO_MANY)
             return
         super().data_received(data)
         if self.cycle and not self.cycle.response_complete:
@@ -80,6 +102,19 @@ class Connection(H11Protocol):
         elif not self._head_timer:
             # 空闲连接上来了半个请求头：从第一个字节起计时，一点点地发也没用
             self._await_head()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP; behind an answer that has begun, the connection just ends."""
+        under_way = self.cycle and not self.cycle.response_complete
+        if under_way:
+            # app 还在算的回答已经没有去处：它再写，h11 就会抛错
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self._end(b"" if under_way and self.cycle.response_started else NO_HTTP)
+
+    def _end(self, last: bytes) -> None:
+        self.transport.write(last)
+        self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()

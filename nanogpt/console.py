@@ -14,6 +14,9 @@ class Console:
         self.quiet = quiet
         self._file = getattr(sys, stream)
         self._rich = None
+        self.gone = False
+        """Whether nobody reads any more."""
+        self.on_gone: Callable[[], None] = lambda: None
         if not quiet and self._file.isatty():
             # 没有终端时不导入 rich，启动更快
             from rich.console import Console as RichConsole
@@ -26,12 +29,20 @@ class Console:
 
     def plain(self, line: str) -> None:
         """Print a line as it is, above the progress bar if there is one."""
-        if self.quiet:
+        if self.quiet or self.gone:
             return
-        if self._rich:
-            self._rich.print(line)
-        else:
-            print(line, file=self._file, flush=True)
+        try:
+            if self._rich:
+                self._rich.print(line)
+            else:
+                print(line, file=self._file, flush=True)
+        except BrokenPipeError:
+            # … | head 走了：让训练存好再停
+            self.gone = True
+            self.on_gone()
+        except OSError:
+            # 日志所在的磁盘满了：少一行字，不值得停下训练
+            pass
 
     @contextlib.contextmanager
     def progress(self, total: int, done: int, *, title: str = "progress") -> Iterator[Callable[[int], None]]:

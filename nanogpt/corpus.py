@@ -24,12 +24,15 @@ from omegaconf.errors import OmegaConfBaseException
 from nanogpt import tokenizer as tokenizers
 from nanogpt.bpe import check_vocab_size, train_bpe
 from nanogpt.config import ROOT
-from nanogpt.files import folder_aside, remove_leftovers, sha256, write_text
+from nanogpt.files import folder_aside, remove_leftovers, sha256
+from nanogpt.lock import only_one, remove_stale
 from nanogpt.messages import ConfigError, say
 from nanogpt.mistakes import one_line_each
+from nanogpt.sealed import write_sealed
 from nanogpt.values import check_types, check_value
 
-FORMAT = 1
+# 1：meta.json 没有自己的摘要
+FORMAT = 2
 # 每次读这么多字节：大文件不进内存
 PIECE = 4 * 2**20
 TEXT_SUFFIXES = (".txt", ".md", ".text")
@@ -218,11 +221,22 @@ def state_of(files: Iterable[Path]) -> list[tuple[int, int, int]]:
     return [(stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in map(os.stat, files)]
 
 
-def check_unchanged(files: list[Path], before: list[tuple[int, int, int]]) -> None:
-    """Refuse a text that was written to while it was read, in several passes, for this data set."""
-    for file, then, now in zip(files, before, state_of(files)):
-        if then != now:
-            raise ConfigError("text_changed", path=file)
+@contextlib.contextmanager
+def unchanged(files: list[Path]) -> Iterator[Callable[[], None]]:
+    """Around the several passes over some files; yields the check that nobody has written to them since, which refuses the text otherwise."""
+    before = state_of(files)
+
+    def check() -> None:
+        for file, then, now in zip(files, before, state_of(files)):
+            if then != now:
+                raise ConfigError("text_changed", path=file)
+
+    try:
+        yield check
+    except (ConfigError, OSError):
+        # 读到一半被改的，错误会说别的事：词表里没有的字、半个字
+        check()
+        raise
 
 
 def stem_of(source: Path) -> str:
@@ -320,7 +334,7 @@ def write_meta(folder: Path, *, name: str, source: str, tokenizer, dtype: np.dty
         "vocab_size": tokenizer.vocab_size, "dtype": str(dtype), "tokens": tokens, **more,
         "sha256": {file.name: sha256(file) for file in sorted(folder.iterdir())},
     }
-    write_text(folder / "meta.json", json.dumps(meta, indent=2, ensure_ascii=False))
+    write_sealed(folder / "meta.json", meta)
     return meta
 
 
@@ -372,17 +386,31 @@ def prepare(name: str, directory: str | None, options: dict) -> Path:
     """
     module = _script(name)
     folder = folder_of(name, directory, options, module)
-    if not (folder / "meta.json").is_file():
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ConfigError("not_a_dataset", path=folder, reason="meta.json is missing")
-        say("preparing", name=name)
-        if folder.is_dir():
-            folder.rmdir()
-        elif folder.parent.is_dir():
-            # 只清这个数据集自己的：旁边可能是使用者的文件
-            remove_leftovers(folder.parent, folder.name)
-        module.prepare(folder, **options)
+    lock = folder.with_name(f".{folder.name}.lock")
+    if (folder / "meta.json").is_file():
+        remove_stale(lock)
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # 同时启动的两次训练只准备一次：另一个等着，等到了就有
+        with only_one(lock, waiting=lambda: say("preparing_elsewhere", name=name)):
+            if not (folder / "meta.json").is_file():
+                _prepare_in(folder, name, module, options)
+    except OSError as error:
+        # 磁盘满、目录只读、原文读不出来
+        raise ConfigError("cannot_prepare", name=name, path=error.filename or folder, reason=error.strerror or error) from None
     return folder
+
+
+def _prepare_in(folder: Path, name: str, module, options: dict) -> None:
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError("not_a_dataset", path=folder, reason="meta.json is missing")
+    say("preparing", name=name)
+    if folder.is_dir():
+        folder.rmdir()
+    # 只清这个数据集自己的：旁边可能是使用者的文件
+    remove_leftovers(folder.parent, folder.name)
+    module.prepare(folder, **options)
 
 
 def run_prepare(name: str) -> None:

@@ -4,7 +4,6 @@ Sample number s is a pure function of (seed, s): training position is one intege
 can compute any part of any batch.
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -16,25 +15,24 @@ from nanogpt import tokenizer as tokenizers
 from nanogpt.corpus import FORMAT
 from nanogpt.files import folder_aside, sha256
 from nanogpt.messages import ConfigError
+from nanogpt.sealed import DamagedError, read_sealed, reason_of
 
 SPLITS = ("train", "val")
 
 
 def read_meta(folder: Path) -> dict:
     """meta.json of a prepared folder; ConfigError where there is none that fits."""
-    path = folder / "meta.json"
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        if meta["format"] > FORMAT:
-            raise ConfigError("newer_format", file=path, got=meta["format"], want=FORMAT)
+        meta = read_sealed(folder / "meta.json", FORMAT)
         # 文件名只能是同一个文件夹里的
-        assert set(meta["sha256"]) >= {"train.bin", "val.bin", "tokenizer.json"} and all(Path(f).name == f for f in meta["sha256"])
-        assert set(meta["tokens"]) == set(SPLITS) and meta["dtype"] in ("uint8", "uint16", "uint32")
+        assert set(meta["sha256"]) >= {"train.bin", "val.bin", "tokenizer.json"} and all(Path(f).name == f for f in meta["sha256"]), "files"
+        assert all(isinstance(digest, str) for digest in meta["sha256"].values()) and isinstance(meta["name"], str), "names"
+        assert set(meta["tokens"]) == set(SPLITS) and meta["dtype"] in ("uint8", "uint16", "uint32"), "tokens"
+        assert all(type(count) is int and count >= 0 for count in meta["tokens"].values()), "tokens"
         return meta
-    except ConfigError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ConfigError("not_a_dataset", path=folder, reason=f"{type(error).__name__}") from None
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        reason = str(error) if isinstance(error, DamagedError) else f"meta.json: {reason_of(error)}"
+        raise ConfigError("not_a_dataset", path=folder, reason=reason) from None
 
 
 class TokenData:
@@ -58,16 +56,32 @@ class TokenData:
             for split, count in self.meta["tokens"].items()
         }
         self._epoch: tuple[int, int, np.ndarray] | None = None
+        self._check_ids()
+
+    def _check_ids(self) -> None:
+        """Refuse ids beyond the vocabulary: they would read past the embedding."""
+        if self.meta.get("vocab_size") != self.vocab_size:
+            raise ConfigError("damaged_dataset", path=self.folder / "tokenizer.json", reason="vocab_size", folder=self.folder)
+        for split, ids in self.tokens.items():
+            # 分块看：大文件不进内存
+            largest = max((int(ids[at : at + 2**24].max()) for at in range(0, len(ids), 2**24)), default=0)
+            if largest >= self.vocab_size:
+                raise ConfigError("damaged_dataset", path=self.folder / f"{split}.bin", reason=f"id {largest}", folder=self.folder)
 
     def _verify(self, path: Path, expected: str) -> None:
         if not path.is_file():
             raise ConfigError("damaged_dataset", path=path, reason="missing", folder=self.folder)
+        # 先看大小：几十 GB 的文件不必读完才知道不对
         if path.stem in SPLITS and path.suffix == ".bin":
             wanted = self.meta["tokens"][path.stem] * np.dtype(self.meta["dtype"]).itemsize
             if path.stat().st_size != wanted:
                 raise ConfigError("damaged_dataset", path=path, reason=f"{path.stat().st_size} bytes, not {wanted}", folder=self.folder)
-        if sha256(path) != expected:
-            raise ConfigError("damaged_dataset", path=path, reason="SHA-256 differs", folder=self.folder)
+        try:
+            reason = "SHA-256 differs" if sha256(path) != expected else ""
+        except OSError as error:
+            reason = reason_of(error)
+        if reason:
+            raise ConfigError("damaged_dataset", path=path, reason=reason, folder=self.folder)
 
     @property
     def fingerprint(self) -> str:

@@ -23,6 +23,7 @@ from nanogpt.data import SPLITS, TokenData, read_meta
 from nanogpt.files import folder_aside
 from nanogpt.labels import LABEL_KINDS, with_labels
 from nanogpt.messages import ConfigError, say
+from nanogpt.sealed import reason_of
 from nanogpt.tokenizer import Tokenizer
 
 JUDGE = "judge.jsonl"
@@ -126,13 +127,28 @@ class DocumentData(TokenData):
         super().__init__(folder)
         self.label_dropout = label_dropout
         self.separator = self.tokenizer.end_of_text
-        self.labels: dict[str, list[str]] = self.meta["labels"]
-        width = 1 + len(self.labels)
-        self._index = {split: np.fromfile(self.folder / f"{split}.docs.bin", dtype="<i8").reshape(-1, width) for split in SPLITS}
-        # 名字 -> id，按种类、按编号排好；-1（没有标签）取到最后的空元组
-        self._ids = [[*(self.tokenizer.labels[kind][name] for name in names), ()] for kind, names in self.labels.items()]
+        try:
+            self._read_index()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            # 摘要对得上、内容却合不上：不是这个程序写的
+            raise ConfigError("damaged_dataset", path=self.folder / "*.docs.bin", reason=reason_of(error), folder=self.folder) from None
         self._cut: dict[tuple[str, int], Pieces] = {}
         self._dealt: dict[str, tuple[tuple, list[np.ndarray], np.ndarray]] = {}
+
+    def _read_index(self) -> None:
+        self.labels: dict[str, list[str]] = self.meta["labels"]
+        assert self.separator is not None, "no separator"
+        self._index = {}
+        for split in SPLITS:
+            index = np.fromfile(self.folder / f"{split}.docs.bin", dtype="<i8").reshape(-1, 1 + len(self.labels))
+            ends = index[:, 0]
+            # 首尾相接、恰好盖满，取文章时才不会越界
+            assert (np.diff(ends, prepend=0) >= 0).all() and ends[-1:].sum() == len(self.tokens[split]), f"{split}: ends"
+            for column, names in enumerate(self.labels.values(), 1):
+                assert ((index[:, column] >= -1) & (index[:, column] < len(names))).all(), f"{split}: labels"
+            self._index[split] = index
+        # 名字 -> id，按种类、按编号排好；-1（没有标签）取到最后的空元组
+        self._ids = [[*(self.tokenizer.labels[kind][name] for name in names), ()] for kind, names in self.labels.items()]
 
     def documents(self, split: str) -> Iterator[Document]:
         """The documents of a split with their labels, decoded."""

@@ -1,11 +1,17 @@
 """What of a training goes into its checkpoints, and how it goes on from one."""
 
+import json
 import math
+import time
 from dataclasses import dataclass
 
 from nanogpt import checkpoint, distributed
 from nanogpt.messages import ConfigError
 from nanogpt.oom import is_out_of_memory
+from nanogpt.sealed import reason_of
+
+# 存不下时过这么久再试：磁盘腾出来就存上，又不至于每步都卡在写盘上
+RETRY_S = 60
 
 
 @dataclass
@@ -37,33 +43,51 @@ def state_of(trainer) -> dict:
 
 
 def save(trainer, *, final: bool) -> None:
-    """Write a checkpoint; a failed one is reported and, unless it was the last chance, survived."""
+    """Write a checkpoint; a failed one is reported, tried again later and, unless it was the last chance, survived."""
     if distributed.rank():
         return
     cfg, progress = trainer.cfg, trainer.progress
     try:
         trainer.saved = checkpoint.save(
             trainer.run_dir, model=trainer.model, state=state_of(trainer), iteration=progress.iteration, val_loss=progress.val_loss,
-            config_text=trainer.config_text, tokenizer_file=trainer.run_dir / "tokenizer.json", keep=cfg.keep,
+            # 词表取自内存：训练目录里那份是给人看的，坏了不该传进 checkpoint
+            config_text=trainer.config_text, tokenizer_text=json.dumps(trainer.data.tokenizer.to_dict(), ensure_ascii=False), keep=cfg.keep,
+            run=trainer.run_id,
         )
+        trainer.retry_at = None
     except Exception as error:
         # 磁盘满了可以腾，抄到内存里的那一份也可能放不下：训练不必停，只有最后一次存不下才算失败
         if not isinstance(error, OSError) and not is_out_of_memory(error):
             raise
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         if final:
-            raise ConfigError("never_saved", reason=reason, path=trainer.run_dir) from None
-        trainer.console.line("save_failed", reason=reason, iters=cfg.save_interval or cfg.eval_interval)
+            older = trainer.saved.name if trainer.saved else "-"
+            raise ConfigError("never_saved", reason=reason, path=trainer.run_dir, checkpoint=older) from None
+        trainer.retry_at = time.monotonic() + RETRY_S
+        trainer.console.line("save_failed", reason=reason, seconds=RETRY_S)
+
+
+def overdue(trainer) -> bool:
+    """Whether it is time to try again what could not be saved."""
+    return trainer.retry_at is not None and time.monotonic() >= trainer.retry_at
 
 
 def restore(trainer, source: checkpoint.Checkpoint) -> None:
     """Continue from a checkpoint: weights and optimizer, converted to the present memory= settings, scaler, position and counters."""
     state = source.load_state()
-    if state["fingerprint"] != trainer.data.fingerprint:
-        raise ConfigError("vocab_mismatch", name=trainer.data.name, reason="fingerprint")
-    source.load_model(trainer.model)
-    # 先装权重：状态的格式要看参数是 fp32 还是 bf16
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.precision.scaler.load_state_dict(state["scaler"])
-    trainer.progress = Progress(**state["progress"])
+    try:
+        if state["fingerprint"] != trainer.data.fingerprint:
+            raise ConfigError("vocab_mismatch", name=trainer.data.name, reason="fingerprint")
+        source.load_model(trainer.model)
+        # 先装权重：状态的格式要看参数是 fp32 还是 bf16
+        trainer.optimizer.load_state_dict(state["optimizer"])
+        trainer.precision.scaler.load_state_dict(state["scaler"])
+        trainer.progress = Progress(**state["progress"])
+    except ConfigError:
+        raise
+    except checkpoint.UNFIT as error:
+        if is_out_of_memory(error):
+            raise
+        # 摘要对得上、内容却合不上：换了优化器，或者不是这个程序写的
+        raise source.damaged(f"state: {reason_of(error)}") from None
     trainer.saved = source

@@ -15,7 +15,7 @@ LOCKED_BYTE = 2**30
 class Lock:
     """A lock on the file `path`, which is made where it is missing and holds the process id of whoever took it last.
 
-    The file stays: were it removed, two processes could each lock one of the same name.
+    The file stays unless release() is told to remove it.
     """
 
     def __init__(self, path: Path):
@@ -24,8 +24,9 @@ class Lock:
 
     def take(self) -> bool:
         """Try once; False while another process (or another Lock of this one) holds it. OSError where no file can be made."""
-        file = self.path.open("a+b")
-        if not _try(file):
+        # 不用缓冲：磁盘满时，攒着的字节会让关闭文件也失败
+        file = self.path.open("a+b", buffering=0)
+        if not _try(file) or not self._is(file):
             file.close()
             return False
         self._file = file
@@ -33,15 +34,24 @@ class Lock:
             # 只为给人看；磁盘满时写不进，锁照样有效
             file.truncate(0)
             file.write(f"{os.getpid()}\n".encode("ascii"))
-            file.flush()
         return True
 
-    def release(self) -> None:
+    def _is(self, file) -> bool:
+        # 等锁时文件可能已被删掉重建：锁着旧的那个，谁也挡不住
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), self.path.stat())
+        except FileNotFoundError:
+            return False
+
+    def release(self, *, remove: bool = False) -> None:
         """Let others have it; nothing happens where it is not held."""
         if self._file:
-            _release(self._file)
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            if remove and os.name != "nt":
+                # 还锁着时删：后来的人建的是新文件，等着的人会发觉
+                self.path.unlink(missing_ok=True)
+            _release(file)
+            file.close()
 
     def holder(self) -> str:
         """The process id in the file, ? where there is none."""
@@ -54,7 +64,7 @@ class Lock:
 
 @contextlib.contextmanager
 def only_one(path: Path, *, waiting=None) -> Iterator[None]:
-    """Hold the lock on `path` inside; waits for whoever holds it, after calling waiting() once where there is someone."""
+    """Hold the lock on `path` inside, and remove the file behind it; waits for whoever holds it, after calling waiting() once."""
     lock = Lock(path)
     while not lock.take():
         if waiting:
@@ -65,7 +75,14 @@ def only_one(path: Path, *, waiting=None) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
+        lock.release(remove=True)
+
+
+def remove_stale(path: Path) -> None:
+    """Remove a lock file of only_one() that a killed process left behind; one that is held stays."""
+    with contextlib.suppress(OSError):
+        if path.is_file() and (lock := Lock(path)).take():
+            lock.release(remove=True)
 
 
 if sys.platform == "win32":

@@ -4,12 +4,17 @@ A logger of your own is a class with open, log, text and close, named in a yaml 
 """
 
 import json
+import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt.files import write_text
-from nanogpt.messages import ConfigError
+from nanogpt.messages import ConfigError, say
+from nanogpt.sealed import reason_of
+
+# 磁盘满时记在内存里的上限：几千行
+MOST_PENDING = 2**20
 
 
 class JsonlLogger:
@@ -20,18 +25,29 @@ class JsonlLogger:
     """
 
     def open(self, run_dir: Path, config: dict, iteration: int) -> None:
-        path = run_dir / "metrics.jsonl"
-        torn = path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
-        self._file = path.open("a", encoding="utf-8", newline="\n")
-        if torn:
-            # 上次被杀在半行：补一个换行，别把新的一行也毁了
-            self._file.write("\n")
+        # 不用缓冲：磁盘满时写进去几个字节，要一清二楚
+        self._file = (run_dir / "metrics.jsonl").open("a+b", buffering=0)
+        self._pending = b""
+        size = self._file.seek(0, os.SEEK_END)
+        if size:
+            self._file.seek(size - 1)
+            if self._file.read(1) != b"\n":
+                # 上次被杀在半行：补一个换行，别把新的一行也毁了
+                self._pending = b"\n"
         if iteration:
             self._write({"event": "resume", "iteration": iteration})
 
     def _write(self, record: dict) -> None:
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()
+        self._pending += json.dumps(record, ensure_ascii=False).encode("utf-8", errors="replace") + b"\n"
+        if len(self._pending) > MOST_PENDING:
+            # 磁盘一直满着：只留最近的，从整行开始
+            self._pending = self._pending[-MOST_PENDING:].partition(b"\n")[2]
+        self._flush()
+
+    def _flush(self) -> None:
+        while self._pending:
+            # 写了一半就满了：剩下的等下次，行不会断
+            self._pending = self._pending[self._file.write(self._pending) :]
 
     def log(self, iteration: int, metrics: dict[str, float]) -> None:
         self._write({"iteration": iteration, **metrics})
@@ -40,7 +56,8 @@ class JsonlLogger:
         self._write({"iteration": iteration, "sample": sample})
 
     def close(self) -> None:
-        self._file.close()
+        with self._file:
+            self._flush()
 
 
 @dataclass
@@ -111,19 +128,27 @@ class Loggers:
 
     def __init__(self, backends: list):
         self._backends = backends
+        self._failed: list = []
 
     def open(self, run_dir: Path, config: dict, iteration: int) -> None:
         for backend in self._backends:
             backend.open(run_dir, config, iteration)
 
     def log(self, iteration: int, metrics: dict[str, float]) -> None:
-        for backend in self._backends:
-            backend.log(iteration, metrics)
+        self._each("log", iteration, metrics)
 
     def text(self, iteration: int, sample: str) -> None:
-        for backend in self._backends:
-            backend.text(iteration, sample)
+        self._each("text", iteration, sample)
 
     def close(self) -> None:
+        self._each("close")
+
+    def _each(self, method: str, *arguments) -> None:
         for backend in self._backends:
-            backend.close()
+            try:
+                getattr(backend, method)(*arguments)
+            except OSError as error:
+                # 写不下曲线，不值得停下训练；说一次就够
+                if backend not in self._failed:
+                    self._failed.append(backend)
+                    say("logger_failed", name=type(backend).__name__, reason=reason_of(error))

@@ -14,10 +14,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # 只数要算的目标；全都不算的一批，损失为 0
         N = (targets >= 0).sum().clamp(min=1) if ignoring else hidden.size(0)
         w = weight.to(dtype)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        # 半精度的指数和会丢小概率：softmax 与求和至少用 fp32
+        wide = torch.promote_types(dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_grad else None
         # 冻结的输出层（LoRA）不需要这块与词表同大的梯度
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need_weight else None
 
         def add(start: int) -> None:
             """Add one chunk's part to total, grad_hidden and grad_weight."""
@@ -26,14 +28,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if ignoring:
                 counts = (target >= 0).to(dtype)
                 target = target.clamp(min=0)
-            # softmax 一律用 fp32，半精度的指数和会丢小概率
-            logits = torch.nn.functional.linear(h, w).float()
+            logits = torch.nn.functional.linear(h, w).to(wide)
             if softcap:
                 squashed = torch.tanh(logits / softcap)
                 logits = squashed * softcap
             log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
             losses = log_z - logits.gather(1, target)
-            total.add_((losses * counts.float() if ignoring else losses).sum())
+            total.add_((losses * counts.to(wide) if ignoring else losses).sum())
             if not need_grad:
                 return
             # d(sum of losses)/d(logits) = softmax - onehot，量级为 1：半精度里也不下溢，1/N 留到反向再乘

@@ -44,7 +44,22 @@ def text(message: str, **values) -> str:
 
 def text_in(language: str | None, message: str, **values) -> str:
     """The same in a language of its own, None for the console's: a visitor of the page need not speak that."""
-    return MESSAGES[message][1 if (language or _language) == "zh" else 0].format(**values)
+    line = MESSAGES[message][1 if (language or _language) == "zh" else 0]
+    return line.format(**{key: NOTHING if value is None else value for key, value in values.items()})
+
+
+class _Nothing:
+    """None as a line shows it: a value that there is not has no decimals either."""
+
+    def __format__(self, form: str) -> str:
+        return "-" if form else "None"
+
+    def __repr__(self) -> str:
+        return "None"
+
+
+# 还没评估过就没有验证损失：说完成的那一行不能因此出错
+NOTHING = _Nothing()
 
 
 def say(message: str, **values) -> None:
@@ -334,9 +349,18 @@ MESSAGES = {
         "the vocabulary lacks {characters}; leave them out, write with unknown=skip, or train on text that has them",
         "词表里没有 {characters}；请去掉这些字符，写作时可加 unknown=skip 跳过，或用包含它们的文本训练",
     ),
+    "cannot_prepare": (
+        "data set {name} could not be prepared: {path} ({reason}); mend that, or name another place with dataset.dir=…",
+        "数据集 {name} 准备失败：{path}（{reason}）；请先解决它，或用 dataset.dir=… 换个地方",
+    ),
+    "preparing_elsewhere": ("another process is preparing data set {name}; waiting for it", "另一个进程正在准备数据集 {name}；等它做完"),
     "not_a_dataset": (
         "{path} has no readable meta.json ({reason}); delete the folder and start again to prepare it anew",
         "{path} 没有可用的 meta.json（{reason}）；删除该文件夹后重新运行即可重新准备",
+    ),
+    "damaged_tokenizer": (
+        "{file} is no vocabulary ({reason}); get an undamaged copy or another model",
+        "{file} 不是可用的词表（{reason}）；请换一份完好的，或换一个模型",
     ),
     "damaged_dataset": (
         "{path} does not match its meta.json ({reason}); delete the folder {folder} and start again to prepare it anew",
@@ -555,6 +579,11 @@ MESSAGES = {
         "正在用 {model} 写作；请在浏览器打开 {url}，或把 {url}v1 当作 OpenAI 兼容的 base URL（Ctrl-C 结束）",
     ),
     "api_not_json": ("the body is not a JSON object in UTF-8 ({reason})", "正文不是 UTF-8 的 JSON 对象（{reason}）"),
+    "api_long_head": ("the head of the request is longer than {limit} KiB", "请求头超过 {limit} KiB"),
+    "api_two_lengths": (
+        "the request names its length twice (Content-Length and Transfer-Encoding); send one of them",
+        "请求用两种方式给出长度（Content-Length 与 Transfer-Encoding）；请只用一种",
+    ),
     "api_content_type": ("the content type is {got}; send application/json", "内容类型是 {got}；请发送 application/json"),
     "api_unknown_field": (
         "{field}: there is no such field; known fields: {known}",
@@ -610,10 +639,21 @@ MESSAGES = {
         "{file} 已损坏（{reason}）；{remedy}",
     ),
     "older_checkpoint": ("the next older good one is checkpoint={name}", "更早的完好 checkpoint：checkpoint={name}"),
+    "other_checkpoint": ("a good one is checkpoint={name}", "完好的有 checkpoint={name}"),
+    "other_run": ("it belongs to another run", "属于另一次训练"),
+    "remove_record": (
+        "delete this file: the checkpoints have what is needed to go on",
+        "删掉这个文件即可：继续训练要用的都在 checkpoint 里",
+    ),
+    "run_in_use": (
+        "{path}: process {process} is training there; wait until it ends, or choose another out_dir",
+        "{path}：进程 {process} 正在那里训练；请等它结束，或换 out_dir",
+    ),
+    "begun_again": ("{path} has no checkpoint yet: beginning again from iteration 0", "{path} 里还没有 checkpoint：从第 0 次迭代重新开始"),
     "no_older_checkpoint": ("there is no older good one; start a new run", "没有更早的完好 checkpoint；请重新训练"),
     "newer_format": (
-        "{file} has format {got}, this program reads up to {want}; update nanogpt",
-        "{file} 的格式版本是 {got}，本程序最高支持 {want}；请更新 nanogpt",
+        "{file}: has format {got}, this program reads up to {want}; update nanogpt",
+        "{file}：格式版本是 {got}，本程序最高支持 {want}；请更新 nanogpt",
     ),
     "resume_changes": (
         "{key} cannot change on resume ({old} -> {new}); leave it out or start a new run",
@@ -624,12 +664,16 @@ MESSAGES = {
         "训练已到第 {iteration} 次迭代（max_iters={max_iters}）；加 max_iters={more} 可继续",
     ),
     "save_failed": (
-        "could not save a checkpoint ({reason}); the older ones are kept, trying again in {iters} iterations",
-        "checkpoint 保存失败（{reason}）；旧的仍在，{iters} 次迭代后重试",
+        "could not save a checkpoint ({reason}); the older ones are kept, trying again in {seconds} s; free some disk space",
+        "checkpoint 保存失败（{reason}）；旧的仍在，{seconds} 秒后重试；请腾出磁盘空间",
     ),
     "never_saved": (
-        "the last checkpoint could not be saved ({reason}); free some disk space and continue with resume={path}",
-        "最后的 checkpoint 没能保存（{reason}）；请腾出磁盘空间，再用 resume={path} 继续",
+        "the last checkpoint could not be saved ({reason}); the newest one is {checkpoint}; free some disk space and continue with resume={path}",
+        "最后的 checkpoint 没能保存（{reason}）；最新的完好 checkpoint 是 {checkpoint}；请腾出磁盘空间，再用 resume={path} 继续",
+    ),
+    "logger_failed": (
+        "{name} cannot write ({reason}); training goes on, metrics may be missing",
+        "{name} 写不进去（{reason}）；训练继续，曲线可能缺一段",
     ),
     # ---- 训练过程 ----
     "start": (
@@ -672,10 +716,39 @@ MESSAGES = {
         "iter {iteration}: {what} is not finite; step skipped ({count} in a row)",
         "迭代 {iteration}: {what} 不是有限数；跳过这一步（连续 {count} 次）",
     ),
-    "diverged": (
-        "{count} steps in a row were not finite; the last good checkpoint is {checkpoint}; continue from it with a lower rate: "
-        "resume={path} learning_rate={rate:.1e}",
-        "连续 {count} 步不是有限数；最后的完好 checkpoint 是 {checkpoint}；请降低学习率后继续：resume={path} learning_rate={rate:.1e}",
+    "nonfinite_partly": (
+        "iter {iteration}: {what} is not finite; the parameters that it belongs to were left as they are ({count} in a row)",
+        "迭代 {iteration}: {what} 不是有限数；对应的那些参数这一步不更新（连续 {count} 次）",
+    ),
+    "nonfinite_evaluation": (
+        "iter {iteration}: the validation loss is not finite although every weight is; this evaluation does not count",
+        "迭代 {iteration}: 验证损失不是有限数，而权重都是；这次评估不算",
+    ),
+    "diverged": ("{count} steps in a row were not finite; {remedy}", "连续 {count} 步不是有限数；{remedy}"),
+    "broken": (
+        "iter {iteration}: {tensor} is not finite any more and cannot recover; this state is not saved; {remedy}",
+        "迭代 {iteration}: {tensor} 已不是有限数，不会自己恢复；这个状态不保存；{remedy}",
+    ),
+    "broken_start": (
+        "{tensor} is not finite in what this run starts from; choose another checkpoint=… (best, or an older iter_…) or another init_from",
+        "这次训练的起点里，{tensor} 不是有限数；请换一个 checkpoint=…（best 或更早的 iter_…），或换 init_from",
+    ),
+    "runaway": (
+        "{count} of the last {steps} steps had a training loss above that of guessing ({uniform:.2f}; now {loss:.2f}), which had been lower before: "
+        "the run has diverged; {remedy}",
+        "最近 {steps} 步里有 {count} 步的训练损失高于乱猜的水平（{uniform:.2f}，现为 {loss:.2f}），而此前更低：已经发散；{remedy}",
+    ),
+    "remedy_last": (
+        "the last good checkpoint is {checkpoint}; continue from it with a lower rate: resume={path}{which} learning_rate={rate:.1e}",
+        "最后的完好 checkpoint 是 {checkpoint}；请降低学习率后继续：resume={path}{which} learning_rate={rate:.1e}",
+    ),
+    "remedy_best": (
+        "the best checkpoint is {checkpoint}; continue from it with a lower rate: resume={path}{which} learning_rate={rate:.1e}",
+        "最好的 checkpoint 是 {checkpoint}；请降低学习率后继续：resume={path}{which} learning_rate={rate:.1e}",
+    ),
+    "remedy_again": (
+        "nothing has been saved yet; start again with a lower rate: learning_rate={rate:.1e}",
+        "还没有存过 checkpoint；请降低学习率重新开始：learning_rate={rate:.1e}",
     ),
     "early_stop": (
         "val loss has not improved for {count} evaluations; stopping (early_stop_evals)",
@@ -951,6 +1024,10 @@ MESSAGES = {
     ),
     "trial_watched": ("ended at {rss:.2f} GiB, above the budget (during: {phase})", "用到 {rss:.2f} GiB，超出预算，已结束（阶段：{phase}）"),
     "trial_killed": ("killed by the system, which was out of memory (during: {phase})", "系统内存耗尽，被系统结束（阶段：{phase}）"),
+    "trial_ended": (
+        "SIGKILL (during: {phase}): ended by someone, or by a program that guards the memory; the system itself ended nothing for want of memory",
+        "SIGKILL（阶段：{phase}）：被人或看守内存的程序结束；系统自己没有因内存不足结束过程序",
+    ),
     "trial_crashed": ("{how} (during: {phase}): {line}", "{how}（阶段：{phase}）：{line}"),
     "trial_exit_code": ("exit code {code}", "退出码 {code}"),
     "trial_not_with": (
@@ -1043,11 +1120,17 @@ MESSAGES = {
     "status_invalid": ("invalid", "设置有误"),
     # ---- 自动批量与显存不足的诊断 ----
     "oom_in_forward": ("forward or backward pass", "前向或反向"),
+    "oom_in_sum": ("sum of the gradients over the processes", "各进程的梯度求和"),
+    "oom_in_training": ("training loop", "训练循环"),
     "oom_in_update": ("optimizer's update", "优化器更新"),
     "oom_in_evaluation": ("evaluation", "评估"),
     "sample_skipped": (
         "iter {iteration}: not enough memory to write a sample; training goes on (sample_tokens=0 writes none)",
         "迭代 {iteration}: 内存不足，这次不写样本；训练继续（sample_tokens=0 不再写）",
+    ),
+    "sample_nonfinite": (
+        "iter {iteration}: the model's logits are not finite here, no sample is written; training goes on",
+        "迭代 {iteration}: 模型在这里的 logits 不是有限数，不写样本；训练继续",
     ),
     "oom_title": (
         "---- out of memory in the {phase}, with {rows} rows at a time: this cannot be divided further ----",

@@ -1,5 +1,7 @@
 """GET /openapi.json: the API described for programs, from the same table that checks requests."""
 
+from collections.abc import Collection
+
 from nanogpt import __version__
 from nanogpt.completions import FIELDS, MAX_LABEL_CHARS, MAX_STOP_CHARS, MAX_STOPS, NEUTRAL, STREAM_OPTIONS
 from nanogpt.control import KINDS
@@ -8,7 +10,7 @@ from nanogpt.sample_config import ServerConfig
 ERRORS = {
     "400": "A field is wrong", "401": "The token is missing or wrong", "403": "Another origin, or a host name that is not this machine's",
     "404": "The named model is not loaded", "405": "The method is not allowed", "408": "The body came too slowly", "413": "The body is too large",
-    "415": "Not application/json", "500": "The server failed", "503": "Too busy; Retry-After says when to come back",
+    "415": "Not application/json", "431": "The head is too long", "500": "The server failed", "503": "Too busy; Retry-After says when to come back",
     "504": "The time limit was reached",
 }
 ERROR = {
@@ -33,8 +35,8 @@ COMPLETION = {
 }
 
 
-def request_schema(limits: ServerConfig, *, empty_prompts: bool = False) -> dict:
-    """The body of POST /v1/completions; null is the same as leaving a field out."""
+def request_schema(limits: ServerConfig, *, fields: Collection[str] = tuple(FIELDS), empty_prompts: bool = False) -> dict:
+    """The body of POST /v1/completions with these of FIELDS; null is the same as leaving a field out."""
     def text(longest: int, shortest: int = 1) -> dict:
         return {"type": "string", "minLength": shortest, "maxLength": longest}
 
@@ -56,27 +58,32 @@ def request_schema(limits: ServerConfig, *, empty_prompts: bool = False) -> dict
         "type": ["object", "null"], "properties": {name: {"type": "boolean"} for name in STREAM_OPTIONS}, "additionalProperties": False,
     }
     properties |= {name: {"enum": [None, *allowed]} for name, allowed in NEUTRAL.items()}
+    properties = {name: schema for name, schema in properties.items() if name in fields or name in NEUTRAL}
     return {"type": "object", "required": ["prompt"], "properties": properties, "additionalProperties": False}
 
 
-def document(limits: ServerConfig, *, empty_prompts: bool = False) -> dict:
-    """OpenAPI 3.1."""
+def document(limits: ServerConfig, *, fields: Collection[str] = tuple(FIELDS), empty_prompts: bool = False) -> dict:
+    """OpenAPI 3.1; `fields` are those that a request may have on this server."""
+    body = request_schema(limits, fields=fields, empty_prompts=empty_prompts)
+
     def answers(description: str, content: dict) -> dict:
         failures = {status: {"description": words, "content": {"application/json": {"schema": ERROR}}} for status, words in ERRORS.items()}
         return {"200": {"description": description, "content": content}, **failures}
 
-    def get(summary: str) -> dict:
-        return {"get": {"summary": summary, "responses": answers("OK", {"application/json": {"schema": {"type": "object"}}})}}
+    def get(summary: str, **more) -> dict:
+        return {"get": {"summary": summary, "responses": answers("OK", {"application/json": {"schema": {"type": "object"}}}), **more}}
 
-    written = {"application/json": {"schema": COMPLETION}, "text/event-stream": {"schema": {"type": "string"}}}
+    # 一个事件一份 JSON，末尾是 [DONE]：3.1 的 schema 说不了一串事件
+    written = {"application/json": {"schema": COMPLETION}, "text/event-stream": {}}
     return {
         "openapi": "3.1.0", "info": {"title": "nanogpt", "version": __version__}, "security": [{"token": []}] if limits.token else [],
         "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
         "paths": {
-            "/health": get("Whether it can write, and how much it has to do"), "/v1/models": get("The model that is loaded"),
+            # 这一个不问口令：看护程序也要能问
+            "/health": get("Whether it can write, and how much it has to do", security=[]), "/v1/models": get("The model that is loaded"),
             "/v1/completions": {"post": {
                 "summary": "Write behind a prompt", "responses": answers("What was written", written),
-                "requestBody": {"required": True, "content": {"application/json": {"schema": request_schema(limits, empty_prompts=empty_prompts)}}},
+                "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
             }},
         },
     }

@@ -11,7 +11,7 @@ from torch.optim.adamw import adamw as adamw_kernel
 
 from nanogpt import target
 from nanogpt.config import MemoryConfig
-from nanogpt.frugal import COMPENSATION, Storage, adamw_update, muon_apply, muon_direction
+from nanogpt.frugal import COMPENSATION, SCALE, Storage, adamw_update, muon_apply, muon_direction
 from nanogpt.messages import ConfigError
 
 # 同形状的矩阵一起正交化：小模型快数倍，大模型不为此多占显存
@@ -55,6 +55,11 @@ class Optimizer:
         by_name = {name: p for g in self.param_groups for name, p in zip(g["names"], g["params"], strict=True)}
         if set(state["state"]) - set(by_name):
             raise ValueError("optimizer: the checkpoint's state belongs to other parameters; resume with the same model and optimizer")
+        for name, tensors in state["state"].items():
+            for key, tensor in tensors.items():
+                # 形状不对的状态要到更新时才出事，那时参数已改了一半
+                if not key.endswith(SCALE) and tensor.numel() != (1 if key == "step" else by_name[name].numel()):
+                    raise ValueError(f"optimizer: {key} of {name} has {tensor.numel()} values")
         self.state = {name: self.storage.converted(tensors, by_name[name]) for name, tensors in state["state"].items()}
 
     def started(self, name: str, p: torch.Tensor, group: dict) -> dict[str, torch.Tensor]:

@@ -10,6 +10,8 @@ from nanogpt.messages import ConfigError
 
 # 在 GPU 上由张量核心以 16 位输入、fp32 累加完成的运算
 PRODUCTS = (F.linear, torch.mm, torch.matmul, torch.bmm, torch.baddbmm, F.scaled_dot_product_attention)
+# loss scale 的下限：1 就是不缩放；再小只会让梯度下溢，减到 0 则永远好不了
+SMALLEST_SCALE = 1.0
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -107,3 +109,20 @@ def default_format(device: torch.device) -> str:
     if device.type == "cpu":
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def settle_scale(scaler, *, skipped: bool, overflow: bool) -> bool:
+    """Let a GradScaler learn from the step that it has just unscaled; True where it lowered its scale, down to SMALLEST_SCALE.
+
+    skipped: the step was not finite; overflow: because its gradients were not.
+    """
+    if not skipped:
+        scaler.update()
+        return False
+    # 只在坏的一步才读 scale：读一次，GPU 就停一次
+    before = scaler.get_scale()
+    if overflow:
+        scaler.update()
+    # 坏的只是 loss 的值：scale 照旧，这一步也不算“又好了一步”
+    scaler.update(max(SMALLEST_SCALE, scaler.get_scale()))
+    return scaler.get_scale() < before

@@ -71,12 +71,14 @@ def build_pretrained(pretrained: Pretrained, seed: int = 0, weights: str = "fp32
 def read_run(named: str, key: str, which: str) -> Pretrained:
     """Weights of a run of ours: the checkpoint `which` (the last where none is the best), or the checkpoint folder named."""
     path = Path(named)
-    if (path / "manifest.json").is_file():
-        source = checkpoint.find(path.parent.parent, path.name, key=key)
-    else:
-        source = checkpoint.find_trained(rundir.locate(named, key=key), which, key=key)
-    model = model_of(source)
-    return Pretrained(model.config, checkpoint.model_tensors(model), tokenizers.load(source.folder / "tokenizer.json"))
+    one = (path / "manifest.json").is_file()
+    run_dir, which = (path.parent.parent, path.name) if one else (rundir.locate(named, key=key), which)
+
+    def taken(source: checkpoint.Checkpoint) -> Pretrained:
+        model = model_of(source)
+        return Pretrained(model.config, checkpoint.model_tensors(model), tokenizers.load(source.folder / "tokenizer.json"))
+
+    return checkpoint.use(run_dir, which, taken, key=key)
 
 
 # ---- 微调：与这次训练的配置对上 ----

@@ -1,13 +1,16 @@
 """Run folders: choosing, protecting and finding them; the config of a run that goes on.
 
-A run folder holds config.yaml, tokenizer.json, metrics.jsonl, logs/, ckpt/, data/ (small data sets)
-and, at the end, summary.json. Needs no torch.
+A run folder holds run.json (its id, and the config it began with), config.yaml, tokenizer.json, metrics.jsonl, logs/, ckpt/,
+data/ (small data sets), lock (held while the run lives) and, at the end, summary.json. Needs no torch.
 """
 
+import contextlib
 import os
 import re
 import shutil
 import time
+import uuid
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -16,14 +19,20 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.config import ROOT, TrainConfig, untrusted_targets
-from nanogpt.files import write_text
-from nanogpt.messages import ConfigError
+from nanogpt.files import remove_leftovers
+from nanogpt.lock import Lock
+from nanogpt.messages import ConfigError, text
+from nanogpt.saved_config import read_saved
+from nanogpt.sealed import DamagedError, read_sealed, reason_of, write_sealed
 
 OUTPUTS = Path("outputs")
 # 文件而不是符号链接：Windows 建链接要特权
 LATEST = OUTPUTS / "latest"
 # 属于一次训练的名字；清空目录时只认这些
-RUN_FILES = {"config.yaml", "tokenizer.json", "metrics.jsonl", "summary.json", "logs", "ckpt", "data", "wandb"}
+RUN_FILES = {"run.json", "config.yaml", "tokenizer.json", "metrics.jsonl", "summary.json", "logs", "ckpt", "data", "wandb"}
+LOCK = "lock"
+# 从 2 起带摘要
+FORMAT = 2
 # 继续训练时不可改：改了就不再是同一次训练
 FIXED_ON_RESUME = ("model", "dataset", "seed", "init_from", "finetune")
 # 其中这些例外：不影响参数的形状
@@ -47,11 +56,7 @@ def choose(cfg: TrainConfig) -> Path:
     path = Path(cfg.out_dir)
     if path.exists() and not path.is_dir():
         raise ConfigError("not_writable", path=path, reason="not a folder")
-    there = {p.name for p in path.iterdir()} if path.is_dir() else set()
-    if there - RUN_FILES:
-        raise ConfigError("out_dir_foreign", path=path)
-    if there and not cfg.overwrite:
-        raise ConfigError("out_dir_exists", path=path)
+    refuse_contents(path, overwrite=cfg.overwrite)
     # 找到最近的已存在的上级，看能否写入
     parent = next(p for p in [path, *path.absolute().parents] if p.exists())
     if not os.access(parent, os.W_OK):
@@ -59,25 +64,103 @@ def choose(cfg: TrainConfig) -> Path:
     return path
 
 
-def create(path: Path) -> None:
-    """Make the folder of a new run, emptying an old run (choose() has asked), and remember it as the latest."""
+def refuse_contents(path: Path, *, overwrite: bool) -> None:
+    """ConfigError when a run may not begin in this folder, which need not be there yet."""
+    # 锁与没写完的临时文件不是内容：刚启动就被杀的那次留下的
+    there = {p.name for p in path.iterdir() if p.name != LOCK and not re.fullmatch(r"\..+\.tmp", p.name)} if path.is_dir() else set()
+    if there - RUN_FILES:
+        raise ConfigError("out_dir_foreign", path=path)
+    if there and not overwrite:
+        raise ConfigError("out_dir_exists", path=path)
+
+
+def hold(path: Path) -> Lock:
+    """The lock of a run folder; ConfigError while another process trains in it. What a killed process left half-written is removed."""
+    lock = Lock(path / LOCK)
     try:
-        for name in RUN_FILES if path.is_dir() else ():
-            old = path / name
-            if old.is_dir():
-                shutil.rmtree(old)
-            else:
-                old.unlink(missing_ok=True)
-        path.mkdir(parents=True, exist_ok=True)
-        remember(path)
+        if not lock.take():
+            raise ConfigError("run_in_use", path=path, process=lock.holder())
+        remove_leftovers(path)
     except OSError as error:
         raise ConfigError("not_writable", path=path, reason=error.strerror) from None
+    return lock
+
+
+def claim(path: Path, *, overwrite: bool) -> Lock:
+    """Make and lock the folder of a new run, emptying an old run if told to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = hold(path)
+        try:
+            # 从检查到这里过了几秒：别的进程可能也选了它
+            refuse_contents(path, overwrite=overwrite)
+            _empty(path)
+        except BaseException:
+            lock.release()
+            raise
+        return lock
+    except OSError as error:
+        raise ConfigError("not_writable", path=path, reason=error.strerror) from None
+
+
+def _empty(path: Path) -> None:
+    for name in RUN_FILES:
+        if (path / name).is_dir():
+            shutil.rmtree(path / name)
+        else:
+            (path / name).unlink(missing_ok=True)
+
+
+def abandon(path: Path, lock: Lock) -> None:
+    """Remove what claim() and a run that could not begin have left in its folder."""
+    with contextlib.suppress(OSError):
+        _empty(path)
+        remove_leftovers(path)
+        lock.release(remove=True)
+        # 里面还有别的，就留着
+        path.rmdir()
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """run.json: what a run is from its first moment on."""
+
+    id: str
+    """Stands in every checkpoint of the run, so that those of two runs cannot be mixed up."""
+    config_text: str
+    """The resolved config that it began with."""
+
+
+def write_record(path: Path, config_text: str, known: str | None = None) -> RunRecord:
+    """Write run.json, with a new id where none is known."""
+    record = RunRecord(known or uuid.uuid4().hex, config_text)
+    write_sealed(path / "run.json", {"format": FORMAT, "id": record.id, "config": record.config_text})
+    return record
+
+
+def read_record(path: Path) -> RunRecord | None:
+    """run.json of a run folder, None in one of an earlier version; ConfigError when it is damaged."""
+    file = path / "run.json"
+    if not file.is_file():
+        return None
+    try:
+        values = read_sealed(file, FORMAT)
+        if not all(isinstance(values.get(key), str) for key in ("id", "config")):
+            raise DamagedError("no id, no config")
+        return RunRecord(values["id"], values["config"])
+    except DamagedError as error:
+        raise ConfigError("damaged_checkpoint", file=file, reason=error, remedy=text("remove_record")) from None
 
 
 def remember(path: Path) -> None:
     """Make `path` the run that resume=latest means."""
     OUTPUTS.mkdir(exist_ok=True)
-    write_text(LATEST, str(path.absolute()) + "\n")
+    # 名字固定：被杀时留下的，下一次就覆盖掉，不会越积越多
+    aside = LATEST.with_name(f".{LATEST.name}.tmp")
+    aside.write_text(str(path.absolute()) + "\n", encoding="utf-8", newline="\n")
+    with contextlib.suppress(FileNotFoundError):
+        # 同时启动的另一次训练抢先改了名：latest 已经是最新的
+        os.replace(aside, LATEST)
 
 
 def locate(named: str, key: str = "resume") -> Path:
@@ -85,16 +168,26 @@ def locate(named: str, key: str = "resume") -> Path:
     if named == "latest":
         if not LATEST.is_file():
             raise ConfigError("no_run", key=key, path=LATEST)
-        named = LATEST.read_text(encoding="utf-8").strip()
+        # 断电后可能是一串 NUL
+        named = LATEST.read_text(encoding="utf-8", errors="replace").strip().replace("\0", "?")
     path = Path(named)
-    if not (path / "ckpt").is_dir():
+    if not (path / "ckpt").is_dir() and not (path / "run.json").is_file():
         raise ConfigError("no_run", key=key, path=path)
     return path
 
 
 def resumed_config(saved_text: str, typed: TrainConfig, overrides: list[str], source: Path) -> TrainConfig:
-    """The saved config with what was typed on this command line laid over it."""
-    saved = yaml.safe_load(saved_text)
+    """The saved config with what was typed on this command line laid over it; `source` is where it comes from."""
+    try:
+        return _resumed(read_saved(saved_text), typed, overrides, source)
+    except ConfigError:
+        raise
+    except (OmegaConfBaseException, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        # 摘要对得上、内容却合不上：另一个版本写的，或者有人改过
+        raise ConfigError("damaged_checkpoint", file=source, reason=f"config.yaml: {reason_of(error)}", remedy=text("no_older_checkpoint")) from None
+
+
+def _resumed(saved: dict, typed: TrainConfig, overrides: list[str], source: Path) -> TrainConfig:
     fresh = OmegaConf.to_container(OmegaConf.structured(typed))
     defaults = OmegaConf.to_container(OmegaConf.structured(TrainConfig), throw_on_missing=False)
     foreign = untrusted_targets(saved, fresh)
@@ -119,10 +212,7 @@ def resumed_config(saved_text: str, typed: TrainConfig, overrides: list[str], so
     after = OmegaConf.to_container(merged)
     for key in FIXED_ON_RESUME:
         refuse_change(key, before[key], after[key])
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), merged))
-    except OmegaConfBaseException as error:
-        raise ConfigError("damaged_checkpoint", file=source / "config.yaml", reason=str(error).splitlines()[0], remedy="") from None
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), merged))
 
 
 def typed_model_fields(overrides: list[str], experiment: str | None) -> set[str]:

@@ -10,18 +10,20 @@ from omegaconf import OmegaConf
 
 from nanogpt import checkpoint, corpus, distributed, keeping, machine, rundir
 from nanogpt import tokenizer as tokenizers
-from nanogpt.build import build_model, build_part
+from nanogpt.build import build_model, build_part, check_weights
 from nanogpt.config import TrainConfig, check
 from nanogpt.console import Console
 from nanogpt.data import TokenData, copy_dataset, dataset_bytes
 from nanogpt.documents import open_data
 from nanogpt.files import write_text
+from nanogpt.lock import Lock
 from nanogpt.loggers import JsonlLogger, Loggers
 from nanogpt.lora import add_adapters
 from nanogpt.messages import ConfigError, text
 from nanogpt.oom import OutOfMemory
 from nanogpt.precision import Precision
 from nanogpt.pretrained import Pretrained, adapted, build_pretrained, check_vocabulary, open_pretrained
+from nanogpt.sealed import reason_of
 from nanogpt.step import build_step
 from nanogpt.trainer import Trainer, share_batch
 
@@ -42,9 +44,13 @@ class Session:
     """Wires data, model, optimizer, loggers and trainer together in the order in which mistakes should show."""
 
     def __init__(
-        self, cfg: TrainConfig, run_dir: Path, source: checkpoint.Checkpoint | None, *, other_data: bool = False, pretrained: Pretrained | None = None
+        self, cfg: TrainConfig, run_dir: Path, source: checkpoint.Checkpoint | None, *, other_data: bool = False,
+        pretrained: Pretrained | None = None, lock: Lock | None = None, record: rundir.RunRecord | None = None,
     ):
+        """`lock` and `record` are those of a run that goes on, or begins again because it has no checkpoint yet."""
         self.cfg, self.source, self.other_data, self.pretrained = cfg, source, other_data, pretrained
+        self.lock, self.record = lock, record
+        self.begun_again = source is None and record is not None
         self.console = Console(quiet=distributed.rank() > 0)
         self.device = machine.choose_device(cfg.device, cfg.hardware)
         if cfg.batch_size != "auto":
@@ -69,17 +75,48 @@ class Session:
 
     @classmethod
     def resume(cls, typed: TrainConfig, overrides: list[str], run_dir: Path) -> "Session":
-        """The run in run_dir, from the checkpoint that typed.checkpoint names, with what was typed laid over."""
+        """The run in run_dir, from the checkpoint that typed.checkpoint names, with what was typed laid over.
+
+        A run that was killed before its first checkpoint begins again.
+        """
+        # 先拿到锁再看里面：活着的那次还在写、还在删
+        lock = rundir.hold(run_dir) if distributed.rank() == 0 else None
+        try:
+            record = rundir.read_record(run_dir)
+            found = checkpoint.listed(run_dir)
+            if record and not found.good and not found.bad:
+                return cls._again(typed, overrides, run_dir, record, lock)
+            return cls._going_on(typed, overrides, run_dir, record, lock)
+        except BaseException:
+            if lock:
+                lock.release()
+            raise
+
+    @classmethod
+    def _again(cls, typed: TrainConfig, overrides: list[str], run_dir: Path, record: rundir.RunRecord, lock: Lock | None) -> "Session":
+        cfg = rundir.resumed_config(record.config_text, typed, overrides, run_dir / "run.json")
+        check(cfg)
+        pretrained = None
+        if cfg.init_from:
+            # 形状早已对好；dropout 与上下文长度取当时写下的
+            pretrained = adapted(open_pretrained(cfg.init_from), cfg.model, {"dropout", "block_size"}, cfg.init_from)
+        cfg.batch_size = _settle_batch(replace(cfg, resume=None), [])
+        return cls(cfg, run_dir, None, pretrained=pretrained, lock=lock, record=record)
+
+    @classmethod
+    def _going_on(cls, typed: TrainConfig, overrides: list[str], run_dir: Path, record: rundir.RunRecord | None, lock: Lock | None) -> "Session":
         source = checkpoint.find(run_dir, typed.checkpoint)
         cfg = rundir.resumed_config(source.config_text(), typed, overrides, source.folder)
         check(cfg)
+        check_weights(source, cfg.model, cfg.finetune)
         if source.iteration >= cfg.max_iters:
             raise ConfigError("already_done", iteration=source.iteration, max_iters=cfg.max_iters, more=2 * source.iteration)
         bundled = run_dir / "data"
         # 试的是同一个形状：权重是什么不影响快慢与内存
         trial = replace(cfg, resume=None, init_from=None, dataset={**cfg.dataset, "dir": str(bundled)} if bundled.is_dir() else cfg.dataset)
         cfg.batch_size = _settle_batch(trial, [])
-        return cls(cfg, run_dir, source, other_data=any(o.startswith("dataset.dir=") for o in overrides))
+        other_data = any(o.startswith("dataset.dir=") for o in overrides)
+        return cls(cfg, run_dir, source, other_data=other_data, lock=lock, record=record)
 
     # ---- 数据 ----
 
@@ -116,18 +153,25 @@ class Session:
 
     def run(self) -> None:
         """Build, announce, train, show what came out."""
-        trainer = self._build()
-        self._announce(trainer)
-        self._catch_signals(trainer)
         try:
-            summary = trainer.fit()
-        except OutOfMemory as error:
-            self._autopsy(error, has_checkpoint=trainer.saved is not None)
-            raise
+            trainer = self._build()
+            self._announce(trainer)
+            self._catch_signals(trainer)
+            try:
+                summary = trainer.fit()
+            except OutOfMemory as error:
+                self._autopsy(error, has_checkpoint=trainer.saved is not None)
+                raise
+            finally:
+                distributed.stop()
+            if distributed.rank() == 0:
+                self._finish(trainer, summary)
         finally:
-            distributed.stop()
-        if distributed.rank() == 0:
-            self._finish(trainer, summary)
+            if self.lock:
+                self.lock.release()
+        if self.console.gone:
+            # 读的一方先走了：该存的都存了，再照常结束
+            raise BrokenPipeError
 
     def _build(self) -> Trainer:
         backends = [build_part(node, f"logger.{name}") for name, node in (self.cfg.logger or {}).items()]
@@ -138,8 +182,16 @@ class Session:
         if distributed.rank() == 0:
             node = OmegaConf.structured(self.cfg)
             trainer.config_text = OmegaConf.to_yaml(node)
-            self._claim_folder(trainer.config_text)
-            loggers.open(self.run_dir, OmegaConf.to_container(node), trainer.progress.iteration)
+            fresh = not self.lock
+            try:
+                self._claim_folder(trainer.config_text)
+                loggers.open(self.run_dir, OmegaConf.to_container(node), trainer.progress.iteration)
+            except OSError as error:
+                if fresh and self.lock:
+                    # 一步都还没训：不留下半个训练目录
+                    rundir.abandon(self.run_dir, self.lock)
+                raise ConfigError("not_writable", path=self.run_dir, reason=reason_of(error)) from None
+            trainer.run_dir, trainer.run_id = self.run_dir, self.record.id
         return trainer
 
     def build_trainer(self, loggers: Loggers, kind: type[Trainer] = Trainer) -> Trainer:
@@ -163,20 +215,38 @@ class Session:
         return model
 
     def _claim_folder(self, config_text: str) -> None:
-        """Write what a run folder holds from the start."""
+        """Write what a run folder holds from the start; run.json first, so that it can be begun again from then on."""
         if self.source:
             checkpoint.set_aside_newer(self.run_dir, self.source.iteration)
-            rundir.remember(self.run_dir)
-        else:
-            rundir.create(self.run_dir)
+        elif not self.lock:
+            self.run_dir, self.lock = self._own_folder()
+        if not self.source or not self.record:
+            # 早先版本的训练没有编号：从这里起有；run.json 被删掉的，编号还在 checkpoint 里
+            known = self.record.id if self.record else self.source.run if self.source else None
+            self.record = rundir.write_record(self.run_dir, config_text, known)
+        (self.run_dir / "ckpt").mkdir(exist_ok=True)
+        rundir.remember(self.run_dir)
         write_text(self.run_dir / "config.yaml", config_text)
         tokenizers.save(self.data.tokenizer, self.run_dir / "tokenizer.json")
         bundled = self.run_dir / "data"
         if not bundled.exists() and dataset_bytes(self.data.folder) <= self.cfg.bundle_data_mib * 2**20:
             copy_dataset(self.data.folder, bundled)
 
+    def _own_folder(self) -> tuple[Path, Lock]:
+        """The folder of a new run, and its lock; one of another name where another process was faster and the name is ours to choose."""
+        while True:
+            try:
+                return self.run_dir, rundir.claim(self.run_dir, overwrite=self.cfg.overwrite)
+            except ConfigError as error:
+                if self.cfg.out_dir is not None or error.message not in ("run_in_use", "out_dir_exists"):
+                    raise
+                # 同一秒启动的两次训练选了同一个名字
+                self.run_dir = rundir.choose(self.cfg)
+
     def _announce(self, trainer: Trainer) -> None:
         cfg, line = self.cfg, self.console.line
+        if not self.source and self.begun_again:
+            line("begun_again", path=self.run_dir)
         if self.source:
             line("resumed", path=self.run_dir, iteration=trainer.progress.iteration)
         elif cfg.init_from:
@@ -207,7 +277,7 @@ class Session:
             autopsy.show(error, self.cfg, self.console, resume=str(self.run_dir) if has_checkpoint else None)
 
     def _catch_signals(self, trainer: Trainer) -> None:
-        """First Ctrl-C or SIGTERM: finish the step, save, leave; second: leave at once."""
+        """First Ctrl-C, SIGTERM or closed terminal: finish the step, save, leave; second: leave at once."""
 
         def handle(number, _frame):
             if trainer.stop_requested:
@@ -215,8 +285,16 @@ class Session:
             trainer.stop_requested = True
             self.console.line("interrupted")
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handle)
+        def stop() -> None:
+            trainer.stop_requested = True
+
+        self.console.on_gone = stop
+        # SIGHUP：终端关了或网络断了；SIGBREAK 是 Windows 的同一件事
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+            number = getattr(signal, name, None)
+            # nohup 已让它忽略 SIGHUP：照旧忽略
+            if number is not None and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+                signal.signal(number, handle)
 
     def _finish(self, trainer: Trainer, summary: dict) -> None:
         console, path = self.console, self.run_dir

@@ -1,6 +1,7 @@
 """summary.json: what a finished run reached, for people and for sweeps."""
 
 import json
+import math
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -8,6 +9,7 @@ import torch
 
 from nanogpt import distributed
 from nanogpt.files import write_text
+from nanogpt.sealed import reason_of
 
 
 def versions() -> dict[str, str]:
@@ -36,7 +38,7 @@ def write_summary(trainer, reason: str, wall_s: float) -> dict:
     summary = {
         "stopped_by": reason,
         "val_loss": progress.val_loss,
-        "best_val_loss": progress.best_val_loss if progress.val_loss is not None else None,
+        "best_val_loss": progress.best_val_loss if math.isfinite(progress.best_val_loss) else None,
         "iters": progress.iteration,
         "tokens": progress.tokens_trained,
         "tokens_per_s": trained["tokens_per_s"],
@@ -55,5 +57,9 @@ def write_summary(trainer, reason: str, wall_s: float) -> dict:
         "versions": versions(),
     }
     if not distributed.rank():
-        write_text(trainer.run_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        try:
+            write_text(trainer.run_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        except OSError as error:
+            # 权重都已存好：少一份总结不算失败
+            trainer.console.line("logger_failed", name="summary.json", reason=reason_of(error))
     return summary

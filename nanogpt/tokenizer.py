@@ -18,6 +18,8 @@ from nanogpt.files import write_text
 from nanogpt.messages import ConfigError
 
 KINDS = ("char", "byte", "gpt2", "bpe", "auto")
+# 最大的词表（几十万条 BPE）也只有几十 MB
+MOST_BYTES = 256 * 2**20
 
 # GPT-2 的预切分规则：缩写、词、数字、标点、空白（Radford et al. 2019 的公开实现）
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -274,5 +276,18 @@ def save(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def load(path: Path) -> Tokenizer:
-    """Read what save wrote."""
-    return from_dict(json.loads(path.read_text(encoding="utf-8")))
+    """Read what save wrote; ConfigError where the file holds something else."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"larger than {MOST_BYTES // 2**20} MiB")
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved["kind"] == "bpe" and saved["pattern"] != GPT2_PATTERN:
+            # 我们只写这一种；别人写的正则可以让切分卡上几个小时
+            raise ValueError("not the pattern of GPT-2")
+        return from_dict(saved)
+    except ConfigError:
+        raise
+    except Exception as error:
+        # 词表可能来自陌生人，tokenizers 库又只抛裸 Exception
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise ConfigError("damaged_tokenizer", file=path, reason=reason) from None

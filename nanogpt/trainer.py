@@ -8,17 +8,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanogpt import checkpoint, distributed, keeping
+from nanogpt import checkpoint, distributed, evaluation, keeping
 from nanogpt.compilation import compile_hidden
 from nanogpt.config import TrainConfig, schedule_of
 from nanogpt.console import Console
 from nanogpt.data import TokenData
+from nanogpt.health import Health
 from nanogpt.keeping import Progress
 from nanogpt.loggers import Loggers
 from nanogpt.messages import ConfigError
 from nanogpt.metrics import RTX3060_TFLOPS, Stopwatch, memory_gib, peak_tflops
-from nanogpt.oom import OutOfMemory, is_out_of_memory, not_divisible
+from nanogpt.oom import OutOfMemory, is_out_of_memory, not_divisible, release
 from nanogpt.optimizers import learning_rate_at
+from nanogpt.precision import settle_scale
 from nanogpt.sampling import sampler
 from nanogpt.step import Step
 from nanogpt.summary import write_summary
@@ -63,6 +65,8 @@ class Trainer:
         self.run_dir = run_dir
         self.console = console
         self.config_text = ""
+        self.run_id: str | None = None
+        self.retry_at: float | None = None
         self.schedule = schedule_of(cfg)
         self.parameters = computation.parameters
         self.progress = Progress()
@@ -77,7 +81,8 @@ class Trainer:
         self.interval = Interval()
         self.saved: checkpoint.Checkpoint | None = None
         self.last_sample = ""
-        computation.expect(self.micro_batch)
+        self.health = Health(self)
+        self.expected_rows: int | None = None
         # 编译后的反向一次交出全部梯度，逐个释放就落空了
         compile_hidden(self.model, cfg.compile, device, console, obstacle="memory.optimizer_in_backward=true" if computation.in_backward else None)
 
@@ -102,7 +107,9 @@ class Trainer:
         # 装箱的行填得有多有少：每行按它的目标数计权，切成多少微批、几个进程，梯度都相同
         mine = slice(distributed.rank() * self.local_rows, (distributed.rank() + 1) * self.local_rows)
         loss, stop = self._accumulate_until_it_fits(starts[mine], targets[mine], int(targets.sum()))
-        distributed.sum_gradients(self.parameters)
+        # 各进程的求和必须步调一致：一个进程失败，谁也不能单独重做
+        with not_divisible("sum", rows=self.micro_batch):
+            distributed.sum_gradients(self.parameters)
         # 更新到一半停下的参数退不回去：不能重做，已存的 checkpoint 还在
         with not_divisible("update", rows=self.micro_batch):
             norm = self._update(loss)
@@ -115,6 +122,7 @@ class Trainer:
         """Allocate the optimizer's states once, behind a restore and before the first step."""
         if self.prepared:
             return
+        self.health.before_start()
         with not_divisible("update", rows=self.micro_batch):
             self.computation.prepare()
         self.prepared = True
@@ -143,13 +151,17 @@ class Trainer:
 
     def _accumulate(self, starts: np.ndarray, targets: np.ndarray, total: int) -> torch.Tensor:
         """Forward and backward over all rows in micro-batches; return this process's share of the mean loss."""
+        if self.expected_rows != self.micro_batch:
+            # 在能减半的地方做：它自己也要跑一个 block 的前向，也会显存不足
+            self.computation.expect(self.micro_batch)
+            self.expected_rows = self.micro_batch
         # 每步由 (seed, iteration, rank) 重新播种：续训、重做都得到同样的 dropout，不必保存随机状态
         torch.manual_seed(((self.cfg.seed * 1_000_003 + self.progress.iteration) * 1009 + distributed.rank()) % 2**63)
         self.model.train()
         loss = torch.zeros((), device=self.device)
         for first in range(0, len(starts), self.micro_batch):
             rows = slice(first, first + self.micro_batch)
-            x, y = self._to_device(*self.data.rows("train", starts[rows], self.block_size))
+            x, y = self.to_device(*self.data.rows("train", starts[rows], self.block_size))
             loss += self._micro_batch(x, y, float(targets[rows].sum() / total))
         return loss
 
@@ -164,59 +176,44 @@ class Trainer:
 
     def _shrink(self, detail: str) -> None:
         """Halve the micro-batch after an out-of-memory error, or give up at one row; `detail` is what the library said."""
-        self.optimizer.zero_grad()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._drop_gradients()
+        release(self.device)
         # 反向里已更新过的参数退不回去，没更新过也不能分几次累积
         if self.micro_batch == 1 or self.computation.in_backward:
             raise OutOfMemory("forward", rows=self.micro_batch, detail=detail)
         old, self.micro_batch = self.micro_batch, (self.micro_batch + 1) // 2
-        self.computation.expect(self.micro_batch)
         accumulation = math.ceil(self.local_rows / self.micro_batch) * distributed.world()
         self.console.line("oom_shrink", iteration=self.progress.iteration + 1, old=old, new=self.micro_batch, accum=accumulation)
 
+    def _drop_gradients(self) -> None:
+        # 不靠优化器：它可能只管一部分参数，剩下的半份梯度会混进下一步
+        for p in self.parameters:
+            p.grad = None
+
     def _update(self, loss: float) -> float:
         """Clip and apply the gradients unless something is not finite; return the gradient norm."""
-        scaler = self.precision.scaler
+        scaler, healing = self.precision.scaler, False
         # 先还原再裁剪，否则阈值会被 loss scale 放大
         if scaler.is_enabled():
             scaler.unscale_(self.optimizer)
         limit, norm = self.cfg.grad_clip or math.inf, self.computation.gradient_norm().item()
-        if math.isfinite(norm) and norm > limit:
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite and norm > limit:
             # 没超过阈值就不必把全部梯度再读写一遍
             self.computation.clip(torch.tensor(norm, device=self.device), limit)
-        if scaler.is_enabled() and math.isfinite(loss):
-            # 梯度溢出是 fp16 的日常：scaler 自己跳过这一步并减半 scale
+        if finite and scaler.is_enabled():
             scaler.step(self.optimizer)
-            scaler.update()
-        elif math.isfinite(loss) and math.isfinite(norm):
+        elif finite:
             self.computation.update()
-        elif scaler.is_enabled():
-            # loss 已坏：登记一次溢出，让 scale 减半，但不更新
-            scaler.update()
-        self.optimizer.zero_grad()
-        self._count_nonfinite(loss, norm)
+        if scaler.is_enabled():
+            # 梯度溢出是 fp16 的日常：跳过这一步并减半 scale，下一步就好了
+            healing = settle_scale(scaler, skipped=not finite, overflow=not math.isfinite(norm)) and math.isfinite(loss)
+        self._drop_gradients()
+        self.health.after_update(loss, norm, healing=healing)
         return norm
 
-    def _count_nonfinite(self, loss: float, norm: float) -> None:
-        scaler = self.precision.scaler
-        # scale 还大于 1 时的梯度溢出会自愈，不算故障
-        overflow = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1
-        if (math.isfinite(loss) and math.isfinite(norm)) or overflow:
-            self.progress.nonfinite_in_a_row = 0
-            return
-        self.progress.nonfinite_steps += 1
-        self.progress.nonfinite_in_a_row += 1
-        what = "gradient" if math.isfinite(loss) else "loss"
-        self.console.line("nonfinite", iteration=self.progress.iteration + 1, what=what, count=self.progress.nonfinite_in_a_row)
-        if self.progress.nonfinite_in_a_row >= self.cfg.max_nonfinite_steps:
-            good = self.saved or next(iter(reversed(checkpoint.checkpoints(self.run_dir))), None)
-            raise ConfigError(
-                "diverged", count=self.progress.nonfinite_in_a_row, checkpoint=good.name if good else "-",
-                path=self.run_dir, rate=self.cfg.learning_rate / 3,
-            )
-
-    def _to_device(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def to_device(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows x, y (B, T) where the model is."""
         if self.device.type == "cpu":
             return x, y
         # 锁页内存加异步拷贝：与上一个微批的反向重叠
@@ -224,39 +221,9 @@ class Trainer:
 
     # ---- 评估 ----
 
-    @torch.no_grad()
     def evaluate(self) -> float:
-        """Mean cross-entropy over the fixed validation windows, shared among the processes."""
-        self.model.eval()
-        mine = self.windows[distributed.rank() :: distributed.world()]
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        full = [start for start, length in mine if length == self.block_size]
-        ragged = [(start, length) for start, length in mine if length < self.block_size]
-        while full:
-            batch = np.array(full[: self.eval_batch])
-            try:
-                sums += self._loss_sum(batch, self.block_size)
-            except Exception as error:
-                # 同样只接住显存不足
-                if not is_out_of_memory(error):
-                    raise
-                if self.eval_batch == 1:
-                    raise OutOfMemory("evaluation", rows=1, detail=str(error)) from None
-                self.eval_batch = (self.eval_batch + 1) // 2
-                continue
-            full = full[len(batch) :]
-        for start, length in ragged:
-            sums += self._loss_sum(np.array([start]), length)
-        loss_sum, count = distributed.total(sums).tolist()
-        return loss_sum / count
-
-    def _loss_sum(self, starts: np.ndarray, length: int) -> torch.Tensor:
-        x, y = self._to_device(*self.data.rows("val", starts, length))
-        with self.precision.context():
-            loss = self.model.loss(x, y)
-        # 标签与行尾的空位（-1）不算
-        count = (y >= 0).sum().double()
-        return torch.stack((loss.double() * count, count))
+        """Mean cross-entropy over the fixed validation windows."""
+        return evaluation.mean_loss(self)
 
     # ---- 整个训练 ----
 
@@ -266,12 +233,14 @@ class Trainer:
         reason = None
         with self.console.progress(cfg.max_iters, self.progress.iteration) as advance:
             while self.progress.iteration < cfg.max_iters and reason is None:
-                result = self._timed_step()
-                advance(self.progress.iteration)
-                reason = self._after_step(result)
+                # 能分小的都分过了：还有别处的内存不足，也是一种结局
+                with not_divisible("training", rows=self.micro_batch):
+                    result = self._timed_step()
+                    advance(self.progress.iteration)
+                    reason = self._after_step(result)
         last = self.progress.iteration
         if self.saved is None or self.saved.iteration < last:
-            keeping.save(self, final=True)
+            self._save(final=True)
         self.loggers.close()
         return write_summary(self, reason or "finished", time.perf_counter() - started)
 
@@ -294,15 +263,24 @@ class Trainer:
         if iteration % cfg.log_interval == 0 or evaluated or reason:
             self._log(result, evaluated and self.progress.val_loss is not None)
         save_due = iteration % cfg.save_interval == 0 if cfg.save_interval else evaluated
-        if save_due or reason:
-            keeping.save(self, final=bool(reason) or last)
+        if save_due or reason or keeping.overdue(self):
+            self._save(final=bool(reason) or last)
         if evaluated and cfg.sample_tokens and reason != "interrupted":
             self._write_sample()
         return reason
 
+    def _save(self, *, final: bool) -> None:
+        # 坏掉的权重宁可不存：它会把完好的旧 checkpoint 挤掉
+        self.health.before_save()
+        keeping.save(self, final=final)
+
     def _evaluate_and_judge(self) -> str | None:
-        progress = self.progress
-        progress.val_loss = self.evaluate()
+        progress, loss = self.progress, self.evaluate()
+        if not self.health.after_evaluation(loss):
+            # 这份 checkpoint 没有验证损失，就不会被当成最好的
+            progress.val_loss = None
+            return None
+        progress.val_loss = loss
         if progress.val_loss < progress.best_val_loss:
             progress.best_val_loss, progress.evals_without_gain = progress.val_loss, 0
         else:
@@ -352,10 +330,12 @@ class Trainer:
                 sampler=sampler(temperature=self.cfg.sample_temperature), seed=self.cfg.seed * SAMPLE_STREAM + self.progress.iteration,
             )
         except Exception as error:
-            # 样本只是给人看的：写不下就不写，训练照常
-            if not is_out_of_memory(error) and not (isinstance(error, ConfigError) and error.message == "sample_oom"):
+            # 样本只是给人看的：写不下、写不成就不写，训练照常
+            known = {"sample_oom": "sample_skipped", "nonfinite_logits": "sample_nonfinite"}
+            line = "sample_skipped" if is_out_of_memory(error) else known.get(getattr(error, "message", None))
+            if line is None:
                 raise
-            self.console.line("sample_skipped", iteration=self.progress.iteration)
+            self.console.line(line, iteration=self.progress.iteration)
             return
         self.last_sample = sample
         self.loggers.text(self.progress.iteration, sample)

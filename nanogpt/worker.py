@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from nanogpt.messages import ConfigError
+from nanogpt.oom import is_out_of_memory
 from nanogpt.writer import Piece, Request, Result, Writer
 
 # 还没送达 asyncio 一侧的消息批数：事件循环忙不过来时，写作等它，内存不涨
@@ -222,7 +223,9 @@ class Worker:
             for index, request in enumerate(job.requests):
                 self._keys[self._writer.submit(request)] = (job, index)
         except Exception as error:
-            # 开头里有词表没有的字：只有这个请求知道
+            # 开头里有词表没有的字，或读它的内存不够：只有这个请求知道
+            if is_out_of_memory(error):
+                error = ConfigError("sample_oom")
             if not isinstance(error, ConfigError):
                 traceback.print_exc(file=sys.stderr)
                 error = ConfigError("api_internal")

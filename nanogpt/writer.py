@@ -16,7 +16,7 @@ import torch
 from nanogpt.generate import Decoder
 from nanogpt.labels import label_tokens
 from nanogpt.messages import ConfigError
-from nanogpt.oom import is_out_of_memory
+from nanogpt.oom import is_out_of_memory, release
 from nanogpt.sampling import Sampler
 from nanogpt.tokenizer import END_OF_TEXT, TextStream, Tokenizer
 
@@ -169,15 +169,18 @@ class Writer:
 
     def advance(self) -> list[Piece]:
         """The same, where a text that cannot go on ends with an error of its own and the others go on."""
-        try:
-            self._admit()
-            drawn = self._drawn()
-        except Exception as error:
-            # 只接住显存不足：减半并排的行数，写过的 token 都在，重读即可
-            if not is_out_of_memory(error):
-                raise
-            self._shrink()
-            return self.advance()
+        drawn = None
+        while drawn is None:
+            try:
+                self._admit()
+                drawn = self._drawn()
+            except Exception as error:
+                # 只接住显存不足：减半并排的行数，写过的 token 都在，重读即可
+                if not is_out_of_memory(error):
+                    raise
+            if drawn is None:
+                # 出了 except 才清理：异常的 traceback 还引用着旧缓存
+                self._shrink()
         # 多走了一步的行可能已经写完
         return [piece for key, token in drawn if key in self.texts and (piece := self._push(key, token))]
 
@@ -216,8 +219,9 @@ class Writer:
         # 正在写的排到队首，次序不变；旧缓存先释放，再建小的
         self.waiting = deque(key for key in self.texts if key not in self.waiting) + self.waiting
         self.decoder = self._flight = None
+        release(self.model.device)
         if self.capacity == 1:
-            raise ConfigError("sample_oom") from None
+            raise ConfigError("sample_oom")
         self.capacity //= 2
 
     def _push(self, key: int, token: int) -> Piece | None:

@@ -116,9 +116,8 @@ def open_model(cfg: SampleConfig, run_dir: Path | None) -> Model:
     if run_dir is None:
         pretrained = open_pretrained(cfg.init_from, which=cfg.checkpoint)
         return ready(cfg, cfg.init_from, build_pretrained(pretrained).to(device), pretrained.tokenizer)
-    source = checkpoint.find_trained(run_dir, cfg.checkpoint, key="out_dir")
-    network, tokenizer = load(source, device)
-    return ready(cfg, f"{run_dir}/{source.name}", network, tokenizer)
+    named, network, tokenizer = checkpoint.use(run_dir, cfg.checkpoint, lambda source: (source.name, *load(source, device)), key="out_dir")
+    return ready(cfg, f"{run_dir}/{named}", network, tokenizer)
 
 
 def ready(cfg: SampleConfig, name: str, network: torch.nn.Module, tokenizer: tokenizers.Tokenizer) -> Model:

@@ -4,7 +4,9 @@ import contextlib
 import copy
 import functools
 import importlib
+import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,7 +24,9 @@ from nanogpt.build import build_model
 from nanogpt.config import ROOT, ModelConfig, TrainConfig, check
 from nanogpt.control import prefixes
 from nanogpt.corpus import build_char_tokenizer, write_dataset
+from nanogpt.files import sha256
 from nanogpt.sample_config import SampleConfig, check_sample, register_schemas
+from nanogpt.sealed import write_sealed
 
 register_schemas()
 
@@ -31,14 +35,6 @@ torch.set_num_threads(1)
 os.environ.setdefault("WANDB_MODE", "offline")
 
 TINY = ("model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "model.ngrams=[2]", "model.ngram_buckets=97")
-
-
-def torture(name: str):
-    """The program benchmarks/torture/<name>.py as a module."""
-    folder = str(ROOT / "benchmarks" / "torture")
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    return importlib.import_module(name)
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +56,29 @@ def in_tmp(tmp_path, monkeypatch):
     """Run in an empty folder: outputs/ lands there."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory, corpus_folder) -> Path:
+    """A folder with outputs/run, a short run of the tiny model, which is `latest`; read it, or copy it with `own_run`."""
+    from nanogpt.session import Session
+
+    folder, here = tmp_path_factory.mktemp("trained"), Path.cwd()
+    os.chdir(folder)
+    try:
+        cfg = make_config(*tiny(corpus_folder))
+        cfg.out_dir = "outputs/run"
+        Session.new(cfg, Path("outputs/run"))._build().fit()
+    finally:
+        os.chdir(here)
+    return folder
+
+
+@pytest.fixture
+def own_run(in_tmp, trained_once):
+    """Run in a folder that holds a copy of that run."""
+    shutil.copytree(trained_once, in_tmp, dirs_exist_ok=True)
+    return in_tmp
 
 
 @pytest.fixture(scope="session")
@@ -114,6 +133,12 @@ def _composed_node(config_name: str, overrides: tuple[str, ...]):
     return node, choices
 
 
+def reseal(folder: Path) -> None:
+    """Make a changed checkpoint folder agree with itself again, as someone would who means harm."""
+    values = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    write_sealed(folder / "manifest.json", {**values, "sha256": {file: sha256(folder / file) for file in values["sha256"]}})
+
+
 def make_config(*overrides: str, checked: bool = True) -> TrainConfig:
     """The TrainConfig that run_train.py would see for these overrides."""
     cfg = composed("train", list(overrides))
@@ -129,13 +154,18 @@ def make_sample_config(*overrides: str) -> SampleConfig:
     return cfg
 
 
-@pytest.fixture
-def tiny_overrides(corpus_folder):
+def tiny(corpus_folder) -> list[str]:
     """Overrides of a run that takes a second on a CPU."""
     return [
         *TINY, "dataset=text_file", f"dataset.dir={corpus_folder}", "dataset.path=unused.txt", "logger=none", "device=cpu", "max_iters=6",
         "batch_size=4", "eval_interval=3", "eval_tokens=null", "log_interval=1", "sample_tokens=8", "warmup_iters=2", "learning_rate=1e-2",
     ]
+
+
+@pytest.fixture
+def tiny_overrides(corpus_folder):
+    """The same, as a list of one's own."""
+    return tiny(corpus_folder)
 
 
 def tiny_model_config(**changes) -> ModelConfig:
@@ -164,3 +194,10 @@ def no_grad_eval(model):
     with torch.no_grad():
         yield model
     model.train()
+
+
+def torture(name: str):
+    """The program benchmarks/torture/<name>.py."""
+    folder = str(ROOT / "benchmarks" / "torture")
+    sys.path[:] = [folder, *(path for path in sys.path if path != folder)]
+    return importlib.import_module(name)

@@ -1,23 +1,31 @@
 """Checkpoints: whole or absent, verified, pruned without losing the best."""
 
+import json
+import math
+from dataclasses import asdict
+
 import pytest
 import torch
+import yaml
 from conftest import GPT2_RECIPE, tiny_model_config
+from safetensors.torch import load_file
 
-from nanogpt import checkpoint
-from nanogpt.build import build_model
+from nanogpt import checkpoint, plain_state, tensor_file
+from nanogpt.build import build_model, model_of
+from nanogpt.files import sha256
 from nanogpt.messages import ConfigError
+from nanogpt.saved_config import read_saved
+from nanogpt.sealed import DamagedError
 
 
 @pytest.fixture
 def saver(tmp_path):
-    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     model = build_model(tiny_model_config(), 0)
 
-    def save(iteration, val_loss=None, keep=2, model=model):
+    def save(iteration, val_loss=None, keep=2, model=model, run="a"):
         return checkpoint.save(
             tmp_path, model=model, state={"n": iteration, "t": torch.arange(3)}, iteration=iteration, val_loss=val_loss,
-            config_text="a: 1\n", tokenizer_file=tmp_path / "tokenizer.json", keep=keep,
+            config_text="a: 1\n", tokenizer_text="{}", keep=keep, run=run,
         )
 
     return save
@@ -73,12 +81,12 @@ def test_damage_is_named_and_the_next_older_good_one_offered(tmp_path, saver, fi
 
 
 def test_only_damaged_ones_left_is_said(tmp_path, saver):
-    (saver(1).folder / "state.pt").write_bytes(b"")
+    (saver(1).folder / "state.json").write_bytes(b"")
     with pytest.raises(ConfigError, match="no older good one"):
         checkpoint.find(tmp_path, "last")
 
 
-@pytest.mark.parametrize("step", ["save_file", "write_text", "sha256", "sync"])
+@pytest.mark.parametrize("step", ["write_tensors", "write_text", "sha256", "sync"])
 def test_a_failed_save_keeps_the_older_ones_and_leaves_no_trace(tmp_path, saver, monkeypatch, step):
     from nanogpt import files
 
@@ -119,23 +127,138 @@ def test_going_on_from_an_older_one_keeps_the_newer_aside(tmp_path, saver):
     assert (tmp_path / "ckpt" / "replaced_iter_00000002" / "model.safetensors").is_file()
 
 
+def as_format_1(folder, state):
+    """Make a checkpoint folder what the first version wrote: the state as torch.save, a manifest without a digest."""
+    for file in ("state.json", "state.safetensors"):
+        (folder / file).unlink()
+    torch.save(state, folder / "state.pt")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    old = {"format": 1, "iteration": manifest["iteration"], "val_loss": manifest["val_loss"]}
+    hashes = {file: sha256(folder / file) for file in checkpoint.FILES_1}
+    (folder / "manifest.json").write_text(json.dumps({**old, "sha256": hashes}), encoding="utf-8")
+
+
+def test_the_first_format_is_still_read(tmp_path, saver):
+    as_format_1(saver(1).folder, {"n": 5, "t": torch.arange(3)})
+    saver(2)
+    assert names(tmp_path) == ["iter_00000001", "iter_00000002"]
+    assert checkpoint.find(tmp_path, "iter_00000001").load_state()["n"] == 5
+
+
 def test_code_in_a_state_file_is_never_run(tmp_path, saver):
     class Evil:
         def __reduce__(self):
             return (open, (str(tmp_path / "pwned"), "w"))
 
-    folder = saver(1).folder
-    torch.save({"x": Evil()}, folder / "state.pt")
-    with pytest.raises(Exception, match="Weights only load failed|Unsupported"):
-        checkpoint.Checkpoint(folder, 1, None, {}).load_state()
+    as_format_1(saver(1).folder, {"x": Evil()})
+    with pytest.raises(ConfigError, match="state: .*Weights only load failed"):
+        checkpoint.find(tmp_path, "last").load_state()
     assert not (tmp_path / "pwned").exists()
 
 
-def test_a_newer_format_is_refused_by_name(tmp_path, saver):
-    manifest = saver(1).folder / "manifest.json"
-    manifest.write_text(manifest.read_text(encoding="utf-8").replace('"format": 1', '"format": 7'), encoding="utf-8")
-    with pytest.raises(ConfigError, match="has format 7, this program reads up to 1"):
+def test_any_nested_state_comes_back_and_nothing_else_is_taken():
+    state = {"a": [1, 2.5, None, True, "x"], 3: (torch.zeros(0), torch.tensor(1.0, dtype=torch.bfloat16)), "n": math.nan, "i": [-math.inf, {}]}
+    tensors = {}
+    back = plain_state.restore(json.loads(json.dumps(plain_state.flatten(state, tensors), allow_nan=False)), tensors)
+    assert back["a"] == state["a"] and math.isnan(back["n"]) and back["i"] == state["i"] and isinstance(back[3], tuple)
+    assert back[3][0].shape == (0,) and torch.equal(back[3][1], state[3][1]) and back[3][1].dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="a set cannot be saved"):
+        plain_state.flatten({"x": {1}}, {})
+    for node in ({"call": 1}, {"tensor": "9"}, {"float": "1e9"}, {}, {"dict": [[1]]}):
+        with pytest.raises((ValueError, KeyError)):
+            plain_state.restore(node, {})
+
+
+def test_tensor_files_are_what_the_library_reads_and_their_hash_is_the_files(tmp_path):
+    tensors = {
+        "b": torch.randn(3, 5).T, "empty": torch.zeros(0, 4), "one": torch.tensor(7), "flag": torch.tensor([True, False]),
+        "half": torch.randn(7).half(), "b16": torch.randn(2, 2).bfloat16(), "码": torch.arange(5, dtype=torch.uint8), "view": torch.randn(9)[::2],
+    }
+    path = tmp_path / "x.safetensors"
+    assert tensor_file.write_tensors(path, tensors) == sha256(path)
+    read = load_file(path)
+    assert read.keys() == tensors.keys() and all(torch.equal(read[k], v) and read[k].dtype == v.dtype for k, v in tensors.items())
+    assert tensor_file.shapes_in(path) == {name: tuple(t.shape) for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("version", [7, 0, -1, 1.5, True, None, "2", [2]])
+def test_a_newer_or_unknown_format_is_refused_by_name_and_an_older_one_offered(tmp_path, saver, version):
+    saver(1)
+    manifest = saver(2).folder / "manifest.json"
+    values = json.loads(manifest.read_text(encoding="utf-8"))
+    manifest.write_text(json.dumps({**values, "format": version}), encoding="utf-8")
+    wanted = "has format 7, this program reads up to 2" if version == 7 else "no known format"
+    with pytest.raises(ConfigError, match=rf"iter_00000002 .*{wanted}.*checkpoint=iter_00000001"):
         checkpoint.find(tmp_path, "last")
+
+
+def test_no_digit_of_a_manifest_changes_unnoticed(tmp_path, saver):
+    saver(1, 2.0)
+    manifest = saver(2, 1.5).folder / "manifest.json"
+    whole = manifest.read_bytes()
+    for at in range(0, len(whole), 3):
+        manifest.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        found = checkpoint.listed(tmp_path)
+        # 空白变了样，内容没变
+        assert found.bad or ((found.good[-1].iteration, found.good[-1].val_loss) == (2, 1.5) and whole[at : at + 1].isspace()), at
+    for at in range(0, len(whole), 11):
+        manifest.write_bytes(whole[:at])
+        assert list(checkpoint.listed(tmp_path).bad) == [manifest.parent], at
+    with pytest.raises(ConfigError, match="iter_00000002 is damaged .*a good one is checkpoint=iter_00000001"):
+        checkpoint.find(tmp_path, "best")
+    manifest.unlink()
+    with pytest.raises(ConfigError, match="manifest.json: missing"):
+        checkpoint.find(tmp_path, "last")
+
+
+def test_a_checkpoint_of_another_run_or_of_another_iteration_is_refused(tmp_path, saver):
+    saver(1)
+    folder = saver(2, run="b").folder
+    with pytest.raises(ConfigError, match="iter_00000002 is damaged .it belongs to another run.*checkpoint=iter_00000001"):
+        checkpoint.find(tmp_path, "last")
+    folder.rename(folder.with_name("iter_00000009"))
+    with pytest.raises(ConfigError, match="iter_00000009 .*belongs to another folder"):
+        checkpoint.find(tmp_path, "last")
+    # 只看名字挪开它，更早的就又是最新的
+    checkpoint.set_aside_newer(tmp_path, 1)
+    assert checkpoint.find(tmp_path, "last").iteration == 1
+
+
+def test_damaged_ones_are_never_pruned(tmp_path, saver):
+    (saver(1).folder / "manifest.json").write_bytes(b"")
+    for iteration in range(2, 6):
+        saver(iteration, keep=1)
+    assert sorted(p.name for p in (tmp_path / "ckpt").iterdir()) == ["iter_00000001", "iter_00000005"]
+
+
+def test_no_number_is_better_than_a_number(tmp_path, saver):
+    saver(1, 2.0)
+    for iteration, loss in ((2, math.nan), (3, -math.inf), (4, 3.0)):
+        saver(iteration, loss, keep=9)
+    assert checkpoint.find(tmp_path, "best").iteration == 1
+
+
+@pytest.mark.parametrize("change", [
+    {"n_layer": 10**9}, {"n_embd": 10**12}, {"n_embd": 10**30}, {"vocab_size": 10**10}, {"block_size": 10**10}, {"n_head": 0}, {"n_layer": -1},
+    {"ngrams": [2], "ngram_buckets": 10**12}, {"mlp_ratio": 10**9}, {"n_layer": "many"}, {"n_embd": None}, {"_target_": "os.system"}, {"extra": 5},
+])
+def test_a_config_that_contradicts_the_weights_allocates_nothing(tmp_path, saver, change):
+    config = asdict(tiny_model_config())
+    source = saver(1)
+    (source.folder / "config.yaml").write_text(yaml.safe_dump({"model": {**config, **change}}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="is damaged|names code of its own"):
+        model_of(source)
+    (source.folder / "config.yaml").write_text(yaml.safe_dump({"model": config}), encoding="utf-8")
+    assert model_of(source).parameter_count()
+
+
+@pytest.mark.parametrize("content", [
+    "a: [1", "- 1", "", "model: 3", "model: {n_layer: ${oc.env:HOME}}", "a: &a [x]\nmodel: {b: *a}", "model: !!python/object/apply:os.system [id]",
+    "[" * 9000 + "]" * 9000,
+])
+def test_a_config_of_a_stranger_is_read_as_plain_values(content):
+    with pytest.raises(DamagedError, match=r"config\.yaml: "):
+        read_saved(content)
 
 
 def test_a_folder_without_checkpoints_is_one_line(tmp_path):

@@ -8,9 +8,12 @@ import pytest
 from conftest import make_config  # noqa: F401 - 保证 conf 可用
 
 from nanogpt import corpus
+from nanogpt import tokenizer as tokenizers
 from nanogpt.corpus import build_char_tokenizer, write_dataset
-from nanogpt.data import TokenData
+from nanogpt.data import TokenData, read_meta
+from nanogpt.files import sha256
 from nanogpt.messages import ConfigError
+from nanogpt.sealed import write_sealed
 from nanogpt.tokenizer import ByteTokenizer
 
 
@@ -94,6 +97,54 @@ def test_a_newer_format_is_named(tmp_path):
     (folder / "meta.json").write_text(json.dumps({**meta, "format": 99}), encoding="utf-8")
     with pytest.raises(ConfigError, match="format 99"):
         TokenData(folder)
+
+
+@pytest.mark.parametrize("change", [
+    {"tokens": {"train": 10**15, "val": 1}}, {"tokens": {"train": 1.5, "val": 1}}, {"tokens": {"train": -1, "val": 1}}, {"dtype": "float64"},
+    {"vocab_size": 3}, {"vocab_size": None}, {"sha256": {"../x": "0"}}, {"sha256": {"train.bin": 1, "val.bin": 1, "tokenizer.json": 1}}, {"name": 5},
+])
+def test_a_meta_that_agrees_with_itself_but_not_with_the_files_is_refused(tmp_path, change):
+    folder = counting_dataset(tmp_path / "d")
+    write_sealed(folder / "meta.json", {**read_meta(folder), **change})
+    with pytest.raises(ConfigError, match=r"meta\.json"):
+        TokenData(folder)
+
+
+def test_no_digit_of_meta_changes_unnoticed(tmp_path):
+    folder = counting_dataset(tmp_path / "d")
+    whole = (folder / "meta.json").read_text(encoding="utf-8")
+    for key, value in (("tokens", 999), ("name", "u"), ("source", "u"), ("vocab_size", 9), ("format", 1)):
+        values = json.loads(whole)
+        (folder / "meta.json").write_text(json.dumps({**values, key: value}), encoding="utf-8")
+        with pytest.raises(ConfigError, match="SHA-256 differs"):
+            TokenData(folder)
+    # 第一版没有摘要，照样能读
+    del values["digest"]
+    (folder / "meta.json").write_text(json.dumps({**values, "format": 1}), encoding="utf-8")
+    assert TokenData(folder).fingerprint
+
+
+def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
+    folder = counting_dataset(tmp_path / "d")
+    meta = read_meta(folder)
+    for split in ("train", "val"):
+        path = folder / f"{split}.bin"
+        before = path.read_bytes()
+        path.write_bytes(before[:-2] + b"\xff\xff")
+        write_sealed(folder / "meta.json", {**meta, "sha256": {file: sha256(folder / file) for file in meta["sha256"]}})
+        with pytest.raises(ConfigError, match=rf"{split}\.bin does not match its meta\.json .id 65535"):
+            TokenData(folder)
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize("content", [
+    "", "[]", "{}", '{"kind": "x"}', '{"kind": "char"}', '{"kind": "char", "characters": 5}', '{"kind": "library", "tokenizers": {}, "end_of_text": null}',
+    '{"kind": "bpe", "name": "x", "pattern": "(a+)+$", "ranks": ["YQ=="], "special": {}}', "[" * 99999,
+])
+def test_a_vocabulary_that_is_none_is_one_line(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is no vocabulary"):
+        tokenizers.load(tmp_path / "tokenizer.json")
 
 
 def test_a_block_longer_than_the_data_is_refused_and_the_limit_named_works(tmp_path):

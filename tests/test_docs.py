@@ -2,14 +2,14 @@
 
 import json
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
 import yaml
 from conftest import TINY, make_config
-from test_end_to_end import ENVIRONMENT, QUICK, TEXT
+from test_end_to_end import QUICK, TEXT
+from typed import typed
 
 import nanogpt
 from nanogpt import build, corpus
@@ -42,13 +42,13 @@ def test_both_languages_show_the_same_code_tables_and_figures(english, chinese):
     assert figures[0] == figures[1]
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
-def test_the_preset_table_is_what_the_code_reports(readme):
+def test_the_preset_table_is_what_the_code_reports():
     for name in nanogpt.PRESETS:
         with torch.device("meta"):
             counts = [f"{nanogpt.create_model(name, vocab_size=v).parameter_count():,}" for v in (76, 50257)]
         c = build.preset(name)
-        assert f"| `{name}` | {c.n_layer} | {c.n_head} | {c.n_embd} | {c.block_size} | {counts[0]} | {counts[1]} |" in read(readme)
+        for readme in ("README.md", "README.zh-CN.md"):
+            assert f"| `{name}` | {c.n_layer} | {c.n_head} | {c.n_embd} | {c.block_size} | {counts[0]} | {counts[1]} |" in read(readme)
 
 
 @pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
@@ -102,10 +102,7 @@ def test_the_documented_model_optimizer_and_logger_train_and_resume(tmp_path):
     quick = [o for o in QUICK if o not in ("logger=none",)]
 
     def run(*overrides):
-        command = [sys.executable, str(ROOT / "run_train.py"), f"--config-dir={tmp_path / 'conf'}", *overrides]
-        done = subprocess.run(command, cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, encoding="utf-8", timeout=120)
-        assert done.returncode == 0, done.stderr
-        return done
+        return typed("run_train.py", tmp_path, f"--config-dir={tmp_path / 'conf'}", *overrides, python_path=tmp_path)
 
     mine = ["model=gated", "optimizer=mine", "logger=mine"]
     run(*mine, "dataset=text_file", "dataset.path=my.txt", "dataset.dir=prepared", *quick, "out_dir=outputs/a")

@@ -18,7 +18,7 @@ from nanogpt.documents import Document, open_data, write_documents
 from nanogpt.labels import with_labels
 from nanogpt.loss import chunked_cross_entropy
 from nanogpt.messages import ConfigError
-from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+from nanogpt.tokenizer import GPT2_PATTERN, BPETokenizer, ByteTokenizer, CharTokenizer
 
 LETTERS = "abcdefghij"
 
@@ -235,7 +235,7 @@ def test_a_split_without_documents_is_refused(tmp_path):
 BYTES = {bytes((i,)): i for i in range(256)}
 
 
-@pytest.mark.parametrize("make", [lambda: build_char_tokenizer(["春天|ab<>"]), ByteTokenizer, lambda: BPETokenizer("b", r".+", BYTES, {})], ids=["char", "byte", "bpe"])
+@pytest.mark.parametrize("make", [lambda: build_char_tokenizer(["春天|ab<>"]), ByteTokenizer, lambda: BPETokenizer("b", GPT2_PATTERN, BYTES, {})], ids=["char", "byte", "bpe"])
 def test_labels_take_new_ids_and_survive_saving(make, tmp_path):
     plain = make()
     grown = with_labels(plain, {"style": ["宋词", "a b"], "emotion": ["positive"]}, grow=True)
@@ -252,7 +252,7 @@ def test_labels_take_new_ids_and_survive_saving(make, tmp_path):
 
 
 def test_a_vocabulary_that_must_keep_its_size_writes_labels_as_text():
-    own = BPETokenizer("b", r".+", BYTES, {"<|endoftext|>": 256})
+    own = BPETokenizer("b", GPT2_PATTERN, BYTES, {"<|endoftext|>": 256})
     labelled = with_labels(own, {"style": ["verse"]}, grow=False)
     assert labelled.vocab_size == own.vocab_size and labelled.labels["style"]["verse"] == tuple(b"<|style:verse|>") and not own.labels
     with pytest.raises(ConfigError, match="end of text"):

@@ -11,17 +11,24 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY
+from typed import ENVIRONMENT, typed
 
 from nanogpt.config import ROOT
+from nanogpt.trainer import Trainer
 
 RUN = [sys.executable, str(ROOT / "run_train.py")]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "LANG": "en_US.UTF-8", "LANGUAGE": "", "LC_ALL": ""}
 QUICK = [*TINY, "max_iters=4", "eval_interval=2", "eval_tokens=200", "log_interval=1", "sample_tokens=5", "logger=none", "device=cpu", "hardware.peak_tflops_fp32=0.1"]
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 60
 
 
-def run(folder, *overrides, expect=0, timeout=120):
-    done = subprocess.run([*RUN, *overrides], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, encoding="utf-8", timeout=timeout)
+def run(folder, *overrides, expect=0):
+    """python run_train.py in this process."""
+    return typed("run_train.py", folder, *overrides, expect=expect)
+
+
+def run_alone(folder, *overrides, expect=0):
+    """python run_train.py in a process of its own."""
+    done = subprocess.run([*RUN, *overrides], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, encoding="utf-8", timeout=120)
     assert done.returncode == expect, done.stdout + done.stderr
     return done
 
@@ -40,7 +47,7 @@ def test_train_then_resume_then_move_to_another_machine(own_text):
         assert expected in done.stdout
     assert done.stderr.count("\n") == 2 and "preparing the data set text_file" in done.stderr
     out = folder / "outputs" / "a"
-    assert {p.name for p in out.iterdir()} == {"config.yaml", "tokenizer.json", "metrics.jsonl", "summary.json", "logs", "ckpt", "data"}
+    assert {p.name for p in out.iterdir()} == {*"run.json lock config.yaml tokenizer.json metrics.jsonl summary.json logs ckpt data".split()}
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     for key in ("val_loss", "best_val_loss", "iters", "tokens_per_s", "mfu", "peak_vram_gib", "wall_s", "parameters", "device", "versions"):
         assert key in summary
@@ -70,9 +77,29 @@ def test_an_existing_run_is_kept_unless_told_otherwise(own_text):
     assert "not a run's" in refused.stderr and (folder / "outputs/precious/thesis.txt").exists()
 
 
+def check_interrupted(folder, out):
+    assert "interrupted" in out and "continue with: python run_train.py resume=outputs/a" in out
+    stopped = json.loads((folder / "outputs/a/summary.json").read_text(encoding="utf-8"))
+    assert stopped["stopped_by"] == "interrupted" and stopped["iters"] >= 3
+    done = run(folder, "resume=outputs/a", f"max_iters={stopped['iters'] + 2}", "logger=none")
+    assert f"continuing outputs/a at iteration {stopped['iters']}" in done.stdout
+
+
+def test_ctrl_c_saves_and_exits_cleanly_and_resume_goes_on(own_text, monkeypatch):
+    folder, overrides = own_text
+    step = Trainer.step
+
+    def interrupted(trainer):
+        if trainer.progress.iteration == 3 and trainer.cfg.resume is None:
+            signal.raise_signal(signal.SIGINT)
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    check_interrupted(folder, run(folder, *overrides, "out_dir=outputs/a", "max_iters=100000", "eval_interval=100000").stdout)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_saves_and_exits_cleanly_and_resume_goes_on(own_text, number):
+def test_a_process_told_to_end_saves_and_exits_cleanly_and_resume_goes_on(own_text):
     folder, overrides = own_text
     process = subprocess.Popen(
         [*RUN, *overrides, "out_dir=outputs/a", "max_iters=100000", "eval_interval=100000"], cwd=folder, env=ENVIRONMENT,
@@ -80,14 +107,10 @@ def test_an_interrupt_saves_and_exits_cleanly_and_resume_goes_on(own_text, numbe
     )
     while "iter 3:" not in process.stdout.readline():
         assert process.poll() is None
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert "interrupted" in out and "continue with: python run_train.py resume=outputs/a" in out
-    stopped = json.loads((folder / "outputs/a/summary.json").read_text(encoding="utf-8"))
-    assert stopped["stopped_by"] == "interrupted" and stopped["iters"] >= 3
-    done = run(folder, "resume=outputs/a", f"max_iters={stopped['iters'] + 2}", "logger=none")
-    assert f"continuing outputs/a at iteration {stopped['iters']}" in done.stdout
+    check_interrupted(folder, out)
 
 
 def test_two_processes_train_like_one(own_text):
@@ -174,7 +197,7 @@ def test_a_wrong_command_is_one_line_on_stderr_and_leaves_no_run(bad_folder, com
 
 
 def test_errors_speak_chinese_when_asked(bad_folder):
-    done = run(bad_folder, "lang=zh", "model.n_embd=100", "model.n_head=12", expect=2)
+    done = run_alone(bad_folder, "lang=zh", "model.n_embd=100", "model.n_head=12", expect=2)
     assert done.stderr == "错误：model.n_embd=100 不能被 model.n_head=12 整除；请改为 12 的倍数\n"
 
 

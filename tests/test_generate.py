@@ -180,9 +180,9 @@ def test_documents_equal_the_full_forward_with_and_without_labels_within_the_con
     model.config.separator = None
     short, long = prompts(5, 30, vocab=8)
     rows = [([], LABELS), ([], ()), (short, LABELS[:1]), (short, LABELS), (long, LABELS), (long, ())]
-    expected = [guided_by_full_forward(model, prompt, 40, labels, guidance) for prompt, labels in rows]
+    expected = [guided_by_full_forward(model, prompt, 28, labels, guidance) for prompt, labels in rows]
     model.config.separator = SEPARATOR
-    got = decode_documents(model, [(prompt, labels, guidance) for prompt, labels in rows], 40, never=(*LABELS, SEPARATOR))
+    got = decode_documents(model, [(prompt, labels, guidance) for prompt, labels in rows], 28, never=(*LABELS, SEPARATOR))
     assert got == expected
 
 

@@ -37,7 +37,7 @@ def saved_run(out, model, tokenizer, *, lora=None):
     cfg = TrainConfig(model=model.config, optimizer={}, dataset={}, finetune=lora or FinetuneConfig())
     checkpoint.save(
         out, model=model, state={}, iteration=7, val_loss=1.0, config_text=OmegaConf.to_yaml(OmegaConf.structured(cfg)),
-        tokenizer_file=out / "tokenizer.json", keep=1,
+        tokenizer_text=json.dumps(tokenizer.to_dict()), keep=1, run=None,
     )
     return out
 

@@ -4,14 +4,11 @@ import contextlib
 import io
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 from conftest import make_sample_config, wild_model
-from test_end_to_end import ENVIRONMENT
-from test_trainer import train
 from test_writer import Scripted
+from typed import typed
 
 from nanogpt import messages
 from nanogpt.commands import Session
@@ -376,8 +373,7 @@ def test_options_are_those_of_conf():
 # ---- 像使用者那样启动 ----
 
 
-def test_the_command_reads_prompts_from_a_pipe_with_sampler_and_controls_of_ones_own(tmp_path, tiny_overrides):
-    train(tiny_overrides)
+def test_the_command_reads_prompts_from_a_pipe_with_sampler_and_controls_of_ones_own(tmp_path, own_run):
     (tmp_path / "mine" / "sampler").mkdir(parents=True)
     (tmp_path / "mine" / "sampler" / "odd.yaml").write_text("_target_: my_sampler.only\nid: 3\n", encoding="utf-8")
     (tmp_path / "my_sampler.py").write_text(
@@ -388,11 +384,9 @@ def test_the_command_reads_prompts_from_a_pipe_with_sampler_and_controls_of_ones
     (tmp_path / "my_control.py").write_text(code[0], encoding="utf-8")
     for name, content in zip(("mine", "title"), yamls, strict=True):
         (tmp_path / "mine" / "control" / f"{name}.yaml").write_text(content, encoding="utf-8")
-    command = [sys.executable, str(ROOT / "run_sample.py"), f"--config-dir={tmp_path / 'mine'}", "interactive=true", "max_new_tokens=6", "sampler=odd", "output=o.jsonl"]
+    command = [f"--config-dir={tmp_path / 'mine'}", "interactive=true", "max_new_tokens=6", "sampler=odd", "output=o.jsonl", "fast=false"]
     lines = "the king\n/id 4\nthe king\n/sampler top_p\n/sampler odd\nthe king\n/control mine\n/emotion sleepy\n/control title\n/control\n/control mark queen\nstyle:love| the king\n/oops\n"
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path), "PYTHONUTF8": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, input=lines, capture_output=True, text=True, encoding="utf-8", timeout=90)
-    assert done.returncode == 2, done.stderr
+    done = typed("run_sample.py", tmp_path, *command, expect=2, python_path=tmp_path, lines=lines)
     texts = [t.removesuffix("\n") for t in done.stdout.split(f"{SEPARATOR}\n")]
     assert [len(set(t.removeprefix("the king"))) for t in texts] == [1, 1, 1, 1] and texts[0] == texts[2] == texts[3] != texts[1]
     assert "Traceback" not in done.stderr and "style: ballad letter" in done.stderr and done.stderr.splitlines()[-1].startswith("error: /oops")

@@ -1,12 +1,11 @@
 """LoRA: step 0 is the base, only adapters are trained, merging changes nothing, resume is exact."""
 
 import copy
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import GPT2_RECIPE, make_config, no_grad_eval, wild_model
+from conftest import GPT2_RECIPE, make_config, no_grad_eval, reseal, wild_model
 from test_trainer import resume, weights
 
 from nanogpt import checkpoint
@@ -135,15 +134,11 @@ def test_lora_trains_only_adapters_resumes_to_the_bit_and_needs_the_base_no_more
 def test_a_run_from_before_these_keys_still_resumes(tiny_overrides, base_run):
     import yaml
 
-    from nanogpt.files import sha256
-
     folder = Path(base_run) / "ckpt" / "iter_00000003"
     saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     del saved["init_from"], saved["finetune"]
     (folder / "config.yaml").write_text(yaml.safe_dump(saved), encoding="utf-8")
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    manifest["sha256"]["config.yaml"] = sha256(folder / "config.yaml")
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    reseal(folder)
     assert resume(base_run, "max_iters=5").cfg.finetune.method == "full"
     assert model_of(checkpoint.find(Path(base_run), "last")) is not None
 

@@ -1,15 +1,12 @@
 """plan=true: the verdict follows the allocator model, advice makes it fit, nothing is written."""
 
-import os
-import subprocess
-import sys
 from dataclasses import asdict, replace
 
 import pytest
 from conftest import make_config
+from typed import typed
 
 from nanogpt import messages
-from nanogpt.config import ROOT
 from nanogpt.fit import advice, matrix, settle
 from nanogpt.fit.allocator import replay
 from nanogpt.fit.budget import GIB, allocator_cap, target_of
@@ -171,15 +168,9 @@ def test_the_matrix_covers_every_card(monkeypatch):
     assert all(n == 2 for *_, largest in got for n in largest.values())
 
 
-def run(folder, *overrides):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LANG": "en_US.UTF-8", "LANGUAGE": "", "LC_ALL": ""}
-    command = [sys.executable, str(ROOT / "run_train.py"), *overrides]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=120)
-
-
 def test_plan_true_prints_a_verdict_and_writes_nothing(tmp_path):
-    done = run(tmp_path, *SMALL, "plan=true", "batch_size=2")
-    assert done.returncode == 0 and not done.stderr and not list(tmp_path.iterdir())
+    done = typed("run_train.py", tmp_path, *SMALL, "plan=true", "batch_size=2")
+    assert not done.stderr and not list(tmp_path.iterdir())
     assert "FITS: 1." in done.stdout and "tokens/s" in done.stdout and "hardware=rtx3060_8gb" in done.stdout
 
 

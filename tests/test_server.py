@@ -16,8 +16,7 @@ import time
 import pytest
 import torch
 from conftest import make_sample_config, wild_model
-from test_end_to_end import ENVIRONMENT
-from test_trainer import train
+from typed import ENVIRONMENT, typed
 
 from nanogpt import messages
 from nanogpt.config import ROOT
@@ -59,7 +58,7 @@ def tiny(tokenizer=None, **changes):
 class Served:
     """A server in a thread of this process."""
 
-    def __init__(self, model, *, sampler=None, batch_size=4, overrides=(), **limits):
+    def __init__(self, model, *, sampler=None, batch_size=4, overrides=(), send_buffer=None, **limits):
         self.cfg = make_sample_config(f"batch_size={batch_size}", "max_new_tokens=20", *overrides)
         self.cfg.sampler = sampler or self.cfg.sampler
         for key, value in {**LIMITS, **limits}.items():
@@ -67,6 +66,9 @@ class Served:
             setattr(self.cfg.server, key, value)
         self.model, self.errors = model, []
         self.socket = bind(self.cfg.server)
+        if send_buffer:
+            # 每个连接继承它：不必写满几 MB 才轮到程序自己的上限
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         self.port = self.socket.getsockname()[1]
         ready = threading.Event()
 
@@ -310,7 +312,7 @@ def test_the_openapi_document_tells_the_same_limits_and_fields(shared):
     ({"prompt": "a", "max_tokens": 1.5}, 400, "max_tokens", "integer"), ({"prompt": "a", "max_tokens": True}, 400, "max_tokens", "integer"),
     ({"prompt": "a", "temperature": -1}, 400, "temperature", "0 … 100"), ({"prompt": "a", "temperature": "1"}, 400, "temperature", "number"),
     ({"prompt": "a", "top_p": 1.1}, 400, "top_p", "0 … 1"), ({"prompt": "a", "repetition_penalty": 0}, 400, "repetition_penalty", "0.01"),
-    ({"prompt": "a", "n": 17}, 400, "n", "at most 16"), ({"prompt": ["a"] * 6, "n": 3}, 400, "n", "18"), ({"prompt": "a", "n": 0}, 400, "n", ">= 1"),
+    ({"prompt": "a", "n": 17}, 400, "n", "at most 16"), ({"prompt": ["a"] * 6, "n": 3}, 400, "n", "18"), ({"prompt": "a", "n": 0}, 400, "n", "n=0 is out of range"),
     ({"prompt": "a", "seed": -1}, 400, "seed", "seed=-1"), ({"prompt": "a", "stop": [""]}, 400, "stop", "stop"), ({"prompt": "a", "stop": ["a"] * 17}, 400, "stop", "16"),
     ({"prompt": "a", "stop": {"a": 1}}, 400, "stop", "string"), ({"prompt": "a", "stream": "yes"}, 400, "stream", "boolean"),
     ({"prompt": "a", "logprobs": 2}, 400, "logprobs", "not supported"), ({"prompt": "a", "best_of": 3}, 400, "best_of", "not supported"),
@@ -408,7 +410,7 @@ def test_a_client_that_goes_away_frees_its_rows(poet):
 
 
 def test_a_client_that_takes_nothing_is_cut_off_and_blocks_nobody(serve):
-    server = serve(tiny(ByteTokenizer()), sampler=POEM_SAMPLER, max_unread_chars=10**9)
+    server = serve(tiny(ByteTokenizer()), sampler=POEM_SAMPLER, max_unread_chars=10**9, send_buffer=4096)
     client = server.raw(request_text({"prompt": "|", "max_tokens": 200_000, "stream": True}), receive_buffer=4096)
     server.until_texts(1)
     assert server.write(prompt="|", max_tokens=33)["choices"][0]["finish_reason"] == "length"
@@ -421,7 +423,7 @@ def test_a_client_that_takes_nothing_is_cut_off_and_blocks_nobody(serve):
 
 
 def test_a_client_that_reads_too_slowly_is_cut_off(serve):
-    server = serve(tiny(ByteTokenizer()), sampler=POEM_SAMPLER, max_unread_chars=100, stall_seconds=60)
+    server = serve(tiny(ByteTokenizer()), sampler=POEM_SAMPLER, max_unread_chars=100, stall_seconds=60, send_buffer=4096)
     client = server.raw(request_text({"prompt": "|", "max_tokens": 200_000, "stream": True}), receive_buffer=2**15)
     server.until_texts(1)
     server.until_texts(0, seconds=30)
@@ -606,10 +608,9 @@ def test_shutting_down_ends_streams_and_takes_no_time(serve):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals to a child work differently on Windows")
-def test_the_command_serves_a_trained_model_until_ctrl_c(in_tmp, tiny_overrides):
-    train(tiny_overrides)
+def test_the_command_serves_a_trained_model_until_ctrl_c(own_run):
     command = [sys.executable, str(ROOT / "run_sample.py"), "serve=true", "server.port=0", "max_new_tokens=30", "device=cpu", "fast=false"]
-    process = subprocess.Popen(command, cwd=in_tmp, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    process = subprocess.Popen(command, cwd=own_run, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
     try:
         line = process.stderr.readline()
         address = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
@@ -617,9 +618,7 @@ def test_the_command_serves_a_trained_model_until_ctrl_c(in_tmp, tiny_overrides)
         connection = http.client.HTTPConnection("127.0.0.1", int(address[1]), timeout=30)
         connection.request("POST", "/v1/completions", json.dumps({"prompt": "the king and"}), {"Content-Type": "application/json"})
         text = json.loads(connection.getresponse().read())["choices"][0]["text"]
-        one_shot = subprocess.run(
-            [sys.executable, str(ROOT / "run_sample.py"), "start=the king and", "max_new_tokens=30", "device=cpu", "fast=false"], cwd=in_tmp, env=ENVIRONMENT, capture_output=True, text=True, encoding="utf-8",
-        )
+        one_shot = typed("run_sample.py", own_run, "start=the king and", "max_new_tokens=30", "device=cpu", "fast=false")
         assert one_shot.stdout == f"the king and{text}\n"
         connection = http.client.HTTPConnection("127.0.0.1", int(address[1]), timeout=30)
         connection.request("POST", "/v1/completions", json.dumps({"prompt": "a", "max_tokens": 4000, "n": 8, "stream": True}), {"Content-Type": "application/json"})

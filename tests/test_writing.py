@@ -4,8 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from test_end_to_end import ENVIRONMENT
-from test_trainer import train
+from typed import ENVIRONMENT, typed
 
 from nanogpt import writing
 from nanogpt.config import ROOT
@@ -14,26 +13,23 @@ from nanogpt.sample_config import SampleConfig, check_sample
 
 
 def sample(folder, *overrides, expect=0, python_path=None):
-    environment = ENVIRONMENT if python_path is None else {**ENVIRONMENT, "PYTHONPATH": python_path}
-    command = [sys.executable, str(ROOT / "run_sample.py"), *overrides]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=90)
-    assert done.returncode == expect, done.stderr
-    return done
+    """python run_sample.py in this process."""
+    return typed("run_sample.py", folder, *overrides, expect=expect, python_path=python_path)
 
 
-def test_the_command_writes_text_and_only_text(in_tmp, tiny_overrides):
-    train(tiny_overrides)
+def test_the_command_writes_text_and_only_text(own_run):
     # fast=false：第一次编译快速解码器时 stderr 会说一声
-    done = sample(in_tmp, "start=the king and", "num_samples=2", "max_new_tokens=40", "fast=false")
+    arguments = ["start=the king and", "num_samples=2", "max_new_tokens=40", "fast=false"]
+    # 一次在自己的进程里：stderr 上没有任何库的话
+    done = subprocess.run([sys.executable, str(ROOT / "run_sample.py"), *arguments], cwd=own_run, env=ENVIRONMENT, capture_output=True, text=True, encoding="utf-8", timeout=90)
     one, two = done.stdout.split("-" * 40 + "\n")
     assert done.stderr == "" and one.startswith("the king and") and two.startswith("the king and")
     assert len(one) == len("the king and") + 41 and one != two
-    assert sample(in_tmp, "start=the king and", "num_samples=2", "max_new_tokens=40", "fast=false").stdout == done.stdout
+    assert done.returncode == 0 and sample(own_run, *arguments).stdout == done.stdout
 
 
-def test_characters_that_the_vocabulary_lacks_are_one_line(in_tmp, tiny_overrides):
-    train(tiny_overrides)
-    done = sample(in_tmp, "start=春, x", expect=2)
+def test_characters_that_the_vocabulary_lacks_are_one_line(own_run):
+    done = sample(own_run, "start=春, x", expect=2)
     assert "the vocabulary lacks ',' 'x' '春'" in done.stderr and done.stderr.count("\n") == 1
 
 

@@ -30,12 +30,14 @@ PLAIN = "".join(f"{i} times the king speaks of love, and the queen of {i * 7}.\n
 HAN = "".join(chr(0x4E00 + i * 7 % 5000) + "，。\n"[i % 3] for i in range(1200))
 
 
-def file(content: bytes | str, name: str = "a.txt", encoding: str = "utf-8") -> Callable[[Path], Path]:
+def file(content: bytes | str | Callable[[], bytes], name: str = "a.txt", encoding: str = "utf-8") -> Callable[[Path], Path]:
     """A single file."""
 
     def make(folder: Path) -> Path:
         path = folder / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode(encoding, errors="surrogatepass"))
+        # 大的到用时才造
+        made = content() if callable(content) else content
+        path.write_bytes(made if isinstance(made, bytes) else made.encode(encoding, errors="surrogatepass"))
         return path
 
     return make
@@ -209,8 +211,8 @@ BAD_LINES = {
 }
 BAD_TABLES = {
     "no text column": "title,style\na,b\n", "a row too long": "text,style\na,b\nc,d,e\n", "a row too short": "text,style\na\n", "an open quote": 'text,style\n"a,b\n' + "c,d\n" * 50, "a quote inside": 'text,style\n"a"b,c\n',
-    "no rows": "text,style\n", "nothing": "", "blank": "\n\n\n", "a name twice": "text,text\na,b\n", "only NUL": "\0\0\0", "NUL in the header": "te\0xt,style\na,b\n", "a field of 40 MB": "text,style\n" + "x" * 40_000_000 + ",a\n",
-    "a quoted field of 40 MB": 'text,style\n"' + "x\n" * 20_000_000 + '",a\n', "an empty text": "text,style\n ,b\n", "a label too long": "text,style\na," + "x" * 70 + "\n", "one row": "text,style\na,b\n", "semicolons": "text;style\na;b\n",
+    "no rows": "text,style\n", "nothing": "", "blank": "\n\n\n", "a name twice": "text,text\na,b\n", "only NUL": "\0\0\0", "NUL in the header": "te\0xt,style\na,b\n", "a field of 40 MB": lambda: b"text,style\n" + b"x" * 40_000_000 + b",a\n",
+    "a quoted field of 40 MB": lambda: b'text,style\n"' + b"x\n" * 20_000_000 + b'",a\n', "an empty text": "text,style\n ,b\n", "a label too long": "text,style\na," + "x" * 70 + "\n", "one row": "text,style\na,b\n", "semicolons": "text;style\na;b\n",
 }
 
 
@@ -223,7 +225,7 @@ def labelled() -> Iterator[Case]:
     for what, content in {
         "only spaces": "  \n \n", "one text": good.splitlines()[0], "all the same": json.dumps(ROWS[0]) * 1 + ("\n" + json.dumps(ROWS[0])) * 50, "punctuation only": '{"text": "...!"}\n' * 60,
         "a label for each": "".join(json.dumps({"text": row["text"], "style": row["text"]}) + "\n" for row in ROWS), "a whole list": json.dumps(ROWS), "indented": json.dumps(ROWS, indent=1), "not JSON at all": PLAIN,
-        "half a million labels": "".join(f'{{"text": "{i} and {i * i}", "style": "{i}"}}\n' for i in range(500_000)),
+        "half a million labels": lambda: "".join(f'{{"text": "{i} and {i * i}", "style": "{i}"}}\n' for i in range(500_000)).encode(),
     }.items():
         yield Case("bad labelled file", what, file(content, "a.jsonl"), REFUSED, dataset="labelled")
     for encoding in ("gb18030", "utf-16", "utf-8-sig"):
@@ -242,8 +244,8 @@ def labelled() -> Iterator[Case]:
 BAD_PROMPTS = {
     "empty": (b"", "p.txt"), "blank": (b" \n\n \t\n", "p.txt"), "no encoding": (b"abc\xff\xff", "p.txt"), "a PNG": (b"\x89PNG\r\n\x1a\n" + bytes(50), "p.txt"), "broken JSON": (b'{"prompt": "a"\n', "p.jsonl"),
     "no prompt": (b'{"text": "a"}\n', "p.jsonl"), "a number": (b"5\n", "p.jsonl"), "a list": (b'["a"]\n', "p.jsonl"), "null": (b"null\n", "p.jsonl"), "an object as prompt": (b'{"prompt": {"a": 1}}\n', "p.jsonl"),
-    "half a character": (b'"\\ud800"\n', "p.jsonl"), "deep": (b"[" * 100_000 + b"]" * 100_000, "p.jsonl"), "a long number": (b"9" * 5000, "p.jsonl"), "100 MB": (b"abc \n" * 20_000_000, "p.txt"),
-    "100 MB in one line": (b"abc " * 25_000_000, "p.jsonl"), "mixed encodings": (HAN.encode() + HAN.encode("gb18030"), "p.txt"),
+    "half a character": (b'"\\ud800"\n', "p.jsonl"), "deep": (b"[" * 100_000 + b"]" * 100_000, "p.jsonl"), "a long number": (b"9" * 5000, "p.jsonl"), "100 MB": (lambda: b"abc \n" * 20_000_000, "p.txt"),
+    "100 MB in one line": (lambda: b"abc " * 25_000_000, "p.jsonl"), "mixed encodings": (HAN.encode() + HAN.encode("gb18030"), "p.txt"),
 }
 
 

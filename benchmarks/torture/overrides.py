@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bad_overrides import Case, all_cases, furnish
-from nanogpt import cli
 from ledger import ROOT, Ledger
 
 PROMISE = (

@@ -13,15 +13,14 @@ from pathlib import Path
 from nanogpt.config import ROOT, check_range
 from nanogpt.corpus import (
     check_encoding,
-    check_unchanged,
     digest,
     iter_text,
     own_source,
-    state_of,
     stem_of,
     text_files,
     tokenizer_for,
     tokenizer_word,
+    unchanged,
 )
 from nanogpt.documents import Document, label_names, write_documents
 from nanogpt.labels import LABEL_KINDS
@@ -176,9 +175,9 @@ def prepare(
     """Read, check, split and write the data set folder."""
     # 给了 dataset.dir 就没有人替它核对过
     files, _ = checked(path, tokenizer, vocab_size, encoding, val_fraction, judge_fraction)
-    before = state_of(files)
-    listed = list(documents(files, encoding))
-    check_unchanged(files, before)
+    with unchanged(files) as check:
+        listed = list(documents(files, encoding))
+        check()
     if not listed:
         raise ConfigError("empty_labelled", got=path, kinds=" ".join(SUFFIXES))
     check_labels(listed)

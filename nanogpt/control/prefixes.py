@@ -24,6 +24,7 @@ FORM_NAMES = {"风格": "style", "情绪": "emotion", "情感": "emotion", "心�
 TRAILING = " \t\u3000,，.。;；、"
 # 同一句话整个进程只说一次：一批一百个开头不该说一百遍
 _said: set[tuple] = set()
+MOST_SAID = 50
 
 
 class Control(Protocol):
@@ -229,12 +230,16 @@ def writable(tokenizer: Tokenizer, text: str) -> bool:
 
 
 def say_once(message: str, **values) -> None:
-    """Print a message on stderr, unless it was printed before."""
+    """Print a message on stderr, unless it was printed before or MOST_SAID others were."""
+    # 词来自请求：控制字符会操纵终端，太长会淹没屏幕
+    values = {name: _plain(value) if isinstance(value, str) else value for name, value in values.items()}
     key = (message, *sorted(values.items()))
-    if key not in _said:
-        # 服务器上谁都可以写新词：记满就忘，内存不增长
-        if len(_said) >= 1000:
-            _said.clear()
+    # 服务器上谁都可以写新词：说满就不再说，内存不涨，没人读的管道也不会被写满而卡住写作
+    if key not in _said and len(_said) < MOST_SAID:
         _said.add(key)
         # 消息名在 messages.py 里按 "control_no_sentence" 等逐条登记
         say(message, **values)
+
+
+def _plain(value: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in value[:200])

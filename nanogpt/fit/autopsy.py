@@ -8,7 +8,7 @@ from nanogpt.console import Console
 from nanogpt.fit.advice import Advice, changed, presets
 from nanogpt.fit.plan import Plan, Planner
 from nanogpt.fit.show import GIB, table
-from nanogpt.messages import ConfigError, text
+from nanogpt.messages import text
 from nanogpt.oom import PHASES, OutOfMemory
 
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -21,7 +21,7 @@ CLEARLY_LESS = 0.95
 
 def wanted_and_free(detail: str) -> tuple[float | None, float | None]:
     """(GiB asked for, GiB that were free) as an out-of-memory message says, None for what it does not say."""
-    asked = re.search(rf"[Tt]ried to allocate {AMOUNT}", detail)
+    asked = re.search(rf"(?:[Tt]ry(?:ing)?|[Tt]ried|[Uu]nable) to allocate {AMOUNT}", detail)
     free = re.search(rf"{AMOUNT} is free", detail)
     return tuple(float(found[1]) * UNITS[found[2]] / GIB if found else None for found in (asked, free))
 
@@ -34,8 +34,8 @@ def show(error: OutOfMemory, cfg: TrainConfig, console: Console, *, resume: str 
         console.line("oom_wanted" if free is not None else "oom_wanted_only", wanted=wanted, free=free or 0.0)
     try:
         plan, way = _planned(cfg, error.rows)
-    except (ConfigError, MemoryError, RuntimeError) as reason:
-        # 追踪不了的模型：少一张表，建议照给
+    except Exception as reason:
+        # 追踪不了的模型，或连追踪的内存也没有：少一张表，结局照说
         console.line("oom_no_plan", reason=str(reason).splitlines()[0] if str(reason) else type(reason).__name__)
         return
     for row in table(plan):

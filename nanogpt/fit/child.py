@@ -4,7 +4,6 @@ It is started by nanogpt.fit.process with a job (JSON) on stdin and reports in l
 the config was typed by the user in the parent, so its `_target_`s are as trusted as there.
 """
 
-import errno
 import json
 import math
 import os
@@ -120,24 +119,42 @@ def typed_config(node: dict) -> TrainConfig:
 
 
 def _leave_with_parent() -> None:
-    """End this process when the parent closes its end of stdin, that is, also when the parent is killed."""
+    """End this process and all that it started when the parent closes its end of stdin, that is, also when the parent is killed."""
+    leads = os.name != "nt" and os.getpgrp() == os.getpid()
+    if leads and sys.platform == "linux":
+        _end_group_with_pipe(sys.stdin.fileno())
 
     def watch() -> None:
         sys.stdin.buffer.read()
+        if leads:
+            # 数据进程、预测的分身都在这一组里
+            os.killpg(0, signal.SIGKILL)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _end_group_with_pipe(descriptor: int) -> None:
+    """Let the kernel send SIGIO, which ends a process, to the whole group when the other end of a pipe is closed (Linux)."""
+    import fcntl
+
+    # 卡在 C 代码里又不放 GIL 的进程，自己的线程醒不过来
+    fcntl.fcntl(descriptor, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_ASYNC)
+
+
 def verdict_of(error: BaseException) -> str:
     """oom, invalid or crashed."""
-    from nanogpt.oom import is_out_of_memory
+    from nanogpt.health import Diverged
+    from nanogpt.oom import OutOfMemory, is_out_of_memory, says_out_of_memory
 
+    if isinstance(error, ConfigError):
+        # 更新、评估、样本里的显存不足已经变成一句话，但仍是显存不足
+        oom = isinstance(error, OutOfMemory) or error.message == "sample_oom"
+        return "oom" if oom else "crashed" if isinstance(error, Diverged) else "invalid"
     # 限额之下，开线程、映射文件也会先失败
     words = str(error)
-    if is_out_of_memory(error) or getattr(error, "errno", None) == errno.ENOMEM or any(w in words for w in ("llocate memory", "start new thread")):
-        return "oom"
-    return "invalid" if isinstance(error, ConfigError) and error.message != "diverged" else "crashed"
+    return "oom" if is_out_of_memory(error) or says_out_of_memory(words) or "start new thread" in words else "crashed"
 
 
 def _reason(error: BaseException) -> str:

@@ -5,11 +5,13 @@ A result is found again by a hash over everything that it depends on: the resolv
 
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from omegaconf import OmegaConf
 
 import nanogpt
 from nanogpt.config import ROOT, TrainConfig
+from nanogpt.files import remove_leftovers
 from nanogpt.fit import result as results
 from nanogpt.fit.result import LASTING, TrialResult
 
@@ -38,7 +41,33 @@ def key_of(cfg: TrainConfig) -> str:
     # 选配方的 margin 只在事后用，改它不必重测
     node["trial"].pop("margin")
     facts = {"config": node, "versions": versions(), "device": device(cfg), "threads": os.environ.get("OMP_NUM_THREADS")}
+    # 没有自己模块的设置，键与从前相同：测过的还认得
+    facts |= {"own": own} if (own := own_code(node)) else {}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def own_code(node: Any) -> dict[str, str]:
+    """Hashes of the user's own modules that `_target_`s of a config name; a mended module must not be judged by what it did before."""
+    names = {target.split(".")[0] for target in _targets(node)} - {"nanogpt", "torch", "__main__"}
+    found = {}
+    for name in sorted(names):
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+        # 装好的包有版本，不逐个文件去读
+        if spec and spec.origin and Path(spec.origin).is_file() and "site-packages" not in Path(spec.origin).parts:
+            folder = Path(spec.origin).parent
+            files = sorted(folder.rglob("*.py")) if spec.submodule_search_locations else [Path(spec.origin)]
+            found[name] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    return found
+
+
+def _targets(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        if isinstance(node.get("_target_"), str):
+            yield node["_target_"]
+        node = list(node.values())
+    if isinstance(node, list):
+        for one in node:
+            yield from _targets(one)
 
 
 def find(key: str) -> TrialResult | None:
@@ -50,6 +79,8 @@ def find(key: str) -> TrialResult | None:
 def keep(result: TrialResult) -> None:
     """Remember a result for later sweeps, unless it may be different next time."""
     if result.status in LASTING:
+        # 上次写到一半被杀留下的；同一个键只有拿着锁的人在写
+        remove_leftovers(FOLDER, f"{result.key}.json")
         results.write(result, FOLDER / f"{result.key}.json")
 
 

@@ -42,6 +42,8 @@ class Ended:
     """The end of what it printed."""
     rss_gib: float = 0.0
     """Largest resident size seen from outside."""
+    oom_kills: int | None = None
+    """Processes that the kernel ended for want of memory meanwhile; None where it does not say."""
 
 
 def run_child(job: dict[str, Any], folder: Path, *, timeout_s: float, command: Sequence[str] = CHILD) -> Ended:
@@ -54,7 +56,7 @@ def run_child(job: dict[str, Any], folder: Path, *, timeout_s: float, command: S
             # 自成一组：Ctrl-C 只到父进程，结束时连同孙进程一起
             **({"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}),
         )
-    ended = Ended(0)
+    ended, before = Ended(0), oom_kills()
     try:
         _send(process, {**job, "path": [str(Path(p).absolute()) for p in sys.path], "report": str(report.absolute())})
         ended.killed = _wait(process, report, time.monotonic() + timeout_s, ended)
@@ -65,10 +67,27 @@ def run_child(job: dict[str, Any], folder: Path, *, timeout_s: float, command: S
             # 它没读完就结束时，缓冲里还有剩的
             process.stdin.close()
     ended.returncode, ended.values = process.returncode, read_report(report)
-    tail = log.read_bytes()[-20_000:].decode("utf-8", errors="replace")
+    ended.oom_kills = None if before is None else oom_kills() - before
+    tail = end_of(log, 20_000).decode("utf-8", errors="replace")
     ended.log = tail
     ended.last_line = next((line.strip() for line in reversed(tail.splitlines()) if line.strip()), "")
     return ended
+
+
+def end_of(path: Path, count: int) -> bytes:
+    """The last bytes of a file, which may be huge."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - count))
+        return file.read()
+
+
+def oom_kills() -> int | None:
+    """How many processes the kernel has ended for want of memory, in all containers too (Linux); None where it does not say."""
+    try:
+        lines = Path("/proc/vmstat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
 
 
 def environment() -> dict[str, str]:

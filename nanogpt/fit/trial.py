@@ -21,10 +21,10 @@ from nanogpt.fit.result import TrialResult, made
 from nanogpt.fit.spill import judge
 from nanogpt.lock import only_one
 from nanogpt.messages import ConfigError, text
-from nanogpt.oom import PHRASES
+from nanogpt.oom import says_out_of_memory
 
 # 没能变成 Python 异常的内存不足，日志里留下的话
-ABORT_PHRASES = (*PHRASES, "bad_alloc", "Cannot allocate memory", "MemoryError", "CUDA_ERROR_OUT_OF_MEMORY", "Thread creation failed")
+ABORT_PHRASES = ("MemoryError", "Thread creation failed")
 
 
 def run_trial(cfg: TrainConfig, overrides: list[str], folder: Path, *, command: Sequence[str] = CHILD) -> TrialResult:
@@ -90,11 +90,14 @@ def classified(ended: Ended, timeout_s: float) -> tuple[str, str]:
         return "timeout", text("trial_timeout", seconds=timeout_s, phase=phase)
     if ended.killed == "memory":
         return "oom", text("trial_watched", rss=ended.rss_gib, phase=phase)
-    if any(phrase in ended.log for phrase in ABORT_PHRASES):
+    if says_out_of_memory(ended.log) or any(phrase in ended.log for phrase in ABORT_PHRASES):
         return "oom", ended.last_line
-    if ended.returncode == -9:
+    if ended.returncode == -9 and ended.oom_kills != 0:
         # 不是我们杀的 SIGKILL：内核的 OOM killer
         return "oom", text("trial_killed", phase=phase)
+    if ended.returncode == -9:
+        # 内核没有为内存杀过谁：是人或别的程序，不能当成结论记下来
+        return "crashed", text("trial_ended", phase=phase)
     return "crashed", text("trial_crashed", how=_how(ended.returncode), phase=phase, line=ended.last_line or "-")
 
 

@@ -1,0 +1,46 @@
+"""config.yaml of a run as plain values: it may come from a stranger, so that nothing in it is looked up, expanded or built."""
+
+from typing import Any
+
+import yaml
+
+from nanogpt.sealed import DamagedError, reason_of
+
+# 正常的配置几 KB
+MOST_CHARS = 2**20
+
+
+class _NoAliases(yaml.SafeLoader):
+    """Refuses *aliases: a few lines of them stand for billions of values."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError("aliases are not read")
+        return super().compose_node(parent, index)
+
+
+def read_saved(content: str) -> dict[str, Any]:
+    """The resolved config that a run wrote; DamagedError says why it is none."""
+    try:
+        if len(content) > MOST_CHARS:
+            raise ValueError(f"longer than {MOST_CHARS} characters")
+        saved = yaml.load(content, Loader=_NoAliases)
+        _refuse_lookups(saved)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise DamagedError(f"config.yaml: {reason_of(error)}") from None
+    if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
+        raise DamagedError("config.yaml: no model")
+    return saved
+
+
+def _refuse_lookups(node: Any) -> None:
+    # 存下的值都已求好；陌生人写的 ${oc.env:…} 会把环境变量读出来
+    if isinstance(node, dict):
+        for key, value in node.items():
+            _refuse_lookups(key)
+            _refuse_lookups(value)
+    elif isinstance(node, list):
+        for value in node:
+            _refuse_lookups(value)
+    elif isinstance(node, str) and "${" in node:
+        raise ValueError(f"{node[:40]!r} is no value")

@@ -1,0 +1,246 @@
+"""Run folders: one run in each, whole or not there, and able to go on from the first moment."""
+
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_config
+from test_trainer import records, resume, session, train, trainer_of, weights
+
+from nanogpt import checkpoint, console, corpus, keeping, loggers, rundir
+from nanogpt.config import ROOT
+from nanogpt.lock import Lock, only_one, remove_stale
+from nanogpt.messages import ConfigError
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def fail(*_, **__):
+    raise FULL
+
+
+# ---- 锁 ----
+
+
+def test_a_lock_is_held_once_and_goes_with_its_holder(tmp_path):
+    one, two = Lock(tmp_path / "lock"), Lock(tmp_path / "lock")
+    assert one.take() and not two.take() and two.holder() == str(os.getpid())
+    one.release()
+    one.release()
+    assert two.take()
+    two.release(remove=True)
+    assert not (tmp_path / "lock").exists()
+    code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from nanogpt.lock import Lock; Lock(Path('lock')).take(); os._exit(9)"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False)
+    assert one.take()
+    one.release()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="an open file cannot be removed there")
+def test_a_lock_on_a_removed_file_is_none(tmp_path):
+    one, two = Lock(tmp_path / "lock"), Lock(tmp_path / "lock")
+    real, path = one._is, tmp_path / "lock"
+
+    def removed_meanwhile(file):
+        path.unlink()
+        return real(file)
+
+    one._is = removed_meanwhile
+    assert not one.take() and two.take()
+    two.release()
+
+
+def test_what_a_killed_holder_left_is_removed_and_what_is_held_stays(tmp_path):
+    path = tmp_path / ".data.lock"
+    path.write_bytes(b"1\n")
+    remove_stale(path)
+    assert not path.exists()
+    with only_one(path):
+        remove_stale(path)
+        assert path.exists()
+    assert not path.exists()
+    remove_stale(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"no number", b"1" * 5000])
+def test_whatever_a_lock_file_holds_blocks_nobody(tmp_path, content):
+    (tmp_path / "lock").write_bytes(content)
+    lock = Lock(tmp_path / "lock")
+    assert lock.holder() == (content.decode("ascii") if content[:1] == b"1" else "?") and lock.take()
+    lock.release()
+
+
+# ---- 一个目录一次训练 ----
+
+
+def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(in_tmp, tiny_overrides):
+    first = session(tiny_overrides)
+    trainer = first._build()
+    for second in (lambda: session(tiny_overrides)._build(), lambda: session(tiny_overrides, "overwrite=true")._build(), lambda: resume("outputs/run")):
+        with pytest.raises(ConfigError, match=rf"outputs/run: process {os.getpid()} is training there"):
+            second()
+    trainer.fit()
+    first.lock.release()
+    assert resume("outputs/run", "max_iters=8")._build().fit()["iters"] == 8
+
+
+def test_two_runs_that_took_the_same_name_get_a_folder_each(in_tmp, tiny_overrides):
+    cfg = make_config(*tiny_overrides)
+    from nanogpt.session import Session
+
+    named = in_tmp / "outputs" / "same"
+    sessions = [Session.new(cfg, named) for _ in range(2)]
+    folders = [s._build().run_dir for s in sessions]
+    assert folders[0] == named != folders[1] and (folders[1] / "run.json").is_file()
+
+
+def test_a_run_without_a_checkpoint_begins_again_and_ends_the_same(in_tmp, tiny_overrides, capsys):
+    whole = train(tiny_overrides)
+    trainer_of(tiny_overrides, out="outputs/killed")
+    assert not checkpoint.checkpoints(Path("outputs/killed"))
+    again = resume("outputs/killed")
+    trainer = again._build()
+    again._announce(trainer)
+    trainer.fit()
+    assert "outputs/killed has no checkpoint yet: beginning again" in capsys.readouterr().out
+    assert (weights(trainer.model) == weights(whole.model)).all() and trainer.run_id == rundir.read_record(Path("outputs/killed")).id
+
+
+def test_a_run_of_an_earlier_version_gets_an_id_and_keeps_its_checkpoints(in_tmp, tiny_overrides):
+    train(tiny_overrides, "keep=9")
+    Path("outputs/run/run.json").unlink()
+    resume("outputs/run", "max_iters=8")._build().fit()
+    found = checkpoint.listed(Path("outputs/run"))
+    assert not found.bad and {c.run for c in found.good} == {rundir.read_record(Path("outputs/run")).id}
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": 9}', '{"format": 2, "id": "x", "config": "y"}', '{"format": 1, "id": 5}'])
+def test_a_damaged_record_is_named_with_the_remedy_that_works(own_run, content):
+    run = own_run / "outputs/run"
+    (run / "run.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"run\.json is damaged .*delete this file"):
+        resume("outputs/run", "max_iters=20")
+    (run / "run.json").unlink()
+    held = resume("outputs/run", "max_iters=20")
+    held.lock.release()
+
+
+def test_latest_that_says_nothing_useful_is_one_line(in_tmp):
+    Path("outputs").mkdir()
+    for content in (b"", b"\0" * 40, b"\xff\xfe", b"nowhere\n"):
+        rundir.LATEST.write_bytes(content)
+        with pytest.raises(ConfigError, match="there is no checkpoint in it"):
+            rundir.locate("latest")
+
+
+def test_leftovers_of_killed_starts_do_not_keep_anyone_out(in_tmp, tiny_overrides):
+    run = Path("outputs/run")
+    run.mkdir(parents=True)
+    (run / "lock").write_bytes(b"1\n")
+    (run / ".config.yaml.abcd.tmp").write_bytes(b"half")
+    (run / ".data.abcd.tmp").mkdir()
+    rundir.choose(make_config(*tiny_overrides, "out_dir=outputs/run"))
+    train(tiny_overrides)
+    assert not list(run.glob(".*.tmp"))
+
+
+# ---- 写不下 ----
+
+
+@pytest.mark.parametrize("place", ["only_one", "write_tokens"])
+def test_a_data_set_that_cannot_be_written_is_one_line_and_leaves_nothing(in_tmp, monkeypatch, place):
+    Path("my.txt").write_text("ab" * 500, encoding="utf-8")
+    monkeypatch.setattr(corpus, place, fail)
+    options = {"path": "my.txt", "tokenizer": "char", "encoding": "auto", "val_fraction": 0.1, "vocab_size": None}
+    with pytest.raises(ConfigError, match=r"data set text_file could not be prepared: .*No space left"):
+        corpus.prepare("text_file", str(in_tmp / "made" / "d"), options)
+    assert not list((in_tmp / "made").iterdir())
+
+
+@pytest.mark.parametrize("target", [(rundir, "write_sealed"), (rundir, "remember"), (loggers.JsonlLogger, "open")])
+def test_a_run_that_cannot_begin_leaves_nothing(in_tmp, tiny_overrides, monkeypatch, target):
+    monkeypatch.setattr(*target, fail)
+    with pytest.raises(ConfigError, match=r"out_dir=outputs/run cannot be written .*No space left"):
+        trainer_of(tiny_overrides)
+    assert not Path("outputs/run").exists()
+
+
+def test_a_save_that_failed_is_tried_again_before_the_next_one_is_due(in_tmp, tiny_overrides, monkeypatch, capsys):
+    real, fails = checkpoint.save, [1, 1]
+    monkeypatch.setattr(keeping, "RETRY_S", 0)
+    monkeypatch.setattr(checkpoint, "save", lambda *a, **k: fail() if fails and fails.pop() else real(*a, **k))
+    train(tiny_overrides, "save_interval=2", "max_iters=6", "keep=9")
+    assert capsys.readouterr().out.count("could not save a checkpoint (No space left on device)") == 2
+    # 第 2 步该存没存上，第 3 步重试又失败，第 4 步补上
+    assert [c.iteration for c in checkpoint.checkpoints(Path("outputs/run"))] == [4, 6]
+
+
+def test_a_vocabulary_damaged_during_the_run_does_not_spread(in_tmp, tiny_overrides):
+    trainer = trainer_of(tiny_overrides)
+    (in_tmp / "outputs/run/tokenizer.json").write_text("rubbish", encoding="utf-8")
+    trainer.fit()
+    saved = checkpoint.find(Path("outputs/run"), "last").folder / "tokenizer.json"
+    assert json.loads(saved.read_text(encoding="utf-8")) == trainer.data.tokenizer.to_dict()
+
+
+def test_metrics_on_a_full_disk_wait_and_no_line_is_torn(in_tmp, tiny_overrides, monkeypatch, capsys):
+    class Disk(io.RawIOBase):
+        def __init__(self):
+            self.written, self.room = b"", 10**6
+
+        def write(self, content):
+            if not self.room:
+                raise FULL
+            taken = content[: self.room]
+            self.written += taken
+            self.room -= len(taken)
+            return len(taken)
+
+    trainer = trainer_of(tiny_overrides)
+    logger = trainer.loggers._backends[0]
+    logger._file, disk = Disk(), None
+    disk = logger._file
+    for n in range(4):
+        disk.room = (10**6, 7, 0, 10**6)[n]
+        trainer.loggers.log(n, {"loss": 1.0})
+    assert [json.loads(line)["iteration"] for line in disk.written.splitlines()] == [0, 1, 2, 3]
+    assert capsys.readouterr().err.count("JsonlLogger cannot write") == 1
+    disk.room = 0
+    monkeypatch.setattr(loggers, "MOST_PENDING", 200)
+    for n in range(50):
+        trainer.loggers.log(n, {"loss": 1.0})
+    disk.room = 10**6
+    trainer.loggers.log(50, {})
+    lines = [json.loads(line)["iteration"] for line in disk.written.splitlines()[4:]]
+    assert lines == list(range(51 - len(lines), 51)) and 2 < len(lines) < 20
+
+
+# ---- 没人看 ----
+
+
+def test_when_nobody_reads_any_more_the_run_saves_and_stops(in_tmp, tiny_overrides, monkeypatch):
+    held = session(tiny_overrides, "max_iters=500", "eval_interval=500")
+    printed = []
+
+    def write(line):
+        printed.append(line)
+        if len(printed) > 6:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(held.console, "_file", type("Pipe", (), {"write": staticmethod(write), "flush": staticmethod(lambda: None)})())
+    with pytest.raises(BrokenPipeError):
+        held.run()
+    stopped = checkpoint.find(Path("outputs/run"), "last").iteration
+    assert 0 < stopped < 500 and records()[-1]["iteration"] == stopped
+
+
+def test_a_full_disk_under_the_log_costs_lines_only(monkeypatch):
+    shown = console.Console()
+    monkeypatch.setattr(shown, "_file", type("Full", (), {"write": staticmethod(fail), "flush": staticmethod(lambda: None)})())
+    shown.plain("x")
+    assert not shown.gone

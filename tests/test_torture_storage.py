@@ -1,0 +1,47 @@
+"""Short forms of benchmarks/torture/damage.py, kill.py, folders.py and disk.py."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import torture
+
+from nanogpt.config import ROOT
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="the attacks fork")
+# 各攻一小轮；一个进程里做完，torch 只导入一次
+SHORT = """
+import sys
+sys.path.insert(0, "benchmarks/torture")
+import damage, kill
+from ledger import Ledger
+
+def held(ledger, least):
+    assert not ledger.broken and ledger.cases >= least, (ledger.broken, ledger.counts)
+
+kill.TINY = damage.TINY = tuple("max_iters=12" if key.startswith("max_iters") else key for key in kill.TINY)
+damage.ITERATIONS = (4, 8, 12)
+ledger = Ledger("kill", "")
+kill.attack(ledger, kills=2, seed=5, kinds=("fp16, adamw",), changes=150)
+held(ledger, 3)
+ledger = Ledger("damage", "")
+damage.attack(ledger, cases=25, seed=3, whole=False)
+held(ledger, 25)
+print("done")
+"""
+
+
+def test_kills_and_damage_lose_nothing(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", SHORT], cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout + done.stderr
+
+
+def test_a_ledger_tells_what_was_broken(capsys):
+    ledger = torture("ledger").Ledger("x", "All is well.")
+    ledger.count("kind", "kept")
+    assert ledger.finish(save=False) == 0
+    ledger.breach("kind", "two\nlines")
+    assert ledger.finish(save=False) == 1 and ledger.record()["broken"] == ["kind: two lines"] and ledger.cases == 2
+    assert "x: 2 cases, 1 broken promises" in capsys.readouterr().out
