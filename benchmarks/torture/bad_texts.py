@@ -60,12 +60,18 @@ def files(contents: dict[str | bytes, bytes]) -> Callable[[Path], Path]:
 # ---- 奇怪但有效 ----
 
 STRANGE = {
-    "one line": "a b " * 800, "one line of Chinese": "中文" * 800, "NUL between letters": "a\0b" * 400, "NULs": "\0" * 500, "escape sequences": "\x1b[31mred\x1b[0m" * 80,
-    "old Mac line ends": "a\rb\r" * 200, "Windows line ends": "ab\r\ncd\r\n" * 100, "blank lines": "\n" * 300, "spaces": " " * 400, "spaces and tabs": " \t\n" * 100,
-    "line separators": "a\u2028b\u2029" * 90, "emoji": "😀👨‍👩‍👧" * 90, "combining": "e\u0301\u0302" * 120, "right to left": "\u202eabc\u202c" * 60, "replacement characters": "a\ufffd" * 150,
-    "last code point": "\U0010ffff\U0001fffe" * 90, "private use": "\ue000\uf8ff" * 150, "non-characters": "\ufdd0\uffff" * 150, "all ASCII": "".join(map(chr, range(128))) * 4,
-    "a byte-order mark inside": PLAIN + "\ufeff" + PLAIN, "every Han character": "".join(map(chr, range(0x4E00, 0x9FA6))), "form feeds": "a\f\v\x1c\x1d\x1e\x85" * 60,
-    "literal tokens": "<|endoftext|><|style:a|>" * 30, "a JSON file": json.dumps({"a": [1, 2, {"b": None}]}) * 20, "two letters": "ab" * 100, "few tokens": "abcdefgh" * 4, "Han": HAN, "plain": PLAIN,
+    "one line": "a b " * 800, "one line of Chinese": "中文" * 800, "NUL between letters": "a\0b" * 400, "NULs": "\0" * 500,
+    "escape sequences": "\x1b[31mred\x1b[0m" * 80,
+    "old Mac line ends": "a\rb\r" * 200, "Windows line ends": "ab\r\ncd\r\n" * 100, "blank lines": "\n" * 300, "spaces": " " * 400,
+    "spaces and tabs": " \t\n" * 100,
+    "line separators": "a\u2028b\u2029" * 90, "emoji": "😀👨‍👩‍👧" * 90, "combining": "e\u0301\u0302" * 120, "right to left": "\u202eabc\u202c" * 60,
+    "replacement characters": "a\ufffd" * 150,
+    "last code point": "\U0010ffff\U0001fffe" * 90, "private use": "\ue000\uf8ff" * 150, "non-characters": "\ufdd0\uffff" * 150,
+    "all ASCII": "".join(map(chr, range(128))) * 4,
+    "a byte-order mark inside": PLAIN + "\ufeff" + PLAIN, "every Han character": "".join(map(chr, range(0x4E00, 0x9FA6))),
+    "form feeds": "a\f\v\x1c\x1d\x1e\x85" * 60,
+    "literal tokens": "<|endoftext|><|style:a|>" * 30, "a JSON file": json.dumps({"a": [1, 2, {"b": None}]}) * 20, "two letters": "ab" * 100,
+    "few tokens": "abcdefgh" * 4, "Han": HAN, "plain": PLAIN,
 }
 
 
@@ -79,7 +85,8 @@ def strange() -> Iterator[Case]:
         yield Case("strange but valid", f"{what}, bytes", file(text), WORKS, read, options={"tokenizer": "byte"})
     yield Case("strange but valid", "Han in GB18030", file(HAN, encoding="gb18030"), WORKS, HAN)
     yield Case("strange but valid", "ASCII in UTF-16 without a mark", file(PLAIN, encoding="utf-16-le"), WORKS, PLAIN)
-    for name in ("中文 名字.txt", "x" * 250, "a b.txt", "a'b.txt", "a\nb.txt", "a\x1b[31mb.txt", "-x.txt", ".hidden", "no suffix", "a=b,c.txt", "${seed}.txt"):
+    for name in ("中文 名字.txt", "x" * 250, "a b.txt", "a'b.txt", "a\nb.txt", "a\x1b[31mb.txt", "-x.txt", ".hidden", "no suffix", "a=b,c.txt",
+        "${seed}.txt"):
         yield Case("strange but valid", f"named {name[:20]!r}", file(PLAIN, name), EITHER, PLAIN)
 
 
@@ -97,23 +104,30 @@ def too_little() -> Iterator[Case]:
 
 # ---- 编码 ----
 
-TEXT_CODECS = ("base64", "zlib", "bz2", "hex", "quopri", "uu", "rot13", "idna", "punycode", "unicode_escape", "raw_unicode_escape", "undefined", "nope", "utf-9", "a\0b", " ")
+TEXT_CODECS = ("base64", "zlib", "bz2", "hex", "quopri", "uu", "rot13", "idna", "punycode", "unicode_escape", "raw_unicode_escape", "undefined",
+    "nope", "utf-9", "a\0b", " ")
 
 
 def encodings() -> Iterator[Case]:
     gbk, utf8 = HAN.encode("gb18030"), HAN.encode()
     damaged = {
-        "one bad byte in UTF-8": utf8[:1500] + b"\xff" + utf8[1500:], "one byte lost in UTF-8": utf8[:1501] + utf8[1502:], "UTF-8 cut at the end": utf8[: 3 * 333 + 1],
-        "a short one cut at the end": "中文字中文字中文字".encode()[:-1], "UTF-8, then GB18030": utf8 + gbk, "GB18030, then UTF-8": gbk + utf8, "lines of both": b"\n".join([gbk[:300], utf8[:300]] * 5),
-        "UTF-8, then UTF-16": utf8 + HAN.encode("utf-16"), "a lone surrogate": PLAIN.encode() + b"\xed\xa0\x80" + PLAIN.encode(), "surrogate pairs (CESU-8)": PLAIN.encode() + b"\xed\xa0\xbd\xed\xb8\x80" * 9,
-        "CESU-8 in Chinese": utf8 + b"\xed\xa0\xbd\xed\xb8\x80" + utf8, "overlong": PLAIN.encode() + b"\xc0\x80\xe0\x80\x80" + PLAIN.encode(), "beyond Unicode": PLAIN.encode() + b"\xf5\x80\x80\x80", "0xff": b"\xff" * 500,
-        "0x80": b"\x80" * 500, "UTF-16 of odd length": PLAIN.encode("utf-16") + b"a", "UTF-16 cut in a pair": ("😀" * 300).encode("utf-16")[:-2], "a lone surrogate in UTF-16": b"\xff\xfe" + b"a\0" * 300 + b"\0\xd8" + b"b\0" * 300,
+        "one bad byte in UTF-8": utf8[:1500] + b"\xff" + utf8[1500:], "one byte lost in UTF-8": utf8[:1501] + utf8[1502:],
+        "UTF-8 cut at the end": utf8[: 3 * 333 + 1],
+        "a short one cut at the end": "中文字中文字中文字".encode()[:-1], "UTF-8, then GB18030": utf8 + gbk, "GB18030, then UTF-8": gbk + utf8,
+        "lines of both": b"\n".join([gbk[:300], utf8[:300]] * 5),
+        "UTF-8, then UTF-16": utf8 + HAN.encode("utf-16"), "a lone surrogate": PLAIN.encode() + b"\xed\xa0\x80" + PLAIN.encode(),
+        "surrogate pairs (CESU-8)": PLAIN.encode() + b"\xed\xa0\xbd\xed\xb8\x80" * 9,
+        "CESU-8 in Chinese": utf8 + b"\xed\xa0\xbd\xed\xb8\x80" + utf8, "overlong": PLAIN.encode() + b"\xc0\x80\xe0\x80\x80" + PLAIN.encode(),
+        "beyond Unicode": PLAIN.encode() + b"\xf5\x80\x80\x80", "0xff": b"\xff" * 500,
+        "0x80": b"\x80" * 500, "UTF-16 of odd length": PLAIN.encode("utf-16") + b"a", "UTF-16 cut in a pair": ("😀" * 300).encode("utf-16")[:-2],
+        "a lone surrogate in UTF-16": b"\xff\xfe" + b"a\0" * 300 + b"\0\xd8" + b"b\0" * 300,
         "UTF-16 BE of odd length": b"\xfe\xff" + PLAIN.encode("utf-16-be") + b"\0", "GB18030 cut at the end": gbk[:401],
     }
     for what, content in damaged.items():
         yield Case("damaged encoding", what, file(content), REFUSED)
         yield Case("damaged encoding", f"{what}, in a folder", files({"a.txt": PLAIN.encode(), "b/c.txt": content}), REFUSED)
-    for named, content in (("utf-8", gbk), ("ascii", utf8), ("utf-16", PLAIN.encode() + b"a"), ("gb2312", utf8), ("utf-32", PLAIN.encode()), ("utf-7", "é".encode("latin-1") * 90), ("utf-7", b"+2AA-" * 90),
+    for named, content in (("utf-8", gbk), ("ascii", utf8), ("utf-16", PLAIN.encode() + b"a"), ("gb2312", utf8), ("utf-32", PLAIN.encode()),
+        ("utf-7", "é".encode("latin-1") * 90), ("utf-7", b"+2AA-" * 90),
                            ("shift_jis", gbk), ("cp1252", b"\x81" * 90), ("utf-8", HAN.encode("utf-16"))):
         yield Case("wrong encoding named", f"{named}", file(content), REFUSED, options={"encoding": named})
     for named in TEXT_CODECS:
@@ -124,8 +138,10 @@ def encodings() -> Iterator[Case]:
 
 def binaries(random: randomness.Random) -> Iterator[Case]:
     heads = {
-        "PNG": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "ZIP": b"PK\x03\x04\x14\0\0\0\x08\0", "ELF": b"\x7fELF\x02\x01\x01" + bytes(9), "PDF": b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "GZIP": b"\x1f\x8b\x08\0", "JPEG": b"\xff\xd8\xff\xe0\0\x10JFIF",
-        "EXE": b"MZ\x90\0\x03\0\0\0\x04\0\0\0\xff\xff\0\0", "DOC": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "SQLite": b"SQLite format 3\0", "numpy": b"\x93NUMPY\x01\0v\0", "pickle": b"\x80\x05\x95", "WAV": b"RIFF\x24\x08\0\0WAVE",
+        "PNG": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "ZIP": b"PK\x03\x04\x14\0\0\0\x08\0", "ELF": b"\x7fELF\x02\x01\x01" + bytes(9),
+        "PDF": b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "GZIP": b"\x1f\x8b\x08\0", "JPEG": b"\xff\xd8\xff\xe0\0\x10JFIF",
+        "EXE": b"MZ\x90\0\x03\0\0\0\x04\0\0\0\xff\xff\0\0", "DOC": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "SQLite": b"SQLite format 3\0",
+        "numpy": b"\x93NUMPY\x01\0v\0", "pickle": b"\x80\x05\x95", "WAV": b"RIFF\x24\x08\0\0WAVE",
     }
     for what, head in heads.items():
         yield Case("binary", what, file(head + random.randbytes(4000)), REFUSED)
@@ -170,7 +186,8 @@ def places() -> Iterator[Case]:
     for device in ("/dev/zero", "/dev/null", "/dev/tty", "/dev/full", "/proc/self/mem"):
         yield Case("file system", device, lambda folder, device=device: Path(device), REFUSED)
         yield Case("file system", f"a link to {device}", _linked(device), REFUSED)
-        yield Case("file system", f"a link to {device} beside a text", _linked(device, beside=PLAIN.encode()), WORKS if "proc" not in device else EITHER, PLAIN)
+        yield Case("file system", f"a link to {device} beside a text", _linked(device, beside=PLAIN.encode()),
+            WORKS if "proc" not in device else EITHER, PLAIN)
     yield Case("file system", "a link to itself", _linked("a.txt"), REFUSED)
     yield Case("file system", "a link to nothing", _linked("nowhere"), REFUSED)
     yield Case("file system", "a link to itself beside a text", _linked("a.txt", beside=PLAIN.encode()), WORKS, PLAIN)
@@ -200,19 +217,29 @@ def lines_with(bad: str, at: int) -> str:
 
 
 BAD_LINES = {
-    "broken": '{"text": "a", "style"', "a word": "text", "a list": "[1, 2]", "a number": "5", "null": "null", "NaN": "NaN", "no text": '{"style": "a"}', "text null": '{"text": null}',
-    "text a number": '{"text": 5}', "text a list": '{"text": ["a"]}', "text an object": '{"text": {"a": "b"}}', "text NaN": '{"text": NaN}', "text true": '{"text": true}', "text empty": '{"text": ""}',
-    "text blank": '{"text": " \\n\\t"}', "half a character": '{"text": "a\\ud800b"}', "half a character behind": '{"text": "a\\udc00\\ud800"}', "a label of half a character": '{"text": "a", "style": "\\ud83d"}',
-    "deep lists": '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", "deep objects": '{"a":' * 60_000 + "1" + "}" * 60_000, "a long number": '{"text": ' + "9" * 5000 + "}", "a name twice": '{"text": "a", "text": "b"}',
-    "a name twice inside": '{"text": "abc", "x": {"a": 1, "a": 2}}', "label a number": '{"text": "a", "style": 5}', "label a list": '{"text": "a", "style": ["a"]}', "label an object": '{"text": "a", "emotion": {}}',
-    "label with a bar": '{"text": "a", "style": "a|b"}', "label with a line break": '{"text": "a", "style": "a\\nb"}', "label too long": json.dumps({"text": "a", "style": "x" * 65}), "label with NUL": '{"text": "a", "style": "a\\u0000"}',
-    "two objects": '{"text": "a"}{"text": "b"}', "a comma behind": '{"text": "a"},', "single quotes": "{'text': 'a'}", "a comment": "// a comment", "an open string": '{"text": "a', "a control character": '{"text": "a\tb\x01"}',
+    "broken": '{"text": "a", "style"', "a word": "text", "a list": "[1, 2]", "a number": "5", "null": "null", "NaN": "NaN",
+    "no text": '{"style": "a"}', "text null": '{"text": null}',
+    "text a number": '{"text": 5}', "text a list": '{"text": ["a"]}', "text an object": '{"text": {"a": "b"}}', "text NaN": '{"text": NaN}',
+    "text true": '{"text": true}', "text empty": '{"text": ""}',
+    "text blank": '{"text": " \\n\\t"}', "half a character": '{"text": "a\\ud800b"}', "half a character behind": '{"text": "a\\udc00\\ud800"}',
+    "a label of half a character": '{"text": "a", "style": "\\ud83d"}',
+    "deep lists": '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", "deep objects": '{"a":' * 60_000 + "1" + "}" * 60_000,
+    "a long number": '{"text": ' + "9" * 5000 + "}", "a name twice": '{"text": "a", "text": "b"}',
+    "a name twice inside": '{"text": "abc", "x": {"a": 1, "a": 2}}', "label a number": '{"text": "a", "style": 5}',
+    "label a list": '{"text": "a", "style": ["a"]}', "label an object": '{"text": "a", "emotion": {}}',
+    "label with a bar": '{"text": "a", "style": "a|b"}', "label with a line break": '{"text": "a", "style": "a\\nb"}',
+    "label too long": json.dumps({"text": "a", "style": "x" * 65}), "label with NUL": '{"text": "a", "style": "a\\u0000"}',
+    "two objects": '{"text": "a"}{"text": "b"}', "a comma behind": '{"text": "a"},', "single quotes": "{'text': 'a'}", "a comment": "// a comment",
+    "an open string": '{"text": "a', "a control character": '{"text": "a\tb\x01"}',
     "a mark inside": '\ufeff{"text": "a"}', "infinity": '{"text": Infinity}', "nothing but spaces and a brace": "   {", "Python": "{text: None}",
 }
 BAD_TABLES = {
-    "no text column": "title,style\na,b\n", "a row too long": "text,style\na,b\nc,d,e\n", "a row too short": "text,style\na\n", "an open quote": 'text,style\n"a,b\n' + "c,d\n" * 50, "a quote inside": 'text,style\n"a"b,c\n',
-    "no rows": "text,style\n", "nothing": "", "blank": "\n\n\n", "a name twice": "text,text\na,b\n", "only NUL": "\0\0\0", "NUL in the header": "te\0xt,style\na,b\n", "a field of 40 MB": lambda: b"text,style\n" + b"x" * 40_000_000 + b",a\n",
-    "a quoted field of 40 MB": lambda: b'text,style\n"' + b"x\n" * 20_000_000 + b'",a\n', "an empty text": "text,style\n ,b\n", "a label too long": "text,style\na," + "x" * 70 + "\n", "one row": "text,style\na,b\n", "semicolons": "text;style\na;b\n",
+    "no text column": "title,style\na,b\n", "a row too long": "text,style\na,b\nc,d,e\n", "a row too short": "text,style\na\n",
+    "an open quote": 'text,style\n"a,b\n' + "c,d\n" * 50, "a quote inside": 'text,style\n"a"b,c\n',
+    "no rows": "text,style\n", "nothing": "", "blank": "\n\n\n", "a name twice": "text,text\na,b\n", "only NUL": "\0\0\0",
+    "NUL in the header": "te\0xt,style\na,b\n", "a field of 40 MB": lambda: b"text,style\n" + b"x" * 40_000_000 + b",a\n",
+    "a quoted field of 40 MB": lambda: b'text,style\n"' + b"x\n" * 20_000_000 + b'",a\n', "an empty text": "text,style\n ,b\n",
+    "a label too long": "text,style\na," + "x" * 70 + "\n", "one row": "text,style\na,b\n", "semicolons": "text;style\na;b\n",
 }
 
 
@@ -223,18 +250,22 @@ def labelled() -> Iterator[Case]:
         yield Case("bad table", what, file(content, "a.csv"), REFUSED, dataset="labelled")
     good = "".join(json.dumps(row) + "\n" for row in ROWS)
     for what, content in {
-        "only spaces": "  \n \n", "one text": good.splitlines()[0], "all the same": json.dumps(ROWS[0]) * 1 + ("\n" + json.dumps(ROWS[0])) * 50, "punctuation only": '{"text": "...!"}\n' * 60,
-        "a label for each": "".join(json.dumps({"text": row["text"], "style": row["text"]}) + "\n" for row in ROWS), "a whole list": json.dumps(ROWS), "indented": json.dumps(ROWS, indent=1), "not JSON at all": PLAIN,
+        "only spaces": "  \n \n", "one text": good.splitlines()[0], "all the same": json.dumps(ROWS[0]) * 1 + ("\n" + json.dumps(ROWS[0])) * 50,
+        "punctuation only": '{"text": "...!"}\n' * 60,
+        "a label for each": "".join(json.dumps({"text": row["text"], "style": row["text"]}) + "\n" for row in ROWS),
+        "a whole list": json.dumps(ROWS), "indented": json.dumps(ROWS, indent=1), "not JSON at all": PLAIN,
         "half a million labels": lambda: "".join(f'{{"text": "{i} and {i * i}", "style": "{i}"}}\n' for i in range(500_000)).encode(),
     }.items():
         yield Case("bad labelled file", what, file(content, "a.jsonl"), REFUSED, dataset="labelled")
     for encoding in ("gb18030", "utf-16", "utf-8-sig"):
         yield Case("strange but valid", f"labelled, {encoding}", file(good, "a.jsonl", encoding), WORKS, dataset="labelled")
     yield Case("damaged encoding", "labelled", file(good.encode() + b'{"text": "\xff\xff"}\n', "a.jsonl"), REFUSED, dataset="labelled")
-    yield Case("strange but valid", "labelled, NUL and odd characters", file("".join(json.dumps({**r, "text": r["text"] + "\0\u2028\ufeff😀"}) + "\n" for r in ROWS), "a.jsonl"), WORKS, dataset="labelled")
+    yield Case("strange but valid", "labelled, NUL and odd characters", file("".join(json.dumps({**r,
+        "text": r["text"] + "\0\u2028\ufeff😀"}) + "\n" for r in ROWS), "a.jsonl"), WORKS, dataset="labelled")
     yield Case("strange but valid", "labelled, no line end", file(good.rstrip("\n"), "a.jsonl"), WORKS, dataset="labelled")
     for fraction in (1e-9, 0.9999999):
-        yield Case("bad labelled file", f"val_fraction {fraction}", file(good, "a.jsonl"), REFUSED, dataset="labelled", options={"val_fraction": fraction, "judge_fraction": 0.0})
+        yield Case("bad labelled file", f"val_fraction {fraction}", file(good, "a.jsonl"), REFUSED, dataset="labelled",
+            options={"val_fraction": fraction, "judge_fraction": 0.0})
     if os.name != "nt":
         yield Case("file system", "a pipe of labelled texts", lambda folder: _fifo(folder / "a.jsonl"), REFUSED, dataset="labelled")
 
@@ -242,9 +273,12 @@ def labelled() -> Iterator[Case]:
 # ---- 开头的文件 ----
 
 BAD_PROMPTS = {
-    "empty": (b"", "p.txt"), "blank": (b" \n\n \t\n", "p.txt"), "no encoding": (b"abc\xff\xff", "p.txt"), "a PNG": (b"\x89PNG\r\n\x1a\n" + bytes(50), "p.txt"), "broken JSON": (b'{"prompt": "a"\n', "p.jsonl"),
-    "no prompt": (b'{"text": "a"}\n', "p.jsonl"), "a number": (b"5\n", "p.jsonl"), "a list": (b'["a"]\n', "p.jsonl"), "null": (b"null\n", "p.jsonl"), "an object as prompt": (b'{"prompt": {"a": 1}}\n', "p.jsonl"),
-    "half a character": (b'"\\ud800"\n', "p.jsonl"), "deep": (b"[" * 100_000 + b"]" * 100_000, "p.jsonl"), "a long number": (b"9" * 5000, "p.jsonl"), "100 MB": (lambda: b"abc \n" * 20_000_000, "p.txt"),
+    "empty": (b"", "p.txt"), "blank": (b" \n\n \t\n", "p.txt"), "no encoding": (b"abc\xff\xff", "p.txt"), "a PNG": (b"\x89PNG\r\n\x1a\n" + bytes(50),
+    "p.txt"), "broken JSON": (b'{"prompt": "a"\n', "p.jsonl"),
+    "no prompt": (b'{"text": "a"}\n', "p.jsonl"), "a number": (b"5\n", "p.jsonl"), "a list": (b'["a"]\n', "p.jsonl"), "null": (b"null\n", "p.jsonl"),
+    "an object as prompt": (b'{"prompt": {"a": 1}}\n', "p.jsonl"),
+    "half a character": (b'"\\ud800"\n', "p.jsonl"), "deep": (b"[" * 100_000 + b"]" * 100_000, "p.jsonl"), "a long number": (b"9" * 5000, "p.jsonl"),
+    "100 MB": (lambda: b"abc \n" * 20_000_000, "p.txt"),
     "100 MB in one line": (lambda: b"abc " * 25_000_000, "p.jsonl"), "mixed encodings": (HAN.encode() + HAN.encode("gb18030"), "p.txt"),
 }
 

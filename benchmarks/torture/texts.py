@@ -22,15 +22,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from bad_texts import HAN, PLAIN, REFUSED, WORKS, Case, all_cases
 from ledger import ROOT, Ledger
 
-from bad_texts import HAN, PLAIN, REFUSED, WORKS, Case, all_cases
 from nanogpt import corpus, messages
 from nanogpt.mistakes import explained
 
 PROMISE = (
-    "Whatever text is given, it is prepared, trained on and decoded back exactly, or refused by one clear line naming the file; a refused text leaves nothing "
-    "behind, nothing hangs, and memory stays below 2 GiB."
+    "Whatever text is given, it is prepared, trained on and decoded back exactly, or refused by one clear line naming the file; a refused text leaves "
+    "nothing behind, nothing hangs, and memory stays below 2 GiB."
 )
 LIMIT_GIB = 2
 OPTIONS = {
@@ -87,14 +87,16 @@ def in_its_own(dataset: str, path: Path, prepared: Path, options: dict, during: 
     given = {**OPTIONS.get(dataset, {}), **options}
     if dataset in OPTIONS:
         # 值加引号：dotlist 按 yaml 读，路径里的方括号、井号都是内容
-        arguments = [f"path={json.dumps(str(path), ensure_ascii=False)}", f"dir={prepared}", *(f"{key}={json.dumps(value)}" for key, value in given.items())]
+        arguments = [f"path={json.dumps(str(path), ensure_ascii=False)}", f"dir={prepared}", *(f"{key}={json.dumps(value)}" for key,
+        value in given.items())]
         code = f"import sys; from nanogpt.corpus import run_prepare; run_prepare({dataset!r})"
     else:
         arguments, code = [dataset, str(path)], PROMPTS
     started, output = time.perf_counter(), prepared.with_name("output")
     with output.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-c", LIMITED + code, *map(os.fsencode, arguments)] if not any("\0" in a for a in arguments) else [sys.executable, "-c", "raise SystemExit(2)"],
+            [sys.executable, "-c", LIMITED + code, *map(os.fsencode, arguments)] if not any("\0" in a for a in arguments) else [sys.executable, "-c",
+            "raise SystemExit(2)"],
             cwd=prepared.parent, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment(prepared.parent), user=user,
         )
         if during:
@@ -122,7 +124,8 @@ with one_line_each():
 
 def environment(folder: Path) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k in ("PATH", "NANOGPT_ASSETS", "LD_LIBRARY_PATH", "VIRTUAL_ENV")}
-    return {**kept, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(folder), "TMPDIR": str(folder), "PYTHONUTF8": "1"}
+    return {**kept, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(folder),
+        "TMPDIR": str(folder), "PYTHONUTF8": "1"}
 
 
 # ---- 判定 ----
@@ -130,7 +133,8 @@ def environment(folder: Path) -> dict[str, str]:
 
 def litter(folder: Path) -> list[str]:
     """What a refused text left beside it, and what is new in the repository's own data folders."""
-    return [str(path) for path in folder.iterdir()] + [str(path) for name in ("text_file", "labelled") for path in (ROOT / "data" / name).iterdir() if path.name.startswith(".")]
+    return [str(path) for path in folder.iterdir()] + [str(path) for name in ("text_file",
+        "labelled") for path in (ROOT / "data" / name).iterdir() if path.name.startswith(".")]
 
 
 def complaint(case: Case, answer: Answer, path: Path, work: Path) -> str | None:
@@ -181,7 +185,8 @@ def trained(prepared: Path, work: Path) -> None:
 
     register_schemas()
     overrides = [
-        "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=4", "model.ngrams=[]", "dataset=text_file", f"dataset.dir='{prepared}'", "logger=none", "device=cpu",
+        "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=4", "model.ngrams=[]", "dataset=text_file",
+        f"dataset.dir='{prepared}'", "logger=none", "device=cpu",
         "max_iters=2", "batch_size=2", "eval_tokens=8", "sample_tokens=4", f"out_dir='{work / 'run'}'",
     ]
     with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
@@ -213,7 +218,8 @@ def judged(ledger: Ledger, case: Case, ask: Callable[..., Answer], *, train: boo
     if wrong:
         ledger.breach(case.kind, f"{case.dataset}, {case.what} -> {wrong}")
     else:
-        ledger.count(case.kind, "decoded back exactly, trained" if answer.code == 0 and train else "decoded back exactly" if answer.code == 0 else "one line, nothing left")
+        ledger.count(case.kind,
+        "decoded back exactly, trained" if answer.code == 0 and train else "decoded back exactly" if answer.code == 0 else "one line, nothing left")
     return answer
 
 
@@ -238,10 +244,13 @@ def large(ledger: Ledger, gib: float, ask: Callable[..., Answer]) -> None:
     """Files larger than what the process may hold of them."""
     row = json.dumps(PLAIN[:300] + "中文").encode()
     cases = [
-        ("plain lines, characters", PLAIN.encode(), {}, WORKS, "text_file", "big.txt"), ("plain lines, bytes", PLAIN.encode(), {"tokenizer": "byte"}, WORKS, "text_file", "big.txt"),
-        ("Chinese in GB18030", HAN.encode("gb18030"), {}, WORKS, "text_file", "big.txt"), ("one line", PLAIN.replace("\n", " ").encode(), {}, WORKS, "text_file", "big.txt"),
+        ("plain lines, characters", PLAIN.encode(), {}, WORKS, "text_file", "big.txt"), ("plain lines, bytes", PLAIN.encode(), {"tokenizer": "byte"},
+        WORKS, "text_file", "big.txt"),
+        ("Chinese in GB18030", HAN.encode("gb18030"), {}, WORKS, "text_file", "big.txt"), ("one line", PLAIN.replace("\n", " ").encode(), {}, WORKS,
+        "text_file", "big.txt"),
         ("NUL bytes", bytes(1000), {}, WORKS, "text_file", "big.txt"), ("a damaged end", PLAIN.encode(), {}, REFUSED, "text_file", "damaged.txt"),
-        ("labelled", b'{"text": ' + row + b', "style": "a"}\n', {}, REFUSED, "labelled", "big.jsonl"), ("labelled in one line", b'{"text": "' + b"a" * 1000, {}, REFUSED, "labelled", "big.jsonl"),
+        ("labelled", b'{"text": ' + row + b', "style": "a"}\n', {}, REFUSED, "labelled", "big.jsonl"), ("labelled in one line",
+        b'{"text": "' + b"a" * 1000, {}, REFUSED, "labelled", "big.jsonl"),
     ]
     peak = slowest = 0.0
     for what, line, options, expect, dataset, name in cases:
@@ -310,7 +319,8 @@ def many_files(ledger: Ledger, count: int, ask: Callable[..., Answer]) -> None:
                 file.write(b"%d times the king speaks\n" % i)
         return folder / "many"
 
-    text = "".join(f"{i} times the king speaks\n" for block in range(0, count, 1000) for i in sorted(range(block, min(block + 1000, count)), key=lambda i: f"{i}.txt"))
+    text = "".join(f"{i} times the king speaks\n" for block in range(0, count, 1000) for i in sorted(range(block, min(block + 1000, count)),
+        key=lambda i: f"{i}.txt"))
     answer = judged(ledger, Case("many small files", f"{count} files", make, WORKS, text), ask, train=False)
     if answer:
         ledger.figures |= {"small files": count, "small files, s": round(answer.seconds), "small files, peak RSS in GiB": round(answer.peak_gib, 2)}
@@ -327,7 +337,8 @@ def changing(ledger: Ledger, repetitions: int, random: random.Random) -> None:
         path.with_suffix(".new").write_bytes(PLAIN.encode() * 20_000)
         os.replace(path.with_suffix(".new"), path)
 
-    ways = {"appended to": appended, "cut": lambda path: os.truncate(path, 2**20), "emptied": lambda path: os.truncate(path, 0), "removed": Path.unlink, "replaced": replaced}
+    ways = {"appended to": appended, "cut": lambda path: os.truncate(path, 2**20), "emptied": lambda path: os.truncate(path, 0),
+    "removed": Path.unlink, "replaced": replaced}
     for i in range(repetitions):
         for what, change in ways.items():
             for dataset in ("text_file", "labelled") if i == 0 else ("text_file",):
@@ -381,7 +392,8 @@ def unreadable(ledger: Ledger) -> None:
 
 
 def attack(
-    ledger: Ledger, *, cases: int | None = None, seed: int = 0, ask: Callable[..., Answer] = in_its_own, train: bool = True, kinds: list[str] | None = None,
+    ledger: Ledger, *, cases: int | None = None, seed: int = 0, ask: Callable[..., Answer] = in_its_own, train: bool = True,
+    kinds: list[str] | None = None,
 ) -> None:
     """The small cases, all of them or a sample."""
     for case in chosen_cases(cases, seed, kinds):

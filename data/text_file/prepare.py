@@ -72,7 +72,9 @@ def prepare(folder: Path, path: str | None, tokenizer: str | Tokenizer, encoding
         write(folder, Path(path), paths, tokenizer, encoding, val_fraction, vocab_size, check)
 
 
-def write(folder: Path, source: Path, paths: list[Path], tokenizer, encoding: str, val_fraction: float, vocab_size: int | None, check: Callable) -> None:
+def write(
+    folder: Path, source: Path, paths: list[Path], tokenizer, encoding: str, val_fraction: float, vocab_size: int | None, check: Callable[[], None]
+) -> None:
     """The same for options that have been checked; check() is called before the folder appears."""
     # 判断编码要通读文件，下面还要读两三遍：只判断一次
     files = [(file, detect_encoding(file) if encoding == "auto" else encoding) for file in paths]
