@@ -29,8 +29,8 @@ from nanogpt import corpus, messages
 from nanogpt.mistakes import explained
 
 PROMISE = (
-    "Whatever text is given, it is prepared, trained on and decoded back exactly, or refused by one clear line naming the file; a refused text leaves "
-    "nothing behind, nothing hangs, and memory stays below 2 GiB."
+    "Whatever text is given, it is prepared, trained on and decoded back exactly, or refused by one clear line naming the file; a refused text "
+    "leaves nothing behind, nothing hangs, and memory stays below 2 GiB."
 )
 LIMIT_GIB = 2
 OPTIONS = {
