@@ -191,7 +191,11 @@ def arranged(arguments: list[str]) -> tuple[list[str], list[str]]:
         raise ConfigError("unreadable_flag", reason=reason)
 
     parser.error = refuse
-    overrides = parser.parse_intermixed_args(arguments).overrides
+    typed = parser.parse_intermixed_args(arguments)
+    if typed.experimental_rerun:
+        # 它会载入 pickle：文件里的代码不执行
+        refuse("--experimental-rerun would run code from a pickle")
+    overrides = typed.overrides
     flags, left = [], list(overrides)
     for argument in arguments:
         if left and argument == left[0]:
