@@ -15,6 +15,7 @@ from nanogpt.messages import ConfigError
 from nanogpt.ram import free_ram
 from nanogpt.saved_config import read_saved
 from nanogpt.sealed import DamagedError, reason_of
+from nanogpt.values import check_types
 
 # 极小的模型也可以有长上下文：位置表至少允许这么多个数
 LEAST_TABLE = 2**20
@@ -93,10 +94,11 @@ def build_part(node: dict, key: str, *arguments) -> Any:
     elif part == "logger":
         raise ConfigError("not_a_part", key=f"{key}._target_", got=node["_target_"], want=_wanted(part))
     try:
+        check_types(kind, key, settings)
         built = kind(*arguments, **settings)
     except ConfigError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NameError) as error:
         raise ConfigError("bad_part", key=key, reason=error) from None
     check_part(built, part, key, node["_target_"])
     return built

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import itertools
 import os
 import re
 import sys
@@ -31,8 +32,10 @@ __all__ = ["EXIT_INTERRUPTED", "EXIT_PIPE_CLOSED", "EXIT_USER_ERROR", "composing
 SCHEMAS = {"train": TrainConfig, "sample": SampleConfig}
 # 值是文字的键：逗号、空格都属于内容
 FREE_TEXT = ("sample_prompt", "start", "control.style", "control.emotion")
-# 再长的话，Hydra 的语法分析要几十秒；Windows 的命令行本来就到这里为止
-LONGEST_ARGUMENT = 32_000
+# 再长的话，Hydra 的语法分析要好几秒；长的文字放进文件
+LONGEST_ARGUMENT = 8000
+# 括号套得更深、逗号更多的，语法分析的时间会成倍增长
+DEEPEST, MOST_ITEMS = 60, 500
 # 已经带引号的一段，照原样
 QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
 # 列表或扫描里含有非 ASCII 字符的一项
@@ -179,21 +182,43 @@ def _in_quotes(value: str) -> str:
     return "'" + value.replace("'", "\\'") + "\\" * tail + "'"
 
 
-def check_arguments(arguments: list[str]) -> None:
-    """Refuse what Hydra would answer with its whole usage, or chew on for minutes."""
-    for argument in arguments:
-        if len(argument) > LONGEST_ARGUMENT:
-            raise ConfigError("long_argument", key=argument.partition("=")[0][:60], got=len(argument), most=LONGEST_ARGUMENT)
-        if argument.partition("=")[0] not in FREE_TEXT and (digits := re.search(r"\d{400,}", argument)):
-            # Python 不肯读几千位的整数
-            raise ConfigError("large_number", key=argument.partition("=")[0], got=f"{digits[0][:20]}…")
+def arranged(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """(flags with their values, overrides): Hydra wants the flags together, people write them anywhere. Refuses what cannot be read."""
+    check_arguments(arguments)
     parser = get_args_parser()
 
     def refuse(reason: str):
         raise ConfigError("unreadable_flag", reason=reason)
 
     parser.error = refuse
-    parser.parse_args(arguments)
+    typed = parser.parse_intermixed_args(arguments)
+    if typed.experimental_rerun:
+        # 它会载入 pickle：文件里的代码不执行
+        refuse("--experimental-rerun would run code from a pickle")
+    overrides = typed.overrides
+    flags, left = [], list(overrides)
+    for argument in arguments:
+        if left and argument == left[0]:
+            del left[0]
+        else:
+            flags.append(argument)
+    return flags, overrides
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """Refuse what Hydra would chew on for minutes."""
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if len(argument) > LONGEST_ARGUMENT:
+            raise ConfigError("long_argument", key=key[:60], got=len(argument), most=LONGEST_ARGUMENT)
+        if key in FREE_TEXT:
+            continue
+        if digits := re.search(r"\d{400,}", value):
+            # Python 不肯读几千位的整数
+            raise ConfigError("large_number", key=key, got=f"{digits[0][:20]}…")
+        depth = itertools.accumulate((c in "[{(") - (c in ")}]") for c in value)
+        if max(depth, default=0) > DEEPEST or value.count(",") > MOST_ITEMS:
+            raise ConfigError("unreadable", argument=argument, reason=text("too_deep"))
 
 
 def forgive_output() -> None:
@@ -243,22 +268,23 @@ def run_script(config_name: str, task: Callable[[TrainConfig | SampleConfig, lis
     os.environ["HYDRA_FULL_ERROR"] = "1"
     with one_line_each():
         with composing(config_name):
-            check_arguments(sys.argv[1:])
-        _Script(config_name, task).run()
+            flags, overrides = arranged(sys.argv[1:])
+        _Script(config_name, task, overrides).run(flags)
 
 
 class _Script:
     """One run of hydra.main: the job, and what has been said about its mistakes."""
 
-    def __init__(self, config_name: str, task: Callable):
+    def __init__(self, config_name: str, task: Callable, overrides: list[str]):
         self.config_name, self.task = config_name, task
-        self.remembered = remembered_groups(sys.argv[1:])
+        self.remembered = remembered_groups(overrides)
+        self.overrides = [*map(quoted, overrides), *self.remembered]
         self.started = False
         self.reported: list[Exception] = []
 
-    def run(self) -> None:
+    def run(self, flags: list[str]) -> None:
         """Compose and run every job; SystemExit on a mistake."""
-        sys.argv[1:] = [*map(quoted, sys.argv[1:]), *self.remembered]
+        sys.argv[1:] = [*flags, *self.overrides]
         try:
             with checked_yaml():
                 # Hydra 会看函数定义在哪个文件：要给它一个函数，而不是方法

@@ -5,6 +5,7 @@ use what is here; so does a script of your own.
 """
 
 import codecs
+import contextlib
 import hashlib
 import importlib.util
 import inspect
@@ -12,7 +13,6 @@ import json
 import os
 import re
 import sys
-import typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from nanogpt.lock import only_one, remove_stale
 from nanogpt.messages import ConfigError, say
 from nanogpt.mistakes import one_line_each
 from nanogpt.sealed import write_sealed
-from nanogpt.values import check_value
+from nanogpt.values import check_types, check_value
 
 # 1：meta.json 没有自己的摘要
 FORMAT = 2
@@ -48,15 +48,29 @@ HIGH = bytes(range(128, 256))
 STRETCH = 48
 HALF = re.compile("[\ud800-\udfff]")
 NO_TEXTS = ("idna", "punycode", "unicode-escape", "raw-unicode-escape", "undefined")
-# 消息里写得出名字的类型
-PLAIN = (int, float, str, bool, type(None))
 # 这些解码器不会给出半个代理对
 WHOLE = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be")
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let what the system refuses inside name this file: read() alone does not say which."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def digest(path: Path) -> str:
+    """Hex SHA-256 of a text file."""
+    with naming(path):
+        return sha256(path)
+
+
 def detect_encoding(path: Path) -> str:
     """UTF-8, UTF-16 (with or without a byte-order mark) or GB18030, decided by reading the whole file; ConfigError for anything else."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         head = file.read(PIECE)
     if kind := next((kind for magic, kind in BINARY.items() if head.startswith(magic)), None):
         raise ConfigError("binary_file", path=path, kind=kind)
@@ -72,7 +86,9 @@ def detect_encoding(path: Path) -> str:
             pass
         return "utf-8"
     except UnicodeDecodeError as utf8_error:
-        line = stretch_of_utf8(path) if is_whole(path, "gb18030") else None
+        # 只差最后半个字，或只多出半个代理对（CESU-8）：是坏了的 UTF-8，不是碰巧能读通的 GB18030
+        damaged = is_cut_utf8(path, utf8_error) or is_whole(path, "utf-8", "surrogatepass")
+        line = stretch_of_utf8(path) if not damaged and is_whole(path, "gb18030") else None
         if line == 0:
             return "gb18030"
         if line:
@@ -80,14 +96,23 @@ def detect_encoding(path: Path) -> str:
         raise ConfigError("undecodable", path=path, offset=utf8_error.start, encoding="UTF-8 / UTF-16 / GB18030") from None
 
 
-def is_whole(path: Path, encoding: str) -> bool:
+def is_whole(path: Path, encoding: str, errors: str = "strict") -> bool:
     """Whether the file is of this encoding from end to end."""
     try:
-        for _ in decode_pieces(path, encoding):
+        for _ in decode_pieces(path, encoding, errors):
             pass
         return True
     except UnicodeDecodeError:
         return False
+
+
+def is_cut_utf8(path: Path, error: UnicodeDecodeError) -> bool:
+    """Whether the file is UTF-8 with characters beyond ASCII up to half a character at its very end."""
+    if error.reason != "unexpected end of data" or error.start < path.stat().st_size - 3:
+        return False
+    with path.open("rb") as file:
+        head = file.read(min(error.start, PIECE))
+    return not head.isascii()
 
 
 def stretch_of_utf8(path: Path) -> int:
@@ -122,11 +147,11 @@ def check_encoding(encoding: str) -> None:
         raise ConfigError("unknown_encoding", got=encoding)
 
 
-def decode_pieces(path: Path, encoding: str) -> Iterator[str]:
+def decode_pieces(path: Path, encoding: str, errors: str = "strict") -> Iterator[str]:
     """Yield a file's text in pieces; UnicodeDecodeError.start is the offset in the file."""
-    decoder = codecs.getincrementaldecoder(encoding)()
+    decoder = codecs.getincrementaldecoder(encoding)(errors)
     read = 0
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         while piece := file.read(PIECE):
             pending = len(decoder.getstate()[0])
             try:
@@ -135,10 +160,11 @@ def decode_pieces(path: Path, encoding: str) -> Iterator[str]:
                 error.start += read - pending
                 raise
             read += len(piece)
+        pending = len(decoder.getstate()[0])
         try:
             yield decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
-            error.start = read
+            error.start += read - pending
             raise
 
 
@@ -195,11 +221,22 @@ def state_of(files: Iterable[Path]) -> list[tuple[int, int, int]]:
     return [(stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in map(os.stat, files)]
 
 
-def check_unchanged(files: list[Path], before: list[tuple[int, int, int]]) -> None:
-    """Refuse a text that was written to while it was read, in several passes, for this data set."""
-    for file, then, now in zip(files, before, state_of(files)):
-        if then != now:
-            raise ConfigError("text_changed", path=file)
+@contextlib.contextmanager
+def unchanged(files: list[Path]) -> Iterator[Callable[[], None]]:
+    """Around the several passes over some files; yields the check that nobody has written to them since, which refuses the text otherwise."""
+    before = state_of(files)
+
+    def check() -> None:
+        for file, then, now in zip(files, before, state_of(files)):
+            if then != now:
+                raise ConfigError("text_changed", path=file)
+
+    try:
+        yield check
+    except (ConfigError, OSError):
+        # 读到一半被改的，错误会说别的事：词表里没有的字、半个字
+        check()
+        raise
 
 
 def stem_of(source: Path) -> str:
@@ -322,22 +359,13 @@ def _script(name: str):
 
 def check_options(prepare: Callable, options: dict) -> None:
     """Refuse options of dataset=… that its script does not take, or whose type it does not take."""
-    hints = typing.get_type_hints(prepare)
     parameters = inspect.signature(prepare).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key, got in options.items():
         if key not in parameters and not open_ended:
             raise ConfigError("unread_key", key=f"dataset.{key}")
         check_value(f"dataset.{key}", got)
-        want = hints.get(key)
-        kinds = typing.get_args(want) or (want,)
-        # Python 里 True 也是整数；没有写类型的、写得复杂的，由脚本自己核对
-        fits = any(isinstance(got, int | float if kind is float else kind) for kind in kinds if isinstance(kind, type)) and (
-            not isinstance(got, bool) or bool in kinds
-        )
-        if all(isinstance(kind, type) for kind in kinds) and want is not None and not fits:
-            names = " | ".join(kind.__name__ for kind in kinds if kind in PLAIN)
-            raise ConfigError("wrong_type", key=f"dataset.{key}", got=got, want=names.replace("NoneType", "null"))
+    check_types(prepare, "dataset", options)
     for key, parameter in list(parameters.items())[1:]:
         if key not in options and parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
             raise ConfigError("missing_key", key=f"dataset.{key}")

@@ -240,6 +240,7 @@ def adamw(model: torch.nn.Module, *, weight_decay: float, beta1: float, beta2: f
     for key, value in {"beta1": beta1, "beta2": beta2}.items():
         _check(key, value, 0, 0.99999)
     _check("weight_decay", weight_decay, 0, 10)
+    _check("eps", eps, 0, 1)
     matrices, tables, vectors = split_parameters(model)
     optimizer = Optimizer([])
     shared = {"betas": (beta1, beta2), "eps": eps, "lr_scale": 1.0, "states": ADAMW_STATES, "update": optimizer._adamw_step}
@@ -258,6 +259,9 @@ def muon(
         _check(key, value, 0, 0.99999)
     _check("weight_decay", weight_decay, 0, 10)
     _check("ns_steps", ns_steps, 1, 20)
+    _check("eps", eps, 0, 1)
+    for key, value in {"embedding_lr_scale": embedding_lr_scale, "head_lr_scale": head_lr_scale, "ngram_lr_scale": ngram_lr_scale}.items():
+        _check(key, value, 0, 1e6)
     matrices, tables, vectors = split_parameters(model)
     optimizer = Muon([])
     shared = {"betas": (beta1, beta2), "eps": eps, "weight_decay": 0.0, "states": ADAMW_STATES, "update": optimizer._adamw_step}

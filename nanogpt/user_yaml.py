@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.plugins import Plugins
 
 from nanogpt.messages import ConfigError, text
 
@@ -62,7 +63,10 @@ def _nodes(node: yaml.Node | None, seen: dict[int, int]) -> int:
 @contextlib.contextmanager
 def checked_yaml() -> Iterator[None]:
     """Check every yaml file that Hydra loads inside."""
-    load = FileConfigSource.load_config
+    # 插件由 Hydra 自己再导入一遍：要改的是登记在册的那个类
+    Plugins.instance()
+    source = SourcesRegistry.instance().resolve("file")
+    load = source.load_config
 
     def checked(self, config_path: str):
         path = Path(os.path.realpath(os.path.join(self.path, self._normalize_file_name(config_path))))
@@ -70,8 +74,8 @@ def checked_yaml() -> Iterator[None]:
             check_yaml(path)
         return load(self, config_path)
 
-    FileConfigSource.load_config = checked
+    source.load_config = checked
     try:
         yield
     finally:
-        FileConfigSource.load_config = load
+        source.load_config = load

@@ -3,7 +3,7 @@
 import math
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from nanogpt.messages import ConfigError, text
 # 空着有意义的键：从空的开头写起
 MAY_BE_EMPTY = ("sample_prompt", "start", "control.style", "control.emotion")
 LARGEST = 2**63 - 1
+# 消息里写得出名字的类型
+PLAIN = (int, float, str, bool, type(None))
 
 
 def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -67,6 +69,20 @@ def unread_keys(cfg: Any, prefix: str = "") -> Iterator[str]:
     yield from (prefix + name for name in vars(cfg) if name not in known)
     for name in known:
         yield from unread_keys(getattr(cfg, name), f"{prefix}{name}.")
+
+
+def check_types(function: Callable, prefix: str, values: dict[str, Any]) -> None:
+    """Refuse values whose type is not that of the function's parameter of this name; those without a simple type are left to it."""
+    hints = typing.get_type_hints(function.__init__ if isinstance(function, type) else function)
+    for name, got in values.items():
+        kinds = typing.get_args(hints.get(name)) or (hints.get(name),)
+        if not all(isinstance(kind, type) for kind in kinds):
+            continue
+        # 整数可以当小数用；Python 里 True 也是整数，却不是数
+        fits = isinstance(got, tuple(kinds)) or (float in kinds and isinstance(got, int))
+        if not fits or (isinstance(got, bool) and bool not in kinds):
+            names = " | ".join(kind.__name__ for kind in kinds if kind in PLAIN).replace("NoneType", "null")
+            raise ConfigError("wrong_type", key=f"{prefix}.{name}", got=got, want=names or "?")
 
 
 def wanted_type(schema: type, key: str) -> str | None:

@@ -30,12 +30,14 @@ PROMISE = (
     "and no traceback is shown."
 )
 PROGRAMS = {
-    "train": ["run_train.py"], "sample": ["run_sample.py"], "evaluate": ["-m", "nanogpt.control", "evaluate"], "export": ["-m", "nanogpt.huggingface", "export"],
+    "train": ["run_train.py"], "sample": ["run_sample.py"], "evaluate": ["-m", "nanogpt.control", "evaluate"], "export": ["-m",
+    "nanogpt.huggingface", "export"],
     "prepare": ["data/text_file/prepare.py"], "prepare labelled": ["data/labelled/prepare.py"],
 }
 TINY = ("model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "model.ngrams=[2]", "model.ngram_buckets=97")
 # 万一没有拒绝：一步就结束，数据已经备好
-SHORT = (*TINY, "dataset=text_file", "dataset.path=text.txt", "dataset.dir=prepared", "logger=none", "device=cpu", "max_iters=1", "batch_size=2", "eval_tokens=64", "sample_tokens=0")
+SHORT = (*TINY, "dataset=text_file", "dataset.path=text.txt", "dataset.dir=prepared", "logger=none", "device=cpu", "max_iters=1", "batch_size=2",
+    "eval_tokens=64", "sample_tokens=0")
 # 命令行装不下的：NUL 与超长的参数由这个小程序放进 sys.argv
 STUB = """
 import json, runpy, sys
@@ -51,7 +53,8 @@ else:
 # 进程结束时记下有没有导入 torch
 PROBE = """
 import atexit, os, sys
-atexit.register(lambda: os.environ.get("TORTURE_PROBE") and "torch" in sys.modules and open(os.environ["TORTURE_PROBE"], "w", encoding="utf-8").close())
+atexit.register(lambda: os.environ.get("TORTURE_PROBE") and "torch" in sys.modules and open(os.environ["TORTURE_PROBE"], "w",
+encoding="utf-8").close())
 """
 # 说明正在做什么的行，不是错误
 NOTES = ("preparing the data set", "fetching ", "not used: ", "[20", "training a vocabulary", "serving")
@@ -119,8 +122,10 @@ class Place:
     def environment(self) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if k in ("PATH", "NANOGPT_ASSETS", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SYSTEMROOT")}
         return {
-            **kept, "PYTHONPATH": f"{self.folder / 'probe'}{os.pathsep}{ROOT}", "TORTURE_PROBE": str(self.folder / "torch"), "OMP_NUM_THREADS": "1", "LANG": "C.UTF-8",
-            "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(self.folder / "home"), "TMPDIR": str(self.folder / "tmp"), "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1",
+            **kept, "PYTHONPATH": f"{self.folder / 'probe'}{os.pathsep}{ROOT}", "TORTURE_PROBE": str(self.folder / "torch"), "OMP_NUM_THREADS": "1",
+            "LANG": "C.UTF-8",
+            "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(self.folder / "home"), "TMPDIR": str(self.folder / "tmp"), "HF_HUB_OFFLINE": "1",
+            "PYTHONUTF8": "1",
         }
 
     def run(self, case: Case) -> Answer:

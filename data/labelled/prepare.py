@@ -13,17 +13,16 @@ from pathlib import Path
 from nanogpt.config import ROOT, check_range
 from nanogpt.corpus import (
     check_encoding,
-    check_unchanged,
+    digest,
     iter_text,
     own_source,
-    state_of,
     stem_of,
     text_files,
     tokenizer_for,
     tokenizer_word,
+    unchanged,
 )
 from nanogpt.documents import Document, label_names, write_documents
-from nanogpt.files import sha256
 from nanogpt.labels import LABEL_KINDS
 from nanogpt.messages import ConfigError, say
 from nanogpt.ram import free_ram
@@ -66,7 +65,7 @@ def folder(path: str | None, tokenizer: str | Tokenizer, vocab_size: int, encodi
     files, word = checked(path, tokenizer, vocab_size, encoding, val_fraction, judge_fraction)
     options = [word, encoding, repr(val_fraction), repr(judge_fraction)]
     # 同样的内容，.csv 与 .jsonl 读法不同，所以后缀也算
-    identity = hashlib.sha256("\n".join([*(sha256(file) + file.suffix for file in files), *options]).encode("utf-8", errors="surrogatepass"))
+    identity = hashlib.sha256("\n".join([*(digest(file) + file.suffix for file in files), *options]).encode("utf-8", errors="surrogatepass"))
     return ROOT / "data" / "labelled" / f"{stem_of(Path(path))}-{identity.hexdigest()[:12]}"
 
 
@@ -176,9 +175,9 @@ def prepare(
     """Read, check, split and write the data set folder."""
     # 给了 dataset.dir 就没有人替它核对过
     files, _ = checked(path, tokenizer, vocab_size, encoding, val_fraction, judge_fraction)
-    before = state_of(files)
-    listed = list(documents(files, encoding))
-    check_unchanged(files, before)
+    with unchanged(files) as check:
+        listed = list(documents(files, encoding))
+        check()
     if not listed:
         raise ConfigError("empty_labelled", got=path, kinds=" ".join(SUFFIXES))
     check_labels(listed)

@@ -1,7 +1,7 @@
 """Text of your own: one file, or all .txt and .md files of a folder; the last part is held out."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,19 +9,18 @@ import numpy as np
 from nanogpt.config import ROOT
 from nanogpt.corpus import (
     check_encoding,
-    check_unchanged,
     detect_encoding,
+    digest,
     iter_text,
     own_source,
     split_by_length,
-    state_of,
     stem_of,
     text_files,
     tokenizer_for,
     tokenizer_word,
+    unchanged,
     write_tagged,
 )
-from nanogpt.files import sha256
 from nanogpt.messages import ConfigError
 from nanogpt.tokenizer import Tokenizer
 
@@ -46,7 +45,7 @@ def folder(path: str | None, tokenizer: str | Tokenizer, encoding: str, val_frac
     """Where the prepared form belongs: another text or other options give another folder."""
     files, word = checked(path, tokenizer, encoding, val_fraction, vocab_size)
     # 指纹取自内容：改了文字就重新准备，改个文件名不用
-    identity = hashlib.sha256("\n".join([*map(sha256, files), word, encoding, repr(val_fraction)]).encode("utf-8"))
+    identity = hashlib.sha256("\n".join([*map(digest, files), word, encoding, repr(val_fraction)]).encode("utf-8"))
     return ROOT / "data" / "text_file" / f"{stem_of(Path(path))}-{identity.hexdigest()[:12]}"
 
 
@@ -69,7 +68,14 @@ def prepare(folder: Path, path: str | None, tokenizer: str | Tokenizer, encoding
     """Tokenise the text piece by piece and write the data set folder."""
     # 给了 dataset.dir 就没有人替它核对过
     paths, _ = checked(path, tokenizer, encoding, val_fraction, vocab_size)
-    before = state_of(paths)
+    with unchanged(paths) as check:
+        write(folder, Path(path), paths, tokenizer, encoding, val_fraction, vocab_size, check)
+
+
+def write(
+    folder: Path, source: Path, paths: list[Path], tokenizer, encoding: str, val_fraction: float, vocab_size: int | None, check: Callable[[], None]
+) -> None:
+    """The same for options that have been checked; check() is called before the folder appears."""
     # 判断编码要通读文件，下面还要读两三遍：只判断一次
     files = [(file, detect_encoding(file) if encoding == "auto" else encoding) for file in paths]
 
@@ -85,16 +91,16 @@ def prepare(folder: Path, path: str | None, tokenizer: str | Tokenizer, encoding
         for piece in pieces(files):
             yield coder.encode(piece)
         # 最后一段写完、还没改名之前：读的几遍必须是同一份文字
-        check_unchanged(paths, before)
+        check()
 
     # 先数一遍再写：切分点准确，内存里始终只有一段
     total = sum(len(part) for part in ids())
     train = total - round(total * val_fraction)
     if not total:
-        raise ConfigError("empty_text", key="dataset.path", got=path)
+        raise ConfigError("empty_text", key="dataset.path", got=source)
     if train < SHORTEST or total - train < SHORTEST:
-        raise ConfigError("text_too_short", got=path, tokens=total, val=total - train, least=SHORTEST)
-    write_tagged(folder, name="text_file", source=Path(path).name, tokenizer=coder, stream=split_by_length(ids(), train))
+        raise ConfigError("text_too_short", got=source, tokens=total, val=total - train, least=SHORTEST)
+    write_tagged(folder, name="text_file", source=source.name, tokenizer=coder, stream=split_by_length(ids(), train))
 
 
 if __name__ == "__main__":
