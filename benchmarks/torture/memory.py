@@ -291,7 +291,12 @@ class Endings:
             return
         owner, name = targets[place]
         real = getattr(owner, name)
-        hit = lambda *a, **k: real(*a, **k) if trainer.progress.iteration < at or not trainer.model.training else raising(error)()  # noqa: E731
+
+        def hit(*arguments, **settings):
+            # 评估也算损失；日志则在一步之后、保存之前写
+            spared = trainer.progress.iteration <= at if place == "logging" else trainer.progress.iteration < at or not trainer.model.training
+            return real(*arguments, **settings) if spared else raising(error)()
+
         with replaced(owner, name, hit):
             yield
 
