@@ -171,3 +171,6 @@ def test_the_page_on_trust_shows_what_was_counted_and_nothing_was_broken():
     for name in table.ATTACKS:
         record = json.loads((ROOT / f"benchmarks/results/torture_{name}.json").read_text(encoding="utf-8"))
         assert record["broken"] == [] and record["cases"] >= 50 and "BROKEN" not in json.dumps(record["counts"]), name
+        # README 说的次数：杀进程的按杀的次数
+        shown = f"{record['figures'].get('kills', record['cases']) if name == 'kill' else record['cases']:,}"
+        assert name == "sweeps" or all(shown in read(readme) for readme in ("README.md", "README.zh-CN.md")), (name, shown)
