@@ -87,15 +87,16 @@ def in_its_own(dataset: str, path: Path, prepared: Path, options: dict, during: 
         # 值加引号：dotlist 按 yaml 读，路径里的方括号、井号都是内容
         arguments = [f"path={json.dumps(str(path), ensure_ascii=False)}", f"dir={prepared}", *(f"{key}={json.dumps(value)}" for key,
         value in given.items())]
-        code = f"import sys; from nanogpt.corpus import run_prepare; run_prepare({dataset!r})"
+        # 先导入再换用户：解释器本身往往在 root 的家里
+        become = f"import os; os.setgroups([]); os.setuid({user}); " if user else ""
+        code = f"from nanogpt import corpus; corpus._script({dataset!r}); {become}corpus.run_prepare({dataset!r})"
     else:
         arguments, code = [dataset, str(path)], PROMPTS
     started, output = time.perf_counter(), prepared.with_name("output")
     with output.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-c", LIMITED + code, *map(os.fsencode, arguments)] if not any("\0" in a for a in arguments) else [sys.executable, "-c",
-            "raise SystemExit(2)"],
-            cwd=prepared.parent, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment(prepared.parent), user=user,
+            [sys.executable, "-c", LIMITED + code, *map(os.fsencode, arguments)], cwd=prepared.parent, stdout=file, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, env=environment(prepared.parent),
         )
         if during:
             threading.Thread(target=during, daemon=True).start()
