@@ -9,6 +9,9 @@ measured; what it prepared is then decoded, compared and trained on for two iter
 
 import argparse
 import contextlib
+import copy
+import functools
+import io
 import json
 import os
 import random
@@ -56,24 +59,19 @@ class Answer:
 
 def in_process(dataset: str, path: Path, prepared: Path, options: dict) -> Answer:
     """The same as data/<name>/prepare.py without a process of its own."""
-    said: list[str] = []
-    with contextlib.redirect_stderr(_Lines(said)), contextlib.redirect_stdout(_Lines(said)):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         try:
             if dataset in OPTIONS:
                 corpus.prepare(dataset, str(prepared), {**OPTIONS[dataset], **options, "path": str(path)})
             else:
                 _read_prompts(dataset, path)
-            return Answer(0, "".join(said))
+            return Answer(0, said.getvalue())
         except Exception as error:
             if (line := explained(error)) is None:
                 return Answer(1, f"Traceback: {type(error).__name__}: {error}")
             messages.say("error", line=line)
-            return Answer(2, "".join(said))
-
-
-class _Lines:
-    def __init__(self, said: list[str]):
-        self.write, self.flush = said.append, lambda: None
+            return Answer(2, said.getvalue())
 
 
 def _read_prompts(dataset: str, path: Path) -> None:
@@ -89,15 +87,16 @@ def in_its_own(dataset: str, path: Path, prepared: Path, options: dict, during: 
         # 值加引号：dotlist 按 yaml 读，路径里的方括号、井号都是内容
         arguments = [f"path={json.dumps(str(path), ensure_ascii=False)}", f"dir={prepared}", *(f"{key}={json.dumps(value)}" for key,
         value in given.items())]
-        code = f"import sys; from nanogpt.corpus import run_prepare; run_prepare({dataset!r})"
+        # 先导入再换用户：解释器本身往往在 root 的家里
+        become = f"import os; os.setgroups([]); os.setuid({user}); " if user else ""
+        code = f"from nanogpt import corpus; corpus._script({dataset!r}); {become}corpus.run_prepare({dataset!r})"
     else:
         arguments, code = [dataset, str(path)], PROMPTS
     started, output = time.perf_counter(), prepared.with_name("output")
     with output.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-c", LIMITED + code, *map(os.fsencode, arguments)] if not any("\0" in a for a in arguments) else [sys.executable, "-c",
-            "raise SystemExit(2)"],
-            cwd=prepared.parent, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment(prepared.parent), user=user,
+            [sys.executable, "-c", LIMITED + code, *map(os.fsencode, arguments)], cwd=prepared.parent, stdout=file, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, env=environment(prepared.parent),
         )
         if during:
             threading.Thread(target=during, daemon=True).start()
@@ -174,25 +173,32 @@ def wrong_data(case: Case, prepared: Path) -> str | None:
     return f"decodes to {text[:60]!r}" if case.text is not None and text != case.text else None
 
 
-def trained(prepared: Path, work: Path) -> None:
-    """Two iterations of a tiny model on the prepared data."""
+@functools.cache
+def tiny():
+    """The configuration of two iterations of a tiny model; data and folder are filled in for each text."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from nanogpt.config import check
     from nanogpt.sample_config import register_schemas
-    from nanogpt.session import Session
 
     register_schemas()
     overrides = [
-        "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=4", "model.ngrams=[]", "dataset=text_file",
-        f"dataset.dir='{prepared}'", "logger=none", "device=cpu",
-        "max_iters=2", "batch_size=2", "eval_tokens=8", "sample_tokens=4", f"out_dir='{work / 'run'}'",
+        "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=4", "model.ngrams=[]", "dataset=text_file", "logger=none",
+        "device=cpu", "max_iters=2", "batch_size=2", "eval_tokens=8", "sample_tokens=4",
     ]
     with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
-        cfg = OmegaConf.to_object(compose("train", overrides))
+        return OmegaConf.to_object(compose("train", overrides))
+
+
+def trained(prepared: Path, work: Path) -> None:
+    """Two iterations of a tiny model on the prepared data."""
+    from nanogpt.config import check
+    from nanogpt.session import Session
+
+    cfg = copy.deepcopy(tiny())
+    cfg.dataset["dir"], cfg.out_dir = str(prepared), str(work / "run")
     check(cfg)
-    with contextlib.redirect_stdout(_Lines([])), contextlib.redirect_stderr(_Lines([])), contextlib.chdir(work):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), contextlib.chdir(work):
         Session.new(cfg, work / "run").run()
 
 
