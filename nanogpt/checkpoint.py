@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from nanogpt.files import folder_aside, remove_leftovers, sha256, write_text
 from nanogpt.messages import ConfigError, text
 from nanogpt.plain_state import flatten, restore
 from nanogpt.sealed import DamagedError, read_sealed, reason_of, write_sealed
-from nanogpt.tensor_file import read_tensors, shapes_in, write_tensors
+from nanogpt.tensor_file import UNREADABLE, read_tensors, shapes_in, write_tensors
 
 # 1：优化器等在 state.pt 里，只以 weights_only 读；manifest 没有自己的摘要，也没有训练的编号
 FORMAT = 2
@@ -31,7 +30,7 @@ NAME = re.compile(r"iter_(\d{8,12})")
 # config.yaml 不过几 KB；state.json 每个张量几十字节
 MOST_TEXT_BYTES = 64 * 2**20
 # 内容合不上时，读的一方会抛出这些
-UNFIT = (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError, RecursionError, OverflowError)
+UNFIT = (*UNREADABLE, KeyError, IndexError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,7 @@ class Checkpoint:
         """Names and shapes of the weights, without reading them."""
         try:
             return shapes_in(self.folder / "model.safetensors")
-        except (SafetensorError, OSError, RuntimeError) as error:
-            # RuntimeError：映射不了的文件，刚被删掉的就是
+        except UNREADABLE as error:
             raise self.damaged(f"model.safetensors: {reason_of(error)}") from None
 
     def load_model(self, model: torch.nn.Module) -> None:
@@ -95,7 +93,7 @@ class Checkpoint:
             tensors = read_tensors(self.folder / "model.safetensors")
             # 共享的权重只存了一份，装回时由模型自己的共享关系补上
             missing, unexpected = model.load_state_dict(tensors, strict=False)
-        except (SafetensorError, OSError, RuntimeError) as error:
+        except UNREADABLE as error:
             raise self.damaged(f"model.safetensors: {reason_of(error)}") from None
         own = model.state_dict()
         shared = {name for name, p in own.items() if any(p.data_ptr() == own[k].data_ptr() for k in tensors if k in own)}

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
     torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }
+# 读不了时会抛出的：大小说谎的文件头，到 torch 里才出错
+UNREADABLE = (SafetensorError, OSError, RuntimeError, TypeError, ValueError, OverflowError)
 # 分块写：大张量不必再复制一整份
 PIECE = 2**24
 
@@ -53,13 +55,13 @@ def _pieces(tensor: torch.Tensor) -> Iterable[memoryview]:
 
 
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a safetensors file, from its header; safetensors.SafetensorError where it is none."""
+    """Names and shapes of a safetensors file, from its header; UNREADABLE where it is none."""
     with safe_open(path, framework="pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, in memory of their own; safetensors.SafetensorError where it is none."""
+    """All tensors of a safetensors file, in memory of their own; UNREADABLE where it is none."""
     with safe_open(path, framework="pt") as file:
         # 抄出来：映射着的文件 Windows 上改不了名，别处被改动又会变进来
         return {name: file.get_tensor(name).clone() for name in file.keys()}

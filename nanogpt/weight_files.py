@@ -6,11 +6,11 @@ import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from nanogpt.messages import ConfigError
+from nanogpt.tensor_file import UNREADABLE
 
 # 依次尝试；safetensors 在前：不含代码，读得也快
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -57,7 +57,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one safetensors file."""
     try:
         return load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
+    except UNREADABLE as error:
         raise ConfigError("pretrained_damaged", file=path, reason=" ".join(str(error).split())[:120]) from None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import struct
 from dataclasses import asdict
 
 import pytest
@@ -16,6 +17,7 @@ from nanogpt.files import sha256
 from nanogpt.messages import ConfigError
 from nanogpt.saved_config import read_saved
 from nanogpt.sealed import DamagedError
+from nanogpt.weight_files import read_safetensors
 
 
 @pytest.fixture
@@ -250,6 +252,17 @@ def test_a_config_that_contradicts_the_weights_allocates_nothing(tmp_path, saver
         model_of(source)
     (source.folder / "config.yaml").write_text(yaml.safe_dump({"model": config}), encoding="utf-8")
     assert model_of(source).parameter_count()
+
+
+@pytest.mark.parametrize("shape", [[2**63, 0], [2**62], [-1], [1.5]])
+def test_a_header_that_lies_about_sizes_is_one_line(tmp_path, saver, shape):
+    head = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode("ascii")
+    path = saver(1).folder / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(head)) + head)
+    with pytest.raises(ConfigError, match="is damaged"):
+        checkpoint.listed(tmp_path).good[0].load_model(build_model(tiny_model_config(), 0))
+    with pytest.raises(ConfigError, match="cannot be used"):
+        read_safetensors(path)
 
 
 @pytest.mark.parametrize("content", [
