@@ -22,7 +22,7 @@ from nanogpt.corpus import (
     write_tagged,
 )
 from nanogpt.messages import ConfigError
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.tokenizer import CharTokenizer, Tokenizer
 
 # 一个输入加一个目标：再少就没有可学、可验证的
 SHORTEST = 2
@@ -93,8 +93,8 @@ def write(
         # 最后一段写完、还没改名之前：读的几遍必须是同一份文字
         check()
 
-    # 先数一遍再写：切分点准确，内存里始终只有一段
-    total = sum(len(part) for part in ids())
+    # 先数一遍再写：切分点准确，内存里始终只有一段；字符词表一字一个 token，不必编码就数得出
+    total = sum(map(len, pieces(files))) if isinstance(coder, CharTokenizer) else sum(map(len, ids()))
     train = total - round(total * val_fraction)
     if not total:
         raise ConfigError("empty_text", key="dataset.path", got=source)
