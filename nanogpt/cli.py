@@ -216,6 +216,9 @@ def check_arguments(arguments: list[str]) -> None:
         if digits := re.search(r"\d{400,}", value):
             # Python 不肯读几千位的整数
             raise ConfigError("large_number", key=key, got=f"{digits[0][:20]}…")
+        if value.startswith("glob(") and not (ROOT / "conf" / key).is_dir():
+            # 只有配置组有可以列举的选项；别的键会得到零个任务，什么也不做就成功
+            raise ConfigError("unreadable", argument=argument, reason=text("glob_of_a_value"))
         depth = itertools.accumulate((c in "[{(") - (c in ")}]") for c in value)
         if max(depth, default=0) > DEEPEST or value.count(",") > MOST_ITEMS:
             raise ConfigError("unreadable", argument=argument, reason=text("too_deep"))

@@ -437,4 +437,5 @@ def typed_options(name: str, arguments: list[str]) -> dict:
     try:
         return OmegaConf.to_container(OmegaConf.merge(node, OmegaConf.from_dotlist(arguments)), resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError("compose", line=" ".join(str(error).split())) from None
+        key = getattr(error, "full_key", None) or "?"
+        raise ConfigError("bad_part", key=f"dataset.{key}", reason=str(error).partition("\n")[0] or type(error).__name__) from None

@@ -144,6 +144,7 @@ MESSAGES = {
     "yaml_encoding": ("byte {offset} is not UTF-8; save it as UTF-8", "第 {offset} 个字节不是 UTF-8；请另存为 UTF-8"),
     "yaml_line": ("line {line}", "第 {line} 行"),
     "too_deep": ("nested too deeply, or too many values", "嵌套得太深，或值太多"),
+    "glob_of_a_value": ("only groups have options to go through", "只有配置组才有可以逐个取的选项"),
     "not_finite": ("{key}={got} is not a finite number; write one", "{key}={got} 不是有限的数；请改写"),
     "empty_value": ("{key} is empty; write a value, or {key}=null for none", "{key} 是空的；请写出值，没有就写 {key}=null"),
     "unwritable_text": (

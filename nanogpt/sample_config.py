@@ -3,6 +3,7 @@
 import ipaddress
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
@@ -119,6 +120,21 @@ def check_sample(cfg: SampleConfig) -> None:
     if cfg.interactive and (cfg.prompts is not None or cfg.start is not None):
         raise ConfigError("interactive_prompts", key="start" if cfg.prompts is None else "prompts")
     check_server(cfg.server)
+    check_files(cfg)
+
+
+FROM_FILE = "FILE:"
+
+
+def check_files(cfg: SampleConfig) -> None:
+    """Refuse files of prompts that are not there, and an output that is a folder or lies in none."""
+    starts = cfg.start if isinstance(cfg.start, list) else [cfg.start]
+    named = [("start", s, s.removeprefix(FROM_FILE)) for s in starts if isinstance(s, str) and s.startswith(FROM_FILE)]
+    for key, got, path in [*named, *([("prompts", cfg.prompts, cfg.prompts)] if cfg.prompts is not None else [])]:
+        if not Path(path).is_file():
+            raise ConfigError("missing_file", key=key, got=got)
+    if cfg.output and Path(cfg.output).is_dir():
+        raise ConfigError("output_not_writable", got=cfg.output, reason="a folder")
 
 
 def is_loopback(host: str) -> bool:

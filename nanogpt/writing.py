@@ -20,11 +20,10 @@ from nanogpt.corpus import iter_text
 from nanogpt.messages import ConfigError
 from nanogpt.precision import Precision
 from nanogpt.pretrained import build_pretrained, open_pretrained
-from nanogpt.sample_config import SampleConfig
+from nanogpt.sample_config import FROM_FILE, SampleConfig
 from nanogpt.sampling import Sampler, build_sampler
 from nanogpt.writer import Request, Writer
 
-FROM_FILE = "FILE:"
 # 再大就不是开头，而是一份语料：不整个读进内存
 LARGEST_PROMPTS = 64 * 2**20
 

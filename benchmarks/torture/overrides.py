@@ -42,13 +42,14 @@ SHORT = (*TINY, "dataset=text_file", "dataset.path=text.txt", "dataset.dir=prepa
 STUB = """
 import json, runpy, sys
 program, arguments = json.load(open(sys.argv[1], encoding="utf-8"))
-sys.path.insert(0, sys.argv[2])
+root = sys.argv[2]
+sys.path.insert(0, root)
 sys.argv = [program[-1], *arguments]
 if program[0] == "-m":
     sys.argv[1:1] = program[2:]
     runpy.run_module(program[1], run_name="__main__")
 else:
-    runpy.run_path(sys.argv[2] + "/" + program[0], run_name="__main__")
+    runpy.run_path(root + "/" + program[0], run_name="__main__")
 """
 # 进程结束时记下有没有导入 torch
 PROBE = """
@@ -80,7 +81,8 @@ def listing(*folders: Path) -> dict[str, tuple]:
         for path in sorted(folder.rglob("*")):
             stat = path.lstat()
             found[str(path)] = (stat.st_mode, stat.st_size if path.is_file() else 0, stat.st_mtime_ns)
-    return {name: state for name, state in found.items() if "__pycache__" not in name}
+    # lock 是空文件，锁本身在系统里；留着它不碍事
+    return {name: state for name, state in found.items() if "__pycache__" not in name and Path(name).name != "lock"}
 
 
 def repository() -> dict[str, tuple]:
@@ -168,8 +170,12 @@ class Place:
 
 def arguments_of(case: Case) -> list[str]:
     """The whole command line of a case: short and harmless but for what is attacked."""
+    if case.program == "sample" and "out_dir=run" not in case.arguments:
+        # 采样与控制的设置要有模型才看得到；快速解码器要先编译，这里用不着
+        own = any(a.lstrip("+~").startswith(("sampler", "control")) for a in case.arguments)
+        return [*(("out_dir=run", "start=a", "max_new_tokens=2", "fast=false") if own else ()), *case.arguments]
     if case.program != "train" or "resume=run" in case.arguments:
-        return list(case.arguments)
+        return [*case.arguments, "fast=false"] if case.program == "sample" else list(case.arguments)
     typed = {a.lstrip("+~").partition("=")[0] for a in case.arguments}
     own_data = any(key.partition(".")[0] == "dataset" for key in typed)
     base = [s for s in SHORT if s.partition("=")[0] not in typed and not (own_data and s.startswith("dataset.dir"))]
