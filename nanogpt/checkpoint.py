@@ -125,6 +125,14 @@ class Listing:
 
 def listed(run_dir: Path) -> Listing:
     """All checkpoint folders of a run; what is no checkpoint of it is never passed over in silence."""
+    found = _looked_at(run_dir)
+    while any(not folder.is_dir() for folder in found.bad):
+        # 正在训练的那一方刚删了旧的，也就刚存下新的：再看一遍
+        found = _looked_at(run_dir)
+    return found
+
+
+def _looked_at(run_dir: Path) -> Listing:
     found = Listing()
     for folder in sorted(p for p in (run_dir / "ckpt").glob("iter_*") if p.is_dir() and NAME.fullmatch(p.name)):
         try:

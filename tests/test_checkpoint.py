@@ -226,6 +226,20 @@ def test_a_checkpoint_of_another_run_or_of_another_iteration_is_refused(tmp_path
     assert checkpoint.find(tmp_path, "last").iteration == 1
 
 
+def test_what_a_training_deletes_while_it_is_listed_is_no_damage(tmp_path, saver, monkeypatch):
+    saver(1, keep=1)
+    real = checkpoint.read_manifest
+
+    def replaced_meanwhile(folder):
+        if folder.name == "iter_00000001":
+            monkeypatch.setattr(checkpoint, "read_manifest", real)
+            saver(2, keep=1)
+        return real(folder)
+
+    monkeypatch.setattr(checkpoint, "read_manifest", replaced_meanwhile)
+    assert checkpoint.find(tmp_path, "last").iteration == 2
+
+
 def test_damaged_ones_are_never_pruned(tmp_path, saver):
     (saver(1).folder / "manifest.json").write_bytes(b"")
     for iteration in range(2, 6):
