@@ -3,11 +3,15 @@
 A logger of your own is a class with open, log, text and close, named in a yaml under conf/logger.
 """
 
+import contextlib
 import json
 import os
+import threading
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nanogpt.files import write_text
 from nanogpt.messages import ConfigError, say
@@ -65,24 +69,49 @@ class TensorBoardLogger:
     """Scalars, sampled text and the resolved config in <run>/logs."""
 
     def open(self, run_dir: Path, config: dict, iteration: int) -> None:
-        # 导入要 1 秒以上，用到才导入
-        from torch.utils.tensorboard import SummaryWriter
-
+        self._folder = str(run_dir / "logs")
+        threading.excepthook = _without_full_disks
         # purge_step：接着训时，被杀之前多写的点不再显示
-        self._writer = SummaryWriter(str(run_dir / "logs"), purge_step=iteration + 1 if iteration else None)
+        self._start(purge_step=iteration + 1 if iteration else None)
         if not iteration:
             self._writer.add_text("config", f"```\n{json.dumps(config, indent=2, ensure_ascii=False)}\n```", 0)
 
+    def _start(self, **options) -> None:
+        # 导入要 1 秒以上，用到才导入
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(self._folder, **options)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[Any]:
+        """The writer; one that failed is left, because it never writes again, and the next time has one of its own."""
+        if self._writer is None:
+            self._start()
+        try:
+            yield self._writer
+        except OSError:
+            self._writer = None
+            raise
+
     def log(self, iteration: int, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, iteration)
+        with self._writing() as writer:
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, iteration)
 
     def text(self, iteration: int, sample: str) -> None:
-        # 四个空格缩进成代码块，换行与空格原样显示
-        self._writer.add_text("sample", "\n".join("    " + line for line in sample.splitlines()), iteration)
+        with self._writing() as writer:
+            # 四个空格缩进成代码块，换行与空格原样显示
+            writer.add_text("sample", "\n".join("    " + line for line in sample.splitlines()), iteration)
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer:
+            self._writer.close()
+
+
+def _without_full_disks(failed: threading.ExceptHookArgs) -> None:
+    """Threads report as before, but for TensorBoard's writer on a full disk: the next log() says that in one line."""
+    if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__name__ == "_AsyncWriterThread"):
+        threading.__excepthook__(failed)
 
 
 @dataclass

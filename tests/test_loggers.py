@@ -6,7 +6,7 @@ import pytest
 from conftest import make_config  # noqa: F401 - 先登记 schema
 from test_trainer import records, resume, train
 
-from nanogpt.loggers import JsonlLogger, WandbLogger
+from nanogpt.loggers import JsonlLogger, Loggers, TensorBoardLogger, WandbLogger
 from nanogpt.messages import ConfigError
 
 
@@ -64,3 +64,26 @@ def test_wandb_is_offline_by_default_and_goes_on_as_the_same_run(in_tmp, tiny_ov
 def test_an_unknown_wandb_mode_is_named():
     with pytest.raises(ConfigError, match=r"logger.wandb.mode=cloud is not known; choose one of: offline"):
         WandbLogger(project="p", mode="cloud")
+
+
+def test_curves_on_a_full_disk_are_one_line_and_go_on_when_there_is_room(in_tmp, capfd, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    logger = TensorBoardLogger()
+    logger.open(in_tmp, {}, 0)
+    both, worker = Loggers([logger]), logger._writer.file_writer.event_writer._async_writer._worker
+    monkeypatch.setattr(worker._record_writer, "write", full)
+    both.log(1, {"x": 1.0})
+    # 写的是另一个线程：等它撞上满磁盘
+    worker.join(5)
+    for iteration in (2, 3, 4):
+        both.log(iteration, {"x": 1.0})
+    both.close()
+    said = capfd.readouterr().err
+    assert said.count("TensorBoardLogger cannot write") == 1 and "Traceback" not in said
+    events = EventAccumulator(str(in_tmp / "logs"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("x")][-2:] == [3, 4]
