@@ -431,7 +431,8 @@ def typed_options(name: str, arguments: list[str]) -> dict:
     for argument in arguments:
         if "=" not in argument:
             raise ConfigError("not_an_option", got=argument, options=" ".join(f"{key}=" for key in node if key != "name"))
-        key = argument.partition("=")[0]
+        key, _, value = argument.partition("=")
+        check_value(f"dataset.{key}", value or "-")
         if key not in node or key == "name":
             raise ConfigError("not_an_option", got=argument, options=" ".join(f"{key}=" for key in node if key != "name"))
     try:

@@ -107,11 +107,6 @@ def check_sample(cfg: SampleConfig) -> None:
         raise ConfigError("not_a_prompt", got=cfg.start)
     if "" in cfg.stop:
         raise ConfigError("empty_stop")
-    for key, node in {"sampler": cfg.sampler, "control": cfg.control}.items():
-        if not isinstance(node, dict):
-            raise ConfigError("wrong_type", key=key, got=node, want="{_target_: …}")
-        if not isinstance(node.get("_target_"), str):
-            raise ConfigError("missing_key", key=f"{key}._target_")
     if cfg.serve:
         # 这些只属于命令行：悄悄忽略会让人以为写进了文件
         for key in ("interactive", "prompts", "output"):
@@ -120,6 +115,11 @@ def check_sample(cfg: SampleConfig) -> None:
     if cfg.interactive and (cfg.prompts is not None or cfg.start is not None):
         raise ConfigError("interactive_prompts", key="start" if cfg.prompts is None else "prompts")
     check_server(cfg.server)
+    for key, node in {"sampler": cfg.sampler, "control": cfg.control}.items():
+        if not isinstance(node, dict):
+            raise ConfigError("wrong_type", key=key, got=node, want="{_target_: …}")
+        if not isinstance(node.get("_target_"), str):
+            raise ConfigError("missing_key", key=f"{key}._target_")
     check_files(cfg)
 
 
