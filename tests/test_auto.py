@@ -145,6 +145,7 @@ def test_a_run_trains_with_what_auto_found_and_resumes_with_it(machine, tiny_ove
     typed = ["resume=outputs/run", "max_iters=8"]
     again = Session.resume(make_config(*typed, checked=False), typed[1:], Path("outputs/run"))
     assert again.cfg.batch_size == 16 and again.cfg.global_batch_size == 32 and len(machine) == 3
+    again.lock.release()
     # 接着训时另写 auto：重新找，形状与数据都来自那次训练
     typed = ["resume=outputs/run", "max_iters=8", "batch_size=auto", "global_batch_size=8"]
     other = Session.resume(make_config(*typed, checked=False), typed[1:], Path("outputs/run"))

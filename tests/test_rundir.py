@@ -144,7 +144,6 @@ def test_leftovers_of_killed_starts_do_not_keep_anyone_out(in_tmp, tiny_override
     (run / "lock").write_bytes(b"1\n")
     (run / ".config.yaml.abcd.tmp").write_bytes(b"half")
     (run / ".data.abcd.tmp").mkdir()
-    (run / "ckpt" / ".iter_00000001.old.tmp").mkdir(parents=True)
     rundir.choose(make_config(*tiny_overrides, "out_dir=outputs/run"))
     train(tiny_overrides)
     assert not list(run.rglob(".*.tmp"))

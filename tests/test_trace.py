@@ -199,6 +199,12 @@ class _Offloaded:
         self.param_groups = [{"params": list(model.parameters())}]
         self.state = {}
 
+    def state_dict(self):
+        return {"state": self.state}
+
+    def load_state_dict(self, state):
+        self.state = state["state"]
+
     def zero_grad(self):
         for p in self.param_groups[0]["params"]:
             p.grad = None
