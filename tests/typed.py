@@ -55,7 +55,11 @@ def typed(script: str, folder, *arguments: str, expect: int = 0, python_path=Non
 @contextlib.contextmanager
 def _put_back(folder, python_path):
     """Enter the folder with the environment of a new process; afterwards put back what a command changes in its process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    caught = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    handlers = {number: signal.getsignal(number) for number in caught}
+    # 别的测试导入过的同名模块：新的进程里没有
+    for path in python_path.glob("*.py") if python_path else ():
+        sys.modules.pop(path.stem, None)
     stdin, root, here = sys.stdin, logging.getLogger(), os.getcwd()
     loggers, level = root.handlers[:], root.level
     before = {"argv": sys.argv[:], "path": sys.path[:], "modules": set(sys.modules), "environment": dict(os.environ)}
