@@ -128,7 +128,8 @@ class Place:
         return {
             **kept, "PYTHONPATH": f"{self.folder / 'probe'}{os.pathsep}{ROOT}", "TORTURE_PROBE": str(self.folder / "torch"), "OMP_NUM_THREADS": "1",
             "LANG": "C.UTF-8",
-            "PYTHONDONTWRITEBYTECODE": "1", "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"), "HOME": str(self.folder / "home"), "TMPDIR": str(self.folder / "tmp"), "HF_HUB_OFFLINE": "1",
+            "PYTHONDONTWRITEBYTECODE": "1", "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"),
+            "HOME": str(self.folder / "home"), "TMPDIR": str(self.folder / "tmp"), "HF_HUB_OFFLINE": "1",
             "PYTHONUTF8": "1",
         }
 
