@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,8 @@ OPTIONS = {
 }
 # 大文件要读三四遍；比这久就算停不下来
 LIMIT_S = 3600
+# 少于这么多个的试跑不改动结果文件
+RECORDED = 200
 
 
 @dataclass
@@ -292,7 +295,7 @@ def _undecoded(ask: Callable[..., Answer]) -> Callable[..., Answer]:
             check_large(path, prepared, options.get("tokenizer", "char"))
             # 判定只看这一小份
             shutil.rmtree(prepared)
-            in_process(dataset, _small(prepared.parent / "small.txt"), prepared, options)
+            ask(dataset, _small(prepared.parent / "small.txt"), prepared, options)
         return answer
 
     return asked
@@ -430,14 +433,21 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="+", help="only these kinds of small cases")
     typed = parser.parse_args()
     ledger = Ledger("texts", PROMISE)
-    attack(ledger, cases=typed.cases, seed=typed.seed, kinds=typed.kinds)
-    changing(ledger, typed.changes, random.Random(typed.seed))
-    unreadable(ledger)
-    if typed.gib:
-        large(ledger, typed.gib, in_its_own)
-    if typed.files:
-        many_files(ledger, typed.files, in_its_own)
-    return ledger.finish(save=typed.cases is None and not typed.kinds)
+
+    def enormous() -> None:
+        if typed.gib:
+            large(ledger, typed.gib, in_its_own)
+        if typed.files:
+            many_files(ledger, typed.files, in_its_own)
+
+    # 大的主要在等另一个进程：与小的同时进行
+    with ThreadPoolExecutor(1) as beside:
+        waiting = beside.submit(enormous)
+        attack(ledger, cases=typed.cases, seed=typed.seed, kinds=typed.kinds)
+        changing(ledger, typed.changes, random.Random(typed.seed))
+        unreadable(ledger)
+        waiting.result()
+    return ledger.finish(save=ledger.cases >= RECORDED)
 
 
 if __name__ == "__main__":
