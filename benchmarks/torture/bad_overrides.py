@@ -143,7 +143,7 @@ def interpolations(program: str, random: randomness.Random) -> Iterator[Case]:
     for key in (number, word):
         for typed in ("${nope}", "${oc.env:NOT_SET}", f"${{{key}}}", "${oc.env:}", "${oc.nope:1}", "${oc.select:}", "${..x}", "${.nope}",
             "${oc.decode:'['}",
-                      "${oc.env:${nope}}", "${oc.create:{a: 1}}", "${precision}", "${now:}", "${hydra:nope}", "${hydra:runtime.nope}",
+                      "${oc.env:${nope}}", "${oc.create:{a: 1}}", "${precision}", "${now:}", "${hydra:runtime.nope}",
                       "${oc.dict.keys:precision}"):
             yield Case("interpolation", program, (f"{key}='{typed}'",), "")
     yield Case("interpolation", program, (f"{number}=${{seed}}", f"seed=${{{number}}}"), "")
@@ -270,8 +270,8 @@ def yaml_files(random: randomness.Random) -> Iterator[Case]:
         "python": b"n_layer: !!python/object/apply:os.system ['echo hacked > hacked']\n", "nul": b"n_layer: 1\0\n", "self": b"a: &a [*a]\n",
         "unknown anchor": b"a: *b\n",
         "two documents": b"n_layer: 1\n---\nn_head: 1\n", "wrong type": b"n_layer: many\n", "unknown key": b"n_layers: 3\n",
-        "nested": b"n_layer: {a: 1}\n", "range": b"n_layer: -3\n",
-        "interpolation": b"n_layer: ${nope}\n", "huge": b"n_layer: 1" + b"0" * 30 + b"\n", "no defaults": b"defaults:\n  - nope\n",
+        "nested": b"n_layer: {a: 1}\n", "range": b"mlp_ratio: -3\n",
+        "interpolation": b"mlp_ratio: ${nope}\n", "huge": b"mlp_ratio: 1" + b"0" * 30 + b"\n", "no defaults": b"defaults:\n  - nope\n",
         "defaults number": b"defaults: 5\n",
         "defaults itself": b"defaults:\n  - mine\n", "defaults dict": b"defaults: {a: b}\n", "defaults other": b"defaults:\n  - /optimizer: nope\n",
         "override": b"defaults:\n  - override /optimizer: nope\n",
@@ -282,7 +282,7 @@ def yaml_files(random: randomness.Random) -> Iterator[Case]:
         yield Case("yaml", "train", ("--config-dir=mine", "model=mine"), "", {"mine/model/mine.yaml": content})
     for group, name, content in (
         ("experiment", "loop", b"# @package _global_\ndefaults:\n  - /experiment: loop\n"), ("experiment", "top",
-        b"# @package _global_\nmax_iters: -1\n"),
+        b"# @package _global_\nlearning_rate: -1\n"),
         ("experiment", "bad", b"# @package _global_\nmodle: 3\n"), ("experiment", "members",
         b"# @package _global_\ndefaults:\n  - override /model: nope\n"),
         ("experiment", "package", b"# @package a.b.c\nx: 1\n"), ("optimizer", "mine", b"lr: 3\n"), ("optimizer", "mine", b"- 1\n"), ("dataset",

@@ -103,7 +103,9 @@ def complaint(case: Case, answer: Answer, changed: list[str]) -> str | None:
     jobs = 2 if case.kind == "sweep" else 1
     if not 1 <= len(errors) <= jobs:
         return f"{len(errors)} lines: {answer.output[:200]!r}"
-    if noise := [line for line in lines if line not in errors and not line.startswith(NOTES)]:
+    # 扫描里的任务失败时，Hydra 自己还会加一行
+    allowed = (*NOTES, "Error executing job with overrides") if case.kind == "sweep" else NOTES
+    if noise := [line for line in lines if line not in errors and not line.startswith(allowed)]:
         return f"more than the line: {noise[0]!r}"
     if len(errors[0]) > 1500 or not all(c.isprintable() for c in errors[0]):
         return f"no clear line: {errors[0][:200]!r}"
