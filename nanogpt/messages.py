@@ -151,6 +151,7 @@ MESSAGES = {
         "{key}={got}: this holds {what}, which no file of ours can hold; write it otherwise, or rename what it names",
         "{key}={got}：其中有{what}，存不进文件；请换个写法，或给它所指的文件改名",
     ),
+    "what_control": ("a control character", "控制字符"),
     "what_nul": ("a NUL character", "NUL 字符"),
     "what_half": ("bytes that are no UTF-8, or half a character", "非 UTF-8 的字节或半个字符"),
     "large_number": ("{key}={got} is too large; write a smaller number", "{key}={got} 太大；请写小一些的数"),

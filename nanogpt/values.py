@@ -49,6 +49,9 @@ def check_value(key: str, value: Any) -> None:
         # 配置要存成 UTF-8 的 yaml：写不进去的现在就说
         if re.search(pattern, value):
             raise ConfigError("unwritable_text", key=key, got=value, what=text(what))
+    # 目录名里的转义序列会在屏幕上作怪；要写作的文字则由人
+    if key in ("out_dir", "resume", "init_from", "dataset.path", "dataset.dir") and re.search("[\x01-\x1f\x7f]", value):
+        raise ConfigError("unwritable_text", key=key, got=value, what=text("what_control"))
     # 空值多半是没有展开的 shell 变量：resume=$RUN 不该变成从头训练
     if not value.strip() and key not in MAY_BE_EMPTY and re.fullmatch(r"[a-z_]+|(dataset|model|server|precision|finetune|hardware)\.\w+", key):
         raise ConfigError("empty_value", key=key)

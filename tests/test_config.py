@@ -11,6 +11,7 @@ from nanogpt.config import CHOICES, RANGES, ROOT, TRUSTED_TARGETS, check, lookup
 from nanogpt.messages import ConfigError
 from nanogpt.sample_config import SAMPLE_CHOICES, SAMPLE_RANGES
 from nanogpt.sampling import build_sampler
+from nanogpt.values import check_value
 
 GROUPS = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in (ROOT / "conf").iterdir() if p.is_dir()}
 # 只属于 run_sample.py 的配置组与选项
@@ -171,3 +172,9 @@ def test_lists_and_sweeps_of_chinese_words_stay_lists_and_sweeps():
 
     assert quoted("stop=['。', \"a，b\",夏]") == "stop=['。', \"a，b\",'夏']"
     assert quoted("x=春,夏") == "x='春','夏'" and quoted("x=[春,a]") == "x=['春',a]" and quoted("batch_size=4,8") == "batch_size=4,8"
+
+
+@pytest.mark.parametrize("key", ["out_dir", "resume", "init_from", "dataset.path", "dataset.dir"])
+def test_a_control_character_in_a_path_is_refused(key):
+    with pytest.raises(ConfigError, match=rf"{key}=.*control character"):
+        check_value(key, "a\x1b]0;x\x07")
