@@ -9,7 +9,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nanogpt.cli import check_whole, composing
+from nanogpt.composing import check_whole, composing
 from nanogpt.config import ROOT
 from nanogpt.messages import ConfigError, text
 from nanogpt.sample_config import SampleConfig, register_schemas

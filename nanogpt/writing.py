@@ -16,12 +16,12 @@ from nanogpt.acceleration import HALF, accelerate
 from nanogpt.build import model_of
 from nanogpt.config import HardwareConfig
 from nanogpt.control import build_control, read_form, takes_forms
-from nanogpt.corpus import iter_text
 from nanogpt.messages import ConfigError
 from nanogpt.precision import Precision
 from nanogpt.pretrained import build_pretrained, open_pretrained
 from nanogpt.sample_config import FROM_FILE, SampleConfig
 from nanogpt.sampling import Sampler, build_sampler
+from nanogpt.source_text import iter_text
 from nanogpt.writer import Request, Writer
 
 # 再大就不是开头，而是一份语料：不整个读进内存

@@ -6,11 +6,12 @@ import json
 import numpy as np
 import pytest
 
-from nanogpt import corpus
+from nanogpt import corpus, source_text
 from nanogpt.config import ROOT
-from nanogpt.corpus import iter_text, split_by_length, text_files
+from nanogpt.corpus import split_by_length
 from nanogpt.data import TokenData
 from nanogpt.messages import ConfigError
+from nanogpt.source_text import iter_text, text_files
 
 CHINESE = "春眠不觉晓，处处闻啼鸟。\n夜来风雨声，花落知多少。\n"
 OPTIONS = {"tokenizer": "char", "encoding": "auto", "val_fraction": 0.1}
@@ -58,7 +59,7 @@ def test_undecodable_bytes_are_named_with_their_offset(tmp_path):
 
 
 def test_the_offset_counts_from_the_start_of_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE", 4)
+    monkeypatch.setattr(source_text, "PIECE", 4)
     path = tmp_path / "t.txt"
     path.write_bytes("好好好".encode() + b"\xff")
     with pytest.raises(ConfigError, match=r"byte 9 is not utf-8"):
@@ -67,7 +68,7 @@ def test_the_offset_counts_from_the_start_of_the_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 5, 64])
 def test_pieces_never_split_a_character_or_a_line_end(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(corpus, "PIECE", piece)
+    monkeypatch.setattr(source_text, "PIECE", piece)
     path = tmp_path / "t.txt"
     path.write_bytes((CHINESE + "a\r\nb\r\n\r\nc").encode("utf-8"))
     assert "".join(iter_text(path, "utf-8")) == CHINESE + "a\nb\n\nc"

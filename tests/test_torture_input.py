@@ -12,6 +12,7 @@ from nanogpt import messages
 from nanogpt.cli import run_script
 from nanogpt.messages import ConfigError
 from nanogpt.mistakes import one_line_each
+from nanogpt.source_text import iter_text
 from nanogpt.user_yaml import check_yaml
 
 torture("ledger")
@@ -111,10 +112,8 @@ def test_strange_but_valid_texts_decode_back_exactly():
 def test_a_text_that_changes_while_it_is_read_is_refused(in_tmp, monkeypatch, way):
     path = in_tmp / "a.txt"
     path.write_text(bad_texts.PLAIN, encoding="utf-8")
-    read = texts.corpus.iter_text
-
     def changing(*given):
-        yield from read(*given)
+        yield from iter_text(*given)
         with path.open("a", encoding="utf-8") as file:
             file.write("more\n") if way == "appended" else None
         if way == "replaced":

@@ -11,7 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from ledger import ROOT
 from omegaconf import OmegaConf
 
-from nanogpt.cli import known_keys
+from nanogpt.composing import known_keys
 from nanogpt.config import CHOICES, RANGES
 from nanogpt.sample_config import SAMPLE_CHOICES, SAMPLE_RANGES, register_schemas
 

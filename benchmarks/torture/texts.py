@@ -31,6 +31,7 @@ from ledger import ROOT, Ledger
 
 from nanogpt import corpus, messages
 from nanogpt.mistakes import explained
+from nanogpt.source_text import iter_text
 
 PROMISE = (
     "Whatever text is given, it is prepared, trained on and decoded back exactly, or refused by one clear line naming the file; a refused text "
@@ -105,15 +106,24 @@ def in_its_own(dataset: str, path: Path, prepared: Path, options: dict, during: 
             threading.Thread(target=during, daemon=True).start()
         timer = threading.Timer(LIMIT_S, process.kill)
         timer.start()
-        _, status, usage = os.wait4(process.pid, 0)
+        process.wait()
         timer.cancel()
-        process.returncode = os.waitstatus_to_exitcode(status)
-    text = output.read_text(encoding="utf-8", errors="replace")
+    peak, text = prepared.with_name("peak"), output.read_text(encoding="utf-8", errors="replace")
+    answer = Answer(process.returncode, text, int(peak.read_text(encoding="ascii") or 0) / 2**20, time.perf_counter() - started)
+    peak.unlink()
     output.unlink()
-    return Answer(process.returncode, text, usage.ru_maxrss / 2**20, time.perf_counter() - started)
+    return answer
 
 
-LIMITED = f"import resource, sys; resource.setrlimit(resource.RLIMIT_DATA, ({LIMIT_GIB * 2**30},) * 2); sys.path.insert(0, {str(ROOT)!r}); "
+# 峰值由它自己在结束时说：wait4 给的还算着 fork 之前父进程的大小
+LIMITED = f"""
+import atexit, os, resource, sys
+resource.setrlimit(resource.RLIMIT_DATA, ({LIMIT_GIB * 2**30},) * 2)
+sys.path.insert(0, {str(ROOT)!r})
+told = os.open("peak", os.O_WRONLY | os.O_CREAT, 0o666)
+status = open("/proc/self/status", encoding="ascii")
+atexit.register(lambda: os.write(told, status.read().partition("VmHWM:")[2].split()[0].encode()))
+"""
 PROMPTS = """
 from nanogpt.mistakes import one_line_each
 from nanogpt.writing import prompt_text, prompts_of_file
@@ -311,7 +321,7 @@ def check_large(path: Path, prepared: Path, tokenizer: str) -> None:
     from nanogpt.data import TokenData
 
     data = TokenData(prepared)
-    stream, pending = corpus.iter_text(path), ""
+    stream, pending = iter_text(path), ""
     for split in ("train", "val"):
         tokens = data.tokens[split]
         table = None if tokenizer == "byte" else list(data.tokenizer.characters)

@@ -11,21 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanogpt.config import ROOT, check_range
-from nanogpt.corpus import (
-    check_encoding,
-    digest,
-    iter_text,
-    own_source,
-    stem_of,
-    text_files,
-    tokenizer_for,
-    tokenizer_word,
-    unchanged,
-)
+from nanogpt.corpus import tokenizer_for, tokenizer_word
 from nanogpt.documents import Document, label_names, write_documents
 from nanogpt.labels import LABEL_KINDS
 from nanogpt.messages import ConfigError, say
 from nanogpt.ram import free_ram
+from nanogpt.source_text import check_encoding, digest, iter_text, own_source, stem_of, text_files, unchanged
 from nanogpt.splitting import split_documents
 from nanogpt.tokenizer import Tokenizer
 

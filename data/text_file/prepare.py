@@ -7,21 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from nanogpt.config import ROOT
-from nanogpt.corpus import (
-    check_encoding,
-    detect_encoding,
-    digest,
-    iter_text,
-    own_source,
-    split_by_length,
-    stem_of,
-    text_files,
-    tokenizer_for,
-    tokenizer_word,
-    unchanged,
-    write_tagged,
-)
+from nanogpt.corpus import split_by_length, tokenizer_for, tokenizer_word, write_tagged
 from nanogpt.messages import ConfigError
+from nanogpt.source_text import check_encoding, detect_encoding, digest, iter_text, own_source, stem_of, text_files, unchanged
 from nanogpt.tokenizer import CharTokenizer, Tokenizer
 
 # 一个输入加一个目标：再少就没有可学、可验证的

@@ -1,0 +1,125 @@
+"""What Hydra and OmegaConf say while a configuration is composed, as one line that names the key."""
+
+import contextlib
+import difflib
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+
+from nanogpt.config import ROOT, TrainConfig
+from nanogpt.messages import ConfigError, text
+from nanogpt.mistakes import explained
+from nanogpt.sample_config import SampleConfig
+from nanogpt.user_yaml import checked_yaml
+from nanogpt.values import wanted_type
+
+SCHEMAS = {"train": TrainConfig, "sample": SampleConfig}
+
+
+def known_keys(config_name: str) -> list[str]:
+    """All dotted keys of the schema of conf/<config_name>.yaml."""
+
+    def walk(node, prefix):
+        for key, value in node.items():
+            yield prefix + key
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+
+    container = OmegaConf.to_container(OmegaConf.structured(SCHEMAS[config_name]), throw_on_missing=False)
+    return list(walk(container, ""))
+
+
+def group_options(group: str) -> str:
+    """The options of a config group, in one line."""
+    return ", ".join(sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml")))
+
+
+def one_line(error: Exception, config_name: str) -> ConfigError:
+    """Turn what Hydra or OmegaConf raised while composing into a ConfigError that names the key."""
+    message = str(error)
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, got = (error.missing_cfg_file or "").rpartition("/")
+        return ConfigError("unknown_option", group=group, got=got, options=", ".join(error.options))
+    # Hydra 的“找不到配置”也是一种 OSError
+    if not isinstance(error, HydraException) and (found := explained(error)):
+        return found
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause, OmegaConfBaseException):
+        if found := _of_a_value(cause, error, config_name):
+            return found
+    if isinstance(error, OverrideParseException):
+        reason = next((line for line in message.splitlines() if line.strip()), "")
+        return ConfigError("unreadable", argument=error.override, reason=reason)
+    if several := re.search(r"Ambiguous value for argument '(.+)'\n|Sweep parameters '(.+)' requires", message):
+        return ConfigError("sweep_without_m", argument=several[1] or several[2])
+    unknown = re.search(r"Could not (?:override|append|delete)[^']*'([^'=@]+)", message)
+    if unknown:
+        key = unknown[1]
+        close = difflib.get_close_matches(key, known_keys(config_name), n=1)
+        guess = text("did_you_mean", guess=close[0]) if close and close[0] != key else ""
+        return ConfigError("unknown_key", key=key, guess=guess, config=config_name)
+    if found := _of_a_group(message):
+        return found
+    # 其余情形：后面的行是 Hydra 的内部细节，压成一行
+    return ConfigError("compose", line=" ".join(line.strip() for line in message.splitlines() if line.strip()) or type(error).__name__)
+
+
+def _of_a_value(cause: OmegaConfBaseException, error: Exception, config_name: str) -> ConfigError | None:
+    """The line for a value that does not fit its key."""
+    key, first = cause.full_key or "?", str(cause).partition("\n")[0]
+    if isinstance(cause, InterpolationKeyError | InterpolationResolutionError) or "ecursive interpolation" in first:
+        return ConfigError("interpolation", key=key, reason=first)
+    if isinstance(cause, MissingMandatoryValue):
+        return ConfigError("nothing_chosen", group=key, options=group_options(key))
+    if "could not be converted" in first and cause.full_key:
+        want = re.search(r"could not be converted to (\w+)", first)
+        return ConfigError("wrong_type", key=key, got=cause.value, want=want[1] if want else "?")
+    typed = re.match(r"Error merging override [+~]*([^=]+)=(.*)", str(error), flags=re.DOTALL)
+    if typed and (want := wanted_type(SCHEMAS[config_name], typed[1])):
+        return ConfigError("wrong_type", key=typed[1], got=typed[2], want=want)
+    if want := cause.full_key and wanted_type(SCHEMAS[config_name], cause.full_key):
+        return ConfigError("wrong_type", key=key, got=cause.value, want=want)
+    return None
+
+
+def _of_a_group(message: str) -> ConfigError | None:
+    """The line for what Hydra says of a group without naming it."""
+    if "Config group override must be" not in message:
+        return None
+    for argument in sys.argv[1:]:
+        group, _, got = argument.partition("=")
+        if group and (ROOT / "conf" / group).is_dir() and f"{got}.yaml" not in {path.name for path in (ROOT / "conf" / group).iterdir()}:
+            return ConfigError("unknown_option", group=group, got=got, options=group_options(group))
+    return None
+
+
+@contextlib.contextmanager
+def composing(config_name: str) -> Iterator[None]:
+    """Turn whatever is raised inside, while Hydra reads and composes, into a ConfigError."""
+    try:
+        with checked_yaml():
+            yield
+    except (KeyboardInterrupt, SystemExit, BrokenPipeError):
+        raise
+    except RecursionError:
+        raise ConfigError("compose", line=text("too_deep")) from None
+    except Exception as error:
+        # 这里还没有我们自己的代码在跑：无论 Hydra 抛什么，都是写法的问题
+        raise one_line(error, config_name) from None
+
+
+def check_whole(cfg: DictConfig, schema: type, prefix: str = "") -> None:
+    """Refuse a configuration from which ~key took a part of the schema."""
+    for field in fields(schema):
+        if field.name not in cfg:
+            if (ROOT / "conf" / field.name).is_dir():
+                raise ConfigError("nothing_chosen", group=field.name, options=group_options(field.name))
+            # 悄悄换成 schema 的默认值，会与 yaml 里写的不一样
+            raise ConfigError("removed_key", key=prefix + field.name)
+        if is_dataclass(field.type):
+            check_whole(cfg[field.name], field.type, f"{prefix}{field.name}.")
