@@ -5,6 +5,7 @@ import copy
 import io
 import logging
 import os
+import pathlib
 import runpy
 import signal
 import sys
@@ -58,7 +59,7 @@ def _put_back(folder, python_path):
     caught = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     handlers = {number: signal.getsignal(number) for number in caught}
     # 别的测试导入过的同名模块：新的进程里没有
-    for path in python_path.glob("*.py") if python_path else ():
+    for path in pathlib.Path(python_path).glob("*.py") if python_path else ():
         sys.modules.pop(path.stem, None)
     stdin, root, here = sys.stdin, logging.getLogger(), os.getcwd()
     loggers, level = root.handlers[:], root.level
