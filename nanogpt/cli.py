@@ -21,6 +21,7 @@ from nanogpt.config import ROOT, TrainConfig
 from nanogpt.messages import ConfigError, language_from_arguments, say, set_language, text
 from nanogpt.mistakes import EXIT_INTERRUPTED, EXIT_PIPE_CLOSED, EXIT_USER_ERROR, explained, leave_quietly, one_line_each
 from nanogpt.sample_config import SampleConfig, register_schemas
+from nanogpt.sweep_folder import tidy_latest
 from nanogpt.user_yaml import checked_yaml
 from nanogpt.values import check_values
 
@@ -189,6 +190,8 @@ class _Script:
                 raise
             with composing(self.config_name):
                 raise
+        finally:
+            tidy_latest()
 
     def job(self, cfg: DictConfig) -> float | None:
         """One job, or the only one."""

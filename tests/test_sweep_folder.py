@@ -1,0 +1,47 @@
+"""A sweep in which nothing was made leaves no folder; whatever was there before, or came to lie there, stays."""
+
+import pytest
+from omegaconf import OmegaConf
+from test_writing import sample
+from typed import typed
+
+from nanogpt.sweep_folder import SweepFolder, tidy_latest
+
+REFUSED = ("-m", "dataset=text_file", "dataset.path=nope.txt", "logger=none", "lang=en")
+
+
+@pytest.mark.parametrize("where", [(), ("hydra.sweep.dir=new/deep",)])
+@pytest.mark.parametrize("swept", ["batch_size=0,-1", "dataset.dir=a,b"])
+def test_a_sweep_whose_every_job_is_refused_leaves_nothing(tmp_path, where, swept):
+    done = typed("run_train.py", tmp_path, *REFUSED, *where, swept, expect=2)
+    assert done.stderr.count("error: ") == 2 and not list(tmp_path.iterdir())
+
+
+def test_what_lay_in_the_folder_of_a_refused_sweep_stays(tmp_path):
+    kept = [tmp_path / "mine" / name for name in ("multirun.yaml", "empty", "0")]
+    kept[0].parent.mkdir()
+    kept[0].write_text("a: 1\n", encoding="utf-8")
+    kept[1].mkdir()
+    kept[2].mkdir()
+    typed("run_train.py", tmp_path, *REFUSED, "hydra.sweep.dir=mine", "batch_size=0,-1", expect=2)
+    assert sorted(tmp_path.rglob("*")) == sorted([tmp_path / "mine", *kept])
+
+
+def test_a_sweep_that_hydra_itself_refuses_leaves_nothing(tmp_path):
+    assert "batch_size" in typed("run_train.py", tmp_path, *REFUSED, "batch_size=2,four", expect=2).stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_over_samplers_writes_text_and_no_folder_and_one_that_made_something_keeps_it(own_run):
+    before = sorted(own_run.rglob("*"))
+    done = sample(own_run, "-m", "sampler=greedy,top_k", "start=the", "max_new_tokens=4", "fast=false")
+    assert done.stdout.count("the") >= 2 and sorted(p for p in own_run.rglob("*") if p.name != "lock") == [p for p in before if p.name != "lock"]
+    sample(own_run, "-m", "sampler=greedy,nope", "start=the", "max_new_tokens=4", "fast=false", "hydra.sweep.dir=mine", expect=2)
+    assert not (own_run / "mine").exists()
+    made = SweepFolder()
+    made.on_multirun_start(OmegaConf.create({"hydra": {"sweep": {"dir": "mine"}}}))
+    (own_run / "mine" / "0").mkdir(parents=True)
+    (own_run / "mine" / "multirun.yaml").touch()
+    (own_run / "mine" / "0" / "log.txt").touch()
+    tidy_latest()
+    assert len(list((own_run / "mine").rglob("*"))) == 3
