@@ -26,7 +26,8 @@ RATES = {"adamw": 5e-5, "muon": 5e-4}
 
 def peak_gib() -> float:
     """Largest resident memory of this process so far."""
-    from nanogpt.metrics import GIB, peak_resident
+    from nanogpt.metrics import peak_resident
+    from nanogpt.ram import GIB
 
     return peak_resident() / GIB
 

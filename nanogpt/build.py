@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.config import ROOT, FinetuneConfig, ModelConfig, check_model, untrusted_targets
 from nanogpt.messages import ConfigError
-from nanogpt.ram import free_ram
+from nanogpt.ram import GIB, free_ram
 from nanogpt.saved_config import read_saved
 from nanogpt.sealed import DamagedError, reason_of
 from nanogpt.values import check_types
@@ -23,7 +23,6 @@ LEAST_TABLE = 2**20
 METHODS = {
     "optimizer": ("step", "zero_grad", "state_dict", "load_state_dict"), "logger": ("open", "log", "text", "close"), "control": ("apply", "known"),
 }
-GIB = 2**30
 
 
 def locate_class(target: str, key: str) -> Any:

@@ -64,9 +64,7 @@ class Checkpoint:
 
     def damaged(self, reason: str) -> ConfigError:
         """The error that says so, with the next older good one of the same run."""
-        older = next((c for c in reversed(listed(self.folder.parent.parent).good) if c.iteration < self.iteration and not c.problem()), None)
-        remedy = text("older_checkpoint", name=older.name) if older else text("no_older_checkpoint")
-        return ConfigError("damaged_checkpoint", file=self.folder, reason=reason, remedy=remedy)
+        return _unusable(self.folder, reason, listed(self.folder.parent.parent).good)
 
     def config_text(self) -> str:
         """The run's resolved config, yaml."""
@@ -177,8 +175,12 @@ def checkpoints(run_dir: Path) -> list[Checkpoint]:
 
 def best_of(found: list[Checkpoint]) -> Checkpoint | None:
     """The one with the lowest val_loss, the newest among equals; None when none was evaluated."""
-    evaluated = [c for c in found if c.val_loss is not None and math.isfinite(c.val_loss)]
-    return min(evaluated, key=lambda c: (c.val_loss, -c.iteration)) if evaluated else None
+    return next(iter(_by_loss(found)), None)
+
+
+def _by_loss(found: list[Checkpoint]) -> list[Checkpoint]:
+    """Those that were evaluated, best first, the newest first among equals."""
+    return sorted((c for c in found if c.val_loss is not None and math.isfinite(c.val_loss)), key=lambda c: (c.val_loss, -c.iteration))
 
 
 def find(run_dir: Path, which: str, *, key: str = "resume") -> Checkpoint:
@@ -191,7 +193,7 @@ def find(run_dir: Path, which: str, *, key: str = "resume") -> Checkpoint:
         # 读不懂的那个，可能正是最新的，也可能是最好的：不悄悄换成别的
         newest = which == "last" and all(folder.name > c.name for c in found.good)
         if which == folder.name or which == "best" or newest:
-            raise _unusable(folder, reason, found, best=which == "best")
+            raise _unusable(folder, reason, found.good, best=which == "best")
     chosen = found.good[-1] if which == "last" else best_of(found.good) if which == "best" else by_name.get(which)
     if chosen is None:
         raise ConfigError("no_such_checkpoint", got=which, path=run_dir, have=", ".join(["last", "best", *by_name]))
@@ -203,12 +205,13 @@ def find(run_dir: Path, which: str, *, key: str = "resume") -> Checkpoint:
     return chosen
 
 
-def _unusable(folder: Path, reason: str, found: Listing, *, best: bool) -> ConfigError:
-    """The error for a folder whose manifest is of no use, with what can be used instead."""
-    usable = [c for c in found.good if best or c.name < folder.name]
-    usable = [c for c in usable if c.problem() is None]
-    instead = (best_of(usable) if best else None) or (usable[-1] if usable else None)
-    remedy = text("older_checkpoint" if not best else "other_checkpoint", name=instead.name) if instead else text("no_older_checkpoint")
+def _unusable(folder: Path, reason: str, good: list[Checkpoint], *, best: bool = False) -> ConfigError:
+    """The error for a checkpoint of no use, with what can be used instead: the next older one, or the best of the others."""
+    newest_first = [c for c in reversed(good) if c.folder != folder and (best or c.name < folder.name)]
+    # 逐个核对要读完所有文件：找到一个完好的就停
+    offered = [*_by_loss(newest_first), *newest_first] if best else newest_first
+    instead = next((c for c in offered if c.problem() is None), None)
+    remedy = text("other_checkpoint" if best else "older_checkpoint", name=instead.name) if instead else text("no_older_checkpoint")
     return ConfigError("damaged_checkpoint", file=folder, reason=reason, remedy=remedy)
 
 

@@ -19,13 +19,11 @@ from nanogpt import rundir
 from nanogpt.composing import SCHEMAS, check_whole, composing, one_line
 from nanogpt.config import ROOT, TrainConfig
 from nanogpt.messages import ConfigError, language_from_arguments, say, set_language, text
-from nanogpt.mistakes import EXIT_INTERRUPTED, EXIT_PIPE_CLOSED, EXIT_USER_ERROR, explained, leave_quietly, one_line_each
+from nanogpt.mistakes import EXIT_USER_ERROR, explained, forgive_output, leave_quietly, one_line_each
 from nanogpt.sample_config import SampleConfig, register_schemas
 from nanogpt.sweep_folder import tidy_latest
 from nanogpt.user_yaml import checked_yaml
 from nanogpt.values import check_values
-
-__all__ = ["EXIT_INTERRUPTED", "EXIT_PIPE_CLOSED", "EXIT_USER_ERROR", "forgive_output", "quoted", "run_script"]
 
 # 值是文字的键：逗号、空格都属于内容
 FREE_TEXT = ("sample_prompt", "start", "control.style", "control.emotion")
@@ -124,13 +122,6 @@ def check_arguments(arguments: list[str]) -> None:
         depth = itertools.accumulate((c in "[{(") - (c in ")}]") for c in value)
         if max(depth, default=0) > DEEPEST or value.count(",") > MOST_ITEMS:
             raise ConfigError("unreadable", argument=argument, reason=text("too_deep"))
-
-
-def forgive_output() -> None:
-    """Print ? for a character that the terminal cannot show."""
-    # 重定向到 GBK 终端时，打不出的字符也不该让程序崩溃
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
 
 
 # ---- 运行 ----

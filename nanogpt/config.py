@@ -441,13 +441,14 @@ def check(cfg: Any) -> None:
         raise ConfigError("no_prepare", got=name)
 
 
+def targets(node: Any) -> set[str]:
+    """All dotted `_target_`s in a config of plain values."""
+    if isinstance(node, dict):
+        found = {node["_target_"]} if isinstance(node.get("_target_"), str) else set()
+        return found.union(*(targets(v) for v in node.values()))
+    return set().union(*(targets(v) for v in node)) if isinstance(node, list) else set()
+
+
 def untrusted_targets(saved: Any, typed: Any) -> list[str]:
     """Dotted `_target_`s of a saved config that are neither nanogpt's own nor in the config just typed."""
-
-    def targets(node: Any) -> set[str]:
-        if isinstance(node, dict):
-            found = {node["_target_"]} if isinstance(node.get("_target_"), str) else set()
-            return found.union(*(targets(v) for v in node.values()))
-        return set().union(*(targets(v) for v in node)) if isinstance(node, list) else set()
-
     return sorted(targets(saved) - targets(typed) - TRUSTED_TARGETS)

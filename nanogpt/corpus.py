@@ -23,7 +23,7 @@ from nanogpt.config import ROOT
 from nanogpt.files import folder_aside, remove_leftovers, sha256
 from nanogpt.lock import only_one, remove_stale
 from nanogpt.messages import ConfigError, say
-from nanogpt.mistakes import one_line_each
+from nanogpt.mistakes import forgive_output, one_line_each
 from nanogpt.sealed import write_sealed
 from nanogpt.values import check_types, check_value
 
@@ -201,8 +201,7 @@ def _prepare_in(folder: Path, name: str, module, options: dict) -> None:
 
 def run_prepare(name: str) -> None:
     """Main program of data/<name>/prepare.py: key=value arguments over the defaults of conf/dataset/<name>.yaml."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
+    forgive_output()
     with one_line_each():
         options = typed_options(name, sys.argv[1:])
         options.pop("name")

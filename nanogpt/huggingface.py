@@ -6,7 +6,6 @@ GPT-2's architecture becomes a plain GPT2LMHeadModel; anything else brings its o
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 from nanogpt.config import ModelConfig
 from nanogpt.files import folder_aside, write_text
 from nanogpt.messages import ConfigError, say, set_language
-from nanogpt.mistakes import Arguments, one_line_each
+from nanogpt.mistakes import Arguments, forgive_output, one_line_each
 from nanogpt.pretrained import ACTIVATIONS, TRANSPOSED, Pretrained, build_pretrained, open_pretrained
 from nanogpt.tokenizer_files import END_WORDS, to_library_json
 from nanogpt.values import check_path
@@ -116,8 +115,7 @@ def write_json(path: Path, content: dict) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line: export OUT_DIR TARGET [--checkpoint best|last|iter_…]; exit code 2 on a mistake."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
+    forgive_output()
     set_language("auto")
     with one_line_each():
         typed = parser().parse_args(arguments)

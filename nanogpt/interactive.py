@@ -5,9 +5,9 @@ import sys
 from collections.abc import Iterable
 
 from nanogpt.assets import cache_folder
-from nanogpt.cli import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from nanogpt.commands import Session, plain
 from nanogpt.messages import ConfigError, say, text
+from nanogpt.mistakes import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from nanogpt.sample_config import SampleConfig
 from nanogpt.writing import Model
 

@@ -9,6 +9,7 @@ import torch
 from nanogpt.build import preset
 from nanogpt.config import ModelConfig
 from nanogpt.messages import ConfigError
+from nanogpt.sealed import reason_of
 from nanogpt.tokenizer import CharTokenizer, Tokenizer
 from nanogpt.tokenizer_files import read_tokenizer
 from nanogpt.weight_files import read_torch
@@ -28,7 +29,7 @@ def read_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], T
         assert all(0 < size < 2**31 for size in sizes.values()), f"model_args: {sizes}"
         tensors = {str(name).removeprefix("_orig_mod.").removeprefix("transformer."): tensor for name, tensor in weights.items()}
     except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
-        raise ConfigError("pretrained_damaged", file=path, reason=f"not a nanoGPT checkpoint: {type(error).__name__} {error}") from None
+        raise ConfigError("pretrained_damaged", file=path, reason=f"not a nanoGPT checkpoint: {reason_of(error)}") from None
     # nanoGPT 用 nn.Linear（不转置）与精确的 GELU；dropout 由这次训练决定
     config = preset("gpt2", name=path.resolve().parent.name or "nanogpt", bias=bool(arguments.get("bias", True)), activation="gelu", **sizes)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".attn.bias")}
@@ -58,7 +59,7 @@ def read_characters(path: Path, vocab_size: int) -> str:
         assert len(table) == vocab_size and len({c for c in characters if len(c) == 1}) == vocab_size, "not one character per id"
         return "".join(characters)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, IndexError) as error:
-        raise ConfigError("pretrained_damaged", file=path, reason=f"{type(error).__name__}: {error}") from None
+        raise ConfigError("pretrained_damaged", file=path, reason=reason_of(error)) from None
 
 
 def plain_pickle(content: bytes):

@@ -8,7 +8,8 @@ from pathlib import Path
 import psutil
 import torch
 
-GIB = 2**30
+from nanogpt.ram import GIB
+
 # 参考卡 RTX 3060：任何机器上都可与它比较
 RTX3060_TFLOPS = {"fp32": 12.7, "half": 25.5}
 

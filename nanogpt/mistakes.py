@@ -23,6 +23,13 @@ REMEDIES = {
 }
 
 
+def forgive_output() -> None:
+    """Print ? for a character that the terminal cannot show."""
+    # 重定向到 GBK 终端时，打不出的字符也不该让程序崩溃
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+
+
 def explained(error: BaseException) -> ConfigError | None:
     """The one line for what the system refused or for memory that ran out; None for anything else."""
     if isinstance(error, ConfigError):

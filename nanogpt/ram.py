@@ -3,6 +3,7 @@
 import contextlib
 from pathlib import Path
 
+GIB = 2**30
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -14,8 +15,8 @@ def free_ram() -> int:
     limits = [psutil.virtual_memory().available]
     with contextlib.suppress(OSError, ValueError):
         # 容器（cgroup v2）里看到的空闲是整台机器的；没有上限时写着 max
-        most, taken = ((CGROUP / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
-        limits.append(int(most) - int(taken))
+        most, taken = (int((CGROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+        limits.append(most - taken + _reclaimable())
     with contextlib.suppress(ImportError):
         # Windows 没有 ulimit
         import resource
@@ -24,3 +25,11 @@ def free_ram() -> int:
             most = resource.getrlimit(getattr(resource, name))[0]
             limits += [] if most == resource.RLIM_INFINITY else [most - taken]
     return max(0, min(limits))
+
+
+def _reclaimable() -> int:
+    """Bytes of files that the container's kernel keeps in memory and gives up when asked: data read once counts as taken."""
+    with contextlib.suppress(OSError, ValueError):
+        counts = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
+        return int(counts.get("inactive_file", 0))
+    return 0

@@ -16,6 +16,7 @@ import numpy as np
 from nanogpt import assets
 from nanogpt.files import write_text
 from nanogpt.messages import ConfigError
+from nanogpt.sealed import reason_of
 
 KINDS = ("char", "byte", "gpt2", "bpe", "auto")
 # 最大的词表（几十万条 BPE）也只有几十 MB
@@ -289,5 +290,4 @@ def load(path: Path) -> Tokenizer:
         raise
     except Exception as error:
         # 词表可能来自陌生人，tokenizers 库又只抛裸 Exception
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        raise ConfigError("damaged_tokenizer", file=path, reason=reason) from None
+        raise ConfigError("damaged_tokenizer", file=path, reason=reason_of(error)) from None

@@ -7,6 +7,7 @@ from pathlib import Path
 from nanogpt import tokenizer as tokenizers
 from nanogpt.labels import labels_in
 from nanogpt.messages import ConfigError
+from nanogpt.sealed import reason_of
 from nanogpt.tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, ByteTokenizer, CharTokenizer, LibraryTokenizer, Tokenizer
 
 # GPT-2 的词表大小，以及 nanoGPT 补齐到 64 倍数之后的
@@ -24,7 +25,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
         raise
     except Exception as error:
         # 文件来自陌生人，tokenizers 库又只抛裸 Exception：一律说成文件坏了
-        raise ConfigError("pretrained_damaged", file=folder / "tokenizer files", reason=_reason(error)) from None
+        raise ConfigError("pretrained_damaged", file=folder / "tokenizer files", reason=reason_of(error)) from None
     if found is None:
         if vocab_size not in GPT2_SIZES:
             raise ConfigError("pretrained_no_tokenizer", path=folder, vocab=vocab_size)
@@ -32,10 +33,6 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     if found.vocab_size > vocab_size:
         raise ConfigError("pretrained_vocab", path=folder, tokens=found.vocab_size, rows=vocab_size)
     return found
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
 
 
 def _text(path: Path) -> str:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nanogpt.messages import ConfigError
+from nanogpt.sealed import reason_of
 from nanogpt.tensor_file import UNREADABLE
 
 # 依次尝试；safetensors 在前：不含代码，读得也快
@@ -28,7 +29,7 @@ def read_json(path: Path) -> dict:
         assert isinstance(content, dict), "not an object"
         return content
     except (OSError, ValueError, AssertionError, RecursionError) as error:
-        raise ConfigError("pretrained_damaged", file=path, reason=f"{type(error).__name__}: {error}") from None
+        raise ConfigError("pretrained_damaged", file=path, reason=reason_of(error)) from None
 
 
 def shard_names(index: Path) -> list[str]:
@@ -38,7 +39,7 @@ def shard_names(index: Path) -> list[str]:
         assert names and all(re.fullmatch(r"[\w-][\w.-]*", name) for name in names), "odd file names"
         return names
     except (KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise ConfigError("pretrained_damaged", file=index, reason=f"{type(error).__name__}: {error}") from None
+        raise ConfigError("pretrained_damaged", file=index, reason=reason_of(error)) from None
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -58,7 +59,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except UNREADABLE as error:
-        raise ConfigError("pretrained_damaged", file=path, reason=" ".join(str(error).split())[:120]) from None
+        raise ConfigError("pretrained_damaged", file=path, reason=reason_of(error)) from None
 
 
 def read_torch(path: Path) -> dict:
@@ -68,4 +69,4 @@ def read_torch(path: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         # 损坏、截断与夹带代码的文件各抛各的错误，结论相同：不用它
-        raise ConfigError("pretrained_damaged", file=path, reason=" ".join(str(error).split())[:120] or type(error).__name__) from None
+        raise ConfigError("pretrained_damaged", file=path, reason=reason_of(error)) from None

@@ -1,20 +1,22 @@
 """plan=true: the verdict follows the allocator model, advice makes it fit, nothing is written."""
 
+import sys
 from dataclasses import asdict, replace
 
 import pytest
 from conftest import make_config
 from typed import typed
 
-from nanogpt import messages
+from nanogpt import messages, ram
 from nanogpt.fit import advice, matrix, settle
 from nanogpt.fit.allocator import replay
-from nanogpt.fit.budget import GIB, allocator_cap, target_of
+from nanogpt.fit.budget import allocator_cap, target_of
 from nanogpt.fit.command import run_plan
 from nanogpt.fit.plan import TIGHT, Planner, predict, with_workspace
 from nanogpt.fit.roofline import rates_of, step_seconds
 from nanogpt.fit.show import columns, duration, table
 from nanogpt.messages import ConfigError
+from nanogpt.ram import GIB
 
 SMALL = (
     "model.n_layer=1", "model.n_head=2", "model.n_embd=64", "model.block_size=64", "model.vocab_size=300", "model.ngrams=[]", "precision=bf16",
@@ -185,3 +187,17 @@ def test_what_does_not_fit_ends_with_advice_and_exit_code_1(monkeypatch, capsys,
 
 def test_durations_are_short():
     assert [duration(s) for s in (0.25, 30, 600, 7260, 400000)] == ["250 ms", "30.0 s", "10 min", "2 h 01 min", "4.6 d"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="cgroups")
+def test_a_container_that_allows_less_than_the_machine_has_is_planned_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(ram, "CGROUP", tmp_path)
+    cpu = small("hardware=cpu", "device=cpu")
+    for name, content in (("memory.max", "max\n"), ("memory.current", f"{GIB}\n"), ("memory.stat", f"anon 5\ninactive_file {GIB // 2}\n")):
+        (tmp_path / name).write_text(content, encoding="ascii")
+    most = target_of(cpu).capacity
+    (tmp_path / "memory.max").write_text(f"{GIB + GIB // 4}\n", encoding="ascii")
+    # 读过的文件还留在内存里：内核随时可以让出来
+    assert target_of(cpu).capacity == GIB * 3 // 4 < most
+    (tmp_path / "memory.stat").unlink()
+    assert target_of(cpu).capacity == GIB // 4

@@ -125,10 +125,10 @@ status = open("/proc/self/status", encoding="ascii")
 atexit.register(lambda: os.write(told, status.read().partition("VmHWM:")[2].split()[0].encode()))
 """
 PROMPTS = """
-from nanogpt.mistakes import one_line_each
+from nanogpt.mistakes import forgive_output, one_line_each
 from nanogpt.writing import prompt_text, prompts_of_file
 from pathlib import Path
-sys.stderr.reconfigure(errors="replace")
+forgive_output()
 with one_line_each():
     prompts_of_file(Path(sys.argv[2])) if sys.argv[1] == "prompts" else prompt_text("FILE:" + sys.argv[2])
 """

@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 from nanogpt import rundir
-from nanogpt.cli import check_arguments, forgive_output, quoted
+from nanogpt.cli import check_arguments, quoted
 from nanogpt.config import check_range
 from nanogpt.control.codes import GUIDANCE
 from nanogpt.files import write_text
 from nanogpt.groups import sample_config
 from nanogpt.labels import LABEL_KINDS
 from nanogpt.messages import ConfigError, language_from_arguments, set_language, text
-from nanogpt.mistakes import Arguments, one_line_each
+from nanogpt.mistakes import Arguments, forgive_output, one_line_each
 from nanogpt.sample_config import SampleConfig, check_sample
 from nanogpt.values import check_path
 

@@ -10,10 +10,10 @@ from nanogpt.config import TrainConfig
 from nanogpt.console import Console
 from nanogpt.files import write_text
 from nanogpt.fit import known as known_results
-from nanogpt.fit.budget import GIB
 from nanogpt.fit.plan import Plan, predict
 from nanogpt.fit.trial import TrialResult, run_trial
 from nanogpt.messages import ConfigError
+from nanogpt.ram import GIB
 
 FOLDER = Path("outputs") / "fit" / "auto"
 # 预测略高于预算的也值得一试：编译之后的实际占用常比预测低

@@ -7,9 +7,10 @@ from nanogpt.config import TrainConfig
 from nanogpt.console import Console
 from nanogpt.fit.advice import Advice, changed, presets
 from nanogpt.fit.plan import Plan, Planner
-from nanogpt.fit.show import GIB, table
+from nanogpt.fit.show import table
 from nanogpt.messages import text
 from nanogpt.oom import PHASES, OutOfMemory
+from nanogpt.ram import GIB
 
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 AMOUNT = r"([\d.]+) (bytes|KiB|MiB|GiB)"

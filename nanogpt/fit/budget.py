@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 from nanogpt.config import HardwareConfig, TrainConfig
 from nanogpt.messages import ConfigError
-
-GIB = 2**30
+from nanogpt.ram import GIB, free_ram
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,6 @@ def process_bytes(checkpointing: bool) -> int:
 
 
 def _cpu(cfg: TrainConfig) -> Budget:
-    import psutil
-
     process = process_bytes(cfg.memory.activation_checkpointing != "none")
-    total = int(cfg.hardware.ram_gib * GIB) if cfg.hardware.ram_gib is not None else psutil.virtual_memory().available + process
+    total = int(cfg.hardware.ram_gib * GIB) if cfg.hardware.ram_gib is not None else free_ram() + process
     return Budget("cpu", "CPU", total, total - process, process, 0, True)

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.config import TrainConfig
-from nanogpt.fit.budget import GIB, allocator_cap, process_bytes
+from nanogpt.fit.budget import allocator_cap, process_bytes
 from nanogpt.fit.limits import limit_memory
 from nanogpt.fit.result import STEPS_FOR_LOSS
 from nanogpt.messages import ConfigError, set_language, text
+from nanogpt.ram import GIB, free_ram
 
 # 够量出采样的峰值，又不花时间
 SAMPLE_TOKENS = 32
@@ -244,8 +245,7 @@ def _free_and_total(device) -> tuple[int, int]:
 
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
-    memory = psutil.virtual_memory()
-    return memory.available, memory.total
+    return free_ram(), psutil.virtual_memory().total
 
 
 def _budget(cfg: TrainConfig, device_type: str, free: int) -> float:

@@ -11,7 +11,6 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import nanogpt
-from nanogpt.config import ROOT, TrainConfig
+from nanogpt.config import ROOT, TrainConfig, targets
 from nanogpt.files import remove_leftovers
 from nanogpt.fit import result as results
 from nanogpt.fit.result import LASTING, TrialResult
@@ -48,7 +47,7 @@ def key_of(cfg: TrainConfig) -> str:
 
 def own_code(node: Any) -> dict[str, str]:
     """Hashes of the user's own modules that `_target_`s of a config name; a mended module must not be judged by what it did before."""
-    names = {target.split(".")[0] for target in _targets(node)} - {"nanogpt", "torch", "__main__"}
+    names = {target.split(".")[0] for target in targets(node)} - {"nanogpt", "torch", "__main__"}
     found = {}
     for name in sorted(names):
         spec = importlib.util.find_spec(name) if name.isidentifier() else None
@@ -58,16 +57,6 @@ def own_code(node: Any) -> dict[str, str]:
             files = sorted(folder.rglob("*.py")) if spec.submodule_search_locations else [Path(spec.origin)]
             found[name] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
     return found
-
-
-def _targets(node: Any) -> Iterator[str]:
-    if isinstance(node, dict):
-        if isinstance(node.get("_target_"), str):
-            yield node["_target_"]
-        node = list(node.values())
-    if isinstance(node, list):
-        for one in node:
-            yield from _targets(one)
 
 
 def find(key: str) -> TrialResult | None:

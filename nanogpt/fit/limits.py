@@ -2,7 +2,7 @@
 
 import sys
 
-from nanogpt.fit.budget import GIB
+from nanogpt.ram import GIB
 
 # Windows：JOBOBJECT_EXTENDED_LIMIT_INFORMATION 的编号与标志（winnt.h）
 EXTENDED_LIMIT_INFORMATION = 9

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from nanogpt.fit.budget import GIB
+from nanogpt.ram import GIB
 
 POLL_S = 0.1
 TORCHRUN = (

@@ -3,10 +3,10 @@
 from dataclasses import asdict
 
 from nanogpt.console import Console
-from nanogpt.fit.budget import GIB
 from nanogpt.fit.plan import Plan
 from nanogpt.fit.roofline import BANDWIDTH_EFFICIENCY, LAUNCH_S, PRODUCT_EFFICIENCY
 from nanogpt.messages import text
+from nanogpt.ram import GIB
 
 BAR = 30
 NAMES = {

@@ -10,13 +10,13 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from nanogpt.cli import EXIT_INTERRUPTED
 from nanogpt.config import TrainConfig
 from nanogpt.fit import result as results
 from nanogpt.fit.result import EXPECTED, STATUS_MESSAGES, TrialResult
 from nanogpt.fit.spill import judge_all
 from nanogpt.fit.trial import run_trial
 from nanogpt.messages import ConfigError, say, text
+from nanogpt.mistakes import EXIT_INTERRUPTED
 
 FIT = Path("outputs") / "fit"
 
