@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt import rundir
-from nanogpt.composing import SCHEMAS, check_whole, composing, one_line
+from nanogpt.composing import SCHEMAS, check_whole, composing, one_line, refuse_unknown_hydra_keys
 from nanogpt.config import ROOT, TrainConfig
 from nanogpt.messages import ConfigError, language_from_arguments, say, set_language, text
 from nanogpt.mistakes import EXIT_USER_ERROR, explained, forgive_output, leave_quietly, one_line_each
@@ -95,6 +95,10 @@ def arranged(arguments: list[str]) -> tuple[list[str], list[str]]:
     if typed.experimental_rerun:
         # 它会载入 pickle：文件里的代码不执行
         refuse("--experimental-rerun would run code from a pickle")
+    for flag in ("config_dir", "config_path", "config_name"):
+        if getattr(typed, flag) == "":
+            # 空的 --config-dir 就是当前文件夹：多半是没有设好的变量
+            raise ConfigError("empty_flag", flag="--" + flag.replace("_", "-"))
     overrides = typed.overrides
     flags, left = [], list(overrides)
     for argument in arguments:
@@ -208,6 +212,7 @@ class _Script:
 
     def composed(self, cfg: DictConfig, hydra_config: DictConfig) -> tuple[TrainConfig | SampleConfig, list[str]]:
         """(typed configuration, the overrides that were typed) of a job."""
+        refuse_unknown_hydra_keys()
         # 不解析：override 里的 ${…} 属于配置，不属于这张清单
         overrides = [o for o in OmegaConf.to_container(hydra_config.overrides.task, resolve=False) if o not in self.remembered]
         # 先定语言：下面的错误才用它说

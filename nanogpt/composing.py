@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
@@ -73,7 +74,7 @@ def _of_a_value(cause: OmegaConfBaseException, error: Exception, config_name: st
     """The line for a value that does not fit its key."""
     key, first = cause.full_key or "?", str(cause).partition("\n")[0]
     if isinstance(cause, InterpolationKeyError | InterpolationResolutionError) or "ecursive interpolation" in first:
-        return ConfigError("interpolation", key=key, reason=first)
+        return ConfigError("interpolation", key=key, reason=first.removeprefix("ConfigError raised while resolving interpolation: "))
     if isinstance(cause, MissingMandatoryValue):
         return ConfigError("nothing_chosen", group=key, options=group_options(key))
     if "could not be converted" in first and cause.full_key:
@@ -111,6 +112,18 @@ def composing(config_name: str) -> Iterator[None]:
     except Exception as error:
         # 这里还没有我们自己的代码在跑：无论 Hydra 抛什么，都是写法的问题
         raise one_line(error, config_name) from None
+
+
+def refuse_unknown_hydra_keys() -> None:
+    """Make ${hydra:…} an error where Hydra's config has no such key; Hydra itself takes it for null."""
+
+    def value_of(path: str = ""):
+        missing = object()
+        if not path or (found := OmegaConf.select(HydraConfig.get(), path, default=missing)) is missing:
+            raise ConfigError("no_hydra_key", key=path)
+        return found
+
+    OmegaConf.register_new_resolver("hydra", value_of, replace=True)
 
 
 def check_whole(cfg: DictConfig, schema: type, prefix: str = "") -> None:

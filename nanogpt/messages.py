@@ -147,6 +147,8 @@ MESSAGES = {
     "glob_of_a_value": ("only groups have options to go through", "只有配置组才有可以逐个取的选项"),
     "not_finite": ("{key}={got} is not a finite number; write one", "{key}={got} 不是有限的数；请改写"),
     "empty_value": ("{key} is empty; write a value, or {key}=null for none", "{key} 是空的；请写出值，没有就写 {key}=null"),
+    "empty_flag": ("{flag}= is empty; write what it names, or leave it out", "{flag}= 是空的；请写出它所指的，或去掉它"),
+    "no_hydra_key": ("Hydra has no key {key}", "Hydra 没有 {key} 这一项"),
     "unwritable_text": (
         "{key}={got}: this holds {what}, which no file of ours can hold; write it otherwise, or rename what it names",
         "{key}={got}：其中有{what}，存不进文件；请换个写法，或给它所指的文件改名",
