@@ -49,7 +49,9 @@ def save(trainer, *, final: bool) -> None:
     cfg, progress = trainer.cfg, trainer.progress
     try:
         trainer.saved = checkpoint.save(
-            trainer.run_dir, model=trainer.model, state=state_of(trainer), iteration=progress.iteration, val_loss=progress.val_loss,
+            trainer.run_dir, model=trainer.model, state=state_of(trainer), iteration=progress.iteration,
+            # 两次评估之间存的没有验证损失：最好的只能是评估过的那一份
+            val_loss=progress.val_loss if trainer.evaluated_at == progress.iteration else None,
             # 词表取自内存：训练目录里那份是给人看的，坏了不该传进 checkpoint
             config_text=trainer.config_text, tokenizer_text=json.dumps(trainer.data.tokenizer.to_dict(), ensure_ascii=False), keep=cfg.keep,
             run=trainer.run_id,

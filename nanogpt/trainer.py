@@ -68,6 +68,7 @@ class Trainer:
         self.config_text = ""
         self.run_id: str | None = None
         self.retry_at: float | None = None
+        self.evaluated_at: int | None = None
         self.schedule = schedule_of(cfg)
         self.parameters = computation.parameters
         self.progress = Progress()
@@ -294,7 +295,7 @@ class Trainer:
             # 这份 checkpoint 没有验证损失，就不会被当成最好的
             progress.val_loss = None
             return None
-        progress.val_loss = loss
+        progress.val_loss, self.evaluated_at = loss, progress.iteration
         if progress.val_loss < progress.best_val_loss:
             progress.best_val_loss, progress.evals_without_gain = progress.val_loss, 0
         else:

@@ -144,6 +144,13 @@ def test_a_validation_loss_that_is_not_finite_counts_as_no_evaluation(in_tmp, ti
     assert line.startswith("done: val loss - (best -) after 9")
 
 
+def test_a_checkpoint_between_two_evaluations_is_never_the_best(in_tmp, tiny_overrides):
+    trainer_of(tiny_overrides, "max_iters=8", "eval_interval=4", "save_interval=2", "keep=9").fit()
+    found = checkpoint.checkpoints(in_tmp / "outputs/run")
+    # 从前 6 会带着 4 的验证损失，好像评估过似的
+    assert [(c.iteration, c.val_loss is not None) for c in found] == [(2, False), (4, True), (6, False), (8, True)]
+
+
 def test_a_sample_of_logits_that_are_not_finite_is_left_out(in_tmp, tiny_overrides, capsys, monkeypatch):
     def fail(*_, **__):
         raise ConfigError("nonfinite_logits")
