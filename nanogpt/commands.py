@@ -12,6 +12,7 @@ from typing import Any
 
 from nanogpt.config import check_range
 from nanogpt.control import KINDS, build_control, read_form, takes_forms
+from nanogpt.files import folders_around
 from nanogpt.groups import option, options, parsed
 from nanogpt.messages import ConfigError, say, text
 from nanogpt.sample_config import SAMPLE_RANGES, SampleConfig
@@ -282,8 +283,7 @@ class Session:
         if not chosen:
             raise ConfigError("nothing_written")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8", newline="\n") as file:
+            with folders_around(path), path.open("a", encoding="utf-8", newline="\n") as file:
                 file.write("".join(map(saved_text if path.suffix == ".txt" else saved_record, chosen)))
         except OSError as error:
             raise ConfigError("save_not_writable", got=path, reason=error.strerror) from None

@@ -43,6 +43,30 @@ def write_text(path: Path, content: str) -> None:
 
 
 @contextlib.contextmanager
+def folders_around(path: Path) -> Iterator[None]:
+    """Make the folders around `path`; those of them that are empty at the end are taken away again."""
+    # 不解析就会先造出 nope/../x 里的 nope
+    around = path.parent.resolve()
+    made = [folder for folder in (around, *around.parents) if not folder.exists()]
+    try:
+        around.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def check_writable(path: Path) -> None:
+    """OSError where nothing could be written to `path`; what was there stays, what was not is not made."""
+    existed = path.exists()
+    with folders_around(path):
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
+
+
+@contextlib.contextmanager
 def folder_aside(final: Path) -> Iterator[Path]:
     """Yield a temporary sibling folder; on success it becomes `final`, on failure it is removed."""
     final.parent.mkdir(parents=True, exist_ok=True)

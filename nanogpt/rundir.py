@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.config import ROOT, TrainConfig, untrusted_targets
-from nanogpt.files import remove_leftovers
+from nanogpt.files import folders_around, remove_leftovers
 from nanogpt.lock import Lock
 from nanogpt.messages import ConfigError, text
 from nanogpt.saved_config import read_saved
@@ -56,6 +56,9 @@ def choose(cfg: TrainConfig) -> Path:
         # 同一秒启动两次训练时加序号
         return next(p for p in [stem, *(Path(f"{stem}-{n}") for n in range(2, 1000))] if not p.exists())
     path = Path(cfg.out_dir)
+    if ".." in path.parts:
+        # 不解析就会先造出 nope/../x 里的 nope
+        path = path.resolve()
     if path.exists() and not path.is_dir():
         raise ConfigError("not_writable", path=path, reason="not a folder")
     refuse_contents(path, overwrite=cfg.overwrite)
@@ -96,7 +99,8 @@ def hold(path: Path) -> Lock:
 def claim(path: Path, *, overwrite: bool) -> Lock:
     """Make and lock the folder of a new run, emptying an old run if told to."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        with folders_around(path):
+            path.mkdir(exist_ok=True)
         lock = hold(path)
         try:
             # 从检查到这里过了几秒：别的进程可能也选了它

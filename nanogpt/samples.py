@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanogpt.console import Console
+from nanogpt.files import check_writable, folders_around
 from nanogpt.messages import ConfigError
 from nanogpt.sample_config import SampleConfig
 from nanogpt.writer import Piece, Result, Writer
@@ -24,8 +25,7 @@ class Records:
         if self.path:
             try:
                 # 写不进去要在开始写作之前就知道
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.path.open("a", encoding="utf-8").close()
+                check_writable(self.path)
             except OSError as error:
                 raise ConfigError("output_not_writable", got=path, reason=error.strerror) from None
 
@@ -41,7 +41,7 @@ class Records:
             "tokens_per_s": round((result.tokens - 1) / writing, 2) if result.tokens > 1 and writing > 0 else None,
             "model": self.model_name, "settings": settings_record(result, settings),
         }
-        with self.path.open("a", encoding="utf-8") as file:
+        with folders_around(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import make_config
 from test_trainer import records, resume, session, train, trainer_of, weights
 
-from nanogpt import checkpoint, console, corpus, keeping, loggers, rundir
+from nanogpt import checkpoint, console, corpus, files, keeping, loggers, rundir
 from nanogpt.config import ROOT
 from nanogpt.lock import Lock, only_one, remove_stale
 from nanogpt.messages import ConfigError
@@ -168,7 +168,7 @@ def test_a_data_set_that_cannot_be_written_is_one_line_and_leaves_nothing(in_tmp
     options = {"path": "my.txt", "tokenizer": "char", "encoding": "auto", "val_fraction": 0.1, "vocab_size": None}
     with pytest.raises(ConfigError, match=r"data set text_file could not be prepared: .*No space left"):
         corpus.prepare("text_file", str(in_tmp / "made" / "d"), options)
-    assert not list((in_tmp / "made").iterdir())
+    assert not (in_tmp / "made").exists()
 
 
 @pytest.mark.parametrize("target", [(rundir, "write_sealed"), (rundir, "remember"), (loggers.JsonlLogger, "open")])
@@ -253,3 +253,28 @@ def test_a_full_disk_under_the_log_costs_lines_only(monkeypatch):
     monkeypatch.setattr(shown, "_file", type("Full", (), {"write": staticmethod(fail), "flush": staticmethod(lambda: None)})())
     shown.plain("x")
     assert not shown.gone
+
+
+def test_folders_that_were_made_for_nothing_are_taken_away(in_tmp):
+    (in_tmp / "there").mkdir()
+    files.check_writable(Path("there/new/deep/x.txt"))
+    with pytest.raises(OSError), files.folders_around(Path("new/../there/deep/x")):
+        assert not Path("new").exists() and Path("there/deep").is_dir()
+        raise OSError
+    assert [path.name for path in in_tmp.rglob("*")] == ["there"]
+    (in_tmp / "there" / "x.txt").write_text("kept", encoding="utf-8")
+    files.check_writable(Path("there/x.txt"))
+    with files.folders_around(Path("new/y.txt")):
+        Path("new/y.txt").touch()
+    assert Path("new/y.txt").is_file() and Path("there/x.txt").read_text(encoding="utf-8") == "kept"
+    with pytest.raises(ConfigError, match="not a folder"):
+        rundir.choose(make_config("out_dir=nope/../there/x.txt"))
+
+
+@pytest.mark.parametrize("text", ["", None])
+def test_a_data_set_that_is_refused_leaves_no_folder_on_the_way(in_tmp, text):
+    if text is not None:
+        Path("a.txt").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match="a.txt"):
+        corpus.prepare("text_file", "new/deep/prepared", {"path": "a.txt", "tokenizer": "char", "encoding": "auto", "val_fraction": 0.1, "vocab_size": 300})
+    assert not Path("new").exists()

@@ -75,12 +75,13 @@ class Answer:
 
 
 def listing(*folders: Path) -> dict[str, tuple]:
-    """Everything below some folders, with size and time."""
+    """Everything below some folders, files with size and time."""
     found = {}
     for folder in folders:
         for path in sorted(folder.rglob("*")):
             stat = path.lstat()
-            found[str(path)] = (stat.st_mode, stat.st_size if path.is_file() else 0, stat.st_mtime_ns)
+            # 文件夹的时间不算：锁来过又走了，也会改它；多了少了什么，名字上看得出
+            found[str(path)] = (stat.st_mode, *((stat.st_size, stat.st_mtime_ns) if path.is_file() else ()))
     # lock 是空文件，锁本身在系统里；留着它不碍事
     return {name: state for name, state in found.items() if "__pycache__" not in name and Path(name).name != "lock"}
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from nanogpt import rundir
 from nanogpt.cli import check_arguments, quoted
 from nanogpt.config import check_range
 from nanogpt.control.codes import GUIDANCE
-from nanogpt.files import write_text
+from nanogpt.files import check_writable, folders_around, write_text
 from nanogpt.groups import sample_config
 from nanogpt.labels import LABEL_KINDS
 from nanogpt.messages import ConfigError, language_from_arguments, set_language, text
@@ -102,10 +101,10 @@ def run_evaluate(typed: argparse.Namespace, overrides: list[str]) -> None:
         check_range("--guidance", value, *GUIDANCE)
     cfg, run_dir = config_of(overrides), rundir.locate(typed.out_dir, key="OUT_DIR")
     if typed.plot:
-        check_writable(typed.plot, "--plot")
+        check_target(typed.plot, "--plot")
         _picture().check_picture(typed.plot)
     if typed.output:
-        check_writable(typed.output, "--output")
+        check_target(typed.output, "--output")
     from nanogpt.control import evaluate, table
     from nanogpt.control.judges import check_package
 
@@ -115,7 +114,8 @@ def run_evaluate(typed: argparse.Namespace, overrides: list[str]) -> None:
         print("\n".join(table.heading(record) if part == "real" else table.result(record)), flush=True)
         if typed.output:
             # 每个设置一写完就存：中途停下也不白等
-            write_text(typed.output, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+            with folders_around(typed.output):
+                write_text(typed.output, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
     asked = evaluate.Asked(typed.samples, guidance, baseline=typed.baseline, keep_texts=typed.texts)
     record = evaluate.evaluate(cfg, run_dir, asked, typed.kind, show)
@@ -132,7 +132,7 @@ def run_plot(typed: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise ConfigError("evaluate_own_key", key=overrides[0].partition("=")[0])
     _picture().check_picture(typed.target)
-    check_writable(typed.target, "plot")
+    check_target(typed.target, "plot")
     try:
         record = json.loads(typed.source.read_text(encoding="utf-8"))
         _picture().draw(record, typed.target)
@@ -141,14 +141,12 @@ def run_plot(typed: argparse.Namespace, overrides: list[str]) -> None:
     print(text("evaluate_written", path=typed.target))
 
 
-def check_writable(path: Path, key: str) -> None:
+def check_target(path: Path, key: str) -> None:
     """Say before the work that its result could not be kept."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path)
     except OSError as error:
         raise ConfigError("file_not_writable", key=key, got=path, reason=error.strerror) from None
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError("file_not_writable", key=key, got=path, reason="not a file that may be written")
 
 
 def _picture():

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from nanogpt.files import folders_around
 from nanogpt.messages import ConfigError
 
 SUFFIXES = (".png", ".svg")
@@ -48,7 +49,8 @@ def draw(record: dict, path: Path) -> None:
         figure.legend([named[name] for name in dict.fromkeys(order)], dict.fromkeys(order), loc="outside right upper", frameon=False, fontsize=9)
         # 日期会让每次画出的文件都不同
         metadata = {"Date": None} if path.suffix.lower() == ".svg" else {"Software": None}
-        figure.savefig(path, facecolor="white", metadata=metadata)
+        with folders_around(path):
+            figure.savefig(path, facecolor="white", metadata=metadata)
 
 
 def _hit_rates(ax, record: dict, entries: list[dict]) -> None:
