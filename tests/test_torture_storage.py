@@ -26,8 +26,8 @@ ledger = Ledger("kill", "")
 kill.attack(ledger, kills=2, seed=5, kinds=("fp16, adamw",), changes=150)
 held(ledger, 3)
 ledger = Ledger("damage", "")
-damage.attack(ledger, cases=25, seed=3, whole=False)
-held(ledger, 25)
+damage.attack(ledger, cases=15, seed=3, whole=False)
+held(ledger, 15)
 print("done")
 """
 

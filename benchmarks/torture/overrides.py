@@ -12,6 +12,7 @@ import json
 import os
 import queue
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -58,7 +59,8 @@ atexit.register(lambda: os.environ.get("TORTURE_PROBE") and "torch" in sys.modul
 encoding="utf-8").close())
 """
 # 说明正在做什么的行，不是错误
-NOTES = ("preparing the data set", "fetching ", "not used: ", "[20", "training a vocabulary", "serving")
+NOTES = ("preparing the data set", "fetching ", "not used: ", "[20", "training a vocabulary", "serving", "compiling the fast decoder")
+COUNTED = re.compile(r"[\d,]+ texts: ")
 LIMIT_S = 120
 # 少于这么多个的试跑不改动结果文件
 RECORDED = 500
@@ -106,7 +108,7 @@ def complaint(case: Case, answer: Answer, changed: list[str]) -> str | None:
         return f"{len(errors)} lines: {answer.output[:200]!r}"
     # 扫描里的任务失败时，Hydra 自己还会加一行
     allowed = (*NOTES, "Error executing job with overrides") if case.kind == "sweep" else NOTES
-    if noise := [line for line in lines if line not in errors and not line.startswith(allowed)]:
+    if noise := [line for line in lines if line not in errors and not line.startswith(allowed) and not COUNTED.match(line)]:
         return f"more than the line: {noise[0]!r}"
     if len(errors[0]) > 1500 or not all(c.isprintable() for c in errors[0]):
         return f"no clear line: {errors[0][:200]!r}"
