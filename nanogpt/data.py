@@ -44,8 +44,7 @@ class TokenData:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.meta = read_meta(self.folder)
-        for file, expected in self.meta["sha256"].items():
-            self._verify(self.folder / file, expected)
+        largest = {file: self._verify(self.folder / file, expected) for file, expected in self.meta["sha256"].items()}
         self.name: str = self.meta["name"]
         self.tokenizer = tokenizers.load(self.folder / "tokenizer.json")
         self.vocab_size = self.tokenizer.vocab_size
@@ -56,32 +55,41 @@ class TokenData:
             for split, count in self.meta["tokens"].items()
         }
         self._epoch: tuple[int, int, np.ndarray] | None = None
-        self._check_ids()
+        self._check_ids({split: largest[f"{split}.bin"] for split in SPLITS})
 
-    def _check_ids(self) -> None:
+    def _check_ids(self, largest: dict[str, int]) -> None:
         """Refuse ids beyond the vocabulary: they would read past the embedding."""
         if self.meta.get("vocab_size") != self.vocab_size:
             raise ConfigError("damaged_dataset", path=self.folder / "tokenizer.json", reason="vocab_size", folder=self.folder)
-        for split, ids in self.tokens.items():
-            # 分块看：大文件不进内存
-            largest = max((int(ids[at : at + 2**24].max()) for at in range(0, len(ids), 2**24)), default=0)
-            if largest >= self.vocab_size:
-                raise ConfigError("damaged_dataset", path=self.folder / f"{split}.bin", reason=f"id {largest}", folder=self.folder)
+        for split, id_ in largest.items():
+            if id_ >= self.vocab_size:
+                raise ConfigError("damaged_dataset", path=self.folder / f"{split}.bin", reason=f"id {id_}", folder=self.folder)
 
-    def _verify(self, path: Path, expected: str) -> None:
+    def _verify(self, path: Path, expected: str) -> int:
+        """Refuse a file that is not what meta.json says; returns the largest id in a file of tokens."""
+        dtype, largest = np.dtype(self.meta["dtype"]), [0]
         if not path.is_file():
             raise ConfigError("damaged_dataset", path=path, reason="missing", folder=self.folder)
         # 先看大小：几十 GB 的文件不必读完才知道不对
-        if path.stem in SPLITS and path.suffix == ".bin":
-            wanted = self.meta["tokens"][path.stem] * np.dtype(self.meta["dtype"]).itemsize
+        tokens = path.name in [f"{split}.bin" for split in SPLITS]
+        if tokens:
+            wanted = self.meta["tokens"][path.stem] * dtype.itemsize
             if path.stat().st_size != wanted:
                 raise ConfigError("damaged_dataset", path=path, reason=f"{path.stat().st_size} bytes, not {wanted}", folder=self.folder)
+
+        def look(piece: bytes) -> None:
+            # 几十 GB 只读一遍：边算摘要边看 id
+            if tokens:
+                largest.append(int(np.frombuffer(piece, dtype).max()))
+
         try:
-            reason = "SHA-256 differs" if sha256(path) != expected else ""
-        except OSError as error:
+            reason = "SHA-256 differs" if sha256(path, look) != expected else ""
+        except (OSError, ValueError) as error:
+            # 坏扇区读不出来；正被截短的，末尾不是整个的 id
             reason = reason_of(error)
         if reason:
             raise ConfigError("damaged_dataset", path=path, reason=reason, folder=self.folder)
+        return max(largest)
 
     @property
     def fingerprint(self) -> str:
