@@ -41,7 +41,7 @@ def test_kills_and_damage_lose_nothing(tmp_path):
 def test_a_ledger_tells_what_was_broken(capsys):
     ledger = torture("ledger").Ledger("x", "All is well.")
     ledger.count("kind", "kept")
-    assert ledger.finish(save=False) == 0
+    assert ledger.finish() == 0
     ledger.breach("kind", "two\nlines")
-    assert ledger.finish(save=False) == 1 and ledger.record()["broken"] == ["kind: two lines"] and ledger.cases == 2
+    assert ledger.finish() == 1 and ledger.record()["broken"] == ["kind: two lines"] and ledger.cases == 2
     assert "x: 2 cases, 1 broken promises" in capsys.readouterr().out

@@ -5,14 +5,11 @@ python benchmarks/torture/memory.py --cases 60 --seed 0
 Gradients and losses of what was repeated are compared with those of what never failed, in float64 and float32.
 """
 
-import argparse
 import asyncio
 import contextlib
 import os
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -20,7 +17,7 @@ from random import Random
 import torch
 from ledger import ROOT, Ledger
 from memory_errors import memory_errors, other_errors
-from tiny_runs import SHAPE, Lab, checkpoint_fault, difference, snapshot, start_again
+from tiny_runs import SHAPE, Lab, checkpoint_fault, difference, main, snapshot, start_again
 
 from nanogpt import checkpoint, distributed, generate
 from nanogpt.messages import ConfigError
@@ -506,18 +503,5 @@ def whole_runs(ledger: Ledger, lab: Lab, random: Random, cases: int, known: list
         written(ledger, model.model.eval(), model.data.tokenizer, random, random.choice(known)[1])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=300, help="failures of each kind that can be repeated; the others in proportion")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    ledger, started = Ledger("memory", PROMISE), time.monotonic()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        attack(ledger, folder=Path(folder), cases=arguments.cases, seed=arguments.seed)
-        commands(ledger, Lab(Path(folder) / "commands"))
-    ledger.figures["seconds"] = round(time.monotonic() - started)
-    return ledger.finish()
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Ledger("memory", PROMISE), __doc__, attack, commands, cases=300, of="failures of each kind that can be repeated"))

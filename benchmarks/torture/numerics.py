@@ -5,15 +5,12 @@ python benchmarks/torture/numerics.py --cases 60 --seed 0
 Each case is drawn from the seed and compared to the bit with a training that never saw the bad step.
 """
 
-import argparse
 import contextlib
 import json
 import math
 import os
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +18,7 @@ from random import Random
 
 import torch
 from ledger import ROOT, Ledger
-from tiny_runs import SHAPE, Lab, checkpoint_fault, counters, difference, snapshot, start_again
+from tiny_runs import SHAPE, Lab, checkpoint_fault, counters, difference, main, snapshot, start_again
 
 from nanogpt import checkpoint, keeping
 from nanogpt import trainer as trainers
@@ -464,18 +461,5 @@ def whole_runs(ledger: Ledger, lab: Lab, random: Random, cases: int, variants: l
         diverging(ledger, trained, random, iters=iters)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=60, help="transient faults per variant; the other kinds in proportion")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    ledger, started = Ledger("numerics", PROMISE), time.monotonic()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        attack(ledger, folder=Path(folder), cases=arguments.cases, seed=arguments.seed)
-        commands(ledger, Lab(Path(folder) / "commands"))
-    ledger.figures["seconds"] = round(time.monotonic() - started)
-    return ledger.finish()
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Ledger("numerics", PROMISE), __doc__, attack, commands, cases=60, of="transient faults per variant"))

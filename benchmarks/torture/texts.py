@@ -44,8 +44,6 @@ OPTIONS = {
 }
 # 大文件要读三四遍；比这久就算停不下来
 LIMIT_S = 3600
-# 少于这么多个的试跑不改动结果文件
-RECORDED = 200
 
 
 @dataclass
@@ -457,7 +455,7 @@ def main() -> int:
         changing(ledger, typed.changes, random.Random(typed.seed))
         unreadable(ledger)
         waiting.result()
-    return ledger.finish(save=ledger.cases >= RECORDED)
+    return ledger.finish()
 
 
 if __name__ == "__main__":

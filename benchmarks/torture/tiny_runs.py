@@ -1,19 +1,22 @@
 """Trainings of a second on a tiny model, in this process, for the attacks on numbers and memory."""
 
+import argparse
 import contextlib
 import copy
 import functools
 import io
 import math
 import os
-from collections.abc import Iterator
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
-from ledger import ROOT
+from ledger import ROOT, Ledger
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
@@ -186,3 +189,19 @@ def checkpoint_fault(run_dir: Path) -> str | None:
     if evaluated and best.val_loss != min(evaluated):
         return f"best is {best.name} with {best.val_loss}, the lowest is {min(evaluated)}"
     return None
+
+
+# ---- 主程序 ----
+
+
+def main(ledger: Ledger, documentation: str, attack: Callable, commands: Callable, *, cases: int, of: str) -> int:
+    """The command line of an attack: `attack` in this process, then `commands` in processes of their own."""
+    parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=cases, help=f"{of}; the other kinds in proportion")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments, started = parser.parse_args(), time.monotonic()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        attack(ledger, folder=Path(folder), cases=arguments.cases, seed=arguments.seed)
+        commands(ledger, Lab(Path(folder) / "commands"))
+    ledger.figures["seconds"] = round(time.monotonic() - started)
+    return ledger.finish()
