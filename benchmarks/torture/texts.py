@@ -292,7 +292,8 @@ def large(ledger: Ledger, gib: float, ask: Callable[..., Answer]) -> None:
         answer = judged(ledger, case, _undecoded(ask), train=False)
         if answer:
             peak, slowest = max(peak, answer.peak_gib), max(slowest, answer.seconds)
-            print(f"{what}: {answer.seconds:.0f} s, {answer.peak_gib:.2f} GiB, exit code {answer.code}", flush=True)
+            # 小的同时在另一个线程里，sys.stdout 正被它接管
+            print(f"{what}: {answer.seconds:.0f} s, {answer.peak_gib:.2f} GiB, exit code {answer.code}", file=sys.__stdout__, flush=True)
     ledger.figures |= {"large files, GiB": gib, "large files, peak RSS in GiB": round(peak, 2), "large files, slowest in s": round(slowest)}
 
 
