@@ -1,6 +1,10 @@
 """A sweep in which nothing was made leaves no folder; whatever was there before, or came to lie there, stays."""
 
+import re
+from pathlib import Path
+
 import pytest
+from hydra.core.utils import setup_globals
 from omegaconf import OmegaConf
 from test_writing import sample
 from typed import typed
@@ -38,10 +42,48 @@ def test_a_sweep_over_samplers_writes_text_and_no_folder_and_one_that_made_somet
     assert done.stdout.count("the") >= 2 and sorted(p for p in own_run.rglob("*") if p.name != "lock") == [p for p in before if p.name != "lock"]
     sample(own_run, "-m", "sampler=greedy,nope", "start=the", "max_new_tokens=4", "fast=false", "hydra.sweep.dir=mine", expect=2)
     assert not (own_run / "mine").exists()
-    made = SweepFolder()
-    made.on_multirun_start(OmegaConf.create({"hydra": {"sweep": {"dir": "mine"}}}))
+    SweepFolder().on_multirun_start(sweep_config("mine"))
     (own_run / "mine" / "0").mkdir(parents=True)
     (own_run / "mine" / "multirun.yaml").touch()
     (own_run / "mine" / "0" / "log.txt").touch()
     tidy_latest()
     assert len(list((own_run / "mine").rglob("*"))) == 3
+
+
+def sweep_config(folder):
+    """What Hydra hands to a callback, as far as it is looked at; read-only as there."""
+    made = OmegaConf.create({"hydra": {"sweep": {"dir": folder}, "overrides": {"hydra": []}}})
+    OmegaConf.set_readonly(made, True)
+    return made
+
+
+@pytest.fixture
+def always_now():
+    """A clock that stands still."""
+    setup_globals()
+    OmegaConf.register_new_resolver("now", lambda pattern: "now", replace=True)
+    yield
+    setup_globals()
+
+
+def test_two_sweeps_of_the_same_second_get_a_folder_each(in_tmp, always_now):
+    first, second, third = (sweep_config("outputs/sweeps/${now:%H}") for _ in range(3))
+    for config in (first, second, third):
+        SweepFolder().on_multirun_start(config)
+    assert [Path(config.hydra.sweep.dir).name for config in (first, second, third)] == ["now", "now-2", "now-3"]
+    assert second.hydra.overrides.hydra == ["hydra.sweep.dir='outputs/sweeps/now-2'"]
+    mine = sweep_config("outputs/sweeps/now")
+    SweepFolder().on_multirun_start(mine)
+    assert mine.hydra.sweep.dir == "outputs/sweeps/now" and not mine.hydra.overrides.hydra
+    tidy_latest()
+    assert sorted(path.name for path in Path("outputs/sweeps").iterdir()) == ["now", "now-2", "now-3"]
+
+
+def test_the_jobs_of_a_sweep_go_to_the_folder_that_was_free(in_tmp):
+    # Hydra 自己的 now 随时会变：占住接下来的每一秒
+    for second in range(60):
+        Path(f"taken-{second:02}").mkdir()
+    sweep = ["-m", "experiment=fit", "hydra.sweep.dir='taken-${now:%S}'", "dataset=text_file", "dataset.path=nope.txt", "batch_size=0,-1"]
+    typed("run_train.py", in_tmp, *sweep, expect=1)
+    found = sorted(path.relative_to(in_tmp).as_posix() for path in in_tmp.rglob("trial.json"))
+    assert len(found) == 2 and all(re.fullmatch(rf"taken-\d\d-2/{n}/trial.json", name) for n, name in enumerate(found))
