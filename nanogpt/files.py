@@ -61,6 +61,8 @@ def folders_around(path: Path) -> Iterator[None]:
 
 def check_writable(path: Path) -> None:
     """OSError where nothing could be written to `path`; what was there stays, what was not is not made."""
+    # 断了的链接：试写的是它所指的，删的也不能是链接
+    path = path.resolve()
     existed = path.exists()
     with folders_around(path):
         path.open("ab").close()

@@ -267,6 +267,10 @@ def test_folders_that_were_made_for_nothing_are_taken_away(in_tmp):
     with files.folders_around(Path("new/y.txt")):
         Path("new/y.txt").touch()
     assert Path("new/y.txt").is_file() and Path("there/x.txt").read_text(encoding="utf-8") == "kept"
+    if os.name != "nt":
+        Path("link").symlink_to("there/y.txt")
+        files.check_writable(Path("link"))
+        assert Path("link").is_symlink() and not Path("there/y.txt").exists()
     with pytest.raises(ConfigError, match="not a folder"):
         rundir.choose(make_config("out_dir=nope/../there/x.txt"))
 
