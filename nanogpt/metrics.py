@@ -8,35 +8,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from nanogpt.cards import known_card
 from nanogpt.ram import GIB
-
-# 参考卡 RTX 3060：任何机器上都可与它比较
-RTX3060_TFLOPS = {"fp32": 12.7, "half": 25.5}
-
-# 稠密峰值 TFLOP/s：fp32、fp16/bf16（fp32 累加，不计稀疏），取自厂商白皮书
-KNOWN_CARDS = {
-    "RTX 3060 Laptop": (10.9, 21.9),
-    "RTX 3060": (12.7, 25.5),
-    "RTX 3070": (20.3, 40.6),
-    "RTX 3080": (29.8, 59.5),
-    "RTX 3090": (35.6, 71.2),
-    "RTX 4060": (15.1, 60.4),
-    "RTX 4070": (29.1, 116.6),
-    "RTX 4080": (48.7, 194.9),
-    "RTX 4090": (82.6, 165.2),
-    "A100": (19.5, 312.0),
-    "H100": (66.9, 989.4),
-    "H200": (66.9, 989.4),
-}
-
-
-def known_card(name: str) -> tuple[str, float, float] | None:
-    """(card, fp32, half) of the longest known name inside a device name."""
-    # 最长匹配：“3060 Laptop” 先于 “3060”；带 Ti、SUPER 的型号不同，不能套用
-    for card in sorted(KNOWN_CARDS, key=len, reverse=True):
-        if card in name and not any(word in name.replace(card, "") for word in ("Ti", "SUPER", "Super")):
-            return card, *KNOWN_CARDS[card]
-    return None
 
 
 @functools.cache
@@ -65,7 +38,7 @@ def peak_tflops(hardware, device: torch.device, precision) -> tuple[str, float]:
     if device.type == "cuda":
         card = known_card(torch.cuda.get_device_name(device))
         if card:
-            return card[0], card[2] if precision.half else card[1]
+            return card.name, card.half if precision.half else card.fp32
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     dtype = precision.dtype if precision.half else torch.float32
     return f"{name}, matmul", measured_peak(device, dtype)

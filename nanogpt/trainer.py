@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from nanogpt import checkpoint, distributed, evaluation, keeping
+from nanogpt.cards import REFERENCE
 from nanogpt.compilation import compile_hidden
 from nanogpt.config import TrainConfig, schedule_of
 from nanogpt.console import Console
@@ -18,7 +19,7 @@ from nanogpt.health import Health
 from nanogpt.keeping import Progress
 from nanogpt.loggers import Loggers
 from nanogpt.messages import ConfigError
-from nanogpt.metrics import RTX3060_TFLOPS, Stopwatch, memory_gib, peak_tflops
+from nanogpt.metrics import Stopwatch, memory_gib, peak_tflops
 from nanogpt.oom import OutOfMemory, is_out_of_memory, not_divisible, release
 from nanogpt.optimizers import learning_rate_at
 from nanogpt.precision import settle_scale
@@ -312,7 +313,7 @@ class Trainer:
         """Speed, utilisation and memory of `tokens` trained in `seconds`."""
         speed = tokens / seconds if seconds else 0.0
         flops = speed * self.model.flops_per_token() / distributed.world()
-        reference = RTX3060_TFLOPS["half" if self.precision.half else "fp32"]
+        reference = REFERENCE.half if self.precision.half else REFERENCE.fp32
         memory = {f"memory/{name}_gib": value for name, value in memory_gib(self.device).items()}
         return {"tokens_per_s": speed, "mfu": flops / self.peak / 1e12, "mfu_rtx3060": flops / reference / 1e12, **memory}
 

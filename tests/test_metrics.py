@@ -7,7 +7,8 @@ import torch
 from conftest import make_config
 
 from nanogpt.build import preset
-from nanogpt.metrics import Stopwatch, known_card, memory_gib, peak_tflops
+from nanogpt.cards import known_card
+from nanogpt.metrics import Stopwatch, memory_gib, peak_tflops
 from nanogpt.oom import is_out_of_memory
 from nanogpt.precision import Precision
 

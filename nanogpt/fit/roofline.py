@@ -4,16 +4,12 @@ import functools
 from collections import Counter
 from dataclasses import dataclass
 
+from nanogpt.cards import REFERENCE, known_card
 from nanogpt.config import HardwareConfig
 from nanogpt.fit.budget import Budget
 from nanogpt.fit.trace import Trace
-from nanogpt.metrics import RTX3060_TFLOPS, known_card, measured_peak
+from nanogpt.metrics import measured_peak
 
-# 10^9 字节/s，厂商规格
-KNOWN_BANDWIDTH = {
-    "RTX 3060 Laptop": 336, "RTX 3060": 360, "RTX 3070": 448, "RTX 3080": 760, "RTX 3090": 936, "RTX 4060": 272, "RTX 4070": 504,
-    "RTX 4080": 717, "RTX 4090": 1008, "A100": 1555, "H100": 3350, "H200": 4800,
-}
 PCIE_GB_PER_S = 12.0
 """Pinned copies over PCIe 4.0 x16 of a desktop, each way."""
 # 假设的达成率：大矩阵乘与逐元素 kernel 在消费级卡上的常见水平
@@ -65,12 +61,12 @@ def _measure(budget: Budget) -> tuple[float, float, float, str]:
     import torch
 
     if budget.device_type == "cuda" and not budget.present:
-        return RTX3060_TFLOPS["fp32"], RTX3060_TFLOPS["half"], 360.0, "RTX 3060"
+        return REFERENCE.fp32, REFERENCE.half, REFERENCE.bandwidth, REFERENCE.name
     device = torch.device(budget.device_type)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         if card := known_card(name):
-            return card[1], card[2], KNOWN_BANDWIDTH[card[0]], card[0]
+            return card.fp32, card.half, card.bandwidth, card.name
         return measured_peak(device, torch.float32), measured_peak(device, torch.float16), copy_bandwidth(device), f"{name}, measured"
     peak = measured_peak(device, torch.float32)
     # CPU 的 16 位只是取整，乘法仍用 fp32
