@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nanogpt import tokenizer as tokenizers
 from nanogpt.bpe import check_vocab_size, train_bpe
 from nanogpt.config import ROOT
-from nanogpt.files import folder_aside, folders_around, remove_leftovers, sha256
+from nanogpt.files import folder_aside, folders_around, refuse_file, remove_leftovers, sha256
 from nanogpt.lock import only_one, remove_stale
 from nanogpt.messages import ConfigError, say
 from nanogpt.mistakes import forgive_output, one_line_each
@@ -177,6 +177,7 @@ def prepare(name: str, directory: str | None, options: dict) -> Path:
         remove_stale(lock)
         return folder
     try:
+        refuse_file(folder)
         # 同时启动的两次训练只准备一次：另一个等着，等到了就有
         with folders_around(folder), only_one(lock, waiting=lambda: say("preparing_elsewhere", name=name)):
             if not (folder / "meta.json").is_file():

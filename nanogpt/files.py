@@ -1,6 +1,7 @@
 """Writing files so that a crash leaves the old or the new content, never half of it."""
 
 import contextlib
+import errno
 import glob
 import hashlib
 import os
@@ -44,6 +45,13 @@ def write_text(path: Path, content: str) -> None:
         aside.unlink(missing_ok=True)
 
 
+def refuse_file(folder: Path) -> None:
+    """OSError where something that is no folder, a link to nowhere included, has the name that a folder is to get."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        # 换上新文件夹时，它会被当成旧的那一份删掉
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+
+
 @contextlib.contextmanager
 def folders_around(path: Path) -> Iterator[None]:
     """Make the folders around `path`; those of them that are empty at the end are taken away again."""
@@ -72,7 +80,8 @@ def check_writable(path: Path) -> None:
 
 @contextlib.contextmanager
 def folder_aside(final: Path) -> Iterator[Path]:
-    """Yield a temporary sibling folder; on success it becomes `final`, on failure it is removed."""
+    """Yield a temporary sibling folder; on success it becomes `final`, on failure it is removed. OSError where `final` is a file."""
+    refuse_file(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     aside = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
     aside.mkdir()

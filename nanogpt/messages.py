@@ -375,8 +375,8 @@ MESSAGES = {
         "model.block_size={got} 放下标签后几乎没有余地；请用 model.block_size>={want}",
     ),
     "no_documents": (
-        "{path} has no documents for {split}; give more texts or a larger part for it",
-        "{path} 里没有{split}用的文章；请多给文本，或调大它的份额",
+        "{path} has no documents for {split}; give more texts or another dataset.val_fraction",
+        "{path} 里没有 {split} 用的文章；请多给文本，或改 dataset.val_fraction",
     ),
     "documents_need_end": (
         "dataset: documents need a vocabulary with an end of text, this one ({kind}) has none; choose dataset.tokenizer=char, byte, gpt2 or bpe, "

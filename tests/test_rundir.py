@@ -275,6 +275,17 @@ def test_folders_that_were_made_for_nothing_are_taken_away(in_tmp):
         rundir.choose(make_config("out_dir=nope/../there/x.txt"))
 
 
+def test_a_file_where_a_data_set_should_go_is_refused_and_kept(in_tmp):
+    Path("a.txt").write_text("ab" * 500, encoding="utf-8")
+    Path("mine").write_text("kept", encoding="utf-8")
+    options = {"path": "a.txt", "tokenizer": "char", "encoding": "auto", "val_fraction": 0.1, "vocab_size": 300}
+    with pytest.raises(ConfigError, match=r"could not be prepared: mine \(Not a directory\)"):
+        corpus.prepare("text_file", "mine", options)
+    with pytest.raises(NotADirectoryError), files.folder_aside(Path("mine")):
+        raise AssertionError("no work is done first")
+    assert Path("mine").read_text(encoding="utf-8") == "kept" and len(list(in_tmp.iterdir())) == 2
+
+
 @pytest.mark.parametrize("text", ["", None])
 def test_a_data_set_that_is_refused_leaves_no_folder_on_the_way(in_tmp, text):
     if text is not None:

@@ -224,6 +224,8 @@ def paths(random: randomness.Random) -> Iterator[Case]:
     for value in ("a_folder", "a_file/x", "/proc/x", "x" * 300, "new/../a_folder", "new/new/" + "x" * 300):
         yield Case("path", "sample", ("out_dir=run", "start=a", f"output={value}"), "")
         yield Case("path", "train", ("dataset=text_file", "dataset.path=text.txt", f"dataset.dir={value}"))
+    yield Case("path", "train", ("dataset=text_file", "dataset.path=text.txt", "dataset.dir=a_file"), "a_file")
+    yield Case("path", "train", ("dataset=labelled", "dataset.path=labelled.jsonl", "dataset.dir=a_file"), "a_file")
     # 前面的都对，错在后面：不能已经造好了文件夹
     yield Case("path", "sample", ("out_dir=run", "output=new/new/out.jsonl", "prompts=nope.txt"), "nope.txt")
     yield Case("path", "train", ("dataset=text_file", "dataset.path=empty.txt", "dataset.dir=new/new/prepared"), "empty.txt")
