@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import gc
 import importlib
 import json
 import os
@@ -35,6 +36,12 @@ torch.set_num_threads(1)
 os.environ.setdefault("WANDB_MODE", "offline")
 
 TINY = ("model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "model.ngrams=[2]", "model.ngram_buckets=97")
+
+
+def pytest_collection_finish():
+    """Take what is loaded by now out of every garbage collection: torch alone is a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
