@@ -165,7 +165,7 @@ def tiny(corpus_folder) -> list[str]:
     """Overrides of a run that takes a second on a CPU."""
     return [
         *TINY, "dataset=text_file", f"dataset.dir={corpus_folder}", "dataset.path=unused.txt", "logger=none", "device=cpu", "max_iters=6",
-        "batch_size=4", "eval_interval=3", "eval_tokens=null", "log_interval=1", "sample_tokens=8", "warmup_iters=2", "learning_rate=1e-2",
+        "batch_size=4", "eval_batch_size=32", "eval_interval=3", "eval_tokens=null", "log_interval=1", "sample_tokens=8", "warmup_iters=2", "learning_rate=1e-2",
     ]
 
 

@@ -196,7 +196,7 @@ def test_steps_inside_the_backward_pass_say_that_only_some_parameters_were_left(
 
 
 def test_the_last_short_window_of_an_evaluation_is_tried_again(in_tmp, tiny_overrides):
-    trainer = trainer_of(tiny_overrides)
+    trainer = trainer_of(tiny_overrides, "eval_batch_size=4")
     expected, real, failed = trainer.evaluate(), trainer.model.loss, []
 
     def loss(x, y):

@@ -14,10 +14,9 @@ from nanogpt.sweep_folder import SweepFolder, tidy_latest
 REFUSED = ("-m", "dataset=text_file", "dataset.path=nope.txt", "logger=none", "lang=en")
 
 
-@pytest.mark.parametrize("where", [(), ("hydra.sweep.dir=new/deep",)])
-@pytest.mark.parametrize("swept", ["batch_size=0,-1", "dataset.dir=a,b"])
-def test_a_sweep_whose_every_job_is_refused_leaves_nothing(tmp_path, where, swept):
-    done = typed("run_train.py", tmp_path, *REFUSED, *where, swept, expect=2)
+@pytest.mark.parametrize("swept", [["batch_size=0,-1"], ["dataset.dir=a,b", "hydra.sweep.dir=new/deep"]])
+def test_a_sweep_whose_every_job_is_refused_leaves_nothing(tmp_path, swept):
+    done = typed("run_train.py", tmp_path, *REFUSED, *swept, expect=2)
     assert done.stderr.count("error: ") == 2 and not list(tmp_path.iterdir())
 
 
@@ -40,8 +39,6 @@ def test_a_sweep_over_samplers_writes_text_and_no_folder_and_one_that_made_somet
     before = sorted(own_run.rglob("*"))
     done = sample(own_run, "-m", "sampler=greedy,top_k", "start=the", "max_new_tokens=4", "fast=false")
     assert done.stdout.count("the") >= 2 and sorted(p for p in own_run.rglob("*") if p.name != "lock") == [p for p in before if p.name != "lock"]
-    sample(own_run, "-m", "sampler=greedy,nope", "start=the", "max_new_tokens=4", "fast=false", "hydra.sweep.dir=mine", expect=2)
-    assert not (own_run / "mine").exists()
     SweepFolder().on_multirun_start(sweep_config("mine"))
     (own_run / "mine" / "0").mkdir(parents=True)
     (own_run / "mine" / "multirun.yaml").touch()
