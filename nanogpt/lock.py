@@ -21,15 +21,18 @@ class Lock:
     def __init__(self, path: Path):
         self.path = path
         self._file = None
+        self.made = False
+        """Whether take() had to make the file."""
 
     def take(self) -> bool:
         """Try once; False while another process (or another Lock of this one) holds it. OSError where no file can be made."""
+        missing = not self.path.exists()
         # 不用缓冲：磁盘满时，攒着的字节会让关闭文件也失败；不跟随链接：陌生人的目录、公用的 /tmp 里，它可以指向你的文件
         file = open(self.path, "a+b", buffering=0, opener=lambda path, flags: os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666))
         if not _try(file) or not self._is(file):
             file.close()
             return False
-        self._file = file
+        self._file, self.made = file, missing
         with contextlib.suppress(OSError):
             # 只为给人看；磁盘满时写不进，锁照样有效
             file.truncate(0)

@@ -107,7 +107,7 @@ def claim(path: Path, *, overwrite: bool) -> Lock:
             refuse_contents(path, overwrite=overwrite)
             _empty(path)
         except BaseException:
-            lock.release()
+            lock.release(remove=lock.made)
             raise
         return lock
     except OSError as error:

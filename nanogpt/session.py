@@ -89,7 +89,7 @@ class Session:
             return cls._going_on(typed, overrides, run_dir, record, lock)
         except BaseException:
             if lock:
-                lock.release()
+                lock.release(remove=lock.made)
             raise
 
     @classmethod

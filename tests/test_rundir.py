@@ -130,6 +130,17 @@ def test_a_damaged_record_is_named_with_the_remedy_that_works(own_run, content):
     held.lock.release()
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_refused_resume_leaves_no_lock_that_was_not_there(own_run, there):
+    lock = own_run / "outputs/run/lock"
+    lock.unlink(missing_ok=True)
+    if there:
+        lock.touch()
+    with pytest.raises(ConfigError, match="checkpoint=nope"):
+        resume("outputs/run", "checkpoint=nope")
+    assert lock.exists() == there
+
+
 def test_latest_that_says_nothing_useful_is_one_line(in_tmp):
     Path("outputs").mkdir()
     for content in (b"", b"\0" * 40, b"\xff\xfe", b"nowhere\n"):
