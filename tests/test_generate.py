@@ -9,7 +9,8 @@ from nanogpt.generate import UNIFORMS, Decoder
 from nanogpt.sampling import sampler
 
 GREEDY = sampler(temperature=0.0)
-RECIPES = {"rope": {}, "learned": {"position": "learned"}, "gpt2": GPT2_RECIPE, "ngrams": {"ngrams": [2, 3], "ngram_buckets": 99}}
+# gpt2 的位置是学来的，rope 的是算出来的
+RECIPES = {"rope": {}, "gpt2": GPT2_RECIPE, "ngrams": {"ngrams": [2, 3], "ngram_buckets": 99}}
 
 
 def prompts(*lengths, vocab=11):
