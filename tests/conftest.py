@@ -42,6 +42,8 @@ def pytest_collection_finish():
     """Take what is loaded by now out of every garbage collection: torch alone is a million objects."""
     gc.collect()
     gc.freeze()
+    # 张量靠引用计数释放；成环的垃圾攒多一些再收
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(autouse=True)
