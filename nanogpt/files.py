@@ -4,6 +4,7 @@ import contextlib
 import errno
 import glob
 import hashlib
+import itertools
 import os
 import shutil
 import uuid
@@ -43,6 +44,13 @@ def write_text(path: Path, content: str) -> None:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """The path, then path-2, path-3 …: names for what starts in the same second."""
+    yield path
+    for n in itertools.count(2):
+        yield path.with_name(f"{path.name}-{n}")
 
 
 def refuse_file(folder: Path) -> None:

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.config import ROOT, TrainConfig, untrusted_targets
-from nanogpt.files import folders_around, remove_leftovers
+from nanogpt.files import folders_around, numbered, remove_leftovers
 from nanogpt.lock import Lock
 from nanogpt.messages import ConfigError, text
 from nanogpt.saved_config import read_saved
@@ -54,7 +54,7 @@ def choose(cfg: TrainConfig) -> Path:
         model = re.sub(r"\W+", "-", Path(cfg.init_from).stem).strip("-") if cfg.init_from else cfg.model.name
         stem = OUTPUTS / f"{cfg.dataset['name']}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
         # 同一秒启动两次训练时加序号
-        return next(p for p in [stem, *(Path(f"{stem}-{n}") for n in range(2, 1000))] if not p.exists())
+        return next(p for p in numbered(stem) if not p.exists())
     path = Path(cfg.out_dir)
     if ".." in path.parts:
         # 不解析就会先造出 nope/../x 里的 nope

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from nanogpt.files import numbered
+
 # Hydra 为每次扫描写下的，只有它自己的配置
 OWN = "multirun.yaml"
 KEY = "hydra.sweep.dir"
@@ -39,7 +41,7 @@ class SweepFolder(Callback):
     def _choose(self, config: DictConfig) -> None:
         """Make the folder, under another name where a sweep that started in the same second has made it."""
         named = self.folder
-        for self.folder in (named, *(named.with_name(f"{named.name}-{n}") for n in range(2, 1000))):
+        for self.folder in numbered(named):
             with contextlib.suppress(FileExistsError):
                 self.folder.mkdir(parents=True)
                 break

@@ -82,7 +82,7 @@ def listing(*folders: Path) -> dict[str, tuple]:
             stat = path.lstat()
             # 文件夹的时间不算：锁来过又走了，也会改它；多了少了什么，名字上看得出
             found[str(path)] = (stat.st_mode, *((stat.st_size, stat.st_mtime_ns) if path.is_file() else ()))
-    # lock 是空文件，锁本身在系统里；留着它不碍事
+    # 锁本身在系统里；lock 文件里只有进程号，早就在那里的会被改写
     return {name: state for name, state in found.items() if "__pycache__" not in name and Path(name).name != "lock"}
 
 
