@@ -22,7 +22,8 @@ def accelerate(model, precision: str, *, fast: bool = True):
     name = default_format(model.device) if precision == "auto" else precision
     if model.device.type == "cuda" and name != "fp32":
         # 写作受读权重的带宽限制：半精度存放，字节减半，速度约翻倍
-        model.to(HALF[default_format(model.device)] if name == "int8" else HALF[name])
+        # 没有张量核心的老卡训练用 fp32，量化之后的其余权重仍用 fp16 存放
+        model.to(HALF.get(default_format(model.device), torch.float16) if name == "int8" else HALF[name])
     if name == "int8":
         quantize_model(model)
     if fast and model.device.type == "cpu":

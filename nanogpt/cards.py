@@ -1,42 +1,52 @@
-"""Peaks of graphics cards as their makers state them, for MFU and for the forecast of speed. Needs no torch."""
+"""Graphics cards known by name: the options of conf/hardware that name a device. Needs no torch."""
 
-from typing import NamedTuple
+import functools
 
+import yaml
 
-class Card(NamedTuple):
-    """One model of card."""
+from nanogpt.config import ROOT, HardwareConfig
 
-    name: str
-    fp32: float
-    """Dense peak, TFLOP/s."""
-    half: float
-    """Dense peak of fp16 and bf16 that add in fp32, TFLOP/s, no sparsity."""
-    bandwidth: float
-    """Of its memory, GB/s (10^9 bytes)."""
+REFERENCE = "rtx3060_12gb"
+"""The card that any machine is compared with."""
 
 
-CARDS = (
-    Card("RTX 3060 Laptop", 10.9, 21.9, 336),
-    Card("RTX 3060", 12.7, 25.5, 360),
-    Card("RTX 3070", 20.3, 40.6, 448),
-    Card("RTX 3080", 29.8, 59.5, 760),
-    Card("RTX 3090", 35.6, 71.2, 936),
-    Card("RTX 4060", 15.1, 60.4, 272),
-    Card("RTX 4070", 29.1, 116.6, 504),
-    Card("RTX 4080", 48.7, 194.9, 717),
-    Card("RTX 4090", 82.6, 165.2, 1008),
-    Card("A100", 19.5, 312.0, 1555),
-    Card("H100", 66.9, 989.4, 3350),
-    Card("H200", 66.9, 989.4, 4800),
-)
-# 参考卡：任何机器上都可与它比较
-REFERENCE = next(card for card in CARDS if card.name == "RTX 3060")
+@functools.cache
+def cards() -> dict[str, HardwareConfig]:
+    """The options of hardware= that are a card, the largest memory first."""
+    # 一张卡只在 conf/hardware 里写一次：加一个 yaml，自动识别、计划与 MFU 就都认识它
+    files = sorted((ROOT / "conf" / "hardware").glob("*.yaml"))
+    nodes = [HardwareConfig(**(yaml.safe_load(path.read_text(encoding="utf-8")) or {})) for path in files]
+    found = sorted((node for node in nodes if node.device_names), key=lambda node: -node.vram_gib)
+    return {node.name: node for node in found}
 
 
-def known_card(device_name: str) -> Card | None:
-    """The card with the longest name inside a device's name."""
-    # 最长匹配：“3060 Laptop” 先于 “3060”；带 Ti、SUPER 的型号不同，不能套用
-    for card in sorted(CARDS, key=lambda card: len(card.name), reverse=True):
-        if card.name in device_name and not any(word in device_name.replace(card.name, "") for word in ("Ti", "SUPER", "Super")):
-            return card
-    return None
+def reference() -> HardwareConfig:
+    """The reference card."""
+    return cards()[REFERENCE]
+
+
+def known_card(device_name: str, memory_gib: float) -> HardwareConfig | None:
+    """The card that a driver calls `device_name`; of several with this name the one nearest in memory.
+
+    Laptop, Ti and SUPER variants are other cards with other names: unless listed they are unknown, and measured.
+    """
+    named = [card for card in cards().values() if device_name.casefold() in map(str.casefold, card.device_names)]
+    return min(named, key=lambda card: abs(card.vram_gib - memory_gib), default=None)
+
+
+def present_card(device) -> HardwareConfig | None:
+    """The known card that a CUDA device is."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
+    return known_card(properties.name, properties.total_memory / 2**30)
+
+
+def peak_tflops_of(card: HardwareConfig, *, half: bool, tf32: bool) -> float | None:
+    """Dense peak of a card in the number format that products run in."""
+    if half:
+        return card.peak_tflops_half
+    # Ampere 以后的 TF32 恰是 16 位峰值的一半；消费级卡上与 fp32 几乎相同，A100 上是它的八倍
+    if tf32 and card.dtype == "bf16" and card.peak_tflops_half:
+        return max(card.peak_tflops_half / 2, card.peak_tflops_fp32 or 0.0)
+    return card.peak_tflops_fp32

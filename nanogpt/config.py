@@ -121,6 +121,10 @@ class HardwareConfig:
     """The machine that figures refer to; None is read or measured."""
 
     name: str = "auto"
+    device_names: list[str] = field(default_factory=list)
+    """What the driver calls this card, so that hardware=auto knows it; several cards may share a name and differ in memory."""
+    dtype: str | None = None
+    """bf16 | fp16 | fp32: what precision=auto takes on this card; None asks the card."""
     peak_tflops_fp32: float | None = None
     """Dense float32 peak, TFLOP/s."""
     peak_tflops_half: float | None = None
@@ -226,6 +230,7 @@ CHOICES = {
     "model.activation": ("relu2", "gelu", "gelu_tanh"),
     "model.init": ("modern", "gpt2"),
     "precision.dtype": ("auto", "fp32", "fp16", "bf16"),
+    "hardware.dtype": ("bf16", "fp16", "fp32", "null"),
     "memory.activation_checkpointing": ("none", "every_block", "selective", "budget"),
     "memory.weights": ("fp32", "bf16"),
     "memory.bf16_rounding": ("stochastic", "kahan"),
@@ -300,7 +305,8 @@ def lookup(cfg: Any, key: str) -> Any:
 def check_choices(cfg: Any, choices: dict[str, tuple[str, ...]]) -> None:
     """Refuse a word that is not one of the allowed ones."""
     for key, allowed in choices.items():
-        got = str(lookup(cfg, key))
+        value = lookup(cfg, key)
+        got = "null" if value is None else str(value)
         # compile=true 会被 YAML 读成布尔，再变成 "True"
         if got.lower() not in allowed:
             raise ConfigError("not_a_choice", key=key, got=got, allowed=" | ".join(allowed))

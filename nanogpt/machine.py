@@ -9,8 +9,11 @@ import torch
 from nanogpt import distributed
 from nanogpt.config import HardwareConfig
 from nanogpt.fit.budget import allocator_cap
-from nanogpt.messages import ConfigError
+from nanogpt.messages import ConfigError, say
+from nanogpt.ram import GIB
 
+WINDOWS_MARGIN = 2**28
+"""VRAM that stays free on Windows, where memory beyond the card is paged instead of refused."""
 # glibc mallopt 的参数号（malloc.h）
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
@@ -46,10 +49,22 @@ def set_up(device: torch.device, *, deterministic: bool, hardware: HardwareConfi
         torch.use_deterministic_algorithms(True, warn_only=True)
         # 默认还会把每块新内存填满，只为查错，白费带宽
         torch.utils.deterministic.fill_uninitialized_memory = False
+    cap_allocator(device, hardware)
+
+
+def cap_allocator(device: torch.device, hardware: HardwareConfig) -> None:
+    """Make the stated VRAM budget real; on Windows, where the driver pages into RAM instead of failing, also what is free."""
+    free, total = torch.cuda.mem_get_info(device)
     # 与预测用同一个数：计划说放得下的，这里就真的给这么多
     if (cap := allocator_cap(hardware)) is not None:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device)
+        if total < (hardware.vram_gib - 0.05) * GIB:
+            say("card_is_smaller", vram=hardware.vram_gib, total=total / GIB)
+            cap -= int(hardware.vram_gib * GIB) - total
+    elif sys.platform == "win32":
+        cap = free - WINDOWS_MARGIN
+    else:
+        return
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, cap / total)), device)
 
 
 def keep_freed_memory() -> None:

@@ -258,6 +258,10 @@ MESSAGES = {
         "precision.dtype=bf16: {device} has no bf16; use precision=fp16",
         "precision.dtype=bf16：{device} 不支持 bf16；请用 precision=fp16",
     ),
+    "card_is_smaller": (
+        "hardware.vram_gib={vram}: this card has {total:.2f} GiB; the budget is that much less",
+        "hardware.vram_gib={vram}：这张卡只有 {total:.2f} GiB，预算按差额减少",
+    ),
     "world_batch": (
         "batch_size={batch} x gradient_accumulation_steps={accum} cannot be shared by {world} processes; make one of them a multiple of {world}",
         "batch_size={batch} × gradient_accumulation_steps={accum} 无法分给 {world} 个进程；请让其中一个是 {world} 的倍数",

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from nanogpt.cards import known_card
+from nanogpt.cards import peak_tflops_of, present_card
 from nanogpt.ram import GIB
 
 
@@ -32,13 +32,11 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 def peak_tflops(hardware, device: torch.device, precision) -> tuple[str, float]:
     """(where the figure comes from, TFLOP/s) for this device and number format."""
-    stated = hardware.peak_tflops_half if precision.half else hardware.peak_tflops_fp32
-    if stated:
+    half, tf32 = precision.half, precision.tf32
+    if stated := peak_tflops_of(hardware, half=half, tf32=tf32):
         return f"hardware={hardware.name}", stated
-    if device.type == "cuda":
-        card = known_card(torch.cuda.get_device_name(device))
-        if card:
-            return card.name, card.half if precision.half else card.fp32
+    if device.type == "cuda" and (card := present_card(device)):
+        return card.name, peak_tflops_of(card, half=half, tf32=tf32)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     dtype = precision.dtype if precision.half else torch.float32
     return f"{name}, matmul", measured_peak(device, dtype)

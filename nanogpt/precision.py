@@ -64,9 +64,9 @@ class RoundedProducts(TorchFunctionMode):
 class Precision:
     """What a training step needs to run in one number format on one device."""
 
-    def __init__(self, config, device: torch.device, weights: str = "fp32"):
+    def __init__(self, config, device: torch.device, weights: str = "fp32", automatic: str | None = None):
         # bf16 的权重只能配 bf16 的运算，config.check 已拦下其余
-        name = "bf16" if weights == "bf16" else config.dtype if config.dtype != "auto" else default_format(device)
+        name = "bf16" if weights == "bf16" else config.dtype if config.dtype != "auto" else default_format(device, automatic)
         if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ConfigError("no_bf16", device=torch.cuda.get_device_name(device))
         self.name = name
@@ -74,6 +74,7 @@ class Precision:
         self.weights = DTYPES[weights]
         self.device_type = device.type
         self.rounded = device.type == "cpu" and name != "fp32"
+        self.tf32 = device.type == "cuda" and config.tf32
         # fp16 的最小正规数约 6e-5，梯度先放大再反传；bf16 指数够宽，不需要
         self.scaler = torch.amp.GradScaler(
             device.type, enabled=name == "fp16", init_scale=config.initial_loss_scale,
@@ -104,11 +105,16 @@ class Precision:
         return torch.autocast(self.device_type, dtype=self.dtype)
 
 
-def default_format(device: torch.device) -> str:
-    """fp32 on a CPU, bf16 on cards that have it, fp16 on older ones."""
+def default_format(device: torch.device, stated: str | None = None) -> str:
+    """fp32 on a CPU; on a card what hardware.dtype states, else bf16, fp16 or fp32, the first that its tensor cores have."""
     if device.type == "cpu":
         return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    name = torch.cuda.get_device_name(device)
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return stated or "bf16"
+    # 7.0 起才有张量核心，GTX 16 系列是例外；没有它，16 位只会更慢
+    own = "fp16" if torch.cuda.get_device_capability(device) >= (7, 0) and "GTX" not in name else "fp32"
+    return own if stated in (None, "bf16") else stated
 
 
 def settle_scale(scaler, *, skipped: bool, overflow: bool) -> bool:

@@ -197,7 +197,8 @@ class Session:
     def build_trainer(self, loggers: Loggers, kind: type[Trainer] = Trainer) -> Trainer:
         """Model, step and trainer, on the device; writes nothing, so that a trial builds what a run would."""
         model = self._build_model().to(self.device)
-        computation = build_step(self.cfg, model, Precision(self.cfg.precision, self.device, self.cfg.memory.weights))
+        precision = Precision(self.cfg.precision, self.device, self.cfg.memory.weights, automatic=self.cfg.hardware.dtype)
+        computation = build_step(self.cfg, model, precision)
         return kind(
             self.cfg, computation=computation, data=self.data, device=self.device, loggers=loggers,
             run_dir=self.run_dir, console=self.console,

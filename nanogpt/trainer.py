@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from nanogpt import checkpoint, distributed, evaluation, keeping
-from nanogpt.cards import REFERENCE
+from nanogpt.cards import peak_tflops_of, reference
 from nanogpt.compilation import compile_hidden
 from nanogpt.config import TrainConfig, schedule_of
 from nanogpt.console import Console
@@ -313,9 +313,9 @@ class Trainer:
         """Speed, utilisation and memory of `tokens` trained in `seconds`."""
         speed = tokens / seconds if seconds else 0.0
         flops = speed * self.model.flops_per_token() / distributed.world()
-        reference = REFERENCE.half if self.precision.half else REFERENCE.fp32
+        of_reference = peak_tflops_of(reference(), half=self.precision.half, tf32=False)
         memory = {f"memory/{name}_gib": value for name, value in memory_gib(self.device).items()}
-        return {"tokens_per_s": speed, "mfu": flops / self.peak / 1e12, "mfu_rtx3060": flops / reference / 1e12, **memory}
+        return {"tokens_per_s": speed, "mfu": flops / self.peak / 1e12, "mfu_rtx3060": flops / of_reference / 1e12, **memory}
 
     def _log(self, result: StepResult, evaluated: bool) -> None:
         seconds = self.stopwatch.take()

@@ -1,5 +1,6 @@
 """Peaks, memory and what is made of them."""
 
+import sys
 import time
 
 import pytest
@@ -7,21 +8,64 @@ import torch
 from conftest import make_config
 
 from nanogpt.build import preset
-from nanogpt.cards import known_card
+from nanogpt.cards import cards, known_card, peak_tflops_of, reference
+from nanogpt.config import HardwareConfig
+from nanogpt.machine import cap_allocator
 from nanogpt.metrics import Stopwatch, memory_gib, peak_tflops
 from nanogpt.oom import is_out_of_memory
-from nanogpt.precision import Precision
+from nanogpt.precision import Precision, default_format
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("name", "card"), [
-    ("NVIDIA GeForce RTX 3060", "RTX 3060"), ("NVIDIA GeForce RTX 3060 Laptop GPU", "RTX 3060 Laptop"), ("NVIDIA H100 80GB HBM3", "H100"),
-    ("NVIDIA GeForce RTX 3060 Ti", None), ("NVIDIA GeForce RTX 4070 SUPER", None), ("Some other card", None),
+@pytest.mark.parametrize(("name", "gib", "card"), [
+    ("NVIDIA GeForce RTX 3060", 11.75, "rtx3060_12gb"), ("NVIDIA GeForce RTX 3060", 8.0, "rtx3060_8gb"),
+    ("NVIDIA GeForce RTX 3060 Laptop GPU", 5.8, "rtx3060_laptop_6gb"), ("NVIDIA H100 80GB HBM3", 79.1, "h100_80gb"),
+    ("NVIDIA GeForce RTX 3060 Ti", 7.8, "rtx3060ti_8gb"), ("NVIDIA GeForce RTX 4070 SUPER", 11.7, None),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.7, None), ("NVIDIA H100 PCIe", 79.1, None), ("Some other card", 8, None),
 ])
-def test_cards_are_known_by_their_exact_model(name, card):
-    found = known_card(name)
-    assert (found[0] if found else None) == card
+def test_cards_are_known_by_their_exact_name_and_memory(name, gib, card):
+    found = known_card(name, gib)
+    assert (found.name if found else None) == card
+
+
+def test_every_card_states_what_a_plan_needs_and_the_reference_is_one_of_them():
+    assert reference().name == "rtx3060_12gb"
+    for card in cards().values():
+        assert card.dtype and card.peak_tflops_fp32 and card.peak_tflops_half and card.bandwidth_gb_per_s and card.vram_gib
+        # 消费级卡的 16 位峰值（fp32 累加）是 fp32 的两倍，多数表格把不计累加的四倍写了进来
+        if card.name.startswith("rtx"):
+            assert card.peak_tflops_half == pytest.approx(2 * card.peak_tflops_fp32, rel=0.01)
+
+
+@pytest.mark.parametrize(("bf16", "capability", "name", "stated", "dtype"), [
+    (True, (8, 6), "NVIDIA GeForce RTX 3060", None, "bf16"), (False, (7, 5), "Tesla T4", None, "fp16"), (False, (6, 0), "Tesla P100-PCIE-16GB", None, "fp32"),
+    (False, (7, 5), "NVIDIA GeForce GTX 1660", None, "fp32"), (True, (9, 0), "NVIDIA H100 80GB HBM3", "fp16", "fp16"), (False, (7, 5), "Tesla T4", "bf16", "fp16"),
+])
+def test_precision_auto_takes_the_first_format_that_the_cards_tensor_cores_have(monkeypatch, bf16, capability, name, stated, dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+    assert default_format(torch.device("cuda"), stated) == dtype and default_format(CPU, stated) == "fp32"
+
+
+def test_tf32_counts_against_the_tensor_cores_and_not_against_plain_fp32():
+    a100, t4 = cards()["a100_40gb"], cards()["t4_16gb"]
+    assert [peak_tflops_of(a100, half=half, tf32=tf32) for half, tf32 in ((False, False), (False, True), (True, True))] == [19.5, 156, 312]
+    assert peak_tflops_of(t4, half=False, tf32=True) == 8.1
+
+
+@pytest.mark.parametrize(("platform", "stated", "free", "share"), [
+    ("linux", None, 7.0, None), ("win32", None, 7.0, 6.75 / 8), ("linux", 6.0, 7.0, 5.5 / 8), ("win32", 6.0, 7.0, 5.5 / 8), ("linux", 9.0, 7.0, 7.5 / 8),
+])
+def test_the_allocator_is_capped_by_what_is_stated_by_the_card_and_on_windows_by_what_is_free(monkeypatch, capsys, platform, stated, free, share):
+    caps = []
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (int(free * 2**30), 8 * 2**30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction, device=None: caps.append(fraction))
+    cap_allocator(torch.device("cuda"), HardwareConfig(vram_gib=stated, context_gib=0.25, desktop_gib=0.25))
+    assert caps == ([] if share is None else [pytest.approx(share)])
+    assert ("has 8.00 GiB" in capsys.readouterr().err) == (stated == 9.0)
 
 
 def test_a_stated_peak_counts_and_the_cpu_is_measured_otherwise():

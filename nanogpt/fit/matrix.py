@@ -1,4 +1,4 @@
-"""plan=matrix: the largest micro-batch of every preset, number format and memory preset on every card of conf/hardware."""
+"""plan=matrix: the largest micro-batch of every preset, number format and memory preset on the reference cards, or on the one typed."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,6 +7,7 @@ from itertools import groupby
 import yaml
 
 from nanogpt.build import preset, preset_names, typed_node
+from nanogpt.cards import REFERENCE, cards
 from nanogpt.config import ROOT, HardwareConfig, MemoryConfig, PrecisionConfig, TrainConfig
 from nanogpt.console import Console
 from nanogpt.fit.plan import BATCHES, Planner
@@ -25,10 +26,13 @@ def options(group: str, schema: type) -> dict[str, object]:
     return {path.stem: typed_node(schema, yaml.safe_load(path.read_text(encoding="utf-8")) or {}) for path in files}
 
 
-def cards() -> dict[str, HardwareConfig]:
-    """The options of hardware= that state a card's memory, the largest first."""
-    found = {name: node for name, node in options("hardware", HardwareConfig).items() if node.vram_gib is not None}
-    return dict(sorted(found.items(), key=lambda item: -item[1].vram_gib))
+def chosen_cards(hardware: HardwareConfig) -> dict[str, HardwareConfig]:
+    """The card that was typed, else all of the reference card's family, the largest memory first."""
+    if hardware.vram_gib is not None:
+        return {hardware.name: hardware}
+    # 所有的卡并排放不下一张表：默认只看参考卡的几种显存
+    family = REFERENCE.partition("_")[0]
+    return {name: card for name, card in cards().items() if name.partition("_")[0] == family}
 
 
 def memories(chosen: str) -> dict[str, MemoryConfig]:
@@ -39,7 +43,7 @@ def memories(chosen: str) -> dict[str, MemoryConfig]:
 
 def rows(cfg: TrainConfig) -> Iterator[tuple[str, str, str, dict[str, int | None]]]:
     """(model, precision, memory, largest batch by card) of every combination at the vocabulary of GPT-2."""
-    hardware = cards()
+    hardware = chosen_cards(cfg.hardware)
     planners = {name: Planner(replace(cfg, device="auto", hardware=node)) for name, node in hardware.items()}
     first, *others = planners.values()
     for other in others:
@@ -70,7 +74,7 @@ def batches(block_size: int) -> tuple[int, ...]:
 
 def show(cfg: TrainConfig, console: Console) -> None:
     """Print the matrix as a Markdown table."""
-    names = list(cards())
+    names = list(chosen_cards(cfg.hardware))
     optimizer = str(cfg.optimizer["_target_"]).rpartition(".")[2]
     console.line("plan_matrix_title", optimizer=f"optimizer={optimizer}", vocab=GPT2_VOCAB)
     console.plain("")

@@ -77,7 +77,7 @@ class Planner:
 
     def __init__(self, cfg: TrainConfig):
         self.budget = target_of(cfg)
-        self.rates = rates_of(cfg.hardware, self.budget)
+        self.rates = rates_of(cfg.hardware, self.budget, tf32=cfg.precision.tf32)
         self._traces: dict[str, Trace] = {}
         self._estimates: dict[str, Estimate] = {}
 
@@ -89,7 +89,7 @@ class Planner:
         """The trace of cfg with micro-batches of `rows` out of `total`."""
         # 累积两次以上与两次的内存相同
         shape = Shape(rows, min(2, -(-total // rows)), eval_rows, self.budget.device_type)
-        key = repr((cfg.model, cfg.precision, cfg.memory, cfg.optimizer, cfg.finetune, cfg.seed, shape))
+        key = repr((cfg.model, cfg.precision, cfg.hardware.dtype, cfg.memory, cfg.optimizer, cfg.finetune, cfg.seed, shape))
         if key not in self._traces:
             self._traces[key] = trace(cfg, shape)
         return self._traces[key]

@@ -4,7 +4,7 @@ import functools
 from collections import Counter
 from dataclasses import dataclass
 
-from nanogpt.cards import REFERENCE, known_card
+from nanogpt.cards import peak_tflops_of, present_card, reference
 from nanogpt.config import HardwareConfig
 from nanogpt.fit.budget import Budget
 from nanogpt.fit.trace import Trace
@@ -44,29 +44,34 @@ class Rates:
         return total
 
 
-def rates_of(hardware: HardwareConfig, budget: Budget) -> Rates:
-    """Stated figures first, then a known card's, then measured ones; a card that is not here counts as an RTX 3060."""
-    fp32, half, bandwidth = hardware.peak_tflops_fp32, hardware.peak_tflops_half, hardware.bandwidth_gb_per_s
+def rates_of(hardware: HardwareConfig, budget: Budget, *, tf32: bool = True) -> Rates:
+    """Stated figures first, then a known card's, then measured ones; a card that is not here counts as the reference card."""
+    fp32, half, bandwidth = _peaks(hardware, tf32 and budget.device_type == "cuda")
     source = f"hardware={hardware.name}"
     if None in (fp32, half, bandwidth):
-        measured = _measure(budget)
+        measured = _measure(budget, tf32)
         source = measured[3] if (fp32, half, bandwidth) == (None, None, None) else f"{source}, {measured[3]}"
         fp32, half, bandwidth = (stated or found for stated, found in zip((fp32, half, bandwidth), measured, strict=False))
     pcie = hardware.pcie_gb_per_s or PCIE_GB_PER_S
     return Rates(budget.device_type, fp32 * 1e12, half * 1e12, bandwidth * 1e9, pcie * 1e9, source)
 
 
-def _measure(budget: Budget) -> tuple[float, float, float, str]:
+def _peaks(card: HardwareConfig, tf32: bool) -> tuple[float | None, float | None, float | None]:
+    """(fp32 TFLOP/s, 16-bit TFLOP/s, GB/s) that a card states."""
+    return peak_tflops_of(card, half=False, tf32=tf32), peak_tflops_of(card, half=True, tf32=tf32), card.bandwidth_gb_per_s
+
+
+def _measure(budget: Budget, tf32: bool) -> tuple[float, float, float, str]:
     """(fp32 TFLOP/s, 16-bit TFLOP/s, GB/s, source) of the device planned for."""
     import torch
 
     if budget.device_type == "cuda" and not budget.present:
-        return REFERENCE.fp32, REFERENCE.half, REFERENCE.bandwidth, REFERENCE.name
+        return *_peaks(reference(), tf32), reference().name
     device = torch.device(budget.device_type)
     if device.type == "cuda":
+        if card := present_card(device):
+            return *_peaks(card, tf32), card.name
         name = torch.cuda.get_device_name(device)
-        if card := known_card(name):
-            return card.fp32, card.half, card.bandwidth, card.name
         return measured_peak(device, torch.float32), measured_peak(device, torch.float16), copy_bandwidth(device), f"{name}, measured"
     peak = measured_peak(device, torch.float32)
     # CPU 的 16 位只是取整，乘法仍用 fp32

@@ -52,10 +52,10 @@ class TracedScaler:
 
 
 class PlannedPrecision:
-    """nanogpt.precision.Precision of a device that need not be there; dtype auto is fp32 on a CPU, bf16 on a card."""
+    """nanogpt.precision.Precision of a device that need not be there; dtype auto is fp32 on a CPU, else what `automatic` says."""
 
-    def __init__(self, config, device_type: str, weights: str = "fp32"):
-        automatic = "fp32" if device_type == "cpu" else "bf16"
+    def __init__(self, config, device_type: str, weights: str = "fp32", automatic: str = "bf16"):
+        automatic = "fp32" if device_type == "cpu" else automatic
         name = "bf16" if weights == "bf16" else config.dtype if config.dtype != "auto" else automatic
         self.name = name
         self.dtype = DTYPES[name]

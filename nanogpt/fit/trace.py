@@ -21,6 +21,7 @@ from nanogpt.fit.substitutes import PlannedPrecision
 from nanogpt.fit.tracker import Tracker
 from nanogpt.lora import add_adapters
 from nanogpt.messages import ConfigError
+from nanogpt.precision import default_format
 from nanogpt.step import Step, build_step
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "temporaries")
@@ -129,13 +130,20 @@ def _no_collector() -> Iterator[None]:
             gc.enable()
 
 
+def automatic_format(cfg: TrainConfig) -> str:
+    """What precision=auto takes on the card that cfg is planned for."""
+    if cfg.hardware.dtype or not torch.cuda.is_available():
+        return cfg.hardware.dtype or "bf16"
+    return default_format(torch.device("cuda", torch.cuda.current_device()))
+
+
 class _Run:
     """One trace in the making."""
 
     def __init__(self, cfg: TrainConfig, shape: Shape, mode: FakeTensorMode):
         self.cfg, self.shape = cfg, shape
         self.tracker = Tracker(mode)
-        self.precision = PlannedPrecision(cfg.precision, shape.device_type, cfg.memory.weights)
+        self.precision = PlannedPrecision(cfg.precision, shape.device_type, cfg.memory.weights, automatic_format(cfg))
         self.result = Trace(shape, cfg.model.block_size, self.precision.dtype)
         self.before_forward: set[int] = set()
 
