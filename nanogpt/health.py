@@ -5,7 +5,7 @@ Each of them ends the run with one line before anything bad reaches a checkpoint
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -34,14 +34,20 @@ def floating(state, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def broken_tensor(model, optimizer) -> str | None:
-    """Name of the first weight or optimizer state that holds NaN or Inf, None when all are finite.
+    """Name of the first weight or optimizer state that holds NaN or Inf, None when all are finite."""
+    state = optimizer.state_dict()
+    return first_not_finite([*floating(model.state_dict()), *floating(state.get("state", state), "optimizer.")])
+
+
+def first_not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """Name of the first tensor that holds NaN or Inf, None when all are finite.
 
     Takes no memory to speak of and waits for each device once.
     """
     by_device = defaultdict(list)
-    state = optimizer.state_dict()
-    for name, tensor in [*floating(model.state_dict()), *floating(state.get("state", state), "optimizer.")]:
-        low, high = torch.aminmax(tensor)
+    for name, tensor in named:
+        # 八位浮点没有 aminmax；这样的权重只从别人的文件来
+        low, high = torch.aminmax(tensor.float() if tensor.element_size() == 1 else tensor)
         # NaN 会传过 aminmax；Inf 减自己得 NaN，有限数得 0
         by_device[tensor.device].append((name, ((low - low) + (high - high)).float()))
     for pairs in by_device.values():

@@ -690,6 +690,10 @@ MESSAGES = {
         "the last checkpoint could not be saved ({reason}); the newest one is {checkpoint}; free some disk space and continue with resume={path}",
         "最后的 checkpoint 没能保存（{reason}）；最新的完好 checkpoint 是 {checkpoint}；请腾出磁盘空间，再用 resume={path} 继续",
     ),
+    "logger_refused": (
+        "logger: {name} refuses to begin ({reason}); mend that, or choose another: logger=tensorboard, logger=none",
+        "logger：{name} 无法开始（{reason}）；请先解决它，或换一个：logger=tensorboard、logger=none",
+    ),
     "logger_failed": (
         "{name} cannot write ({reason}); training goes on, metrics may be missing",
         "{name} 写不进去（{reason}）；训练继续，曲线可能缺一段",
@@ -748,6 +752,7 @@ MESSAGES = {
         "iter {iteration}: {tensor} is not finite any more and cannot recover; this state is not saved; {remedy}",
         "迭代 {iteration}: {tensor} 已不是有限数，不会自己恢复；这个状态不保存；{remedy}",
     ),
+    "nan_weights": ("{tensor} holds NaN or Inf", "{tensor} 里有 NaN 或 Inf"),
     "broken_start": (
         "{tensor} is not finite in what this run starts from; choose another checkpoint=… (best, or an older iter_…) or another init_from",
         "这次训练的起点里，{tensor} 不是有限数；请换一个 checkpoint=…（best 或更早的 iter_…），或换 init_from",
@@ -1049,6 +1054,11 @@ MESSAGES = {
     ),
     "trial_crashed": ("{how} (during: {phase}): {line}", "{how}（阶段：{phase}）：{line}"),
     "trial_exit_code": ("exit code {code}", "退出码 {code}"),
+    "trial_lock": (
+        "the lock of trials {path} cannot be taken ({reason}); "
+        "name a folder of your own with the environment variable NANOGPT_CACHE",
+        "试跑的锁 {path} 拿不到（{reason}）；请用环境变量 NANOGPT_CACHE 指定一个你自己的目录",
+    ),
     "trial_not_with": (
         "{key}={got} cannot be tried; leave it out, or give a number",
         "{key}={got} 不能试跑；请去掉，或给一个数",

@@ -14,8 +14,9 @@ from nanogpt import checkpoint, hub, karpathy, rundir
 from nanogpt import tokenizer as tokenizers
 from nanogpt.build import build_model, model_of, preset
 from nanogpt.config import ModelConfig
+from nanogpt.health import first_not_finite, floating
 from nanogpt.labels import LABEL_KINDS, with_labels
-from nanogpt.messages import ConfigError
+from nanogpt.messages import ConfigError, text
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.tokenizer_files import read_tokenizer
 from nanogpt.weight_files import read_json, read_weights
@@ -76,7 +77,11 @@ def read_run(named: str, key: str, which: str) -> Pretrained:
 
     def taken(source: checkpoint.Checkpoint) -> Pretrained:
         model = model_of(source)
-        return Pretrained(model.config, checkpoint.model_tensors(model), tokenizers.load(source.folder / "tokenizer.json"))
+        tensors = checkpoint.model_tensors(model)
+        if name := first_not_finite(floating(tensors)):
+            # 早先的版本会存下坏掉的权重
+            raise source.damaged(text("nan_weights", tensor=name))
+        return Pretrained(model.config, tensors, tokenizers.load(source.folder / "tokenizer.json"))
 
     return checkpoint.use(run_dir, which, taken, key=key)
 
@@ -173,7 +178,7 @@ def with_documents(path: Path, config: ModelConfig, tokenizer: Tokenizer) -> tup
 
 
 def checked(path: Path, config: ModelConfig, tensors: dict[str, Tensor], tokenizer: Tokenizer) -> Pretrained:
-    """The same as a Pretrained, after comparing every name and shape with the config."""
+    """The same as a Pretrained, after comparing every name and shape with the config and looking for NaN and Inf."""
     # 先看层数，再造模型：配置里写着十亿层的文件不会把内存吃光
     layers = {int(match[1]) for name in tensors if (match := re.match(r"h\.(\d{1,6})\.", str(name)))}
     if len(layers) != config.n_layer or max(layers) != config.n_layer - 1:
@@ -188,4 +193,6 @@ def checked(path: Path, config: ModelConfig, tensors: dict[str, Tensor], tokeniz
         if name not in expected or not isinstance(got, Tensor) or tuple(got.shape) != expected[name] or not got.is_floating_point():
             found = "missing" if got is None else f"{got.dtype} {tuple(got.shape)}" if isinstance(got, Tensor) else type(got).__name__
             raise ConfigError("pretrained_damaged", file=path, reason=f"{name}: {found}, wanted: {expected.get(name, 'nothing')}")
+    if name := first_not_finite(floating(tensors)):
+        raise ConfigError("pretrained_damaged", file=path, reason=text("nan_weights", tensor=name))
     return Pretrained(config, tensors, tokenizer)

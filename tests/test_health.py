@@ -13,7 +13,7 @@ from nanogpt import checkpoint, health, messages
 from nanogpt import trainer as trainers
 from nanogpt.build import build_model
 from nanogpt.fit.child import verdict_of
-from nanogpt.health import Diverged, Health, broken_tensor
+from nanogpt.health import Diverged, Health, broken_tensor, first_not_finite
 from nanogpt.loss import chunked_cross_entropy
 from nanogpt.messages import ConfigError
 from nanogpt.mistakes import explained
@@ -34,6 +34,7 @@ def test_the_tensor_that_is_not_finite_is_named(value, dtype):
     assert broken_tensor(model, optimizer_with(exp_avg=torch.tensor([0.0, value], dtype=dtype))) == "optimizer.wte.weight.exp_avg"
     model.h[1].mlp.c_fc.weight.data[3, 5] = value
     assert broken_tensor(model, huge) == "h.1.mlp.c_fc.weight"
+    assert first_not_finite([("a", torch.ones(2).to(torch.float8_e4m3fn)), ("b", torch.tensor([value]))]) == "b"
 
 
 def test_optimizers_of_other_makes_are_looked_through_as_well():

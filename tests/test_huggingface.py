@@ -155,6 +155,10 @@ def test_nothing_is_overwritten_and_mistakes_are_one_line(tmp_path, capsys):
     (tmp_path / ".notes.tmp").write_text("mine", encoding="utf-8")
     (tmp_path / "hf").mkdir()
     export(str(run), tmp_path / "hf")
+    # 早先的版本会存下坏掉的权重
+    broken = random_model(CHARACTERS)
+    broken.h[1].mlp.c_fc.weight.data[3, 5] = torch.nan
+    saved_run(tmp_path / "broken", broken, CHARACTERS)
     before = sorted(tmp_path.rglob("*"))
     for arguments, line in {
         (str(run), str(tmp_path / "hf")): "already holds something; choose an empty or new folder",
@@ -162,6 +166,7 @@ def test_nothing_is_overwritten_and_mistakes_are_one_line(tmp_path, capsys):
         (str(run), str(run / "tokenizer.json" / "x")): "cannot be written",
         (str(tmp_path / "a" / "b" / "nothing"), str(tmp_path / "new")): "there is no such folder or file here",
         (str(run), str(tmp_path / "new"), "--checkpoint", "iter_1"): "has no such checkpoint",
+        (str(tmp_path / "broken"), str(tmp_path / "new")): "is damaged (h.1.mlp.c_fc.weight holds NaN or Inf)",
     }.items():
         with pytest.raises(SystemExit) as stopped:
             huggingface.main(["export", *arguments, "--lang", "en"])

@@ -247,6 +247,8 @@ DAMAGE = {
     "h.1.ln_1.bias: torch.int64": damage_tensor("transformer.h.1.ln_1.bias", lambda t: t.long()),
     "h.2.mlp.c_fc.weight: missing": damage_tensor("transformer.h.2.mlp.c_fc.weight", lambda t: None),
     "h.0.attn.c_attn.weight: torch.float32": damage_tensor("transformer.h.0.attn.c_attn.weight", lambda t: t.t().contiguous()),
+    "h.1.mlp.c_fc.bias holds NaN or Inf": damage_tensor("transformer.h.1.mlp.c_fc.bias", lambda t: t * torch.nan),
+    "wte.weight holds NaN or Inf": damage_tensor("transformer.wte.weight", lambda t: (t + torch.inf).half()),
     "config.json cannot be used": lambda f: (f / "config.json").write_text("{", encoding="utf-8"),
     "model.safetensors cannot be used": lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]),
     "no model.safetensors or": lambda f: (f / "model.safetensors").unlink(),
