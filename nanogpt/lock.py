@@ -33,10 +33,12 @@ class Lock:
             file.close()
             return False
         self._file, self.made = file, missing
-        with contextlib.suppress(OSError):
-            # 只为给人看；磁盘满时写不进，锁照样有效
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n".encode("ascii"))
+        # 硬链接：同一份内容还有别的名字，可能是你的文件；锁得住，但不写
+        if os.fstat(file.fileno()).st_nlink == 1:
+            with contextlib.suppress(OSError):
+                # 只为给人看；磁盘满时写不进，锁照样有效
+                file.truncate(0)
+                file.write(f"{os.getpid()}\n".encode("ascii"))
         return True
 
     def _is(self, file) -> bool:

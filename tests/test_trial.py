@@ -21,6 +21,7 @@ from nanogpt.fit.process import Ended
 from nanogpt.fit.result import TrialResult, made
 from nanogpt.fit.trial import classified, lock_path, run_trial
 from nanogpt.lock import only_one
+from nanogpt.messages import ConfigError
 
 FIT = ("trial.enabled=true", "trial.warmup_steps=1", "trial.steps=2", "hardware.ram_gib=1.0")
 POSIX = pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
@@ -306,6 +307,14 @@ def test_trials_wait_for_each_other_and_a_dead_process_blocks_nobody(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=False)
     with only_one(path):
         pass
+
+
+def test_the_lock_of_trials_lies_where_only_its_owner_writes(in_tmp, monkeypatch, tiny_overrides):
+    monkeypatch.setenv("NANOGPT_CACHE", str(in_tmp / "cache"))
+    assert lock_path("cuda").parent == in_tmp / "cache"
+    (in_tmp / "cache").write_text("a file", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"lock of trials .*cache.*trial-.*\.lock cannot be taken .*NANOGPT_CACHE"):
+        run_trial(make_config(*tiny_overrides, "trial.enabled=true"), [], in_tmp / "job")
 
 
 def test_devices_have_locks_of_their_own(monkeypatch):

@@ -3,17 +3,18 @@
 Needs no torch: the parent of a sweep stays small and idle while a child measures.
 """
 
-import getpass
+import contextlib
 import os
+import platform
 import re
 import signal
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from nanogpt import messages, rundir
+from nanogpt.assets import cache_folder
 from nanogpt.config import TrainConfig, check
 from nanogpt.fit import known
 from nanogpt.fit.process import CHILD, Ended, run_child
@@ -44,7 +45,7 @@ def run_trial(cfg: TrainConfig, overrides: list[str], folder: Path, *, command: 
     folder.mkdir(parents=True, exist_ok=True)
     key = known.key_of(cfg)
     # 并行的任务排队：同时试跑会互相弄坏对方的计时
-    with only_one(lock_path(cfg.device)):
+    with _turn(cfg.device):
         # 拿到锁再查：并行的另一个任务可能刚测完同一个
         earlier = None if cfg.trial.again else known.find(key)
         if earlier:
@@ -112,17 +113,23 @@ def _how(returncode: int) -> str:
     return text("trial_exit_code", code=returncode)
 
 
+@contextlib.contextmanager
+def _turn(device: str) -> Iterator[None]:
+    """Wait until no other trial of this person is on the device."""
+    path = lock_path(device)
+    with contextlib.ExitStack() as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(only_one(path))
+        except OSError as error:
+            raise ConfigError("trial_lock", path=path, reason=error.strerror) from None
+        yield
+
+
 def lock_path(device: str) -> Path:
     """The lock file of the device that `device=…` means here; GPUs that a launcher handed out have files of their own."""
     # auto 与 cuda 都是第一张看得见的卡；父进程不导入 torch，只能按名字分
     named = device if re.fullmatch(r"cuda:[1-9]\d*", device) else "first"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return Path(tempfile.gettempdir()) / ("nanogpt-trial-" + re.sub(r"\W+", "-", f"{_user()}-{visible}-{named}") + ".lock")
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError, ImportError):
-        # 容器里没有用户名
-        return "nobody"
+    # 不放公用的临时文件夹：谁都能先占住那个名字；主目录可能几台机器共用，名字里要有机器
+    return cache_folder() / ("trial-" + re.sub(r"\W+", "-", f"{platform.node()}-{visible}-{named}") + ".lock")
