@@ -37,13 +37,27 @@ def sync(path: Path) -> None:
 
 def write_text(path: Path, content: str) -> None:
     """Replace a text file atomically (UTF-8, LF)."""
+    with _aside(path) as aside:
+        aside.write_text(content, encoding="utf-8", newline="\n")
+
+
+@contextlib.contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling; on success it is synced and becomes `path`, on failure it is removed."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        aside.write_text(content, encoding="utf-8", newline="\n")
+        yield aside
         sync(aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def own_content(path: Path) -> None:
+    """Give a file that is to be changed in place a content of its own where hard links share it; they keep theirs."""
+    if path.is_file() and path.stat().st_nlink > 1:
+        with _aside(path) as aside:
+            shutil.copyfile(path, aside)
 
 
 def numbered(path: Path) -> Iterator[Path]:

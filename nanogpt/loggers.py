@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanogpt.files import write_text
+from nanogpt.files import own_content, write_text
 from nanogpt.messages import ConfigError, say
 from nanogpt.sealed import reason_of
 
@@ -30,7 +30,9 @@ class JsonlLogger:
 
     def open(self, run_dir: Path, config: dict, iteration: int) -> None:
         # 不用缓冲：磁盘满时写进去几个字节，要一清二楚
-        self._file = (run_dir / "metrics.jsonl").open("a+b", buffering=0)
+        path = run_dir / "metrics.jsonl"
+        own_content(path)
+        self._file = path.open("a+b", buffering=0)
         self._pending = b""
         size = self._file.seek(0, os.SEEK_END)
         if size:
@@ -160,8 +162,21 @@ class Loggers:
         self._failed: list = []
 
     def open(self, run_dir: Path, config: dict, iteration: int) -> None:
-        for backend in self._backends:
-            backend.open(run_dir, config, iteration)
+        """Open them all, or none: ConfigError names the first one that refuses, for whatever reason.
+
+        OSError where metrics.jsonl cannot be written.
+        """
+        for number, backend in enumerate(self._backends):
+            try:
+                backend.open(run_dir, config, iteration)
+            except Exception as error:
+                for opened in self._backends[:number]:
+                    with contextlib.suppress(Exception):
+                        opened.close()
+                # metrics.jsonl 写不了就是训练目录写不了；别人的库各抛各的
+                if isinstance(error, ConfigError) or isinstance(backend, JsonlLogger):
+                    raise
+                raise ConfigError("logger_refused", name=type(backend).__name__, reason=reason_of(error)) from None
 
     def log(self, iteration: int, metrics: dict[str, float]) -> None:
         self._each("log", iteration, metrics)
@@ -176,8 +191,8 @@ class Loggers:
         for backend in self._backends:
             try:
                 getattr(backend, method)(*arguments)
-            except OSError as error:
-                # 写不下曲线，不值得停下训练；说一次就够
+            except Exception as error:
+                # 写不下曲线，不值得停下训练，无论那个库抛出什么；说一次就够
                 if backend not in self._failed:
                     self._failed.append(backend)
                     say("logger_failed", name=type(backend).__name__, reason=reason_of(error))

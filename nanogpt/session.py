@@ -1,5 +1,6 @@
 """One training run from checked config to the last line on the screen."""
 
+import contextlib
 import math
 import os
 import signal
@@ -15,7 +16,7 @@ from nanogpt.config import TrainConfig, check
 from nanogpt.console import Console
 from nanogpt.data import TokenData, copy_dataset, dataset_bytes
 from nanogpt.documents import open_data
-from nanogpt.files import write_text
+from nanogpt.files import folders_around, write_text
 from nanogpt.lock import Lock
 from nanogpt.loggers import JsonlLogger, Loggers
 from nanogpt.lora import add_adapters
@@ -182,17 +183,27 @@ class Session:
         if distributed.rank() == 0:
             node = OmegaConf.structured(self.cfg)
             trainer.config_text = OmegaConf.to_yaml(node)
-            fresh = not self.lock
+            self._begin(loggers, trainer.config_text, OmegaConf.to_container(node), trainer.progress.iteration)
+            trainer.run_dir, trainer.run_id = self.run_dir, self.record.id
+        return trainer
+
+    def _begin(self, loggers: Loggers, config_text: str, config: dict, iteration: int) -> None:
+        """The run folder and its loggers: a new run that one of them refuses leaves nothing, a resumed one is as it was."""
+        fresh = not self.lock
+        with folders_around(self.run_dir) if fresh else contextlib.nullcontext():
             try:
-                self._claim_folder(trainer.config_text)
-                loggers.open(self.run_dir, OmegaConf.to_container(node), trainer.progress.iteration)
-            except OSError as error:
+                self._claim_folder(config_text)
+                loggers.open(self.run_dir, config, iteration)
+                if self.source:
+                    checkpoint.set_aside_newer(self.run_dir, self.source.iteration)
+                rundir.remember(self.run_dir)
+            except BaseException as error:
                 if fresh and self.lock:
                     # 一步都还没训：不留下半个训练目录
                     rundir.abandon(self.run_dir, self.lock)
-                raise ConfigError("not_writable", path=self.run_dir, reason=reason_of(error)) from None
-            trainer.run_dir, trainer.run_id = self.run_dir, self.record.id
-        return trainer
+                if isinstance(error, OSError):
+                    raise ConfigError("not_writable", path=self.run_dir, reason=reason_of(error)) from None
+                raise
 
     def build_trainer(self, loggers: Loggers, kind: type[Trainer] = Trainer) -> Trainer:
         """Model, step and trainer, on the device; writes nothing, so that a trial builds what a run would."""
@@ -217,16 +228,13 @@ class Session:
 
     def _claim_folder(self, config_text: str) -> None:
         """Write what a run folder holds from the start; run.json first, so that it can be begun again from then on."""
-        if self.source:
-            checkpoint.set_aside_newer(self.run_dir, self.source.iteration)
-        elif not self.lock:
+        if not self.lock:
             self.run_dir, self.lock = self._own_folder()
         if not self.source or not self.record:
             # 早先版本的训练没有编号：从这里起有；run.json 被删掉的，编号还在 checkpoint 里
             known = self.record.id if self.record else self.source.run if self.source else None
             self.record = rundir.write_record(self.run_dir, config_text, known)
         (self.run_dir / "ckpt").mkdir(exist_ok=True)
-        rundir.remember(self.run_dir)
         write_text(self.run_dir / "config.yaml", config_text)
         tokenizers.save(self.data.tokenizer, self.run_dir / "tokenizer.json")
         bundled = self.run_dir / "data"

@@ -75,6 +75,22 @@ def test_whatever_a_lock_file_holds_blocks_nobody(tmp_path, content):
     lock.release()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="file systems there need not know hard links")
+def test_nothing_is_written_through_hard_links_in_a_run_folder(own_run):
+    run, mine = own_run / "outputs/run", {}
+    for name in ("lock", "metrics.jsonl", "run.json", "config.yaml", "tokenizer.json", "summary.json"):
+        path = own_run / f"my-{name}"
+        (run / name).touch()
+        path.hardlink_to(run / name)
+        mine[path] = path.read_bytes()
+    resumed = resume("outputs/run", "max_iters=8")
+    assert Lock(run / "lock").take() is False
+    resumed.run()
+    assert {path: path.read_bytes() for path in mine} == mine
+    assert records()[-1]["iteration"] == 8
+    assert (run / "metrics.jsonl").read_bytes().startswith(mine[own_run / "my-metrics.jsonl"])
+
+
 # ---- 一个目录一次训练 ----
 
 
@@ -187,7 +203,43 @@ def test_a_run_that_cannot_begin_leaves_nothing(in_tmp, tiny_overrides, monkeypa
     monkeypatch.setattr(*target, fail)
     with pytest.raises(ConfigError, match=r"out_dir=outputs/run cannot be written .*No space left"):
         trainer_of(tiny_overrides)
-    assert not Path("outputs/run").exists()
+    assert not Path("outputs").exists()
+
+
+def test_a_run_whose_logger_refuses_leaves_nothing_and_a_resumed_one_as_it_was(own_run, tiny_overrides, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("no key\nhere")
+
+    monkeypatch.setattr(loggers.TensorBoardLogger, "open", refuse)
+    others = [o for o in tiny_overrides if o != "logger=none"]
+    kept = {path.name for path in Path("outputs/run/ckpt").iterdir()}
+    latest = rundir.LATEST.read_text(encoding="utf-8")
+    older = ("checkpoint=iter_00000003", "max_iters=9")
+    for attempt in (
+        lambda: session(others, "logger=tensorboard", out="a/b/c"),
+        lambda: resume("outputs/run", "logger=tensorboard", *older),
+    ):
+        with pytest.raises(ConfigError, match=r"TensorBoardLogger refuses to begin \(RuntimeError: no key here\); .*=none"):
+            attempt().run()
+    assert not Path("a").exists() and {path.name for path in Path("outputs/run/ckpt").iterdir()} == kept
+    assert rundir.LATEST.read_text(encoding="utf-8") == latest
+    assert resume("outputs/run", "max_iters=7")._build().fit()["iters"] == 7
+
+
+def test_a_logger_that_fails_later_is_one_line_and_the_run_goes_on(in_tmp, tiny_overrides, capsys):
+    class Own:
+        def open(self, *_):
+            pass
+
+        def log(self, *_):
+            raise RuntimeError("the service is gone")
+
+        text = close = log
+
+    trainer = trainer_of(tiny_overrides)
+    trainer.loggers._backends.insert(0, Own())
+    assert trainer.fit()["iters"] == 6 and records()[-1]["iteration"] == 6
+    assert capsys.readouterr().err.count("Own cannot write (RuntimeError: the service is gone)") == 1
 
 
 def test_a_save_that_failed_is_tried_again_before_the_next_one_is_due(in_tmp, tiny_overrides, monkeypatch, capsys):
