@@ -3,8 +3,7 @@
 from collections.abc import Iterable
 
 from nanogpt.messages import ConfigError, say
-from nanogpt.tokenizer import GPT2_PATTERN, BPETokenizer
-from nanogpt.tokenizer_files import byte_letters
+from nanogpt.tokenizer import GPT2_PATTERN, BPETokenizer, byte_letters, bytes_of_letters
 
 # 256 个字节之上至少要有一些合并；上限是 uint16 放得下的
 SMALLEST, LARGEST = 300, 65000
@@ -30,7 +29,7 @@ def train_bpe(pieces: Iterable[str], vocab_size: int) -> BPETokenizer:
     )
     library.train_from_iterator(pieces, trainer)
     vocab = library.get_vocab()
-    byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
+    byte_of = bytes_of_letters()
     tokens = [bytes(byte_of[letter] for letter in word) for word in sorted(vocab, key=vocab.__getitem__)]
     # 库给字节的编号按字母表；换成字节值本身，合并的次序不变
     ordered = [bytes((i,)) for i in range(256)] + [token for token in tokens if len(token) > 1]

@@ -6,9 +6,11 @@ them; in the text of a character or byte vocabulary they leave nothing.
 
 import base64
 import codecs
+import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -27,17 +29,38 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 END_OF_TEXT = "<|endoftext|>"
 # 标签：种类 -> 名字 -> 代表它的 id
 Labels = dict[str, dict[str, tuple[int, ...]]]
-# 汉字与全角标点
-CJK = "[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef]"
+# 汉字（含扩展区）与全角标点
+CJK = "[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
+# 表示一个字节的 token，tokenizers 库的写法
+BYTE_WORD = re.compile("<0x[0-9A-Fa-f]{2}>")
+
+
+@cache
+def byte_letters() -> tuple[str, ...]:
+    """GPT-2's printable letter of every byte: itself where printable, else the next free one from U+0100."""
+    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    moved = iter(range(256, 512))
+    return tuple(chr(b) if b in plain else chr(next(moved)) for b in range(256))
+
+
+@cache
+def bytes_of_letters() -> dict[str, int]:
+    """The byte of each of these letters."""
+    return {letter: byte for byte, letter in enumerate(byte_letters())}
 
 
 class TextStream:
-    """Turns ids into text one by one; bytes of a character that is not whole yet are held back."""
+    """Turns ids into text one by one; bytes of a character that is not whole yet are held back.
 
-    def __init__(self, token_bytes: Callable[[int], bytes]):
+    What is given, joined, is what the ids `after` and the pushed ones decode to together, less the text of `after`.
+    """
+
+    def __init__(self, token_bytes: Callable[[int], bytes], after: Iterable[int] = ()):
         self._token_bytes = token_bytes
         # 增量解码器自己记住半个汉字的字节，等齐了才吐出来
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in after:
+            self.push(token)
 
     def push(self, token: int) -> str:
         """New whole characters."""
@@ -48,29 +71,50 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
-class WindowStream:
-    """The same for tokenizers whose text depends on the neighbours: decodes a few ids again and shows what is new."""
+class LibraryStream:
+    """The same for a LibraryTokenizer, whose text depends on the neighbours: decodes the last few ids again and gives what is new."""
 
-    def __init__(self, decode: Callable[[list[int]], str]):
-        self._decode = decode
+    def __init__(self, tokenizer: "LibraryTokenizer", after: Iterable[int] = ()):
+        self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._shown = 0
+        self._given = 0
+        """Characters of the text of these ids that were given, or stand in `after`."""
+        # 没有文字的 id 挡在中间，后面的就不知道前文是什么：一律不留
+        if before := [int(i) for i in after if not tokenizer.is_silent(int(i))]:
+            self._begin_behind(before)
 
     def push(self, token: int) -> str:
-        """New whole characters."""
-        self._ids.append(token)
-        # 字节级的词表里，一个字至多四个 token；再长就是真的坏字节
-        if self._decode(self._ids).endswith("�") and len(self._ids) - self._shown < 4:
+        """New characters that nothing behind them can change."""
+        if self._tokenizer.is_silent(token):
             return ""
-        return self.finish()
+        self._ids.append(token)
+        # 一串表示字节的 token 只要有一个不对，库就把整串写成 U+FFFD：完了才知道
+        if self._tokenizer.is_byte(token):
+            return ""
+        settled = self._settled(self._ids)
+        new, self._given = settled[self._given :], max(len(settled), self._given)
+        if new:
+            self._begin_behind(self._ids)
+        return new
 
     def finish(self) -> str:
         """What is left."""
-        new = self._decode(self._ids)[len(self._decode(self._ids[: self._shown])) :]
-        # 只留刚显示过的作前文，代价不随长度增长
-        self._ids = self._ids[self._shown :]
-        self._shown = len(self._ids)
-        return new
+        return self._tokenizer.decode(self._ids)[self._given :]
+
+    def _begin_behind(self, ids: list[int]) -> None:
+        """Keep the last of these ids, as many as what follows depends on: the cost does not grow with the text."""
+        is_byte, end, count = self._tokenizer.is_byte, self._settled(ids)[-1:], 1
+        # 排在最前的 token 会被去掉空格，可能什么也不剩：那样不能当前文
+        while count < len(ids) and (is_byte(ids[-count]) or not end or not self._settled(ids[-count:]).endswith(end)):
+            count += 1
+        self._ids = ids[-count:]
+        row = list(itertools.takewhile(is_byte, reversed(self._ids)))[::-1]
+        # 前文停在半个字上：这个字写全了才算
+        half = len(row) if row and self._tokenizer.decode(row) == "\ufffd" * len(row) else 0
+        self._given = len(self._settled(self._ids)) - half
+
+    def _settled(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids).rstrip(self._tokenizer.unsettled)
 
 
 class CharTokenizer:
@@ -85,6 +129,8 @@ class CharTokenizer:
         self.vocab_size = len(characters) + len(special)
         self.end_of_text = self.special.get(END_OF_TEXT)
         self.labels: Labels = {}
+        # 陌生人的词表里可能有半个代理对：编不成字节，写成 ?
+        self._texts = characters.encode("utf-8", errors="replace").decode("utf-8")
         codes = np.array([ord(c) for c in characters], dtype=np.uint32)
         # 查表向量化：码点 -> id，百万字以毫秒计
         self._table = np.full(int(codes.max(initial=0)) + 1, -1, dtype=np.int64)
@@ -104,11 +150,11 @@ class CharTokenizer:
 
     def decode(self, ids) -> str:
         # 切片而不是下标：特殊 token 得到空串
-        return "".join(self.characters[i : i + 1] for i in ids)
+        return "".join(self._texts[i : i + 1] for i in ids)
 
-    def stream(self) -> TextStream:
-        """Decodes ids one by one."""
-        return TextStream(lambda token: self.characters[token : token + 1].encode("utf-8", errors="replace"))
+    def stream(self, after: Iterable[int] = ()) -> TextStream:
+        """Decodes ids one by one, behind those of `after`."""
+        return TextStream(lambda token: self._texts[token : token + 1].encode("utf-8"), after)
 
     def to_dict(self) -> dict:
         return {"kind": self.kind, "characters": self.characters, **_described(self)}
@@ -133,9 +179,9 @@ class ByteTokenizer:
         # 截断在半个汉字处时用 U+FFFD 表示，而不是报错
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
 
-    def stream(self) -> TextStream:
-        """Decodes ids one by one."""
-        return TextStream(lambda token: bytes((token,)) if token < 256 else b"")
+    def stream(self, after: Iterable[int] = ()) -> TextStream:
+        """Decodes ids one by one, behind those of `after`."""
+        return TextStream(lambda token: bytes((token,)) if token < 256 else b"", after)
 
     def to_dict(self) -> dict:
         return {"kind": self.kind, **_described(self)}
@@ -169,9 +215,9 @@ class BPETokenizer:
             known = {*self.ranks.values(), *self.special.values()}
             return self._encoding.decode([i for i in ids if i in known], errors="replace")
 
-    def stream(self) -> TextStream:
-        """Decodes ids one by one."""
-        return TextStream(self._token_bytes)
+    def stream(self, after: Iterable[int] = ()) -> TextStream:
+        """Decodes ids one by one, behind those of `after`."""
+        return TextStream(self._token_bytes, after)
 
     def _token_bytes(self, token: int) -> bytes:
         try:
@@ -207,6 +253,11 @@ class LibraryTokenizer:
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.end_of_text = None if end_of_text is None else self._tokenizer.token_to_id(end_of_text)
         self.labels: Labels = {}
+        self._special = {token["id"] for token in description.get("added_tokens") or [] if token["special"]}
+        self._decoders = _decoders_of(description.get("decoder"))
+        self._is_word_piece = description["model"].get("type") == "WordPiece"
+        self.unsettled = " " if self._is_word_piece else "\ufffd" if "ByteLevel" in self._decoders else ""
+        """Characters that, at the end of a text, what follows may still change."""
 
     def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
         """Ids of a text, shape (n,), without the marks that some tokenizers add at both ends."""
@@ -215,14 +266,39 @@ class LibraryTokenizer:
     def decode(self, ids) -> str:
         text = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
         # WordPiece 用空格连接各 token；汉字之间本来没有空格
-        return re.sub(rf"(?<={CJK}) | (?={CJK})", "", text) if self.description["model"].get("type") == "WordPiece" else text
+        return re.sub(rf"(?<={CJK}) | (?={CJK})", "", text) if self._is_word_piece else text
 
-    def stream(self) -> WindowStream:
-        """Decodes ids one by one."""
-        return WindowStream(self.decode)
+    def stream(self, after: Iterable[int] = ()) -> "TextStream | LibraryStream":
+        """Decodes ids one by one, behind those of `after`."""
+        return TextStream(self._letters_to_bytes, after) if self._decoders == {"ByteLevel"} else LibraryStream(self, after)
+
+    def is_silent(self, token: int) -> bool:
+        """Whether an id leaves nothing in a text: a special token, or one that the vocabulary does not have."""
+        return token in self._special or self._tokenizer.id_to_token(token) is None
+
+    def is_byte(self, token: int) -> bool:
+        """Whether an id stands for a byte, as <0xE6> does; ids like that make characters together."""
+        return "ByteFallback" in self._decoders and bool(BYTE_WORD.fullmatch(self._tokenizer.id_to_token(token) or ""))
+
+    def _letters_to_bytes(self, token: int) -> bytes:
+        """The bytes that a token of a byte-level vocabulary is written for; a word in other letters is its own text."""
+        if self.is_silent(token):
+            return b""
+        word = self._tokenizer.id_to_token(token)
+        byte_of = bytes_of_letters()
+        return bytes(byte_of[letter] for letter in word) if byte_of.keys() >= set(word) else word.encode("utf-8")
 
     def to_dict(self) -> dict:
         return {"kind": self.kind, "tokenizers": self.description, "end_of_text": self._end_word, **_labels_of(self)}
+
+
+def _decoders_of(described: dict | None) -> set[str]:
+    """The kinds of decoder in a description, but for those that change nothing."""
+    if described is None:
+        return set()
+    if described["type"] == "Sequence":
+        return set().union(*map(_decoders_of, described["decoders"]))
+    return {described["type"]} - {"Fuse"}
 
 
 Tokenizer = CharTokenizer | ByteTokenizer | BPETokenizer | LibraryTokenizer

@@ -1,14 +1,23 @@
 """Tokenizers of Hugging Face folders: tokenizer.json, vocab.json + merges.txt or vocab.txt -> ours, and back."""
 
 import json
-from functools import cache
 from pathlib import Path
 
 from nanogpt import tokenizer as tokenizers
 from nanogpt.labels import labels_in
 from nanogpt.messages import ConfigError
 from nanogpt.sealed import reason_of
-from nanogpt.tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, ByteTokenizer, CharTokenizer, LibraryTokenizer, Tokenizer
+from nanogpt.tokenizer import (
+    END_OF_TEXT,
+    GPT2_PATTERN,
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    LibraryTokenizer,
+    Tokenizer,
+    byte_letters,
+    bytes_of_letters,
+)
 
 # GPT-2 的词表大小，以及 nanoGPT 补齐到 64 倍数之后的
 GPT2_SIZES = (50257, 50304)
@@ -102,14 +111,6 @@ def _added(word: str, token_id: int) -> dict:
     return {"id": token_id, "content": word, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
 
-@cache
-def byte_letters() -> tuple[str, ...]:
-    """GPT-2's printable letter of every byte: itself where printable, else the next free one from U+0100."""
-    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    moved = iter(range(256, 512))
-    return tuple(chr(b) if b in plain else chr(next(moved)) for b in range(256))
-
-
 def byte_level_bpe(described: dict, end_of_text: str) -> BPETokenizer | None:
     """A BPETokenizer of the same ids when `described` is byte-level BPE exactly as in GPT-2, else None."""
     model, before = described["model"], described.get("pre_tokenizer") or {}
@@ -123,7 +124,7 @@ def byte_level_bpe(described: dict, end_of_text: str) -> BPETokenizer | None:
     if not gpt2_like:
         return None
     special = {token["content"]: token["id"] for token in added}
-    byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
+    byte_of = bytes_of_letters()
     vocab = {word: i for word, i in model["vocab"].items() if word not in special}
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     merged = ["".join(pair) for pair in pairs]

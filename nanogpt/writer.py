@@ -18,7 +18,7 @@ from nanogpt.labels import label_tokens
 from nanogpt.messages import ConfigError
 from nanogpt.oom import is_out_of_memory, release
 from nanogpt.sampling import Sampler
-from nanogpt.tokenizer import END_OF_TEXT, TextStream, Tokenizer
+from nanogpt.tokenizer import END_OF_TEXT, LibraryStream, TextStream, Tokenizer
 
 if TYPE_CHECKING:
     from nanogpt.control import Control
@@ -83,7 +83,7 @@ class _Text:
     prompt_ids: np.ndarray
     prompt_tokens: int
     """Ids that are read before the first is drawn: separator and labels too."""
-    stream: TextStream
+    stream: TextStream | LibraryStream
     ids: list[int] = field(default_factory=list)
     shown: list[str] = field(default_factory=list)
     # 可能是停止词的开头，先不放出去
@@ -131,7 +131,7 @@ class Writer:
             raise ConfigError("empty_prompt", got=request.prompt)
         key, self._next_key = self._next_key, self._next_key + 1
         read = len(ids) + len(labels_of(request)) + (self.separator is not None)
-        self.texts[key] = _Text(request, ids, read, self.tokenizer.stream())
+        self.texts[key] = _Text(request, ids, read, self.tokenizer.stream(ids.tolist()))
         self.waiting.append(key)
         return key
 
@@ -146,7 +146,8 @@ class Writer:
 
     def interrupt(self, key: int) -> Piece:
         """End an unfinished text as it stands; the bytes of half a character are dropped."""
-        return self._end(key, self.texts[key].held, "interrupted")
+        text = self.texts[key]
+        return self._end(key, text.held + text.stream.finish().rstrip("\ufffd"), "interrupted")
 
     def reset(self) -> list[int]:
         """Drop every row that is being written (the next one where none is), after an unforeseen error; their keys."""
@@ -232,15 +233,17 @@ class Writer:
             self.cancel(key)
             return Piece(key, request.prompt, "", error=ConfigError("nonfinite_logits"))
         text.first_token = text.first_token or time.perf_counter()
-        if request.stop_at_end_of_text and token == self.tokenizer.end_of_text:
-            return self._end(key, text.held + text.stream.finish(), "end_of_text")
-        text.ids.append(token)
-        text.held += text.stream.push(token)
+        finish = "end_of_text" if request.stop_at_end_of_text and token == self.tokenizer.end_of_text else None
+        if not finish:
+            text.ids.append(token)
+            text.held += text.stream.push(token)
+            finish = "length" if len(text.ids) == request.max_new_tokens else None
+        text.held += text.stream.finish() if finish else ""
         found = [at for stop in request.stop if (at := text.held.find(stop)) >= 0]
         if found:
             return self._end(key, text.held[: min(found)], "stop")
-        if len(text.ids) == request.max_new_tokens:
-            return self._end(key, text.held + text.stream.finish(), "length")
+        if finish:
+            return self._end(key, text.held, finish)
         if token == self.separator:
             self._begin_document(key)
         safe = len(text.held) - longest_beginning(text.held, request.stop)

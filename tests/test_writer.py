@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import tiny_model_config, wild_model
+from test_tokenizer import STREAMED
 
 from nanogpt import generate, writer
 from nanogpt.labels import with_labels
@@ -107,6 +108,24 @@ def test_half_a_character_at_the_very_end_is_marked():
     assert write(Scripted(ids, 256), Request("x", GREEDY, 5, seed=0), tokenizer=ByteTokenizer()) == ["春�"]
     broken = [0xFF, 0xE6, 0x41, 0x80]
     assert write(Scripted(broken, 256), Request("x", GREEDY, 4, seed=0), tokenizer=ByteTokenizer()) == [ByteTokenizer().decode(broken)]
+
+
+def test_what_a_library_tokenizer_holds_back_is_searched_for_stop_strings_and_survives_an_interruption():
+    tokenizer = STREAMED["byte fallback"]()
+    the, newline = tokenizer.encode("the")[-1], 3 + ord("\n")
+    stopped = list(Writer(Scripted([the, newline], tokenizer.vocab_size), tokenizer).write([Request("a", GREEDY, 2, seed=0, stop=("\n",))]))
+    assert "".join(p.text for p in stopped) == "the" and stopped[-1].result.finish == "stop"
+    han = [3 + byte for byte in "春".encode()]
+    for ids, text in ((han, "春"), (han[:2], "")):
+        writer = Writer(Scripted(ids, tokenizer.vocab_size), tokenizer)
+        key = writer.submit(Request("a", GREEDY, 9, seed=0))
+        assert not any(writer.step() for _ in ids) and writer.interrupt(key).text == text
+
+
+def test_a_word_behind_the_prompt_keeps_its_space():
+    tokenizer = STREAMED["vocab.txt"]()
+    ids = [int(i) for i in tokenizer.encode("world hello")]
+    assert write(Scripted(ids, tokenizer.vocab_size), Request("hello", GREEDY, 2, seed=0), tokenizer=tokenizer) == [" world hello"]
 
 
 @pytest.fixture
