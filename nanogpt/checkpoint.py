@@ -22,8 +22,8 @@ from nanogpt.plain_state import flatten, restore
 from nanogpt.sealed import DamagedError, read_sealed, reason_of, write_sealed
 from nanogpt.tensor_file import UNREADABLE, read_tensors, shapes_in, write_tensors
 
-# 1：优化器等在 state.pt 里，只以 weights_only 读；manifest 没有自己的摘要，也没有训练的编号
-FORMAT = 2
+# 1：优化器等在 state.pt 里，只以 weights_only 读；manifest 没有自己的摘要，也没有训练的编号；到 2 为止状态里没有样本的次序
+FORMAT = 3
 FILES = ("model.safetensors", "state.safetensors", "state.json", "config.yaml", "tokenizer.json")
 FILES_1 = ("model.safetensors", "state.pt", "config.yaml", "tokenizer.json")
 NAME = re.compile(r"iter_(\d{8,12})")

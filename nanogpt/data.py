@@ -18,6 +18,9 @@ from nanogpt.messages import ConfigError
 from nanogpt.sealed import DamagedError, read_sealed, reason_of
 
 SPLITS = ("train", "val")
+# 训练样本的次序；1：文末不满一块的部分从不是目标，只为更早的 checkpoint 留着
+ORDER = 2
+ORDERS = (1, ORDER)
 
 
 def read_meta(folder: Path) -> dict:
@@ -54,7 +57,7 @@ class TokenData:
             split: np.memmap(self.folder / f"{split}.bin", dtype=dtype, mode="r") if count else np.zeros(0, dtype)
             for split, count in self.meta["tokens"].items()
         }
-        self._epoch: tuple[int, int, np.ndarray] | None = None
+        self._epoch: tuple[tuple, int, np.ndarray] | None = None
         self._check_ids({split: largest[f"{split}.bin"] for split in SPLITS})
 
     def _check_ids(self, largest: dict[str, int]) -> None:
@@ -98,45 +101,48 @@ class TokenData:
 
     def check_block_size(self, block_size: int) -> None:
         """Refuse a context that does not fit into a split once."""
-        # 取一条训练样本需要 block_size + 1 个 token，外加最多 block_size - 1 的相位
-        for split, need in (("train", 1), ("val", 2)):
-            count = len(self.tokens[split])
-            limit = count // 2 if split == "train" else count - 1
-            if block_size > limit or count < need:
-                raise ConfigError("block_too_long", got=block_size, split=split, tokens=count, limit=max(limit, 0))
+        # 说较短的那一份：照着改了，另一份也放得下
+        split = min(SPLITS, key=lambda split: len(self.tokens[split]))
+        # 一条样本要 block_size + 1 个 token
+        limit = len(self.tokens[split]) - 1
+        if block_size > limit:
+            raise ConfigError("block_too_long", got=block_size, split=split, tokens=limit + 1, limit=max(limit, 0))
 
     def targets(self, starts: np.ndarray, block_size: int) -> np.ndarray:
         """How many targets each training sample has, (len(starts),)."""
         return np.full(len(starts), block_size, dtype=np.int64)
 
-    def starts(self, seed: int, first: int, count: int, block_size: int) -> np.ndarray:
-        """Offsets (count,) in train.bin of samples first … first + count - 1.
+    def starts(self, seed: int, first: int, count: int, block_size: int, *, order: int = ORDER) -> np.ndarray:
+        """Offsets (count,) in train.bin of samples first … first + count - 1, in one of ORDERS.
 
-        Each epoch cuts the text into blocks from a new random phase and shuffles them, so that every
-        block is seen once an epoch and its borders move between epochs.
+        Each epoch cuts the text into blocks from a random place on, goes round from its end to its beginning, and shuffles
+        the blocks. Every token is a target in every epoch; where the last block overlaps the first, elsewhere each time, twice.
         """
-        # 减去一个 block：任何相位下每个 epoch 的块数都相同
-        blocks = (len(self.tokens["train"]) - block_size) // block_size
+        total = len(self.tokens["train"])
+        # 次序 1 少一块：它的相位小于一块，任何相位下都放得下这么多
+        blocks = -(-total // block_size) if order > 1 else (total - block_size) // block_size
+        phases = total if order > 1 else block_size
         samples = np.arange(first, first + count)
         result = np.empty(count, dtype=np.int64)
         for epoch in np.unique(samples // blocks):
             here = samples // blocks == epoch
-            phase, order = self._shuffled(seed, int(epoch), blocks, block_size)
-            result[here] = order[samples[here] % blocks].astype(np.int64) * block_size + phase
+            phase, shuffled = self._shuffled(seed, int(epoch), blocks, phases)
+            result[here] = (shuffled[samples[here] % blocks].astype(np.int64) * block_size + phase) % total
         return result
 
-    def _shuffled(self, seed: int, epoch: int, blocks: int, block_size: int) -> tuple[int, np.ndarray]:
-        key = hash((seed, epoch, blocks, block_size))
+    def _shuffled(self, seed: int, epoch: int, blocks: int, phases: int) -> tuple[int, np.ndarray]:
+        key = (seed, epoch, blocks, phases)
         if self._epoch is None or self._epoch[0] != key:
             # 计数器式随机数：由 (seed, epoch) 直接算出，不依赖之前抽过什么
             random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-            phase = int(random.integers(block_size))
+            phase = int(random.integers(phases))
             self._epoch = (key, phase, random.permutation(blocks).astype(np.uint32))
         return self._epoch[1], self._epoch[2]
 
     def rows(self, split: str, starts: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """x and y = x shifted by one, both (len(starts), block_size) int64."""
-        window = self.tokens[split][starts[:, None] + np.arange(block_size + 1)].astype(np.int64)
+        # 绕过文末的一块从文首接着读
+        window = self.tokens[split][(starts[:, None] + np.arange(block_size + 1)) % len(self.tokens[split])].astype(np.int64)
         window = torch.from_numpy(window)
         return window[:, :-1].contiguous(), window[:, 1:].contiguous()
 

@@ -19,7 +19,7 @@ import torch
 
 from nanogpt.bins import pack
 from nanogpt.corpus import write_meta, write_tokens
-from nanogpt.data import SPLITS, TokenData, read_meta
+from nanogpt.data import ORDER, SPLITS, TokenData, read_meta
 from nanogpt.files import folder_aside
 from nanogpt.labels import LABEL_KINDS, with_labels
 from nanogpt.messages import ConfigError, say
@@ -226,8 +226,8 @@ class DocumentData(TokenData):
         if block_size < 2 * self._header():
             raise ConfigError("block_too_short", got=block_size, want=2 * self._header())
 
-    def starts(self, seed: int, first: int, count: int, block_size: int) -> np.ndarray:
-        """(seed, epoch, row) of samples first … first + count - 1, (count, 3)."""
+    def starts(self, seed: int, first: int, count: int, block_size: int, *, order: int = ORDER) -> np.ndarray:
+        """(seed, epoch, row) of samples first … first + count - 1, (count, 3); documents have but one order."""
         epoch, row = np.divmod(np.arange(first, first + count), len(self.pieces("train", block_size).rows))
         return np.stack((np.full(count, seed), epoch, row), axis=1)
 

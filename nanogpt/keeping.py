@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 
 from nanogpt import checkpoint, distributed
+from nanogpt.data import ORDERS
 from nanogpt.messages import ConfigError
 from nanogpt.oom import is_out_of_memory
 from nanogpt.sealed import reason_of
@@ -38,7 +39,7 @@ def state_of(trainer) -> dict:
     """Everything besides the weights that the next iteration depends on."""
     return {
         "progress": vars(trainer.progress).copy(), "optimizer": trainer.optimizer.state_dict(), "scaler": trainer.precision.scaler.state_dict(),
-        "fingerprint": trainer.data.fingerprint,
+        "fingerprint": trainer.data.fingerprint, "order": trainer.order,
     }
 
 
@@ -86,6 +87,10 @@ def restore(trainer, source: checkpoint.Checkpoint) -> None:
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.precision.scaler.load_state_dict(state["scaler"])
         trainer.progress = Progress(**state["progress"])
+        # 早先的 checkpoint 没有这一项：次序照旧，接着训才逐位一致
+        trainer.order = state.get("order", 1)
+        if trainer.order not in ORDERS:
+            raise ValueError(f"order {trainer.order}")
     except ConfigError:
         raise
     except checkpoint.UNFIT as error:

@@ -14,7 +14,7 @@ from nanogpt.cards import peak_tflops_of, reference
 from nanogpt.compilation import compile_hidden
 from nanogpt.config import TrainConfig, schedule_of
 from nanogpt.console import Console
-from nanogpt.data import TokenData
+from nanogpt.data import ORDER, TokenData
 from nanogpt.health import Health
 from nanogpt.keeping import Progress
 from nanogpt.loggers import Loggers
@@ -73,6 +73,7 @@ class Trainer:
         self.schedule = schedule_of(cfg)
         self.parameters = computation.parameters
         self.progress = Progress()
+        self.order = ORDER
         self.block_size = self.model.config.block_size
         self.local_rows, self.micro_batch = share_batch(cfg, distributed.world())
         self.eval_batch = cfg.eval_batch_size or self.micro_batch
@@ -105,7 +106,7 @@ class Trainer:
         rate = learning_rate_at(self.progress.iteration, self.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
-        starts = self.data.starts(self.cfg.seed, self.progress.samples_seen, self.global_rows, self.block_size)
+        starts = self.data.starts(self.cfg.seed, self.progress.samples_seen, self.global_rows, self.block_size, order=self.order)
         targets = self.data.targets(starts, self.block_size)
         # 装箱的行填得有多有少：每行按它的目标数计权，切成多少微批、几个进程，梯度都相同
         mine = slice(distributed.rank() * self.local_rows, (distributed.rank() + 1) * self.local_rows)

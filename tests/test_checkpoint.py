@@ -189,7 +189,7 @@ def test_a_newer_or_unknown_format_is_refused_by_name_and_an_older_one_offered(t
     manifest = saver(2).folder / "manifest.json"
     values = json.loads(manifest.read_text(encoding="utf-8"))
     manifest.write_text(json.dumps({**values, "format": version}), encoding="utf-8")
-    wanted = "has format 7, this program reads up to 2" if version == 7 else "no known format"
+    wanted = f"has format 7, this program reads up to {checkpoint.FORMAT}" if version == 7 else "no known format"
     with pytest.raises(ConfigError, match=rf"iter_00000002 .*{wanted}.*checkpoint=iter_00000001"):
         checkpoint.find(tmp_path, "last")
 

@@ -162,7 +162,7 @@ BAD_COMMANDS = {
     "dataset=text_file dataset.path=nothing.txt": "dataset.path=nothing.txt: there is no such file or folder",
     "dataset=text_file dataset.path=bad.txt": "byte 4 is not UTF-8",
     "dataset=text_file dataset.path=empty.txt": "no text in it",
-    "dataset=text_file dataset.path=short.txt": "model.block_size=128 is longer than the train split",
+    "dataset=text_file dataset.path=short.txt": "model.block_size=128 is longer than the val split",
     "out_dir=file.txt": "out_dir=file.txt cannot be written",
     "device=cuda:9": "device=cuda:9: this machine offers",
     "model._target_=no.such.Class dataset=text_file dataset.path=ok.txt": "no.such.Class cannot be imported",

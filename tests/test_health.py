@@ -259,7 +259,7 @@ def test_nothing_is_kept_alive_by_the_error_when_a_step_is_tried_again(in_tmp, t
 
 def test_any_other_place_without_memory_is_one_line(in_tmp, tiny_overrides):
     trainer = trainer_of(tiny_overrides)
-    trainer.data.starts = lambda *_: fail_with(MemoryError("Unable to allocate 8.00 GiB for an array"))
+    trainer.data.starts = lambda *_, **__: fail_with(MemoryError("Unable to allocate 8.00 GiB for an array"))
     with pytest.raises(OutOfMemory, match="training loop"):
         trainer.fit()
     assert "std::bad_alloc" in str(explained(RuntimeError("std::bad_alloc\nmore"))) and explained(RuntimeError("shape mismatch")) is None

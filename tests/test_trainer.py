@@ -105,6 +105,28 @@ def test_resume_equals_the_uninterrupted_run_to_the_bit(in_tmp, tiny_overrides, 
     assert samples[0] == samples[1]
 
 
+def test_a_run_of_an_earlier_version_goes_on_in_its_own_order(in_tmp, tiny_overrides):
+    def old(out, **more):
+        trainer = trainer_of(tiny_overrides, *more.get("overrides", ()), "lr_decay_iters=6", out=out)
+        trainer.order = 1
+        trainer.fit()
+        return trainer
+
+    whole = old("outputs/whole")
+    half = old("outputs/half", overrides=["max_iters=3"]).saved.folder
+    # 那时的 manifest 是格式 2，状态里没有次序
+    state = json.loads((half / "state.json").read_text(encoding="utf-8"))
+    (half / "state.json").write_text(json.dumps({"dict": [pair for pair in state["dict"] if pair[0] != "order"]}), encoding="utf-8")
+    manifest = json.loads((half / "manifest.json").read_text(encoding="utf-8"))
+    (half / "manifest.json").write_text(json.dumps({**manifest, "format": 2}), encoding="utf-8")
+    reseal(half)
+    resumed = resume("outputs/half", "max_iters=6")._build()
+    resumed.fit()
+    assert torch.equal(weights(resumed.model), weights(whole.model)) and resumed.saved.load_state()["order"] == 1
+    new = train(tiny_overrides, "lr_decay_iters=6", out="outputs/new")
+    assert not torch.equal(weights(new.model), weights(whole.model)) and new.saved.load_state()["order"] == 2
+
+
 def test_the_same_seed_gives_the_same_run_and_another_does_not(in_tmp, tiny_overrides):
     one, two, three = (train(tiny_overrides, f"seed={s}", out=f"outputs/{n}") for n, s in enumerate((5, 5, 6)))
     assert torch.equal(weights(one.model), weights(two.model)) and not torch.equal(weights(one.model), weights(three.model))
