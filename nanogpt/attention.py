@@ -121,6 +121,13 @@ class _ShortAttention(torch.autograd.Function):
         return None, None, *grads
 
 
+def on_device(values, device: torch.device) -> torch.Tensor:
+    """Numbers or a tensor of the host on a device, without making the host wait for what a card has queued."""
+    host = torch.as_tensor(values)
+    # 只有锁页内存的拷贝是异步的；普通内存的要等卡上排着的一切做完，提前排下一步就白排了
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+
+
 class KVCache:
     """Preallocated keys and values of every layer, each (n_layer, B, nh, L, hs), and the ids read so far, (B, L).
 
@@ -180,7 +187,7 @@ class KVCache:
             self.position, self.mask = slice(self.end - T, self.end), None
         else:
             assert T == 1, "rows of different lengths go on one id at a time"
-            self.position = torch.tensor(lengths, device=self.tokens.device)[:, None]
+            self.position = on_device(lengths, self.tokens.device)[:, None]
             # 每行只看自己写过的位置，后面是别的行才有的
             self.mask = (torch.arange(self.end, device=self.tokens.device) <= self.position)[:, None, None]
         return self.position

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanogpt.attention import KVCache
+from nanogpt.attention import KVCache, on_device
 from nanogpt.sampling import Sampler, draw
 
 # 每行一次取这么多个随机数，免得每个 token 都往 GPU 送一次
@@ -103,7 +103,7 @@ class Decoder:
         if count % UNIFORMS:
             # 从半路接着写：随机数也接到同一处
             torch.rand(count // UNIFORMS * UNIFORMS, generator=randoms)
-            self.uniforms[slot] = torch.rand(UNIFORMS, generator=randoms).to(self.device)
+            self.uniforms[slot] = on_device(torch.rand(UNIFORMS, generator=randoms), self.device)
         else:
             torch.rand(count, generator=randoms)
         row = Row(key, sampler, randoms, count, torch.tensor(list(labels), dtype=torch.long, device=self.device), float(guidance))
@@ -199,11 +199,9 @@ class Decoder:
         shadow = [next((slot for slot in own if self.lanes[slot].shadow), lane) for own, lane in zip(slots, read)]
         number = {row.key: at for at, row in enumerate(self.rows)}
 
-        def on_device(values) -> torch.Tensor:
-            return torch.tensor(values, device=self.device)
-
         owner = [number[lane.row.key] for lane in self.lanes]
-        return Order(on_device(read), on_device(shadow), on_device([[row.guidance] for row in self.rows]), on_device(owner))
+        guidance = [[row.guidance] for row in self.rows]
+        return Order(*(on_device(values, self.device) for values in (read, shadow, guidance, owner)))
 
     def _guided(self, logits: torch.Tensor, order: Order | None) -> torch.Tensor:
         """Logits of the lanes (lanes, V) -> of the rows (rows, V)."""
@@ -254,7 +252,7 @@ class Decoder:
             lane.unread = None
         if only_hidden:
             return None
-        last = torch.tensor(lengths, device=self.device) - 1
+        last = on_device(lengths, self.device) - 1
         return self.model.logits(hidden[torch.arange(len(texts), device=self.device), last])
 
     # ---- 抽 ----
@@ -267,7 +265,7 @@ class Decoder:
             return self.rows[0].sampler(logits, tokens)
         shaped = torch.empty_like(logits)
         for sampler in samplers.values():
-            mine = torch.tensor([slot for slot, row in enumerate(self.rows) if row.sampler is sampler], device=self.device)
+            mine = on_device([slot for slot, row in enumerate(self.rows) if row.sampler is sampler], self.device)
             shaped[mine] = sampler(logits[mine], tokens[mine])
         return shaped
 
@@ -275,11 +273,11 @@ class Decoder:
         n = len(self.rows)
         for slot, row in enumerate(self.rows):
             if row.count % UNIFORMS == 0:
-                self.uniforms[slot] = torch.rand(UNIFORMS, generator=row.randoms).to(self.device)
+                self.uniforms[slot] = on_device(torch.rand(UNIFORMS, generator=row.randoms), self.device)
         columns = [row.count % UNIFORMS for row in self.rows]
         if len(set(columns)) == 1:
             return self.uniforms[:n, columns[0]]
-        return self.uniforms[torch.arange(n, device=self.device), torch.tensor(columns, device=self.device)]
+        return self.uniforms[torch.arange(n, device=self.device), on_device(columns, self.device)]
 
     # ---- 全文 ----
 
@@ -298,7 +296,7 @@ class Decoder:
         if len(set(written)) == 1:
             self.history[:n, written[0]] = ids
         else:
-            self.history[:n].scatter_(1, torch.tensor(written, device=self.device)[:, None], ids[:, None])
+            self.history[:n].scatter_(1, on_device(written, self.device)[:, None], ids[:, None])
         for slot in range(n):
             self.written[slot] += 1
 
@@ -310,5 +308,5 @@ class Decoder:
         if min(written) == longest:
             return self.history[:n, :longest]
         # 靠左存、靠右读：每行的最后一个 token 都在最后一列
-        at = torch.arange(longest, device=self.device) - longest + torch.tensor(written, device=self.device)[:, None]
+        at = torch.arange(longest, device=self.device) - longest + on_device(written, self.device)[:, None]
         return self.history[:n].gather(1, at.clamp(min=0)).masked_fill(at < 0, -1)
