@@ -3,10 +3,11 @@
     python benchmarks/sampling.py --nanogpt PATH [--rounds 3] [--only NAME ...] [--device cpu|cuda]
 
 PATH is a checkout of karpathy/nanoGPT. All programs hold the same random weights (the speed does not
-depend on them), run one at a time in a process of their own, and sample with temperature 0.8 and
-top-k 200, nanoGPT's defaults; its time for 1000 tokens is integrated from its cost at six lengths.
-That they compute the same function is checked by greedy decoding. Writes
-benchmarks/results/sampling.json (sampling_cuda.json on a GPU).
+depend on them) in the same number format, the one that precision=auto takes there, run one at a time in
+a process of their own, and sample with temperature 0.8 and top-k 200, nanoGPT's defaults; its time for
+1000 tokens is integrated from its cost at six lengths. That they compute the same function is checked by
+greedy decoding in float32. Writes benchmarks/results/sampling.json (sampling_cuda.json on a GPU) after
+every case; --only keeps the other cases.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,33 +48,48 @@ ONE_ROUND = ("nanogpt",)
 LONG = 500
 
 
-def make_weights(shape: dict, path: Path) -> None:
-    """Random GPT-2 weights with zero biases in this project's names."""
+def random_weights(shape: dict, device: str = "cpu") -> dict:
+    """Random GPT-2 weights with zero biases in this project's names, float32."""
     import torch
-    from safetensors.torch import save_file
 
     torch.manual_seed(0)
     width, tensors = shape["n_embd"], {}
 
-    def matrix(name, rows, columns):
-        tensors[f"{name}.weight"] = torch.randn(rows, columns) * 0.05
-        tensors[f"{name}.bias"] = torch.zeros(rows)
+    def matrix(name, rows, columns, bias=True):
+        tensors[f"{name}.weight"] = torch.randn(rows, columns, device=device) * 0.05
+        if bias:
+            tensors[f"{name}.bias"] = torch.zeros(rows, device=device)
 
-    tensors["wte.weight"] = torch.randn(shape["vocab_size"], width) * 0.05
-    tensors["wpe.weight"] = torch.randn(shape["block_size"], width) * 0.05
+    def norm(name):
+        tensors[f"{name}.weight"], tensors[f"{name}.bias"] = torch.ones(width, device=device), torch.zeros(width, device=device)
+
+    matrix("wte", shape["vocab_size"], width, bias=False)
+    matrix("wpe", shape["block_size"], width, bias=False)
     for i in range(shape["n_layer"]):
-        for norm in ("ln_1", "ln_2"):
-            tensors[f"h.{i}.{norm}.weight"], tensors[f"h.{i}.{norm}.bias"] = torch.ones(width), torch.zeros(width)
+        norm(f"h.{i}.ln_1")
+        norm(f"h.{i}.ln_2")
         matrix(f"h.{i}.attn.c_attn", 3 * width, width)
         matrix(f"h.{i}.attn.c_proj", width, width)
         matrix(f"h.{i}.mlp.c_fc", 4 * width, width)
         matrix(f"h.{i}.mlp.c_proj", width, 4 * width)
-    tensors["ln_f.weight"], tensors["ln_f.bias"] = torch.ones(width), torch.zeros(width)
-    save_file(tensors, path)
+    norm("ln_f")
+    return tensors
 
 
-def open_nanogpt(shape: dict, tensors: dict, nanogpt: str, device: str):
-    """generate(prompt (B, T), n, greedy) -> ids (B, n) through nanoGPT."""
+def half(device: str):
+    """The number format that precision=auto takes for writing on this device."""
+    import torch
+
+    from nanogpt.precision import DTYPES, default_format
+
+    return DTYPES[default_format(torch.device(device))]
+
+
+# 三个程序：device 上以 dtype 存放同样的权重，generate(prompt (B, T), n, greedy) -> ids (B, n)
+
+
+def open_nanogpt(shape: dict, tensors: dict, nanogpt: str, device: str, dtype):
+    """generate of nanoGPT."""
     import torch
 
     sys.path.insert(0, nanogpt)
@@ -80,7 +97,7 @@ def open_nanogpt(shape: dict, tensors: dict, nanogpt: str, device: str):
 
     model = GPT(GPTConfig(**shape, dropout=0.0, bias=True))
     model.load_state_dict({**{f"transformer.{k}": v for k, v in tensors.items()}, "lm_head.weight": tensors["wte.weight"]})
-    model.to(device).eval()
+    model.to(device, dtype).eval()
 
     def generate(prompt, n, greedy):
         with torch.no_grad():
@@ -89,8 +106,8 @@ def open_nanogpt(shape: dict, tensors: dict, nanogpt: str, device: str):
     return generate
 
 
-def open_transformers(shape: dict, tensors: dict, nanogpt: str, device: str):
-    """The same through transformers, key/value cache on."""
+def open_transformers(shape: dict, tensors: dict, name: str, device: str, dtype):
+    """generate of transformers, key/value cache on; a static one where `name` says so."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, logging
 
@@ -104,7 +121,8 @@ def open_transformers(shape: dict, tensors: dict, nanogpt: str, device: str):
     transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
     state = {f"transformer.{k}": v.t().contiguous() if k.endswith(transposed) else v for k, v in tensors.items()}
     model.load_state_dict({**state, "lm_head.weight": tensors["wte.weight"]})
-    model.to(device).eval()
+    model.to(device, dtype).eval()
+    cache = {"cache_implementation": "static"} if "static" in name else {}
 
     def generate(prompt, n, greedy):
         # 超过上下文它不会自己滑动窗口：到头后取后一半接着写，与我们的规则相同
@@ -113,7 +131,7 @@ def open_transformers(shape: dict, tensors: dict, nanogpt: str, device: str):
             window = ids[:, -shape["block_size"] // 2 :] if ids.size(1) >= shape["block_size"] else ids
             count = min(left, shape["block_size"] - window.size(1))
             options = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 0.8, "top_k": 200}
-            options |= {"max_new_tokens": count, "min_new_tokens": count, "use_cache": True}
+            options |= {"max_new_tokens": count, "min_new_tokens": count, "use_cache": True, **cache}
             with torch.no_grad():
                 out = model.generate(window, attention_mask=torch.ones_like(window), **options)
             ids, left = torch.cat((ids, out[:, window.size(1) :]), dim=1), left - count
@@ -122,8 +140,8 @@ def open_transformers(shape: dict, tensors: dict, nanogpt: str, device: str):
     return generate
 
 
-def open_ours(shape: dict, tensors: dict, name: str, device: str):
-    """The same through this project's decode loop."""
+def open_ours(shape: dict, tensors: dict, name: str, device: str, dtype):
+    """This project's decode loop."""
     import torch
 
     from nanogpt import acceleration
@@ -137,7 +155,8 @@ def open_ours(shape: dict, tensors: dict, name: str, device: str):
     model.load_state_dict(tensors, strict=False)
     if "without numba" in name:
         acceleration.find_spec = lambda package: None
-    acceleration.accelerate(model.to(device).eval(), "int8" if "int8" in name else "auto")
+    precision = "int8" if "int8" in name else {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    acceleration.accelerate(model.to(device).eval(), precision, fast="plain" not in name)
 
     def generate(prompt, n, greedy):
         chosen = sampler(temperature=0.0) if greedy else sampler(temperature=0.8, top_k=200)
@@ -150,38 +169,57 @@ def open_ours(shape: dict, tensors: dict, name: str, device: str):
     return generate
 
 
+def timed(generate, prompt, n: int) -> float:
+    """Seconds until the last of n tokens is there."""
+    import torch
+
+    def wait():
+        # GPU 上 generate 返回时，最后几个 token 可能还没算完
+        if prompt.is_cuda:
+            torch.cuda.synchronize()
+
+    wait()
+    start = time.perf_counter()
+    generate(prompt, n, False)
+    wait()
+    return time.perf_counter() - start
+
+
 def child(program: str, case: str, weights: str, nanogpt: str, device: str) -> None:
     """Measure one program in one case; print a json line."""
     import torch
     from safetensors.torch import load_file
 
     shape_name, rows, prompt_length, n = CASES[case]
+    shape, tensors = SHAPES[shape_name], load_file(weights)
     opener = {"nanogpt": open_nanogpt, "transformers": open_transformers}.get(program, open_ours)
-    generate = opener(SHAPES[shape_name], load_file(weights), nanogpt if program == "nanogpt" else program, device)
-    prompt = torch.randint(0, SHAPES[shape_name]["vocab_size"], (rows, prompt_length), generator=torch.Generator().manual_seed(1)).to(device)
+    given = nanogpt if program == "nanogpt" else program
+    prompt = torch.randint(0, shape["vocab_size"], (rows, prompt_length), generator=torch.Generator().manual_seed(1)).to(device)
+    dtype = half(device)
+    generate = opener(shape, tensors, given, device, dtype)
+    # 半精度下三个程序求和的次序不同，贪心也会分岔：是不是同一个函数，用 float32 看
+    exact = generate if dtype == torch.float32 else opener(shape, tensors, given, device, torch.float32)
+    greedy = exact(prompt[:1], min(n, 12), True)[0].tolist()
+    del exact
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     # 预热：编译、线程池、缓存
     generate(prompt, min(n, 4), False)
     if program == "nanogpt" and n > LONG:
-        seconds = integrated_seconds(generate, SHAPES[shape_name], n)
+        seconds = integrated_seconds(generate, shape, n, device)
     else:
-        start = time.perf_counter()
-        generate(prompt, n, False)
-        seconds = time.perf_counter() - start
+        seconds = timed(generate, prompt, n)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident()
-    greedy = generate(prompt[:1], min(n, 12), True)[0].tolist()
     print(json.dumps({"seconds": seconds, "tokens_per_s": rows * n / seconds, "peak_mib": peak / 2**20, "greedy": greedy}))
 
 
-def integrated_seconds(generate, shape: dict, n: int) -> float:
+def integrated_seconds(generate, shape: dict, n: int, device: str) -> float:
     """Seconds for n tokens of a program whose token costs depend on the length alone: the area under the costs at six lengths."""
     import torch
 
     cuts, costs = [round(part * (n - 1) / 5) + 1 for part in range(6)], []
     for length in cuts:
-        prompt = torch.zeros(1, length, dtype=torch.long)
-        start = time.perf_counter()
-        generate(prompt, 6, False)
-        costs.append((time.perf_counter() - start) / 6)
+        costs.append(timed(generate, torch.zeros(1, length, dtype=torch.long, device=device), 6) / 6)
     return sum((a + b) / 2 * (right - left) for a, b, left, right in zip(costs, costs[1:], cuts, cuts[1:]))
 
 
@@ -201,6 +239,7 @@ def read_bandwidth(device: str) -> float:
     """GB/s at which this machine reads a large float32 tensor, best of ten sums."""
     import torch
 
+    # 求和后取值：.item() 已经等到算完
     x, best = torch.ones(2**27, device=device), float("inf")
     for _ in range(10):
         start = time.perf_counter()
@@ -241,12 +280,13 @@ def int8_loss() -> dict:
         return {**losses, "difference": losses["int8"] - losses["fp32"]}
 
 
-def measure(args) -> dict:
-    """All programs in all cases, interleaved; medians over the rounds."""
-    results: dict = {}
+def measure(args) -> Iterator[tuple[str, dict]]:
+    """All programs in all cases, interleaved: (case, medians over the rounds), each as soon as it is there."""
+    from safetensors.torch import save_file
+
     with tempfile.TemporaryDirectory() as folder:
         for name, shape in SHAPES.items():
-            make_weights(shape, Path(folder) / f"{name}.safetensors")
+            save_file(random_weights(shape), Path(folder) / f"{name}.safetensors")
         for case, (shape_name, *_) in CASES.items():
             if args.only and not any(part in case for part in args.only):
                 continue
@@ -260,11 +300,10 @@ def measure(args) -> dict:
                     assert done.returncode == 0, done.stderr
                     seen.setdefault(program, []).append(json.loads(done.stdout.splitlines()[-1]))
                     print(f"{case:38s} {program:26s} {seen[program][-1]['tokens_per_s']:10.1f} tokens/s", flush=True)
-            results[case] = summarise(seen, SHAPES[shape_name])
-    return results
+            yield case, summarise(seen)
 
 
-def summarise(seen: dict[str, list[dict]], shape: dict) -> dict:
+def summarise(seen: dict[str, list[dict]]) -> dict:
     """Medians and ratios of one case; refuses to compare programs that compute different things."""
     reference = seen["nanogpt"][0]["greedy"]
     for program, runs in seen.items():
@@ -297,22 +336,34 @@ def main() -> None:
     import torch
     from vs_nanogpt import processor
 
+    from nanogpt.files import write_text
+
     file = ROOT / "benchmarks" / "results" / ("sampling.json" if args.device == "cpu" else "sampling_cuda.json")
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and args.only else {}
-    cases = {**before.get("cases", {}), **measure(args)}
+    cases, int8 = before.get("cases", {}), before.get("int8_loss")
     bandwidth = read_bandwidth(args.device)
     # 每个 token 要把全部权重（位置表除外）读一遍
-    parameters = 123_653_376
-    ours = cases.get("gpt2_124m, 250 tokens", {})
-    used = {p: round(ours[p]["tokens_per_s"] * parameters * size / 1e9 / bandwidth, 3) for p, size in (("ours", 4), ("ours int8", 1)) if p in ours}
-    record = {
-        "command": "python benchmarks/sampling.py --nanogpt PATH", "device": torch.cuda.get_device_name() if args.device == "cuda" else processor(),
-        "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version(), "rounds": args.rounds,
-        "read_bandwidth_gb_per_s": round(bandwidth, 1), "fraction_of_read_bandwidth": used,
-        "int8_loss": int8_loss() if args.device == "cpu" else None, "cases": cases,
-    }
-    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({k: v for k, v in record.items() if k != "cases"}, indent=1))
+    parameters, bytes_each = 123_653_376, {"ours": half(args.device).itemsize, "ours int8": 1}
+    device = torch.cuda.get_device_name() if args.device == "cuda" else processor()
+
+    def save() -> dict:
+        ours = cases.get("gpt2_124m, 250 tokens", {})
+        used = {p: round(ours[p]["tokens_per_s"] * parameters * size / 1e9 / bandwidth, 3) for p, size in bytes_each.items() if p in ours}
+        record = {
+            "command": "python benchmarks/sampling.py --nanogpt PATH", "device": device, "cores": os.cpu_count(), "torch": torch.__version__,
+            "python": platform.python_version(), "rounds": args.rounds, "dtype": str(half(args.device)).removeprefix("torch."),
+            "read_bandwidth_gb_per_s": round(bandwidth, 1), "fraction_of_read_bandwidth": used, "int8_loss": int8, "cases": cases,
+        }
+        write_text(file, json.dumps(record, indent=1) + "\n")
+        return record
+
+    for case, found in measure(args):
+        cases[case] = found
+        # 中途被打断，量过的还在
+        save()
+    if args.device == "cpu":
+        int8 = int8_loss()
+    print(json.dumps({k: v for k, v in save().items() if k != "cases"}, indent=1))
 
 
 if __name__ == "__main__":
