@@ -1,6 +1,10 @@
 """Predicted against measured peak memory over presets x precision x memory presets x batch sizes.
 
-    python benchmarks/memory.py            # writes benchmarks/results/memory.json
+    python benchmarks/memory.py [--minutes 10]     # writes benchmarks/results/memory.json
+
+The file is written after every setting; a command that was cut off, or whose minutes were spent, goes on where it
+stopped when it is typed again, on the same device with the same PyTorch. The settings come in an order in which
+any part of them is a fair one of all.
 
 With a CUDA card: torch.cuda.max_memory_allocated and max_memory_reserved of real steps, an evaluation and a
 sample, each setting in a process of its own, under the cap of hardware=rtx3060_12gb; also whether a setting
@@ -10,10 +14,12 @@ hooks count, and the traced live peak against the growth of resident memory.
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +34,7 @@ from omegaconf import OmegaConf
 from nanogpt import machine
 from nanogpt.build import build_model
 from nanogpt.config import TrainConfig, check
+from nanogpt.files import write_text
 from nanogpt.fit.plan import Planner
 from nanogpt.fit.trace import Shape, trace
 from nanogpt.metrics import peak_resident
@@ -51,6 +58,7 @@ GPU_GRID = [
     (model, "bf16", "minimal", rows) for model in ("medium", "large", "gpt2_large", "gpt2_xl") for rows in (1, 4)
 ]
 CPU_VOCAB = 4096
+STRIDE = 7
 # 大块内存用完立刻还给系统，常驻内存才跟着活着的张量走
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
 
@@ -176,10 +184,40 @@ def summary(rows: list[dict]) -> dict:
     return result
 
 
+def spread(grid: list[tuple]) -> list[tuple]:
+    """The settings in an order in which neighbours of the grid lie apart."""
+    return [setting for start in range(STRIDE) for setting in grid[start::STRIDE]]
+
+
+def measure_all(grid: list[tuple], cuda: bool, environment: dict, out: Path, minutes: float) -> dict:
+    """Measure the settings that the file lacks, while there is time, and write it after each; what it holds then."""
+    until = time.monotonic() + 60 * minutes
+    before = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
+    # 量完的文件从头再量；没量完的接着量，但不与别的机器、别的版本混在一起
+    goes_on = before.get("missing") and all(before.get(key) == value for key, value in environment.items())
+    rows = {setting_of(row): row for row in before["rows"]} if goes_on else {}
+    result = before
+    for setting in spread([setting for setting in grid if setting not in rows]):
+        if time.monotonic() > until:
+            break
+        rows[setting] = measure(setting, cuda)
+        print(" ".join(f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in rows[setting].items()), flush=True)
+        done = [rows[setting] for setting in grid if setting in rows]
+        result = {**environment, "missing": len(grid) - len(done), "summary": summary(done), "rows": done}
+        write_text(out, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def setting_of(row: dict) -> tuple:
+    """The setting that a row of the file is of."""
+    return tuple(row[key] for key in ("model", "precision", "memory", "batch_size"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--cuda", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no setting after so long")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "memory.json")
     arguments = parser.parse_args()
     if arguments.child:
@@ -188,14 +226,9 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     if not cuda:
         torch.set_num_threads(1)
-    rows = []
-    for setting in GPU_GRID if cuda else CPU_GRID:
-        rows.append(measure(setting, cuda))
-        print(" ".join(f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in rows[-1].items()), flush=True)
     device = torch.cuda.get_device_name(0) if cuda else f"CPU, {os.cpu_count()} cores, no GPU"
-    result = {"device": device, "torch": torch.__version__, "summary": summary(rows), "rows": rows}
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result["summary"], indent=2))
+    result = measure_all(GPU_GRID if cuda else CPU_GRID, cuda, {"device": device, "torch": torch.__version__}, arguments.out, arguments.minutes)
+    print(json.dumps(result.get("summary"), indent=2))
 
 
 if __name__ == "__main__":
