@@ -936,7 +936,10 @@ MESSAGES = {
         "真实文本（命中：评判在留出文本上；其余：验证文本）",
     ),
     "setting_codes": ("control=codes control.guidance={guidance:g}", "control=codes control.guidance={guidance:g}"),
-    "setting_prefix": ("control=prefix: the wish as a sentence before the text", "control=prefix：把要求写成一句话放在前面"),
+    "setting_prefix": (
+        "control=prefix: the wish as on the command line, a sentence before the text and words raised (nothing trained in)",
+        "control=prefix：与命令行上一样，前面加一句话、给词加分（没有训练）",
+    ),
     "setting_none": (
         "control=none: nothing is asked (if every text had one of the labels, evenly: {chance:.1%})",
         "control=none：不作要求（若每篇都有一种标签且各占一份：{chance:.1%}）",

@@ -86,6 +86,8 @@ def test_a_vocabulary_without_chinese_takes_the_other_language_or_leaves_the_sen
     got = applied(tokens, "\n", style="像鲁迅", bias=False)
     err = capsys.readouterr().err
     assert got.prefix == "" and err.count("\n") == 1 and "'像'" in err and "left out" in err
+    got = applied(CharTokenizer("下面这段文字的情绪：难过。"), "难过", emotion="难过", bias=False)
+    assert got.prefix == "" and "lacks '\\n' of its sentence" in capsys.readouterr().err
     got = applied(CharTokenizer("春天 "), "春", emotion="happy")
     assert got.prefix == "" and got.sampler is PLAIN and "no bias" in capsys.readouterr().err
 

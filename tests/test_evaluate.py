@@ -10,14 +10,18 @@ from conftest import TINY, make_config
 from test_judges import poetry, reviews
 
 from nanogpt import messages
+from nanogpt.cli import quoted
 from nanogpt.config import ROOT
 from nanogpt.control import __main__ as command
 from nanogpt.control import evaluate, picture
 from nanogpt.control.measures import Seen, wilson
+from nanogpt.control.prefixes import writable
 from nanogpt.corpus import build_char_tokenizer
 from nanogpt.documents import Document, write_documents
+from nanogpt.groups import sample_config
+from nanogpt.samples import write_samples
 from nanogpt.session import Session
-from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
+from nanogpt.writing import open_model
 
 QUICK = [*TINY, "dataset=text_file", "dataset.path=unused.txt", "logger=none", "device=cpu", "batch_size=4", "log_interval=1", "sample_tokens=0",
          "warmup_iters=1", "model.block_size=48"]
@@ -166,13 +170,28 @@ def test_a_run_without_texts_for_the_judge_and_a_missing_package_are_one_line(in
     assert "--plot needs the package matplotlib" in one_line(capsys, "evaluate", poems, "--plot", "a.png")
 
 
-def test_the_text_prefix_asks_in_the_language_of_the_texts_and_without_a_line_break_where_there_is_none():
-    ground = lambda text, kind: evaluate.Ground(kind, [], None, {}, Seen([text]), set())  # noqa: E731
-    for text, tokenizer, typed, ends in (("很好", ByteTokenizer(), "积极", "\n"), ("很好", CharTokenizer("很好"), "积极", "。"), ("good", ByteTokenizer(), "positive", "\n")):
-        node = evaluate.in_words(ground(text, "emotion"), "positive", tokenizer)
-        assert node["emotion"] == typed and node["templates"]["zh"]["emotion"].endswith(ends)
-    assert evaluate.in_words(ground("春眠不觉晓", "style"), "七言绝句", ByteTokenizer())["style"] == "七言绝句"
-    assert evaluate.in_words(ground("a book", "style"), "mystery", ByteTokenizer())["style"] == "mystery"
+def test_the_text_prefix_asks_in_the_language_of_the_texts():
+    for text, kind, label, typed in (
+        ("很好", "emotion", "positive", "积极"), ("good", "emotion", "positive", "positive"),
+        ("春眠不觉晓", "style", "七言绝句", "七言绝句"), ("a book", "style", "mystery", "mystery"),
+    ):
+        assert evaluate.in_words(evaluate.Ground(kind, [], None, {}, Seen([text]), set()), label)[kind] == typed
+
+
+def test_a_baseline_is_what_the_command_line_writes_also_without_the_line_break_of_its_sentence(in_tmp):
+    # 第一篇让词表写得出 control=prefix 的那句话，只缺它末尾的换行
+    folder = trained(in_tmp, [Document("下面这段文字的情绪：积极。", emotion="positive"), *mixed(reviews(10))])
+    typed = ["device=cpu", "fast=false", "max_new_tokens=12", "seed=5"]
+    cfg = command.config_of(typed)
+    model, ground = open_model(cfg, folder), evaluate.Ground("emotion", ["positive"], None, {}, Seen(["很好"]), set())
+    assert writable(model.tokenizer, "下面这段文字的情绪：积极。") and not writable(model.tokenizer, "\n")
+    for control, _, node in evaluate.settings_of(ground, evaluate.Asked(3, [], baseline=True)):
+        written = evaluate.write(model, cfg, ground.labels, node, 3)["positive"]
+        wish = ["control.emotion=积极"] * (control == "prefix")
+        overrides = [*typed, f"control={control}", *wish, "num_samples=3", f"output={control}.jsonl"]
+        write_samples(sample_config([quoted(o) for o in overrides]), model)
+        records = [json.loads(line) for line in (in_tmp / f"{control}.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert {r["seed"]: r["text"] for r in records} == {r.request.seed: r.text for r in written} and any(r.text for r in written)
 
 
 def test_overrides_are_told_from_options_and_their_values():

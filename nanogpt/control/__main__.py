@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--samples", type=int, default=100, help="texts for each label (default 100)")
     command.add_argument("--kind", choices=LABEL_KINDS, help="which labels (default: the first kind that the model has)")
     command.add_argument("--guidance", type=float, nargs="+", help="values of control.guidance (default 1; with --plot 1 1.5 2 3 4)")
-    command.add_argument("--baseline", action="store_true", help="also the same model with the wish as a text prefix, and with no wish")
+    command.add_argument("--baseline", action="store_true", help="also control=prefix and control=none, as run_sample.py writes with them")
     command.add_argument("--output", type=Path, metavar="FILE.json", help="everything as json")
     command.add_argument("--texts", action="store_true", help="keep the texts in --output")
     command.add_argument("--plot", type=Path, metavar="FILE.png|.svg", help="draw hit rate and perplexity against guidance")

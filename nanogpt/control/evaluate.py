@@ -23,14 +23,13 @@ from nanogpt.console import Console
 from nanogpt.control.judges import CI, Judge, Verdict, build_judge, lengths, read_judge_part
 from nanogpt.control.measures import COPY, Seen, distinct, mean_share, share, without_space
 from nanogpt.control.perplexity import guided_perplexity
-from nanogpt.control.prefixes import language_of, writable
+from nanogpt.control.prefixes import language_of
 from nanogpt.documents import Document, DocumentData, open_data
 from nanogpt.groups import option
 from nanogpt.labels import LABEL_KINDS
 from nanogpt.messages import ConfigError
 from nanogpt.sample_config import SampleConfig
 from nanogpt.summary import device_name, versions
-from nanogpt.tokenizer import Tokenizer
 from nanogpt.writer import Result
 from nanogpt.writing import Model, Settings, open_model
 
@@ -111,24 +110,21 @@ def lay_ground(data: DocumentData, kind: str, labels: list[str]) -> Ground:
 # ---- 写 ----
 
 
-def settings_of(ground: Ground, asked: Asked, tokenizer: Tokenizer) -> Iterator[tuple[str, float | None, Callable[[str], dict]]]:
+def settings_of(ground: Ground, asked: Asked) -> Iterator[tuple[str, float | None, Callable[[str], dict]]]:
     """(control, guidance, control node for a label) of everything to measure."""
     for guidance in asked.guidance:
         yield "codes", guidance, lambda label, g=guidance: {**_node("codes"), ground.kind: label, "guidance": g}
     if asked.baseline:
-        yield "prefix", None, lambda label: in_words(ground, label, tokenizer)
+        yield "prefix", None, lambda label: in_words(ground, label)
         yield "none", None, lambda label: _node("none")
 
 
-def in_words(ground: Ground, label: str, tokenizer: Tokenizer) -> dict:
-    """control=prefix at its best: the label's name in the language of the texts, in a sentence that the vocabulary can write."""
-    node, names = _node("prefix"), [label, *_node("codes")["aliases"][ground.kind].get(label, [])]
+def in_words(ground: Ground, label: str) -> dict:
+    """control=prefix as a person types it: the label by its name in the language of the texts, nothing else changed."""
+    names = [label, *_node("codes")["aliases"][ground.kind].get(label, [])]
+    # 词表写不出的句子，命令行上会略去：这里也一样，另做一套就不是同一个东西的成绩
     typed = next((name for name in names if (language_of(name) == "zh") == ground.seen.chinese), label)
-    templates = node["templates"]
-    if not writable(tokenizer, "\n"):
-        # 一行一篇的数据没有换行：只因为它就略去整句话，比较便不公平
-        templates = {language: {kind: line.rstrip("\n") for kind, line in lines.items()} for language, lines in templates.items()}
-    return {**node, ground.kind: typed, "templates": templates}
+    return {**_node("prefix"), ground.kind: typed}
 
 
 @cache
@@ -242,7 +238,7 @@ def evaluate(cfg: SampleConfig, run_dir: Path, asked: Asked, kind: str | None, s
     perplexity = guided_perplexity(model, data, [0.0, *asked.guidance])
     record["perplexity_without_labels"] = perplexity[0]
     by_guidance = dict(zip(asked.guidance, perplexity[1:]))
-    for control, guidance, node in settings_of(ground, asked, model.tokenizer):
+    for control, guidance, node in settings_of(ground, asked):
         written = write(model, cfg, labels, node, asked.samples)
         pairs = {label: [(r.text, r.finish != "length") for r in results] for label, results in written.items()}
         verdicts = {label: judged(ground.judge, *map(list, zip(*listed))) for label, listed in pairs.items()}

@@ -114,16 +114,18 @@ class PrefixControl:
         return next((label for label in self.labels[kind] if label.is_called(typed)), None)
 
     def _sentence(self, kind: str, typed: str, languages: tuple[str, str], tokenizer: Tokenizer) -> str:
-        label, missing = self.label(kind, typed), ""
+        label, missing = self.label(kind, typed), []
         for language in languages:
             if not (template := self.templates.get(language, {}).get(kind)):
                 continue
             # 不用 str.format：用户写的花括号不是占位符
             sentence = template.replace("{" + kind + "}", label.name_in(language, typed) if label else typed)
-            if not (missing := missing_characters(tokenizer, sentence)):
+            if not (lacking := missing_characters(tokenizer, sentence)):
                 return sentence
+            missing.append(lacking)
         if missing and self.tells:
-            say_once("control_no_sentence", kind=kind, got=typed, characters=missing)
+            # 说差得最少的那种语言缺什么：中文词表只缺换行，不必数英文字母
+            say_once("control_no_sentence", kind=kind, got=typed, characters=min(missing, key=len))
         return ""
 
     def _words(self, kind: str, typed: str, languages: tuple[str, str], tokenizer: Tokenizer) -> WordBias | None:
