@@ -47,7 +47,8 @@ class SampleConfig:
     checkpoint: str = "best"
     device: str = "auto"
     start: Any = None
-    """A prompt, or a list of prompts; None: a line break, or nothing where the model writes documents."""
+    """A prompt, or a list of prompts; None: nothing where the model writes documents, else a line break, or what
+    else begins a text in a vocabulary without one."""
     prompts: str | None = None
     num_samples: int = 1
     max_new_tokens: int = 500

@@ -260,8 +260,24 @@ class LibraryTokenizer:
         """Characters that, at the end of a text, what follows may still change."""
 
     def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
-        """Ids of a text, shape (n,), without the marks that some tokenizers add at both ends."""
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        """Ids of a text, shape (n,), without the marks that some tokenizers add at both ends.
+
+        Most have a token for what they do not know; where there is none, ConfigError names the characters, unless they are to be skipped.
+        """
+        ids = self._ids_of(text)
+        if ids is None:
+            missing = sorted({c for c in text if self._ids_of(c) is None}) or [text]
+            if not skip_unknown:
+                raise ConfigError("unknown_characters", characters=" ".join(map(repr, missing[:20])))
+            ids = self._ids_of("".join(c for c in text if c not in missing)) or []
+        return np.array(ids, dtype=np.int64)
+
+    def _ids_of(self, text: str) -> list[int] | None:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception:
+            # 没有“未知” token 的词表遇到不认识的字，库只抛裸 Exception
+            return None
 
     def decode(self, ids) -> str:
         text = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)

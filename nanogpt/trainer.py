@@ -26,7 +26,7 @@ from nanogpt.precision import settle_scale
 from nanogpt.sampling import sampler
 from nanogpt.step import Step
 from nanogpt.summary import write_summary
-from nanogpt.writer import write_sample
+from nanogpt.writer import default_prompt, write_sample
 
 # 评估取样、生成样本各用自己的种子流，互不干扰
 SAMPLE_STREAM = 1_000_003
@@ -358,17 +358,9 @@ class Trainer:
         self.loggers.text(self.progress.iteration, sample)
 
     def sample_prompt(self) -> str:
-        """The configured prompt; else nothing for documents, or a line break, or the first validation token where there is none."""
-        if self.cfg.sample_prompt is not None:
-            return self.cfg.sample_prompt
-        if self.data.separator is not None:
-            return ""
-        tokenizer = self.data.tokenizer
-        if (tokenizer.kind != "char" or "\n" in tokenizer.characters) and len(tokenizer.encode("\n")):
-            return "\n"
-        # BERT 式词表没有换行，开头几个 token 也可能没有文字
-        heads = (tokenizer.decode(self.data.tokens["val"][:n]) for n in (1, 4, 16, 64))
-        return next(head for head in heads if len(tokenizer.encode(head)))
+        """The configured prompt, else the one with which writing begins."""
+        given = self.cfg.sample_prompt
+        return default_prompt(self.data.tokenizer, self.data.separator) if given is None else given
 
 
 def share_batch(cfg: TrainConfig, world: int) -> tuple[int, int]:

@@ -4,6 +4,7 @@ One-shot, batch, interactive and served writing all go through `Writer`.
 """
 
 import contextlib
+import itertools
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -99,6 +100,23 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, *, skip_unknown: bool = Fal
     parts = [tokenizer.encode(part, skip_unknown=skip_unknown) for part in prompt.split(END_OF_TEXT)]
     marks = [np.array([tokenizer.end_of_text], dtype=np.int64)] * len(parts)
     return np.concatenate([piece for pair in zip(marks, parts) for piece in pair][1:])
+
+
+# 一段话最可能在它们后面开始；词表里有哪个就用哪个
+BEGINNINGS = ("\n", " ", "。", ".")
+
+
+def default_prompt(tokenizer: Tokenizer, separator: int | None) -> str:
+    """The prompt where none is given: nothing for a model of documents, else a line break, or what else the vocabulary can spell."""
+    if separator is not None:
+        return ""
+    alone = (tokenizer.decode([i]) for i in range(tokenizer.vocab_size))
+    return next((text for text in itertools.chain(BEGINNINGS, alone) if _spells(tokenizer, text)), "\n")
+
+
+def _spells(tokenizer: Tokenizer, text: str) -> bool:
+    # BERT 式词表没有换行与空格，不认识的字又都写成同一个 token：读得回来的才算
+    return bool(text) and "\ufffd" not in text and text in tokenizer.decode(tokenizer.encode(text, skip_unknown=True))
 
 
 class Writer:

@@ -22,7 +22,7 @@ from nanogpt.pretrained import build_pretrained, open_pretrained
 from nanogpt.sample_config import FROM_FILE, SampleConfig
 from nanogpt.sampling import Sampler, build_sampler
 from nanogpt.source_text import iter_text
-from nanogpt.writer import Request, Writer
+from nanogpt.writer import Request, Writer, default_prompt
 
 # 再大就不是开头，而是一份语料：不整个读进内存
 LARGEST_PROMPTS = 64 * 2**20
@@ -85,7 +85,7 @@ class Model:
     @property
     def default_prompt(self) -> str:
         """What start=null means."""
-        return "" if self.writes_documents else "\n"
+        return default_prompt(self.tokenizer, self.network.config.separator)
 
     def writer(self, *, capacity: int, max_length: int | None = None, skip_unknown: bool = False) -> Writer:
         """A Writer of `capacity` rows."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GPT2_RECIPE, make_config, no_grad_eval, tiny_model_config
+from conftest import GPT2_RECIPE, make_config, make_sample_config, no_grad_eval, tiny_model_config
 from safetensors.torch import load_file, save_file
 
 from nanogpt import karpathy
@@ -21,8 +21,10 @@ from nanogpt.build import build_model
 from nanogpt.config import ROOT
 from nanogpt.messages import ConfigError
 from nanogpt.pretrained import build_pretrained, open_pretrained
+from nanogpt.samples import write_samples
 from nanogpt.session import Session
 from nanogpt.tokenizer_files import byte_level_bpe
+from nanogpt.writing import open_model
 
 transformers = pytest.importorskip("transformers")
 library = pytest.importorskip("tokenizers")
@@ -139,7 +141,7 @@ def test_a_chinese_bert_vocabulary_is_wrapped_and_saved_as_json(folder, tmp_path
     assert ours.decode([5, 6, 9, 10, 11, 12]) == "春江，gpt !" and ours.vocab_size == len(words) and ours.end_of_text == 3
 
 
-def test_such_a_model_is_fine_tuned_on_chinese_text(folder, in_tmp):
+def test_such_a_model_is_fine_tuned_on_chinese_text_and_written_with(folder, in_tmp, capsys):
     (folder / "tokenizer.json").unlink()
     characters = "春江潮水连海平月共生"
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *characters]), encoding="utf-8")
@@ -149,8 +151,12 @@ def test_such_a_model_is_fine_tuned_on_chinese_text(folder, in_tmp):
     session = Session.new(make_config(*typed), Path("outputs/a"), typed)
     trainer = session._build()
     trainer.fit()
-    # 没有换行的词表，样本从第一个有文字的 token 写起
-    assert trainer.sample_prompt() in characters and trainer.last_sample.startswith(trainer.sample_prompt())
+    # 没有换行的词表，样本与写作都从第一个有文字的 token 写起
+    assert trainer.sample_prompt() == characters[0] and trainer.last_sample.startswith(characters[0])
+    capsys.readouterr()
+    cfg = make_sample_config("out_dir=outputs/a", "max_new_tokens=3", "device=cpu")
+    write_samples(cfg, open_model(cfg, Path(cfg.out_dir)))
+    assert capsys.readouterr().out.startswith(characters[0])
     assert tokenizers.load(Path("outputs/a/ckpt/iter_00000001/tokenizer.json")).kind == "library"
     assert trainer.model.wpe.weight.shape == (8, 48)
 

@@ -41,6 +41,14 @@ def test_unknown_characters_are_named():
         build_char_tokenizer(["abc"]).encode("a中bx")
 
 
+def test_unknown_characters_are_named_or_skipped_where_the_library_has_no_token_for_them():
+    vocabulary = {"type": "Unigram", "vocab": [["a", -1.0], ["b", -2.0]], "unk_id": None}
+    tokenizer = LibraryTokenizer(described(None, ["a", "b"]) | {"model": vocabulary})
+    with pytest.raises(ConfigError, match=r"lacks 'x' '中'"):
+        tokenizer.encode("a中bx")
+    assert tokenizer.encode("a中bx", skip_unknown=True).tolist() == [0, 1] and tokenizer.encode("x", skip_unknown=True).size == 0
+
+
 def test_a_half_character_decodes_to_a_replacement_not_an_error():
     ids = tokenizers.ByteTokenizer().encode("中")
     assert tokenizers.ByteTokenizer().decode(ids[:2]) == "�"

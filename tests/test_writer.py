@@ -10,7 +10,7 @@ from nanogpt.labels import with_labels
 from nanogpt.messages import ConfigError
 from nanogpt.sampling import sampler
 from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
-from nanogpt.writer import Request, Writer, encode_prompt, longest_beginning, write_sample
+from nanogpt.writer import Request, Writer, default_prompt, encode_prompt, longest_beginning, write_sample
 
 GREEDY = sampler(temperature=0.0)
 TOKENIZER = CharTokenizer("abcdefghijk")
@@ -146,6 +146,14 @@ def test_a_prompt_may_name_the_end_of_text_token(letters):
     assert encode_prompt(letters, "<|endoftext|>ab<|endoftext|>").tolist() == [256, 97, 98, 256]
     assert encode_prompt(letters, "ab").tolist() == [97, 98]
     assert encode_prompt(CharTokenizer("<|endoftx>ab"), "<|endoftext|>").size == 13
+
+
+@pytest.mark.parametrize("tokenizer", [*STREAMED, "春天", "to be", "to."])
+def test_the_default_prompt_can_be_read_whatever_the_vocabulary(tokenizer):
+    tokenizer = STREAMED[tokenizer]() if tokenizer in STREAMED else CharTokenizer("".join(sorted(set(tokenizer))))
+    prompt = default_prompt(tokenizer, None)
+    assert prompt and prompt in tokenizer.decode(encode_prompt(tokenizer, prompt)) and default_prompt(tokenizer, 3) == ""
+    assert prompt == "\n" or "\n" not in tokenizer.decode(tokenizer.encode("\n", skip_unknown=True))
 
 
 def test_unknown_characters_are_named_or_skipped(model):
