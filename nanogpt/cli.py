@@ -17,24 +17,19 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt import rundir
 from nanogpt.composing import SCHEMAS, check_whole, composing, one_line, refuse_unknown_hydra_keys
-from nanogpt.config import ROOT, TrainConfig
+from nanogpt.config import PATH_KEYS, ROOT, TEXT_KEYS, TrainConfig
 from nanogpt.messages import ConfigError, language_from_arguments, say, set_language, text
 from nanogpt.mistakes import EXIT_USER_ERROR, explained, forgive_output, leave_quietly, one_line_each
+from nanogpt.quoting import quoted
 from nanogpt.sample_config import SampleConfig, register_schemas
 from nanogpt.sweep_folder import tidy_latest
 from nanogpt.user_yaml import checked_yaml
-from nanogpt.values import check_values
+from nanogpt.values import check_values, expanded
 
-# 值是文字的键：逗号、空格都属于内容
-FREE_TEXT = ("sample_prompt", "start", "control.style", "control.emotion")
 # 再长的话，Hydra 的语法分析要好几秒；长的文字放进文件
 LONGEST_ARGUMENT = 8000
 # 括号套得更深、逗号更多的，语法分析的时间会成倍增长
 DEEPEST, MOST_ITEMS = 60, 500
-# 已经带引号的一段，照原样
-QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
-# 列表或扫描里含有非 ASCII 字符的一项
-NON_ASCII_ITEM = r"[^,\[\]{}()'\"]*[^\x00-\x7f][^,\[\]{}()'\"]*"
 # 内容随选项而变的配置组；model 一类形状固定的不在内
 SWAPPABLE = ("optimizer", "dataset", "logger")
 
@@ -60,30 +55,11 @@ def remembered_groups(arguments: list[str]) -> list[str]:
         return []
 
 
-def quoted(argument: str) -> str:
-    """A command-line argument that Hydra's grammar reads: text in quotes, Chinese included.
+def arranged(arguments: list[str]) -> tuple[list[str], list[str], bool]:
+    """(flags with their values, overrides, whether it is a sweep): Hydra wants the flags together, people write them anywhere.
 
-    Unquoted, its lexer knows ASCII only and takes commas for a sweep.
+    Refuses what cannot be read.
     """
-    key, equals, value = argument.partition("=")
-    if not equals or not value or value[0] in "'\"":
-        return argument
-    # 说明里写的 null 是“没有”，不是文字；要写这个词就加引号
-    if key in FREE_TEXT and value[0] not in "[{" and value != "null":
-        return f"{key}={_in_quotes(value)}"
-    # 逗号与括号留给 Hydra：列表、扫描里的每个中文项分别加引号
-    items = re.compile(f"({QUOTED})|{NON_ASCII_ITEM}")
-    return f"{key}={items.sub(lambda item: item[1] or _in_quotes(item[0]), value)}"
-
-
-def _in_quotes(value: str) -> str:
-    # 末尾的反斜杠会吃掉右引号，要双写
-    tail = len(value) - len(value.rstrip("\\"))
-    return "'" + value.replace("'", "\\'") + "\\" * tail + "'"
-
-
-def arranged(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """(flags with their values, overrides): Hydra wants the flags together, people write them anywhere. Refuses what cannot be read."""
     check_arguments(arguments)
     parser = get_args_parser()
 
@@ -106,7 +82,7 @@ def arranged(arguments: list[str]) -> tuple[list[str], list[str]]:
             del left[0]
         else:
             flags.append(argument)
-    return flags, overrides
+    return flags, overrides, typed.multirun or "hydra.mode=MULTIRUN" in overrides
 
 
 def check_arguments(arguments: list[str]) -> None:
@@ -115,17 +91,17 @@ def check_arguments(arguments: list[str]) -> None:
         key, _, value = argument.partition("=")
         if len(argument) > LONGEST_ARGUMENT:
             raise ConfigError("long_argument", key=key[:60], got=len(argument), most=LONGEST_ARGUMENT)
-        if key in FREE_TEXT:
+        if key.lstrip("+") in (*PATH_KEYS, *TEXT_KEYS):
             continue
         if digits := re.search(r"\d{400,}", value):
             # Python 不肯读几千位的整数
             raise ConfigError("large_number", key=key, got=f"{digits[0][:20]}…")
         if value.startswith("glob(") and not (ROOT / "conf" / key).is_dir():
             # 只有配置组有可以列举的选项；别的键会得到零个任务，什么也不做就成功
-            raise ConfigError("unreadable", argument=argument, reason=text("glob_of_a_value"))
+            raise ConfigError("unreadable", argument=argument, reason=text("glob_of_a_value"), remedy=text("remedy_one_by_one", key=key))
         depth = itertools.accumulate((c in "[{(") - (c in ")}]") for c in value)
         if max(depth, default=0) > DEEPEST or value.count(",") > MOST_ITEMS:
-            raise ConfigError("unreadable", argument=argument, reason=text("too_deep"))
+            raise ConfigError("unreadable", argument=argument, reason=text("too_deep"), remedy=text("remedy_yaml"))
 
 
 # ---- 运行 ----
@@ -143,8 +119,18 @@ def typed_config(cfg: DictConfig, config_name: str) -> TrainConfig | SampleConfi
         if not isinstance(option, str):
             raise ConfigError("one_option", group=group, got=OmegaConf.to_container(option))
     typed.groups = choices
+    at_home(typed)
     check_values(typed)
     return typed
+
+
+def at_home(cfg: TrainConfig | SampleConfig) -> None:
+    """Put the home folder for the ~ of every path: a shell does that at the beginning of a word only."""
+    for key in PATH_KEYS:
+        group, _, name = key.rpartition(".")
+        node = getattr(cfg, group, None) if group else vars(cfg)
+        if isinstance(node, dict) and isinstance(path := node.get(name), str):
+            node[name] = expanded(path)
 
 
 def run_script(config_name: str, task: Callable[[TrainConfig | SampleConfig, list[str]], float | None]) -> None:
@@ -156,17 +142,17 @@ def run_script(config_name: str, task: Callable[[TrainConfig | SampleConfig, lis
     os.environ["HYDRA_FULL_ERROR"] = "1"
     with one_line_each():
         with composing(config_name):
-            flags, overrides = arranged(sys.argv[1:])
-        _Script(config_name, task, overrides).run(flags)
+            flags, overrides, sweep = arranged(sys.argv[1:])
+        _Script(config_name, task, overrides, sweep=sweep).run(flags)
 
 
 class _Script:
     """One run of hydra.main: the job, and what has been said about its mistakes."""
 
-    def __init__(self, config_name: str, task: Callable, overrides: list[str]):
+    def __init__(self, config_name: str, task: Callable, overrides: list[str], *, sweep: bool):
         self.config_name, self.task = config_name, task
         self.remembered = remembered_groups(overrides)
-        self.overrides = [*map(quoted, overrides), *self.remembered]
+        self.overrides = [*(quoted(override, sweep=sweep) for override in overrides), *self.remembered]
         self.started = False
         self.reported: list[Exception] = []
 

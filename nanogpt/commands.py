@@ -17,8 +17,9 @@ from nanogpt.groups import option, options, parsed
 from nanogpt.messages import ConfigError, say, text
 from nanogpt.sample_config import SAMPLE_RANGES, SampleConfig
 from nanogpt.samples import SEPARATOR, Records, in_order, recorded, settings_record
+from nanogpt.values import unescaped
 from nanogpt.writer import Result, Writer
-from nanogpt.writing import Model, Settings, unescaped
+from nanogpt.writing import Model, Settings
 
 # 换 sampler 时跟着走的设置：与怎么挑候选无关
 KEPT = ("repetition_penalty", "no_repeat_ngram")

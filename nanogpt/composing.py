@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
@@ -15,6 +16,7 @@ from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError
 from nanogpt.config import ROOT, TrainConfig
 from nanogpt.messages import ConfigError, text
 from nanogpt.mistakes import explained
+from nanogpt.quoting import in_quotes, word
 from nanogpt.sample_config import SampleConfig
 from nanogpt.user_yaml import checked_yaml
 from nanogpt.values import wanted_type
@@ -55,9 +57,10 @@ def one_line(error: Exception, config_name: str) -> ConfigError:
             return found
     if isinstance(error, OverrideParseException):
         reason = next((line for line in message.splitlines() if line.strip()), "")
-        return ConfigError("unreadable", argument=error.override, reason=reason)
+        return ConfigError("unreadable", argument=error.override, reason=reason, remedy=_readable(error.override or ""))
     if several := re.search(r"Ambiguous value for argument '(.+)'\n|Sweep parameters '(.+)' requires", message):
-        return ConfigError("sweep_without_m", argument=several[1] or several[2])
+        key, _, value = (argument := several[1] or several[2]).partition("=")
+        return ConfigError("sweep_without_m", argument=argument, listed=word(f"{key}=[{value}]"), typed=word(f"{key}={in_quotes(value)}"))
     unknown = re.search(r"Could not (?:override|append|delete)[^']*'([^'=@]+)", message)
     if unknown:
         key = unknown[1]
@@ -68,6 +71,18 @@ def one_line(error: Exception, config_name: str) -> ConfigError:
         return found
     # 其余情形：后面的行是 Hydra 的内部细节，压成一行
     return ConfigError("compose", line=" ".join(line.strip() for line in message.splitlines() if line.strip()) or type(error).__name__)
+
+
+def _readable(argument: str) -> str:
+    """What to type in place of an argument that Hydra's grammar does not read."""
+    key, equals, value = argument.partition("=")
+    typed = f"{key}={in_quotes(value)}"
+    try:
+        OverridesParser.create().parse_override(typed)
+    except HydraException:
+        # 键就不对：给值加引号也没用
+        return text("remedy_key")
+    return text("remedy_quotes", typed=word(typed)) if equals else text("remedy_key")
 
 
 def _of_a_value(cause: OmegaConfBaseException, error: Exception, config_name: str) -> ConfigError | None:

@@ -19,13 +19,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt import tokenizer as tokenizers
 from nanogpt.bpe import check_vocab_size, train_bpe
-from nanogpt.config import ROOT
+from nanogpt.config import PATH_KEYS, ROOT
 from nanogpt.files import folder_aside, folders_around, refuse_file, remove_leftovers, sha256
 from nanogpt.lock import only_one, remove_stale
 from nanogpt.messages import ConfigError, say
 from nanogpt.mistakes import forgive_output, one_line_each
 from nanogpt.sealed import write_sealed
-from nanogpt.values import check_types, check_value
+from nanogpt.values import check_types, check_value, expanded
 
 # 1：meta.json 没有自己的摘要
 FORMAT = 2
@@ -220,8 +220,12 @@ def typed_options(name: str, arguments: list[str]) -> dict:
         check_value(f"dataset.{key}", value or "-")
         if key not in node or key == "name":
             raise ConfigError("not_an_option", got=argument, options=" ".join(f"{key}=" for key in node if key != "name"))
+    # 路径照敲下的原文：yaml 会把 [、#、: 当成语法
+    paths = [argument for argument in arguments if f"dataset.{argument.partition('=')[0]}" in PATH_KEYS]
     try:
-        return OmegaConf.to_container(OmegaConf.merge(node, OmegaConf.from_dotlist(arguments)), resolve=True)
+        node = OmegaConf.merge(node, OmegaConf.from_dotlist([argument for argument in arguments if argument not in paths]))
+        typed = OmegaConf.to_container(node, resolve=True)
+        return typed | {key: None if path in ("", "null") else expanded(path) for key, _, path in (argument.partition("=") for argument in paths)}
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
         key = getattr(error, "full_key", None) or "?"
         raise ConfigError("bad_part", key=f"dataset.{key}", reason=str(error).partition("\n")[0] or type(error).__name__) from None

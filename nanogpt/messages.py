@@ -126,8 +126,8 @@ MESSAGES = {
         "{key}=…：{got:,} 个字符，命令行写不下（至多 {most:,}）；请放进文件：start=FILE:…、prompts=…，或写成 yaml",
     ),
     "sweep_without_m": (
-        "{argument}: this means several values; add -m to try each, write key=[a,b] for a list, or quote the value",
-        "{argument}：写了几个值；要逐个尝试请加 -m，列表请写 key=[a,b]，文字请加引号",
+        "{argument}: this means several values; add -m to try each; a list is written {listed}, a text {typed}",
+        "{argument}：写了几个值；要逐个尝试请加 -m；列表请写 {listed}，文字请写 {typed}",
     ),
     "nothing_chosen": ("{group}: nothing is chosen; choose one of: {options}", "{group}：没有选；可选：{options}"),
     "one_option": (
@@ -154,6 +154,7 @@ MESSAGES = {
         "{key}={got}：其中有{what}，存不进文件；请换个写法，或给它所指的文件改名",
     ),
     "what_control": ("a control character", "控制字符"),
+    "what_reference": ("${{, which a config file takes for a reference", "${{（在配置文件里是引用）"),
     "what_nul": ("a NUL character", "NUL 字符"),
     "what_half": ("bytes that are no UTF-8, or half a character", "非 UTF-8 的字节或半个字符"),
     "large_number": ("{key}={got} is too large; write a smaller number", "{key}={got} 太大；请写小一些的数"),
@@ -166,9 +167,13 @@ MESSAGES = {
         "model.vocab_size，或用 memory.weights=bf16",
     ),
     "unreadable": (
-        "{argument}: this cannot be read ({reason}); put the value in quotes: \"key='value'\"",
-        "{argument}：无法解析（{reason}）；请给值加引号：\"key='值'\"",
+        "{argument}: this cannot be read ({reason}); {remedy}",
+        "{argument}：无法解析（{reason}）；{remedy}",
     ),
+    "remedy_quotes": ("put the value in quotes: {typed}", "请给值加引号：{typed}"),
+    "remedy_key": ("write key=value", "请写成 键=值"),
+    "remedy_one_by_one": ("write the values: {key}=a,b,c", "请逐个写出：{key}=a,b,c"),
+    "remedy_yaml": ("write it into a yaml of your own (--config-dir)", "请写进自己的 yaml（--config-dir）"),
     "unknown_key": (
         "{key}: there is no such key{guess}; see conf/{config}.yaml or run with --cfg job",
         "{key}：没有这个配置项{guess}；可查看 conf/{config}.yaml，或加 --cfg job 打印全部配置",
@@ -523,8 +528,8 @@ MESSAGES = {
     "exported": ("written: {target}; load it with {command}", "已写出：{target}；载入方法：{command}"),
     # ---- 运行目录与 checkpoint ----
     "out_dir_exists": (
-        "out_dir={path} already holds a run; choose another out_dir, continue it with resume={path}, or add overwrite=true",
-        "out_dir={path} 里已有一次训练；请换 out_dir，用 resume={path} 继续，或加 overwrite=true",
+        "out_dir={path} already holds a run; choose another out_dir, continue it with {resume}, or add overwrite=true",
+        "out_dir={path} 里已有一次训练；请换 out_dir，用 {resume} 继续，或加 overwrite=true",
     ),
     "out_dir_foreign": (
         "out_dir={path} holds files that are not a run's; choose an empty or new folder",
@@ -537,9 +542,9 @@ MESSAGES = {
     ),
     "empty_prompt": ("start={got!r} is empty; give at least one character", "start={got!r} 是空的；请至少给一个字"),
     # ---- 写作 ----
-    "not_a_prompt": (
-        "start={got} is no text; give a text, FILE:prompt.txt, or a list of texts: start='[a,b]'",
-        "start={got} 不是文字；请给一段文字、FILE:prompt.txt，或一列文字：start='[甲,乙]'",
+    "two_prompts": (
+        "{keys} name prompts twice; leave one out: start=TEXT, starts='[TEXT,TEXT]' and prompts=FILE are three ways to give them",
+        "{keys} 重复给了开头；请只留一个：start=文字、starts='[文字,文字]'、prompts=文件 是三种写法",
     ),
     "empty_stop": (
         "stop holds an empty string; give at least one character or leave it out",
@@ -687,8 +692,8 @@ MESSAGES = {
         "checkpoint 保存失败（{reason}）；旧的仍在，{seconds} 秒后重试；请腾出磁盘空间",
     ),
     "never_saved": (
-        "the last checkpoint could not be saved ({reason}); the newest one is {checkpoint}; free some disk space and continue with resume={path}",
-        "最后的 checkpoint 没能保存（{reason}）；最新的完好 checkpoint 是 {checkpoint}；请腾出磁盘空间，再用 resume={path} 继续",
+        "the last checkpoint could not be saved ({reason}); the newest one is {checkpoint}; free some disk space and continue with {resume}",
+        "最后的 checkpoint 没能保存（{reason}）；最新的完好 checkpoint 是 {checkpoint}；请腾出磁盘空间，再用 {resume} 继续",
     ),
     "logger_refused": (
         "logger: {name} refuses to begin ({reason}); mend that, or choose another: logger=tensorboard, logger=none",
@@ -763,12 +768,12 @@ MESSAGES = {
         "最近 {steps} 步里有 {count} 步的训练损失高于乱猜的水平（{uniform:.2f}，现为 {loss:.2f}），而此前更低：已经发散；{remedy}",
     ),
     "remedy_last": (
-        "the last good checkpoint is {checkpoint}; continue from it with a lower rate: resume={path}{which} learning_rate={rate:.1e}",
-        "最后的完好 checkpoint 是 {checkpoint}；请降低学习率后继续：resume={path}{which} learning_rate={rate:.1e}",
+        "the last good checkpoint is {checkpoint}; continue from it with a lower rate: {resume}{which} learning_rate={rate:.1e}",
+        "最后的完好 checkpoint 是 {checkpoint}；请降低学习率后继续：{resume}{which} learning_rate={rate:.1e}",
     ),
     "remedy_best": (
-        "the best checkpoint is {checkpoint}; continue from it with a lower rate: resume={path}{which} learning_rate={rate:.1e}",
-        "最好的 checkpoint 是 {checkpoint}；请降低学习率后继续：resume={path}{which} learning_rate={rate:.1e}",
+        "the best checkpoint is {checkpoint}; continue from it with a lower rate: {resume}{which} learning_rate={rate:.1e}",
+        "最好的 checkpoint 是 {checkpoint}；请降低学习率后继续：{resume}{which} learning_rate={rate:.1e}",
     ),
     "remedy_again": (
         "nothing has been saved yet; start again with a lower rate: learning_rate={rate:.1e}",
@@ -793,9 +798,10 @@ MESSAGES = {
         "完成：{iteration} 次迭代，用时 {wall}，验证损失 {val_loss:.4f}（最好 {best:.4f}），{speed:.0f} tokens/s",
     ),
     "where": (
-        "everything is in {path}: ckpt/ (weights), metrics.jsonl, logs/ (TensorBoard), config.yaml, summary.json",
-        "结果都在 {path}：ckpt/（权重）、metrics.jsonl、logs/（TensorBoard）、config.yaml、summary.json",
+        "everything is in {path}: ckpt/ (weights), metrics.jsonl, {logs}config.yaml, summary.json",
+        "结果都在 {path}：ckpt/（权重）、metrics.jsonl、{logs}config.yaml、summary.json",
     ),
+    "where_logs": ("logs/ (TensorBoard), ", "logs/（TensorBoard）、"),
     "next": ("next:", "接下来可以："),
     "next_sample": ("write with it", "用它写作"),
     "next_longer": ("train longer", "继续训练"),

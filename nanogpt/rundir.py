@@ -22,6 +22,7 @@ from nanogpt.config import ROOT, TrainConfig, untrusted_targets
 from nanogpt.files import folders_around, numbered, remove_leftovers
 from nanogpt.lock import Lock
 from nanogpt.messages import ConfigError, text
+from nanogpt.quoting import typed_override
 from nanogpt.saved_config import read_saved
 from nanogpt.sealed import DamagedError, read_sealed, reason_of, write_sealed
 
@@ -76,7 +77,7 @@ def refuse_contents(path: Path, *, overwrite: bool) -> None:
     if there - RUN_FILES:
         raise ConfigError("out_dir_foreign", path=path)
     if there and not overwrite:
-        raise ConfigError("out_dir_exists", path=path)
+        raise ConfigError("out_dir_exists", path=path, resume=typed_override("resume", path))
 
 
 def hold(path: Path) -> Lock:

@@ -10,6 +10,7 @@ from omegaconf import MISSING
 
 from nanogpt.config import CHOICES, PrecisionConfig, TrainConfig, check_choices, check_device, check_ranges
 from nanogpt.messages import ConfigError
+from nanogpt.values import expanded
 
 
 @dataclass
@@ -46,10 +47,13 @@ class SampleConfig:
     init_from: str | None = None
     checkpoint: str = "best"
     device: str = "auto"
-    start: Any = None
-    """A prompt, or a list of prompts; None: nothing where the model writes documents, else a line break, or what
-    else begins a text in a vocabulary without one."""
+    start: str | None = None
+    """A prompt; None: nothing where the model writes documents, else a line break, or what else begins a text in a
+    vocabulary without one."""
+    starts: list[str] = field(default_factory=list)
+    """Several prompts."""
     prompts: str | None = None
+    """A file of prompts."""
     num_samples: int = 1
     max_new_tokens: int = 500
     temperature: float = 0.8
@@ -103,18 +107,18 @@ def check_sample(cfg: SampleConfig) -> None:
     check_choices(cfg, SAMPLE_CHOICES)
     check_ranges(cfg, SAMPLE_RANGES)
     check_device(cfg.device)
-    listed = isinstance(cfg.start, list) and cfg.start and all(isinstance(s, str | int | float) for s in cfg.start)
-    if not (cfg.start is None or isinstance(cfg.start, str) or listed):
-        raise ConfigError("not_a_prompt", got=cfg.start)
+    named = [key for key, value in (("start", cfg.start), ("starts", cfg.starts or None), ("prompts", cfg.prompts)) if value is not None]
+    if len(named) > 1:
+        raise ConfigError("two_prompts", keys=" ".join(f"{key}=…" for key in named))
     if "" in cfg.stop:
         raise ConfigError("empty_stop")
     if cfg.serve:
         # 这些只属于命令行：悄悄忽略会让人以为写进了文件
-        for key in ("interactive", "prompts", "output"):
+        for key in ("interactive", "starts", "prompts", "output"):
             if getattr(cfg, key):
                 raise ConfigError("not_with_serve", key=key)
-    if cfg.interactive and (cfg.prompts is not None or cfg.start is not None):
-        raise ConfigError("interactive_prompts", key="start" if cfg.prompts is None else "prompts")
+    if cfg.interactive and named:
+        raise ConfigError("interactive_prompts", key=named[0])
     check_server(cfg.server)
     for key, node in {"sampler": cfg.sampler, "control": cfg.control}.items():
         if not isinstance(node, dict):
@@ -127,12 +131,17 @@ def check_sample(cfg: SampleConfig) -> None:
 FROM_FILE = "FILE:"
 
 
+def file_of(start: str) -> Path:
+    """The file that a prompt FILE:… names."""
+    return Path(expanded(start.removeprefix(FROM_FILE)))
+
+
 def check_files(cfg: SampleConfig) -> None:
     """Refuse files of prompts that are not there, and an output that is a folder or lies in none."""
-    starts = cfg.start if isinstance(cfg.start, list) else [cfg.start]
-    named = [("start", s, s.removeprefix(FROM_FILE)) for s in starts if isinstance(s, str) and s.startswith(FROM_FILE)]
-    for key, got, path in [*named, *([("prompts", cfg.prompts, cfg.prompts)] if cfg.prompts is not None else [])]:
-        if not Path(path).is_file():
+    starts = [("starts", start) for start in cfg.starts] + ([("start", cfg.start)] if cfg.start is not None else [])
+    named = [(key, start, file_of(start)) for key, start in starts if start.startswith(FROM_FILE)]
+    for key, got, path in [*named, *([("prompts", cfg.prompts, Path(cfg.prompts))] if cfg.prompts is not None else [])]:
+        if not path.is_file():
             raise ConfigError("missing_file", key=key, got=got)
     if cfg.output and Path(cfg.output).is_dir():
         raise ConfigError("output_not_writable", got=cfg.output, reason="a folder")

@@ -24,9 +24,11 @@ from nanogpt.messages import ConfigError, text
 from nanogpt.oom import OutOfMemory
 from nanogpt.precision import Precision
 from nanogpt.pretrained import Pretrained, adapted, build_pretrained, check_vocabulary, open_pretrained
+from nanogpt.quoting import command, override, word
 from nanogpt.sealed import reason_of
 from nanogpt.step import build_step
 from nanogpt.trainer import Trainer, share_batch
+from nanogpt.values import unescaped
 
 # 大于它的学习率几步之内就会冲掉预训练学到的东西
 HIGH_FINETUNE_RATE = 1e-3
@@ -148,7 +150,7 @@ class Session:
             raise ConfigError("vocab_too_small", got=model.vocab_size, need=data.vocab_size)
         if self.cfg.sample_prompt is not None:
             # 词表里没有的字现在就说，不要等到第一次评估
-            data.tokenizer.encode(self.cfg.sample_prompt)
+            data.tokenizer.encode(unescaped(self.cfg.sample_prompt))
 
     # ---- 训练 ----
 
@@ -308,7 +310,7 @@ class Session:
     def _finish(self, trainer: Trainer, summary: dict) -> None:
         console, path = self.console, self.run_dir
         if summary["stopped_by"] == "interrupted":
-            console.line("stopped", iteration=summary["iters"], command=f"python run_train.py resume={path}")
+            console.line("stopped", iteration=summary["iters"], command=command("run_train.py", override("resume", path)))
             return
         if trainer.last_sample:
             console.line("sample_title")
@@ -318,12 +320,27 @@ class Session:
             "finished", val_loss=summary["val_loss"], best=summary["best_val_loss"], iteration=summary["iters"],
             wall=f"{minutes}:{seconds:02d}", speed=summary["tokens_per_s"],
         )
-        console.line("where", path=path)
+        curves = any((path / "logs").glob("events.*"))
+        console.line("where", path=path, logs=text("where_logs") if curves else "")
         console.line("next")
-        for what, command in (
-            ("next_sample", f"python run_sample.py out_dir={path}"),
-            ("next_longer", f"python run_train.py resume={path} max_iters={2 * summary['iters']}"),
-            ("next_curves", "tensorboard --logdir outputs"),
-            ("next_own", "python run_train.py dataset=text_file dataset.path=my.txt"),
-        ):
-            console.plain(f"  {command}   # {text(what)}")
+        for what, typed in self._next(summary, curves=curves).items():
+            # 说明另起一行：cmd 与 zsh 不认行末的 #
+            console.plain(f"  {text(what)}:\n    {typed}")
+
+    def _next(self, summary: dict, *, curves: bool) -> dict[str, str]:
+        """What may be typed now: the name of what it does -> the command."""
+        path, dataset = self.run_dir, self.cfg.dataset
+        label = next(((kind, name) for kind, names in self.data.tokenizer.labels.items() for name in names), None)
+        # 因为它们停下的，不关掉就又会停在原处
+        off = {"early_stop": ["early_stop_evals=0"], "target_reached": ["target_val_loss=null"]}.get(summary["stopped_by"], [])
+        commands = {
+            "next_sample": command("run_sample.py", override("out_dir", path), *([override(f"control.{label[0]}", label[1])] if label else [])),
+            "next_longer": command("run_train.py", override("resume", path), f"max_iters={2 * summary['iters']}", *off),
+        }
+        if curves:
+            # outputs/ 里的几次训练画在一起比
+            commands["next_curves"] = f"tensorboard --logdir {word(str(rundir.OUTPUTS if path.parent == rundir.OUTPUTS else path))}"
+        if not {"path", "source"} & set(dataset):
+            # 用的是现成的文本
+            commands["next_own"] = command("run_train.py", "dataset=text_file", "dataset.path=my.txt")
+        return commands

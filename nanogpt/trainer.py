@@ -26,6 +26,7 @@ from nanogpt.precision import settle_scale
 from nanogpt.sampling import sampler
 from nanogpt.step import Step
 from nanogpt.summary import write_summary
+from nanogpt.values import unescaped
 from nanogpt.writer import default_prompt, write_sample
 
 # 评估取样、生成样本各用自己的种子流，互不干扰
@@ -360,7 +361,7 @@ class Trainer:
     def sample_prompt(self) -> str:
         """The configured prompt, else the one with which writing begins."""
         given = self.cfg.sample_prompt
-        return default_prompt(self.data.tokenizer, self.data.separator) if given is None else given
+        return default_prompt(self.data.tokenizer, self.data.separator) if given is None else unescaped(given)
 
 
 def share_batch(cfg: TrainConfig, world: int) -> tuple[int, int]:

@@ -1,16 +1,16 @@
 """What no key of a configuration may hold, whatever its meaning: keys that nothing reads, text that no file can hold, numbers that are none."""
 
 import math
+import os
 import re
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from nanogpt.config import PATH_KEYS, TEXT_KEYS
 from nanogpt.messages import ConfigError, text
 
-# 空着有意义的键：从空的开头写起
-MAY_BE_EMPTY = ("sample_prompt", "start", "control.style", "control.emotion")
 LARGEST = 2**63 - 1
 # 消息里写得出名字的类型
 PLAIN = (int, float, str, bool, type(None))
@@ -50,11 +50,25 @@ def check_value(key: str, value: Any) -> None:
         if re.search(pattern, value):
             raise ConfigError("unwritable_text", key=key, got=value, what=text(what))
     # 目录名里的转义序列会在屏幕上作怪；要写作的文字则由人
-    if key in ("out_dir", "resume", "init_from", "dataset.path", "dataset.dir") and re.search("[\x01-\x1f\x7f]", value):
+    if key in PATH_KEYS and re.search("[\x01-\x1f\x7f]", value):
         raise ConfigError("unwritable_text", key=key, got=value, what=text("what_control"))
-    # 空值多半是没有展开的 shell 变量：resume=$RUN 不该变成从头训练
-    if not value.strip() and key not in MAY_BE_EMPTY and re.fullmatch(r"[a-z_]+|(dataset|model|server|precision|finetune|hardware)\.\w+", key):
+    if key == "sample_prompt" and "${" in value:
+        # 它要存进 config.yaml，在那里就成了引用
+        raise ConfigError("unwritable_text", key=key, got=value, what=text("what_reference"))
+    # 空值多半是没有展开的 shell 变量：resume=$RUN 不该变成从头训练；文字可以从空的写起
+    if not value.strip() and key not in TEXT_KEYS and re.fullmatch(r"[a-z_]+|(dataset|model|server|precision|finetune|hardware)\.\w+", key):
         raise ConfigError("empty_value", key=key)
+
+
+def expanded(path: str) -> str:
+    """The path with the home folder in place of a leading ~/."""
+    return os.path.expanduser(path) if re.match(r"~[/\\]", path) else path
+
+
+def unescaped(typed: str) -> str:
+    r"""A text from a command line or a yaml in which \n and \t are the characters they stand for; \\n and \\t are those two letters."""
+    # 命令行与 Hydra 都不解释 \n，而开头与停止词里最常用的就是它；别的反斜杠照原样
+    return re.sub(r"\\(\\?)([nt])", lambda found: f"\\{found[2]}" if found[1] else {"n": "\n", "t": "\t"}[found[2]], typed)
 
 
 def check_path(key: str, typed: str) -> None:

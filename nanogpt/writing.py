@@ -19,9 +19,10 @@ from nanogpt.control import build_control, read_form, takes_forms
 from nanogpt.messages import ConfigError
 from nanogpt.precision import Precision
 from nanogpt.pretrained import build_pretrained, open_pretrained
-from nanogpt.sample_config import FROM_FILE, SampleConfig
+from nanogpt.sample_config import FROM_FILE, SampleConfig, file_of
 from nanogpt.sampling import Sampler, build_sampler
 from nanogpt.source_text import iter_text
+from nanogpt.values import unescaped
 from nanogpt.writer import Request, Writer, default_prompt
 
 # 再大就不是开头，而是一份语料：不整个读进内存
@@ -54,12 +55,6 @@ class Settings:
             prompt, _sampler(json.dumps(self.sampler)), self.max_new_tokens, self.seed + number,
             stop=tuple(self.stop), stop_at_end_of_text=self.stop_at_end_of_text, control=build_control(control) if control else None,
         )
-
-
-def unescaped(stop: str) -> str:
-    r"""A stop string in which \n and \t as typed on a command line are the characters they stand for."""
-    # 命令行与 Hydra 都不解释 \n，而停止词里最常用的就是它
-    return stop.replace("\\n", "\n").replace("\\t", "\t")
 
 
 @lru_cache(maxsize=32)
@@ -129,10 +124,10 @@ def ready(cfg: SampleConfig, name: str, network: torch.nn.Module, tokenizer: tok
 
 
 def prompt_text(start: str) -> str:
-    """The prompt itself, or the content of the file that FILE:… names."""
+    """The prompt itself, unescaped, or the content of the file that FILE:… names."""
     if not start.startswith(FROM_FILE):
-        return start
-    return file_text(Path(start.removeprefix(FROM_FILE)), "start", start)
+        return unescaped(start)
+    return file_text(file_of(start), "start", start)
 
 
 def file_text(path: Path, key: str, got: str) -> str:
@@ -145,12 +140,11 @@ def file_text(path: Path, key: str, got: str) -> str:
 
 
 def prompt_list(cfg: SampleConfig, default: str) -> list[str]:
-    """All prompts that the config names, in order: prompts=FILE, start=[…], start, or the default."""
+    """All prompts that the config names, in order: those of prompts=FILE, of starts=[…], start=…, or the default."""
     if cfg.prompts is not None:
         return prompts_of_file(Path(cfg.prompts))
-    if cfg.start is None:
-        return [default]
-    return [prompt_text(str(start)) for start in (cfg.start if isinstance(cfg.start, list) else [cfg.start])]
+    starts = cfg.starts or ([] if cfg.start is None else [cfg.start])
+    return [prompt_text(start) for start in starts] or [default]
 
 
 def prompts_of_file(path: Path) -> list[str]:

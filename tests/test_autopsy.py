@@ -45,7 +45,7 @@ def test_the_screen_names_the_part_the_amount_and_one_override_that_fits(capsys)
     out = screen(capsys, *card, rows=4)
     assert "asked for 1.50 GiB more while 0.50 GiB were free" in out and "largest part: activations" in out
     assert re.search(r"predicted peak 0\.\d\d GiB, budget 0\.30 GiB: 0\.\d\d GiB too much", out)
-    command = re.search(r"python run_train.py resume=outputs/run (\S+=.*)", out)[1]
+    command = re.search(r"run_train.py resume=outputs/run (\S+=.*)", out)[1]
     # 照着加上，预测就放得下
     from nanogpt.fit.plan import predict
 

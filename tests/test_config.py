@@ -157,23 +157,6 @@ def test_valid_configuration_passes():
     check(make_config("model=medium", "precision=fp16", "warmup_iters=0", "lr_schedule=constant"))
 
 
-@pytest.mark.parametrize(("typed", "value"), [
-    ("sample_prompt=To be, or not to be", "To be, or not to be"), ("sample_prompt=it's 春天，", "it's 春天，"), ("sample_prompt=春\\", "春\\"),
-    ("out_dir=outputs/我的模型", "outputs/我的模型"), ("out_dir=D:\\文 本\\a.txt", "D:\\文 本\\a.txt"), ("sample_prompt='x'", "x"), ("out_dir=plain", "plain"),
-])
-def test_text_is_typed_as_it_is(typed, value):
-    from nanogpt.cli import quoted
-
-    assert lookup(make_config(quoted(typed), checked=False), typed.split("=")[0]) == value
-
-
-def test_lists_and_sweeps_of_chinese_words_stay_lists_and_sweeps():
-    from nanogpt.cli import quoted
-
-    assert quoted("stop=['。', \"a，b\",夏]") == "stop=['。', \"a，b\",'夏']"
-    assert quoted("x=春,夏") == "x='春','夏'" and quoted("x=[春,a]") == "x=['春',a]" and quoted("batch_size=4,8") == "batch_size=4,8"
-
-
 @pytest.mark.parametrize("key", ["out_dir", "resume", "init_from", "dataset.path", "dataset.dir"])
 def test_a_control_character_in_a_path_is_refused(key):
     with pytest.raises(ConfigError, match=rf"{key}=.*control character"):

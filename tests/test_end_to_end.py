@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +15,7 @@ import pytest
 from conftest import TINY
 from typed import ENVIRONMENT, typed
 
+from nanogpt import quoting
 from nanogpt.config import ROOT
 from nanogpt.trainer import Trainer
 
@@ -42,11 +45,17 @@ def own_text(tmp_path):
 
 def test_train_then_resume_then_move_to_another_machine(own_text):
     folder, overrides = own_text
-    done = run(folder, *overrides, "out_dir=outputs/a", "logger=tensorboard")
-    for expected in ("iter 4: train loss", "val loss", "lr ", "tokens/s, MFU", "RAM", "done: val loss", "python run_train.py resume=outputs/a max_iters=8"):
+    out, text = folder / "outputs/it's [1], a=b 小", folder / "novel (1), it's #2.txt"
+    (folder / "my.txt").rename(text)
+    done = run(folder, *overrides, f"dataset.path={text.name}", f"out_dir={out.relative_to(folder)}", "logger=tensorboard")
+    for expected in ("iter 4: train loss", "val loss", "lr ", "tokens/s, MFU", "RAM", "done: val loss", "logs/ (TensorBoard)"):
         assert expected in done.stdout
     assert done.stderr.count("\n") == 2 and "preparing the data set text_file" in done.stderr
-    out = folder / "outputs" / "a"
+    # 打印出来的命令，贴到 sh 里就能用
+    write, longer, curves = [shlex.split(line)[1:] for line in done.stdout.partition("next:\n")[2].splitlines()[1::2]]
+    assert len(typed(Path(write[0]).name, folder, *write[1:], "fast=false").stdout) > 400 and curves == ["--logdir", "outputs"]
+    refused = run(folder, *overrides, f"dataset.path={text.name}", f"out_dir={out.relative_to(folder)}", expect=2).stderr
+    assert f"continue it with {quoting.word(longer[1])}, or" in refused
     assert {p.name for p in out.iterdir()} == {*"run.json lock config.yaml tokenizer.json metrics.jsonl summary.json logs ckpt data".split()}
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     for key in ("val_loss", "best_val_loss", "iters", "tokens_per_s", "mfu", "peak_vram_gib", "wall_s", "parameters", "device", "versions"):
@@ -60,6 +69,7 @@ def test_train_then_resume_then_move_to_another_machine(own_text):
     assert json.loads((moved / "outputs/b/summary.json").read_text(encoding="utf-8"))["iters"] == 6
     done = run(moved, "resume=latest", "max_iters=7")
     assert "iter 7:" in done.stdout
+    assert "iter 8:" in run(folder, *longer[1:]).stdout
 
 
 def test_an_existing_run_is_kept_unless_told_otherwise(own_text):
@@ -78,7 +88,7 @@ def test_an_existing_run_is_kept_unless_told_otherwise(own_text):
 
 
 def check_interrupted(folder, out):
-    assert "interrupted" in out and "continue with: python run_train.py resume=outputs/a" in out
+    assert "interrupted" in out and re.search(r"continue with: python \S*run_train.py resume=outputs/a\n", out)
     stopped = json.loads((folder / "outputs/a/summary.json").read_text(encoding="utf-8"))
     assert stopped["stopped_by"] == "interrupted" and stopped["iters"] >= 3
     done = run(folder, "resume=outputs/a", f"max_iters={stopped['iters'] + 2}", "logger=none")
@@ -202,8 +212,6 @@ def test_errors_speak_chinese_when_asked(bad_folder):
 
 
 def test_the_chinese_log_line_has_the_promised_form(own_text):
-    import re
-
     folder, overrides = own_text
     done = run(folder, *overrides, "max_iters=2", "lang=zh", "out_dir=outputs/zh")
     pattern = r"迭代 2: 训练损失 \d\.\d{4}, 验证损失 \d\.\d{4}, 学习率 \d\.\d\de[-+]\d\d, 速度 \d+ tokens/s, MFU \d+\.\d\d%, 内存 \d+\.\d\dGB"

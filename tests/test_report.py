@@ -97,7 +97,7 @@ def test_a_report_has_every_file_and_says_how_to_go_on(in_tmp, capsys):
     folder.mkdir()
     write_report(SWEEP, folder, margin=0.05)
     out = capsys.readouterr().out
-    assert "python run_train.py --config-dir outputs/fit +fit=best" in out and NASTY.split()[0] in out
+    assert "run_train.py --config-dir outputs/fit +fit=best" in out and NASTY.split()[0] in out
     rows = [json.loads(line) for line in (folder / "trials.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == len(SWEEP) and rows[0]["tokens_per_s"] == 3000.0
     assert (folder / "report.html").is_file()
@@ -155,5 +155,5 @@ def test_a_user_may_still_override_everything_in_the_recipe(with_best):
 def test_an_untyped_micro_batch_is_written_and_other_recipes_are_named():
     assert yaml.safe_load(recipe(TrialResult(("experiment=fit",), "ok", micro_batch=16))) == {"batch_size": 16}
     result = TrialResult(("experiment=cpu_speedrun",), "ok", micro_batch=16, experiment="cpu_speedrun")
-    assert command(result, Path("outputs/fit")) == "python run_train.py --config-dir outputs/fit experiment=cpu_speedrun +fit=best"
+    assert command(result, Path("outputs/fit")) .endswith("run_train.py --config-dir outputs/fit experiment=cpu_speedrun +fit=best")
     assert len(recipe(result).splitlines()) == 3

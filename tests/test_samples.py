@@ -58,7 +58,7 @@ def test_a_file_of_prompts_equals_one_by_one_under_greedy_decoding(run, capsys):
     assert together == (samples.SEPARATOR + "\n").join(alone)
     (run / "p.jsonl").write_text("".join(json.dumps(p if i % 2 else {"prompt": p, "id": i}) + "\n" for i, p in enumerate(prompts)), encoding="utf-8")
     assert written(capsys, "prompts=p.jsonl", "sampler=greedy", "max_new_tokens=30") == together
-    listed = "start=[" + ",".join(f"'{p}'" for p in prompts) + "]"
+    listed = "starts=[" + ",".join(f"'{p}'" for p in prompts) + "]"
     assert written(capsys, listed, "sampler=greedy", "max_new_tokens=30", "batch_size=1") == together
 
 
@@ -90,7 +90,7 @@ def test_an_output_that_cannot_be_written_is_told_before_the_writing(in_tmp):
 
 def test_a_wrong_prompt_among_many_is_told_before_the_first_is_written(run, capsys):
     with pytest.raises(ConfigError, match="lacks 'Z'"):
-        written(capsys, "start=[the,kZng]")
+        written(capsys, "starts=[the,kZng]")
     assert capsys.readouterr().out == ""
     assert written(capsys, "start=kZng", "unknown=skip", "sampler=greedy").replace("kZng", "kng") == written(capsys, "start=kng", "sampler=greedy")
 

@@ -219,7 +219,7 @@ def paths(random: randomness.Random) -> Iterator[Case]:
         yield Case("path", "prepare", (f"path={value}",), "")
         yield Case("path", "prepare labelled", (f"path={value}",), "")
     for value in ("nope", "a_folder", "/dev/null", "x" * 300, "a_file/x", "empty.txt"):
-        yield Case("path", "sample", ("out_dir=run", f"start='FILE:{value}'"), "")
+        yield Case("path", "sample", ("out_dir=run", f"start=FILE:{value}"), "")
         yield Case("path", "sample", ("out_dir=run", f"prompts={value}"), "")
     for value in ("a_folder", "a_file/x", "/proc/x", "x" * 300, "new/../a_folder", "new/new/" + "x" * 300):
         yield Case("path", "sample", ("out_dir=run", "start=a", f"output={value}"), "")
@@ -312,8 +312,9 @@ def sampling(random: randomness.Random) -> Iterator[Case]:
     """What is only seen with the model at hand."""
     for typed in ("sampler.temperature=-1", "sampler.temperature=nan", "sampler=top_k sampler.top_k=-1", "sampler=top_p sampler.top_p=2",
         "sampler=top_p sampler.top_p=abc", "+sampler.nope=1",
-                  "control.guidance=99", "control.guidance=abc", "+control.nope=1", "control.strength=1e9", "start=中", "start=[]", "start={a: 1}",
-                  "stop=['']", "stop=5", "prompts=bad.jsonl",
+                  "control.guidance=99", "control.guidance=abc", "+control.nope=1", "control.strength=1e9", "start=中", "starts=['']",
+                  "starts={a: 1}", "starts=[a] start=b",
+                  "stop=['']", "stop=[[a]]", "prompts=bad.jsonl",
                   "prompts=empty.txt", "device=cuda:99", "device=tpu", "unknown=maybe", "start=''", "interactive=true prompts=text.txt",
                   "serve=true server.host=0.0.0.0",
                   "serve=true server.token=x", "serve=true server.port=70000", "serve=true server.host=nope.invalid", "precision=nope",

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from nanogpt import rundir
-from nanogpt.cli import check_arguments, quoted
+from nanogpt.cli import check_arguments
 from nanogpt.config import check_range
 from nanogpt.control.codes import GUIDANCE
 from nanogpt.files import check_writable, folders_around, write_text
@@ -15,6 +15,7 @@ from nanogpt.groups import sample_config
 from nanogpt.labels import LABEL_KINDS
 from nanogpt.messages import ConfigError, language_from_arguments, set_language, text
 from nanogpt.mistakes import Arguments, forgive_output, one_line_each
+from nanogpt.quoting import quoted
 from nanogpt.sample_config import SampleConfig, check_sample
 from nanogpt.values import check_path
 

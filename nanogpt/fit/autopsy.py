@@ -10,6 +10,7 @@ from nanogpt.fit.plan import Plan, Planner
 from nanogpt.fit.show import table
 from nanogpt.messages import text
 from nanogpt.oom import PHASES, OutOfMemory
+from nanogpt.quoting import command, override
 from nanogpt.ram import GIB
 
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -44,7 +45,8 @@ def show(error: OutOfMemory, cfg: TrainConfig, console: Console, *, resume: str 
     _judge(plan, console)
     if way:
         console.line("oom_add", typed=way.typed, speed=way.speed, peak=way.plan.total / GIB)
-        console.plain(f"  python run_train.py {f'resume={resume}' if resume else '…'} {way.typed}")
+        if resume:
+            console.plain(f"  {command('run_train.py', override('resume', resume), *way.typed.split())}")
     else:
         console.line("oom_nothing")
 

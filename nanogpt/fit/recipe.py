@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from nanogpt import quoting
 from nanogpt.config import ROOT
 from nanogpt.files import write_text
 from nanogpt.fit.result import TrialResult
@@ -60,5 +61,5 @@ def write_recipe(result: TrialResult, folders: list[Path]) -> None:
 
 def command(result: TrialResult, folder: Path) -> str:
     """What to type to train with the recipe in `folder`."""
-    under = f" experiment={result.experiment}" if result.experiment else ""
-    return f"python run_train.py --config-dir {folder.as_posix()}{under} +fit=best"
+    under = [quoting.override("experiment", result.experiment)] if result.experiment else []
+    return quoting.command("run_train.py", "--config-dir", folder.as_posix(), *under, "+fit=best")

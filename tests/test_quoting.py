@@ -1,0 +1,158 @@
+"""What is typed arrives as it was typed, and what is printed works when it is pasted: through Hydra's grammar and three shells."""
+
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import make_config, make_sample_config
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from nanogpt import corpus, quoting
+from nanogpt.cli import at_home
+from nanogpt.config import ROOT
+from nanogpt.messages import ConfigError
+from nanogpt.quoting import QUOTED, quoted
+from nanogpt.values import check_value, unescaped
+
+# 人们这样敲过的，与语法里的每个字符随机拼成的
+PATHS = (
+    "outputs/我的模型", r"D:\文 本\a.txt", r"\\nas\share\x.txt", r"D:\a\=b", "novel (1).txt", "novel, final.txt", "[draft] x.txt", "a=b.txt", "it's mine.txt", "R&D #2.txt",
+    r"C:\Program Files (x86)\x", "~me/x.txt", "2024", "1e5", "true", "it's, it's", "'a' or 'b'", "{a: b}", "choice(a,b)", "C:\\x\\",
+)
+TEXTS = (
+    *PATHS, "To be, or not to be", "it's 春天，", "春\\", "'tis the house", '"Hello"', "[Exit, pursued by a bear]", "'x'", "${seed}", "\\${a}\\\\${b", "a\\'b\\\\'", "x\ny", "😀", " ", "",
+)
+
+
+def random_texts(count):
+    draw = random.Random(0)
+    return ["".join(draw.choice("\\\\\\''\"\",=[](){}${}:~#&%+ \tx5春") for _ in range(draw.randrange(1, 12))) for _ in range(count)]
+
+
+def as_hydra_reads(argument, **how):
+    """The value that a job gets, through the parsers of the command line and of a sweep."""
+    override = OverridesParser.create().parse_override(quoted(argument, **how))
+    again = OverridesParser.create().parse_override(f"x={override.get_value_element_as_str()}")
+    return OmegaConf.to_container(OmegaConf.create({"x": again.value()}), resolve=True)["x"]
+
+
+def test_a_text_arrives_as_it_was_typed():
+    for text in [*TEXTS, *random_texts(400)]:
+        for sweep in (False, True):
+            assert as_hydra_reads(f"sample_prompt={text}", sweep=sweep) == text
+    assert make_sample_config(quoted("start='tis")).start == "'tis" and make_sample_config(quoted("stop='\\n")).stop == ["'\\n"]
+
+
+def test_a_path_arrives_as_it_was_typed():
+    for path in [*PATHS, *random_texts(400)]:
+        # ${…} 仍是引用，整个在引号里的是 Hydra 的写法
+        if "${" not in path and not re.fullmatch(QUOTED, path):
+            assert as_hydra_reads(f"dataset.path={path}") == path
+    assert as_hydra_reads("out_dir='a, b'") == "a, b" and make_config(quoted("out_dir=a-${seed}")).out_dir == "a-1337"
+
+
+def test_commas_separate_the_paths_of_a_sweep_unless_they_stand_in_quotes():
+    def swept(value):
+        override = OverridesParser.create().parse_override(quoted(f"dataset.path={value}", sweep=True))
+        return [OverridesParser.create().parse_override(f"x={v}").value() for v in override.sweep_string_iterator()] if override.is_sweep_override() else [override.value()]
+
+    assert swept(r"novel (1).txt,D:\x.txt,it's.txt,'a, b'") == ["novel (1).txt", r"D:\x.txt", "it's.txt", "a, b"]
+    assert swept("'novel, final.txt'") == ["novel, final.txt"] and swept("choice(a,b)") == ["a", "b"] and swept("a.txt") == ["a.txt"]
+
+
+def test_the_home_folder_stands_for_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    cfg = make_config(quoted("dataset=text_file"), quoted("dataset.path=~/x.txt"), quoted("out_dir=~x"))
+    at_home(cfg)
+    assert (cfg.dataset["path"], cfg.out_dir) == (f"{tmp_path}/x.txt", "~x")
+    assert corpus.typed_options("text_file", ["path=~/[a] #1: b.txt", "val_fraction=0.2"])["path"] == f"{tmp_path}/[a] #1: b.txt"
+
+
+def test_a_text_that_no_config_file_can_hold_is_refused():
+    with pytest.raises(ConfigError, match=r"sample_prompt=.*reference"):
+        check_value("sample_prompt", "${seed}")
+
+
+def test_a_line_break_is_typed_as_two_characters():
+    assert [unescaped(t) for t in ("a\\nb\\t", "\\\\nabla", "C:\\x\\\\y", "\\")] == ["a\nb\t", "\\nabla", "C:\\x\\\\y", "\\"]
+
+
+def test_lists_and_sweeps_of_chinese_words_stay_lists_and_sweeps():
+    assert quoted("stop=['。', \"a，b\",夏]") == "stop=['。', \"a，b\",'夏']"
+    assert quoted("x=春,夏") == "x='春','夏'" and quoted("x=[春,a]") == "x=['春',a]" and quoted("batch_size=4,8") == "batch_size=4,8"
+
+
+# ---- 打印的命令 ----
+
+
+def read_by_sh(line):
+    """The words that a real sh makes of a line."""
+    done = subprocess.run(["sh", "-c", f"printf '%s\\0' {line}"], capture_output=True, check=True)
+    return done.stdout.decode("utf-8").split("\0")[:-1]
+
+
+def read_by_powershell(line):
+    """The same by the rules of PowerShell: quotes of five kinds, doubled inside."""
+    words = re.findall(r"(?:[^ '‘’‚‛]|['‘’‚‛](?:[^'‘’‚‛]|['‘’‚‛]{2})*['‘’‚‛])+", line)
+    return [re.sub(r"(['‘’‚‛])\1", r"\1", w[1:-1]) if w[0] == "'" else w for w in words]
+
+
+def read_by_cmd(line):
+    """The same by the rules of Windows' C library, after cmd has taken its carets away outside of quotes."""
+    out, inside = "", False
+    for char in line:
+        inside ^= char == '"'
+        out += "" if char == "^" and not inside else char
+    words, current, i, inside = [], "", 0, False
+    while i < len(out):
+        slashes = re.match(r"(\\+)(?=(\")?)", out[i:])
+        if slashes and slashes[2]:
+            current += "\\" * (len(slashes[1]) // 2)
+            i += len(slashes[1])
+            if len(slashes[1]) % 2:
+                current, i = current + '"', i + 1
+        elif out[i] == '"':
+            inside, i = not inside, i + 1
+        elif out[i] == " " and not inside:
+            words, current, i = [*words, current], "", i + 1
+        else:
+            current, i = current + out[i], i + 1
+    return [*words, current]
+
+
+READERS = {"sh": read_by_sh, "powershell": read_by_powershell, "cmd": read_by_cmd}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sh")
+@pytest.mark.parametrize("shell", READERS)
+def test_a_printed_path_is_read_back_by_the_shell_and_by_hydra(shell):
+    # 这些字 Windows 的文件名里没有
+    paths = [p for p in ["null", "'x'", "~/x", "it’s.txt", "100% %PATH%.txt", "a b", "!x", *PATHS, *random_texts(300)] if shell != "cmd" or '"' not in p]
+    line = " ".join(quoting.word(quoting.override("dataset.path", path), shell) for path in paths)
+    typed = READERS[shell](line)
+    assert len(typed) == len(paths)
+    for word, path in zip(typed, paths):
+        assert as_hydra_reads(word).removeprefix("./") == path, word
+
+
+def test_values_and_scripts_are_named_as_they_have_to_be_typed(in_tmp, monkeypatch):
+    assert quoting.override("max_iters", 5) == "max_iters=5" and quoting.override("experiment", "my own") == "experiment='my own'"
+    assert as_hydra_reads(quoting.override("control.style", "'tis ${x}")) == "'tis ${x}"
+    for typed, expected in (("run_train.py", "run_sample.py"), ("../n/run_sample.py", "../n/run_sample.py"), ("pytest", str(ROOT / "run_sample.py"))):
+        monkeypatch.setattr(sys, "argv", [typed])
+        assert quoting.script("run_sample.py") == expected
+    assert quoting.word("resume=outputs/我的", "sh") == "resume=outputs/我的" and quoting.word("a='b c'", "sh") == '"a=\'b c\'"'
+
+
+@pytest.mark.parametrize(("name", "environment", "shell"), [
+    ("posix", {}, "sh"), ("posix", {"PSModulePath": "x"}, "powershell"), ("nt", {"PROMPT": "$P$G", "PSModulePath": "x"}, "cmd"), ("nt", {"PSModulePath": "x"}, "powershell"),
+    ("nt", {"MSYSTEM": "MINGW64", "PROMPT": "$P$G"}, "sh"),
+])
+def test_the_shell_in_use_is_told_by_the_environment(monkeypatch, name, environment, shell):
+    system = type("System", (), {"name": name, "environ": environment})
+    monkeypatch.setattr(quoting, "os", system)
+    assert quoting.shell_in_use() == shell
