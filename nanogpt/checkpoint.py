@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from nanogpt.files import folder_aside, remove_leftovers, sha256, write_text
+from nanogpt.files import folder_aside, remove_leftovers, sha256, sync, write_text
 from nanogpt.messages import ConfigError, text
 from nanogpt.plain_state import flatten, restore
 from nanogpt.sealed import DamagedError, read_sealed, reason_of, write_sealed
@@ -281,17 +281,21 @@ def set_aside_newer(run_dir: Path, iteration: int) -> None:
             # 同名的更早一次放弃过：编号，绝不覆盖
             numbered = (folder.with_name(f"replaced_{folder.name}_{n}") for n in range(2, 10**6))
             folder.rename(target if not target.exists() else next(p for p in numbered if not p.exists()))
+    if (run_dir / "ckpt").is_dir():
+        # 断电后不能又回到放弃了的那一段
+        sync(run_dir / "ckpt")
 
 
 def prune(run_dir: Path, keep: int) -> None:
     """Delete all checkpoints but the newest `keep` and the best, and what killed saves left behind; damaged ones stay."""
     found = checkpoints(run_dir)
     best = best_of(found)
-    for old in found[:-keep]:
-        if old is not best:
-            # 先改名再删：删到一半被杀，留下的是临时文件夹而不是残缺的 checkpoint
-            doomed = old.folder.with_name(f".{old.name}.old.tmp")
-            shutil.rmtree(doomed, ignore_errors=True)
-            old.folder.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+    doomed = [one for one in found[:-keep] if one is not best]
+    for old in doomed:
+        # 先改名再删：删到一半被杀、断电，留下的是临时文件夹而不是残缺的 checkpoint
+        aside = old.folder.with_name(f".{old.name}.old.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        old.folder.rename(aside)
+    if doomed:
+        sync(run_dir / "ckpt")
     remove_leftovers(run_dir / "ckpt")

@@ -24,15 +24,30 @@ def sha256(path: Path, each: Callable[[bytes], None] | None = None) -> str:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
+    """Flush a file, or the names in a folder, to the disk; folders only where the system can."""
+    folder = path.is_dir()
     # Windows 不能对文件夹 fsync，改名本身由 NTFS 日志保证
-    if path.is_dir() and os.name == "nt":
+    if folder and os.name == "nt":
         return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        # 只能写、不能列的上级目录打不开；有的网络文件系统不认文件夹的 fsync
+        if not folder or error.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP):
+            raise
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those around it, each of which is there after a loss of power too."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        # 名字记在上一级里：同步自己没有用
+        sync(folder.parent)
 
 
 def write_text(path: Path, content: str) -> None:
@@ -81,7 +96,7 @@ def folders_around(path: Path) -> Iterator[None]:
     around = path.parent.resolve()
     made = [folder for folder in (around, *around.parents) if not folder.exists()]
     try:
-        around.mkdir(parents=True, exist_ok=True)
+        make_folder(around)
         yield
     finally:
         for folder in made:
@@ -104,16 +119,14 @@ def check_writable(path: Path) -> None:
 def folder_aside(final: Path) -> Iterator[Path]:
     """Yield a temporary sibling folder; on success it becomes `final`, on failure it is removed. OSError where `final` is a file."""
     refuse_file(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(final.parent)
     aside = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
     aside.mkdir()
     try:
         yield aside
         # 先落盘内容再改名：断电后不会出现名字在、内容空的文件夹
-        for path in aside.rglob("*"):
-            if path.is_file():
-                sync(path)
-        sync(aside)
+        for path in (*aside.rglob("*"), aside):
+            sync(path)
         if final.exists():
             # 新的已完整落盘，才把旧的挪开
             final.rename(final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.old.tmp"))

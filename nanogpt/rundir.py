@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.config import ROOT, TrainConfig, untrusted_targets
-from nanogpt.files import folders_around, numbered, remove_leftovers
+from nanogpt.files import folders_around, make_folder, numbered, remove_leftovers, sync, write_text
 from nanogpt.lock import Lock
 from nanogpt.messages import ConfigError, text
 from nanogpt.quoting import typed_override
@@ -72,12 +72,17 @@ def choose(cfg: TrainConfig) -> Path:
 
 def refuse_contents(path: Path, *, overwrite: bool) -> None:
     """ConfigError when a run may not begin in this folder, which need not be there yet."""
-    # 锁与没写完的临时文件不是内容：刚启动就被杀的那次留下的
-    there = {p.name for p in path.iterdir() if p.name != LOCK and not re.fullmatch(r"\..+\.tmp", p.name)} if path.is_dir() else set()
+    there = {p.name for p in path.iterdir() if not _left_behind(p)} if path.is_dir() else set()
     if there - RUN_FILES:
         raise ConfigError("out_dir_foreign", path=path)
     if there and not overwrite:
         raise ConfigError("out_dir_exists", path=path, resume=typed_override("resume", path))
+
+
+def _left_behind(path: Path) -> bool:
+    """Whether this is no content, but what a start leaves that was killed, or lost its power, before there was a run."""
+    empty = path.name in RUN_FILES and path.is_dir() and not any(path.iterdir())
+    return path.name == LOCK or empty or re.fullmatch(r"\..+\.tmp", path.name) is not None
 
 
 def hold(path: Path) -> Lock:
@@ -101,7 +106,7 @@ def claim(path: Path, *, overwrite: bool) -> Lock:
     """Make and lock the folder of a new run, emptying an old run if told to."""
     try:
         with folders_around(path):
-            path.mkdir(exist_ok=True)
+            make_folder(path)
         lock = hold(path)
         try:
             # 从检查到这里过了几秒：别的进程可能也选了它
@@ -121,6 +126,8 @@ def _empty(path: Path) -> None:
             shutil.rmtree(path / name)
         else:
             (path / name).unlink(missing_ok=True)
+    # 断电后不能又冒出一半：旧的 checkpoint 配上新的 run.json
+    sync(path)
 
 
 def abandon(path: Path, lock: Lock) -> None:
@@ -166,13 +173,13 @@ def read_record(path: Path) -> RunRecord | None:
 
 def remember(path: Path) -> None:
     """Make `path` the run that resume=latest means."""
-    OUTPUTS.mkdir(exist_ok=True)
-    # 名字固定：被杀时留下的，下一次就覆盖掉，不会越积越多
-    aside = LATEST.with_name(f".{LATEST.name}.tmp")
-    aside.write_text(str(path.absolute()) + "\n", encoding="utf-8", newline="\n")
+    make_folder(OUTPUTS)
+    # 被杀时留下的，不能越积越多
+    remove_leftovers(OUTPUTS, LATEST.name)
     with contextlib.suppress(FileNotFoundError):
-        # 同时启动的另一次训练抢先改了名：latest 已经是最新的
-        os.replace(aside, LATEST)
+        # 同时启动的另一次训练把没写完的当成了剩下的：latest 会是它的
+        write_text(LATEST, str(path.absolute()) + "\n")
+    sync(OUTPUTS)
 
 
 def locate(named: str, key: str = "resume") -> Path:
@@ -180,8 +187,10 @@ def locate(named: str, key: str = "resume") -> Path:
     if named == "latest":
         if not LATEST.is_file():
             raise ConfigError("no_run", key=key, path=LATEST)
-        # 断电后可能是一串 NUL
+        # 早先的版本没有同步它：断电后可能是空的，或者一串 NUL；空的名字就是当前文件夹
         named = LATEST.read_text(encoding="utf-8", errors="replace").strip().replace("\0", "?")
+        if not named:
+            raise ConfigError("no_run", key=key, path=LATEST)
     path = Path(named)
     if not (path / "ckpt").is_dir() and not (path / "run.json").is_file():
         raise ConfigError("no_run", key=key, path=path)

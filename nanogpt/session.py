@@ -16,7 +16,7 @@ from nanogpt.config import TrainConfig, check
 from nanogpt.console import Console
 from nanogpt.data import TokenData, copy_dataset, dataset_bytes
 from nanogpt.documents import open_data
-from nanogpt.files import folders_around, write_text
+from nanogpt.files import folders_around, sync, write_text
 from nanogpt.lock import Lock
 from nanogpt.loggers import JsonlLogger, Loggers
 from nanogpt.lora import add_adapters
@@ -237,6 +237,9 @@ class Session:
             known = self.record.id if self.record else self.source.run if self.source else None
             self.record = rundir.write_record(self.run_dir, config_text, known)
         (self.run_dir / "ckpt").mkdir(exist_ok=True)
+        # checkpoint 自己落了盘，它上面的名字也要在：断电后才找得到
+        sync(self.run_dir)
+        sync(self.run_dir.parent)
         write_text(self.run_dir / "config.yaml", config_text)
         tokenizers.save(self.data.tokenizer, self.run_dir / "tokenizer.json")
         bundled = self.run_dir / "data"

@@ -159,6 +159,8 @@ def test_a_refused_resume_leaves_no_lock_that_was_not_there(own_run, there):
 
 def test_latest_that_says_nothing_useful_is_one_line(in_tmp):
     Path("outputs").mkdir()
+    # 空的名字就是当前文件夹：它恰好是训练目录，也不是 latest 的意思
+    Path("ckpt").mkdir()
     for content in (b"", b"\0" * 40, b"\xff\xfe", b"nowhere\n"):
         rundir.LATEST.write_bytes(content)
         with pytest.raises(ConfigError, match="there is no checkpoint in it"):
@@ -171,6 +173,7 @@ def test_leftovers_of_killed_starts_do_not_keep_anyone_out(in_tmp, tiny_override
     (run / "lock").write_bytes(b"1\n")
     (run / ".config.yaml.abcd.tmp").write_bytes(b"half")
     (run / ".data.abcd.tmp").mkdir()
+    (run / "ckpt").mkdir()
     rundir.choose(make_config(*tiny_overrides, "out_dir=outputs/run"))
     train(tiny_overrides)
     assert not list(run.rglob(".*.tmp"))
@@ -183,6 +186,17 @@ def test_what_a_kill_behind_the_last_save_left_is_removed_though_nothing_is_left
     with pytest.raises(ConfigError, match="already stands at"):
         resume("outputs/run", f"max_iters={done}")
     assert not doomed.exists()
+
+
+def test_a_folder_that_cannot_be_synced_stops_nothing_but_a_file_does(tmp_path, monkeypatch):
+    def refuse(_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    files.make_folder(tmp_path / "a/b")
+    with pytest.raises(OSError, match="Invalid"):
+        files.write_text(tmp_path / "a/b/c", "x")
+    assert not list((tmp_path / "a/b").iterdir())
 
 
 # ---- 写不下 ----

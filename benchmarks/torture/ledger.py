@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # 比这少的试跑不改动结果文件
 RECORDED = {
-    "kill": 250, "damage": 1000, "disk": 60, "folders": 100, "numerics": 400, "memory": 300, "overrides": 500, "texts": 200, "server": 10_000,
-    "sweeps": 150, "supply": 5000,
+    "kill": 250, "damage": 1000, "disk": 60, "power": 2000, "folders": 100, "numerics": 400, "memory": 300, "overrides": 500, "texts": 200,
+    "server": 10_000, "sweeps": 150, "supply": 5000,
 }
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 

@@ -86,13 +86,17 @@ class Lab:
 
     def resumed(self, run_dir: Path, **values) -> Trainer:
         """The training in run_dir from its last checkpoint, in a new Trainer."""
+        return self.built(lambda: self.resuming(run_dir, **values))
+
+    def resuming(self, run_dir: Path, **values) -> Session:
+        """The session of `resume=run_dir` and these keys."""
         typed = OmegaConf.to_object(OmegaConf.structured(TrainConfig(optimizer={}, dataset={})))
         typed.resume = str(run_dir)
         overrides = []
         for key, value in values.items():
             setattr(typed, key, value)
             overrides.append(f"{key}={value}")
-        return self.built(lambda: Session.resume(typed, overrides, run_dir))
+        return Session.resume(typed, overrides, run_dir)
 
     def built(self, session) -> Trainer:
         """The trainer of session(), built with the console listening to trainer.said."""
