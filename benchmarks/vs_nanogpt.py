@@ -25,7 +25,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nanogpt import assets  # noqa: E402 - 先把仓库根目录放进路径
+from nanogpt import assets, corpus  # noqa: E402 - 先把仓库根目录放进路径
 from nanogpt.messages import ConfigError  # noqa: E402
 
 TARGET = 1.8857
@@ -102,7 +102,7 @@ def prepare(path: Path) -> np.ndarray:
     subprocess.run([sys.executable, "prepare.py"], cwd=folder, check=True, capture_output=True)
     subprocess.run([sys.executable, str(ROOT / "data" / "shakespeare_char" / "prepare.py")], check=True, capture_output=True)
     theirs = np.fromfile(folder / "val.bin", dtype=np.uint16)
-    ours = np.fromfile(ROOT / "data" / "shakespeare_char" / "prepared" / "val.bin", dtype=np.uint8)
+    ours = np.fromfile(corpus.folder_of("shakespeare_char", None, {}) / "val.bin", dtype=np.uint8)
     assert np.array_equal(theirs, ours), "the two validation splits differ"
     return theirs
 

@@ -78,6 +78,14 @@ class Checkpoint:
         except (OSError, ValueError) as error:
             raise self.damaged(f"{file}: {reason_of(error)}") from None
 
+    def data_fingerprint(self) -> str | None:
+        """Fingerprint of the data that it was trained on, without reading a tensor; None where the state is not in json."""
+        try:
+            return dict(json.loads(self._text("state.json"))["dict"])["fingerprint"] if "state.json" in self.sha256 else None
+        except (ValueError, KeyError, TypeError):
+            # 坏在哪里，由 load_state 去说
+            return None
+
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the weights, without reading them."""
         try:

@@ -4,10 +4,12 @@ A data set folder is train.bin + val.bin + tokenizer.json + meta.json. The scrip
 use what is here; so does a script of your own.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -24,7 +26,8 @@ from nanogpt.files import folder_aside, folders_around, refuse_file, remove_left
 from nanogpt.lock import only_one, remove_stale
 from nanogpt.messages import ConfigError, say
 from nanogpt.mistakes import forgive_output, one_line_each
-from nanogpt.sealed import write_sealed
+from nanogpt.sealed import DamagedError, read_sealed, write_sealed
+from nanogpt.source_text import digest, stem_of, text_files
 from nanogpt.values import check_types, check_value, expanded
 
 # 1：meta.json 没有自己的摘要
@@ -41,26 +44,23 @@ def build_char_tokenizer(pieces: Iterable[str]) -> tokenizers.CharTokenizer:
 
 def tokenizer_for(wanted: str | tokenizers.Tokenizer, pieces: Callable[[], Iterable[str]], vocab_size: int | None = None) -> tokenizers.Tokenizer:
     """The tokenizer that dataset.tokenizer names, or the one given; `pieces()` yields the text it is made from (char, bpe)."""
+    check_tokenizer(wanted, vocab_size)
     if not isinstance(wanted, str):
         return wanted
     if wanted == "byte":
         return tokenizers.ByteTokenizer()
     if wanted == "bpe":
         return train_bpe(pieces(), vocab_size)
+    # auto 而没有 init_from：从零训练用字符
     return tokenizers.gpt2_tokenizer() if wanted == "gpt2" else build_char_tokenizer(pieces())
 
 
-def tokenizer_word(wanted: str | tokenizers.Tokenizer, vocab_size: int | None = None) -> str:
-    """A word that stands for the tokenizer in folder names: another vocabulary gives another word."""
-    if not isinstance(wanted, str):
-        return hashlib.sha256(json.dumps(wanted.to_dict()).encode("utf-8")).hexdigest()[:12]
-    if wanted not in tokenizers.KINDS:
+def check_tokenizer(wanted: str | tokenizers.Tokenizer, vocab_size: int | None = None) -> None:
+    """ConfigError where dataset.tokenizer is not one that tokenizer_for() makes."""
+    if isinstance(wanted, str) and wanted not in tokenizers.KINDS:
         raise ConfigError("unknown_tokenizer", got=wanted, allowed=" | ".join(tokenizers.KINDS))
     if wanted == "bpe":
         check_vocab_size(vocab_size)
-        return f"bpe-{vocab_size}"
-    # auto 而没有 init_from：从零训练用字符
-    return "char" if wanted == "auto" else wanted
 
 
 class TokenWriter:
@@ -137,7 +137,7 @@ def split_by_length(stream: Iterable[np.ndarray], train_tokens: int) -> Iterator
 
 def _script(name: str):
     """data/<name>/prepare.py as a module."""
-    spec = importlib.util.spec_from_file_location(f"prepare_{name}", ROOT / "data" / name / "prepare.py")
+    spec = importlib.util.spec_from_file_location(f"prepare_{name}", home_of(name) / "prepare.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -157,26 +157,60 @@ def check_options(prepare: Callable, options: dict) -> None:
             raise ConfigError("missing_key", key=f"dataset.{key}")
 
 
+def home_of(name: str) -> Path:
+    """Where the script of data set `name` lies, and what it prepares."""
+    return ROOT / "data" / name
+
+
 def folder_of(name: str, directory: str | None, options: dict, module=None) -> Path:
-    """Where data set `name` lies once it is prepared; fetches and writes nothing."""
+    """Where data set `name` lies once it is prepared: another script, other options or another text give another folder.
+
+    Fetches and writes nothing. The script may have `sources(**options) -> list[Path]`, which refuses wrong options and gives
+    the files that it reads; without it these are the files that the options name, and all files below the folders that they name.
+    """
     module = module or _script(name)
     check_options(module.prepare, options)
-    # 没有 folder 函数的脚本最简单：数据就放在脚本旁边的 prepared/
-    return Path(directory) if directory else module.folder(**options) if hasattr(module, "folder") else Path(module.__file__).parent / "prepared"
+    if directory:
+        return Path(directory)
+    stem = stem_of(Path(options["path"])) if options.get("path") else "prepared"
+    return home_of(name) / f"{stem}-{identity_of(module, options)[:12]}"
+
+
+def identity_of(module, options: dict) -> str:
+    """Hex SHA-256 over a script, its options and the contents of what they name."""
+    # autocrlf 检出的脚本是同一份
+    parts: list = [hashlib.sha256(Path(module.__file__).read_bytes().replace(b"\r\n", b"\n")).hexdigest()]
+    for key in sorted(options):
+        # 同一份文字，从哪个文件夹里说都一样
+        parts.append([key, Path(options[key]).name if _names_path(key, options[key]) else options[key]])
+    if hasattr(module, "sources"):
+        groups = [module.sources(**options)]
+    else:
+        groups = [text_files(Path(value), None) for key, value in sorted(options.items()) if _names_path(key, value)]
+    for files in groups:
+        around = os.path.commonpath([file.absolute().parent for file in files]) if files else ""
+        parts += [[os.path.relpath(file.absolute(), around).replace(os.sep, "/"), digest(file)] for file in files]
+    return hashlib.sha256(json.dumps(parts, default=lambda coder: coder.to_dict()).encode("ascii")).hexdigest()
+
+
+def _names_path(key: str, value) -> bool:
+    # 名叫 gpt2 的文件夹多半是权重，与 dataset.tokenizer=gpt2 无关
+    return key not in ("tokenizer", "encoding") and isinstance(value, str) and os.path.exists(value)
 
 
 def prepare(name: str, directory: str | None, options: dict) -> Path:
-    """Return the prepared folder of data set `name`, running data/<name>/prepare.py where it is missing.
+    """Return the prepared folder of data set `name`, running `prepare(folder, **options)` of data/<name>/prepare.py where it is missing.
 
-    The script has `folder(**options) -> Path` and `prepare(folder, **options)`.
+    Says what is used again.
     """
-    module = _script(name)
-    folder = folder_of(name, directory, options, module)
-    lock = folder.with_name(f".{folder.name}.lock")
-    if (folder / "meta.json").is_file():
-        remove_stale(lock)
-        return folder
+    module, folder = _script(name), Path(directory or name)
     try:
+        folder = folder_of(name, directory, options, module)
+        lock = folder.with_name(f".{folder.name}.lock")
+        if (folder / "meta.json").is_file():
+            remove_stale(lock)
+            say_reused(name, folder, _identity_or_none(module, options) if directory else None)
+            return folder
         refuse_file(folder)
         # 同时启动的两次训练只准备一次：另一个等着，等到了就有
         with folders_around(folder), only_one(lock, waiting=lambda: say("preparing_elsewhere", name=name)):
@@ -188,15 +222,42 @@ def prepare(name: str, directory: str | None, options: dict) -> Path:
     return folder
 
 
+def _identity_or_none(module, options: dict) -> str | None:
+    # 指名了文件夹：原文可能早已不在这台机器上
+    with contextlib.suppress(ConfigError, OSError):
+        return identity_of(module, options)
+    return None
+
+
+def say_reused(name: str, folder: Path, wanted: str | None = None) -> None:
+    """Say which prepared folder is used again, and where it is known not to be made from what is `wanted`."""
+    try:
+        meta = read_sealed(folder / "meta.json", FORMAT)
+        numbers = {"train": meta["tokens"]["train"], "val": meta["tokens"]["val"], "source": meta["source"]}
+    except (DamagedError, KeyError, TypeError):
+        # 打开它的一方会说坏在哪里
+        return
+    say("reused", name=name, path=folder, **numbers)
+    if wanted and meta.get("made_from", wanted) != wanted:
+        say("reused_other", path=folder)
+
+
 def _prepare_in(folder: Path, name: str, module, options: dict) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError("not_a_dataset", path=folder, reason="meta.json is missing")
     say("preparing", name=name)
+    before = home_of(name) / "prepared"
+    if (before / "meta.json").is_file() and folder.parent == before.parent:
+        # 早先的版本不论选项都放在这里
+        say("prepared_before", path=before)
     if folder.is_dir():
         folder.rmdir()
     # 只清这个数据集自己的：旁边可能是使用者的文件
     remove_leftovers(folder.parent, folder.name)
+    identity = identity_of(module, options)
     module.prepare(folder, **options)
+    with contextlib.suppress(DamagedError):
+        write_sealed(folder / "meta.json", {**read_sealed(folder / "meta.json", FORMAT), "made_from": identity})
 
 
 def run_prepare(name: str) -> None:

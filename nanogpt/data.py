@@ -4,6 +4,7 @@ Sample number s is a pure function of (seed, s): training position is one intege
 can compute any part of any batch.
 """
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from nanogpt import tokenizer as tokenizers
-from nanogpt.corpus import FORMAT
+from nanogpt.corpus import FORMAT, home_of
 from nanogpt.files import folder_aside, sha256
 from nanogpt.messages import ConfigError
 from nanogpt.sealed import DamagedError, read_sealed, reason_of
@@ -36,6 +37,23 @@ def read_meta(folder: Path) -> dict:
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         reason = str(error) if isinstance(error, DamagedError) else f"meta.json: {reason_of(error)}"
         raise ConfigError("not_a_dataset", path=folder, reason=reason) from None
+
+
+def fingerprint_of(meta: dict) -> str:
+    """One string that changes with any token or vocabulary entry."""
+    return "-".join(meta["sha256"][file][:16] for file in sorted(meta["sha256"]))
+
+
+def find_prepared(name: str, fingerprint: str | None) -> Path | None:
+    """The folder beside the script of data set `name` that holds the data with this fingerprint, if any.
+
+    What a run goes on with: its text or its script may have changed since, and earlier versions named folders otherwise.
+    """
+    for meta in sorted(home_of(name).glob("*/meta.json")):
+        with contextlib.suppress(ConfigError):
+            if fingerprint_of(read_meta(meta.parent)) == fingerprint:
+                return meta.parent
+    return None
 
 
 class TokenData:
@@ -97,7 +115,7 @@ class TokenData:
     @property
     def fingerprint(self) -> str:
         """One string that changes with any token or vocabulary entry."""
-        return "-".join(self.meta["sha256"][file][:16] for file in sorted(self.meta["sha256"]))
+        return fingerprint_of(self.meta)
 
     def check_block_size(self, block_size: int) -> None:
         """Refuse a context that does not fit into a split once."""

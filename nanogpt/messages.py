@@ -367,6 +367,19 @@ MESSAGES = {
         "数据集 {name} 准备失败：{path}（{reason}）；请先解决它，或用 dataset.dir=… 换个地方",
     ),
     "preparing_elsewhere": ("another process is preparing data set {name}; waiting for it", "另一个进程正在准备数据集 {name}；等它做完"),
+    "reused": (
+        "{name}: uses {path} again, prepared from {source} ({train:,} training and {val:,} validation tokens)",
+        "{name}：沿用 {path}，它由 {source} 准备而成（训练 {train:,} 个 token，验证 {val:,} 个）",
+    ),
+    "reused_other": (
+        "the data in dataset.dir={path} was made from another text, with other options or by another version of the script, and is used as it is; "
+        "leave dataset.dir out to have prepared what the options say",
+        "dataset.dir={path} 里的数据出自另一份文字、别的选项或另一个版本的脚本，现在照原样使用；去掉 dataset.dir，就会按选项重新准备",
+    ),
+    "prepared_before": (
+        "{path} is from an earlier version, which did not note what it was prepared from, and is left alone; dataset.dir={path} uses it all the same",
+        "{path} 是早先的版本准备的，没有记下由什么准备而成，这次不用它；仍要用它，请写 dataset.dir={path}",
+    ),
     "not_a_dataset": (
         "{path} has no readable meta.json ({reason}); delete the folder and start again to prepare it anew",
         "{path} 没有可用的 meta.json（{reason}）；删除该文件夹后重新运行即可重新准备",

@@ -14,7 +14,7 @@ from nanogpt import tokenizer as tokenizers
 from nanogpt.build import build_model, build_part, check_weights
 from nanogpt.config import TrainConfig, check
 from nanogpt.console import Console
-from nanogpt.data import TokenData, copy_dataset, dataset_bytes
+from nanogpt.data import TokenData, copy_dataset, dataset_bytes, find_prepared
 from nanogpt.documents import open_data
 from nanogpt.files import folders_around, sync, write_text
 from nanogpt.lock import Lock
@@ -132,9 +132,12 @@ class Session:
         if options.get("tokenizer") == "auto" and self.cfg.init_from:
             # 微调沿用模型自己的词表；续训时它在运行目录里
             options["tokenizer"] = tokenizers.load(self.source.folder / "tokenizer.json") if self.source else self.pretrained.tokenizer
-        folder = None
+        name, directory, folder = self.cfg.dataset["name"], self.cfg.dataset["dir"], None
         if distributed.rank() == 0:
-            folder = corpus.prepare(self.cfg.dataset["name"], self.cfg.dataset["dir"], options)
+            if self.source and not directory and (folder := find_prepared(name, self.source.data_fingerprint())):
+                corpus.say_reused(name, folder)
+            else:
+                folder = corpus.prepare(name, directory, options)
         return open_data(distributed.broadcast(folder), self.cfg.label_dropout)
 
     def _check_against_data(self) -> None:

@@ -183,13 +183,20 @@ def own_source(path: str | None, *, unnamed: str) -> Path:
     return Path(path)
 
 
-def text_files(path: Path, suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> list[Path]:
-    """The file itself, or all files of these kinds below a folder in a fixed order."""
+def text_files(path: Path, suffixes: tuple[str, ...] | None = TEXT_SUFFIXES) -> list[Path]:
+    """The file itself, or all files of these kinds (None: of any) below a folder in a fixed order; hidden ones are passed over."""
     if not path.is_dir():
         # 管道与设备读不到头：不算文件
         return [path] if path.is_file() else []
+    def wanted(name: str) -> bool:
+        # macOS 在别的文件系统上给每个文件配一个 ._ 开头的，里面不是文字
+        return not name.startswith(".") and (suffixes is None or os.path.splitext(name)[1].lower() in suffixes)
+
     # os.walk 比 rglob 快几倍，一百万个文件时差一分钟；它不进入链接指向的文件夹，不会绕圈
-    found = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names if os.path.splitext(name)[1].lower() in suffixes)
+    found = []
+    for folder, inner, names in os.walk(path):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        found += [os.path.join(folder, name) for name in names if wanted(name)]
     return [Path(p) for p in sorted(found, key=lambda p: p.split(os.sep)) if os.path.isfile(p)]
 
 

@@ -28,13 +28,11 @@ def script(name):
 def text_root(tmp_path, monkeypatch):
     """text_file with its prepared folders below tmp_path."""
     module = script("text_file")
-    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(corpus, "ROOT", tmp_path)
+    monkeypatch.setattr(corpus, "_script", lambda name: module)
 
     def prepare(path, **options):
-        options = {**OPTIONS, "path": str(path), **options}
-        folder = module.folder(**options)
-        module.prepare(folder, **options)
-        return TokenData(folder)
+        return TokenData(corpus.prepare("text_file", None, {**OPTIONS, "path": str(path), **options}))
 
     return prepare
 
@@ -131,7 +129,7 @@ def test_bad_text_input_is_one_line_and_writes_nothing(tmp_path, case):
     before = set(tmp_path.rglob("*"))
     changes, message = BAD_TEXT[case]
     with pytest.raises(ConfigError, match=message) as error:
-        script("text_file").folder(**{**OPTIONS, "path": str(path), **changes})
+        script("text_file").sources(**{**OPTIONS, "path": str(path), **changes})
     assert "\n" not in str(error.value) and set(tmp_path.rglob("*")) == before
 
 

@@ -204,22 +204,72 @@ def test_the_fingerprint_changes_with_any_token(tmp_path):
     assert one.fingerprint == same.fingerprint != other.fingerprint
 
 
-def test_a_new_dataset_is_one_script_and_one_yaml(tmp_path, monkeypatch):
+SCRIPT = """
+from pathlib import Path
+from nanogpt.corpus import build_char_tokenizer, write_dataset
+def prepare(folder, source, repeat=1):
+    files = [Path(source)] if Path(source).is_file() else sorted(Path(source).rglob("*.txt"))
+    text = "".join(file.read_text(encoding="utf-8") for file in files) * repeat
+    t = build_char_tokenizer([text])
+    write_dataset(folder, name="mine", source=source, tokenizer=t, train=[t.encode(text)], val=[t.encode(text[:9])])
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A data set of one's own, one script: mine(source, dir, **options) -> its training text."""
     script = tmp_path / "data" / "mine" / "prepare.py"
     script.parent.mkdir(parents=True)
-    script.write_text(
-        "from nanogpt.corpus import build_char_tokenizer, write_dataset\n"
-        "def prepare(folder, repeat):\n"
-        "    text = 'abc' * repeat\n"
-        "    t = build_char_tokenizer([text])\n"
-        "    write_dataset(folder, name='mine', source='x', tokenizer=t, train=[t.encode(text)], val=[t.encode('abcabc')])\n",
-        encoding="utf-8",
-    )
+    script.write_text(SCRIPT, encoding="utf-8")
     monkeypatch.setattr(corpus, "ROOT", tmp_path)
-    folder = corpus.prepare("mine", None, {"repeat": 40})
-    assert folder == script.parent / "prepared" and len(TokenData(folder).tokens["train"]) == 120
-    before = (folder / "meta.json").stat().st_mtime_ns
-    assert corpus.prepare("mine", None, {"repeat": 40}) == folder and (folder / "meta.json").stat().st_mtime_ns == before
+    monkeypatch.chdir(tmp_path)
+
+    def prepare(source, directory=None, **options):
+        data = TokenData(corpus.prepare("mine", directory, {"source": source, **options}))
+        return data.tokenizer.decode(data.tokens["train"])
+
+    return prepare
+
+
+def test_ones_own_data_set_follows_its_text_its_options_and_its_script(mine, tmp_path, capsys):
+    (tmp_path / "songs.txt").write_text("la la land", encoding="utf-8")
+    (tmp_path / "other.txt").write_text("something else", encoding="utf-8")
+    assert mine("other.txt") == "something else" and mine("songs.txt") == "la la land" and mine("songs.txt", repeat=2) == "la la land" * 2
+    capsys.readouterr()
+    assert mine("other.txt") == "something else"
+    assert "mine: uses " in (said := capsys.readouterr().err) and "prepared from other.txt (14 training and 9 validation tokens)" in said and "preparing" not in said
+    (tmp_path / "songs.txt").write_text("la la love", encoding="utf-8")
+    assert mine("songs.txt") == mine(str(tmp_path / "songs.txt")) == "la la love"
+    (tmp_path / "data/mine/prepare.py").write_text(SCRIPT.replace("text = ", 'text = "!" + '), encoding="utf-8")
+    assert mine("songs.txt") == "!la la love"
+    assert len(list((tmp_path / "data/mine").glob("prepared-*"))) == 5
+
+
+def test_ones_own_data_set_follows_every_file_of_a_folder(mine, tmp_path):
+    for name, text in (("a/x.txt", "first text "), ("b/y.txt", "second text ")):
+        (tmp_path / "texts" / name).parent.mkdir(parents=True)
+        (tmp_path / "texts" / name).write_text(text, encoding="utf-8")
+    assert mine("texts") == "first text second text "
+    (tmp_path / "texts/b/y.txt").write_text("another text", encoding="utf-8")
+    assert mine("texts") == "first text another text"
+    (tmp_path / "texts/b/y.txt").rename(tmp_path / "texts/a/0.txt")
+    assert mine("texts") == "another textfirst text "
+
+
+def test_a_named_folder_made_from_something_else_is_used_and_said(mine, tmp_path, capsys):
+    (tmp_path / "songs.txt").write_text("la la land", encoding="utf-8")
+    assert mine("songs.txt", "d") == mine("songs.txt", "d") == "la la land" and "another text" not in capsys.readouterr().err
+    assert mine("songs.txt", "d", repeat=2) == "la la land" and "dataset.dir=d was made from another text, with other options" in capsys.readouterr().err
+    # 原文不在了：说不上同与不同
+    (tmp_path / "songs.txt").unlink()
+    assert mine("songs.txt", "d") == "la la land"
+
+
+def test_what_an_earlier_version_prepared_is_left_alone_and_said(mine, tmp_path, capsys):
+    (tmp_path / "songs.txt").write_text("la la land", encoding="utf-8")
+    before = counting_dataset(tmp_path / "data/mine/prepared")
+    assert mine("songs.txt") == "la la land" and (before / "meta.json").is_file()
+    assert f"dataset.dir={before} uses it all the same" in capsys.readouterr().err
 
 
 def test_a_foreign_folder_is_never_replaced(tmp_path):

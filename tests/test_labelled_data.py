@@ -46,14 +46,11 @@ def as_jsonl(rows=ROWS):
 @pytest.fixture
 def prepared(tmp_path, monkeypatch):
     """prepare(file, **options) -> the data set; its folder lies below tmp_path."""
-    module = script("labelled")
-    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(corpus, "ROOT", tmp_path)
+    monkeypatch.setattr(corpus, "_script", script)
 
     def prepare(path, **options):
-        options = {**OPTIONS, "path": path and str(path), **options}
-        folder = module.folder(**options)
-        module.prepare(folder, **options)
-        return open_data(folder)
+        return open_data(corpus.prepare("labelled", None, {**OPTIONS, "path": path and str(path), **options}))
 
     return prepare
 
@@ -190,14 +187,13 @@ def test_the_trained_bpe_is_the_same_for_other_libraries():
     assert byte_level_bpe(described, "<|endoftext|>").ranks == ours.ranks
 
 
-def test_running_text_gets_a_bpe_from_its_training_part_too(tmp_path, monkeypatch):
+def test_running_text_gets_a_bpe_from_its_training_part_too(tmp_path):
     module = script("text_file")
-    monkeypatch.setattr(module, "ROOT", tmp_path)
     head, tail = "abab" * 90, "xyxy" * 10
     (tmp_path / "t.txt").write_text(head + tail, encoding="utf-8")
     options = {"path": str(tmp_path / "t.txt"), "tokenizer": "bpe", "encoding": "auto", "val_fraction": 0.1, "vocab_size": 300}
-    module.prepare(module.folder(**options), **options)
-    data = corpus.tokenizers.load(module.folder(**options) / "tokenizer.json")
+    module.prepare(tmp_path / "prepared", **options)
+    data = corpus.tokenizers.load(tmp_path / "prepared" / "tokenizer.json")
     assert b"ab" in data.ranks and b"xy" not in data.ranks
 
 
@@ -289,7 +285,6 @@ def test_poems_are_prepared_in_one_script(tmp_path, mirror):
         assert not set("國風馬門東") & set("".join(d.text for d in found)) and set("国风马门东") < set("".join(d.text for d in found))
     # 宋词与元曲文字相同、标签矛盾，一起去掉了；重复的诗只留一首
     assert counts == {False: 60, True: 120}
-    assert module.folder("auto", 8000, True).name == "prepared-song" and module.folder("bpe", 8000, False).name == "prepared-bpe-8000"
 
 
 # ---- 评论 ----

@@ -133,7 +133,7 @@ def test_labelled_texts_that_the_memory_cannot_hold_are_refused_before_they_are_
     (in_tmp / "a.jsonl").write_text("x" * 100, encoding="utf-8")
     monkeypatch.setattr(module, "free_ram", lambda: 500)
     with pytest.raises(ConfigError, match="compared with each other in memory"):
-        module.folder(path="a.jsonl", tokenizer="char", vocab_size=300, encoding="auto", val_fraction=0.1, judge_fraction=0.1)
+        module.sources(path="a.jsonl", tokenizer="char", vocab_size=300, encoding="auto", val_fraction=0.1, judge_fraction=0.1)
 
 
 @pytest.mark.parametrize(("error", "line"), [

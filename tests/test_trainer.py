@@ -382,6 +382,25 @@ def test_a_model_class_of_the_users_own_trains_and_resumes(in_tmp, tiny_override
     assert type(resume("outputs/run", "max_iters=9", *own)._build().model).__name__ == "Mine"
 
 
+def test_a_run_without_data_of_its_own_goes_on_with_what_it_was_trained_on(in_tmp, tiny_overrides, corpus_folder, monkeypatch):
+    import shutil
+
+    from nanogpt import corpus
+
+    script = in_tmp / "data/text_file/prepare.py"
+    script.parent.mkdir(parents=True)
+    shutil.copy(corpus.home_of("text_file") / "prepare.py", script)
+    monkeypatch.setattr(corpus, "ROOT", in_tmp)
+    (in_tmp / "songs.txt").write_text("to be or not to be\n" * 50, encoding="utf-8")
+    own = [o for o in tiny_overrides if not o.startswith(("dataset.dir=", "dataset.path="))]
+    trained = train(own, "dataset.path=songs.txt", "bundle_data_mib=0", "max_iters=3").data
+    # 早先的版本给文件夹起别的名字；文字后来也改了
+    trained.folder.rename(script.parent / "prepared")
+    (in_tmp / "songs.txt").write_text("that is the question\n" * 50, encoding="utf-8")
+    again = resume("outputs/run", "max_iters=6")._build()
+    assert again.data.folder == script.parent / "prepared" and again.data.fingerprint == trained.fingerprint
+
+
 def test_data_other_than_the_checkpoints_is_refused(in_tmp, tiny_overrides, tmp_path):
     import numpy as np
 

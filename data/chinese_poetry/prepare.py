@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nanogpt import assets
 from nanogpt.control.judges import CI, FORMS, QU
-from nanogpt.corpus import tokenizer_for, tokenizer_word
+from nanogpt.corpus import check_tokenizer, tokenizer_for
 from nanogpt.documents import Document, write_documents
 from nanogpt.splitting import split_documents, without_rare
 from nanogpt.tokenizer import Tokenizer
@@ -153,11 +153,10 @@ def documents(found: Iterable[tuple[str, dict]]) -> Iterator[Document]:
             yield Document(simplified.convert(document.text).translate(variants), style=document.style)
 
 
-def folder(tokenizer: str | Tokenizer, vocab_size: int, song: bool) -> Path:
-    """Where the prepared form belongs."""
-    word = tokenizer_word(tokenizer, vocab_size)
-    name = "prepared" + ("" if word == "char" else f"-{word}") + ("-song" if song else "")
-    return Path(__file__).resolve().parent / name
+def sources(tokenizer: str | Tokenizer, vocab_size: int, song: bool) -> list[Path]:
+    """No files of one's own; ConfigError for options that cannot be right."""
+    check_tokenizer(tokenizer, vocab_size)
+    return []
 
 
 def prepare(folder: Path, tokenizer: str | Tokenizer, vocab_size: int, song: bool) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanogpt import assets
-from nanogpt.corpus import tokenizer_for, tokenizer_word
+from nanogpt.corpus import check_tokenizer, tokenizer_for
 from nanogpt.documents import Document, write_documents
 from nanogpt.splitting import split_documents, without_rare
 from nanogpt.tokenizer import Tokenizer
@@ -93,10 +93,10 @@ def reviews(archive: Path) -> Iterator[Document]:
                     yield Document(text, emotion=emotion)
 
 
-def folder(tokenizer: str | Tokenizer, vocab_size: int) -> Path:
-    """Where the prepared form belongs."""
-    word = tokenizer_word(tokenizer, vocab_size)
-    return Path(__file__).resolve().parent / ("prepared" if word == "char" else f"prepared-{word}")
+def sources(tokenizer: str | Tokenizer, vocab_size: int) -> list[Path]:
+    """No files of one's own; ConfigError for options that cannot be right."""
+    check_tokenizer(tokenizer, vocab_size)
+    return []
 
 
 def prepare(folder: Path, tokenizer: str | Tokenizer, vocab_size: int) -> None:

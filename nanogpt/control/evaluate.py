@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from nanogpt import corpus
+from nanogpt import checkpoint, corpus
 from nanogpt.console import Console
 from nanogpt.control.judges import CI, Judge, Verdict, build_judge, lengths, read_judge_part
 from nanogpt.control.measures import COPY, Seen, distinct, mean_share, share, without_space
 from nanogpt.control.perplexity import guided_perplexity
 from nanogpt.control.prefixes import language_of
+from nanogpt.data import find_prepared
 from nanogpt.documents import Document, DocumentData, open_data
 from nanogpt.groups import option
 from nanogpt.labels import LABEL_KINDS
@@ -83,7 +84,10 @@ def _named_folder(run_dir: Path) -> Path | None:
         dataset = dict(yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))["dataset"])
         name, directory = dataset.pop("name"), dataset.pop("dir")
         # 运行目录可能来自陌生人：名字里不许有路径
-        return corpus.folder_of(name, directory, dataset) if re.fullmatch(r"\w+", name) else None
+        if not re.fullmatch(r"\w+", name):
+            return None
+        found = checkpoint.checkpoints(run_dir)
+        return (found and not directory and find_prepared(name, found[-1].data_fingerprint())) or corpus.folder_of(name, directory, dataset)
     except (ConfigError, OSError, KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError):
         return None
 
