@@ -1,15 +1,26 @@
 """Write with a trained model: python run_sample.py start="Once upon a time" (see conf/sample.yaml for every key)."""
 
 import sys
+from pathlib import Path
 
 from nanogpt import rundir
 from nanogpt.cli import run_script
 from nanogpt.sample_config import SampleConfig, check_sample
 
 
-def main(cfg: SampleConfig, overrides: list[str]) -> None:
+def checked(cfg: SampleConfig) -> Path | None:
+    """The run folder to write with, None for pretrained weights, after every check that needs no torch."""
     check_sample(cfg)
-    run_dir = None if cfg.init_from else rundir.locate(cfg.out_dir, key="out_dir")
+    return None if cfg.init_from else rundir.locate(cfg.out_dir, key="out_dir")
+
+
+def before_sweep(cfg: SampleConfig) -> None:
+    """What is checked of every job of a sweep before its first."""
+    checked(cfg)
+
+
+def main(cfg: SampleConfig, overrides: list[str]) -> None:
+    run_dir = checked(cfg)
 
     if cfg.serve:
         from nanogpt.server import serve
@@ -28,4 +39,4 @@ def main(cfg: SampleConfig, overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script("sample", main)
+    run_script("sample", main, before_sweep)

@@ -1,8 +1,34 @@
 """Train a GPT: python run_train.py model=small batch_size=8 (see conf/train.yaml for every key)."""
 
+from pathlib import Path
+
 from nanogpt import rundir
 from nanogpt.cli import run_script
 from nanogpt.config import TrainConfig, check
+
+
+def run_folder(cfg: TrainConfig) -> Path:
+    """The folder to train in, after every check that takes no time: until torch is imported a mistake is answered within a second."""
+    if cfg.resume:
+        return rundir.locate(cfg.resume)
+    check(cfg)
+    if cfg.init_from == "latest":
+        # 记下真正的目录：latest 马上就指向这一次了
+        cfg.init_from = str(rundir.locate(cfg.init_from, key="init_from"))
+    return rundir.choose(cfg)
+
+
+def before_sweep(cfg: TrainConfig) -> Path | None:
+    """What is checked of every job of a sweep before its first: the folder that it trains in, None for a plan or a trial."""
+    if cfg.plan.lower() != "false" or cfg.trial.enabled:
+        return None
+    run_dir = run_folder(cfg)
+    if not cfg.resume and not cfg.init_from:
+        from nanogpt import corpus
+
+        # 第九个任务的文本找不到，不要等八个训完才说
+        corpus.folder_of(cfg.dataset["name"], cfg.dataset["dir"], {k: v for k, v in cfg.dataset.items() if k not in ("name", "dir")})
+    return run_dir
 
 
 def main(cfg: TrainConfig, overrides: list[str]) -> float | None:
@@ -16,15 +42,7 @@ def main(cfg: TrainConfig, overrides: list[str]) -> float | None:
 
         # 试跑在子进程里；返回的速度是扫描器的目标
         return trial_job(cfg, overrides)
-    # 从这里到 import torch 之前，只做不花时间的检查：写错的命令一秒内就有答复
-    if cfg.resume:
-        run_dir = rundir.locate(cfg.resume)
-    else:
-        check(cfg)
-        if cfg.init_from == "latest":
-            # 记下真正的目录：latest 马上就指向这一次了
-            cfg.init_from = str(rundir.locate(cfg.init_from, key="init_from"))
-        run_dir = rundir.choose(cfg)
+    run_dir = run_folder(cfg)
 
     from nanogpt.session import Session
 
@@ -34,4 +52,4 @@ def main(cfg: TrainConfig, overrides: list[str]) -> float | None:
 
 
 if __name__ == "__main__":
-    run_script("train", main)
+    run_script("train", main, before_sweep)

@@ -1,18 +1,21 @@
 """Between the command line and the run scripts: compose with Hydra, turn mistakes into one line."""
 
+import contextlib
+import copy
 import itertools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import hydra
 import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.plugins.sweeper import Sweeper
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt import rundir
@@ -20,7 +23,7 @@ from nanogpt.composing import SCHEMAS, check_whole, composing, one_line, refuse_
 from nanogpt.config import PATH_KEYS, ROOT, TEXT_KEYS, TrainConfig
 from nanogpt.messages import ConfigError, language_from_arguments, say, set_language, text
 from nanogpt.mistakes import EXIT_USER_ERROR, explained, forgive_output, leave_quietly, one_line_each
-from nanogpt.quoting import quoted
+from nanogpt.quoting import override, quoted, typed_override, word
 from nanogpt.sample_config import SampleConfig, register_schemas
 from nanogpt.sweep_folder import tidy_latest
 from nanogpt.user_yaml import checked_yaml
@@ -133,8 +136,14 @@ def at_home(cfg: TrainConfig | SampleConfig) -> None:
             node[name] = expanded(path)
 
 
-def run_script(config_name: str, task: Callable[[TrainConfig | SampleConfig, list[str]], float | None]) -> None:
-    """Compose conf/<config_name>.yaml with the command line and call task(cfg, overrides); exit 2 on a mistake."""
+def run_script(
+    config_name: str, task: Callable[[TrainConfig | SampleConfig, list[str]], float | None],
+    before_sweep: Callable[[TrainConfig | SampleConfig], Path | None] = lambda cfg: None,
+) -> None:
+    """Compose conf/<config_name>.yaml with the command line and call task(cfg, overrides); exit 2 on a mistake.
+
+    before_sweep(cfg) is called for every job of a sweep before its first: it refuses mistakes and returns the folder that the job alone may use.
+    """
     forgive_output()
     set_language(language_from_arguments(sys.argv))
     register_schemas()
@@ -143,14 +152,14 @@ def run_script(config_name: str, task: Callable[[TrainConfig | SampleConfig, lis
     with one_line_each():
         with composing(config_name):
             flags, overrides, sweep = arranged(sys.argv[1:])
-        _Script(config_name, task, overrides, sweep=sweep).run(flags)
+        _Script(config_name, task, before_sweep, overrides, sweep=sweep).run(flags)
 
 
 class _Script:
     """One run of hydra.main: the job, and what has been said about its mistakes."""
 
-    def __init__(self, config_name: str, task: Callable, overrides: list[str], *, sweep: bool):
-        self.config_name, self.task = config_name, task
+    def __init__(self, config_name: str, task: Callable, before_sweep: Callable, overrides: list[str], *, sweep: bool):
+        self.config_name, self.task, self.before_sweep = config_name, task, before_sweep
         self.remembered = remembered_groups(overrides)
         self.overrides = [*(quoted(override, sweep=sweep) for override in overrides), *self.remembered]
         self.started = False
@@ -160,7 +169,7 @@ class _Script:
         """Compose and run every job; SystemExit on a mistake."""
         sys.argv[1:] = [*flags, *self.overrides]
         try:
-            with checked_yaml():
+            with checked_yaml(), self.checked_sweeps():
                 # Hydra 会看函数定义在哪个文件：要给它一个函数，而不是方法
                 hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=self.config_name)(lambda cfg: self.job(cfg))()
         except Exception as error:
@@ -195,6 +204,55 @@ class _Script:
             if hydra_config.mode == RunMode.MULTIRUN:
                 raise
             sys.exit(EXIT_USER_ERROR)
+
+    @contextlib.contextmanager
+    def checked_sweeps(self) -> Iterator[None]:
+        """Have all jobs of a sweep checked where Hydra itself only composes them, before the first is launched."""
+        composes = Sweeper.validate_batch_is_legal
+        Sweeper.validate_batch_is_legal = lambda sweeper, batch: self.check_jobs(sweeper, batch)
+        try:
+            yield
+        finally:
+            Sweeper.validate_batch_is_legal = composes
+
+    def check_jobs(self, sweeper: Sweeper, batch: Sequence[Sequence[str]]) -> None:
+        """Say every mistake of the jobs, each once, and raise if there was one; no two may use one folder."""
+        loader, known = sweeper.hydra_context.config_loader, HydraConfig.instance().cfg
+        said: set[str] = set()
+        used: set[Path] = set()
+        try:
+            for number, overrides in enumerate(batch):
+                composed = loader.load_sweep_config(sweeper.config, list(overrides))
+                with open_dict(composed):
+                    composed.hydra.job.id = composed.hydra.job.num = number
+                # 与 Hydra 一样，任务看到的是不带 hydra 的一份
+                HydraConfig.instance().set_config(copy.deepcopy(composed))
+                try:
+                    self.check_job(composed, used)
+                except (ConfigError, OSError) as error:
+                    self.reported.append(error)
+                    if (line := str(explained(error))) not in said:
+                        said.add(line)
+                        say("error", line=line)
+        finally:
+            HydraConfig.instance().cfg = known
+        if said:
+            raise self.reported[-1]
+
+    def check_job(self, composed: DictConfig, used: set[Path]) -> None:
+        """ConfigError for a mistake of one job, and where an earlier one uses its folder; adds that folder to `used`."""
+        with read_write(composed), open_dict(composed):
+            del composed["hydra"]
+        with composing(self.config_name):
+            cfg, _ = self.composed(composed, HydraConfig.get())
+        if not (folder := self.before_sweep(cfg)):
+            return
+        if folder.resolve() in used:
+            # 否则第一个训完，其余的才被拒绝
+            key = "resume" if cfg.resume else "out_dir"
+            apart = typed_override("init_from", folder) if cfg.resume else word(override("out_dir", folder) + "-${hydra:job.num}")
+            raise ConfigError("shared_folder", key=key, path=folder, remedy=text(f"remedy_shared_{key}", apart=apart))
+        used.add(folder.resolve())
 
     def composed(self, cfg: DictConfig, hydra_config: DictConfig) -> tuple[TrainConfig | SampleConfig, list[str]]:
         """(typed configuration, the overrides that were typed) of a job."""

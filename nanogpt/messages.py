@@ -544,6 +544,14 @@ MESSAGES = {
         "out_dir={path} already holds a run; choose another out_dir, continue it with {resume}, or add overwrite=true",
         "out_dir={path} 里已有一次训练；请换 out_dir，用 {resume} 继续，或加 overwrite=true",
     ),
+    "shared_folder": (
+        "{key}={path}: several jobs of this sweep would train in this one folder; {remedy}",
+        "{key}={path}：扫描里有几个任务要在同一个目录里训练；{remedy}",
+    ),
+    "remedy_shared_out_dir": (
+        "leave out_dir out, which gives each a folder of its own, or write {apart}", "请去掉 out_dir（每个任务就各有目录），或写 {apart}",
+    ),
+    "remedy_shared_resume": ("start each from its weights instead: {apart}", "请改为各自从它的权重开始：{apart}"),
     "out_dir_foreign": (
         "out_dir={path} holds files that are not a run's; choose an empty or new folder",
         "out_dir={path} 里有不属于训练的文件；请选空文件夹或新文件夹",

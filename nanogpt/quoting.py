@@ -13,7 +13,7 @@ from nanogpt.config import PATH_KEYS, ROOT, TEXT_KEYS
 # 已经带引号的一段，照原样
 QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
 # -m 时逗号隔开的一个路径：加了引号的照 Hydra 读，其中可有逗号
-SWEPT_PATH = rf"(?:^|(?<=,))(?:{QUOTED}(?=,|$)|[^,]*)"
+SWEPT_PATH = rf"(?:^|(?<=,))\s*((?:{QUOTED})(?=\s*(?:,|$))|[^,]*)"
 # -m 时路径也可以这样列出；glob 只认得配置组的选项
 CHOSEN = re.compile(r"(choice|shuffle|sort|tag)\(.*\)")
 # 列表或扫描里含有非 ASCII 字符的一项
@@ -45,7 +45,7 @@ def quoted(argument: str, *, sweep: bool = False) -> str:
         # 与互动写作的 /stop 一样：不是列表就是一个停止词
         return f"{key}=[{in_quotes(literal(value))}]"
     if name in PATH_KEYS and not (sweep and CHOSEN.fullmatch(value)):
-        paths = re.findall(SWEPT_PATH, value) if sweep else [value]
+        paths = [path.rstrip() for path in re.findall(SWEPT_PATH, value)] if sweep else [value]
         return f"{key}={','.join(p if re.fullmatch(QUOTED, p) else in_quotes(p) for p in paths)}"
     if value[0] in "'\"":
         return argument

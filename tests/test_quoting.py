@@ -59,7 +59,7 @@ def test_commas_separate_the_paths_of_a_sweep_unless_they_stand_in_quotes():
         override = OverridesParser.create().parse_override(quoted(f"dataset.path={value}", sweep=True))
         return [OverridesParser.create().parse_override(f"x={v}").value() for v in override.sweep_string_iterator()] if override.is_sweep_override() else [override.value()]
 
-    assert swept(r"novel (1).txt,D:\x.txt,it's.txt,'a, b'") == ["novel (1).txt", r"D:\x.txt", "it's.txt", "a, b"]
+    assert swept(r"novel (1).txt, D:\x.txt,it's.txt , 'a, b'") == ["novel (1).txt", r"D:\x.txt", "it's.txt", "a, b"]
     assert swept("'novel, final.txt'") == ["novel, final.txt"] and swept("choice(a,b)") == ["a", "b"] and swept("a.txt") == ["a.txt"]
 
 

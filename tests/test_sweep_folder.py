@@ -1,6 +1,7 @@
 """A sweep in which nothing was made leaves no folder; whatever was there before, or came to lie there, stays."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,29 @@ REFUSED = ("-m", "dataset=text_file", "dataset.path=nope.txt", "logger=none", "l
 def test_a_sweep_whose_every_job_is_refused_leaves_nothing(tmp_path, swept):
     done = typed("run_train.py", tmp_path, *REFUSED, *swept, expect=2)
     assert done.stderr.count("error: ") == 2 and not list(tmp_path.iterdir())
+
+
+def test_a_sweep_that_would_train_in_one_folder_is_refused_before_its_first_job(tmp_path):
+    (tmp_path / "my.txt").write_text("The quick brown fox.\n" * 60, encoding="utf-8")
+    sweep = ["-m", "dataset=text_file", "dataset.path=my.txt", "lang=en", "learning_rate=1e-3,1e-2", "max_iters=1"]
+    error = typed("run_train.py", tmp_path, *sweep, "out_dir=outputs/a b", expect=2).stderr
+    assert error.count("error: ") == 1 and "several jobs of this sweep would train in this one folder" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["my.txt"]
+    remedy = shlex.split(error.partition("or write ")[2])[0]
+    asked = [*sweep, remedy, "dataset.val_fraction=5"]
+    # 换成它就不再撞上，只剩后面的错
+    assert "dataset.val_fraction=5" in typed("run_train.py", tmp_path, *asked, expect=2).stderr
+    (tmp_path / "outputs/a/ckpt").mkdir(parents=True)
+    assert "resume=outputs/a: several jobs" in typed("run_train.py", tmp_path, "-m", "resume=outputs/a", "max_iters=5,6", "lang=en", expect=2).stderr
+
+
+def test_one_wrong_job_of_a_sweep_is_found_before_the_first_is_trained(tmp_path):
+    (tmp_path / "a, b.txt").write_text("The quick brown fox.\n" * 60, encoding="utf-8")
+    wrong = [["dataset.path='a, b.txt',no (1).txt"], ["dataset.path=a, b.txt", "learning_rate=1e-3,-1"], ["dataset.path='a, b.txt'", "dataset.val_fraction=0.1,5"]]
+    named = ["dataset.path=no (1).txt", "dataset.path=b.txt", "dataset.val_fraction=5"]
+    for swept, name in zip(wrong, named):
+        error = typed("run_train.py", tmp_path, "-m", "dataset=text_file", *swept, "lang=en", expect=2).stderr
+        assert name in error and [path.name for path in tmp_path.iterdir()] == ["a, b.txt"], error
 
 
 def test_what_lay_in_the_folder_of_a_refused_sweep_stays(tmp_path):
