@@ -175,7 +175,9 @@ class TrainConfig:
     device: str = "auto"
     lang: str = "auto"
     compile: str = "auto"
+    """auto | true | false: torch.compile of training steps; auto on a card with Triton when the training is long enough, never in trials."""
     deterministic: bool = True
+    """Demand deterministic kernels on a card; an operation without one is an error."""
     max_iters: int = 250
     plan: str = "false"
     """false | true | matrix: say what would fit, train nothing."""

@@ -66,7 +66,7 @@ class Console:
             "vram" if device_type == "cuda" else "ram",
             **{name: record[f"memory/{name}_gib"] for name in ("allocated", "reserved", "peak")},
         )
+        speed = text("iter_speed", speed=record["tokens_per_s"], mfu=record["mfu"]) if "tokens_per_s" in record else ""
         self.line(
-            "iter", iteration=iteration, train_loss=f"{record['train/loss']:.4f}", val=val, lr=record["learning_rate"],
-            speed=record["tokens_per_s"], mfu=f"{record['mfu']:.2%}", memory=memory,
+            "iter", iteration=iteration, train_loss=f"{record['train/loss']:.4f}", val=val, lr=record["learning_rate"], speed=speed, memory=memory,
         )

@@ -5,9 +5,13 @@ process can then agree to repeat a step that ran out of memory, with no collecti
 """
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+# 其余进程在第一个进程准备数据时等着：大语料要几个小时，NCCL 默认 10 分钟就中断全部
+PATIENCE = timedelta(hours=24)
 
 
 def rank() -> int:
@@ -21,21 +25,15 @@ def world() -> int:
 
 
 def start(device: torch.device) -> None:
-    """Join the process group: nccl on GPUs, gloo on CPUs."""
+    """Join the process group: nccl on GPUs, gloo on CPUs and where torch comes without nccl (Windows)."""
     if world() > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo", timeout=PATIENCE)
 
 
 def stop() -> None:
     """Leave the process group."""
     if world() > 1 and dist.is_initialized():
         dist.destroy_process_group()
-
-
-def barrier() -> None:
-    """Wait for all processes."""
-    if world() > 1:
-        dist.barrier()
 
 
 def broadcast(value):

@@ -111,15 +111,24 @@ class Storage:
             return weights.float() + self.read(state, COMPENSATION, span, p.device)
         return weights.float()
 
-    def write_weights(self, state: dict, p: torch.Tensor, span: slice, values: torch.Tensor) -> None:
-        """Store updated weights; bf16 ones so that updates below half their last digit are not lost."""
+    def write_weights(self, state: dict, p: torch.Tensor, span: slice, values: torch.Tensor, skip: torch.Tensor | None = None) -> None:
+        """Store updated weights; bf16 ones so that updates below half their last digit are not lost.
+
+        Where `skip` () is 1.0 the values are those of read_weights(), and nothing changes.
+        """
         if p.dtype != torch.bfloat16:
             return
         piece = p.detach().view(-1)[span]
         if self.kahan:
-            piece.copy_(values)
+            new = values.to(torch.bfloat16)
+            rest = values - new.float()
+            if skip is not None:
+                # 权重加补偿恰在两数正中时会舍到另一边：和不变，下一步前向用的权重却变了
+                new = torch.where(skip > 0, piece, new)
+                rest = torch.where(skip > 0, self.read(state, COMPENSATION, span, p.device), rest)
+            piece.copy_(new)
             # 舍去的部分记下来，下一步先加回去
-            self.write(state, COMPENSATION, span, values - piece.float())
+            self.write(state, COMPENSATION, span, rest)
         else:
             piece.copy_(round_stochastically(values))
 
@@ -145,7 +154,7 @@ def adamw_update(
         )
         storage.write(state, "exp_avg", span, first)
         storage.write(state, "exp_avg_sq", span, second)
-        storage.write_weights(state, p, span, weights)
+        storage.write_weights(state, p, span, weights, skip)
     step.copy_(count)
 
 
@@ -173,7 +182,7 @@ def muon_apply(
         old = storage.read_weights(state, p, span)
         new = old.mul(1 - group["lr"] * group["weight_decay"]).add_(update.view(-1)[span].float(), alpha=-scale)
         old.copy_(new if skip is None else torch.where(skip > 0, old, new))
-        storage.write_weights(state, p, span, old)
+        storage.write_weights(state, p, span, old, skip)
 
 
 def _gradient(grad: torch.Tensor, span: slice, factor: torch.Tensor | None) -> torch.Tensor:

@@ -86,8 +86,8 @@ class Health:
         if tensor := broken_tensor(self.trainer.model, self.trainer.optimizer):
             raise Diverged("broken", iteration=iteration, tensor=tensor, remedy=self._remedy())
 
-    def after_update(self, loss: float, norm: float, *, healing: bool) -> None:
-        """Count a step that was skipped because its loss or gradient norm is not finite, and stop at too many in a row.
+    def after_update(self, loss: float, norm: float, *, iteration: int, healing: bool) -> None:
+        """Count a step (`iteration`, from 1) that was skipped because its loss or gradient norm is not finite, and stop at too many in a row.
 
         `healing` says that an fp16 overflow has just lowered the loss scale: that is no fault, but no good step either.
         """
@@ -97,7 +97,7 @@ class Health:
             self._compare_with_guessing(loss)
             return
         # 权重或状态坏了就不会好：不必等够次数
-        self._require_finite(progress.iteration + 1)
+        self._require_finite(iteration)
         if healing:
             return
         progress.nonfinite_steps += 1
@@ -106,7 +106,7 @@ class Health:
         # 反向里边走边更新：其余参数已经更新，跳过的只有坏梯度的那些
         partly = what == "gradient" and trainer.computation.in_backward
         line = "nonfinite_partly" if partly else "nonfinite"
-        trainer.console.line(line, iteration=progress.iteration + 1, what=what, count=progress.nonfinite_in_a_row)
+        trainer.console.line(line, iteration=iteration, what=what, count=progress.nonfinite_in_a_row)
         if progress.nonfinite_in_a_row >= trainer.cfg.max_nonfinite_steps:
             raise Diverged("diverged", count=progress.nonfinite_in_a_row, remedy=self._remedy())
 

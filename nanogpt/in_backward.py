@@ -16,13 +16,14 @@ class InBackward:
         self.optimizer = optimizer
         self.grad_clip = grad_clip
         self.squares: torch.Tensor | None = None
+        self.bad_loss: torch.Tensor | None = None
         for group in optimizer.param_groups:
             for name, p in zip(group["names"], group["params"], strict=True):
                 p.register_post_accumulate_grad_hook(self._hook(name, group))
 
-    def begin(self) -> None:
-        """Forget the gradients of the step before."""
-        self.squares = None
+    def begin(self, loss: torch.Tensor) -> None:
+        """Forget the gradients of the step before; nothing is updated by the backward pass of a loss () that is not finite."""
+        self.squares, self.bad_loss = None, ~torch.isfinite(loss)
 
     def gradient_norm(self) -> torch.Tensor:
         """Global L2 norm of the gradients of this step before clipping, shape (); not finite if any of them was not."""
@@ -32,7 +33,7 @@ class InBackward:
         def arrived(p: torch.Tensor) -> None:
             length = norm(p.grad, self.optimizer.storage.piece)
             # 全在设备上算：每个参数问一次 GPU，反向就成了走走停停
-            skip = (~torch.isfinite(length)).float()
+            skip = (~torch.isfinite(length) | self.bad_loss).float()
             factor = (self.grad_clip / (length + 1e-6)).clamp(max=1.0) if self.grad_clip else None
             self.squares = length.square() if self.squares is None else self.squares + length.square()
             self.optimizer.update_one(name, p, group, skip=skip, factor=factor)

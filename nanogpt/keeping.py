@@ -32,8 +32,10 @@ class Progress:
     val_loss: float | None = None
     """Of the latest evaluation."""
     train_s: float = 0.0
-    """Seconds in steps, without evaluation and saving."""
+    """Seconds in steps, without evaluation and saving, and without the first step of each shape where that compiles."""
     tokens_trained: int = 0
+    untimed_tokens: int = 0
+    """Those of tokens_trained whose seconds are not in train_s."""
 
 
 def state_of(trainer) -> dict:

@@ -2,6 +2,8 @@
 
 import torch
 
+from nanogpt.machine import any_kernels
+
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Gradients are formed in the forward pass, chunk by chunk, so that no logits are kept or recomputed.
@@ -39,7 +41,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 return
             # d(sum of losses)/d(logits) = softmax - onehot，量级为 1：半精度里也不下溢，1/N 留到反向再乘
             grad = logits.sub_(log_z).exp_()
-            grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
+            with any_kernels():
+                # 每行只有一个下标，怎么加都一样；deterministic=true 却会为它排序，每块多十几个 kernel
+                grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
             if softcap:
                 grad *= 1 - squashed.square()
             grad = grad.to(dtype)

@@ -1,8 +1,10 @@
 """The machine under a run: device, threads, allocator, reproducibility."""
 
+import contextlib
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -16,6 +18,8 @@ WINDOWS_MARGIN = 2**28
 """VRAM that stays free on Windows, where memory beyond the card is paged instead of refused."""
 # glibc mallopt 的参数号（malloc.h）
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+# cuBLAS 只有用这两种固定工作区时才逐位重现
+REPEATABLE_WORKSPACES = (":4096:8", ":16:8")
 
 
 def choose_device(named: str, hardware: HardwareConfig) -> torch.device:
@@ -45,8 +49,10 @@ def set_up(device: torch.device, *, deterministic: bool, hardware: HardwareConfi
         return
     if deterministic:
         # cuBLAS 要固定工作区，矩阵乘才能逐位重现；必须在第一次调用之前设
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in REPEATABLE_WORKSPACES:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = REPEATABLE_WORKSPACES[0]
+        # 不能 warn_only：那样 flash 与 memory-efficient attention 的反向仍用不确定的算法，只警告一句
+        torch.use_deterministic_algorithms(True)
         # 默认还会把每块新内存填满，只为查错，白费带宽
         torch.utils.deterministic.fill_uninitialized_memory = False
     cap_allocator(device, hardware)
@@ -65,6 +71,23 @@ def cap_allocator(device: torch.device, hardware: HardwareConfig) -> None:
     else:
         return
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, cap / total)), device)
+
+
+@contextlib.contextmanager
+def any_kernels() -> Iterator[None]:
+    """Inside, deterministic=true asks for nothing: for samples, and where an operation is deterministic by the values it gets.
+
+    Holds for the whole process, so no other thread may compute meanwhile.
+    """
+    wanted, lenient = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if not wanted:
+        yield
+        return
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(wanted, warn_only=lenient)
 
 
 def keep_freed_memory() -> None:

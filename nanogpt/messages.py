@@ -118,6 +118,10 @@ MESSAGES = {
         "out of memory ({reason}); choose a smaller model, batch_size or text, or close other programs",
         "内存不足（{reason}）；请用更小的模型、batch_size 或文本，或关掉别的程序",
     ),
+    "not_deterministic": (
+        "deterministic=true: {operation} has no deterministic implementation on this device; add deterministic=false",
+        "deterministic=true：{operation} 在这个设备上没有确定性的实现；请加 deterministic=false",
+    ),
     # ---- 配置 ----
     "compose": ("{line}", "{line}"),
     "unreadable_flag": ("{reason}; --help shows what there is", "{reason}；--help 可看到有哪些"),
@@ -737,9 +741,10 @@ MESSAGES = {
     ),
     "resumed": ("continuing {path} at iteration {iteration}", "从第 {iteration} 次迭代继续 {path}"),
     "iter": (
-        "iter {iteration}: train loss {train_loss}, {val}lr {lr:.2e}, {speed:.0f} tokens/s, MFU {mfu}, {memory}",
-        "迭代 {iteration}: 训练损失 {train_loss}, {val}学习率 {lr:.2e}, 速度 {speed:.0f} tokens/s, MFU {mfu}, {memory}",
+        "iter {iteration}: train loss {train_loss}, {val}lr {lr:.2e}, {speed}{memory}",
+        "迭代 {iteration}: 训练损失 {train_loss}, {val}学习率 {lr:.2e}, {speed}{memory}",
     ),
+    "iter_speed": ("{speed:.0f} tokens/s, MFU {mfu:.2%}, ", "速度 {speed:.0f} tokens/s, MFU {mfu:.2%}, "),
     "iter_val": ("val loss {val_loss:.4f}, ", "验证损失 {val_loss:.4f}, "),
     "vram": (
         "VRAM {allocated:.2f}GB (reserved {reserved:.2f}, peak {peak:.2f})",
@@ -751,6 +756,7 @@ MESSAGES = {
         "compile={asked}: not available here ({reason}); going on without it",
         "compile={asked}：本机不可用（{reason}）；不编译，继续训练",
     ),
+    "compile_failed": ("torch.compile failed ({reason}); going on without it", "torch.compile 失败（{reason}）；不编译，继续训练"),
     "compiling": ("compiling the model, the first iteration takes longer …", "正在编译模型，第一次迭代会慢一些 …"),
     "oom_shrink": (
         "iter {iteration}: out of memory; micro-batch {old} -> {new}, accumulation {accum}, same step again with the same data",

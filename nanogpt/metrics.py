@@ -83,6 +83,10 @@ class Stopwatch:
         self.total_s += time.perf_counter() - self._since
         self._since = None
 
+    def cancel(self) -> None:
+        """Forget the time since start()."""
+        self._since = None
+
     def take(self) -> float:
         """Seconds so far; starts again from zero."""
         total, self.total_s = self.total_s, 0.0

@@ -22,6 +22,8 @@ REMEDIES = {
     errno.ENOMEM: "remedy_memory", errno.EIO: "remedy_disk",
 }
 
+NOT_DETERMINISTIC = " does not have a deterministic implementation"
+
 
 def forgive_output() -> None:
     """Print ? for a character that the terminal cannot show."""
@@ -46,6 +48,9 @@ def explained(error: BaseException) -> ConfigError | None:
 
         if is_out_of_memory(error):
             return ConfigError("no_memory", reason=str(error).strip().partition("\n")[0])
+        # 自己的模型里的运算、attention 的某种反向：torch 没有确定性的写法
+        if isinstance(error, RuntimeError) and NOT_DETERMINISTIC in str(error):
+            return ConfigError("not_deterministic", operation=str(error).partition(NOT_DETERMINISTIC)[0].strip())
     return None
 
 

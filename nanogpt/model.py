@@ -290,8 +290,8 @@ class GPT(nn.Module):
 
         With data of documents, targets of -1 (labels, unfilled ends of rows) do not count.
         """
-        # 只编译训练用的这一条路；逐 token 解码的形状每步都变，编译反而慢
-        hidden = self.compiled_hidden or self.hidden
+        # 只编译训练用的这一条路：评估还要再编三张图（整批、零头、短窗口），解码的形状每步都变
+        hidden = self.compiled_hidden if self.compiled_hidden and self.training else self.hidden
         return chunked_cross_entropy(
             hidden(idx), self.lm_head.weight, targets,
             softcap=self.config.logit_softcap, chunk_mib=self.loss_chunk_mib, ignoring=self.config.separator is not None,

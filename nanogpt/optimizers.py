@@ -16,6 +16,8 @@ from nanogpt.messages import ConfigError
 
 # 同形状的矩阵一起正交化：小模型快数倍，大模型不为此多占显存
 STACK_BYTES = 64 * 2**20
+# 保留全部激活的显卡上，更新时激活都已释放：堆得多，启动得少，也不抬高峰值
+STACK_BYTES_SPARE = 512 * 2**20
 # AdamW 与 Muon 各自的状态
 ADAMW_STATES = ("step", "exp_avg", "exp_avg_sq")
 # NS 五步的系数：让奇异值尽快靠近 1，不求精确收敛（Keller Jordan, 2024）
@@ -35,6 +37,7 @@ class Optimizer:
         self.storage = Storage(MemoryConfig())
         # 默认格式走融合 kernel 的整批更新，最快；其余逐块更新
         self.frugal = False
+        self.stack_bytes = STACK_BYTES
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -92,11 +95,11 @@ class Optimizer:
         """(name, parameter) pairs that have a gradient."""
         return [(n, p) for n, p in zip(group["names"], group["params"], strict=True) if p.grad is not None]
 
-    def _adamw_step(self, group: dict, present: list[tuple[str, torch.Tensor]], **guard) -> None:
+    def _adamw_step(self, group: dict, present: list[tuple[str, torch.Tensor]], *, skip=None, factor=None) -> None:
         """One AdamW update (Loshchilov & Hutter, arXiv:1711.05101) of (name, parameter) pairs through torch's fused kernel."""
         if self.frugal:
             for name, p in present:
-                adamw_update(self.storage, self.started(name, p, group), group, p, p.grad, **guard)
+                adamw_update(self.storage, self.started(name, p, group), group, p, p.grad, skip=skip, factor=factor)
             return
         states = [self.started(name, p, group) for name, p in present]
         if states:
@@ -105,7 +108,7 @@ class Optimizer:
                 [p for _, p in present], [p.grad for _, p in present],
                 [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
                 [s["step"] for s in states],
-                fused=True, amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1],
+                fused=True, amsgrad=False, found_inf=skip, beta1=group["betas"][0], beta2=group["betas"][1],
                 lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
             )
 
@@ -115,10 +118,13 @@ class Optimizer:
         group["update"](group, [(name, p)], skip=skip, factor=factor)
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Update every parameter that has a gradient."""
+    def step(self, *, skip: torch.Tensor | None = None, factor: torch.Tensor | None = None) -> None:
+        """Update every parameter that has a gradient.
+
+        skip () is 1.0 where nothing may change, in weights or states; only where `frugal`, factor () multiplies the gradients.
+        """
         for group in self.param_groups:
-            group["update"](group, self._present(group))
+            group["update"](group, self._present(group), skip=skip, factor=factor)
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int) -> torch.Tensor:
@@ -135,7 +141,9 @@ def orthogonalize(matrices: torch.Tensor, steps: int) -> torch.Tensor:
         gram = torch.bmm(x, x.mT)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
-    return (x if wide else x.mT).to(matrices.dtype)
+    x = x if wide else x.mT
+    # 转置过来的要排成权重的样子，foreach 才能一次启动
+    return x.to(matrices.dtype, memory_format=torch.contiguous_format) if x.dtype != matrices.dtype else x
 
 
 class Muon(Optimizer):
@@ -145,25 +153,41 @@ class Muon(Optimizer):
     that of an AdamW update, so one learning rate serves both.
     """
 
-    def _muon_step(self, group: dict, present: list[tuple[str, torch.Tensor]], **guard) -> None:
-        for portion in portions(present):
+    def _muon_step(self, group: dict, present: list[tuple[str, torch.Tensor]], *, skip=None, factor=None) -> None:
+        for portion in portions(present, self.stack_bytes):
             if self.frugal:
-                self._frugal_muon(group, portion, **guard)
+                self._frugal_muon(group, portion, skip=skip, factor=factor)
             else:
-                self._plain_muon(group, portion)
+                self._plain_muon(group, portion, skip=skip)
 
-    def _plain_muon(self, group: dict, named: list[tuple[str, torch.Tensor]]) -> None:
-        weights, directions = [], []
-        for name, p in named:
-            momentum = self.started(name, p, group)["momentum"]
-            momentum.lerp_(p.grad, 1 - group["momentum"])
-            splits = group["splits"].get(name, 1)
-            # Nesterov：向前多看一步
-            directions += p.grad.lerp(momentum, group["momentum"]).chunk(splits)
-            weights += p.chunk(splits)
-        for part, update in zip(weights, orthogonalized(directions, group["ns_steps"]), strict=True):
-            scale = group["lr"] * update_scale(part.shape)
-            part.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
+    def _plain_muon(self, group: dict, named: list[tuple[str, torch.Tensor]], *, skip=None) -> None:
+        momenta = [self.started(name, p, group)["momentum"] for name, p in named]
+        gradients = [p.grad for _, p in named]
+        if skip is not None:
+            # 坏的一步：拿动量当梯度，动量就一位不动，方向也仍是有限数；梯度用完就丢，写在原处
+            for momentum, gradient in zip(momenta, gradients, strict=True):
+                torch.where(skip > 0, momentum, gradient, out=gradient)
+        # foreach：显卡上几十个矩阵一次启动；CPU 上就是逐个做
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        # Nesterov：向前多看一步
+        ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        splits = [group["splits"].get(name, 1) for name, _ in named]
+        directions = [part for direction, n in zip(ahead, splits, strict=True) for part in direction.chunk(n)]
+        weights = [part for (_, p), n in zip(named, splits, strict=True) for part in p.detach().chunk(n)]
+        del ahead, gradients
+        updates = orthogonalized(directions, group["ns_steps"])
+        del directions
+        kept = 1 - group["lr"] * group["weight_decay"]
+        if skip is not None:
+            for update in updates:
+                update.masked_fill_(skip > 0, 0.0)
+            kept = torch.where(skip > 0, 1.0, kept)
+        torch._foreach_mul_(weights, kept)
+        by_scale: dict[float, list[int]] = {}
+        for i, part in enumerate(weights):
+            by_scale.setdefault(group["lr"] * update_scale(part.shape), []).append(i)
+        for scale, indices in by_scale.items():
+            torch._foreach_add_([weights[i] for i in indices], [updates[i] for i in indices], alpha=-scale)
 
     def _frugal_muon(self, group: dict, named: list[tuple[str, torch.Tensor]], skip=None, factor=None) -> None:
         states = [self.started(name, p, group) for name, p in named]
@@ -179,11 +203,11 @@ class Muon(Optimizer):
             muon_apply(self.storage, state, group, p, update, scale=group["lr"] * update_scale(chunks[0].shape), skip=skip)
 
 
-def portions(named: list[tuple[str, torch.Tensor]]) -> list[list[tuple[str, torch.Tensor]]]:
-    """The pairs in order, in lists of at most STACK_BYTES of float32 matrices, but at least one."""
-    lists, size = [], STACK_BYTES
+def portions(named: list[tuple[str, torch.Tensor]], most_bytes: int) -> list[list[tuple[str, torch.Tensor]]]:
+    """The pairs in order, in lists of at most most_bytes of float32 matrices, but at least one."""
+    lists, size = [], most_bytes
     for name, p in named:
-        if size + 4 * p.numel() > STACK_BYTES:
+        if size + 4 * p.numel() > most_bytes:
             lists.append([])
             size = 0
         lists[-1].append((name, p))
@@ -296,6 +320,8 @@ def configure(optimizer, memory: MemoryConfig, device_type: str = "cpu") -> None
     if wanted:
         optimizer.storage = Storage(memory, device_type)
         optimizer.frugal = True
+    elif device_type == "cuda" and memory.activation_checkpointing == "none":
+        optimizer.stack_bytes = STACK_BYTES_SPARE
 
 
 def learning_rate_at(iteration: int, schedule) -> float:

@@ -3,6 +3,8 @@
 The trainer decides on values (is it finite?), the planner traces the same functions without any.
 """
 
+import math
+
 import torch
 
 from nanogpt.build import build_part
@@ -61,21 +63,22 @@ class Step:
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, share: float) -> torch.Tensor:
         """share * mean loss of rows x, y (B, T), shape (), to be given to backward()."""
-        if self.in_backward:
-            self.in_backward.begin()
         with self.precision.context():
             # 按行数加权：最后一个微批可以不满，梯度仍等于整批的平均
             return self.model.loss(x, y) * share
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of a forward() loss, or with memory.optimizer_in_backward apply them."""
+        """Add the gradients of a forward() loss; or with memory.optimizer_in_backward apply those that are finite, none if the loss is not."""
+        if self.in_backward:
+            self.in_backward.begin(loss.detach())
         self.precision.scaler.scale(loss).backward()
 
     def gradient_norm(self) -> torch.Tensor:
         """Global L2 norm of all gradients, shape ()."""
         if self.in_backward:
             return self.in_backward.gradient_norm()
-        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        # bf16 的梯度得出 bf16 的范数：裁剪的系数不该再跟着粗一遍
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]).float()
 
     def clip(self, norm: torch.Tensor, limit: float) -> None:
         """Scale all gradients so that their norm `norm` becomes `limit`."""
@@ -85,3 +88,44 @@ class Step:
         """Apply the gradients and drop them; nothing is left to do after a backward that did."""
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    @property
+    def decides_on_device(self) -> bool:
+        """Whether update_if_finite() may be called: fp16's loss scale and optimizers of other makes want an answer from the host."""
+        return isinstance(self.optimizer, Optimizer) and not self.precision.scaler.is_enabled()
+
+    def update_if_finite(self, loss: torch.Tensor, norm: torch.Tensor, limit: float) -> None:
+        """Clip to norm `limit` and update() unless loss () or the gradients' norm () is not finite, without waiting for either."""
+        if not self.in_backward:
+            skip = (~(torch.isfinite(loss) & torch.isfinite(norm))).float()
+            if self.optimizer.frugal:
+                # 逐块更新本来就要读一遍梯度：顺手乘上，不必先写回去
+                self.optimizer.step(skip=skip, factor=(limit / (norm + 1e-6)).clamp(max=1.0))
+            else:
+                if limit < math.inf:
+                    self.clip(norm, limit)
+                self.optimizer.step(skip=skip)
+        self.optimizer.zero_grad()
+
+
+class Reading:
+    """Numbers that the device may still be computing; read() waits for these only, not for what was launched after them."""
+
+    def __init__(self, *scalars: torch.Tensor):
+        self._tensor = torch.stack([scalar.detach().double() for scalar in scalars])
+        self._arrived: torch.cuda.Event | None = None
+        self._numbers: list[float] | None = None
+        if self._tensor.is_cuda:
+            # 锁页内存加事件：读上一步的数，不等后面排着的下一步
+            pinned = torch.empty(self._tensor.shape, dtype=torch.float64, pin_memory=True)
+            self._tensor = pinned.copy_(self._tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        """The numbers."""
+        if self._numbers is None:
+            if self._arrived is not None:
+                self._arrived.synchronize()
+            self._numbers, self._tensor = self._tensor.tolist(), None
+        return self._numbers

@@ -34,7 +34,9 @@ def device_name(device: torch.device) -> str:
 def write_summary(trainer, reason: str, wall_s: float) -> dict:
     """Write <run>/summary.json (first process only) and return its content."""
     progress = trainer.progress
-    trained = trainer.metrics(progress.tokens_trained, progress.train_s)
+    timed = progress.tokens_trained - progress.untimed_tokens
+    # 只走了编译的那一步：速度只能连编译一起算
+    trained = trainer.metrics(timed, progress.train_s) if timed else trainer.metrics(progress.tokens_trained, wall_s)
     summary = {
         "stopped_by": reason,
         "val_loss": progress.val_loss,

@@ -11,20 +11,21 @@ import torch
 
 from nanogpt import checkpoint, distributed, evaluation, keeping
 from nanogpt.cards import peak_tflops_of, reference
-from nanogpt.compilation import compile_hidden
+from nanogpt.compilation import compile_hidden, pays
 from nanogpt.config import TrainConfig, schedule_of
 from nanogpt.console import Console
 from nanogpt.data import ORDER, TokenData
 from nanogpt.health import Health
 from nanogpt.keeping import Progress
 from nanogpt.loggers import Loggers
+from nanogpt.machine import any_kernels
 from nanogpt.messages import ConfigError
 from nanogpt.metrics import Stopwatch, memory_gib, peak_tflops
 from nanogpt.oom import OutOfMemory, is_out_of_memory, not_divisible, release
 from nanogpt.optimizers import learning_rate_at
 from nanogpt.precision import settle_scale
 from nanogpt.sampling import sampler
-from nanogpt.step import Step
+from nanogpt.step import Reading, Step
 from nanogpt.summary import write_summary
 from nanogpt.values import unescaped
 from nanogpt.writer import default_prompt, write_sample
@@ -35,22 +36,34 @@ SAMPLE_STREAM = 1_000_003
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step reports."""
+    """What one optimizer step reports; a card may still be computing loss and gradient_norm, and asking for one waits for it."""
 
-    loss: float
-    """Mean over the effective batch, nats per token."""
-    gradient_norm: float
-    """Before clipping."""
+    iteration: int
+    """1 for the first."""
+    reading: Reading
     learning_rate: float
     stop_requested: bool
+    healing: bool = False
+    """Whether an fp16 overflow has lowered the loss scale."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over the effective batch, nats per token."""
+        return self.reading.read()[0]
+
+    @property
+    def gradient_norm(self) -> float:
+        """Before clipping."""
+        return self.reading.read()[1]
 
 
 @dataclass
 class Interval:
-    """Sums between two log lines."""
+    """What the next log line is about."""
 
-    losses: list[float] = field(default_factory=list)
+    results: list[StepResult] = field(default_factory=list)
     tokens: int = 0
+    """Of the steps that were timed."""
 
 
 class Trainer:
@@ -84,12 +97,32 @@ class Trainer:
         self.peak_source, self.peak = peak_tflops(cfg.hardware, device, self.precision)
         self.stopwatch = Stopwatch()
         self.interval = Interval()
+        self.unjudged: StepResult | None = None
+        # 显卡上由设备自己决定跳不跳过，数值晚一步再看：主机不必每步停下来等它
+        self.reads_late = device.type == "cuda" and computation.decides_on_device
+        self.shapes_met: set[int] = set()
         self.saved: checkpoint.Checkpoint | None = None
         self.last_sample = ""
         self.health = Health(self)
         self.expected_rows: int | None = None
+        compile_hidden(self.model, cfg.compile, device, console, obstacle=self._no_compile(), pays=self._compiling_pays())
+
+    def _no_compile(self) -> str | None:
+        """What speaks against torch.compile in these settings, or None."""
         # 编译后的反向一次交出全部梯度，逐个释放就落空了
-        compile_hidden(self.model, cfg.compile, device, console, obstacle="memory.optimizer_in_backward=true" if computation.in_backward else None)
+        if self.computation.in_backward:
+            return "memory.optimizer_in_backward=true"
+        # 重算时再舍入靠 TorchFunctionMode，编译器不认
+        if self.precision.rounded and self.cfg.memory.activation_checkpointing != "none":
+            return f"precision={self.precision.name} on a CPU with memory.activation_checkpointing={self.cfg.memory.activation_checkpointing}"
+        return None
+
+    def _compiling_pays(self) -> bool:
+        # 每次试跑都是新进程，编译比要量的几步还久
+        if self.cfg.trial.enabled:
+            return False
+        micro_batches = math.ceil(self.local_rows / self.micro_batch)
+        return pays(self.model, self.local_rows * self.block_size, micro_batches, self.cfg.max_iters, self.peak)
 
     # ---- 一步 ----
 
@@ -117,11 +150,26 @@ class Trainer:
             distributed.sum_gradients(self.parameters)
         # 更新到一半停下的参数退不回去：不能重做，已存的 checkpoint 还在
         with not_divisible("update", rows=self.micro_batch):
-            norm = self._update(loss)
+            reading, healing = self._update(loss)
+        result = StepResult(self.progress.iteration + 1, reading, rate, stop, healing)
+        self._judge(result)
         self.progress.iteration += 1
         self.progress.samples_seen += self.global_rows
         self.progress.tokens_trained += self.global_rows * self.block_size
-        return StepResult(loss, norm, rate, stop)
+        return result
+
+    def _judge(self, result: StepResult) -> None:
+        """Count a step that was skipped, stop a run that has come to nothing; on a card one step later, or at settle()."""
+        self.settle()
+        self.unjudged = result
+        if not self.reads_late:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the latest step and judge it: before anything that is shown or kept."""
+        result, self.unjudged = self.unjudged, None
+        if result is not None:
+            self.health.after_update(result.loss, result.gradient_norm, iteration=result.iteration, healing=result.healing)
 
     def _prepare(self) -> None:
         """Allocate the optimizer's states once, behind a restore and before the first step."""
@@ -132,10 +180,10 @@ class Trainer:
             self.computation.prepare()
         self.prepared = True
 
-    def _accumulate_until_it_fits(self, starts: np.ndarray, targets: np.ndarray, total: int) -> tuple[float, bool]:
+    def _accumulate_until_it_fits(self, starts: np.ndarray, targets: np.ndarray, total: int) -> tuple[torch.Tensor, bool]:
         """Accumulate gradients over rows `starts` with so many targets each, of `total` in the step.
 
-        Returns (mean loss over all processes, stop requested anywhere).
+        Returns (mean loss over all processes, shape (); stop requested anywhere).
         """
         while True:
             failed, detail = False, ""
@@ -151,7 +199,7 @@ class Trainer:
                 self._drop_gradients()
                 release(self.device)
                 loss = torch.zeros((), device=self.device)
-            loss = distributed.total(loss.detach().clone()).item()
+            loss = distributed.total(loss.detach().clone())
             failed, stop = (bool(flag) for flag in distributed.largest([failed, self.stop_requested], self.device))
             if not failed:
                 return loss, stop
@@ -170,17 +218,8 @@ class Trainer:
         for first in range(0, len(starts), self.micro_batch):
             rows = slice(first, first + self.micro_batch)
             x, y = self.to_device(*self.data.rows("train", starts[rows], self.block_size))
-            loss += self._micro_batch(x, y, float(targets[rows].sum() / total))
+            loss += self.computation.micro_batch(x, y, float(targets[rows].sum() / total))
         return loss
-
-    def _micro_batch(self, x: torch.Tensor, y: torch.Tensor, share: float) -> torch.Tensor:
-        if not self.computation.in_backward:
-            return self.computation.micro_batch(x, y, share)
-        loss = self.computation.forward(x, y, share)
-        # 反向会边走边更新：坏的 loss 到这里为止
-        if math.isfinite(loss.item()):
-            self.computation.backward(loss)
-        return loss.detach()
 
     def _shrink(self, detail: str) -> None:
         """Halve the micro-batch after an out-of-memory error, or give up at one row; `detail` is what the library said."""
@@ -198,27 +237,37 @@ class Trainer:
         for p in self.parameters:
             p.grad = None
 
-    def _update(self, loss: float) -> float:
-        """Clip and apply the gradients unless something is not finite; return the gradient norm."""
-        scaler, healing = self.precision.scaler, False
+    def _update(self, loss: torch.Tensor) -> tuple[Reading, bool]:
+        """Clip and apply the gradients unless something is not finite; return (loss, norm before clipping), and whether fp16 has healed itself."""
+        scaler, limit = self.precision.scaler, self.cfg.grad_clip or math.inf
         # 先还原再裁剪，否则阈值会被 loss scale 放大
         if scaler.is_enabled():
             scaler.unscale_(self.optimizer)
-        limit, norm = self.cfg.grad_clip or math.inf, self.computation.gradient_norm().item()
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite and norm > limit:
-            # 没超过阈值就不必把全部梯度再读写一遍
-            self.computation.clip(torch.tensor(norm, device=self.device), limit)
-        if finite and scaler.is_enabled():
-            scaler.step(self.optimizer)
-        elif finite:
-            self.computation.update()
-        if scaler.is_enabled():
-            # 梯度溢出是 fp16 的日常：跳过这一步并减半 scale，下一步就好了
-            healing = settle_scale(scaler, skipped=not finite, overflow=not math.isfinite(norm)) and math.isfinite(loss)
+        norm = self.computation.gradient_norm()
+        reading = Reading(loss, norm)
+        healing = False
+        if self.reads_late:
+            self.computation.update_if_finite(loss, norm, limit)
+        else:
+            healing = self._update_if_read_finite(reading, norm, limit)
         self._drop_gradients()
-        self.health.after_update(loss, norm, healing=healing)
-        return norm
+        return reading, healing
+
+    def _update_if_read_finite(self, reading: Reading, norm: torch.Tensor, limit: float) -> bool:
+        """The same decided by the host; returns whether an fp16 overflow has lowered the loss scale."""
+        scaler = self.precision.scaler
+        loss_is_finite, norm_is_finite = map(math.isfinite, reading.read())
+        finite = loss_is_finite and norm_is_finite
+        if finite and reading.read()[1] > limit:
+            # 没超过阈值就不必把全部梯度再读写一遍
+            self.computation.clip(norm, limit)
+        if finite:
+            # 范数有限，梯度就没有溢出：不必让 scaler.step 再问一次设备
+            self.computation.update()
+        if not scaler.is_enabled():
+            return False
+        # 梯度溢出是 fp16 的日常：跳过这一步并减半 scale，下一步就好了
+        return settle_scale(scaler, skipped=not finite, overflow=not norm_is_finite) and loss_is_finite
 
     def to_device(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows x, y (B, T) where the model is."""
@@ -265,10 +314,31 @@ class Trainer:
     def _timed_step(self) -> StepResult:
         self.stopwatch.start()
         result = self.step()
-        self.stopwatch.stop()
-        self.interval.losses.append(result.loss)
-        self.interval.tokens += self.global_rows * self.block_size
+        self.interval.results.append(result)
+        tokens = self.global_rows * self.block_size
+        if self._is_first_of_its_shape():
+            # 编译、加载 kernel 要几十秒：算进速度，短训练就只剩零头；要等它做完，才不拖到下一步里
+            self.settle()
+            self.stopwatch.cancel()
+            self.progress.untimed_tokens += tokens
+        else:
+            if self._due():
+                self.settle()
+            self.stopwatch.stop()
+            self.interval.tokens += tokens
         return result
+
+    def _is_first_of_its_shape(self) -> bool:
+        """Whether the step just taken was the first with its micro-batch where that costs time: on a card, and compiled."""
+        known = self.micro_batch in self.shapes_met
+        self.shapes_met.add(self.micro_batch)
+        return not known and (self.device.type == "cuda" or self.model.compiled_hidden is not None)
+
+    def _due(self) -> bool:
+        """Whether the latest step is followed by something that shows or keeps what it came to."""
+        cfg, iteration = self.cfg, self.progress.iteration
+        intervals = (cfg.eval_interval, cfg.log_interval, cfg.save_interval)
+        return iteration == cfg.max_iters or any(every and iteration % every == 0 for every in intervals)
 
     def _after_step(self, result: StepResult) -> str | None:
         """Evaluate, log, sample and save as due; return why to stop, or None."""
@@ -288,6 +358,8 @@ class Trainer:
         return reason
 
     def _save(self, *, final: bool) -> None:
+        # 最后一步的好坏也要记进去
+        self.settle()
         # 坏掉的权重宁可不存：它会把完好的旧 checkpoint 挤掉
         self.health.before_save()
         keeping.save(self, final=final)
@@ -322,7 +394,8 @@ class Trainer:
     def _log(self, result: StepResult, evaluated: bool) -> None:
         seconds = self.stopwatch.take()
         self.progress.train_s += seconds
-        finite = [loss for loss in self.interval.losses if math.isfinite(loss)]
+        self.settle()
+        finite = [result.loss for result in self.interval.results if math.isfinite(result.loss)]
         record = {
             "train/loss": sum(finite) / len(finite) if finite else math.nan,
             "learning_rate": result.learning_rate,
@@ -330,6 +403,9 @@ class Trainer:
             "tokens": self.progress.tokens_trained,
             **self.metrics(self.interval.tokens, seconds),
         }
+        if not self.interval.tokens:
+            # 这一段只有编译的那一步：没有速度可言
+            del record["tokens_per_s"], record["mfu"], record["mfu_rtx3060"]
         if evaluated:
             record["val/loss"] = self.progress.val_loss
         if self.precision.scaler.is_enabled():
@@ -343,10 +419,12 @@ class Trainer:
         if distributed.rank():
             return
         try:
-            sample = write_sample(
-                self.model, self.data.tokenizer, self.sample_prompt(), self.cfg.sample_tokens,
-                sampler=sampler(temperature=self.cfg.sample_temperature), seed=self.cfg.seed * SAMPLE_STREAM + self.progress.iteration,
-            )
+            # 按累积概率抽字没有确定性的 kernel；样本写成怎样不影响训练
+            with any_kernels():
+                sample = write_sample(
+                    self.model, self.data.tokenizer, self.sample_prompt(), self.cfg.sample_tokens,
+                    sampler=sampler(temperature=self.cfg.sample_temperature), seed=self.cfg.seed * SAMPLE_STREAM + self.progress.iteration,
+                )
         except Exception as error:
             # 样本只是给人看的：写不下、写不成就不写，训练照常
             known = {"sample_oom": "sample_skipped", "nonfinite_logits": "sample_nonfinite"}

@@ -59,7 +59,7 @@ def feed(watch, losses, monkeypatch):
     monkeypatch.setattr(checkpoint, "checkpoints", lambda run_dir: [])
     for count, loss in enumerate(losses):
         try:
-            watch.after_update(loss, 1.0, healing=False)
+            watch.after_update(loss, 1.0, iteration=count + 1, healing=False)
         except Diverged as error:
             assert error.message == "runaway" and "4.17" in str(error)
             return count

@@ -217,8 +217,11 @@ class _Run:
         if self.precision.scaler.is_enabled():
             self.precision.scaler.unscale_(step.optimizer)
         norm = step.gradient_norm()
-        step.clip(norm, 1.0)
-        step.update()
+        if step.decides_on_device and self.shape.device_type == "cuda":
+            step.update_if_finite(total, norm, 1.0)
+        else:
+            step.clip(norm, 1.0)
+            step.update()
         step.optimizer.zero_grad()
         del x, y, total, norm
         self._end_phase(f"{section}_update")

@@ -1,5 +1,6 @@
 """The trainer of a trial: the same steps, but running out of memory is its result and not repaired."""
 
+from nanogpt.machine import any_kernels
 from nanogpt.sampling import sampler
 from nanogpt.trainer import Trainer
 from nanogpt.writer import write_sample
@@ -27,7 +28,9 @@ class TrialTrainer(Trainer):
 
     def short_sample(self, tokens: int) -> None:
         """Write and forget a text, for the memory that it takes."""
-        if tokens:
+        if not tokens:
+            return
+        with any_kernels():
             write_sample(
                 self.model, self.data.tokenizer, self.sample_prompt(), tokens,
                 sampler=sampler(temperature=self.cfg.sample_temperature), seed=self.cfg.seed,

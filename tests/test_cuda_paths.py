@@ -1,0 +1,281 @@
+"""What training does on a card, without one: decisions on the device, deterministic kernels, compiled graphs."""
+
+import copy
+import functools
+import math
+import os
+
+import pytest
+import torch
+from conftest import GPT2_RECIPE, tiny_model_config
+from test_memory_parts import preset_parts, step_of, weights
+from test_trainer import trainer_of
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nanogpt import compilation, distributed, machine
+from nanogpt import trainer as trainers
+from nanogpt.build import build_model
+from nanogpt.compilation import compile_hidden, pays
+from nanogpt.config import HardwareConfig
+from nanogpt.console import Console
+from nanogpt.mistakes import explained
+
+
+@pytest.fixture(autouse=True)
+def determinism_as_before():
+    before = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+# ---- 坏的一步：在设备上决定 ----
+
+PARTS = {
+    "adamw": (["optimizer=adamw"], {}), "muon": ([], {}), "adamw 8 bit": (["optimizer=adamw"], preset_parts("lean8")),
+    "muon 8 bit bf16": ([], preset_parts("offload")), "adamw in backward": (["optimizer=adamw"], preset_parts("minimal")),
+    "adamw kahan": (["optimizer=adamw"], {**preset_parts("offload"), "bf16_rounding": "kahan"}),
+    "muon kahan in backward": ([], {**preset_parts("minimal"), "bf16_rounding": "kahan"}),
+}
+
+
+def everything(step):
+    return [t.clone() for t in (*step.model.parameters(), *(t for state in step.optimizer.state.values() for t in state.values()))]
+
+
+def device_step(step, seed, *, poison=None):
+    """One step decided on the device; `poison` is what the loss is multiplied with."""
+    torch.manual_seed(seed)
+    idx = torch.randint(0, 30, (4, step.model.config.block_size))
+    loss = step.micro_batch(idx, idx, 1.0 if poison is None else poison)
+    norm = step.gradient_norm()
+    step.update_if_finite(loss, norm, 1.0)
+    return loss, norm
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_bad_step_decided_on_the_device_changes_no_bit(parts, poison):
+    overrides, memory = PARTS[parts]
+    _, step = step_of(*overrides, **memory)
+    step.prepare()
+    for seed in range(3):
+        device_step(step, seed)
+    before = everything(step)
+    loss, _ = device_step(step, 3, poison=poison)
+    assert not math.isfinite(loss) and all(torch.equal(a, b) for a, b in zip(before, everything(step), strict=True))
+    # 只有一个参数的梯度坏了，范数也就坏了：别的参数也不动
+    handle = step.model.lm_head.weight.register_hook(lambda g: g * math.inf)
+    loss, norm = device_step(step, 3)
+    handle.remove()
+    assert math.isfinite(loss) and not math.isfinite(norm)
+    if step.in_backward is None:
+        assert all(torch.equal(a, b) for a, b in zip(before, everything(step), strict=True))
+    device_step(step, 3)
+    assert not torch.equal(weights(step.model), torch.cat([t.flatten() for t in before[: len(list(step.model.parameters()))]]))
+
+
+@pytest.mark.parametrize("parts", ["adamw", "muon", "adamw 8 bit"])
+def test_deciding_on_the_device_gives_the_steps_that_the_host_gives(parts):
+    overrides, memory = PARTS[parts]
+    _, here = step_of(*overrides, **memory)
+    _, there = step_of(*overrides, **memory)
+    for seed in range(3):
+        device_step(here, seed)
+        torch.manual_seed(seed)
+        idx = torch.randint(0, 30, (4, there.model.config.block_size))
+        there.micro_batch(idx, idx, 1.0)
+        norm = there.gradient_norm()
+        if norm > 1.0:
+            there.clip(norm, 1.0)
+        there.update()
+    torch.testing.assert_close(weights(here.model), weights(there.model), rtol=0, atol=0 if not memory else 1e-6)
+
+
+def poisoned(trainer, *iterations):
+    """Make the loss of these iterations NaN."""
+    real = trainer.model.loss
+    trainer.model.loss = lambda x, y: real(x, y) * (math.nan if trainer.progress.iteration in iterations and trainer.model.training else 1)
+    return trainer
+
+
+def late(trainer):
+    """A trainer that works as on a card."""
+    trainer.reads_late = True
+    return trainer
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_whose_numbers_are_read_late_equals_one_that_waits_for_each(in_tmp, tiny_overrides, optimizer, capsys):
+    runs = []
+    for out, way in (("outputs/a", late), ("outputs/b", lambda trainer: trainer)):
+        trainer = poisoned(way(trainer_of(tiny_overrides, f"optimizer={optimizer}", "max_iters=9", "log_interval=2", out=out)), 1, 4, 5)
+        trainer.fit()
+        said = [line.partition(", 0")[0] for line in capsys.readouterr().out.splitlines() if "not finite" in line]
+        progress = {key: value for key, value in vars(trainer.progress).items() if key != "train_s"}
+        runs.append((weights(trainer.model), progress, said))
+    assert torch.equal(runs[0][0], runs[1][0]) and runs[0][1:] == runs[1][1:]
+    assert runs[0][1]["nonfinite_steps"] == 3 and len(runs[0][2]) == 3
+
+
+def test_a_run_that_is_read_late_still_stops_at_too_many_bad_steps(in_tmp, tiny_overrides):
+    trainer = poisoned(late(trainer_of(tiny_overrides, "max_iters=30", "eval_interval=30", "log_interval=30", "max_nonfinite_steps=4")), *range(3, 30))
+    with pytest.raises(trainers.ConfigError, match="4 steps in a row"):
+        trainer.fit()
+    # 第 4 个坏步是第 7 步：晚一步才看见
+    assert trainer.progress.nonfinite_in_a_row == 4 and trainer.progress.iteration <= 8
+
+
+class Readings(TorchDispatchMode):
+    """Counts how often a value is asked for by the host."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_no_step_on_a_card_asks_the_device_for_a_value(in_tmp, tiny_overrides, parts):
+    overrides, memory = PARTS[parts]
+    _, step = step_of(*overrides, **memory)
+    step.prepare()
+    idx = torch.zeros(4, step.model.config.block_size, dtype=torch.long)
+    with Readings() as seen:
+        loss = step.micro_batch(idx, idx, 1.0)
+        step.update_if_finite(loss, step.gradient_norm(), 1.0)
+    assert seen.count == 0
+
+
+def test_a_trainer_on_a_card_reads_each_step_while_the_next_one_runs(in_tmp, tiny_overrides):
+    trainer = late(trainer_of(tiny_overrides, "gradient_accumulation_steps=2"))
+    results = [trainer.step() for _ in range(3)]
+    read = [result.reading._numbers is not None for result in results]
+    assert read == [True, True, False] and math.isfinite(results[2].loss) and trainer.unjudged is results[2]
+    with Readings() as seen:
+        trainer.step()
+    # 唯一的一次：上一步的两个数，从锁页内存里读
+    assert seen.count == 0
+
+
+# ---- deterministic=true ----
+
+
+@pytest.fixture
+def as_on_a_card(monkeypatch):
+    """set_up() for a card that is not there."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    monkeypatch.setattr(machine, "cap_allocator", lambda device, hardware: None)
+    machine.set_up(torch.device("cuda", 0), deterministic=True, hardware=HardwareConfig())
+
+
+def test_deterministic_kernels_are_demanded_and_not_only_wished_for(as_on_a_card):
+    assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    with machine.any_kernels():
+        assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.are_deterministic_algorithms_enabled()
+
+
+def test_samples_are_written_by_any_kernel_and_training_goes_on_by_deterministic_ones(in_tmp, tiny_overrides, as_on_a_card, monkeypatch):
+    trainer = trainer_of(tiny_overrides, "max_iters=3", "eval_interval=2")
+    wanted = {"sample": [], "step": []}
+    monkeypatch.setattr(trainers, "write_sample", lambda *_, **__: wanted["sample"].append(torch.are_deterministic_algorithms_enabled()) or "x")
+    real = trainer.computation.micro_batch
+    trainer.computation.micro_batch = lambda *a: wanted["step"].append(torch.are_deterministic_algorithms_enabled()) or real(*a)
+    trainer.fit()
+    assert wanted == {"sample": [False, False], "step": [True] * 3}
+
+
+def test_an_operation_without_a_deterministic_form_is_one_line_with_the_key(as_on_a_card):
+    with pytest.raises(RuntimeError) as error:
+        torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+    assert "deterministic=false" in str(explained(error.value)) and "put_" in str(explained(error.value))
+
+
+# ---- 几个进程 ----
+
+
+@pytest.mark.parametrize(("nccl", "backend"), [(True, "nccl"), (False, "gloo")])
+def test_processes_wait_for_hours_while_the_first_prepares_the_data(monkeypatch, nccl, backend):
+    asked = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed.dist, "is_nccl_available", lambda: nccl)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda name, timeout: asked.update(name=name, hours=timeout.total_seconds() / 3600))
+    distributed.start(torch.device("cuda", 0))
+    assert asked["name"] == backend and asked["hours"] >= 12
+
+
+# ---- torch.compile ----
+
+
+@pytest.fixture
+def eager_backend(monkeypatch):
+    """torch.compile traces as always and hands the graphs back uncompiled."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(compilation, "unavailable", lambda device: None)
+    monkeypatch.setattr(compilation, "_trial", lambda device: None)
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+MODERN = {"ngrams": [2], "ngram_buckets": 97}
+
+
+# budget 里既有保留的 block，也有重算的；其余组合逐一跑过，图数相同
+@pytest.mark.parametrize(("recipe", "mode"), [(MODERN, "budget"), (GPT2_RECIPE, "selective"), ({"separator": 0}, "every_block")], ids=["modern", "gpt2", "documents"])
+def test_a_training_step_is_one_graph_a_shape_and_an_evaluation_none(eager_backend, recipe, mode):
+    model = build_model(tiny_model_config(n_layer=2 if mode == "budget" else 1, **recipe), 0)
+    model.activation_checkpointing, model.kept_blocks = mode, 1
+    compile_hidden(model, "true", torch.device("cpu"), Console(quiet=True))
+    for rows in (4, 3, 4, 3):
+        idx = torch.randint(0, 11, (rows, 16))
+        model.train().loss(idx, idx).backward()
+        with torch.no_grad():
+            model.eval().loss(idx[:2, :9], idx[:2, :9])
+    assert eager_backend["stats"]["unique_graphs"] == 2 and not eager_backend["graph_break"] and not eager_backend["recompiles"]
+
+
+def test_a_compiler_that_fails_is_one_line_and_the_run_goes_on(monkeypatch, capsys):
+    def failing(function, **_):
+        def compiled(*args):
+            raise RuntimeError("backend='inductor' raised:\nCppCompileError: no space")
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", failing)
+    model = build_model(tiny_model_config(), 0)
+    plain = copy.deepcopy(model)
+    model.compiled_hidden = compilation.Compiled(model.hidden, Console())
+    idx = torch.randint(0, 11, (2, 16))
+    assert [model.loss(idx, idx), model.loss(idx, idx)] == [plain.loss(idx, idx)] * 2
+    assert capsys.readouterr().out == "torch.compile failed (backend='inductor' raised:); going on without it\n"
+    # 显存不足不是编译器的错：照常减半
+    model.compiled_hidden.compiled = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        model.loss(idx, idx)
+
+
+def test_auto_compiles_where_the_whole_training_is_long_enough():
+    model = build_model(tiny_model_config(n_layer=4, n_head=4, n_embd=256, block_size=128, vocab_size=65), 0)
+    assert not pays(model, 2048, 1, 250, 25.5) and pays(model, 2048, 1, 250_000, 25.5)
+
+
+def test_rounded_products_with_recomputation_are_not_compiled(in_tmp, tiny_overrides, capsys):
+    trainer = trainer_of(tiny_overrides, "precision=bf16", "memory=lean", "compile=true")
+    assert trainer.model.compiled_hidden is None and "activation_checkpointing=every_block" in capsys.readouterr().out
+
+
+# ---- 时间 ----
+
+
+def test_the_first_step_of_each_shape_is_not_timed_where_it_compiles(in_tmp, tiny_overrides, capsys, monkeypatch):
+    trainer = trainer_of(tiny_overrides, "max_iters=6", "log_interval=1", "eval_interval=6", "sample_tokens=0")
+    trainer.model.compiled_hidden = trainer.model.hidden
+    summary = trainer.fit()
+    timed = trainer.progress.tokens_trained - trainer.progress.untimed_tokens
+    assert trainer.progress.untimed_tokens == 64 and timed == 5 * 64 and summary["tokens_per_s"] == pytest.approx(timed / trainer.progress.train_s)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("iter")]
+    assert ["tokens/s" in line for line in lines] == [False] + [True] * 5
