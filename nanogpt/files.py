@@ -41,6 +41,15 @@ def sync(path: Path) -> None:
             raise
 
 
+def sync_names(path: Path) -> None:
+    """Flush the names by which a folder is found, its own and those of the folders around it, and the names in it."""
+    for folder in (path, *path.absolute().parents):
+        if not os.access(folder, os.W_OK):
+            # 这里的名字不是这个人建的，再往上也不是
+            break
+        sync(folder)
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and those around it, each of which is there after a loss of power too."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]

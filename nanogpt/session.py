@@ -16,7 +16,7 @@ from nanogpt.config import TrainConfig, check
 from nanogpt.console import Console
 from nanogpt.data import TokenData, copy_dataset, dataset_bytes, find_prepared
 from nanogpt.documents import open_data
-from nanogpt.files import folders_around, sync, write_text
+from nanogpt.files import folders_around, sync_names, write_text
 from nanogpt.lock import Lock
 from nanogpt.loggers import JsonlLogger, Loggers
 from nanogpt.lora import add_adapters
@@ -240,9 +240,8 @@ class Session:
             known = self.record.id if self.record else self.source.run if self.source else None
             self.record = rundir.write_record(self.run_dir, config_text, known)
         (self.run_dir / "ckpt").mkdir(exist_ok=True)
-        # checkpoint 自己落了盘，它上面的名字也要在：断电后才找得到
-        sync(self.run_dir)
-        sync(self.run_dir.parent)
+        # checkpoint 自己落了盘，它上面的名字也要在：断电后才找得到；上级可能是 Hydra 建的，没有同步
+        sync_names(self.run_dir)
         write_text(self.run_dir / "config.yaml", config_text)
         tokenizers.save(self.data.tokenizer, self.run_dir / "tokenizer.json")
         bundled = self.run_dir / "data"

@@ -148,6 +148,9 @@ class Attack:
             log.mark(("begun",))
 
         with log.recording(), mock.patch.object(checkpoint, "save", save), mock.patch.object(rundir, "remember", remember):
+            if scenario.other:
+                # 扫描的目录由 Hydra 建好，没有同步
+                RUN.parent.mkdir(parents=True)
             if scenario.resumes:
                 self.train(self.lab.resuming(RUN, checkpoint=scenario.resumes, **scenario.typed))
             else:
