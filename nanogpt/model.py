@@ -302,12 +302,22 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self) -> int:
-        """Training FLOPs per token, forward and backward (PaLM, arXiv:2204.02311, appendix B)."""
+        """FLOPs of the matrix products that training takes per token, forward and backward (PaLM, arXiv:2204.02311, appendix B).
+
+        Attention counts as if it saw the whole context. Look-ups are free, and what is computed again to save memory does not count.
+        """
         c = self.config
-        # 查表不做乘法：未与输出层共享的 embedding 不计
-        lookup = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding))
-        if c.tie_embeddings:
-            lookup -= self.wte.weight.numel()
-        # 冻结的矩阵（LoRA）只把梯度传过去，不算自己的梯度：少三分之一
-        frozen = max(0, sum(p.numel() for p in self.parameters() if not p.requires_grad) - lookup)
-        return 6 * (self.parameter_count() - lookup) - 2 * frozen + 12 * c.n_layer * c.n_embd * c.block_size
+        tables = {f"{name}.weight" for name, m in self.named_modules() if isinstance(m, nn.Embedding)}
+        linears = [[name for name, m in block.attn.named_modules() if isinstance(m, nn.Linear)] for block in self.h]
+        outputs = {f"h.{layer}.attn.{names[-1]}.weight" for layer, names in enumerate(linears) if names}
+        flops, trained = 0, False
+        # 参数按计算的次序登记；共享的矩阵在每个用它的地方各算一次
+        for name, p in self.named_parameters(remove_duplicate=False):
+            if name in outputs:
+                # 注意力的乘积在输出投影之前；反向恰是前向的两倍
+                flops += (4 + 8 * trained) * c.n_embd * c.block_size
+            if p.dim() > 1 and name not in tables:
+                # 前向、自己的梯度、往回传的梯度各两次；LoRA 冻结的矩阵没有第二项，第一个 adapter 之前没有第三项
+                flops += (2 + 2 * p.requires_grad + 2 * trained) * p.numel()
+            trained = trained or p.requires_grad
+        return flops

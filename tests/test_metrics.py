@@ -1,15 +1,18 @@
 """Peaks, memory and what is made of them."""
 
+import math
 import sys
 import time
 
 import pytest
 import torch
-from conftest import make_config
+from conftest import GPT2_RECIPE, make_config, tiny_model_config
+from torch.utils.flop_counter import FlopCounterMode
 
-from nanogpt.build import preset
+from nanogpt.build import build_model, preset
 from nanogpt.cards import cards, known_card, peak_tflops_of, reference
-from nanogpt.config import HardwareConfig
+from nanogpt.config import FinetuneConfig, HardwareConfig
+from nanogpt.lora import add_adapters
 from nanogpt.machine import cap_allocator
 from nanogpt.metrics import Stopwatch, memory_gib, peak_tflops
 from nanogpt.oom import is_out_of_memory
@@ -93,15 +96,31 @@ def test_the_stopwatch_counts_only_between_start_and_stop():
     assert watch.total_s == before and watch.take() == before and watch.total_s == 0
 
 
-def test_flops_per_token_follow_the_palm_formula_and_look_ups_are_free():
-    from nanogpt.build import build_model
+@pytest.mark.parametrize("linears", [None, ["c_attn", "c_proj", "c_fc"], ["c_fc"], ["c_proj"]])
+@pytest.mark.parametrize("arch", ["modern", "gpt2"])
+def test_flops_per_token_are_those_that_a_training_step_counts(arch, linears):
+    """None: all weights are trained; else LoRA beside these linears. The rows are short, so that attention is explicit products."""
+    model = build_model(tiny_model_config(**GPT2_RECIPE if arch == "gpt2" else {}), 0)
+    if linears:
+        add_adapters(model, FinetuneConfig(method="lora", rank=3, linears=linears))
+    idx = torch.zeros(2, model.config.block_size, dtype=torch.long)
+    def products(_, a, b, **__):
+        # 计数器不认识就地的 baddbmm_，注意力的反向用的正是它
+        return 2 * math.prod(a) * b[-1]
 
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: products}) as counter:
+        model.loss(idx, idx).backward()
+    assert model.flops_per_token() * idx.numel() == counter.get_total_flops()
+
+
+def test_flops_per_token_follow_the_palm_formula_and_look_ups_are_free():
     with torch.device("meta"):
         gpt2 = build_model(preset("gpt2", vocab_size=50257), 0)
         tiny = build_model(preset("tiny", vocab_size=65), 0)
         bare = build_model(preset("tiny", vocab_size=65, ngrams=[]), 0)
-    # 位置表只是查表：总参数减去 1024 x 768
-    assert gpt2.flops_per_token() == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
+    # 位置表只是查表，偏置与 LayerNorm 不是矩阵
+    vectors = sum(p.numel() for p in gpt2.parameters() if p.dim() == 1)
+    assert gpt2.flops_per_token() == 6 * (124_439_808 - 1024 * 768 - vectors) + 12 * 12 * 768 * 1024
     assert tiny.flops_per_token() == bare.flops_per_token() and tiny.parameter_count() > 4 * bare.parameter_count()
 
 
