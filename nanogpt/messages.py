@@ -734,6 +734,10 @@ MESSAGES = {
         "({batch} x {accum} x {block}{world})",
         "{model}：{parameters} 参数（{arch}），{precision}，{device}，每次迭代 {tokens:,} 个 token（{batch} × {accum} × {block}{world}）",
     ),
+    "peak_of_card": ("the fastest matrix product seen on {name}", "{name} 上见过的最快的矩阵乘"),
+    "peak_of_threads": (
+        "{threads} x the fastest one-thread matrix product seen on {name}", "{threads} 个线程，各按 {name} 上见过的最快的单线程矩阵乘",
+    ),
     "peak": ("MFU against {source}: {tflops:.2f} TFLOP/s", "MFU 基准：{source}，{tflops:.2f} TFLOP/s"),
     "eval_part": (
         "validation: {tokens:,} of {total:,} tokens, the same ones every time",

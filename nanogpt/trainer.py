@@ -348,6 +348,8 @@ class Trainer:
         reason = "interrupted" if result.stop_requested else None
         if evaluated and not reason:
             reason = self._evaluate_and_judge()
+            # 开始时机器忙，峰值可能偏低：不计时的间隙里再量，只升不降
+            self.peak_source, self.peak = peak_tflops(self.cfg.hardware, self.device, self.precision)
         if iteration % cfg.log_interval == 0 or evaluated or reason:
             self._log(result, evaluated and self.progress.val_loss is not None)
         save_due = iteration % cfg.save_interval == 0 if cfg.save_interval else evaluated
