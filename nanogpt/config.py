@@ -189,6 +189,8 @@ class TrainConfig:
     learning_rate: float = 1e-2
     min_lr: float = 0.0
     warmup_iters: int | None = None
+    """Linear warm-up: step i (from 0) takes (i + 1) / warmup_iters of learning_rate, so the last one takes all of it; nanoGPT divides by
+    warmup_iters + 1. None: 2% of the training, 100 at most."""
     lr_decay_iters: int | None = None
     lr_schedule: str = "linear"
     decay_fraction: float = 0.2

@@ -328,7 +328,7 @@ def learning_rate_at(iteration: int, schedule) -> float:
     """Learning rate of a 0-based iteration under a ScheduleConfig-like object."""
     s = schedule
     if iteration < s.warmup_iters:
-        # 从 1 而不是 0 起步，第一步不白跑
+        # 从 1 而不是 0 起步，第一步不白跑；nanoGPT 除以 warmup_iters + 1，改成那样，旧的训练接着跑就不再逐位一致
         return s.learning_rate * (iteration + 1) / s.warmup_iters
     if s.lr_schedule == "constant":
         return s.learning_rate
