@@ -23,16 +23,19 @@ from nanogpt.composing import SCHEMAS, check_whole, composing, one_line, refuse_
 from nanogpt.config import PATH_KEYS, ROOT, TEXT_KEYS, TrainConfig
 from nanogpt.messages import ConfigError, language_from_arguments, say, set_language, text
 from nanogpt.mistakes import EXIT_USER_ERROR, explained, forgive_output, leave_quietly, one_line_each
-from nanogpt.quoting import override, quoted, typed_override, word
+from nanogpt.quoting import QUOTED, override, quoted, typed_override, word
 from nanogpt.sample_config import SampleConfig, register_schemas
 from nanogpt.sweep_folder import tidy_latest
 from nanogpt.user_yaml import checked_yaml
-from nanogpt.values import check_values, expanded
+from nanogpt.values import check_values, expanded, in_digits, wanted_type
 
 # 再长的话，Hydra 的语法分析要好几秒；长的文字放进文件
 LONGEST_ARGUMENT = 8000
 # 括号套得更深、逗号更多的，语法分析的时间会成倍增长
 DEEPEST, MOST_ITEMS = 60, 500
+# 写得出整数的浮点数；1e-3、1.5e3 里未必是整数，换算时再看
+EXPONENT = r"(?<![\w.])[+-]?\d[\d_]*(?:\.\d*)?[eE]\+?\d{1,3}(?![\w.])"
+WHOLE_FLOAT = rf"(?:{EXPONENT}|(?<![\w.])[+-]?\d[\d_]*\.0*(?![\w.]))"
 # 内容随选项而变的配置组；model 一类形状固定的不在内
 SWAPPABLE = ("optimizer", "dataset", "logger")
 
@@ -88,6 +91,17 @@ def arranged(arguments: list[str]) -> tuple[list[str], list[str], bool]:
     return flags, overrides, typed.multirun or "hydra.mode=MULTIRUN" in overrides
 
 
+def with_integers(argument: str, schema: type) -> str:
+    """The argument with whole numbers such as 1e3 written as 1000 where the key takes integers, or may."""
+    key, equals, value = argument.partition("=")
+    wanted = wanted_type(schema, key.lstrip("+"))
+    if key.lstrip("+") in (*PATH_KEYS, *TEXT_KEYS) or (wanted and not re.search(r"\bint\b", wanted)):
+        return argument
+    # 选项的类型写在它自己的函数里：那里只改 1e3，不动 1.0
+    form = WHOLE_FLOAT if wanted else EXPONENT
+    return key + equals + re.sub(rf"{QUOTED}|{form}", lambda found: found[0] if found[0][0] in "'\"" else in_digits(found[0]), value)
+
+
 def check_arguments(arguments: list[str]) -> None:
     """Refuse what Hydra would chew on for minutes."""
     for argument in arguments:
@@ -121,6 +135,11 @@ def typed_config(cfg: DictConfig, config_name: str) -> TrainConfig | SampleConfi
     for group, option in choices.items():
         if not isinstance(option, str):
             raise ConfigError("one_option", group=group, got=OmegaConf.to_container(option))
+    for typed_key in HydraConfig.get().overrides.task:
+        key = typed_key.removeprefix("~").partition("=")[0]
+        if typed_key.startswith("~") and re.match(r"(sampler|control|optimizer|dataset)\.|logger\.\w+\.", key):
+            # 悄悄换成函数的默认值，会与 yaml 里写的不一样
+            raise ConfigError("removed_key", key=key)
     typed.groups = choices
     at_home(typed)
     check_values(typed)
@@ -161,7 +180,7 @@ class _Script:
     def __init__(self, config_name: str, task: Callable, before_sweep: Callable, overrides: list[str], *, sweep: bool):
         self.config_name, self.task, self.before_sweep = config_name, task, before_sweep
         self.remembered = remembered_groups(overrides)
-        self.overrides = [*(quoted(override, sweep=sweep) for override in overrides), *self.remembered]
+        self.overrides = [*(quoted(with_integers(typed, SCHEMAS[config_name]), sweep=sweep) for typed in overrides), *self.remembered]
         self.started = False
         self.reported: list[Exception] = []
 
@@ -249,9 +268,11 @@ class _Script:
             return
         if folder.resolve() in used:
             # 否则第一个训完，其余的才被拒绝
-            key = "resume" if cfg.resume else "out_dir"
-            apart = typed_override("init_from", folder) if cfg.resume else word(override("out_dir", folder) + "-${hydra:job.num}")
-            raise ConfigError("shared_folder", key=key, path=folder, remedy=text(f"remedy_shared_{key}", apart=apart))
+            if cfg.resume:
+                remedy = text("remedy_shared_resume", apart=typed_override("init_from", folder))
+            else:
+                remedy = text("remedy_shared_out_dir", apart=word(override("out_dir", folder) + "-${hydra:job.num}"))
+            raise ConfigError("shared_folder", key="resume" if cfg.resume else "out_dir", path=folder, remedy=remedy)
         used.add(folder.resolve())
 
     def composed(self, cfg: DictConfig, hydra_config: DictConfig) -> tuple[TrainConfig | SampleConfig, list[str]]:

@@ -15,7 +15,7 @@ from nanogpt.control import KINDS, build_control, read_form, takes_forms
 from nanogpt.files import folders_around
 from nanogpt.groups import option, options, parsed
 from nanogpt.messages import ConfigError, say, text
-from nanogpt.sample_config import SAMPLE_RANGES, SampleConfig
+from nanogpt.sample_config import SAMPLE_CHOICES, SAMPLE_RANGES, SampleConfig
 from nanogpt.samples import SEPARATOR, Records, in_order, recorded, settings_record
 from nanogpt.values import unescaped
 from nanogpt.writer import Result, Writer
@@ -46,7 +46,7 @@ class Session:
     def __init__(self, cfg: SampleConfig, model: Model, *, piped: bool):
         self.cfg, self.model = cfg, model
         self.settings, self.samples = Settings.of(cfg), cfg.num_samples
-        self.temperature = cfg.temperature
+        self.temperature, self.unknown = cfg.temperature, cfg.unknown
         self.chosen = {group: cfg.groups.get(group, "?") for group in ("sampler", "control")}
         self.records = Records(cfg.output, model.name)
         self.written: list[Written] = []
@@ -92,6 +92,8 @@ class Session:
         if command in ("sampler", "control"):
             extra = [k for k in self.settings.control if k not in ("_target_", *KINDS) and not self._is_table(k)]
             return options(command) + (extra if command == "control" else [])
+        if command == "unknown":
+            return list(SAMPLE_CHOICES["unknown"])
         if command in KINDS and takes_forms(self.settings.control):
             return build_control(self.settings.control).known(self.model.tokenizer)[command]
         return []
@@ -102,7 +104,7 @@ class Session:
         """Write texts behind a prompt and print them; Ctrl-C ends the one that is being shown and drops those behind it."""
         count = samples or self.samples
         requests = [self.settings.request(typed, first + n) for n in range(count)]
-        writer = self.model.writer_of(requests, batch_size=self.cfg.batch_size, skip_unknown=self.cfg.unknown == "skip")
+        writer = self.model.writer_of(requests, batch_size=self.cfg.batch_size, skip_unknown=self.unknown == "skip", skip="/unknown skip")
         opened = -1
 
         def finished(result: Result) -> None:
@@ -213,7 +215,7 @@ class Session:
             " ".join([f"sampler={self.chosen['sampler']}", *(f"sampler.{k}={plain(self.settings.sampler[k])}" for k in self.sampler_keys())]),
             " ".join([f"control={self.chosen['control']}", *control]),
             f"max_new_tokens={self.settings.max_new_tokens} seed={self.settings.seed} num_samples={self.samples} "
-            f"stop={json.dumps(self.settings.stop, ensure_ascii=False)} output={plain(self.cfg.output)}",
+            f"stop={json.dumps(self.settings.stop, ensure_ascii=False)} unknown={self.unknown} output={plain(self.cfg.output)}",
         ]
 
     def _do_stop(self, value: str) -> None:
@@ -224,6 +226,12 @@ class Session:
             raise ConfigError("empty_stop")
         self.change(stop=[unescaped(stop) for stop in stops])
         self._changed("stop", self.settings.stop)
+
+    def _do_unknown(self, value: str) -> None:
+        if value not in SAMPLE_CHOICES["unknown"]:
+            raise ConfigError("not_a_choice", key="unknown", got=value, allowed=" | ".join(SAMPLE_CHOICES["unknown"]))
+        self.unknown = value
+        self._changed("unknown", value)
 
     def _do_control(self, value: str) -> None:
         key, _, setting = value.partition(" ")

@@ -22,6 +22,23 @@ from nanogpt.user_yaml import checked_yaml
 from nanogpt.values import wanted_type
 
 SCHEMAS = {"train": TrainConfig, "sample": SampleConfig}
+# 别的程序（先是 nanoGPT）里的名字 -> 这里该写的
+OTHER_NAMES = {
+    "train": {
+        "dtype": "precision=bf16", "fp16": "precision=fp16", "bf16": "precision=bf16", "lr": "learning_rate", "warmup_steps": "warmup_iters",
+        "decay_lr": "lr_schedule=constant", "weight_decay": "optimizer.weight_decay", "beta1": "optimizer.beta1", "beta2": "optimizer.beta2",
+        "wandb_log": "logger=wandb", "wandb_project": "logger.wandb.project", "wandb_run_name": "out_dir", "output_dir": "out_dir",
+        "eval_iters": "eval_tokens", "epochs": "max_iters", "num_epochs": "max_iters", "num_train_epochs": "max_iters", "max_steps": "max_iters",
+        "steps": "max_iters", "iters": "max_iters", "patience": "early_stop_evals", "always_save_checkpoint": "keep",
+        "context_length": "model.block_size", "data": "dataset.path", "data_dir": "dataset.path", "input": "dataset.path", "file": "dataset.path",
+    },
+    "sample": {
+        "dtype": "precision=bf16", "top_k": "sampler=top_k sampler.top_k", "top_p": "sampler=top_p sampler.top_p",
+        "min_p": "sampler=min_p sampler.min_p", "repetition_penalty": "sampler.repetition_penalty", "prompt": "start", "text": "start",
+        "max_tokens": "max_new_tokens", "max_length": "max_new_tokens", "length": "max_new_tokens", "n": "num_samples", "samples": "num_samples",
+        "style": "control.style", "emotion": "control.emotion", "guidance": "control.guidance", "model": "out_dir", "resume": "out_dir",
+    },
+}
 
 
 def known_keys(config_name: str) -> list[str]:
@@ -35,6 +52,16 @@ def known_keys(config_name: str) -> list[str]:
 
     container = OmegaConf.to_container(OmegaConf.structured(SCHEMAS[config_name]), throw_on_missing=False)
     return list(walk(container, ""))
+
+
+def guess_of(key: str, config_name: str) -> str | None:
+    """What a person may have meant by a key that there is not: the name elsewhere, the last part of a key, or nearly a key."""
+    known = known_keys(config_name)
+    if elsewhere := OTHER_NAMES[config_name].get(key.lower()):
+        return elsewhere
+    ends = [name for name in known if name.endswith(f".{key}")]
+    close = ends[:1] or difflib.get_close_matches(key, known, n=1)
+    return close[0] if close and close[0] != key else None
 
 
 def group_options(group: str) -> str:
@@ -64,9 +91,8 @@ def one_line(error: Exception, config_name: str) -> ConfigError:
     unknown = re.search(r"Could not (?:override|append|delete)[^']*'([^'=@]+)", message)
     if unknown:
         key = unknown[1]
-        close = difflib.get_close_matches(key, known_keys(config_name), n=1)
-        guess = text("did_you_mean", guess=close[0]) if close and close[0] != key else ""
-        return ConfigError("unknown_key", key=key, guess=guess, config=config_name)
+        close = guess_of(key, config_name)
+        return ConfigError("unknown_key", key=key, guess=text("did_you_mean", guess=close) if close else "", config=config_name)
     if found := _of_a_group(message):
         return found
     # 其余情形：后面的行是 Hydra 的内部细节，压成一行

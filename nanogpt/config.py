@@ -334,6 +334,12 @@ def check_device(named: str) -> None:
         raise ConfigError("not_a_choice", key="device", got=named, allowed="auto | cpu | cuda | cuda:0 | cuda:1 …")
 
 
+def check_start(init_from: str | None) -> None:
+    """Refuse nanoGPT's words for where a model comes from: they are no weights."""
+    if init_from in ("scratch", "resume") and not Path(init_from).exists():
+        raise ConfigError("init_from_scratch") if init_from == "scratch" else ConfigError("init_from_resume")
+
+
 def check_ranges(cfg: Any, ranges: dict[str, tuple[float, float | None]]) -> None:
     """Refuse a number outside its stated range."""
     for key, (low, high) in ranges.items():
@@ -447,6 +453,7 @@ def check(cfg: Any) -> None:
     check_memory(cfg)
     check_schedule(cfg)
     check_device(cfg.device)
+    check_start(cfg.init_from)
     if missing := {"name", "dir"} - set(cfg.dataset):
         raise ConfigError("missing_key", key=f"dataset.{min(missing)}")
     name = str(cfg.dataset["name"])

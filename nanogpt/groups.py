@@ -1,6 +1,7 @@
 """Config groups and values while the program runs: what the command line would have made of them."""
 
 import difflib
+import re
 from typing import Any
 
 import yaml
@@ -13,11 +14,13 @@ from nanogpt.composing import check_whole, composing
 from nanogpt.config import ROOT
 from nanogpt.messages import ConfigError, text
 from nanogpt.sample_config import SampleConfig, register_schemas
-from nanogpt.values import check_values
+from nanogpt.values import check_values, in_digits
 
 
 def parsed(key: str, value: str) -> Any:
-    """A typed value read by the rules of yaml (1e-2 is a number)."""
+    """A typed value read by the rules of yaml (1e-2 is a number, 1e3 an integer)."""
+    if re.fullmatch(r"\d+(\.\d*)?[eE]\+?\d{1,3}", value):
+        value = in_digits(value)
     try:
         return OmegaConf.to_container(OmegaConf.create(f"value: {value}"))["value"]
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, KeyError):

@@ -363,8 +363,17 @@ MESSAGES = {
         "dataset.tokenizer={got} 无法识别；可选：{allowed}",
     ),
     "unknown_characters": (
-        "the vocabulary lacks {characters}; leave them out, write with unknown=skip, or train on text that has them",
-        "词表里没有 {characters}；请去掉这些字符，写作时可加 unknown=skip 跳过，或用包含它们的文本训练",
+        "the vocabulary lacks {characters}; leave them out{skip}, or train on text that has them",
+        "词表里没有 {characters}；请去掉这些字符{skip}，或用包含它们的文本训练",
+    ),
+    "way_to_skip": (", pass over them with {typed}", "，或用 {typed} 跳过"),
+    "prompt_skipped": (
+        "start={got!r}: the vocabulary has none of its characters; nothing of it is left to write behind",
+        "start={got!r}：词表里一个字也没有，跳过之后什么也不剩",
+    ),
+    "prompt_all_skipped": (
+        "start={got!r}: the vocabulary has none of its characters, and this model cannot write behind nothing; give others",
+        "start={got!r}：词表里一个字也没有，跳过之后什么也不剩，这个模型无从写起；请换别的字",
     ),
     "cannot_prepare": (
         "data set {name} could not be prepared: {path} ({reason}); mend that, or name another place with dataset.dir=…",
@@ -506,6 +515,13 @@ MESSAGES = {
     "pretrained_vocab": (
         "{path}: the tokenizer has {tokens} tokens, the embedding only {rows} rows; put the model's own tokenizer.json beside it",
         "{path}：分词器有 {tokens} 个 token，而 embedding 只有 {rows} 行；请放上模型自己的 tokenizer.json",
+    ),
+    "init_from_scratch": (
+        "init_from=scratch: random weights need no key here; leave it out", "init_from=scratch：这里从随机权重开始不用写；请去掉它",
+    ),
+    "init_from_resume": (
+        "init_from=resume: name the run: resume=outputs/my-run to train it on, out_dir=outputs/my-run to write with it",
+        "init_from=resume：请写出训练目录：继续训练用 resume=outputs/my-run，写作用 out_dir=outputs/my-run",
     ),
     "init_from_shape": (
         "{key}={got} contradicts init_from={named}, whose weights have {want}; leave {key} out, or train without init_from",
@@ -858,6 +874,7 @@ MESSAGES = {
         "  style:poetic| emotion:happy| It was     for this text only\n"
         "  /control                   styles and emotions, the model's labels first; /control guidance 2, /control strength 3, /control none\n"
         "  /again  /more              the same beginning with the next seed; go on from the last text\n"
+        "  /unknown skip              pass over characters that the vocabulary lacks; /unknown error names them\n"
         "  /save [all] FILE.txt|.jsonl     append the last text, or all texts, to a file\n"
         "  /settings  /help  /quit    Alt-Enter starts a new line, // begins a text with a slash",
         "  /temperature 0.5           越低越保守，0 为贪心；sampler 的其他设置：{sampler_keys}\n"
@@ -866,6 +883,7 @@ MESSAGES = {
         "  style:充满诗意| emotion:开心| 春天    只对这一段有效\n"
         "  /control                   风格与情绪，模型的标签在前；/control guidance 2，/control strength 3，/control none\n"
         "  /again  /more              同一开头换下一个种子；接着上一段写\n"
+        "  /unknown skip              跳过词表没有的字；/unknown error 则报错\n"
         "  /save [all] 文件.txt|.jsonl     把上一段或全部文字追加到文件\n"
         "  /settings  /help  /quit    Alt-Enter 换行；// 是以斜杠开头的文字",
     ),

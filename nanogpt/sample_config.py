@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from nanogpt.config import CHOICES, PrecisionConfig, TrainConfig, check_choices, check_device, check_ranges
+from nanogpt.config import CHOICES, PrecisionConfig, TrainConfig, check_choices, check_device, check_ranges, check_start
 from nanogpt.messages import ConfigError
 from nanogpt.values import expanded
 
@@ -107,6 +107,7 @@ def check_sample(cfg: SampleConfig) -> None:
     check_choices(cfg, SAMPLE_CHOICES)
     check_ranges(cfg, SAMPLE_RANGES)
     check_device(cfg.device)
+    check_start(cfg.init_from)
     named = [key for key, value in (("start", cfg.start), ("starts", cfg.starts or None), ("prompts", cfg.prompts)) if value is not None]
     if len(named) > 1:
         raise ConfigError("two_prompts", keys=" ".join(f"{key}=…" for key in named))

@@ -17,7 +17,7 @@ import numpy as np
 
 from nanogpt import assets
 from nanogpt.files import write_text
-from nanogpt.messages import ConfigError
+from nanogpt.messages import ConfigError, text
 from nanogpt.sealed import reason_of
 
 KINDS = ("char", "byte", "gpt2", "bpe", "auto")
@@ -117,6 +117,16 @@ class LibraryStream:
         return self._tokenizer.decode(ids).rstrip(self._tokenizer.unsettled)
 
 
+class UnknownCharacters(ConfigError):  # noqa: N818 - 与 Diverged 一样，名字说的是情形
+    """A text has characters that the vocabulary lacks."""
+
+    def __init__(self, characters: list[str], skip: str | None = None):
+        """`skip` is what to type to have them passed over, None where nothing does."""
+        self.characters = characters
+        listed = " ".join(map(repr, characters[:20]))
+        super().__init__("unknown_characters", characters=listed, skip=text("way_to_skip", typed=skip) if skip else "")
+
+
 class CharTokenizer:
     """One token per Unicode character of the training text, in code-point order."""
 
@@ -145,7 +155,7 @@ class CharTokenizer:
             return ids[ids >= 0]
         if (ids < 0).any():
             missing = sorted({chr(c) for c in codes[ids < 0]})
-            raise ConfigError("unknown_characters", characters=" ".join(map(repr, missing[:20])))
+            raise UnknownCharacters(missing)
         return ids
 
     def decode(self, ids) -> str:
@@ -268,7 +278,7 @@ class LibraryTokenizer:
         if ids is None:
             missing = sorted({c for c in text if self._ids_of(c) is None}) or [text]
             if not skip_unknown:
-                raise ConfigError("unknown_characters", characters=" ".join(map(repr, missing[:20])))
+                raise UnknownCharacters(missing)
             ids = self._ids_of("".join(c for c in text if c not in missing)) or []
         return np.array(ids, dtype=np.int64)
 

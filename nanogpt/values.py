@@ -6,6 +6,7 @@ import re
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
+from decimal import Decimal
 from typing import Any
 
 from nanogpt.config import PATH_KEYS, TEXT_KEYS
@@ -58,6 +59,12 @@ def check_value(key: str, value: Any) -> None:
     # 空值多半是没有展开的 shell 变量：resume=$RUN 不该变成从头训练；文字可以从空的写起
     if not value.strip() and key not in TEXT_KEYS and re.fullmatch(r"[a-z_]+|(dataset|model|server|precision|finetune|hardware)\.\w+", key):
         raise ConfigError("empty_value", key=key)
+
+
+def in_digits(number: str) -> str:
+    """A number such as 1e3 as an integer is written, one that is not whole as it is."""
+    value = Decimal(number.replace("_", ""))
+    return str(int(value)) if value == value.to_integral_value() else number
 
 
 def expanded(path: str) -> str:

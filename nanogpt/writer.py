@@ -146,7 +146,7 @@ class Writer:
             request = request.control.apply(request, self.tokenizer)
         ids = encode_prompt(self.tokenizer, request.prefix + request.prompt, skip_unknown=self.skip_unknown)
         if not len(ids) and self.separator is None:
-            raise ConfigError("empty_prompt", got=request.prompt)
+            raise ConfigError("prompt_all_skipped" if request.prompt else "empty_prompt", got=request.prompt)
         key, self._next_key = self._next_key, self._next_key + 1
         read = len(ids) + len(labels_of(request)) + (self.separator is not None)
         self.texts[key] = _Text(request, ids, read, self.tokenizer.stream(ids.tolist()))

@@ -191,7 +191,7 @@ def test_interactive_commands_change_style_emotion_and_guidance(model, capsys):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"guidance": -1}, "control.guidance=-1 is out of range"), ({"guidance": "2"}, "control.guidance=2 has the wrong type"), ({"guidance": True}, "control.guidance"),
+    ({"aliases": "none"}, "control.aliases=none has the wrong type"), ({"guidance": -1}, "control.guidance=-1 is out of range"), ({"guidance": "2"}, "control.guidance=2 has the wrong type"), ({"guidance": True}, "control.guidance"),
     ({"guidance": float("nan")}, "control.guidance"), ({"aliases": {"emotion": ["happy"]}}, "control.aliases.emotion"),
     ({"aliases": {"style": {"词": "ci"}}}, "control.aliases.style"), ({"guidanse": 1}, "control: .*guidanse"),
 ])

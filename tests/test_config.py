@@ -7,7 +7,9 @@ import pytest
 from conftest import TINY, make_config, make_sample_config
 
 from nanogpt import build, messages
-from nanogpt.config import CHOICES, RANGES, ROOT, TRUSTED_TARGETS, check, lookup, untrusted_targets
+from nanogpt.cli import with_integers
+from nanogpt.composing import OTHER_NAMES, guess_of, known_keys
+from nanogpt.config import CHOICES, RANGES, ROOT, TRUSTED_TARGETS, TrainConfig, check, lookup, untrusted_targets
 from nanogpt.messages import ConfigError
 from nanogpt.sample_config import SAMPLE_CHOICES, SAMPLE_RANGES
 from nanogpt.sampling import build_sampler
@@ -107,6 +109,38 @@ def test_bad_values_are_one_line_naming_key_value_and_remedy(overrides):
     assert BAD[overrides] in str(error.value) and "\n" not in str(error.value)
     messages.set_language("zh")
     assert "\n" not in str(error.value) and re.search("[一-鿿]", str(error.value))
+
+
+def test_whole_numbers_may_be_typed_as_floats():
+    def integers(typed, schema=TrainConfig):
+        return with_integers(typed, schema)
+
+    assert [integers(f"max_iters={n}") for n in ("1e3", "2000.0", "5.0E+2,1_000e1", "1e-3", "1.5e0", "range(1e1,2e1)")] == [
+        f"max_iters={n}" for n in ("1000", "2000", "500,10000", "1e-3", "1.5e0", "range(10,20)")]
+    assert integers("dataset.vocab_size=8e3") == "dataset.vocab_size=8000" and integers("optimizer.eps=1.0") == "optimizer.eps=1.0"
+    for kept in ("learning_rate=1e0", "out_dir=1e3", "sample_prompt=1e3", "lr_schedule=1e3", "max_iters='1e3'", "max_iters=v1e3", "batch_size=auto"):
+        assert integers(kept) == kept
+    assert make_config(integers("batch_size=4e0"), integers("model.ngrams=[2e0,3]")).model.ngrams == [2, 3]
+
+
+@pytest.mark.parametrize("script", ["train", "sample"])
+def test_names_of_other_programs_lead_to_a_key_that_there_is(script):
+    make = {"train": make_config, "sample": make_sample_config}[script]
+    for name, meant in OTHER_NAMES[script].items():
+        assert guess_of(name, script) == meant and name not in known_keys(script)
+        *groups, key = meant.split() if "=" not in meant.split()[-1] else [*meant.split(), None]
+        cfg = make(*groups, *(["dataset=text_file"] if (key or "").startswith("dataset") else []), *(["logger=wandb"] if (key or "").startswith("logger") else []))
+        node = cfg
+        for part in key.split(".") if key else ():
+            node = node[part] if isinstance(node, dict) else getattr(node, part)
+    assert guess_of("n_layer", "train") == "model.n_layer" and guess_of("bias", "train") == "model.bias" and guess_of("port", "sample") == "server.port"
+
+
+@pytest.mark.parametrize(("word", "remedy"), [("scratch", "leave it out"), ("resume", "resume=outputs/my-run")])
+def test_words_of_nanogpt_for_where_a_model_comes_from_are_explained(word, remedy):
+    for make in (make_config, make_sample_config):
+        with pytest.raises(ConfigError, match=f"^init_from={word}.*{remedy}"):
+            make(f"init_from={word}")
 
 
 def test_every_checked_key_exists_in_the_schema():

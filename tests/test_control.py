@@ -257,7 +257,9 @@ def test_a_prompt_of_nothing_but_a_form_is_written_behind_its_sentence(model):
     ({"strength": "much"}, "control.strength=much has the wrong type"), ({"strength": 1e9}, "control.strength"), ({"strength": float("nan")}, "control.strength"),
     ({"bias": 3}, "control.bias=3"), ({"emotion": {"a": 1}}, "control.emotion="), ({"stile": "x"}, "control: .*stile"),
     ({"emotions": {"odd": {"zh": ["奇"]}}}, "control.emotions.odd needs zh"), ({"styles": {"odd": None}}, "control.styles.odd"),
-    ({"emotions": {"odd": {"zh": [], "en": []}}}, "control.emotions.odd"),
+    ({"emotions": {"odd": {"zh": [], "en": []}}}, "control.emotions.odd"), ({"emotions": "auto"}, "control.emotions=auto has the wrong type"),
+    ({"styles": "none"}, "control.styles=none has the wrong type"), ({"styles": [1]}, "control.styles="), ({"templates": "none"}, "control.templates=none"),
+    ({"templates": {"zh": "x"}}, "control.templates.zh=x"), ({"templates": {"zh": {"style": 5}}}, "control.templates.zh.style=5"),
 ])
 def test_bad_settings_are_one_line_that_names_the_key(changes, message):
     with pytest.raises(ConfigError, match=message) as error:

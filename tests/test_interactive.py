@@ -138,7 +138,7 @@ def test_more_than_one_sample_stand_apart(session, capsys):
     ("/samples 3", lambda s: s.samples == 3),
     ("/stop \\n\\n", lambda s: s.settings.stop == ["\n\n"]),
     ('/stop ["a", "b c"]', lambda s: s.settings.stop == ["a", "b c"]),
-    ("/stop", lambda s: s.settings.stop == []),
+    ("/stop", lambda s: s.settings.stop == []), ("/tokens 1e2", lambda s: s.settings.max_new_tokens == 100), ("/unknown skip", lambda s: s.unknown == "skip"),
     ("/style 充满诗意", lambda s: s.settings.control["style"] == "充满诗意"),
     ("/emotion happy", lambda s: s.settings.control["emotion"] == "happy"),
     ("/control emotion sad", lambda s: s.settings.control["emotion"] == "sad"),
@@ -164,7 +164,7 @@ def test_every_setting_can_be_changed_and_says_its_new_value(session, capsys, li
     ("/control strength much", "control.strength=much"), ("/control strength", "control=strength"), ("/control bogus 3", "choose one of: codes none prefix strength bias guidance"),
     ("/control emotions 3", "control.emotions: there is no such setting"), ("/control _target_ os.system", "there is no such setting"),
     ("/again", "no text has been written yet"), ("/more", "no text has been written yet"), ("/save x.txt", "no text has been written yet"), ("/save all", "no text has been written yet"),
-    ("/save x.py", ".txt or .jsonl"), ("/save x", ".txt or .jsonl"),
+    ("/unknown", "unknown= is not known"), ("Ж", "pass over them with /unknown skip"), ("/save x.py", ".txt or .jsonl"), ("/save x", ".txt or .jsonl"),
 ])
 def test_a_mistake_is_one_line_and_changes_nothing(session, capsys, line, message):
     before = (session.settings, session.samples, session.temperature, dict(session.chosen))
@@ -205,7 +205,7 @@ def test_help_and_settings_and_control_tell_everything(session, capsys):
         assert done.out == ""
         for name in session.names():
             assert f"/{name}" in done.err, name
-        for expected in ("sampler=temperature", "sampler.top_k=0", "control.strength=2.0", "control.emotion=null", "max_new_tokens=12", "seed=1337", "num_samples=1", "stop=[]", "开心", "happy"):
+        for expected in ("sampler=temperature", "sampler.top_k=0", "control.strength=2.0", "control.emotion=null", "max_new_tokens=12", "seed=1337", "num_samples=1", "stop=[]", "unknown=error", "开心", "happy"):
             assert expected in done.err
         assert "templates" not in done.err
 

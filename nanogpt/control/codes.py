@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from nanogpt.config import check_range
-from nanogpt.control.prefixes import KINDS, PrefixControl, distinct, prefix, say_once
+from nanogpt.control.prefixes import KINDS, PrefixControl, distinct, prefix, say_once, table
 from nanogpt.messages import ConfigError
 from nanogpt.tokenizer import Tokenizer
 from nanogpt.writer import Request
@@ -85,7 +85,8 @@ def codes(*, guidance: float = 1.0, aliases: dict | None = None, **settings) -> 
     if isinstance(guidance, bool) or not isinstance(guidance, int | float):
         raise ConfigError("wrong_type", key="control.guidance", got=guidance, want="float")
     check_range("control.guidance", guidance, *GUIDANCE)
-    return CodesControl(prefix(**settings), guidance, {kind: _lists(f"control.aliases.{kind}", (aliases or {}).get(kind)) for kind in KINDS})
+    listed = table("control.aliases", aliases)
+    return CodesControl(prefix(**settings), guidance, {kind: _lists(f"control.aliases.{kind}", listed.get(kind)) for kind in KINDS})
 
 
 def _lists(key: str, node: dict | None) -> dict[str, list[str]]:

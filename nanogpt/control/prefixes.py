@@ -188,13 +188,25 @@ def prefix(
     if not isinstance(bias, bool):
         raise ConfigError("wrong_type", key="control.bias", got=bias, want="bool")
     labels = {"style": _labels("styles", styles), "emotion": _labels("emotions", emotions)}
+    sentences = {language: table("control.templates." + language, node) for language, node in table("control.templates", templates).items()}
+    for language, node in sentences.items():
+        for kind, sentence in node.items():
+            if not isinstance(sentence, str | None):
+                raise ConfigError("wrong_type", key=f"control.templates.{language}.{kind}", got=sentence, want="str")
     named = {kind: str(typed).strip() if typed is not None else None for kind, typed in (("style", style), ("emotion", emotion))}
-    return PrefixControl(**named, strength=strength, bias=bias, templates=templates or {}, labels=labels)
+    return PrefixControl(**named, strength=strength, bias=bias, templates=sentences, labels=labels)
+
+
+def table(key: str, node: dict | None) -> dict:
+    """A part of a control's yaml that has names of its own; null is an empty one."""
+    if not isinstance(node, dict | None):
+        raise ConfigError("wrong_type", key=key, got=node, want="{name: …} | null")
+    return node or {}
 
 
 def _labels(key: str, node: dict | None) -> list[Label]:
     labels = []
-    for name, entry in (node or {}).items():
+    for name, entry in table(f"control.{key}", node).items():
         try:
             names = {language: [str(n) for n in entry[language]] for language in ("zh", "en")}
             words = {language: [str(w) for w in (entry.get("words") or {}).get(language) or []] for language in ("zh", "en")}
