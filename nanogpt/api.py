@@ -1,4 +1,4 @@
-"""The ASGI app of serve=true: guards, five addresses, and one completion from its body to its last byte."""
+"""The ASGI app of serve=true: guards, six addresses, and one completion from its body to its last byte."""
 
 import asyncio
 import base64
@@ -23,6 +23,8 @@ from nanogpt.worker import Job, Worker
 
 PAGE = Path(__file__).resolve().parent / "page" / "index.html"
 CLOSE = {"Connection": "close"}
+# 别的程序常先试的地址：说清楚这里该用哪个
+NO_CHAT = {"/v1/chat/completions": "api_no_chat", "/v1/responses": "api_no_chat"}
 # 正文超限后最多再读多少倍丢掉，好让对方读到回答而不是连接被重置
 DRAIN = 64
 
@@ -126,14 +128,12 @@ class Api:
 
     def __init__(self, worker: Worker, reader: Reader, announced: dict[str, Any]):
         self.worker, self.reader, self.limits = worker, reader, reader.limits
-        self.announced = {"object": "list", "data": [{
-            "id": reader.model, "object": "model", "created": int(time.time()), "owned_by": "nanogpt", **announced,
-        }]}
+        self.announced = {"id": reader.model, "object": "model", "created": int(time.time()), "owned_by": "nanogpt", **announced}
         page = PAGE.read_text(encoding="utf-8")
         self.page_bytes, self.page_policy = page.encode("utf-8"), content_security_policy(page)
         self.addresses = {
             "/": {"GET": self.page}, "/health": {"GET": self.health}, "/openapi.json": {"GET": self.openapi},
-            "/v1/models": {"GET": self.models}, "/v1/completions": {"POST": self.completions},
+            "/v1/models": {"GET": self.models}, f"/v1/models/{reader.model}": {"GET": self.model}, "/v1/completions": {"POST": self.completions},
         }
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
@@ -153,9 +153,12 @@ class Api:
         """Guard, then hand over to the address."""
         self.guard(exchange)
         # 地址是写死的几个，请求里的路径不碰文件系统
-        methods = self.addresses.get(exchange.scope["path"])
+        path = exchange.scope["path"]
+        methods = self.addresses.get(path)
+        if methods is None and path.startswith("/v1/models/"):
+            raise ApiError(404, "api_no_model", got=path.removeprefix("/v1/models/")[:100], have=self.reader.model)
         if methods is None:
-            raise ApiError(404, "api_not_found")
+            raise ApiError(404, NO_CHAT.get(path, "api_not_found"))
         method = exchange.scope["method"]
         handler = methods.get("GET" if method == "HEAD" else method)
         if handler is None:
@@ -216,10 +219,17 @@ class Api:
 
     async def openapi(self, exchange: Exchange) -> None:
         """The API's description for programs."""
-        await exchange.json(document(self.limits, fields=self.reader.fields, empty_prompts=self.reader.empty_prompts))
+        reader = self.reader
+        await exchange.json(document(
+            self.limits, fields=reader.fields, empty_prompts=reader.empty_prompts, vocab_size=reader.tokenizer.vocab_size,
+        ))
 
     async def models(self, exchange: Exchange) -> None:
-        """The one model that is loaded."""
+        """All models: the one that is loaded."""
+        await exchange.json({"object": "list", "data": [self.announced]})
+
+    async def model(self, exchange: Exchange) -> None:
+        """The one model that is loaded, alone."""
         await exchange.json(self.announced)
 
     async def completions(self, exchange: Exchange) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from nanogpt.attention import KVCache, on_device
 from nanogpt.sampling import Sampler, draw
+from nanogpt.scoring import Likely
 
 # 每行一次取这么多个随机数，免得每个 token 都往 GPU 送一次
 UNIFORMS = 64
@@ -80,6 +81,9 @@ class Decoder:
         self.lanes: list[Lane] = []
         self._order: Order | None = None
         self._order_is_known = True
+        self.top: int | None = None
+        """How many of the most likely ids step() notes in `likely`, beside the drawn ones; None: it notes nothing."""
+        self.likely: Likely | None = None
         # 每条 lane 下一个要读的 id
         self.newest = torch.zeros(capacity, dtype=torch.long, device=self.device)
         self.uniforms = torch.zeros(capacity, UNIFORMS, device=self.device)
@@ -148,8 +152,11 @@ class Decoder:
         finite = logits.sum(-1).isfinite()
         if self.never is not None:
             logits = logits.index_fill(1, self.never, -torch.inf)
+        # 采样器可能就地改写 logits：要记就先算好
+        logprobs = None if self.top is None else logits.log_softmax(-1)
         drawn = torch.where(finite, draw(self._shaped(logits), self._next_uniforms()), -1)
         ids = drawn.clamp(min=0)
+        self.likely = None if logprobs is None else Likely.of(logprobs, ids, self.top)
         self.newest[: len(self.lanes)] = ids if order is None else ids[order.owner]
         self._note(ids)
         for row in self.rows:

@@ -663,8 +663,8 @@ MESSAGES = {
     "api_out_of_range": ("{field}={got} is out of range; it must be {wanted}", "{field}={got} 超出范围，应为 {wanted}"),
     "api_no_prompt": ("prompt is missing or empty; give at least one character", "没有 prompt 或它是空的；请至少给一个字"),
     "api_prompt_too_long": (
-        "prompt has {got} characters; at most {limit} are taken",
-        "prompt 有 {got} 个字；最多 {limit} 个",
+        "prompt has {got} characters or token ids; at most {limit} are taken (server.max_prompt_chars)",
+        "prompt 有 {got} 个字或 token；最多 {limit} 个（server.max_prompt_chars）",
     ),
     "api_surrogate": ("{field} holds half a surrogate pair, which is no character", "{field} 里有半个代理对，不是合法的字符"),
     "api_no_control": (
@@ -676,15 +676,34 @@ MESSAGES = {
         "guidance 属于 control=codes，这个服务器启动时没有选它；请去掉这个字段",
     ),
     "api_too_many_texts": (
-        "prompts x n = {got}; at most {limit} texts per request",
-        "开头数 × n = {got}；一个请求最多 {limit} 段",
+        "prompts x n = {got}; at most {limit} texts per request (server.max_texts)",
+        "开头数 × n = {got}；一个请求最多 {limit} 段（server.max_texts）",
     ),
-    "api_no_model": ("model={got} is not loaded here; use {have} or leave it out", "这里没有载入 model={got}；请用 {have}，或不写"),
-    "api_too_large": ("the body is larger than {limit} KiB", "正文超过 {limit} KiB"),
-    "api_slow_body": ("the body did not arrive within {seconds:g} s", "正文没有在 {seconds:g} 秒内发完"),
-    "api_busy": ("too many texts are waiting; try again in a few seconds", "排队的太多；请过几秒再试"),
-    "api_time_limit": ("not finished within {seconds:g} s", "没有在 {seconds:g} 秒内写完"),
-    "api_unread": ("too much was left unread; the text was stopped", "积下太多没有取走的文字；已停止写作"),
+    "api_no_model": ("{got} is not loaded here; the model is called {have}", "这里没有载入 {got}；载入的模型叫 {have}"),
+    "api_no_chat": (
+        'this model goes on with a text and does not chat; POST {{"prompt": "…"}} to /v1/completions instead '
+        "(clients call it text completion)",
+        '这个模型只会接着写，不会对话；请改用 POST /v1/completions 与 {{"prompt": "…"}}（客户端里叫 text completion）',
+    ),
+    "api_best_of": (
+        "best_of={got}: texts are not chosen among here, so best_of must equal n ({n}) or be left out",
+        "best_of={got}：这里不从几段里挑选，best_of 须等于 n（{n}）或不写",
+    ),
+    "prompt_over_context": (
+        "prompt has {got} tokens; scoring it (logprobs with echo) takes at most the model's context of {limit}",
+        "prompt 有 {got} 个 token；给它评分（logprobs 加 echo）最多 {limit} 个，即模型的上下文长度",
+    ),
+    "api_too_large": ("the body is larger than {limit} KiB (server.max_body_kib)", "正文超过 {limit} KiB（server.max_body_kib）"),
+    "api_slow_body": (
+        "the body did not arrive within {seconds:g} s (server.read_seconds)", "正文没有在 {seconds:g} 秒内发完（server.read_seconds）",
+    ),
+    "api_busy": (
+        "too many texts are waiting (server.max_waiting); try again in a few seconds", "排队的太多（server.max_waiting）；请过几秒再试",
+    ),
+    "api_time_limit": ("not finished within {seconds:g} s (server.request_seconds)", "没有在 {seconds:g} 秒内写完（server.request_seconds）"),
+    "api_unread": (
+        "too much was left unread (server.max_unread_chars); the text was stopped", "积下太多没有取走的文字（server.max_unread_chars）；已停止写作",
+    ),
     "api_stopping": ("the server is shutting down", "服务器正在关闭"),
     "api_internal": ("an error inside the server; its console says more", "服务器内部出错；详情见它的控制台"),
     "api_token": ("this server asks for its token: Authorization: Bearer …", "这个服务器需要口令：Authorization: Bearer …"),

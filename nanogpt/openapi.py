@@ -1,15 +1,17 @@
 """GET /openapi.json: the API described for programs, from the same table that checks requests."""
 
 from collections.abc import Collection
+from typing import Any
 
 from nanogpt import __version__
-from nanogpt.completions import FIELDS, MAX_LABEL_CHARS, MAX_STOP_CHARS, MAX_STOPS, NEUTRAL, STREAM_OPTIONS
+from nanogpt.completions import FIELDS, LIMITS, MAX_LABEL_CHARS, MAX_STOP_CHARS, MAX_STOPS, NEUTRAL, STREAM_OPTIONS, UNSET
 from nanogpt.control import KINDS
 from nanogpt.sample_config import ServerConfig
 
 ERRORS = {
     "400": "A field is wrong", "401": "The token is missing or wrong", "403": "Another origin, or a host name that is not this machine's",
-    "404": "The named model is not loaded", "405": "The method is not allowed", "408": "The body came too slowly", "413": "The body is too large",
+    "404": "No such model, or nothing at this address", "405": "The method is not allowed", "408": "The body came too slowly",
+    "413": "The body is too large",
     "415": "Not application/json", "431": "The head is too long", "500": "The server failed", "503": "Too busy; Retry-After says when to come back",
     "504": "The time limit was reached",
 }
@@ -22,9 +24,17 @@ ERROR = {
 }
 COUNT = {"type": "integer", "minimum": 0}
 USAGE = {"type": "object", "properties": {"prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tokens": COUNT}}
+NATS = {"type": "number", "maximum": 0}
+LOGPROBS = {
+    "type": ["object", "null"], "required": ["tokens", "token_logprobs", "top_logprobs", "text_offset"], "properties": {
+        "tokens": {"type": "array", "items": {"type": "string"}}, "token_logprobs": {"type": "array", "items": {**NATS, "type": ["number", "null"]}},
+        "top_logprobs": {"type": "array", "items": {"type": ["object", "null"], "additionalProperties": NATS}},
+        "text_offset": {"type": "array", "items": COUNT},
+    },
+}
 CHOICE = {
     "type": "object", "required": ["index", "text", "finish_reason"], "properties": {
-        "index": COUNT, "text": {"type": "string"}, "logprobs": {"type": "null"}, "finish_reason": {"enum": ["stop", "length", None]},
+        "index": COUNT, "text": {"type": "string"}, "logprobs": LOGPROBS, "finish_reason": {"enum": ["stop", "length", None]},
     },
 }
 COMPLETION = {
@@ -35,7 +45,9 @@ COMPLETION = {
 }
 
 
-def request_schema(limits: ServerConfig, *, fields: Collection[str] = tuple(FIELDS), empty_prompts: bool = False) -> dict:
+def request_schema(
+    limits: ServerConfig, *, fields: Collection[str] = tuple(FIELDS), empty_prompts: bool = False, vocab_size: int | None = None,
+) -> dict:
     """The body of POST /v1/completions with these of FIELDS; null is the same as leaving a field out."""
     def text(longest: int, shortest: int = 1) -> dict:
         return {"type": "string", "minLength": shortest, "maxLength": longest}
@@ -44,13 +56,16 @@ def request_schema(limits: ServerConfig, *, fields: Collection[str] = tuple(FIEL
     for name, (kind, low, high) in FIELDS.items():
         schema = {"type": [kind, "null"]}
         if low is not None:
-            schema["minimum"] = low
-        if (high := {"max_tokens": limits.max_tokens, "n": limits.max_texts}.get(name, high)) is not None:
+            schema["minimum"] = UNSET.get(name, low)
+        if (high := getattr(limits, LIMITS[name]) if name in LIMITS else high) is not None:
             schema["maximum"] = high
         properties[name] = schema
     # 字段表说不清的几个，单独写；拿这份文档做模糊测试的程序靠它
     prompt, stop = text(limits.max_prompt_chars, 0 if empty_prompts else 1), text(MAX_STOP_CHARS)
-    properties["prompt"] = {"anyOf": [prompt, {"type": "array", "items": prompt, "minItems": 1, "maxItems": limits.max_texts}]}
+    token = {"type": "integer", "minimum": 0, **({} if vocab_size is None else {"maximum": vocab_size - 1})}
+    ids = {"type": "array", "items": token, "minItems": prompt["minLength"], "maxItems": limits.max_prompt_chars}
+    several = {"type": "array", "minItems": 1, "maxItems": limits.max_texts}
+    properties["prompt"] = {"anyOf": [prompt, {**several, "items": prompt}, {**ids, "minItems": 1}, {**several, "items": ids}]}
     properties["stop"] = {"anyOf": [stop, {"type": "array", "items": stop, "maxItems": MAX_STOPS}, {"type": "null"}]}
     for name in KINDS:
         properties[name] = {"type": ["string", "null"], "maxLength": MAX_LABEL_CHARS, "pattern": r"^[^\n]*$"}
@@ -62,9 +77,9 @@ def request_schema(limits: ServerConfig, *, fields: Collection[str] = tuple(FIEL
     return {"type": "object", "required": ["prompt"], "properties": properties, "additionalProperties": False}
 
 
-def document(limits: ServerConfig, *, fields: Collection[str] = tuple(FIELDS), empty_prompts: bool = False) -> dict:
-    """OpenAPI 3.1; `fields` are those that a request may have on this server."""
-    body = request_schema(limits, fields=fields, empty_prompts=empty_prompts)
+def document(limits: ServerConfig, **about: Any) -> dict:
+    """OpenAPI 3.1; `about` says what request_schema must know of this server."""
+    body = request_schema(limits, **about)
 
     def answers(description: str, content: dict) -> dict:
         failures = {status: {"description": words, "content": {"application/json": {"schema": ERROR}}} for status, words in ERRORS.items()}
@@ -81,6 +96,7 @@ def document(limits: ServerConfig, *, fields: Collection[str] = tuple(FIELDS), e
         "paths": {
             # 这一个不问口令：看护程序也要能问
             "/health": get("Whether it can write, and how much it has to do", security=[]), "/v1/models": get("The model that is loaded"),
+            "/v1/models/{model}": get("One model", parameters=[{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]),
             "/v1/completions": {"post": {
                 "summary": "Write behind a prompt", "responses": answers("What was written", written),
                 "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},

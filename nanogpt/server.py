@@ -30,14 +30,13 @@ async def run(cfg: SampleConfig, model, bound: socket.socket, *, on_start=None) 
     from nanogpt.worker import Worker
     from nanogpt.writing import Settings
 
-    # 只报最后两段：本机的目录结构与访客无关
-    name = "/".join(Path(model.name).parts[-2:])
     worker = Worker(model.writer(capacity=cfg.batch_size, skip_unknown=cfg.unknown == "skip"), max_waiting=cfg.server.max_waiting)
-    api = Api(worker, Reader(name, Settings.of(cfg), cfg.server, model.writes_documents), announcement(cfg, model))
+    reader = Reader(model.id, Settings.of(cfg), cfg.server, model.writes_documents, model.tokenizer)
+    api = Api(worker, reader, announcement(cfg, model))
     server = Server(api, cfg.server, on_shutdown=worker.begin_closing)
 
     def started() -> None:
-        say("serving", model=name, url=url_of(bound, cfg.server.host))
+        say("serving", model=model.name, url=url_of(bound, cfg.server.host))
         if on_start:
             on_start(server)
 
@@ -62,7 +61,9 @@ def announcement(cfg: SampleConfig, model) -> dict:
     guidance = {"guidance": cfg.control["guidance"]} if labels and "guidance" in cfg.control else {}
     return {
         **controls,
-        "parameters": model.network.parameter_count(), "block_size": model.network.config.block_size, "vocab_size": model.tokenizer.vocab_size,
+        # 只报最后一段：本机的目录结构与访客无关
+        "checkpoint": Path(model.name).name, "parameters": model.network.parameter_count(),
+        "block_size": model.network.config.block_size, "vocab_size": model.tokenizer.vocab_size,
         "limits": {"max_tokens": limits.max_tokens, "max_texts": limits.max_texts, "max_prompt_chars": limits.max_prompt_chars},
         "defaults": {
             **sampler, **guidance, "prompt": model.default_prompt, "max_tokens": min(cfg.max_new_tokens, limits.max_tokens), "seed": cfg.seed,

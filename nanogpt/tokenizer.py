@@ -127,6 +127,14 @@ class UnknownCharacters(ConfigError):  # noqa: N818 - 与 Diverged 一样，名�
         super().__init__("unknown_characters", characters=listed, skip=text("way_to_skip", typed=skip) if skip else "")
 
 
+def as_word(spelled: bytes) -> str:
+    """What a token stands for by itself: its text, or bytes:\\xe6… for a part of a character."""
+    try:
+        return spelled.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
+
+
 class CharTokenizer:
     """One token per Unicode character of the training text, in code-point order."""
 
@@ -166,6 +174,10 @@ class CharTokenizer:
         """Decodes ids one by one, behind those of `after`."""
         return TextStream(lambda token: self._texts[token : token + 1].encode("utf-8"), after)
 
+    def word(self, token: int) -> str:
+        """The name of a token in a list of tokens."""
+        return self._texts[token : token + 1] or _special_word(self.special, token)
+
     def to_dict(self) -> dict:
         return {"kind": self.kind, "characters": self.characters, **_described(self)}
 
@@ -192,6 +204,10 @@ class ByteTokenizer:
     def stream(self, after: Iterable[int] = ()) -> TextStream:
         """Decodes ids one by one, behind those of `after`."""
         return TextStream(lambda token: bytes((token,)) if token < 256 else b"", after)
+
+    def word(self, token: int) -> str:
+        """The name of a token in a list of tokens."""
+        return as_word(bytes((token,))) if token < 256 else _special_word(self.special, token)
 
     def to_dict(self) -> dict:
         return {"kind": self.kind, **_described(self)}
@@ -228,6 +244,10 @@ class BPETokenizer:
     def stream(self, after: Iterable[int] = ()) -> TextStream:
         """Decodes ids one by one, behind those of `after`."""
         return TextStream(self._token_bytes, after)
+
+    def word(self, token: int) -> str:
+        """The name of a token in a list of tokens."""
+        return as_word(self._token_bytes(token)) or f"<{token}>"
 
     def _token_bytes(self, token: int) -> bytes:
         try:
@@ -298,6 +318,12 @@ class LibraryTokenizer:
         """Decodes ids one by one, behind those of `after`."""
         return TextStream(self._letters_to_bytes, after) if self._decoders == {"ByteLevel"} else LibraryStream(self, after)
 
+    def word(self, token: int) -> str:
+        """The name of a token in a list of tokens; except in byte-level vocabularies with its mark (▁the, ##s)."""
+        if self._decoders == {"ByteLevel"} and not self.is_silent(token):
+            return as_word(self._letters_to_bytes(token))
+        return self._tokenizer.id_to_token(token) or f"<{token}>"
+
     def is_silent(self, token: int) -> bool:
         """Whether an id leaves nothing in a text: a special token, or one that the vocabulary does not have."""
         return token in self._special or self._tokenizer.id_to_token(token) is None
@@ -328,6 +354,10 @@ def _decoders_of(described: dict | None) -> set[str]:
 
 
 Tokenizer = CharTokenizer | ByteTokenizer | BPETokenizer | LibraryTokenizer
+
+
+def _special_word(special: dict[str, int], token: int) -> str:
+    return next((name for name, number in special.items() if number == token), f"<{token}>")
 
 
 def _labels_of(tokenizer: Tokenizer) -> dict:

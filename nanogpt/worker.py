@@ -13,6 +13,7 @@ import torch
 
 from nanogpt.messages import ConfigError
 from nanogpt.oom import is_out_of_memory
+from nanogpt.scoring import Score
 from nanogpt.writer import Piece, Request, Result, Writer
 
 # 还没送达 asyncio 一侧的消息批数：事件循环忙不过来时，写作等它，内存不涨
@@ -29,6 +30,7 @@ class News:
     text: str
     tokens: int
     result: Result | None = None
+    scores: tuple[Score, ...] = ()
 
 
 class Job:
@@ -79,7 +81,8 @@ class Job:
     def add(self, news: News) -> None:
         """The worker has written."""
         self._unread.append(news)
-        self._unread_chars += len(news.text)
+        # 一个评分与一个字同样算：它们也要等人取走
+        self._unread_chars += len(news.text) + len(news.scores)
         self._unfinished -= news.result is not None
         self._changed.set()
         if self.max_unread_chars is not None and self._unread_chars > self.max_unread_chars:
@@ -186,7 +189,7 @@ class Worker:
             self._fail(job, piece.error)
             return
         tokens = piece.result.tokens if piece.result else len(self._writer.texts[piece.key].ids)
-        self._tell(job.add, News(index, piece.text, tokens, piece.result))
+        self._tell(job.add, News(index, piece.text, tokens, piece.result, piece.scores))
         if piece.result:
             del self._keys[piece.key]
 

@@ -5,6 +5,7 @@ One-shot, batch, interactive and served writing all go through `Writer`.
 
 import contextlib
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -14,11 +15,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from nanogpt import scoring
 from nanogpt.generate import Decoder
 from nanogpt.labels import label_tokens
 from nanogpt.messages import ConfigError
 from nanogpt.oom import is_out_of_memory, release
 from nanogpt.sampling import Sampler
+from nanogpt.scoring import Likely, Score
 from nanogpt.tokenizer import END_OF_TEXT, LibraryStream, TextStream, Tokenizer
 
 if TYPE_CHECKING:
@@ -49,6 +52,12 @@ class Request:
     stop_at_end_of_text: bool = True
     control: "Control | None" = None
     """Style and emotion: fills in the prefixes and wraps the sampler when the request is submitted."""
+    ids: tuple[int, ...] | None = None
+    """The prompt as ids, where it was given so; `prompt` is their text."""
+    logprobs: int | None = None
+    """How many of the most likely tokens are told at every place, beside the drawn one; None: no scores."""
+    score_prompt: bool = False
+    """Whether the tokens of the prompt are scored too, behind the labels; guidance does not count there."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,8 @@ class Piece:
     text: str
     result: Result | None = None
     error: ConfigError | None = None
+    scores: tuple[Score, ...] = ()
+    """Of the tokens since the last piece, if the request asks for them."""
 
 
 @dataclass
@@ -89,8 +100,15 @@ class _Text:
     shown: list[str] = field(default_factory=list)
     # 可能是停止词的开头，先不放出去
     held: str = ""
+    # 还没随文字送出去的；None 表示开头还没评
+    scores: list[Score] | None = None
     submitted: float = field(default_factory=time.perf_counter)
     first_token: float | None = None
+
+    def take_scores(self) -> tuple[Score, ...]:
+        """The scores that were not taken yet."""
+        taken, self.scores = tuple(self.scores or ()), []
+        return taken
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, *, skip_unknown: bool = False) -> np.ndarray:
@@ -134,7 +152,7 @@ class Writer:
         self.separator: int | None = model.config.separator
         # GPU 上先排下一步，再读上一步的结果：取数与解码文字的时间藏在计算后面
         self.lookahead = model.device.type == "cuda"
-        self._flight: tuple[list[int | None], torch.Tensor] | None = None
+        self._flight: tuple[list[int | None], torch.Tensor, Likely | None] | None = None
         self.decoder: Decoder | None = None
         self.texts: dict[int, _Text] = {}
         self.waiting: deque[int] = deque()
@@ -144,14 +162,26 @@ class Writer:
         """Queue a request; its key names it in the pieces. ConfigError when the prompt cannot be read."""
         if request.control:
             request = request.control.apply(request, self.tokenizer)
-        ids = encode_prompt(self.tokenizer, request.prefix + request.prompt, skip_unknown=self.skip_unknown)
+        ids = self._prompt_ids(request)
         if not len(ids) and self.separator is None:
             raise ConfigError("prompt_all_skipped" if request.prompt else "empty_prompt", got=request.prompt)
+        read = len(ids) + len(self._opening(request))
+        if request.score_prompt and read > (most := self.model.config.block_size):
+            raise ConfigError("prompt_over_context", got=read, limit=most)
         key, self._next_key = self._next_key, self._next_key + 1
-        read = len(ids) + len(labels_of(request)) + (self.separator is not None)
         self.texts[key] = _Text(request, ids, read, self.tokenizer.stream(ids.tolist()))
         self.waiting.append(key)
         return key
+
+    def _prompt_ids(self, request: Request) -> np.ndarray:
+        if request.ids is None:
+            return encode_prompt(self.tokenizer, request.prefix + request.prompt, skip_unknown=self.skip_unknown)
+        prefix = encode_prompt(self.tokenizer, request.prefix, skip_unknown=self.skip_unknown)
+        return np.concatenate((prefix, np.array(request.ids, dtype=np.int64)))
+
+    def _opening(self, request: Request) -> tuple[int, ...]:
+        """What is read before the prompt by itself."""
+        return (() if self.separator is None else (self.separator,)) + labels_of(request)
 
     def cancel(self, key: int) -> None:
         """Forget a request, finished or not."""
@@ -191,7 +221,7 @@ class Writer:
         drawn = None
         while drawn is None:
             try:
-                self._admit()
+                read = self._admit()
                 drawn = self._drawn()
             except Exception as error:
                 # 只接住显存不足：减半并排的行数，写过的 token 都在，重读即可
@@ -201,17 +231,23 @@ class Writer:
                 # 出了 except 才清理：异常的 traceback 还引用着旧缓存
                 self._shrink()
         # 多走了一步的行可能已经写完
-        return [piece for key, token in drawn if key in self.texts and (piece := self._push(key, token))]
+        written = [piece for key, token, likely in drawn if key in self.texts and (piece := self._push(key, token, likely))]
+        return read + written
 
-    def _drawn(self) -> list[tuple[int | None, int]]:
-        """(key, id) of the rows, of this step or, looking ahead, of the one before; no key where the id is not wanted any more."""
+    def _drawn(self) -> list[tuple[int | None, int, tuple[float, dict[int, float]] | None]]:
+        """(key, id, how likely) of the rows, of this step or, looking ahead, of the one before; no key where the id is not wanted any more."""
         launched = None
         if self.decoder and self.decoder.rows:
             keys = [row.key for row in self.decoder.rows]
+            asked = [count for key in keys if (count := self.texts[key].request.logprobs) is not None]
+            self.decoder.top = max(asked, default=None)
             with self.context():
-                launched = keys, self.decoder.step()
+                launched = keys, self.decoder.step(), self.decoder.likely
         ready, self._flight = (self._flight, launched) if self.lookahead else (launched, None)
-        return list(zip(ready[0], ready[1].tolist())) if ready else []
+        if not ready:
+            return []
+        keys, ids, likely = ready
+        return list(zip(keys, ids.tolist(), likely.rows() if likely else [None] * len(keys)))
 
     def write(self, requests: Iterable[Request] = ()) -> Iterator[Piece]:
         """Write these requests and all that were submitted before, to the end; in a new Writer keys count from 0."""
@@ -220,19 +256,56 @@ class Writer:
         while self.texts:
             yield from self.step()
 
-    def _admit(self) -> None:
-        if self.waiting and self.decoder is None:
-            # 多一个位置：提前排下的一步不该触发重读
-            length = None if self.max_length is None else self.max_length + 1
-            never = () if self.separator is None else label_tokens(self.tokenizer)
-            self.decoder = Decoder(self.model, capacity=self.capacity, max_length=length, vocab_size=self.tokenizer.vocab_size, never=never)
-        while self.waiting and len(self.decoder.rows) < self.capacity:
-            key = self.waiting.popleft()
+    def _admit(self) -> list[Piece]:
+        """Give free rows to those that wait; the end of a text that was only to be read, if there was one."""
+        while self.waiting and (self.decoder is None or len(self.decoder.rows) < self.capacity):
+            key = self.waiting[0]
             text, request = self.texts[key], self.texts[key].request
+            if request.score_prompt and text.scores is None:
+                text.scores = self._prompt_scores(text)
+                if not all(score.logprob is None or math.isfinite(score.logprob) for score in text.scores):
+                    self.cancel(key)
+                    return [Piece(key, request.prompt, "", error=ConfigError("nonfinite_logits"))]
+            if not request.max_new_tokens:
+                # 只评不写：一次一段，别人的文字不必等一整批
+                return [self._end(key, "", "length")]
+            if self.decoder is None:
+                self.decoder = self._new_decoder()
+            self.waiting.popleft()
             prompt = np.concatenate((text.prompt_ids, np.array(text.ids, dtype=np.int64)))
             self.decoder.add(
                 key, prompt, request.sampler, request.seed, count=len(text.ids), labels=labels_of(request), guidance=request.guidance,
             )
+        return []
+
+    def _new_decoder(self) -> Decoder:
+        # 多一个位置：提前排下的一步不该触发重读
+        length = None if self.max_length is None else self.max_length + 1
+        never = () if self.separator is None else label_tokens(self.tokenizer)
+        return Decoder(self.model, capacity=self.capacity, max_length=length, vocab_size=self.tokenizer.vocab_size, never=never)
+
+    def _prompt_scores(self, text: _Text) -> list[Score]:
+        """Scores of the tokens of the prompt, without those of its prefix."""
+        request = text.request
+        ids = [*self._opening(request), *text.prompt_ids.tolist()]
+        own = len(self._prompt_ids(replace(request, prefix=""))) if request.prefix else len(text.prompt_ids)
+        with self.context():
+            asked = torch.tensor(ids, device=self.model.device)
+            likely = [None, *scoring.read(self.model, asked, vocab_size=self.tokenizer.vocab_size, count=request.logprobs or 0)]
+        stream, offset, scores = self.tokenizer.stream(), 0, []
+        for token, found in list(zip(ids, likely))[len(ids) - own :]:
+            scores.append(self._score(token, found, offset, request))
+            offset += len(stream.push(token))
+        return scores
+
+    def _score(self, token: int, likely: tuple[float, dict[int, float]] | None, offset: int, request: Request) -> Score:
+        word = self.tokenizer.word
+        if likely is None:
+            return Score(word(token), None, {}, offset)
+        own, listed = likely
+        top = dict(itertools.islice(listed.items(), request.logprobs or 0)) | {token: own}
+        # 标签永远抽不到：-inf 也写不进 JSON
+        return Score(word(token), own, {word(i): value for i, value in top.items() if value > -math.inf}, offset)
 
     def _shrink(self) -> None:
         # 正在写的排到队首，次序不变；旧缓存先释放，再建小的
@@ -243,7 +316,7 @@ class Writer:
             raise ConfigError("sample_oom")
         self.capacity //= 2
 
-    def _push(self, key: int, token: int) -> Piece | None:
+    def _push(self, key: int, token: int, likely: tuple[float, dict[int, float]] | None) -> Piece | None:
         text = self.texts[key]
         request = text.request
         if token < 0:
@@ -254,6 +327,10 @@ class Writer:
         finish = "end_of_text" if request.stop_at_end_of_text and token == self.tokenizer.end_of_text else None
         if not finish:
             text.ids.append(token)
+            if request.logprobs is not None:
+                before = len(request.prompt) if request.score_prompt else 0
+                before += sum(map(len, text.shown)) + len(text.held)
+                text.scores = [*(text.scores or []), self._score(token, likely, before, request)]
             text.held += text.stream.push(token)
             finish = "length" if len(text.ids) == request.max_new_tokens else None
         text.held += text.stream.finish() if finish else ""
@@ -267,7 +344,7 @@ class Writer:
         safe = len(text.held) - longest_beginning(text.held, request.stop)
         shown, text.held = text.held[:safe], text.held[safe:]
         text.shown.append(shown)
-        return Piece(key, request.prompt, shown) if shown else None
+        return Piece(key, request.prompt, shown, scores=text.take_scores()) if shown else None
 
     def _begin_document(self, key: int) -> None:
         """A text goes on behind the end of a document: another one begins, which does not see the one before."""
@@ -275,15 +352,20 @@ class Writer:
         self.waiting.appendleft(key)
         if self._flight:
             # 提前排下的那一步还接着上一篇：不要它
-            self._flight = [None if k == key else k for k in self._flight[0]], self._flight[1]
+            self._flight = [None if k == key else k for k in self._flight[0]], *self._flight[1:]
 
     def _end(self, key: int, last: str, finish: str) -> Piece:
         text, now = self.texts[key], time.perf_counter()
         self.cancel(key)
-        return Piece(key, text.request.prompt, last, Result(
-            text.request, "".join(text.shown) + last, finish, len(text.ids), text.prompt_tokens,
+        whole = "".join(text.shown) + last
+        result = Result(
+            text.request, whole, finish, len(text.ids), text.prompt_tokens,
             (text.first_token or now) - text.submitted, now - text.submitted,
-        ))
+        )
+        end = len(whole) + (len(text.request.prompt) if text.request.score_prompt else 0)
+        # 停止词从这里起：它自己的 token 不算
+        scores = tuple(score for score in text.take_scores() if finish != "stop" or score.offset < end)
+        return Piece(key, text.request.prompt, last, result, scores=scores)
 
 
 def labels_of(request: Request) -> tuple[int, ...]:

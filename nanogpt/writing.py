@@ -73,6 +73,14 @@ class Model:
     context: Callable[[], contextlib.AbstractContextManager]
 
     @property
+    def id(self) -> str:
+        """What other programs call it: the name of its folder, the same whichever checkpoint is loaded."""
+        path = Path(self.name).resolve()
+        if checkpoint.NAME.fullmatch(path.name):
+            path = path.parent
+        return path.parent.name if path.name == "ckpt" else path.name
+
+    @property
     def writes_documents(self) -> bool:
         """Whether every text begins with a separator, so that nothing need stand before it."""
         return self.network.config.separator is not None

@@ -52,7 +52,7 @@ POEM_SAMPLER = {"_target_": "test_server.poem_sampler"}
 def tiny(tokenizer=None, **changes):
     """A random model whose logits differ."""
     tokenizer = tokenizer or CharTokenizer("\n !abcdefghijklmnopqrstuvwxyz")
-    return Model("outputs/tiny/iter_1", wild_model(vocab_size=tokenizer.vocab_size, **changes), tokenizer, contextlib.nullcontext)
+    return Model("outputs/tiny/iter_00000001", wild_model(vocab_size=tokenizer.vocab_size, **changes), tokenizer, contextlib.nullcontext)
 
 
 class Served:
@@ -223,7 +223,7 @@ def test_completions_equal_what_the_writer_gives(shared, asked):
         "prompt_tokens": sum(map(len, prompts)), "completion_tokens": sum(n for *_, n in wanted),
         "total_tokens": sum(map(len, prompts)) + sum(n for *_, n in wanted),
     }
-    assert answer["object"] == "text_completion" and answer["model"] == "tiny/iter_1" and answer["id"].startswith("cmpl-")
+    assert answer["object"] == "text_completion" and answer["model"] == "tiny" and answer["id"].startswith("cmpl-")
     streamed = [""] * len(wanted)
     for event in shared.events(**asked)[:-1]:
         for choice in event["choices"]:
@@ -268,10 +268,98 @@ def test_two_requests_are_written_together(poet):
 def test_the_loaded_model_is_announced(shared):
     status, _, body = shared.get("/v1/models")
     model = json.loads(body)["data"][0]
-    assert status == 200 and model["id"] == "tiny/iter_1" and model["vocab_size"] == 29 and model["defaults"]["temperature"] == 0.8
-    assert shared.write(model="tiny/iter_1", prompt="a")["choices"]
+    assert status == 200 and model["id"] == "tiny" and model["vocab_size"] == 29 and model["defaults"]["temperature"] == 0.8
+    assert model["checkpoint"] == "iter_00000001" and json.loads(shared.get("/v1/models/tiny")[2]) == model
+    status, _, body = shared.get("/v1/models/gpt-4")
+    assert status == 404 and "the model is called tiny" in json.loads(body)["error"]["message"]
+    # 程序里写着的模型名各不相同：都由这一个来写
+    for name in ("tiny", "gpt-3.5-turbo-instruct", "", "a/b"):
+        assert shared.write(model=name, prompt="a")["model"] == "tiny"
     shared.until_texts(0)
     assert json.loads(shared.get("/health")[2]) == {"status": "ok", "texts": 0, "capacity": 4}
+
+
+def test_the_id_of_a_model_is_the_name_of_its_folder_whichever_checkpoint_is_loaded():
+    for name in ("outputs/my run/iter_00000100", "outputs/my run/ckpt/iter_00002000", "outputs/my run", "someone/my run"):
+        assert Model(name, None, None, None).id == "my run"
+
+
+def test_programs_that_chat_are_told_what_to_ask_instead(shared):
+    status, answer, _ = shared.post({"messages": [{"role": "user", "content": "hello"}]}, path="/v1/chat/completions")
+    assert status == 404 and answer["error"]["code"] == "no_chat" and "/v1/completions" in answer["error"]["message"]
+
+
+def test_what_other_programs_write_for_nothing_means_nothing(shared):
+    plain = shared.write(prompt="the king", n=2)["choices"]
+    assert shared.write(prompt="the king", n=2, seed=-1, top_k=-1, best_of=2, suffix="", logit_bias={}, user="me", logprobs=None)["choices"] == plain
+    ids = [int(i) for i in shared.model.tokenizer.encode("the king")]
+    assert shared.write(prompt=ids, n=2)["choices"] == shared.write(prompt=[ids], n=2)["choices"] == plain
+
+
+# ---- 评分：评测程序怎么问，就怎么试 ----
+
+
+def forward(model, ids):
+    """Natural logarithms of probability (T, V) behind every id, by one plain pass."""
+    with torch.inference_mode():
+        return model.network(torch.tensor([ids]))[0].log_softmax(-1)
+
+
+def test_a_scoring_client_reads_the_likelihoods_of_a_plain_forward_pass(shared):
+    model, prompts = shared.model, ["the king", "a queen is"]
+    rows = [[int(i) for i in model.tokenizer.encode(prompt)] for prompt in prompts]
+    # lm-evaluation-harness（local-completions）的原样：开头与要评的续写连在一起，另写一个 token
+    asked = {"model": "anything", "prompt": rows, "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    answer = shared.write(**asked)
+    for choice, ids, prompt in zip(answer["choices"], rows, prompts):
+        told, logprobs = choice["logprobs"], forward(model, ids)
+        assert told["tokens"] == list(choice["text"]) and choice["text"].startswith(prompt) and len(choice["text"]) == len(prompt) + 1
+        assert told["text_offset"] == list(range(len(prompt) + 1)) and told["token_logprobs"][0] is told["top_logprobs"][0] is None
+        best = logprobs.max(-1)
+        wanted = [float(logprobs[at, token]) for at, token in enumerate([*ids[1:], int(best.indices[-1])])]
+        assert told["token_logprobs"][1:] == pytest.approx(wanted, abs=1e-4)
+        for at, (own, top) in enumerate(zip(told["token_logprobs"][1:], told["top_logprobs"][1:])):
+            greedy = int(best.indices[at]) == [*ids[1:], int(best.indices[-1])][at]
+            assert (own == max(top.values())) == greedy and max(top.values()) == pytest.approx(float(best.values[at]), abs=1e-4)
+    # 文字代替 id、只评不写，数都一样
+    only_read = shared.write(**{**asked, "prompt": prompts, "max_tokens": 0})
+    for choice, whole in zip(only_read["choices"], answer["choices"]):
+        assert choice["text"] == whole["text"][:-1] and choice["finish_reason"] == "length"
+        assert all(choice["logprobs"][name] == told[:-1] for name, told in whole["logprobs"].items())
+    assert only_read["usage"] == {"prompt_tokens": 18, "completion_tokens": 0, "total_tokens": 18}
+    events = shared.events(**asked)[:-1]
+    for index, whole in enumerate(answer["choices"]):
+        parts = [choice["logprobs"] for event in events for choice in event["choices"] if choice["index"] == index]
+        assert {name: [one for part in parts for one in part[name]] for name in parts[0]} == whole["logprobs"]
+
+
+def test_a_client_that_generates_until_a_stop_string_is_understood(shared):
+    ids = [int(i) for i in shared.model.tokenizer.encode("the king")]
+    # 同一个程序的另一种请求
+    asked = {"prompt": [ids], "model": "m", "max_tokens": 20, "temperature": 0, "stop": ["\n\n", "<|endoftext|>"], "seed": 1234}
+    assert shared.write(**asked)["choices"] == shared.write(prompt="the king", max_tokens=20, temperature=0, seed=0)["choices"]
+    assert shared.write(prompt="the king", max_tokens=0, echo=True)["choices"][0] == {"index": 0, "text": "the king", "logprobs": None, "finish_reason": "length"}
+
+
+def test_drawn_tokens_are_scored_before_the_sampler_and_without_those_of_the_stop_string(shared):
+    for asked in ({"temperature": 0.5, "top_k": 3, "seed": 1}, {"temperature": 0, "repetition_penalty": 1.5}):
+        whole = shared.write(prompt="abc", logprobs=4, max_tokens=12, **asked)["choices"][0]
+        ids = [int(i) for i in shared.model.tokenizer.encode("abc" + whole["text"])]
+        logprobs = forward(shared.model, ids)[2:-1]
+        told = whole["logprobs"]
+        assert told["token_logprobs"] == pytest.approx([float(row[token]) for row, token in zip(logprobs, ids[3:])], abs=1e-4)
+        for row, top, token in zip(logprobs, told["top_logprobs"], told["tokens"]):
+            assert list(top.values())[:4] == pytest.approx(row.topk(4).values.tolist(), abs=1e-4) and token in top and len(top) <= 5
+        stop = whole["text"][6:8]
+        cut = shared.write(prompt="abc", logprobs=4, max_tokens=12, stop=stop, **asked)["choices"][0]
+        end = whole["text"].index(stop)
+        assert cut["text"] == whole["text"][:end] and cut["logprobs"] == {name: values[:end] for name, values in told.items()}
+
+
+def test_parts_of_characters_have_names_of_their_own_in_scores(poet):
+    choice = poet.write(prompt="春|", echo=True, logprobs=0, max_tokens=2)["choices"][0]
+    assert choice["logprobs"]["tokens"] == ["bytes:\\xe6", "bytes:\\x98", "bytes:\\xa5", "|", "bytes:\\xe6", "bytes:\\x98"]
+    assert choice["logprobs"]["text_offset"] == [0, 0, 0, 1, 2, 2] and choice["logprobs"]["top_logprobs"][3].keys() == {"|"}
 
 
 def test_style_and_emotion_are_announced_and_change_the_text(serve):
@@ -298,7 +386,10 @@ def test_the_openapi_document_tells_the_same_limits_and_fields(shared):
     document = json.loads(shared.get("/openapi.json")[2])
     schema = document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
     assert {*FIELDS, *NEUTRAL} == set(schema) and schema["max_tokens"]["maximum"] == 200_000 and schema["temperature"]["maximum"] == 100
-    assert set(document["paths"]) < set(Api(None, Reader("", None, shared.cfg.server), {}).addresses)
+    addresses = Api(None, Reader("{model}", None, shared.cfg.server), {}).addresses
+    assert set(document["paths"]) < set(addresses) and "/v1/models/{model}" in addresses
+    assert schema["seed"]["minimum"] == schema["top_k"]["minimum"] == -1 and (schema["n"]["maximum"], schema["best_of"]["maximum"]) == (16, 16)
+    assert schema["prompt"]["anyOf"][2]["items"]["maximum"] == 28
 
 
 # ---- 错误：说得清楚，只给犯错的请求 ----
@@ -306,18 +397,21 @@ def test_the_openapi_document_tells_the_same_limits_and_fields(shared):
 
 @pytest.mark.parametrize(("body", "status", "param", "words"), [
     ({}, 400, "prompt", "missing or empty"), ({"prompt": ""}, 400, "prompt", "missing or empty"), ({"prompt": []}, 400, "prompt", "missing or empty"),
-    ({"prompt": ["a", ""]}, 400, "prompt", "missing"), ({"prompt": [1, 2]}, 400, "prompt", "array of strings"), ({"prompt": 3}, 400, "prompt", "string"),
+    ({"prompt": ["a", ""]}, 400, "prompt", "missing"), ({"prompt": [1, 29]}, 400, "prompt", "0 … 28"), ({"prompt": [1, "a"]}, 400, "prompt", "array of strings"),
+    ({"prompt": [[1], [True]]}, 400, "prompt", "token ids"), ({"prompt": [[]]}, 400, "prompt", "empty"), ({"prompt": [1] * 20_001}, 400, "prompt", "20001"),
+    ({"prompt": 3}, 400, "prompt", "string"),
     ({"prompt": "a春"}, 400, "prompt", "'春'"), ({"prompt": "a" * 20_001}, 400, "prompt", "20001 characters"),
-    ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens", "max_tokens=0"), ({"prompt": "a", "max_tokens": 200_001}, 400, "max_tokens", "1 … 200000"),
+    ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens", "0 with echo=true"), ({"prompt": "a", "max_tokens": 200_001}, 400, "max_tokens", "0 … 200000 (server.max_tokens)"),
     ({"prompt": "a", "max_tokens": 1.5}, 400, "max_tokens", "integer"), ({"prompt": "a", "max_tokens": True}, 400, "max_tokens", "integer"),
     ({"prompt": "a", "temperature": -1}, 400, "temperature", "0 … 100"), ({"prompt": "a", "temperature": "1"}, 400, "temperature", "number"),
     ({"prompt": "a", "top_p": 1.1}, 400, "top_p", "0 … 1"), ({"prompt": "a", "repetition_penalty": 0}, 400, "repetition_penalty", "0.01"),
-    ({"prompt": "a", "n": 17}, 400, "n", "at most 16"), ({"prompt": ["a"] * 6, "n": 3}, 400, "n", "18"), ({"prompt": "a", "n": 0}, 400, "n", "n=0 is out of range"),
-    ({"prompt": "a", "seed": -1}, 400, "seed", "seed=-1"), ({"prompt": "a", "stop": [""]}, 400, "stop", "stop"), ({"prompt": "a", "stop": ["a"] * 17}, 400, "stop", "16"),
+    ({"prompt": "a", "n": 17}, 400, "n", "1 … 16 (server.max_texts)"), ({"prompt": ["a"] * 6, "n": 3}, 400, "n", "18"), ({"prompt": "a", "n": 0}, 400, "n", "n=0 is out of range"),
+    ({"prompt": "a", "seed": -2}, 400, "seed", "seed=-2"), ({"prompt": "a", "stop": [""]}, 400, "stop", "stop"), ({"prompt": "a", "stop": ["a"] * 17}, 400, "stop", "16"),
     ({"prompt": "a", "stop": {"a": 1}}, 400, "stop", "string"), ({"prompt": "a", "stream": "yes"}, 400, "stream", "boolean"),
-    ({"prompt": "a", "logprobs": 2}, 400, "logprobs", "not supported"), ({"prompt": "a", "best_of": 3}, 400, "best_of", "not supported"),
+    ({"prompt": "a", "logprobs": 21}, 400, "logprobs", "0 … 20"), ({"prompt": "a", "best_of": 3}, 400, "best_of", "must equal n (1)"),
+    ({"prompt": "a" * 65, "logprobs": 1, "echo": True}, 400, "prompt", "context of"),
     ({"prompt": "a", "presence_penalty": 0.5}, 400, "presence_penalty", "not supported"), ({"prompt": "a", "tempersture": 1}, 400, "tempersture", "no such field"),
-    ({"prompt": "a", "model": "gpt-4"}, 404, "model", "model=gpt-4"), ({"prompt": "a", "stream_options": {"x": 1}}, 400, "stream_options", "stream_options.x"),
+    ({"prompt": "a", "model": 4}, 400, "model", "string"), ({"prompt": "a", "stream_options": {"x": 1}}, 400, "stream_options", "stream_options.x"),
     ([1], 400, None, "not a JSON object"), (b"{", 400, None, "not a JSON object"), (b"\xff", 400, None, "not a JSON object"), (b"", 400, None, "not a JSON"),
     (b'{"prompt": "a", "temperature": NaN}', 400, None, "NaN"), (b'{"prompt": "a", "temperature": 1e999}', 400, "temperature", "inf"),
     (b'{"prompt": "\\ud800"}', 400, "prompt", "surrogate"), (b"[" * 100_000, 400, None, "not a JSON object"), (b'{"prompt": "a", "n": ' + b"9" * 5000 + b"}", 400, None, "JSON"),

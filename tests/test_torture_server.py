@@ -40,10 +40,10 @@ def test_the_judge_sees_what_is_wrong(serve, ledger):  # noqa: F811
 
 
 @pytest.mark.parametrize("body", [
-    '{"prompt": "a", "\\ud800": 1}', '{"prompt": "a", "model": "\\ud800"}', '{"prompt": "a", "stream_options": {"\\ud800": true}}',
+    '{"prompt": "a", "\\ud800": 1}', '{"prompt": "a", "stream_options": {"\\ud800": true}}',
     '{"prompt": ["a", "a"], "n": ' + "9" * 4300 + "}", '{"prompt": "a", "best_of": true}', '{"prompt": "a", "stream_options": {"include_usage": "no"}}',
 ])
 def test_what_the_attack_found_stays_fixed(shared, ledger, body):  # noqa: F811
     status, answer, _ = shared.post(body.encode())
-    assert status in (400, 404) and len(answer["error"]["message"]) < 1000
+    assert status == 400 and len(answer["error"]["message"]) < 1000
     ledger.count("fixed", str(status))

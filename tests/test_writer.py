@@ -311,3 +311,45 @@ def test_behind_the_end_of_a_document_another_one_begins(document_model, lookahe
     once = Writer(wild_model(separator=8, ngrams=[2], ngram_buckets=99), DOCUMENTS)
     torch.nn.init.constant_(once.model.lm_head.weight, 0.0)
     assert got.text == results_of(once, [request])[0].text
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_texts_of_documents_are_scored_behind_their_separator_and_labels(document_model, lookahead):
+    requests = [Request(prompt, GREEDY, n, seed=0, prefix_ids=(9,), logprobs=2, score_prompt=True) for prompt, n in (("abc", 5), ("", 3), ("hfedb", 0))]
+    writer = Writer(document_model, DOCUMENTS, capacity=2)
+    writer.lookahead = lookahead
+    pieces = list(writer.write(requests))
+    for key, request in enumerate(requests):
+        scores = [score for piece in pieces if piece.key == key for score in piece.scores]
+        text = request.prompt + "".join(piece.text for piece in pieces if piece.key == key)
+        ids = DOCUMENTS.encode(text).tolist()
+        with torch.no_grad():
+            logits = document_model(torch.tensor([[8, 9, *ids]]))[0, 1:-1]
+        # 标签从不抽取：写出来的字，概率里没有它们；开头则照一次普通的前向
+        logits[len(request.prompt) :, 9:] = -torch.inf
+        wanted = logits.log_softmax(-1)
+        assert [score.token for score in scores] == list(text) and [score.offset for score in scores] == list(range(len(text)))
+        torch.testing.assert_close(torch.tensor([score.logprob for score in scores]), wanted[range(len(ids)), ids], atol=1e-5, rtol=1e-5)
+        assert all(list(score.top.values())[:2] == pytest.approx(row.topk(2).values.tolist(), abs=1e-5) for score, row in zip(scores, wanted))
+
+
+def test_scores_survive_too_little_memory_and_a_damaged_model_is_one_line(model, monkeypatch):
+    requests = [Request(prompt, GREEDY, n, seed=0, logprobs=1, score_prompt=True) for prompt, n in (("abc", 4), ("k", 0), ("hfedb", 2))]
+
+    def scores(**options):
+        pieces = Writer(model, TOKENIZER, **options).write(requests)
+        return sorted((p.key, score.offset, score.token, round(score.logprob or 0, 3)) for p in pieces for score in p.scores)
+
+    calm, real = scores(capacity=1), writer.scoring.read
+    failures = [torch.OutOfMemoryError("CUDA out of memory")]
+
+    def tight(*arguments, **options):
+        if len(failures) == 1 and len(arguments[1]) == 5:
+            raise failures.pop()
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(writer.scoring, "read", tight)
+    assert scores(capacity=2) == calm and len(calm) == 7 + 1 + 7 and not failures
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    with pytest.raises(ConfigError, match="not finite"):
+        scores()

@@ -170,10 +170,10 @@ def bodies() -> Iterator[Case]:
     bad = [
         b"", b"{", b"\xff\xfe{\0}\0", '{"prompt": "a"}'.encode("utf-16"), '{"prompt": "a"}'.encode("utf-32"), b"\xef\xbb\xbf{}", b'{"prompt": "\xff"}', b'{"prompt": "\xc0\x80"}',
         b'{"prompt": "\xed\xa0\x80"}', b"[" * deep, b'{"a":' * deep, b'{"prompt":' + b"[" * 900 + b"]" * 900 + b"}", b"[" * 500_000 + b"]" * 500_000, b"nul", b"NaN", b"0", b'"a"', b"[]",
-        b"null", b'{"prompt": "a", "temperature": NaN}', b'{"prompt": "a", "temperature": -Infinity}', b'{"prompt": "a", "temperature": 1e99999}', b'{"prompt": "a", "seed": -1}',
+        b"null", b'{"prompt": "a", "temperature": NaN}', b'{"prompt": "a", "temperature": -Infinity}', b'{"prompt": "a", "temperature": 1e99999}', b'{"prompt": "a", "seed": -2}',
         b'{"prompt": "a", "n": ' + b"9" * 1_000_000 + b"}", b'{"prompt": "a", "temperature": 1.' + b"9" * 1_000_000 + b"e1000}", b'{"prompt": ["a", "a"], "n": ' + b"9" * 4300 + b"}",
         b'{"prompt": "a", "n": 1' + b"0" * 4290 + b"}", b'{"prompt": "a", "seed": 1e308}', b'{"prompt": "a", "max_tokens": 1e18}', b'{"prompt": "a", "\\ud800": 1}', b'{"prompt": "\\ud800"}',
-        b'{"prompt": "a", "model": "\\udfff"}', b'{"prompt": "a", "stop": "\\ud83d"}', b'{"prompt": "a", "style": "\\udc00"}', b'{"prompt": "a", "stream_options": {"\\ud800": true}}',
+        b'{"prompt": "a", "stop": "\\ud83d"}', b'{"prompt": "a", "style": "\\udc00"}', b'{"prompt": "a", "stream_options": {"\\ud800": true}}',
         b'{"prompt": "a", "max_tokens": true}', b'{"prompt": "a", "best_of": true}', b'{"prompt": "a", "logit_bias": {"1": 100}}', b'{"prompt": {"$ref": "file:///etc/passwd"}}', b'{"prompt": "a", "__proto__": {}}',
         b'{"prompt": "a", "_target_": "os.system"}', b'{"prompt": "a", "sampler": {"_target_": "os.system"}}', b'{"prompt": "a", "out_dir": "/etc"}', b'{"prompt": "a"} trailing', b'{"prompt": "a"}\0',
         b'{"prompt": [' + b'"a",' * 100_000 + b'"a"]}', b'{"prompt": "' + b"a" * 1_000_000 + b'"}', b'{"prompt": "a", "stop": [' + b'"x",' * 200_000 + b'"x"]}', b"{" + b'"k":1,' * 150_000 + b'"prompt":"a"}',
@@ -187,6 +187,7 @@ def bodies() -> Iterator[Case]:
         b' \n\t{"prompt": "a", "max_tokens": 1}\r\n ', b'{"prompt": "a", "max_tokens": 2, "temperature": 1e-320}', b'{"prompt": "a", "max_tokens": 2, "repetition_penalty": 0.01}',
         b'{"prompt": "a", "max_tokens": 2.0, "seed": 0}', b'{"prompt": "a", "max_tokens": 2, "top_p": 0, "typical": 0, "min_p": 1}', b'{"prompt": "emotion:\\u001b]0;x\\u0007|a", "max_tokens": 1}',
         b'{"prompt": "a", "max_tokens": 2, "stop": ["\\u0000", "\\n"]}', b'{"prompt": "style:' + b"z" * 15_000 + b'|a", "max_tokens": 1}',
+        b'{"prompt": "a", "model": "\\udfff", "max_tokens": 1}', b'{"prompt": [[97, 255], [10]], "max_tokens": 0, "echo": true, "logprobs": 20}',
     ]
     for body in good:
         yield Case("strange but right", post(body, "Connection: close"), frozenset({200, 400}), may_cut=False)

@@ -1,5 +1,6 @@
 """schemathesis against a server's own OpenAPI document: right and wrong requests, all of its checks."""
 
+import json
 from collections import Counter
 
 from ledger import Ledger
@@ -12,7 +13,7 @@ def fuzz(ledger: Ledger, address: str, *, examples: int, seed: int, token: str |
     from schemathesis.config import SchemathesisConfig
     from schemathesis.engine import events, from_schema
 
-    schemathesis.hook("filter_case")(within_max_texts)
+    schemathesis.hook("filter_case")(sayable)
     config = SchemathesisConfig.from_dict({
         "seed": seed, "generation": {"max-examples": examples, "mode": "all", "database": "none"}, "request-timeout": 60, "continue-on-failure": True,
         "headers": {"Authorization": f"Bearer {token}"} if token else {},
@@ -40,9 +41,14 @@ def _count(ledger: Ledger, kind: str, recorder, checks: Counter) -> None:
             ledger.count(kind, str(status))
 
 
-def within_max_texts(_context, case) -> bool:
-    """Drop what only the product of two fields makes wrong: a schema cannot say that prompts x n has a limit."""
+def sayable(_context, case) -> bool:
+    """Drop what only two fields together make wrong: a schema cannot say that prompts x n has a limit, or that best_of is n."""
     body = case.body
-    if not isinstance(body, dict) or not isinstance(body.get("prompt"), list) or not isinstance(body.get("n"), int):
+    if not isinstance(body, dict):
         return True
-    return len(body["prompt"]) * body["n"] <= 16
+    prompt, n, echo, scored = body.get("prompt"), body.get("n") or 1, body.get("echo") is True, body.get("logprobs") is not None
+    several = isinstance(prompt, list) and isinstance(n, int) and not all(isinstance(i, int) for i in prompt)
+    if several and len(prompt) * n > 16:
+        return False
+    # 评分的开头不能长过上下文；JSON 的长度不会短于 token 数
+    return body.get("best_of") in (None, n) and (body.get("max_tokens") != 0 or echo) and not (echo and scored and len(json.dumps(prompt)) > 60)
