@@ -52,7 +52,7 @@ MAX_LABEL_CHARS = 100
 STATUS = {
     "sample_oom": 503, "api_busy": 503, "api_stopping": 503, "api_time_limit": 504, "api_unread": 408, "nonfinite_logits": 500, "api_internal": 500,
 }
-PARAMS = {"unknown_characters": "prompt", "empty_prompt": "prompt", "prompt_over_context": "prompt"}
+PARAMS = dict.fromkeys(("unknown_characters", "empty_prompt", "prompt_all_skipped", "prompt_over_context"), "prompt")
 RETRY = {"Retry-After": "5"}
 
 
