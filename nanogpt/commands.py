@@ -15,6 +15,7 @@ from nanogpt.control import KINDS, build_control, read_form, takes_forms
 from nanogpt.files import folders_around
 from nanogpt.groups import option, options, parsed
 from nanogpt.messages import ConfigError, say, text
+from nanogpt.quoting import typed_override, word
 from nanogpt.sample_config import SAMPLE_CHOICES, SAMPLE_RANGES, SampleConfig
 from nanogpt.samples import SEPARATOR, Records, in_order, recorded, settings_record
 from nanogpt.values import unescaped
@@ -209,14 +210,18 @@ class Session:
 
     def overview(self) -> list[str]:
         """Every setting as key=value, as it would be typed on the command line."""
-        control = [f"control.{k}={plain(v)}" for k, v in self.settings.control.items() if k != "_target_" and not self._is_table(k)]
+        control = [self._typed(f"control.{k}", v) for k, v in self.settings.control.items() if k != "_target_" and not self._is_table(k)]
         return [
             f"model: {self.model.name}",
             " ".join([f"sampler={self.chosen['sampler']}", *(f"sampler.{k}={plain(self.settings.sampler[k])}" for k in self.sampler_keys())]),
             " ".join([f"control={self.chosen['control']}", *control]),
             f"max_new_tokens={self.settings.max_new_tokens} seed={self.settings.seed} num_samples={self.samples} "
-            f"stop={json.dumps(self.settings.stop, ensure_ascii=False)} unknown={self.unknown} output={plain(self.cfg.output)}",
+            f"{word('stop=' + json.dumps(self.settings.stop, ensure_ascii=False))} unknown={self.unknown} "
+            + self._typed("output", self.cfg.output),
         ]
+
+    def _typed(self, key: str, value: Any) -> str:
+        return typed_override(key, value if value is None else plain(value))
 
     def _do_stop(self, value: str) -> None:
         stops = parsed("stop", value) if value.startswith("[") else [value] if value else []

@@ -82,6 +82,8 @@ def script(name: str) -> str:
 
 def override(key: str, value: object) -> str:
     """key=value that is read as this value when it is typed, before any shell has a say."""
+    if value is None:
+        return f"{key}=null"
     typed = str(value)
     if key in PATH_KEYS:
         # 整个在引号里的、null、~/ 另有含义

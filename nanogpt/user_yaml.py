@@ -2,14 +2,19 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
+from omegaconf import DictConfig, OmegaConf
 
+from nanogpt.config import TrainConfig
 from nanogpt.messages import ConfigError, text
+from nanogpt.sample_config import SampleConfig
+from nanogpt.values import wanted_type
 
 # 自带的 yaml 不必再查：少解析一遍
 OWN = Path(__file__).resolve().parent.parent / "conf"
@@ -60,6 +65,19 @@ def _nodes(node: yaml.Node | None, seen: dict[int, int]) -> int:
     return seen[id(node)]
 
 
+def write_integers(node: DictConfig, prefix: str) -> None:
+    """Make a whole float such as 1e3 an integer where the key takes one."""
+    for name in node:
+        if OmegaConf.is_interpolation(node, name) or OmegaConf.is_missing(node, name):
+            continue
+        value, key = node[name], f"{prefix}{name}"
+        if isinstance(value, DictConfig):
+            write_integers(value, f"{key}.")
+        elif isinstance(value, float) and value.is_integer():
+            wanted = [wanted_type(schema, key) or "" for schema in (TrainConfig, SampleConfig)]
+            node[name] = int(value) if re.search(r"\bint\b", " ".join(wanted)) else value
+
+
 @contextlib.contextmanager
 def checked_yaml() -> Iterator[None]:
     """Check every yaml file that Hydra loads inside."""
@@ -70,9 +88,15 @@ def checked_yaml() -> Iterator[None]:
 
     def checked(self, config_path: str):
         path = Path(os.path.realpath(os.path.join(self.path, self._normalize_file_name(config_path))))
-        if path.is_file() and not path.is_relative_to(OWN):
-            check_yaml(path)
-        return load(self, config_path)
+        if not path.is_file() or path.is_relative_to(OWN):
+            return load(self, config_path)
+        check_yaml(path)
+        loaded = load(self, config_path)
+        # 没有写 package 的，放在它所在的组下面
+        package = loaded.header.get("package") or os.path.dirname(config_path).replace("/", ".")
+        if isinstance(loaded.config, DictConfig):
+            write_integers(loaded.config, "" if package in ("", "_global_") else f"{package}.")
+        return loaded
 
     source.load_config = checked
     try:

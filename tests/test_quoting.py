@@ -4,6 +4,8 @@ import random
 import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import make_config, make_sample_config
@@ -15,6 +17,8 @@ from nanogpt.cli import at_home
 from nanogpt.config import ROOT
 from nanogpt.messages import ConfigError
 from nanogpt.quoting import QUOTED, quoted
+from nanogpt.session import Session
+from nanogpt.user_yaml import checked_yaml
 from nanogpt.values import check_value, unescaped
 
 # 人们这样敲过的，与语法里的每个字符随机拼成的
@@ -141,11 +145,33 @@ def test_a_printed_path_is_read_back_by_the_shell_and_by_hydra(shell):
 
 def test_values_and_scripts_are_named_as_they_have_to_be_typed(in_tmp, monkeypatch):
     assert quoting.override("max_iters", 5) == "max_iters=5" and quoting.override("experiment", "my own") == "experiment='my own'"
+    assert quoting.override("output", None) == "output=null" and quoting.override("output", "null") == "output=./null"
     assert as_hydra_reads(quoting.override("control.style", "'tis ${x}")) == "'tis ${x}"
     for typed, expected in (("run_train.py", "run_sample.py"), ("../n/run_sample.py", "../n/run_sample.py"), ("pytest", str(ROOT / "run_sample.py"))):
         monkeypatch.setattr(sys, "argv", [typed])
         assert quoting.script("run_sample.py") == expected
     assert quoting.word("resume=outputs/我的", "sh") == "resume=outputs/我的" and quoting.word("a='b c'", "sh") == '"a=\'b c\'"'
+
+
+@pytest.mark.parametrize(("data", "labels", "stopped_by", "curves", "expected"), [
+    (["dataset=plays_char"], {}, "max_iters", True, ["run_sample.py 'out_dir=runs/a b'", "'resume=runs/a b' max_iters=10", "tensorboard --logdir 'runs/a b'", "dataset.path=my.txt"]),
+    (["dataset=text_file", "dataset.path=x"], {}, "early_stop", False, ["out_dir", "max_iters=10 early_stop_evals=0"]),
+    (["dataset=labelled", "dataset.path=x"], {"style": {"it's": (1,)}}, "target_reached", False, ['"control.style=it\'s"', "target_val_loss=null"]),
+])
+def test_what_is_said_to_come_next_fits_the_run(data, labels, stopped_by, curves, expected):
+    cfg = make_config(*data, checked=False)
+    run = SimpleNamespace(run_dir=Path("runs/a b"), cfg=cfg, data=SimpleNamespace(tokenizer=SimpleNamespace(labels=labels)))
+    commands = list(Session._next(run, {"iters": 5, "stopped_by": stopped_by}, curves=curves).values())
+    assert len(commands) == len(expected) and all(part in command for part, command in zip(expected, commands)), commands
+
+
+def test_whole_floats_in_a_yaml_of_ones_own_are_integers(tmp_path):
+    for name, content in {"experiment/mine": "# @package _global_\nmax_iters: 1e3\nlearning_rate: 1e0\nmodel: {n_layer: 2.0}\n", "model/mini": "defaults: [tiny, _self_]\nn_layer: 3e0\n"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.yaml").write_text(content, encoding="utf-8")
+    with checked_yaml():
+        cfg = make_config(f"hydra.searchpath=[file://{tmp_path.as_posix()}]", "model=mini", "experiment=mine")
+    assert (cfg.max_iters, cfg.learning_rate, cfg.model.n_layer) == (1000, 1.0, 2)
 
 
 @pytest.mark.parametrize(("name", "environment", "shell"), [
