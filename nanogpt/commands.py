@@ -14,7 +14,7 @@ from nanogpt.config import check_range
 from nanogpt.control import KINDS, build_control, read_form, takes_forms
 from nanogpt.files import folders_around
 from nanogpt.groups import option, options, parsed
-from nanogpt.messages import ConfigError, say, text
+from nanogpt.messages import ConfigError, say, show, text
 from nanogpt.quoting import typed_override, word
 from nanogpt.sample_config import SAMPLE_CHOICES, SAMPLE_RANGES, SampleConfig
 from nanogpt.samples import SEPARATOR, Records, in_order, recorded, settings_record
@@ -146,7 +146,7 @@ class Session:
         self._print(prompt)
 
     def _print(self, piece: str, end: str = "") -> None:
-        print(piece, end=end, flush=True)
+        show(piece, end=end)
 
     def begin(self) -> None:
         """A new line was read: on a terminal its texts stand for themselves."""
@@ -206,7 +206,7 @@ class Session:
 
     def _do_settings(self, value: str) -> None:
         for line in self.overview():
-            print(line, file=sys.stderr, flush=True)
+            show(line, file=sys.stderr)
 
     def overview(self) -> list[str]:
         """Every setting as key=value, as it would be typed on the command line."""

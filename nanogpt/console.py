@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 
-from nanogpt.messages import text
+from nanogpt.messages import show, shown, text
 
 
 class Console:
@@ -21,21 +21,21 @@ class Console:
             # 没有终端时不导入 rich，启动更快
             from rich.console import Console as RichConsole
 
-            self._rich = RichConsole(file=self._file, highlight=False, markup=False, soft_wrap=True)
+            self._rich = RichConsole(file=self._file, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def line(self, message: str, **values) -> None:
         """Print a message of nanogpt.messages."""
         self.plain(text(message, **values))
 
     def plain(self, line: str) -> None:
-        """Print a line as it is, above the progress bar if there is one."""
+        """Print a line, above the progress bar if there is one."""
         if self.quiet or self.gone:
             return
         try:
             if self._rich:
-                self._rich.print(line)
+                self._rich.print(shown(line, self._file))
             else:
-                print(line, file=self._file, flush=True)
+                show(line, file=self._file)
         except BrokenPipeError:
             # … | head 走了：让训练存好再停
             self.gone = True

@@ -18,7 +18,7 @@ from html import unescape
 from pathlib import Path
 
 from nanogpt.https import LEAST_BYTES, RefusedError, is_secure, open_url, without_password
-from nanogpt.messages import say
+from nanogpt.messages import say, shown
 
 # 第二个是国内镜像
 NPM_REGISTRIES = ("https://registry.npmjs.org", "https://registry.npmmirror.com")
@@ -81,9 +81,10 @@ def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
-        task = bar.add_task(name, total=None)
+        # 文件名可能来自别人的清单
+        task = bar.add_task(shown(name, sys.stderr), total=None)
         yield lambda have, total: bar.update(task, completed=have, total=total)
 
 

@@ -2,8 +2,10 @@
 
 import locale
 import os
+import re
 import sys
 import unicodedata
+from typing import TextIO
 
 _language = "en"
 
@@ -62,9 +64,28 @@ class _Nothing:
 NOTHING = _Nothing()
 
 
+# 终端会照做的：控制字符（换行与制表除外）、改变书写方向的符号；半个代理对打不出来
+COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def shown(written: str, file: TextIO) -> str:
+    """A text as `file` may have it: on a terminal, what would command the terminal stands there as an escape; elsewhere unchanged."""
+    return COMMANDS.sub(_escaped, written) if file.isatty() else written
+
+
+def _escaped(found: re.Match) -> str:
+    return found[0].encode("unicode_escape").decode("ascii")
+
+
+def show(written: str, *, file: TextIO | None = None, end: str = "\n") -> None:
+    """Print, to stdout if no file is named: the one way to the screen, since most texts hold something from a file of a stranger."""
+    file = file or sys.stdout
+    print(shown(written, file), file=file, end=end, flush=True)
+
+
 def say(message: str, **values) -> None:
     """Print a message on stderr."""
-    print(text(message, **values), file=sys.stderr, flush=True)
+    show(text(message, **values), file=sys.stderr)
 
 
 class ConfigError(ValueError):
@@ -87,16 +108,16 @@ def presentable(value):
     if isinstance(value, bool | float | None):
         return value
     try:
-        shown = str(value)
+        line = str(value)
     except ValueError:
         # Python 不肯把几千位的整数写成十进制
         return hex(value)[:LONGEST] + "…"
     if isinstance(value, int):
-        return value if len(shown) < 60 else shown[:40] + "…"
-    if len(shown) > LONGEST:
-        shown = f"{shown[: LONGEST - 100]} … {shown[-60:]} ({len(shown):,})"
+        return value if len(line) < 60 else line[:40] + "…"
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST - 100]} … {line[-60:]} ({len(line):,})"
     # 换行、ESC、NUL、半个代理对：写成转义，一行仍是一行；全角空格照旧
-    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode("ascii") for c in shown)
+    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode("ascii") for c in line)
 
 
 # 名字 -> (英文, 中文)；两种语言的占位符必须相同，有测试

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nanogpt.console import Console
 from nanogpt.files import check_writable, folders_around
-from nanogpt.messages import ConfigError
+from nanogpt.messages import ConfigError, show
 from nanogpt.sample_config import SampleConfig
 from nanogpt.writer import Piece, Result, Writer
 from nanogpt.writing import Model, Settings, prompt_list
@@ -97,7 +97,7 @@ def _print(pieces: Iterator[Piece], count: int) -> None:
     for piece in in_order(pieces, count):
         if piece.key != opened:
             if opened >= 0:
-                print(SEPARATOR)
+                show(SEPARATOR)
             opened = piece.key
-            print(piece.prompt, end="")
-        print(piece.text, end="\n" if piece.result else "", flush=True)
+            show(piece.prompt, end="")
+        show(piece.text, end="\n" if piece.result else "")

@@ -1,6 +1,8 @@
 """One-shot and batch writing: order, files of prompts, jsonl records, every precision, pretrained weights."""
 
+import ast
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -12,8 +14,9 @@ from test_pretrained import bpe_json, hf_folder  # noqa: F401 - bpe_json is a fi
 from test_writing import sample
 from typed import ENVIRONMENT
 
-from nanogpt import pretrained, samples, writing
+from nanogpt import messages, pretrained, samples, writing
 from nanogpt.config import ROOT
+from nanogpt.console import Console
 from nanogpt.messages import ConfigError
 from nanogpt.writer import Piece, Request, Result
 
@@ -138,6 +141,39 @@ def test_a_reader_that_leaves_early_is_no_error(run):
     assert writing.stdout.read(3) == b"the"
     writing.stdout.close()
     assert writing.stderr.read() == b"" and writing.wait(timeout=60) == 141
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+STRANGE = "春\x1b]0;owned\x07\x9b31m\u202e\r👨\u200d👩\n\tend"
+VISIBLE = "春\\x1b]0;owned\\x07\\x9b31m\\u202e\\r👨\u200d👩\n\tend"
+
+
+@pytest.mark.parametrize(("stream", "wanted"), [(Terminal, VISIBLE), (io.StringIO, STRANGE)])
+def test_what_would_command_a_terminal_is_shown_visibly_there_and_goes_into_a_pipe_as_it_is(monkeypatch, stream, wanted):
+    def printed(name, say):
+        monkeypatch.setattr(sys, name, stream())
+        say()
+        return getattr(sys, name).getvalue()
+
+    piece = dataclasses.replace(finished(0, STRANGE), prompt=STRANGE)
+    assert printed("stdout", lambda: samples._print(iter([piece]), 1)) == wanted * 2 + "\n"
+    assert printed("stderr", lambda: messages.say("started_from", named=STRANGE)) == messages.text("started_from", named=wanted) + "\n"
+    line = printed("stdout", lambda: Console().line("started_from", named=STRANGE))
+    # rich 把制表符展开成空格
+    assert line == (messages.text("started_from", named=wanted).expandtabs(8) if stream is Terminal else messages.text("started_from", named=wanted)) + "\n"
+
+
+def test_nothing_is_printed_past_the_one_function_that_watches_for_escape_sequences():
+    for path in (ROOT / "nanogpt").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.stdout.write", "sys.stderr.write"):
+                assert path.name == "messages.py" and "shown(written, file)" in ast.unparse(node), f"{path}:{node.lineno}"
 
 
 def test_settings_become_requests():

@@ -13,7 +13,7 @@ from nanogpt.control.codes import GUIDANCE
 from nanogpt.files import check_writable, folders_around, write_text
 from nanogpt.groups import sample_config
 from nanogpt.labels import LABEL_KINDS
-from nanogpt.messages import ConfigError, language_from_arguments, set_language, text
+from nanogpt.messages import ConfigError, language_from_arguments, set_language, show, text
 from nanogpt.mistakes import Arguments, forgive_output, one_line_each
 from nanogpt.quoting import quoted
 from nanogpt.sample_config import SampleConfig, check_sample
@@ -111,21 +111,21 @@ def run_evaluate(typed: argparse.Namespace, overrides: list[str]) -> None:
 
     check_package()
 
-    def show(part: str, record: dict) -> None:
-        print("\n".join(table.heading(record) if part == "real" else table.result(record)), flush=True)
+    def tell(part: str, record: dict) -> None:
+        show("\n".join(table.heading(record) if part == "real" else table.result(record)))
         if typed.output:
             # 每个设置一写完就存：中途停下也不白等
             with folders_around(typed.output):
                 write_text(typed.output, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
     asked = evaluate.Asked(typed.samples, guidance, baseline=typed.baseline, keep_texts=typed.texts)
-    record = evaluate.evaluate(cfg, run_dir, asked, typed.kind, show)
-    print("\n".join(table.summary(record)))
+    record = evaluate.evaluate(cfg, run_dir, asked, typed.kind, tell)
+    show("\n".join(table.summary(record)))
     if typed.plot:
         _picture().draw(record, typed.plot)
     for path in (typed.output, typed.plot):
         if path:
-            print(text("evaluate_written", path=path))
+            show(text("evaluate_written", path=path))
 
 
 def run_plot(typed: argparse.Namespace, overrides: list[str]) -> None:
@@ -139,7 +139,7 @@ def run_plot(typed: argparse.Namespace, overrides: list[str]) -> None:
         _picture().draw(record, typed.target)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError("not_an_evaluation", got=typed.source, reason=type(error).__name__) from None
-    print(text("evaluate_written", path=typed.target))
+    show(text("evaluate_written", path=typed.target))
 
 
 def check_target(path: Path, key: str) -> None:

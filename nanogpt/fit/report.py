@@ -12,7 +12,7 @@ from nanogpt.fit.ranking import best_of, names, ranked
 from nanogpt.fit.recipe import command, write_recipe
 from nanogpt.fit.report_page import figure, page
 from nanogpt.fit.result import STATUS_MESSAGES, TrialResult
-from nanogpt.messages import current_language, text
+from nanogpt.messages import current_language, show, shown, text
 
 # 不论哪次扫描，最近的最佳设置总在这里
 FIT = Path("outputs") / "fit"
@@ -39,7 +39,7 @@ def write_report(found: Sequence[TrialResult], folder: Path, *, margin: float) -
         text("report_best", command=use) if use else text("report_none"),
     ):
         if line:
-            print(line, flush=True)
+            show(line)
 
 
 def write_pictures(order: Sequence[TrialResult], best: TrialResult | None, folder: Path) -> list[str]:
@@ -73,9 +73,9 @@ def print_table(order: Sequence[TrialResult], margin: float) -> None:
     best = best_of(order, margin)
     for rank, (result, name) in enumerate(zip(order, names(order)), 1):
         table.add_row(
-            str(rank), name or text("trial_defaults"), text(STATUS_MESSAGES[result.status]), figure(result.tokens_per_s, ",.0f"),
+            str(rank), shown(name, sys.stdout) or text("trial_defaults"), text(STATUS_MESSAGES[result.status]), figure(result.tokens_per_s, ",.0f"),
             figure(result.step_ms, ",.1f"), peak_of_budget(result), figure(result.predicted_gib, ".2f"), figure(result.effective_batch, "d"),
-            why(result, margin), style="bold green" if result is best else None if result.status == "ok" else "dim",
+            shown(why(result, margin), sys.stdout), style="bold green" if result is best else None if result.status == "ok" else "dim",
         )
     console.print(table)
 

@@ -15,7 +15,7 @@ from nanogpt.fit import result as results
 from nanogpt.fit.result import EXPECTED, STATUS_MESSAGES, TrialResult
 from nanogpt.fit.spill import judge_all
 from nanogpt.fit.trial import run_trial
-from nanogpt.messages import ConfigError, say, text
+from nanogpt.messages import ConfigError, say, show, text
 from nanogpt.mistakes import EXIT_INTERRUPTED
 
 FIT = Path("outputs") / "fit"
@@ -35,7 +35,7 @@ def trial_job(cfg: TrainConfig, overrides: list[str]) -> float:
         sys.exit(EXIT_INTERRUPTED)
     except OSError as error:
         raise ConfigError("not_writable", path=folder, reason=error.strerror) from None
-    print(line_of(result), flush=True)
+    show(line_of(result))
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.RUN and (code := exit_code([result])):
         sys.exit(code)
     return result.objective
