@@ -7,6 +7,7 @@ import warnings
 
 import torch
 
+from nanogpt.loss import fusible_tail
 from nanogpt.oom import is_out_of_memory
 
 # 编译的时间大致随层数涨：2 核 CPU 上 tiny 的训练图 14 秒，每多一层多两三秒
@@ -44,10 +45,10 @@ def pays(model, tokens_per_step: int, micro_batches: int, steps: int, peak_tflop
 class Compiled:
     """A function compiled for each shape that it meets; its plain form from the first failure of the compiler on."""
 
-    def __init__(self, plain, console):
+    def __init__(self, plain, console, *, dynamic: bool = False):
         self.plain, self.console = plain, console
         # 形状只有几种：各编一张，不要又慢又难编的动态形状
-        self.compiled = torch.compile(plain, dynamic=False)
+        self.compiled = torch.compile(plain, dynamic=dynamic)
 
     def __call__(self, *args):
         if self.compiled is not None:
@@ -63,9 +64,9 @@ class Compiled:
 
 
 def compile_hidden(model, asked: str, device: torch.device, console, *, obstacle: str | None = None, pays: bool = True) -> None:
-    """Compile model.hidden for training steps as compile=auto|true|false asks, where that works and nothing (`obstacle`) speaks against it.
+    """Compile model.hidden and the loss's tail for training steps as compile=auto|true|false asks, where that works.
 
-    pays: whether auto may do it on a card.
+    obstacle: what speaks against it, or None; pays: whether auto may do it on a card.
     """
     asked = asked.lower()
     # CPU 上编译要一分钟，小模型短训练赚不回来；auto 只在 GPU 上开
@@ -79,6 +80,7 @@ def compile_hidden(model, asked: str, device: torch.device, console, *, obstacle
         return
     console.line("compiling")
     model.compiled_hidden = Compiled(model.hidden, console)
+    model.compiled_tail = Compiled(fusible_tail, console)
 
 
 def _keep_quiet() -> None:

@@ -151,7 +151,7 @@ class GPT(nn.Module):
         self.kept_blocks = 0
         self.recompute_context = contextlib.nullcontext
         self.loss_chunk_mib = 64
-        self.compiled_hidden = None
+        self.compiled_hidden = self.compiled_tail = None
         # 逐 token 解码的专用快路，由 acceleration 按设备装上
         self.fast_step = None
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
@@ -293,8 +293,8 @@ class GPT(nn.Module):
         # 只编译训练用的这一条路：评估还要再编三张图（整批、零头、短窗口），解码的形状每步都变
         hidden = self.compiled_hidden if self.compiled_hidden and self.training else self.hidden
         return chunked_cross_entropy(
-            hidden(idx), self.lm_head.weight, targets,
-            softcap=self.config.logit_softcap, chunk_mib=self.loss_chunk_mib, ignoring=self.config.separator is not None,
+            hidden(idx), self.lm_head.weight, targets, softcap=self.config.logit_softcap, chunk_mib=self.loss_chunk_mib,
+            ignoring=self.config.separator is not None, tail=self.compiled_tail,
         )
 
     def parameter_count(self) -> int:

@@ -1,5 +1,6 @@
 """What training does on a card, without one: decisions on the device, deterministic kernels, compiled graphs."""
 
+import contextlib
 import copy
 import functools
 import math
@@ -12,12 +13,13 @@ from test_memory_parts import preset_parts, step_of, weights
 from test_trainer import trainer_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanogpt import compilation, distributed, machine
+from nanogpt import compilation, distributed, machine, target
 from nanogpt import trainer as trainers
 from nanogpt.build import build_model
 from nanogpt.compilation import compile_hidden, pays
 from nanogpt.config import HardwareConfig
 from nanogpt.console import Console
+from nanogpt.loss import chunked_cross_entropy, even, fusible_tail, head
 from nanogpt.mistakes import explained
 
 
@@ -235,7 +237,8 @@ def test_a_training_step_is_one_graph_a_shape_and_an_evaluation_none(eager_backe
         model.train().loss(idx, idx).backward()
         with torch.no_grad():
             model.eval().loss(idx[:2, :9], idx[:2, :9])
-    assert eager_backend["stats"]["unique_graphs"] == 2 and not eager_backend["graph_break"] and not eager_backend["recompiles"]
+    # 每种行数：block 一张，损失的尾巴一张
+    assert eager_backend["stats"]["unique_graphs"] == 4 and not eager_backend["graph_break"] and not eager_backend["recompiles"]
 
 
 def test_a_compiler_that_fails_is_one_line_and_the_run_goes_on(monkeypatch, capsys):
@@ -266,6 +269,47 @@ def test_auto_compiles_where_the_whole_training_is_long_enough():
 def test_rounded_products_with_recomputation_are_not_compiled(in_tmp, tiny_overrides, capsys):
     trainer = trainer_of(tiny_overrides, "precision=bf16", "memory=lean", "compile=true")
     assert trainer.model.compiled_hidden is None and "activation_checkpointing=every_block" in capsys.readouterr().out
+
+
+# ---- 损失 ----
+
+
+def loss_and_gradients(V, dtype, *, softcap, tail=None, card=False, chunk_mib=1, ignoring=False, rows=600):
+    """Loss and gradients of 16-bit (or float32) products over several chunks; `card`: as a card would compute it."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, rows, 24, requires_grad=True), (0.3 * torch.randn(V, 24)).requires_grad_()
+    targets = torch.randint(0, V, (2, rows))
+    if ignoring:
+        targets[:, ::3] = -1
+    with target.planning_for("cuda") if card else contextlib.nullcontext(), torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        loss = chunked_cross_entropy(hidden, weight, targets, softcap=softcap, chunk_mib=chunk_mib, ignoring=ignoring, tail=tail)
+    loss.backward()
+    return loss.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+@pytest.mark.parametrize("tail", [None, fusible_tail], ids=["plain", "fusible"])
+def test_the_loss_as_a_card_computes_it_equals_the_plain_one(dtype, tolerance, softcap, tail):
+    # 501 行要补到 512；600 行分块后每块一样大
+    for ignoring in (False, True):
+        expected = loss_and_gradients(501, dtype, softcap=softcap, ignoring=ignoring)
+        got = loss_and_gradients(501, dtype, softcap=softcap, tail=tail, card=True, ignoring=ignoring)
+        for a, b in zip(expected, got, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=tolerance * a.abs().max().item())
+
+
+def test_chunks_on_a_card_are_of_one_size_where_the_tokens_allow_it():
+    assert [even(8192, most) for most in (333, 1335, 8192, 10_000)] == [256, 1024, 8192, 8192] and even(7919, 333) == 333
+
+
+def test_the_head_is_padded_only_where_it_is_copied_anyway():
+    weight = torch.ones(501, 4)
+    with target.planning_for("cuda"):
+        assert head(weight, torch.bfloat16).shape == (512, 4) and head(weight, torch.bfloat16)[501:].eq(0).all()
+        assert head(weight, torch.float32) is weight and head(weight.bfloat16(), torch.bfloat16).shape == (501, 4)
+        assert head(torch.ones(504, 4), torch.bfloat16).shape == (504, 4)
+    assert head(weight, torch.bfloat16).shape == (501, 4)
 
 
 # ---- 时间 ----
