@@ -87,7 +87,7 @@ class MemoryConfig:
     """none | every_block | selective | budget"""
     activation_budget_mib: int | None = None
     """Activations kept for the backward pass by activation_checkpointing=budget, MiB."""
-    loss_chunk_mib: int = 64
+    loss_chunk_mib: int = 256
     """Largest piece of float32 logits, MiB."""
     weights: str = "fp32"
     """fp32 | bf16: format in which the weights are stored and trained."""

@@ -150,7 +150,7 @@ class GPT(nn.Module):
         # 只对 budget 有效：最后这么多个 block 保留激活
         self.kept_blocks = 0
         self.recompute_context = contextlib.nullcontext
-        self.loss_chunk_mib = 64
+        self.loss_chunk_mib = 256
         self.compiled_hidden = self.compiled_tail = None
         # 逐 token 解码的专用快路，由 acceleration 按设备装上
         self.fast_step = None
