@@ -47,7 +47,7 @@ class Session:
     def __init__(self, cfg: SampleConfig, model: Model, *, piped: bool):
         self.cfg, self.model = cfg, model
         self.settings, self.samples = Settings.of(cfg), cfg.num_samples
-        self.temperature, self.unknown = cfg.temperature, cfg.unknown
+        self.temperature = cfg.temperature
         self.chosen = {group: cfg.groups.get(group, "?") for group in ("sampler", "control")}
         self.records = Records(cfg.output, model.name)
         self.written: list[Written] = []
@@ -105,7 +105,7 @@ class Session:
         """Write texts behind a prompt and print them; Ctrl-C ends the one that is being shown and drops those behind it."""
         count = samples or self.samples
         requests = [self.settings.request(typed, first + n) for n in range(count)]
-        writer = self.model.writer_of(requests, batch_size=self.cfg.batch_size, skip_unknown=self.unknown == "skip", skip="/unknown skip")
+        writer = self.model.writer_of(requests, batch_size=self.cfg.batch_size, skip="/unknown skip")
         opened = -1
 
         def finished(result: Result) -> None:
@@ -216,7 +216,7 @@ class Session:
             " ".join([f"sampler={self.chosen['sampler']}", *(f"sampler.{k}={plain(self.settings.sampler[k])}" for k in self.sampler_keys())]),
             " ".join([f"control={self.chosen['control']}", *control]),
             f"max_new_tokens={self.settings.max_new_tokens} seed={self.settings.seed} num_samples={self.samples} "
-            f"{word('stop=' + json.dumps(self.settings.stop, ensure_ascii=False))} unknown={self.unknown} "
+            f"{word('stop=' + json.dumps(self.settings.stop, ensure_ascii=False))} unknown={self.settings.unknown} "
             + self._typed("output", self.cfg.output),
         ]
 
@@ -235,7 +235,7 @@ class Session:
     def _do_unknown(self, value: str) -> None:
         if value not in SAMPLE_CHOICES["unknown"]:
             raise ConfigError("not_a_choice", key="unknown", got=value, allowed=" | ".join(SAMPLE_CHOICES["unknown"]))
-        self.unknown = value
+        self.change(unknown=value)
         self._changed("unknown", value)
 
     def _do_control(self, value: str) -> None:

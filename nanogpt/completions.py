@@ -9,10 +9,10 @@ from typing import Any
 
 from nanogpt.control import GUIDANCE, KINDS, takes_forms
 from nanogpt.messages import ConfigError, text_in
-from nanogpt.sample_config import ServerConfig
+from nanogpt.sample_config import SAMPLE_CHOICES, ServerConfig
 from nanogpt.sampling import SETTINGS
 from nanogpt.scoring import Score
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.tokenizer import Tokenizer, UnknownCharacters
 from nanogpt.worker import News
 from nanogpt.writer import Request, Result
 from nanogpt.writing import Settings
@@ -31,7 +31,7 @@ FIELDS = {
     "best_of": ("integer", 1, None), "logprobs": ("integer", 0, MOST_LOGPROBS), "stop": ("string or array of strings", None, None),
     "seed": ("integer", 0, 2**62), "stream": ("boolean", None, None),
     "style": ("string", None, None), "emotion": ("string", None, None), "guidance": ("number", *GUIDANCE), "stream_options": ("object", None, None),
-    "echo": ("boolean", None, None), "user": ("string", None, None), **SAMPLER_FIELDS,
+    "unknown": ("string", None, None), "echo": ("boolean", None, None), "user": ("string", None, None), **SAMPLER_FIELDS,
 }
 TYPES = {
     "string": str, "boolean": bool, "object": dict, "integer": int, "number": (int, float),
@@ -52,7 +52,7 @@ MAX_LABEL_CHARS = 100
 STATUS = {
     "sample_oom": 503, "api_busy": 503, "api_stopping": 503, "api_time_limit": 504, "api_unread": 408, "nonfinite_logits": 500, "api_internal": 500,
 }
-PARAMS = dict.fromkeys(("unknown_characters", "empty_prompt", "prompt_all_skipped", "prompt_over_context"), "prompt")
+PARAMS = dict.fromkeys(("api_unknown_characters", "empty_prompt", "prompt_all_skipped", "prompt_over_context"), "prompt")
 RETRY = {"Retry-After": "5"}
 
 
@@ -68,8 +68,10 @@ def as_api_error(error: ConfigError) -> ApiError:
     """An error of the Writer or of a sampler in the API's terms."""
     if isinstance(error, ApiError):
         return error
-    status = STATUS.get(error.message, 400)
-    return ApiError(status, error.message, param=PARAMS.get(error.message), headers=RETRY if status == 503 else None, **error.values)
+    # 怎样跳过，这里有这里的写法
+    message = "api_unknown_characters" if isinstance(error, UnknownCharacters) else error.message
+    status = STATUS.get(message, 400)
+    return ApiError(status, message, param=PARAMS.get(message), headers=RETRY if status == 503 else None, **error.values)
 
 
 def error_body(error: ApiError, language: str | None) -> dict:
@@ -212,12 +214,14 @@ class Reader:
         if missing := next((name for name in changes if name not in self.base.sampler), None):
             known = ", ".join(key for key in self.base.sampler if key != "_target_")
             raise ApiError(400, "api_not_in_sampler", param=missing, field=missing, known=known)
-        control = self._control(given)
+        control, unknown = self._control(given), given.get("unknown", self.base.unknown)
+        if unknown not in (allowed := SAMPLE_CHOICES["unknown"]):
+            raise ApiError(400, "api_wrong_type", param="unknown", field="unknown", wanted=" | ".join(allowed))
         stop = _strings("stop", given["stop"]) if "stop" in given else self.base.stop
         if "" in stop or len(stop) > MAX_STOPS or any(len(s) > MAX_STOP_CHARS for s in stop):
             raise ApiError(400, "api_wrong_type", param="stop", field="stop", wanted=f"<= {MAX_STOPS} strings of 1 … {MAX_STOP_CHARS} characters")
         return dataclasses.replace(
-            self.base, sampler={**self.base.sampler, **changes}, control=control, seed=given.get("seed", self.base.seed), stop=stop,
+            self.base, sampler={**self.base.sampler, **changes}, control=control, seed=given.get("seed", self.base.seed), stop=stop, unknown=unknown,
             max_new_tokens=given.get("max_tokens", min(self.base.max_new_tokens, self.limits.max_tokens)),
         )
 

@@ -388,13 +388,9 @@ MESSAGES = {
         "词表里没有 {characters}；请去掉这些字符{skip}，或用包含它们的文本训练",
     ),
     "way_to_skip": (", pass over them with {typed}", "，或用 {typed} 跳过"),
-    "prompt_skipped": (
-        "start={got!r}: the vocabulary has none of its characters; nothing of it is left to write behind",
-        "start={got!r}：词表里一个字也没有，跳过之后什么也不剩",
-    ),
     "prompt_all_skipped": (
-        "start={got!r}: the vocabulary has none of its characters, and this model cannot write behind nothing; give others",
-        "start={got!r}：词表里一个字也没有，跳过之后什么也不剩，这个模型无从写起；请换别的字",
+        "start={got!r}: the vocabulary has none of its characters, so that nothing of it is left; give others, or train on text that has them",
+        "start={got!r}：词表里一个字也没有，跳过之后什么也不剩；请换别的字，或用包含它们的文本训练",
     ),
     "cannot_prepare": (
         "data set {name} could not be prepared: {path} ({reason}); mend that, or name another place with dataset.dir=…",
@@ -682,6 +678,10 @@ MESSAGES = {
     ),
     "api_wrong_type": ("{field} has the wrong type; {wanted} is wanted", "{field} 类型不对，应为 {wanted}"),
     "api_out_of_range": ("{field}={got} is out of range; it must be {wanted}", "{field}={got} 超出范围，应为 {wanted}"),
+    "api_unknown_characters": (
+        'the vocabulary lacks {characters}; leave them out, or have them passed over ("unknown": "skip")',
+        '词表里没有 {characters}；请去掉这些字符，或让它们被跳过（"unknown": "skip"）',
+    ),
     "api_no_prompt": ("prompt is missing or empty; give at least one character", "没有 prompt 或它是空的；请至少给一个字"),
     "api_prompt_too_long": (
         "prompt has {got} characters or token ids; at most {limit} are taken (server.max_prompt_chars)",

@@ -6,7 +6,7 @@ from typing import Any
 from nanogpt import __version__
 from nanogpt.completions import FIELDS, LIMITS, MAX_LABEL_CHARS, MAX_STOP_CHARS, MAX_STOPS, NEUTRAL, STREAM_OPTIONS, UNSET
 from nanogpt.control import KINDS
-from nanogpt.sample_config import ServerConfig
+from nanogpt.sample_config import SAMPLE_CHOICES, ServerConfig
 
 ERRORS = {
     "400": "A field is wrong", "401": "The token is missing or wrong", "403": "Another origin, or a host name that is not this machine's",
@@ -67,6 +67,7 @@ def request_schema(
     several = {"type": "array", "minItems": 1, "maxItems": limits.max_texts}
     properties["prompt"] = {"anyOf": [prompt, {**several, "items": prompt}, {**ids, "minItems": 1}, {**several, "items": ids}]}
     properties["stop"] = {"anyOf": [stop, {"type": "array", "items": stop, "maxItems": MAX_STOPS}, {"type": "null"}]}
+    properties["unknown"] = {"enum": [None, *SAMPLE_CHOICES["unknown"]]}
     for name in KINDS:
         properties[name] = {"type": ["string", "null"], "maxLength": MAX_LABEL_CHARS, "pattern": r"^[^\n]*$"}
     properties["stream_options"] = {

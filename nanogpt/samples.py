@@ -73,7 +73,7 @@ def write_samples(cfg: SampleConfig, model: Model) -> None:
     settings = Settings.of(cfg)
     prompts = prompt_list(cfg, model.default_prompt)
     requests = [settings.request(prompt, number) for prompt in prompts for number in range(cfg.num_samples)]
-    writer = model.writer_of(requests, batch_size=cfg.batch_size, skip_unknown=cfg.unknown == "skip", skip="unknown=skip")
+    writer = model.writer_of(requests, batch_size=cfg.batch_size, skip="unknown=skip")
     records = Records(cfg.output, model.name)
     # 一个开头是在看它写，许多开头是在等它写完
     bar = Console(stream="stderr", quiet=len(prompts) == 1)

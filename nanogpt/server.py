@@ -30,7 +30,7 @@ async def run(cfg: SampleConfig, model, bound: socket.socket, *, on_start=None) 
     from nanogpt.worker import Worker
     from nanogpt.writing import Settings
 
-    worker = Worker(model.writer(capacity=cfg.batch_size, skip_unknown=cfg.unknown == "skip"), max_waiting=cfg.server.max_waiting)
+    worker = Worker(model.writer(capacity=cfg.batch_size), max_waiting=cfg.server.max_waiting)
     reader = Reader(model.id, Settings.of(cfg), cfg.server, model.writes_documents, model.tokenizer)
     api = Api(worker, reader, announcement(cfg, model))
     server = Server(api, cfg.server, on_shutdown=worker.begin_closing)
@@ -67,6 +67,6 @@ def announcement(cfg: SampleConfig, model) -> dict:
         "limits": {"max_tokens": limits.max_tokens, "max_texts": limits.max_texts, "max_prompt_chars": limits.max_prompt_chars},
         "defaults": {
             **sampler, **guidance, "prompt": model.default_prompt, "max_tokens": min(cfg.max_new_tokens, limits.max_tokens), "seed": cfg.seed,
-            "stop": cfg.stop,
+            "stop": cfg.stop, "unknown": cfg.unknown,
         },
     }

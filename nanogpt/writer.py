@@ -50,6 +50,8 @@ class Request:
     stop: tuple[str, ...] = ()
     """The text ends before the first of these."""
     stop_at_end_of_text: bool = True
+    skip_unknown: bool = False
+    """Whether characters that the vocabulary lacks are passed over."""
     control: "Control | None" = None
     """Style and emotion: fills in the prefixes and wraps the sampler when the request is submitted."""
     ids: tuple[int, ...] | None = None
@@ -144,10 +146,9 @@ class Writer:
     """
 
     def __init__(
-        self, model, tokenizer: Tokenizer, *, capacity: int = 1, max_length: int | None = None, skip_unknown: bool = False,
-        context=contextlib.nullcontext,
+        self, model, tokenizer: Tokenizer, *, capacity: int = 1, max_length: int | None = None, context=contextlib.nullcontext,
     ):
-        self.model, self.tokenizer, self.skip_unknown, self.context = model, tokenizer, skip_unknown, context
+        self.model, self.tokenizer, self.context = model, tokenizer, context
         self.capacity, self.max_length = capacity, max_length
         self.separator: int | None = model.config.separator
         # GPU 上先排下一步，再读上一步的结果：取数与解码文字的时间藏在计算后面
@@ -163,6 +164,10 @@ class Writer:
         if request.control:
             request = request.control.apply(request, self.tokenizer)
         ids = self._prompt_ids(request)
+        skipped = request.skip_unknown and request.prompt and request.ids is None
+        if skipped and not len(encode_prompt(self.tokenizer, request.prompt, skip_unknown=True)):
+            # 悄悄从空的写起，会让人以为开头起了作用
+            raise ConfigError("prompt_all_skipped", got=request.prompt)
         if not len(ids) and self.separator is None:
             raise ConfigError("prompt_all_skipped" if request.prompt else "empty_prompt", got=request.prompt)
         read = len(ids) + len(self._opening(request))
@@ -175,8 +180,8 @@ class Writer:
 
     def _prompt_ids(self, request: Request) -> np.ndarray:
         if request.ids is None:
-            return encode_prompt(self.tokenizer, request.prefix + request.prompt, skip_unknown=self.skip_unknown)
-        prefix = encode_prompt(self.tokenizer, request.prefix, skip_unknown=self.skip_unknown)
+            return encode_prompt(self.tokenizer, request.prefix + request.prompt, skip_unknown=request.skip_unknown)
+        prefix = encode_prompt(self.tokenizer, request.prefix, skip_unknown=request.skip_unknown)
         return np.concatenate((prefix, np.array(request.ids, dtype=np.int64)))
 
     def _opening(self, request: Request) -> tuple[int, ...]:

@@ -16,14 +16,14 @@ from nanogpt.acceleration import HALF, accelerate
 from nanogpt.build import model_of
 from nanogpt.config import HardwareConfig
 from nanogpt.control import build_control, read_form, takes_forms
-from nanogpt.messages import ConfigError, say
+from nanogpt.messages import ConfigError
 from nanogpt.precision import Precision
 from nanogpt.pretrained import build_pretrained, open_pretrained
 from nanogpt.sample_config import FROM_FILE, SampleConfig, file_of
 from nanogpt.sampling import Sampler, build_sampler
 from nanogpt.source_text import iter_text
 from nanogpt.values import unescaped
-from nanogpt.writer import Request, Writer, default_prompt, encode_prompt
+from nanogpt.writer import Request, Writer, default_prompt
 
 # 再大就不是开头，而是一份语料：不整个读进内存
 LARGEST_PROMPTS = 64 * 2**20
@@ -39,11 +39,14 @@ class Settings:
     stop: list[str]
     stop_at_end_of_text: bool
     control: dict[str, Any] = field(default_factory=dict)
+    unknown: str = "error"
+    """What happens to characters that the vocabulary lacks: error | skip."""
 
     @classmethod
     def of(cls, cfg: SampleConfig) -> "Settings":
         """What conf/sample.yaml and the command line say."""
-        return cls(dict(cfg.sampler), cfg.max_new_tokens, cfg.seed, [unescaped(s) for s in cfg.stop], cfg.stop_at_end_of_text, dict(cfg.control))
+        stop = [unescaped(s) for s in cfg.stop]
+        return cls(dict(cfg.sampler), cfg.max_new_tokens, cfg.seed, stop, cfg.stop_at_end_of_text, dict(cfg.control), cfg.unknown)
 
     def request(self, prompt: str, number: int = 0) -> Request:
         """The request for the number-th text behind a prompt, which may begin with `style:…|` or `emotion:…|` of its own."""
@@ -54,6 +57,7 @@ class Settings:
         return Request(
             prompt, _sampler(json.dumps(self.sampler)), self.max_new_tokens, self.seed + number,
             stop=tuple(self.stop), stop_at_end_of_text=self.stop_at_end_of_text, control=build_control(control) if control else None,
+            skip_unknown=self.unknown == "skip",
         )
 
 
@@ -90,28 +94,24 @@ class Model:
         """What start=null means."""
         return default_prompt(self.tokenizer, self.network.config.separator)
 
-    def writer(self, *, capacity: int, max_length: int | None = None, skip_unknown: bool = False) -> Writer:
+    def writer(self, *, capacity: int, max_length: int | None = None) -> Writer:
         """A Writer of `capacity` rows."""
         return Writer(
-            self.network, self.tokenizer, capacity=capacity, max_length=max_length, skip_unknown=skip_unknown, context=self.context,
+            self.network, self.tokenizer, capacity=capacity, max_length=max_length, context=self.context,
         )
 
-    def writer_of(self, requests: list[Request], *, batch_size: int, skip_unknown: bool, skip: str | None = None) -> Writer:
+    def writer_of(self, requests: list[Request], *, batch_size: int, skip: str | None = None) -> Writer:
         """A Writer to which all requests are submitted, with no more rows and no longer a cache than they need.
 
         `skip` is what a person would type to have unknown characters passed over.
         """
-        writer = self.writer(capacity=min(batch_size, len(requests)), skip_unknown=skip_unknown)
+        writer = self.writer(capacity=min(batch_size, len(requests)))
         try:
             # 全部开头先编码：第 100 个里有词表没有的字，也在开写之前就说
             for request in requests:
                 writer.submit(request)
         except tokenizers.UnknownCharacters as error:
             raise tokenizers.UnknownCharacters(error.characters, skip) from None
-        for prompt in dict.fromkeys(request.prompt for request in requests) if skip_unknown else ():
-            if prompt and not len(encode_prompt(self.tokenizer, prompt, skip_unknown=True)):
-                # 悄悄从空的写起，会让人以为开头起了作用
-                say("prompt_skipped", got=prompt)
         writer.max_length = max(text.prompt_tokens + text.request.max_new_tokens for text in writer.texts.values())
         return writer
 

@@ -138,7 +138,7 @@ def test_more_than_one_sample_stand_apart(session, capsys):
     ("/samples 3", lambda s: s.samples == 3),
     ("/stop \\n\\n", lambda s: s.settings.stop == ["\n\n"]),
     ('/stop ["a", "b c"]', lambda s: s.settings.stop == ["a", "b c"]),
-    ("/stop", lambda s: s.settings.stop == []), ("/tokens 1e2", lambda s: s.settings.max_new_tokens == 100), ("/unknown skip", lambda s: s.unknown == "skip"),
+    ("/stop", lambda s: s.settings.stop == []), ("/tokens 1e2", lambda s: s.settings.max_new_tokens == 100), ("/unknown skip", lambda s: s.settings.unknown == "skip"),
     ("/style 充满诗意", lambda s: s.settings.control["style"] == "充满诗意"),
     ("/emotion happy", lambda s: s.settings.control["emotion"] == "happy"),
     ("/control emotion sad", lambda s: s.settings.control["emotion"] == "sad"),

@@ -382,6 +382,14 @@ def test_a_style_that_cannot_be_is_one_line(serve, overrides, body, param):
     assert ("controls" in json.loads(server.get("/v1/models")[2])["data"][0]) == (not overrides)
 
 
+def test_characters_that_the_vocabulary_lacks_are_named_or_passed_over(shared):
+    status, answer, _ = shared.post({"prompt": "aЖb", "seed": 1})
+    assert status == 400 and answer["error"]["code"] == "unknown_characters" and answer["error"]["param"] == "prompt" and '"unknown": "skip"' in answer["error"]["message"]
+    texts = [shared.post({"prompt": prompt, "seed": 1, "max_tokens": 5, "unknown": "skip"})[1]["choices"][0]["text"] for prompt in ("aЖb", "ab")]
+    assert texts[0] == texts[1] and shared.post({"prompt": "Ж", "unknown": "skip"})[1]["error"]["code"] == "prompt_all_skipped"
+    assert shared.post({"prompt": "a", "unknown": "maybe"})[1]["error"]["param"] == "unknown"
+
+
 def test_the_openapi_document_tells_the_same_limits_and_fields(shared):
     document = json.loads(shared.get("/openapi.json")[2])
     schema = document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]

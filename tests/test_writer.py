@@ -159,9 +159,9 @@ def test_the_default_prompt_can_be_read_whatever_the_vocabulary(tokenizer):
 def test_unknown_characters_are_named_or_skipped(model):
     with pytest.raises(ConfigError, match="lacks 'x' 'z'; leave them out, or train"):
         write(model, Request("azbx", GREEDY, 3, seed=0))
-    assert write(model, Request("azbx", GREEDY, 3, seed=0), skip_unknown=True) == write(model, Request("ab", GREEDY, 3, seed=0))
+    assert write(model, Request("azbx", GREEDY, 3, seed=0, skip_unknown=True)) == write(model, Request("ab", GREEDY, 3, seed=0))
     with pytest.raises(ConfigError, match="start='zx': the vocabulary has none of its characters"):
-        write(model, Request("zx", GREEDY, 3, seed=0), skip_unknown=True)
+        write(model, Request("zx", GREEDY, 3, seed=0, skip_unknown=True))
 
 
 def test_the_prefix_is_read_but_not_part_of_the_text(model):

@@ -70,7 +70,7 @@ def texts(lab: Lab, data: str, prompts: list[str], *overrides: str) -> list[str]
     """What is written behind each prompt, all rows together."""
     model, settings = opened(lab, data, *overrides)
     requests = [settings.request(prompt, number) for number, prompt in enumerate(prompts)]
-    writer = model.writer_of(requests, batch_size=len(requests), skip_unknown=False)
+    writer = model.writer_of(requests, batch_size=len(requests))
     found = {piece.key: piece.result.text for piece in writer.write() if piece.result}
     return [found[key] for key in range(len(prompts))]
 
@@ -136,7 +136,7 @@ def ending(lab: Lab, prompts: list[str]) -> dict:
 
     before = held()
     with recordings(seconds):
-        writer = model.writer_of(list(requests()), batch_size=len(prompts), skip_unknown=False)
+        writer = model.writer_of(list(requests()), batch_size=len(prompts))
         count = sum(piece.result is not None for piece in writer.write())
     while_there = held() - before
     del writer
@@ -158,7 +158,7 @@ def halved(lab: Lab, prompts: list[str]) -> dict:
 
     network.next_logits = next_logits
     requests = [settings.request(prompt, number) for number, prompt in enumerate(prompts)]
-    writer = model.writer_of(requests, batch_size=len(requests), skip_unknown=False)
+    writer = model.writer_of(requests, batch_size=len(requests))
     found = {piece.key: piece.result.text for piece in writer.write() if piece.result}
     got = {"graph": [found[key] for key in range(len(prompts))], "whole": texts(lab, "letters", prompts, *overrides)}
     return {**judged(got), "capacity": writer.capacity}

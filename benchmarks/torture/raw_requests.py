@@ -229,7 +229,7 @@ def random_bodies(random: Random, size: int) -> Iterator[Case]:
     )
     names = (
         "model", "n", "stop", "seed", "stream", "style", "emotion", "guidance", "stream_options", "echo", "user", "temperature", "top_k", "top_p", "min_p", "typical",
-        "repetition_penalty", "no_repeat_ngram", "best_of", "logit_bias", "logprobs", "suffix", "metadata", "presence_penalty", "frequency_penalty", "unheard_of",
+        "repetition_penalty", "no_repeat_ngram", "unknown", "best_of", "logit_bias", "logprobs", "suffix", "metadata", "presence_penalty", "frequency_penalty", "unheard_of",
     )
     for _ in range(size):
         body = {"prompt": random.choice(("a", "the king", ["a", "b"], random.choice(values))), "max_tokens": random.choice((1, 2, 5, random.choice(values)))}

@@ -145,7 +145,7 @@ def write(model: Model, cfg: SampleConfig, labels: list[str], node: Callable[[st
     for number, label in enumerate(labels):
         settings = dataclasses.replace(base, control=node(label))
         requests += [settings.request("", number * samples * alike + i) for i in range(samples)]
-    writer = model.writer_of(requests, batch_size=cfg.batch_size, skip_unknown=False)
+    writer = model.writer_of(requests, batch_size=cfg.batch_size)
     results: dict[int, Result] = {}
     with Console(stream="stderr").progress(len(requests), 0, title="progress_writing") as advance:
         for piece in writer.write():
