@@ -87,6 +87,7 @@ def test_every_command_and_every_warning_of_the_card_program_is_judged(in_tmp):
 
     def warned():
         warnings.warn("slow", UserWarning, stacklevel=1)
+        warnings.warn_explicit("old", UserWarning, "/python/hydra/main.py", 1)
         return {"value": float("nan"), "nested": [torch.tensor(1.5), np.float32(2)]}
 
     def broken():

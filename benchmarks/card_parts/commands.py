@@ -64,11 +64,14 @@ def base(lab: Lab) -> tuple[str, ...]:
 def command(lab: Lab, script: str, *overrides: str) -> dict:
     """Run a command to its end: its seconds, its last lines where it failed, and what it warned of."""
     started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *overrides], cwd=lab.folder, capture_output=True, text=True,
-        encoding="utf-8",
-        errors="replace", timeout=max(1.0, min(lab.left(), 600.0)), env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / script), *overrides], cwd=lab.folder, capture_output=True, text=True,
+            encoding="utf-8", errors="replace", timeout=max(1.0, min(lab.left(), 600.0)),
+            env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        )
+    except subprocess.TimeoutExpired:
+        return {"skipped": "no time left to end", "command_s": time.perf_counter() - started}
     said = [line for line in done.stderr.splitlines() if "arning" in line]
     found = {"ok": done.returncode == 0, "command_s": time.perf_counter() - started, "said": said[:5]}
     last = " | ".join((done.stdout + done.stderr).splitlines()[-6:])[-600:]
@@ -111,4 +114,6 @@ def quality(lab: Lab) -> dict:
         return {"skipped": "no time left"}
     out = lab.run_folder()
     found = {**command(lab, "run_train.py", *SHAKESPEARE, f"out_dir={out}", f"device={lab.device}"), **summary_of(out)}
+    if "skipped" in found:
+        return found
     return {**found, "ok": found["ok"] and found.get("best_val_loss", math.inf) <= 1.42}

@@ -38,8 +38,9 @@ Case = tuple[str, Callable[[], dict]]
 LETTERS = "\nabcdefghijklmnopqrstuvwxyz ,."
 GPT2_VOCAB = 50257
 GIB = 2**30
-# 这些不是 PyTorch 说的，与结果无关
+# 这些与结果无关：几类，和配置库对它们自己的用法说的
 QUIET = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
+QUIET_SOURCES = re.compile(r"[/\\](hydra|omegaconf)[/\\]")
 # 之后这个进程里的 CUDA 调用都会失败
 BROKEN = re.compile("CUDA error|device-side assert|illegal memory access|CUBLAS_STATUS_EXECUTION|launch failure", re.I)
 
@@ -226,7 +227,8 @@ def listening(log: Path | None, said: list[str]) -> Iterator[None]:
         finally:
             for logger in loggers:
                 logger.removeHandler(handler)
-            said += [f"{w.category.__name__}: {w.message}"[:300] for w in caught if not issubclass(w.category, QUIET)]
+            heard = (w for w in caught if not issubclass(w.category, QUIET) and not QUIET_SOURCES.search(w.filename))
+            said += [f"{w.category.__name__}: {w.message}"[:300] for w in heard]
             if log:
                 sys.stderr.flush()
                 fresh = log.read_bytes()[size:].decode("utf-8", errors="replace").splitlines()
@@ -272,7 +274,7 @@ def profile(lab: Lab, function: Callable[[], object], count: int, top: int = 15)
     activity = torch.profiler.ProfilerActivity.CUDA if on_card else torch.profiler.ProfilerActivity.CPU
     # 墙钟另量：剖析器自己也拖慢主机
     wall = lab.seconds(function, count=count)
-    with torch.profiler.profile(activities=[activity]) as profiler:
+    with torch.profiler.profile(activities=[activity], acc_events=True) as profiler:
         for _ in range(count):
             function()
         lab.wait()
