@@ -15,7 +15,7 @@ def checked(cfg: SampleConfig) -> Path | None:
 
 
 def before_sweep(cfg: SampleConfig) -> None:
-    """What is checked of every job of a sweep before its first."""
+    """Check a job of a sweep before the first begins."""
     checked(cfg)
 
 

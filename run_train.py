@@ -8,7 +8,7 @@ from nanogpt.config import TrainConfig, check
 
 
 def run_folder(cfg: TrainConfig) -> Path:
-    """The folder to train in, after every check that takes no time: until torch is imported a mistake is answered within a second."""
+    """The folder to train in, after every check that takes no time: a mistake is answered before torch is imported."""
     if cfg.resume:
         return rundir.locate(cfg.resume)
     check(cfg)
@@ -19,7 +19,7 @@ def run_folder(cfg: TrainConfig) -> Path:
 
 
 def before_sweep(cfg: TrainConfig) -> Path | None:
-    """What is checked of every job of a sweep before its first: the folder that it trains in, None for a plan or a trial."""
+    """Check a job of a sweep before the first begins; the folder that it trains in, None for a plan or a trial."""
     if cfg.plan.lower() != "false" or cfg.trial.enabled:
         return None
     run_dir = run_folder(cfg)
@@ -27,7 +27,8 @@ def before_sweep(cfg: TrainConfig) -> Path | None:
         from nanogpt import corpus
 
         # 第九个任务的文本找不到，不要等八个训完才说
-        corpus.folder_of(cfg.dataset["name"], cfg.dataset["dir"], {k: v for k, v in cfg.dataset.items() if k not in ("name", "dir")})
+        options = {k: v for k, v in cfg.dataset.items() if k not in ("name", "dir")}
+        corpus.folder_of(cfg.dataset["name"], cfg.dataset["dir"], options)
     return run_dir
 
 

@@ -62,9 +62,9 @@ def remembered_groups(arguments: list[str]) -> list[str]:
 
 
 def arranged(arguments: list[str]) -> tuple[list[str], list[str], bool]:
-    """(flags with their values, overrides, whether it is a sweep): Hydra wants the flags together, people write them anywhere.
+    """(flags with their values, overrides, whether it is a sweep); refuses what cannot be read.
 
-    Refuses what cannot be read.
+    Hydra wants the flags together, people write them anywhere.
     """
     check_arguments(arguments)
     parser = get_args_parser()
@@ -99,7 +99,7 @@ def with_integers(argument: str, schema: type) -> str:
         return argument
     # 选项的类型写在它自己的函数里：那里只改 1e3，不动 1.0
     form = WHOLE_FLOAT if wanted else EXPONENT
-    return key + equals + re.sub(rf"{QUOTED}|{form}", lambda found: found[0] if found[0][0] in "'\"" else in_digits(found[0]), value)
+    return key + equals + re.sub(rf"({QUOTED})|{form}", lambda found: found[1] or in_digits(found[0]), value)
 
 
 def check_arguments(arguments: list[str]) -> None:
@@ -115,7 +115,8 @@ def check_arguments(arguments: list[str]) -> None:
             raise ConfigError("large_number", key=key, got=f"{digits[0][:20]}…")
         if value.startswith("glob(") and not (ROOT / "conf" / key).is_dir():
             # 只有配置组有可以列举的选项；别的键会得到零个任务，什么也不做就成功
-            raise ConfigError("unreadable", argument=argument, reason=text("glob_of_a_value"), remedy=text("remedy_one_by_one", key=key))
+            remedy = text("remedy_one_by_one", key=key)
+            raise ConfigError("unreadable", argument=argument, reason=text("glob_of_a_value"), remedy=remedy)
         depth = itertools.accumulate((c in "[{(") - (c in ")}]") for c in value)
         if max(depth, default=0) > DEEPEST or value.count(",") > MOST_ITEMS:
             raise ConfigError("unreadable", argument=argument, reason=text("too_deep"), remedy=text("remedy_yaml"))
@@ -161,7 +162,8 @@ def run_script(
 ) -> None:
     """Compose conf/<config_name>.yaml with the command line and call task(cfg, overrides); exit 2 on a mistake.
 
-    before_sweep(cfg) is called for every job of a sweep before its first: it refuses mistakes and returns the folder that the job alone may use.
+    before_sweep(cfg) is called for every job of a sweep before its first: it refuses mistakes and returns the folder that
+    the job alone may use.
     """
     forgive_output()
     set_language(language_from_arguments(sys.argv))
@@ -180,7 +182,8 @@ class _Script:
     def __init__(self, config_name: str, task: Callable, before_sweep: Callable, overrides: list[str], *, sweep: bool):
         self.config_name, self.task, self.before_sweep = config_name, task, before_sweep
         self.remembered = remembered_groups(overrides)
-        self.overrides = [*(quoted(with_integers(typed, SCHEMAS[config_name]), sweep=sweep) for typed in overrides), *self.remembered]
+        exact = [with_integers(typed, SCHEMAS[config_name]) for typed in overrides]
+        self.overrides = [*(quoted(typed, sweep=sweep) for typed in exact), *self.remembered]
         self.started = False
         self.reported: list[Exception] = []
 
@@ -259,7 +262,7 @@ class _Script:
             raise self.reported[-1]
 
     def check_job(self, composed: DictConfig, used: set[Path]) -> None:
-        """ConfigError for a mistake of one job, and where an earlier one uses its folder; adds that folder to `used`."""
+        """ConfigError for a mistake of one job and where an earlier one uses its folder; adds that to `used`."""
         with read_write(composed), open_dict(composed):
             del composed["hydra"]
         with composing(self.config_name):

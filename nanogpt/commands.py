@@ -210,7 +210,8 @@ class Session:
 
     def overview(self) -> list[str]:
         """Every setting as key=value, as it would be typed on the command line."""
-        control = [self._typed(f"control.{k}", v) for k, v in self.settings.control.items() if k != "_target_" and not self._is_table(k)]
+        shown = {k: v for k, v in self.settings.control.items() if k != "_target_" and not self._is_table(k)}
+        control = [self._typed(f"control.{k}", v) for k, v in shown.items()]
         return [
             f"model: {self.model.name}",
             " ".join([f"sampler={self.chosen['sampler']}", *(f"sampler.{k}={plain(self.settings.sampler[k])}" for k in self.sampler_keys())]),

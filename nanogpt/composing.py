@@ -25,18 +25,21 @@ SCHEMAS = {"train": TrainConfig, "sample": SampleConfig}
 # 别的程序（先是 nanoGPT）里的名字 -> 这里该写的
 OTHER_NAMES = {
     "train": {
-        "dtype": "precision=bf16", "fp16": "precision=fp16", "bf16": "precision=bf16", "lr": "learning_rate", "warmup_steps": "warmup_iters",
-        "decay_lr": "lr_schedule=constant", "weight_decay": "optimizer.weight_decay", "beta1": "optimizer.beta1", "beta2": "optimizer.beta2",
-        "wandb_log": "logger=wandb", "wandb_project": "logger.wandb.project", "wandb_run_name": "out_dir", "output_dir": "out_dir",
-        "eval_iters": "eval_tokens", "epochs": "max_iters", "num_epochs": "max_iters", "num_train_epochs": "max_iters", "max_steps": "max_iters",
-        "steps": "max_iters", "iters": "max_iters", "patience": "early_stop_evals", "always_save_checkpoint": "keep",
-        "context_length": "model.block_size", "data": "dataset.path", "data_dir": "dataset.path", "input": "dataset.path", "file": "dataset.path",
+        "dtype": "precision=bf16", "fp16": "precision=fp16", "bf16": "precision=bf16", "weight_decay": "optimizer.weight_decay",
+        "lr": "learning_rate", "decay_lr": "lr_schedule=constant", "warmup_steps": "warmup_iters",
+        "beta1": "optimizer.beta1", "beta2": "optimizer.beta2", "wandb_log": "logger=wandb",
+        "wandb_project": "logger.wandb.project", "wandb_run_name": "out_dir", "output_dir": "out_dir",
+        **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs", "max_steps", "steps", "iters"), "max_iters"),
+        "eval_iters": "eval_tokens", "patience": "early_stop_evals", "always_save_checkpoint": "keep",
+        "context_length": "model.block_size", **dict.fromkeys(("data", "data_dir", "input", "file"), "dataset.path"),
     },
     "sample": {
         "dtype": "precision=bf16", "top_k": "sampler=top_k sampler.top_k", "top_p": "sampler=top_p sampler.top_p",
-        "min_p": "sampler=min_p sampler.min_p", "repetition_penalty": "sampler.repetition_penalty", "prompt": "start", "text": "start",
-        "max_tokens": "max_new_tokens", "max_length": "max_new_tokens", "length": "max_new_tokens", "n": "num_samples", "samples": "num_samples",
-        "style": "control.style", "emotion": "control.emotion", "guidance": "control.guidance", "model": "out_dir", "resume": "out_dir",
+        "min_p": "sampler=min_p sampler.min_p", "repetition_penalty": "sampler.repetition_penalty",
+        "prompt": "start", "text": "start", "n": "num_samples", "samples": "num_samples",
+        **dict.fromkeys(("max_tokens", "max_length", "length"), "max_new_tokens"),
+        "style": "control.style", "emotion": "control.emotion", "guidance": "control.guidance",
+        "model": "out_dir", "resume": "out_dir",
     },
 }
 
@@ -55,7 +58,7 @@ def known_keys(config_name: str) -> list[str]:
 
 
 def guess_of(key: str, config_name: str) -> str | None:
-    """What a person may have meant by a key that there is not: the name elsewhere, the last part of a key, or nearly a key."""
+    """What a key that there is not may mean: the name elsewhere, the last part of a key, or nearly a key."""
     known = known_keys(config_name)
     if elsewhere := OTHER_NAMES[config_name].get(key.lower()):
         return elsewhere
@@ -87,12 +90,13 @@ def one_line(error: Exception, config_name: str) -> ConfigError:
         return ConfigError("unreadable", argument=error.override, reason=reason, remedy=_readable(error.override or ""))
     if several := re.search(r"Ambiguous value for argument '(.+)'\n|Sweep parameters '(.+)' requires", message):
         key, _, value = (argument := several[1] or several[2]).partition("=")
-        return ConfigError("sweep_without_m", argument=argument, listed=word(f"{key}=[{value}]"), typed=word(f"{key}={in_quotes(value)}"))
+        listed, one = word(f"{key}=[{value}]"), word(f"{key}={in_quotes(value)}")
+        return ConfigError("sweep_without_m", argument=argument, listed=listed, typed=one)
     unknown = re.search(r"Could not (?:override|append|delete)[^']*'([^'=@]+)", message)
     if unknown:
         key = unknown[1]
-        close = guess_of(key, config_name)
-        return ConfigError("unknown_key", key=key, guess=text("did_you_mean", guess=close) if close else "", config=config_name)
+        guess = text("did_you_mean", guess=close) if (close := guess_of(key, config_name)) else ""
+        return ConfigError("unknown_key", key=key, guess=guess, config=config_name)
     if found := _of_a_group(message):
         return found
     # 其余情形：后面的行是 Hydra 的内部细节，压成一行

@@ -226,7 +226,9 @@ class TrainConfig:
 
 
 # 值是路径、是文字的键，训练与写作共用：命令行上敲的就是它，不经 Hydra 的语法
-PATH_KEYS = ("out_dir", "resume", "init_from", "dataset.path", "dataset.dir", "dataset.source", "prompts", "output", "hydra.sweep.dir")
+PATH_KEYS = (
+    "out_dir", "resume", "init_from", "dataset.path", "dataset.dir", "dataset.source", "prompts", "output", "hydra.sweep.dir",
+)
 TEXT_KEYS = ("sample_prompt", "start", "control.style", "control.emotion")
 
 CHOICES = {

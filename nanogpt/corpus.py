@@ -284,9 +284,11 @@ def typed_options(name: str, arguments: list[str]) -> dict:
     # 路径照敲下的原文：yaml 会把 [、#、: 当成语法
     paths = [argument for argument in arguments if f"dataset.{argument.partition('=')[0]}" in PATH_KEYS]
     try:
-        node = OmegaConf.merge(node, OmegaConf.from_dotlist([argument for argument in arguments if argument not in paths]))
+        others = [argument for argument in arguments if argument not in paths]
+        node = OmegaConf.merge(node, OmegaConf.from_dotlist(others))
         typed = OmegaConf.to_container(node, resolve=True)
-        return typed | {key: None if path in ("", "null") else expanded(path) for key, _, path in (argument.partition("=") for argument in paths)}
+        named = dict(argument.split("=", 1) for argument in paths)
+        return typed | {key: None if path in ("", "null") else expanded(path) for key, path in named.items()}
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
         key = getattr(error, "full_key", None) or "?"
         raise ConfigError("bad_part", key=f"dataset.{key}", reason=str(error).partition("\n")[0] or type(error).__name__) from None

@@ -1007,8 +1007,8 @@ MESSAGES = {
     "file_not_writable": ("{key} {got}: cannot be written ({reason}); choose another file", "{key} {got}：无法写入（{reason}）；请换一个文件"),
     "picture_suffix": ("--plot {got}: the file's name must end in .png or .svg", "--plot {got}：文件名要以 .png 或 .svg 结尾"),
     "not_an_evaluation": (
-        "{got} is not what --output writes ({reason}); make it with: python -m nanogpt.control evaluate OUT_DIR --output {got}",
-        "{got} 不是 --output 写出的文件（{reason}）；请先运行：python -m nanogpt.control evaluate OUT_DIR --output {got}",
+        "{got} is not what --output writes ({reason}); make it with: python -m nanogpt.control evaluate OUT_DIR --output {typed}",
+        "{got} 不是 --output 写出的文件（{reason}）；请先运行：python -m nanogpt.control evaluate OUT_DIR --output {typed}",
     ),
     "evaluate_title": (
         "{run} ({checkpoint}) on {device}: {samples} texts for each {kind}, seeds from {seed}, {sampler}",

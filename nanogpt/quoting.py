@@ -1,4 +1,4 @@
-"""Words of a command line: as Hydra's grammar reads what a person typed, and as the shell in use takes what is printed to be pasted.
+"""Words of a command line: typed ones as Hydra's grammar reads them, printed ones as the shell in use takes them.
 
 Needs no torch and no Hydra.
 """
@@ -31,8 +31,8 @@ SCRIPTS = ("run_train.py", "run_sample.py")
 def quoted(argument: str, *, sweep: bool = False) -> str:
     """A command-line argument as Hydra's grammar reads it, so that paths and texts arrive as they were typed.
 
-    Unquoted, its lexer knows ASCII only, takes commas for a sweep and backslashes for escapes. A path that was typed in quotes is left to it;
-    in a sweep, commas separate paths. A text never is a sweep, and its quotes belong to it.
+    Unquoted, its lexer knows ASCII only, takes commas for a sweep and backslashes for escapes. A path that was typed in
+    quotes is left to it; in a sweep, commas separate paths. A text never is a sweep, and its quotes belong to it.
     """
     key, _, value = argument.partition("=")
     name = key.lstrip("+")
@@ -57,7 +57,12 @@ def quoted(argument: str, *, sweep: bool = False) -> str:
 def in_quotes(value: str) -> str:
     """A value in quotes that Hydra's grammar reads back unchanged."""
     # 只有引号前的反斜杠是转义：它们双写
-    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value) + "'"
+    return "'" + re.sub(r"(\\*)('|\Z)", _escape, value) + "'"
+
+
+def _escape(found: re.Match) -> str:
+    """Backslashes and the quote behind them, if there is one, as they stand between quotes of that kind."""
+    return found[1] * 2 + (f"\\{found[2]}" if found[2] else "")
 
 
 def literal(value: str) -> str:
@@ -106,12 +111,13 @@ def word(typed: str, shell: str | None = None) -> str:
         return typed
     if shell == "sh":
         # 有单引号而没有别的讲究时，双引号好读
-        return f'"{typed}"' if "'" in typed and not re.search(r'[$`"\\!]', typed) else "'" + typed.replace("'", "'\"'\"'") + "'"
+        readable = "'" in typed and not re.search(r'[$`"\\!]', typed)
+        return f'"{typed}"' if readable else "'" + typed.replace("'", "'\"'\"'") + "'"
     if shell == "powershell":
         # 弯引号在 PowerShell 里也是引号
         return "'" + re.sub("(['\u2018\u2019\u201a\u201b])", r"\1\1", typed) + "'"
     # 引号里的 %名字% 仍会被换掉：把 % 放到引号外面
-    return "^%".join('"' + re.sub(r'(\\*)("|\Z)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), part) + '"' for part in typed.split("%"))
+    return "^%".join('"' + re.sub(r'(\\*)("|\Z)', _escape, part) + '"' for part in typed.split("%"))
 
 
 def shell_in_use() -> str:

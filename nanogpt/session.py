@@ -315,7 +315,8 @@ class Session:
     def _finish(self, trainer: Trainer, summary: dict) -> None:
         console, path = self.console, self.run_dir
         if summary["stopped_by"] == "interrupted":
-            console.line("stopped", iteration=summary["iters"], command=command("run_train.py", override("resume", path)))
+            again = command("run_train.py", override("resume", path))
+            console.line("stopped", iteration=summary["iters"], command=again)
             return
         if trainer.last_sample:
             console.line("sample_title")
@@ -335,16 +336,19 @@ class Session:
     def _next(self, summary: dict, *, curves: bool) -> dict[str, str]:
         """What may be typed now: the name of what it does -> the command."""
         path, dataset = self.run_dir, self.cfg.dataset
-        label = next(((kind, name) for kind, names in self.data.tokenizer.labels.items() for name in names), None)
+        labels = self.data.tokenizer.labels
+        wish = [override(f"control.{kind}", name) for kind, names in labels.items() for name in names][:1]
         # 因为它们停下的，不关掉就又会停在原处
-        off = {"early_stop": ["early_stop_evals=0"], "target_reached": ["target_val_loss=null"]}.get(summary["stopped_by"], [])
+        ends = {"early_stop": ["early_stop_evals=0"], "target_reached": ["target_val_loss=null"]}
+        off = ends.get(summary["stopped_by"], [])
         commands = {
-            "next_sample": command("run_sample.py", override("out_dir", path), *([override(f"control.{label[0]}", label[1])] if label else [])),
+            "next_sample": command("run_sample.py", override("out_dir", path), *wish),
             "next_longer": command("run_train.py", override("resume", path), f"max_iters={2 * summary['iters']}", *off),
         }
         if curves:
             # outputs/ 里的几次训练画在一起比
-            commands["next_curves"] = f"tensorboard --logdir {word(str(rundir.OUTPUTS if path.parent == rundir.OUTPUTS else path))}"
+            folder = rundir.OUTPUTS if path.parent == rundir.OUTPUTS else path
+            commands["next_curves"] = f"tensorboard --logdir {word(str(folder))}"
         if not {"path", "source"} & set(dataset):
             # 用的是现成的文本
             commands["next_own"] = command("run_train.py", "dataset=text_file", "dataset.path=my.txt")

@@ -57,7 +57,8 @@ def check_value(key: str, value: Any) -> None:
         # 它要存进 config.yaml，在那里就成了引用
         raise ConfigError("unwritable_text", key=key, got=value, what=text("what_reference"))
     # 空值多半是没有展开的 shell 变量：resume=$RUN 不该变成从头训练；文字可以从空的写起
-    if not value.strip() and key not in TEXT_KEYS and re.fullmatch(r"[a-z_]+|(dataset|model|server|precision|finetune|hardware)\.\w+", key):
+    needed = re.fullmatch(r"[a-z_]+|(dataset|model|server|precision|finetune|hardware)\.\w+", key)
+    if needed and not value.strip() and key not in TEXT_KEYS:
         raise ConfigError("empty_value", key=key)
 
 
@@ -73,9 +74,9 @@ def expanded(path: str) -> str:
 
 
 def unescaped(typed: str) -> str:
-    r"""A text from a command line or a yaml in which \n and \t are the characters they stand for; \\n and \\t are those two letters."""
+    r"""A typed text in which \n and \t are the characters they stand for; \\n and \\t are those two letters."""
     # 命令行与 Hydra 都不解释 \n，而开头与停止词里最常用的就是它；别的反斜杠照原样
-    return re.sub(r"\\(\\?)([nt])", lambda found: f"\\{found[2]}" if found[1] else {"n": "\n", "t": "\t"}[found[2]], typed)
+    return re.sub(r"\\\\?[nt]", lambda found: {r"\n": "\n", r"\t": "\t"}.get(found[0], found[0][1:]), typed)
 
 
 def check_path(key: str, typed: str) -> None:

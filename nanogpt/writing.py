@@ -46,7 +46,8 @@ class Settings:
     def of(cls, cfg: SampleConfig) -> "Settings":
         """What conf/sample.yaml and the command line say."""
         stop = [unescaped(s) for s in cfg.stop]
-        return cls(dict(cfg.sampler), cfg.max_new_tokens, cfg.seed, stop, cfg.stop_at_end_of_text, dict(cfg.control), cfg.unknown)
+        sampler, control = dict(cfg.sampler), dict(cfg.control)
+        return cls(sampler, cfg.max_new_tokens, cfg.seed, stop, cfg.stop_at_end_of_text, control, cfg.unknown)
 
     def request(self, prompt: str, number: int = 0) -> Request:
         """The request for the number-th text behind a prompt, which may begin with `style:…|` or `emotion:…|` of its own."""

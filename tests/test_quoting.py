@@ -1,4 +1,4 @@
-"""What is typed arrives as it was typed, and what is printed works when it is pasted: through Hydra's grammar and three shells."""
+"""What is typed arrives as it was typed, what is printed works when pasted: through Hydra's grammar and three shells."""
 
 import random
 import re
@@ -23,17 +23,20 @@ from nanogpt.values import check_value, unescaped
 
 # 人们这样敲过的，与语法里的每个字符随机拼成的
 PATHS = (
-    "outputs/我的模型", r"D:\文 本\a.txt", r"\\nas\share\x.txt", r"D:\a\=b", "novel (1).txt", "novel, final.txt", "[draft] x.txt", "a=b.txt", "it's mine.txt", "R&D #2.txt",
-    r"C:\Program Files (x86)\x", "~me/x.txt", "2024", "1e5", "true", "it's, it's", "'a' or 'b'", "{a: b}", "choice(a,b)", "C:\\x\\",
+    "outputs/我的模型", r"D:\文 本\a.txt", r"\\nas\share\x.txt", r"D:\a\=b", "novel (1).txt", "novel, final.txt", "[draft] x.txt",
+    "a=b.txt", "it's mine.txt", "R&D #2.txt", r"C:\Program Files (x86)\x", "~me/x.txt", "2024", "1e5", "true", "it's, it's", "'a' or 'b'",
+    "{a: b}", "choice(a,b)", "C:\\x\\",
 )
 TEXTS = (
-    *PATHS, "To be, or not to be", "it's 春天，", "春\\", "'tis the house", '"Hello"', "[Exit, pursued by a bear]", "'x'", "${seed}", "\\${a}\\\\${b", "a\\'b\\\\'", "x\ny", "😀", " ", "",
+    *PATHS, "To be, or not to be", "it's 春天，", "春\\", "'tis the house", '"Hello"', "[Exit, pursued by a bear]",
+    "'x'", "${seed}", "\\${a}\\\\${b", "a\\'b\\\\'", "x\ny", "😀", " ", "",
 )
 
 
 def random_texts(count):
     draw = random.Random(0)
-    return ["".join(draw.choice("\\\\\\''\"\",=[](){}${}:~#&%+ \tx5春") for _ in range(draw.randrange(1, 12))) for _ in range(count)]
+    letters = "\\\\\\''\"\",=[](){}${}:~#&%+ \tx5春"
+    return ["".join(draw.choices(letters, k=draw.randrange(1, 12))) for _ in range(count)]
 
 
 def as_hydra_reads(argument, **how):
@@ -47,7 +50,8 @@ def test_a_text_arrives_as_it_was_typed():
     for text in [*TEXTS, *random_texts(400)]:
         for sweep in (False, True):
             assert as_hydra_reads(f"sample_prompt={text}", sweep=sweep) == text
-    assert make_sample_config(quoted("start='tis")).start == "'tis" and make_sample_config(quoted("stop='\\n")).stop == ["'\\n"]
+    assert make_sample_config(quoted("start='tis")).start == "'tis"
+    assert make_sample_config(quoted("stop='\\n")).stop == ["'\\n"]
 
 
 def test_a_path_arrives_as_it_was_typed():
@@ -60,11 +64,14 @@ def test_a_path_arrives_as_it_was_typed():
 
 def test_commas_separate_the_paths_of_a_sweep_unless_they_stand_in_quotes():
     def swept(value):
-        override = OverridesParser.create().parse_override(quoted(f"dataset.path={value}", sweep=True))
-        return [OverridesParser.create().parse_override(f"x={v}").value() for v in override.sweep_string_iterator()] if override.is_sweep_override() else [override.value()]
+        read = OverridesParser.create().parse_override
+        override = read(quoted(f"dataset.path={value}", sweep=True))
+        swept = override.is_sweep_override()
+        return [read(f"x={v}").value() for v in override.sweep_string_iterator()] if swept else [override.value()]
 
     assert swept(r"novel (1).txt, D:\x.txt,it's.txt , 'a, b'") == ["novel (1).txt", r"D:\x.txt", "it's.txt", "a, b"]
-    assert swept("'novel, final.txt'") == ["novel, final.txt"] and swept("choice(a,b)") == ["a", "b"] and swept("a.txt") == ["a.txt"]
+    assert swept("'novel, final.txt'") == ["novel, final.txt"]
+    assert swept("choice(a,b)") == ["a", "b"] and swept("a.txt") == ["a.txt"]
 
 
 def test_the_home_folder_stands_for_a_tilde(monkeypatch, tmp_path):
@@ -73,7 +80,8 @@ def test_the_home_folder_stands_for_a_tilde(monkeypatch, tmp_path):
     cfg = make_config(quoted("dataset=text_file"), quoted("dataset.path=~/x.txt"), quoted("out_dir=~x"))
     at_home(cfg)
     assert (cfg.dataset["path"], cfg.out_dir) == (f"{tmp_path}/x.txt", "~x")
-    assert corpus.typed_options("text_file", ["path=~/[a] #1: b.txt", "val_fraction=0.2"])["path"] == f"{tmp_path}/[a] #1: b.txt"
+    options = corpus.typed_options("text_file", ["path=~/[a] #1: b.txt", "val_fraction=0.2"])
+    assert options["path"] == f"{tmp_path}/[a] #1: b.txt" and options["val_fraction"] == 0.2
 
 
 def test_a_text_that_no_config_file_can_hold_is_refused():
@@ -82,12 +90,14 @@ def test_a_text_that_no_config_file_can_hold_is_refused():
 
 
 def test_a_line_break_is_typed_as_two_characters():
-    assert [unescaped(t) for t in ("a\\nb\\t", "\\\\nabla", "C:\\x\\\\y", "\\")] == ["a\nb\t", "\\nabla", "C:\\x\\\\y", "\\"]
+    for typed, text in ((r"a\nb\t", "a\nb\t"), (r"\\nabla", r"\nabla"), (r"C:\x\\y", r"C:\x\\y"), ("\\", "\\")):
+        assert unescaped(typed) == text
 
 
 def test_lists_and_sweeps_of_chinese_words_stay_lists_and_sweeps():
     assert quoted("stop=['。', \"a，b\",夏]") == "stop=['。', \"a，b\",'夏']"
-    assert quoted("x=春,夏") == "x='春','夏'" and quoted("x=[春,a]") == "x=['春',a]" and quoted("batch_size=4,8") == "batch_size=4,8"
+    assert quoted("x=春,夏") == "x='春','夏'" and quoted("x=[春,a]") == "x=['春',a]"
+    assert quoted("batch_size=4,8") == "batch_size=4,8"
 
 
 # ---- 打印的命令 ----
@@ -134,8 +144,9 @@ READERS = {"sh": read_by_sh, "powershell": read_by_powershell, "cmd": read_by_cm
 @pytest.mark.skipif(sys.platform == "win32", reason="sh")
 @pytest.mark.parametrize("shell", READERS)
 def test_a_printed_path_is_read_back_by_the_shell_and_by_hydra(shell):
-    # 这些字 Windows 的文件名里没有
-    paths = [p for p in ["null", "'x'", "~/x", "it’s.txt", "100% %PATH%.txt", "a b", "!x", *PATHS, *random_texts(300)] if shell != "cmd" or '"' not in p]
+    paths = ["null", "'x'", "~/x", "it’s.txt", "100% %PATH%.txt", "a b", "!x", *PATHS, *random_texts(300)]
+    # Windows 的文件名里没有双引号
+    paths = [path for path in paths if shell != "cmd" or '"' not in path]
     line = " ".join(quoting.word(quoting.override("dataset.path", path), shell) for path in paths)
     typed = READERS[shell](line)
     assert len(typed) == len(paths)
@@ -144,38 +155,49 @@ def test_a_printed_path_is_read_back_by_the_shell_and_by_hydra(shell):
 
 
 def test_values_and_scripts_are_named_as_they_have_to_be_typed(in_tmp, monkeypatch):
-    assert quoting.override("max_iters", 5) == "max_iters=5" and quoting.override("experiment", "my own") == "experiment='my own'"
+    assert quoting.override("max_iters", 5) == "max_iters=5"
+    assert quoting.override("experiment", "my own") == "experiment='my own'"
     assert quoting.override("output", None) == "output=null" and quoting.override("output", "null") == "output=./null"
     assert as_hydra_reads(quoting.override("control.style", "'tis ${x}")) == "'tis ${x}"
-    for typed, expected in (("run_train.py", "run_sample.py"), ("../n/run_sample.py", "../n/run_sample.py"), ("pytest", str(ROOT / "run_sample.py"))):
+    beside = {"run_train.py": "run_sample.py", "../n/run_sample.py": "../n/run_sample.py", "pytest": str(ROOT / "run_sample.py")}
+    for typed, expected in beside.items():
         monkeypatch.setattr(sys, "argv", [typed])
         assert quoting.script("run_sample.py") == expected
-    assert quoting.word("resume=outputs/我的", "sh") == "resume=outputs/我的" and quoting.word("a='b c'", "sh") == '"a=\'b c\'"'
+    assert quoting.word("resume=outputs/我的", "sh") == "resume=outputs/我的"
+    assert quoting.word("a='b c'", "sh") == '"a=\'b c\'"'
 
 
 @pytest.mark.parametrize(("data", "labels", "stopped_by", "curves", "expected"), [
-    (["dataset=plays_char"], {}, "max_iters", True, ["run_sample.py 'out_dir=runs/a b'", "'resume=runs/a b' max_iters=10", "tensorboard --logdir 'runs/a b'", "dataset.path=my.txt"]),
+    (["dataset=plays_char"], {}, "max_iters", True, [
+        "run_sample.py 'out_dir=runs/a b'", "'resume=runs/a b' max_iters=10", "tensorboard --logdir 'runs/a b'", "dataset.path=my.txt",
+    ]),
     (["dataset=text_file", "dataset.path=x"], {}, "early_stop", False, ["out_dir", "max_iters=10 early_stop_evals=0"]),
-    (["dataset=labelled", "dataset.path=x"], {"style": {"it's": (1,)}}, "target_reached", False, ['"control.style=it\'s"', "target_val_loss=null"]),
+    (["dataset=labelled", "dataset.path=x"], {"style": {"it's": (1,)}}, "target_reached", False, [
+        '"control.style=it\'s"', "target_val_loss=null",
+    ]),
 ])
 def test_what_is_said_to_come_next_fits_the_run(data, labels, stopped_by, curves, expected):
     cfg = make_config(*data, checked=False)
-    run = SimpleNamespace(run_dir=Path("runs/a b"), cfg=cfg, data=SimpleNamespace(tokenizer=SimpleNamespace(labels=labels)))
+    tokenizer = SimpleNamespace(labels=labels)
+    run = SimpleNamespace(run_dir=Path("runs/a b"), cfg=cfg, data=SimpleNamespace(tokenizer=tokenizer))
     commands = list(Session._next(run, {"iters": 5, "stopped_by": stopped_by}, curves=curves).values())
-    assert len(commands) == len(expected) and all(part in command for part, command in zip(expected, commands)), commands
+    assert len(commands) == len(expected)
+    assert all(part in command for part, command in zip(expected, commands)), commands
 
 
 def test_whole_floats_in_a_yaml_of_ones_own_are_integers(tmp_path):
-    for name, content in {"experiment/mine": "# @package _global_\nmax_iters: 1e3\nlearning_rate: 1e0\nmodel: {n_layer: 2.0}\n", "model/mini": "defaults: [tiny, _self_]\nn_layer: 3e0\n"}.items():
+    recipe = "# @package _global_\nmax_iters: 1e3\nlearning_rate: 1e0\nmodel: {n_layer: 2.0}\n"
+    for name, content in {"experiment/mine": recipe, "model/mini": "defaults: [tiny, _self_]\nn_head: 2e0\n"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.yaml").write_text(content, encoding="utf-8")
     with checked_yaml():
         cfg = make_config(f"hydra.searchpath=[file://{tmp_path.as_posix()}]", "model=mini", "experiment=mine")
-    assert (cfg.max_iters, cfg.learning_rate, cfg.model.n_layer) == (1000, 1.0, 2)
+    assert (cfg.max_iters, cfg.learning_rate, cfg.model.n_layer, cfg.model.n_head) == (1000, 1.0, 2, 2)
 
 
 @pytest.mark.parametrize(("name", "environment", "shell"), [
-    ("posix", {}, "sh"), ("posix", {"PSModulePath": "x"}, "powershell"), ("nt", {"PROMPT": "$P$G", "PSModulePath": "x"}, "cmd"), ("nt", {"PSModulePath": "x"}, "powershell"),
+    ("posix", {}, "sh"), ("posix", {"PSModulePath": "x"}, "powershell"), ("nt", {"PSModulePath": "x"}, "powershell"),
+    ("nt", {"PROMPT": "$P$G", "PSModulePath": "x"}, "cmd"),
     ("nt", {"MSYSTEM": "MINGW64", "PROMPT": "$P$G"}, "sh"),
 ])
 def test_the_shell_in_use_is_told_by_the_environment(monkeypatch, name, environment, shell):

@@ -32,12 +32,16 @@ def test_a_sweep_that_would_train_in_one_folder_is_refused_before_its_first_job(
     # 换成它就不再撞上，只剩后面的错
     assert "dataset.val_fraction=5" in typed("run_train.py", tmp_path, *asked, expect=2).stderr
     (tmp_path / "outputs/a/ckpt").mkdir(parents=True)
-    assert "resume=outputs/a: several jobs" in typed("run_train.py", tmp_path, "-m", "resume=outputs/a", "max_iters=5,6", "lang=en", expect=2).stderr
+    error = typed("run_train.py", tmp_path, "-m", "resume=outputs/a", "max_iters=5,6", "lang=en", expect=2).stderr
+    assert "resume=outputs/a: several jobs" in error
 
 
 def test_one_wrong_job_of_a_sweep_is_found_before_the_first_is_trained(tmp_path):
     (tmp_path / "a, b.txt").write_text("The quick brown fox.\n" * 60, encoding="utf-8")
-    wrong = [["dataset.path='a, b.txt',no (1).txt"], ["dataset.path=a, b.txt", "learning_rate=1e-3,-1"], ["dataset.path='a, b.txt'", "dataset.val_fraction=0.1,5"]]
+    wrong = [
+        ["dataset.path='a, b.txt',no (1).txt"], ["dataset.path=a, b.txt", "learning_rate=1e-3,-1"],
+        ["dataset.path='a, b.txt'", "dataset.val_fraction=0.1,5"],
+    ]
     named = ["dataset.path=no (1).txt", "dataset.path=b.txt", "dataset.val_fraction=5"]
     for swept, name in zip(wrong, named):
         error = typed("run_train.py", tmp_path, "-m", "dataset=text_file", *swept, "lang=en", expect=2).stderr

@@ -15,7 +15,7 @@ from nanogpt.groups import sample_config
 from nanogpt.labels import LABEL_KINDS
 from nanogpt.messages import ConfigError, language_from_arguments, set_language, show, text
 from nanogpt.mistakes import Arguments, forgive_output, one_line_each
-from nanogpt.quoting import quoted
+from nanogpt.quoting import quoted, word
 from nanogpt.sample_config import SampleConfig, check_sample
 from nanogpt.values import check_path
 
@@ -138,7 +138,8 @@ def run_plot(typed: argparse.Namespace, overrides: list[str]) -> None:
         record = json.loads(typed.source.read_text(encoding="utf-8"))
         _picture().draw(record, typed.target)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError("not_an_evaluation", got=typed.source, reason=type(error).__name__) from None
+        reason, source = type(error).__name__, word(str(typed.source))
+        raise ConfigError("not_an_evaluation", got=typed.source, reason=reason, typed=source) from None
     show(text("evaluate_written", path=typed.target))
 
 
