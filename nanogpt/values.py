@@ -34,8 +34,20 @@ def check_values(cfg: Any) -> None:
     """Refuse what cannot be right anywhere in a typed configuration; one line that names the key."""
     for key in unread_keys(cfg):
         raise ConfigError("unread_key", key=key)
+    check_lists(cfg)
     for key, value in leaves(cfg):
         check_value(key, value)
+
+
+def check_lists(cfg: Any, prefix: str = "") -> None:
+    """Refuse a list in which an item is not of the type that its field names: OmegaConf lets lists and tables in."""
+    hints = typing.get_type_hints(type(cfg))
+    for field in fields(cfg):
+        value, key, hint = getattr(cfg, field.name), f"{prefix}{field.name}", hints[field.name]
+        if is_dataclass(value):
+            check_lists(value, f"{key}.")
+        elif typing.get_origin(hint) is list and not all(isinstance(item, typing.get_args(hint)) for item in value):
+            raise ConfigError("wrong_type", key=key, got=value, want=f"[{typing.get_args(hint)[0].__name__}, …]")
 
 
 def check_value(key: str, value: Any) -> None:

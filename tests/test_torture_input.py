@@ -46,7 +46,7 @@ COMMANDS = [
     ("train", "+nothing.reads=this"), ("train", "~max_iters"), ("train", "model.n_layer=1" + "0" * 30), ("train", "max_iters=${nope}"), ("train", "out_dir=${hydra:runtime.nope}"),
     ("train", "--config-dir="),
     ("train", "resume="), ("train", "out_dir=\udcff"), ("train", "--nope"), ("train", "--experimental-rerun=x"), ("train", "max_iters=" + "[" * 5000),
-    ("train", "out_dir=" + "x" * 1_000_000), ("train", "+logger.mine=5"), ("sample", "sampler=null"), ("sample", "~control.templates"), ("train", "~optimizer.weight_decay"), ("train", "lr=1e-3"),
+    ("train", "out_dir=" + "x" * 1_000_000), ("train", "+logger.mine=5"), ("sample", "sampler=null"), ("sample", "~control.templates"), ("train", "~optimizer.weight_decay"), ("train", "lr=1e-3"), ("sample", "stop=[[a]]"), ("train", "model.ngrams=[[2]]"),
 ]
 
 

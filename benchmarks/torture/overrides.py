@@ -60,7 +60,7 @@ encoding="utf-8").close())
 """
 # 说明正在做什么的行，不是错误
 NOTES = ("preparing the data set", "fetching ", "not used: ", "[20", "training a vocabulary", "serving", "compiling the fast decoder")
-COUNTED = re.compile(r"[\d,]+ texts: ")
+COUNTED = re.compile(r"[\d,]+ texts: |\w+: uses ")
 LIMIT_S = 120
 
 
