@@ -19,8 +19,9 @@ from nanogpt.model import GPT, MLP, Block, NgramEmbedding, Norm
 
 # 只许重排加法（SIMD 需要）、合并乘加；不假设没有 NaN 与无穷
 REORDER = {"reassoc", "contract", "nsz"}
-# 实测到 32 行都比逐层调用 PyTorch 快；再多就该交给真正的矩阵乘
-MAX_ROWS = 32
+# 成对实测（benchmarks/results/fast_rows.json）：fp32 到 16 行不慢于逐层的矩阵乘，32 行要 1.1 ~ 1.2 倍的时间；int8 到 48 行都快
+# 定死而不在启动时量：量出的选择随机器忙闲而变，同一个种子就写不出同样的字
+MAX_ROWS = {torch.float32: 16, torch.int8: 48}
 ACTIVATIONS = {"none": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3}
 
 
@@ -198,10 +199,9 @@ def is_compiled() -> bool:
 class FastStep:
     """Called as step(idx (B,), cache) -> logits (B, V); shares memory with the model's weights."""
 
-    max_rows = MAX_ROWS
-
     def __init__(self, model):
         c = model.config
+        self.max_rows = MAX_ROWS[model.lm_head.weight.dtype]
         # 与 torch 用同样多的线程：它只数物理核，超线程抢的是同一条内存通道
         self.model, self.pieces = model, min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
         set_num_threads(self.pieces)
