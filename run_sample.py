@@ -11,7 +11,10 @@ from nanogpt.sample_config import SampleConfig, check_sample
 def checked(cfg: SampleConfig) -> Path | None:
     """The run folder to write with, None for pretrained weights, after every check that needs no torch."""
     check_sample(cfg)
-    return None if cfg.init_from else rundir.locate(cfg.out_dir, key="out_dir")
+    if cfg.init_from:
+        return None
+    run_dir, cfg.checkpoint = rundir.locate(cfg.out_dir, key="out_dir"), rundir.checkpoint_in(cfg.out_dir, cfg.checkpoint, "best")
+    return run_dir
 
 
 def before_sweep(cfg: SampleConfig) -> None:

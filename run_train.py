@@ -10,9 +10,10 @@ from nanogpt.config import TrainConfig, check
 def run_folder(cfg: TrainConfig) -> Path:
     """The folder to train in, after every check that takes no time: a mistake is answered before torch is imported."""
     if cfg.resume:
-        return rundir.locate(cfg.resume)
+        run_dir, cfg.checkpoint = rundir.locate(cfg.resume), rundir.checkpoint_in(cfg.resume, cfg.checkpoint, "last")
+        return run_dir
     check(cfg)
-    if cfg.init_from == "latest":
+    if cfg.init_from and rundir.is_latest(cfg.init_from):
         # 记下真正的目录：latest 马上就指向这一次了
         cfg.init_from = str(rundir.locate(cfg.init_from, key="init_from"))
     return rundir.choose(cfg)

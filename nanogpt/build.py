@@ -10,10 +10,10 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nanogpt.config import ROOT, FinetuneConfig, ModelConfig, check_model, untrusted_targets
+from nanogpt.config import ROOT, FinetuneConfig, ModelConfig, check_model
 from nanogpt.messages import ConfigError
 from nanogpt.ram import GIB, free_ram
-from nanogpt.saved_config import read_saved
+from nanogpt.saved_config import read_saved, refuse_unnamed_code
 from nanogpt.sealed import DamagedError, reason_of
 from nanogpt.values import check_types
 
@@ -113,14 +113,18 @@ def _wanted(part: str) -> str:
     return f"{part}: {' '.join(METHODS[part])}"
 
 
-def model_of(source):
-    """The model of a checkpoint.Checkpoint on the CPU, LoRA adapters merged into plain weights."""
+def model_of(source, named: str | None = None):
+    """The model of a checkpoint.Checkpoint on the CPU, LoRA adapters merged into plain weights.
+
+    A class of one's own is run only where it is `named` in what was typed.
+    """
     from nanogpt.lora import add_adapters, merge
 
     try:
         saved = read_saved(source.config_text())
-        if foreign := untrusted_targets({"model": saved["model"]}, {}):
-            raise ConfigError("untrusted", path=source.folder, targets=", ".join(foreign))
+        refuse_unnamed_code(saved, {"_target_": named}, source.folder, ("model",))
+        if named not in (None, have := saved["model"].get("_target_", ModelConfig._target_)):
+            raise ConfigError("other_code", got=named, path=source.folder, have=have)
         # 早于 LoRA 的训练没有 finetune 一节
         config, finetune = typed_node(ModelConfig, saved["model"]), typed_node(FinetuneConfig, saved.get("finetune", {}))
     except (DamagedError, OmegaConfBaseException, TypeError) as error:

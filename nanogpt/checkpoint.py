@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 
+from nanogpt import rundir
 from nanogpt.files import folder_aside, remove_leftovers, sha256, sync, write_text
 from nanogpt.messages import ConfigError, text
 from nanogpt.plain_state import flatten, restore
 from nanogpt.sealed import DamagedError, read_sealed, reason_of, write_sealed
 from nanogpt.tensor_file import UNREADABLE, read_tensors, shapes_in, write_tensors
+from nanogpt.weight_files import load_plain
 
 # 1：优化器等在 state.pt 里，只以 weights_only 读；manifest 没有自己的摘要，也没有训练的编号；到 2 为止状态里没有样本的次序
 FORMAT = 3
@@ -110,7 +112,7 @@ class Checkpoint:
         """Optimizer, scaler and counters; tensors and plain values only, no code is run."""
         try:
             if "state.pt" in self.sha256:
-                return torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
+                return load_plain(self.folder / "state.pt")
             state = restore(json.loads(self._text("state.json")), read_tensors(self.folder / "state.safetensors"))
             return state if isinstance(state, dict) else {}
         except ConfigError:
@@ -155,9 +157,9 @@ def _looked_at(run_dir: Path) -> Listing:
 def _own_run(run_dir: Path, found: list[Checkpoint]) -> str | None:
     """The id that the checkpoints of this run carry."""
     try:
-        return read_sealed(run_dir / "run.json", FORMAT)["id"]
-    except (DamagedError, KeyError):
-        # 早先的训练没有 run.json；没有它，就看最早的那一个
+        return rundir.recorded(run_dir).id
+    except DamagedError:
+        # 早先的训练没有 run.json；没有它或它坏了，就看最早的那一个
         return next((c.run for c in found if c.run), None)
 
 
@@ -167,7 +169,7 @@ def read_manifest(folder: Path) -> Checkpoint:
     try:
         iteration, loss, hashes, run = manifest["iteration"], manifest["val_loss"], manifest["sha256"], manifest.get("run")
         assert iteration == int(NAME.fullmatch(folder.name)[1]), "belongs to another folder"
-        assert loss is None or type(loss) in (int, float), "val_loss"
+        assert loss is None or (type(loss) in (int, float) and math.isfinite(loss)), "val_loss"
         assert run is None or isinstance(run, str), "run"
         # 多一个、少一个文件名都不行：没登记的文件就没人核对
         assert set(hashes) == set(FILES if manifest["format"] > 1 else FILES_1), "other files"
@@ -188,7 +190,7 @@ def best_of(found: list[Checkpoint]) -> Checkpoint | None:
 
 def _by_loss(found: list[Checkpoint]) -> list[Checkpoint]:
     """Those that were evaluated, best first, the newest first among equals."""
-    return sorted((c for c in found if c.val_loss is not None and math.isfinite(c.val_loss)), key=lambda c: (c.val_loss, -c.iteration))
+    return sorted((c for c in found if c.val_loss is not None), key=lambda c: (c.val_loss, -c.iteration))
 
 
 def find(run_dir: Path, which: str, *, key: str = "resume") -> Checkpoint:

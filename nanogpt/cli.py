@@ -26,7 +26,7 @@ from nanogpt.mistakes import EXIT_USER_ERROR, explained, forgive_output, leave_q
 from nanogpt.quoting import QUOTED, override, quoted, typed_override, word
 from nanogpt.sample_config import SampleConfig, register_schemas
 from nanogpt.sweep_folder import tidy_latest
-from nanogpt.user_yaml import checked_yaml
+from nanogpt.user_yaml import checked_yaml, group_options, is_group
 from nanogpt.values import check_values, expanded, in_digits, wanted_type
 
 # 再长的话，Hydra 的语法分析要好几秒；长的文字放进文件
@@ -54,8 +54,8 @@ def remembered_groups(arguments: list[str]) -> list[str]:
     try:
         saved = yaml.safe_load((rundir.locate(named[-1]) / "config.yaml").read_text(encoding="utf-8"))["groups"]
         typed = {a.split("=")[0] for a in arguments}
-        # 只认 conf/ 里确实有的选项：运行目录可能来自陌生人
-        return [f"{g}={saved[g]}" for g in SWAPPABLE if g not in typed and (ROOT / "conf" / g / f"{saved[g]}.yaml").is_file()]
+        # 只认自己的 yaml 里确实有的选项：运行目录可能来自陌生人
+        return [f"{g}={saved[g]}" for g in SWAPPABLE if g not in typed and saved[g] in group_options(g)]
     except (ConfigError, OSError, KeyError, TypeError, ValueError, yaml.YAMLError, RecursionError):
         # 目录不对或配置损坏：稍后由真正的加载来说明
         return []
@@ -113,7 +113,7 @@ def check_arguments(arguments: list[str]) -> None:
         if digits := re.search(r"\d{400,}", value):
             # Python 不肯读几千位的整数
             raise ConfigError("large_number", key=key, got=f"{digits[0][:20]}…")
-        if value.startswith("glob(") and not (ROOT / "conf" / key).is_dir():
+        if value.startswith("glob(") and not is_group(key):
             # 只有配置组有可以列举的选项；别的键会得到零个任务，什么也不做就成功
             remedy = text("remedy_one_by_one", key=key)
             raise ConfigError("unreadable", argument=argument, reason=text("glob_of_a_value"), remedy=remedy)
@@ -209,6 +209,8 @@ class _Script:
         """One job, or the only one."""
         self.started = True
         hydra_config = HydraConfig.get()
+        # hydra.job.chdir=true 会换目录：写下的相对路径仍从敲命令的地方算起，运行目录自有 out_dir
+        os.chdir(hydra_config.runtime.cwd)
         try:
             with composing(self.config_name):
                 typed, overrides = self.composed(cfg, hydra_config)

@@ -13,11 +13,12 @@ from typing import Any
 from nanogpt.config import check_range
 from nanogpt.control import KINDS, build_control, read_form, takes_forms
 from nanogpt.files import folders_around
-from nanogpt.groups import option, options, parsed
+from nanogpt.groups import option, parsed
 from nanogpt.messages import ConfigError, say, show, text
 from nanogpt.quoting import typed_override, word
 from nanogpt.sample_config import SAMPLE_CHOICES, SAMPLE_RANGES, SampleConfig
 from nanogpt.samples import SEPARATOR, Records, in_order, recorded, settings_record
+from nanogpt.user_yaml import group_options
 from nanogpt.values import unescaped
 from nanogpt.writer import Result, Writer
 from nanogpt.writing import Model, Settings
@@ -92,7 +93,7 @@ class Session:
         """Words that may follow a command."""
         if command in ("sampler", "control"):
             extra = [k for k in self.settings.control if k not in ("_target_", *KINDS) and not self._is_table(k)]
-            return options(command) + (extra if command == "control" else [])
+            return group_options(command) + (extra if command == "control" else [])
         if command == "unknown":
             return list(SAMPLE_CHOICES["unknown"])
         if command in KINDS and takes_forms(self.settings.control):
@@ -261,7 +262,7 @@ class Session:
 
     def _do_sampler(self, value: str) -> None:
         if not value:
-            raise ConfigError("unknown_option", group="sampler", got="", options=", ".join(options("sampler")))
+            raise ConfigError("unknown_option", group="sampler", got="", options=", ".join(group_options("sampler")))
         if value == self.cfg.groups.get("sampler"):
             # 命令行选的那个：连同当时写的值一起回来
             node = dict(self.cfg.sampler)

@@ -13,12 +13,12 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
-from nanogpt.config import ROOT, TrainConfig
+from nanogpt.config import TrainConfig
 from nanogpt.messages import ConfigError, text
 from nanogpt.mistakes import explained
 from nanogpt.quoting import in_quotes, word
 from nanogpt.sample_config import SampleConfig
-from nanogpt.user_yaml import checked_yaml
+from nanogpt.user_yaml import checked_yaml, group_options, is_group
 from nanogpt.values import wanted_type
 
 SCHEMAS = {"train": TrainConfig, "sample": SampleConfig}
@@ -38,8 +38,7 @@ OTHER_NAMES = {
         "min_p": "sampler=min_p sampler.min_p", "repetition_penalty": "sampler.repetition_penalty",
         "prompt": "start", "text": "start", "n": "num_samples", "samples": "num_samples",
         **dict.fromkeys(("max_tokens", "max_length", "length"), "max_new_tokens"),
-        "style": "control.style", "emotion": "control.emotion", "guidance": "control.guidance",
-        "model": "out_dir", "resume": "out_dir",
+        "style": "control.style", "emotion": "control.emotion", "guidance": "control.guidance", "resume": "out_dir",
     },
 }
 
@@ -65,11 +64,6 @@ def guess_of(key: str, config_name: str) -> str | None:
     ends = [name for name in known if name.endswith(f".{key}")]
     close = ends[:1] or difflib.get_close_matches(key, known, n=1)
     return close[0] if close and close[0] != key else None
-
-
-def group_options(group: str) -> str:
-    """The options of a config group, in one line."""
-    return ", ".join(sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml")))
 
 
 def one_line(error: Exception, config_name: str) -> ConfigError:
@@ -121,7 +115,7 @@ def _of_a_value(cause: OmegaConfBaseException, error: Exception, config_name: st
     if isinstance(cause, InterpolationKeyError | InterpolationResolutionError) or "ecursive interpolation" in first:
         return ConfigError("interpolation", key=key, reason=first.removeprefix("ConfigError raised while resolving interpolation: "))
     if isinstance(cause, MissingMandatoryValue):
-        return ConfigError("nothing_chosen", group=key, options=group_options(key))
+        return ConfigError("nothing_chosen", group=key, options=", ".join(group_options(key)))
     if "could not be converted" in first and cause.full_key:
         want = re.search(r"could not be converted to (\w+)", first)
         return ConfigError("wrong_type", key=key, got=cause.value, want=want[1] if want else "?")
@@ -139,8 +133,8 @@ def _of_a_group(message: str) -> ConfigError | None:
         return None
     for argument in sys.argv[1:]:
         group, _, got = argument.partition("=")
-        if group and (ROOT / "conf" / group).is_dir() and f"{got}.yaml" not in {path.name for path in (ROOT / "conf" / group).iterdir()}:
-            return ConfigError("unknown_option", group=group, got=got, options=group_options(group))
+        if is_group(group) and got not in (options := group_options(group)):
+            return ConfigError("unknown_option", group=group, got=got, options=", ".join(options))
     return None
 
 
@@ -175,8 +169,8 @@ def check_whole(cfg: DictConfig, schema: type, prefix: str = "") -> None:
     """Refuse a configuration from which ~key took a part of the schema."""
     for field in fields(schema):
         if field.name not in cfg:
-            if (ROOT / "conf" / field.name).is_dir():
-                raise ConfigError("nothing_chosen", group=field.name, options=group_options(field.name))
+            if is_group(field.name):
+                raise ConfigError("nothing_chosen", group=field.name, options=", ".join(group_options(field.name)))
             # 悄悄换成 schema 的默认值，会与 yaml 里写的不一样
             raise ConfigError("removed_key", key=prefix + field.name)
         if is_dataclass(field.type):

@@ -168,7 +168,8 @@ class TrainConfig:
     out_dir: str | None = None
     overwrite: bool = False
     resume: str | None = None
-    checkpoint: str = "last"
+    checkpoint: str | None = None
+    """Of the run that resume or init_from names; None: its last to go on from, its best to start from."""
     init_from: str | None = None
     """Pretrained weights to start from; see nanogpt.pretrained."""
     seed: int = 1337
@@ -330,6 +331,16 @@ def check_range(key: str, got: float | None, low: float, high: float | None) -> 
         raise ConfigError("out_of_range", key=key, got=got, wanted=wanted)
 
 
+def check_checkpoint(cfg: Any) -> None:
+    """Refuse a checkpoint that is none, and one of no run."""
+    if cfg.checkpoint is None:
+        return
+    if not re.fullmatch(r"last|best|iter_\d+", cfg.checkpoint):
+        raise ConfigError("not_a_choice", key="checkpoint", got=cfg.checkpoint, allowed="last | best | iter_00001000 …")
+    if not cfg.resume and not cfg.init_from:
+        raise ConfigError("checkpoint_of_nothing", got=cfg.checkpoint)
+
+
 def check_device(named: str) -> None:
     """Refuse a device name that no machine has."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", named):
@@ -454,6 +465,7 @@ def check(cfg: Any) -> None:
     check_batch(cfg)
     check_memory(cfg)
     check_schedule(cfg)
+    check_checkpoint(cfg)
     check_device(cfg.device)
     check_start(cfg.init_from)
     if missing := {"name", "dir"} - set(cfg.dataset):

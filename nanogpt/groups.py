@@ -6,14 +6,19 @@ from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.composing import check_whole, composing
-from nanogpt.config import ROOT
+from nanogpt.config import ROOT, TRUSTED_TARGETS, targets
 from nanogpt.messages import ConfigError, text
 from nanogpt.sample_config import SampleConfig, register_schemas
+from nanogpt.user_yaml import conf_folders, group_options
 from nanogpt.values import check_values, in_digits
 
 
@@ -32,8 +37,9 @@ def _composed(overrides: list[str]):
     if GlobalHydra.instance().is_initialized():
         return compose("sample", overrides)
     register_schemas()
+    searched = ",".join(f"'file://{folder.absolute()}'" for folder in conf_folders()[1:])
     with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
-        return compose("sample", overrides)
+        return compose("sample", [*overrides, f"hydra.searchpath=[{searched}]"])
 
 
 def sample_config(overrides: list[str]) -> SampleConfig:
@@ -46,18 +52,71 @@ def sample_config(overrides: list[str]) -> SampleConfig:
     return cfg
 
 
-def options(group: str) -> list[str]:
-    """The yamls of a group."""
-    if GlobalHydra.instance().is_initialized():
-        return GlobalHydra.instance().config_loader().get_group_options(group)
-    return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
-
-
 def option(group: str, name: str, temperature: float) -> dict[str, Any]:
     """The node that `group=name temperature=…` would give on the command line."""
-    if name not in (names := options(group)):
+    if name not in (names := group_options(group)):
         close = difflib.get_close_matches(name, names, n=1)
         guess = text("did_you_mean", guess=close[0]) if close else ""
         raise ConfigError("unknown_option", group=group, got=f"{name}{guess}", options=", ".join(names))
     with composing("sample"):
         return OmegaConf.to_container(_composed([f"{group}={name}", f"temperature={temperature}"])[group], resolve=True)
+
+
+# ---- 一个选项里写了什么 ----
+
+
+def keys_of(override: Override) -> set[str]:
+    """Dotted keys of conf/train.yaml that a typed group decides: those of its yaml and of what it brings along.
+
+    Where it chooses an option of another group, that whole group.
+    """
+    keys = set()
+    for package, content, chosen in _brought(override.input_line):
+        keys |= {f"{package}.{key}".strip(".") for key in _leaves(content)} | set(chosen)
+    return {key for key in keys if key.partition(".")[0] != "hydra"}
+
+
+def naming(nodes: dict[str, Any], chosen: dict[str, str], parts: tuple[str, ...]) -> list[str]:
+    """What a command needs that runs one's own classes of these nodes of a config: --config-dir=conf model=gated.
+
+    A checkpoint's code is run only where it is named. `chosen` is the option of each group.
+    """
+    words = []
+    for part in parts:
+        own, option = targets(nodes.get(part)) - TRUSTED_TARGETS, chosen.get(part)
+        if not own:
+            continue
+        if option in group_options(part) and own <= {t for _, content, _ in _brought(f"{part}={option}") for t in targets(content)}:
+            words.append(f"{part}={option}")
+            folder = next(folder for folder in reversed(conf_folders()) if (folder / part / f"{option}.yaml").is_file())
+            words[:0] = [f"--config-dir={folder}"] if folder != conf_folders()[0] and f"--config-dir={folder}" not in words else []
+        elif part != "logger" and len(own) == 1:
+            # 类是直接在命令行写的，或者它的 yaml 不在这里
+            words.append(f"{part}._target_={min(own)}")
+    return words
+
+
+def _brought(typed: str) -> list[tuple[str, dict[str, Any], list[str]]]:
+    """(package, content, groups whose option it chooses) of every yaml that a typed group adds to conf/train.yaml."""
+    register_schemas()
+    path = create_config_search_path(str(ROOT / "conf"))
+    for folder in conf_folders()[1:]:
+        path.append("command-line", f"file://{folder.absolute()}")
+    loader = ConfigLoaderImpl(config_search_path=path)
+    group, _, option = typed.lstrip("+").partition("=")
+    usual = {(entry.config_path, entry.package) for entry in loader.compute_defaults_list("train", [], RunMode.RUN).defaults}
+    brought = []
+    for entry in loader.compute_defaults_list("train", [typed], RunMode.RUN).defaults:
+        # 默认就选中的那一项也算：写出来就是要它
+        if (entry.config_path, entry.package) in usual and entry.config_path != f"{group}/{option}":
+            continue
+        loaded = loader.repository.load_config(entry.config_path)
+        chosen = [default.group.lstrip("/") for default in loaded.defaults_list if getattr(default, "override", False)]
+        brought.append((entry.package, OmegaConf.to_container(loaded.config, resolve=False), chosen))
+    return brought
+
+
+def _leaves(node: Any, key: str = "") -> list[str]:
+    if not isinstance(node, dict) or not node:
+        return [key]
+    return [leaf for name, value in node.items() for leaf in _leaves(value, f"{key}.{name}" if key else str(name))]

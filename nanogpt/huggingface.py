@@ -1,18 +1,24 @@
 """Hugging Face's format in both directions: pretrained weights in, `python -m nanogpt.huggingface export` out.
 
-GPT-2's architecture becomes a plain GPT2LMHeadModel; anything else brings its own modeling file along.
+GPT-2's architecture becomes a plain GPT2LMHeadModel; anything else brings its own modeling file along, and a model class of
+one's own (named with model=…) the module that it is in.
 """
 
 import argparse
+import inspect
 import json
 import shutil
+import sys
+from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from nanogpt.config import ModelConfig
+from nanogpt.config import TRUSTED_TARGETS, ModelConfig
 from nanogpt.files import folder_aside, write_text
+from nanogpt.groups import sample_config
 from nanogpt.messages import ConfigError, say, set_language
 from nanogpt.mistakes import Arguments, forgive_output, one_line_each
 from nanogpt.pretrained import ACTIVATIONS, TRANSPOSED, Pretrained, build_pretrained, open_pretrained
@@ -21,21 +27,27 @@ from nanogpt.values import check_path
 
 __all__ = ["Pretrained", "build_pretrained", "export", "open_pretrained"]
 
+# 自己的模型类要指名才执行
+NAMING = ("model=", "model._target_=")
+EPILOG = "A model class of your own is named behind these with model=NAME, as for training; its code is run only then."
 # 自带代码的文件夹里的模块名；transformers 按它动态导入
-MODULE = "modeling_nanogpt"
+MODULE, OWN_MODULE = "modeling_nanogpt", "modeling_own"
 
 
-def export(named: str, target: Path, which: str = "best") -> Pretrained:
-    """Write the model that `named` means (a run folder, above all) as a folder for transformers; return what was written."""
+def export(named: str, target: Path, which: str | None = None, *, code: str | None = None) -> Pretrained:
+    """Write the model that `named` means (a run folder, above all) as a folder for transformers; return what was written.
+
+    `code` is the model class that was typed; another one of a checkpoint is not run.
+    """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError("export_exists", target=target)
-    pretrained = open_pretrained(named, key="OUT_DIR", which=which)
-    plain = is_gpt2(pretrained.config)
+    pretrained = open_pretrained(named, key="OUT_DIR", which=which, code=code)
+    own, plain = pretrained.config._target_ not in TRUSTED_TARGETS, is_gpt2(pretrained.config)
     try:
         if target.is_dir():
             target.rmdir()
         with folder_aside(target) as aside:
-            (write_gpt2 if plain else write_custom)(aside, pretrained)
+            (write_own if own else write_gpt2 if plain else write_custom)(aside, pretrained)
             write_tokenizer(aside, pretrained)
     except OSError as error:
         raise ConfigError("export_failed", target=target, reason=error.strerror or error) from None
@@ -44,8 +56,10 @@ def export(named: str, target: Path, which: str = "best") -> Pretrained:
 
 def is_gpt2(config: ModelConfig) -> bool:
     """Whether transformers' own GPT2LMHeadModel computes the same."""
-    own = (config.position, config.norm, config.qk_norm, config.embed_norm, config.logit_softcap, list(config.ngrams))
-    return own == ("learned", "layernorm", False, False, 0.0, []) and config.activation in ACTIVATIONS.values()
+    recipe = (config.position, config.norm, config.qk_norm, config.embed_norm, config.logit_softcap, list(config.ngrams))
+    same = recipe == ("learned", "layernorm", False, False, 0.0, []) and config.activation in ACTIVATIONS.values()
+    # 自己的类算什么，从配置看不出来
+    return same and config._target_ in TRUSTED_TARGETS
 
 
 def write_gpt2(folder: Path, pretrained: Pretrained) -> None:
@@ -83,6 +97,27 @@ def write_custom(folder: Path, pretrained: Pretrained) -> None:
     write_tensors(folder, pretrained.tensors)
 
 
+def write_own(folder: Path, pretrained: Pretrained) -> None:
+    """A folder for a model class of one's own: its module, and a modeling file that wraps it and needs this package."""
+    config, end = pretrained.config, pretrained.tokenizer.end_of_text
+    module, _, name = config._target_.rpartition(".")
+    write_json(folder / "config.json", {
+        "architectures": ["OwnForCausalLM"], "model_type": "nanogpt_own", "dtype": "float32", "bos_token_id": end, "eos_token_id": end,
+        "auto_map": {"AutoConfig": f"{OWN_MODULE}.OwnConfig", "AutoModelForCausalLM": f"{OWN_MODULE}.OwnForCausalLM"},
+        "shape": asdict(config), **about_documents(pretrained),
+    })
+    source = Path(inspect.getsourcefile(import_module(module)))
+    if single := "." not in module:
+        # 单独一个文件的模块随文件夹走；包里的要另外安装
+        shutil.copyfile(source, folder / source.name)
+    wrapper = Path(__file__).with_name(f"{OWN_MODULE}.py").read_text(encoding="utf-8")
+    usual = "from nanogpt.model import GPT\n"
+    assert wrapper.count(usual) == 1
+    write_text(folder / f"{OWN_MODULE}.py", wrapper.replace(usual, f"from {'.' if single else ''}{module} import {name} as GPT\n"))
+    tensors = build_pretrained(pretrained).state_dict()
+    write_tensors(folder, {f"model.{name}": tensor for name, tensor in tensors.items()})
+
+
 def about_documents(pretrained: Pretrained) -> dict:
     """What a model of documents is written with: its separator, and the names of its labels."""
     names = {kind: list(listed) for kind, listed in pretrained.tokenizer.labels.items()}
@@ -114,15 +149,18 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line: export OUT_DIR TARGET [--checkpoint best|last|iter_…]; exit code 2 on a mistake."""
+    """The command line: export OUT_DIR TARGET [model=…] [--checkpoint best|last|iter_…]; exit code 2 on a mistake."""
     forgive_output()
     set_language("auto")
     with one_line_each():
-        typed = parser().parse_args(arguments)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        named = [word for word in arguments if word.startswith(NAMING)]
+        typed = parser().parse_args([word for word in arguments if word not in named])
         set_language(typed.lang)
-        for key, value in (("OUT_DIR", typed.out_dir), ("TARGET", str(typed.target)), ("--checkpoint", typed.checkpoint)):
+        for key, value in (("OUT_DIR", typed.out_dir), ("TARGET", str(typed.target)), ("--checkpoint", typed.checkpoint or "best")):
             check_path(key, value)
-        pretrained = export(typed.out_dir, typed.target, typed.checkpoint)
+        code = sample_config(named).model["_target_"] if named else None
+        pretrained = export(typed.out_dir, typed.target, typed.checkpoint, code=code)
     trust = "" if is_gpt2(pretrained.config) else ", trust_remote_code=True"
     say("exported", target=typed.target, command=f"transformers.AutoModelForCausalLM.from_pretrained({str(typed.target)!r}{trust})")
 
@@ -131,10 +169,11 @@ def parser() -> argparse.ArgumentParser:
     """export."""
     top = Arguments(prog="python -m nanogpt.huggingface", description=__doc__.splitlines()[0])
     commands = top.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("export", help="write a run as a folder that transformers loads")
+    command = commands.add_parser("export", help="write a run as a folder that transformers loads", epilog=EPILOG)
     command.add_argument("out_dir", metavar="OUT_DIR", help="run folder, latest, or anything that init_from takes")
     command.add_argument("target", metavar="TARGET", type=Path, help="new or empty folder")
-    command.add_argument("--checkpoint", default="best", help="best (default), last or iter_…")
+    command.add_argument("--checkpoint", help="best (default), last or iter_…")
+    command.add_argument("--config-dir", help="folder with yamls of your own")
     command.add_argument("--lang", default="auto", choices=("auto", "zh", "en"))
     return top
 

@@ -275,8 +275,12 @@ MESSAGES = {
         "{key}={got} 无法导入（{reason}）；请把模块放在 run_train.py 旁边，或改正名字",
     ),
     "untrusted": (
-        "{path} names code of its own ({targets}); a checkpoint's code is run only when you type the group that names it, e.g. model=<your model>",
-        "{path} 指定了自带的代码（{targets}）；只有在命令行写出对应的配置组（如 model=<你的模型>）时才会执行",
+        "{path} names code of its own ({targets}); a checkpoint's code is run only when you name it: add {typed}",
+        "{path} 指定了自带的代码（{targets}）；只有在命令行指名时才会执行：加 {typed}",
+    ),
+    "other_code": (
+        "model: {got} was typed, but the model of {path} is {have}; leave model=… out or name that one",
+        "model：写的是 {got}，而 {path} 的模型是 {have}；请去掉 model=…，或写那一个",
     ),
     # ---- 省显存的各部分 ----
     # ---- 设备 ----
@@ -746,9 +750,24 @@ MESSAGES = {
     "older_checkpoint": ("the next older good one is checkpoint={name}", "更早的完好 checkpoint：checkpoint={name}"),
     "other_checkpoint": ("a good one is checkpoint={name}", "完好的有 checkpoint={name}"),
     "other_run": ("it belongs to another run", "属于另一次训练"),
-    "remove_record": (
-        "delete this file: the checkpoints have what is needed to go on",
-        "删掉这个文件即可：继续训练要用的都在 checkpoint 里",
+    "update_program": ("update nanogpt", "请更新 nanogpt"),
+    "record_damaged": (
+        "{file} is damaged ({reason}); what it held is taken from the rest of the folder, and it is written anew",
+        "{file} 已损坏（{reason}）；其中的内容取自目录里的其他文件，并重新写出",
+    ),
+    "nothing_begun": (
+        "resume={path}: there is no checkpoint and no config that could be read ({reason}), so nothing trained can be lost; "
+        "begin anew: type the first command again with out_dir={path} overwrite=true",
+        "resume={path}：里面没有 checkpoint，也没有读得出的配置（{reason}），没有训练成果可丢；"
+        "请重新开始：再敲一遍当初的命令，加 out_dir={path} overwrite=true",
+    ),
+    "two_checkpoints": (
+        "checkpoint={got} is not the checkpoint {named} that was named; type one of them",
+        "checkpoint={got} 与指名的 {named} 不是同一个 checkpoint；请只写其中一个",
+    ),
+    "checkpoint_of_nothing": (
+        "checkpoint={got}: there is no run to take it from; add resume=<run folder> to go on from it, or init_from=<run folder> to start from it",
+        "checkpoint={got}：没有说明是哪次训练的；接着训请加 resume=<训练目录>，从它开始请加 init_from=<训练目录>",
     ),
     "run_in_use": (
         "{path}: process {process} is training there; wait until it ends, or choose another out_dir",
@@ -1258,6 +1277,10 @@ MESSAGES = {
     "sample_nonfinite": (
         "iter {iteration}: the model's logits are not finite here, no sample is written; training goes on",
         "迭代 {iteration}: 模型在这里的 logits 不是有限数，不写样本；训练继续",
+    ),
+    "sample_failed": (
+        "iter {iteration}: the sample could not be written ({reason}); training goes on (sample_tokens=0 writes none)",
+        "迭代 {iteration}: 样本没有写成（{reason}）；训练继续（sample_tokens=0 不再写）",
     ),
     "oom_title": (
         "---- out of memory in the {phase}, with {rows} rows at a time: this cannot be divided further ----",

@@ -44,10 +44,10 @@ class Pretrained:
     tokenizer: Tokenizer
 
 
-def open_pretrained(named: str, key: str = "init_from", which: str = "best") -> Pretrained:
+def open_pretrained(named: str, key: str = "init_from", which: str | None = None, *, code: str | None = None) -> Pretrained:
     """The model that a person named: gpt2 …, owner/name on the hub, a local folder, a run of ours, or nanoGPT's ckpt.pt.
 
-    `key` is what the person typed the name for; `which` is the checkpoint of a run.
+    `key` is what the person typed the name for; `which` is the checkpoint of a run, its best if None; `code` the model class that was typed.
     """
     path = Path(named)
     # 本机的文件优先：断网的人把权重放在 ./gpt2 就能用
@@ -55,8 +55,8 @@ def open_pretrained(named: str, key: str = "init_from", which: str = "best") -> 
         return checked(path, *karpathy.read_checkpoint(path))
     if (path / "config.json").is_file():
         return read_folder(path)
-    if named == "latest" or (path / "ckpt").is_dir() or (path / "manifest.json").is_file():
-        return read_run(named, key, which)
+    if rundir.names_run(named):
+        return read_run(named, key, which, code)
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", named):
         raise ConfigError("pretrained_missing", key=key, got=named)
     return read_folder(hub.download(f"openai-community/{named}" if named in GPT2_NAMES else named, named, key), path.name)
@@ -69,14 +69,12 @@ def build_pretrained(pretrained: Pretrained, seed: int = 0, weights: str = "fp32
     return model
 
 
-def read_run(named: str, key: str, which: str) -> Pretrained:
+def read_run(named: str, key: str, which: str | None, code: str | None) -> Pretrained:
     """Weights of a run of ours: the checkpoint `which` (the last where none is the best), or the checkpoint folder named."""
-    path = Path(named)
-    one = (path / "manifest.json").is_file()
-    run_dir, which = (path.parent.parent, path.name) if one else (rundir.locate(named, key=key), which)
+    run_dir, which = rundir.locate(named, key=key), rundir.checkpoint_in(named, which, "best")
 
     def taken(source: checkpoint.Checkpoint) -> Pretrained:
-        model = model_of(source)
+        model = model_of(source, code)
         tensors = checkpoint.model_tensors(model)
         if name := first_not_finite(floating(tensors)):
             # 早先的版本会存下坏掉的权重

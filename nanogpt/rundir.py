@@ -13,18 +13,21 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nanogpt.config import ROOT, TrainConfig, untrusted_targets
+from nanogpt.composing import one_line
+from nanogpt.config import TRUSTED_TARGETS, ModelConfig, TrainConfig, targets
 from nanogpt.files import folders_around, make_folder, numbered, remove_leftovers, sync, write_text
+from nanogpt.groups import keys_of
 from nanogpt.lock import Lock
-from nanogpt.messages import ConfigError, text
+from nanogpt.messages import ConfigError, say, text
 from nanogpt.quoting import typed_override
-from nanogpt.saved_config import read_saved
-from nanogpt.sealed import DamagedError, read_sealed, reason_of, write_sealed
+from nanogpt.saved_config import read_saved, refuse_unnamed_code
+from nanogpt.sealed import DamagedError, NewerError, read_sealed, reason_of, write_sealed
+from nanogpt.user_yaml import is_group
 
 OUTPUTS = Path("outputs")
 # 文件而不是符号链接：Windows 建链接要特权
@@ -41,9 +44,7 @@ FIXED_ON_RESUME = ("model", "dataset", "seed", "init_from", "finetune")
 # 其中这些例外：不影响参数的形状
 CHANGEABLE = {("model", "dropout"), ("dataset", "dir"), ("finetune", "dropout")}
 # 后来才有的键：更早的训练目录没有它们，取默认值
-ADDED_LATER = ("init_from", "finetune")
-# 写进 model 节点的配置组
-GROUP_NODES = {"arch": "model"}
+ADDED_LATER = ("init_from", "finetune", "groups")
 # 顶层的短名字同时决定的键
 ALIASES = {"dropout": ("dropout", "model.dropout")}
 
@@ -157,18 +158,40 @@ def write_record(path: Path, config_text: str, known: str | None = None) -> RunR
     return record
 
 
+def recorded(path: Path) -> RunRecord:
+    """run.json of a run folder; DamagedError where it is missing or cannot be used."""
+    values = read_sealed(path / "run.json", FORMAT)
+    if not all(isinstance(values.get(key), str) for key in ("id", "config")):
+        raise DamagedError("no id, no config")
+    return RunRecord(values["id"], values["config"])
+
+
 def read_record(path: Path) -> RunRecord | None:
-    """run.json of a run folder, None in one of an earlier version; ConfigError when it is damaged."""
+    """run.json of a run folder; None in one of an earlier version, and, after a word about it, where it is damaged."""
     file = path / "run.json"
     if not file.is_file():
         return None
     try:
-        values = read_sealed(file, FORMAT)
-        if not all(isinstance(values.get(key), str) for key in ("id", "config")):
-            raise DamagedError("no id, no config")
-        return RunRecord(values["id"], values["config"])
+        return recorded(path)
+    except NewerError as error:
+        raise ConfigError("damaged_checkpoint", file=file, reason=error, remedy=text("update_program")) from None
     except DamagedError as error:
-        raise ConfigError("damaged_checkpoint", file=file, reason=error, remedy=text("remove_record")) from None
+        # 里面的编号与配置别处都有：不必为它停下
+        say("record_damaged", file=file, reason=error)
+        return None
+
+
+def begun_with(path: Path, record: RunRecord | None) -> tuple[str, Path]:
+    """(config of a run that has no checkpoint yet, the file that it is in): run.json, or config.yaml where that is lost."""
+    if record:
+        return record.config_text, path / "run.json"
+    file = path / "config.yaml"
+    try:
+        content = file.read_text(encoding="utf-8")
+        read_saved(content)
+        return content, file
+    except (OSError, ValueError) as error:
+        raise ConfigError("nothing_begun", path=path, reason=reason_of(error)) from None
 
 
 def remember(path: Path) -> None:
@@ -182,51 +205,87 @@ def remember(path: Path) -> None:
     sync(OUTPUTS)
 
 
-def locate(named: str, key: str = "resume") -> Path:
-    """The run folder that a person named: a path, or `latest`."""
-    if named == "latest":
-        if not LATEST.is_file():
-            raise ConfigError("no_run", key=key, path=LATEST)
-        # 早先的版本没有同步它：断电后可能是空的，或者一串 NUL；空的名字就是当前文件夹
-        named = LATEST.read_text(encoding="utf-8", errors="replace").strip().replace("\0", "?")
-        if not named:
-            raise ConfigError("no_run", key=key, path=LATEST)
+def is_latest(named: str) -> bool:
+    """Whether a person means the latest run: `latest`, or the file that says which one it is."""
+    return named == "latest" or (Path(named).name == LATEST.name and Path(named).is_file())
+
+
+def names_run(named: str) -> bool:
+    """Whether a person named a run of ours, rather than weights of another kind: its folder, its ckpt/, a checkpoint in it, or the latest."""
     path = Path(named)
-    if not (path / "ckpt").is_dir() and not (path / "run.json").is_file():
+    return is_latest(named) or (path / "ckpt").is_dir() or _inside(path) != path or (path / "manifest.json").is_file()
+
+
+def _inside(path: Path) -> Path:
+    """The run folder that a path lies in, if it is its ckpt/ or a checkpoint; else the path."""
+    if re.fullmatch(r"iter_\d+", path.name) and path.absolute().parent.name == "ckpt" and path.is_dir():
+        return path.parent.parent
+    return path.parent if path.name == "ckpt" and path.is_dir() and not (path / "ckpt").is_dir() else path
+
+
+def locate(named: str, key: str = "resume") -> Path:
+    """The run folder that a person named: `latest`, or a path to it, to its ckpt/ or to one of its checkpoints."""
+    if is_latest(named):
+        file = LATEST if named == "latest" else Path(named)
+        if not file.is_file():
+            raise ConfigError("no_run", key=key, path=file)
+        # 早先的版本没有同步它：断电后可能是空的，或者一串 NUL；空的名字就是当前文件夹
+        named = file.read_text(encoding="utf-8", errors="replace").strip().replace("\0", "?")
+        if not named:
+            raise ConfigError("no_run", key=key, path=file)
+    path = _inside(Path(named))
+    if not (path / "ckpt").is_dir() and not any((path / file).is_file() for file in ("run.json", "config.yaml")):
         raise ConfigError("no_run", key=key, path=path)
     return path
+
+
+def checkpoint_in(named: str, which: str | None, usual: str) -> str:
+    """The checkpoint to use: the one whose folder was named, else `which`, else the usual one."""
+    folder = Path(named)
+    if is_latest(named) or _inside(folder) == folder or folder.name == "ckpt":
+        return which or usual
+    if which not in (None, usual, folder.name):
+        raise ConfigError("two_checkpoints", named=named, got=which)
+    return folder.name
+
+
+def saved_settings(path: Path) -> tuple[str, Path]:
+    """(the newest config of a run, the file that it is in)."""
+    file = path / "config.yaml"
+    return (file.read_text(encoding="utf-8"), file) if file.is_file() else begun_with(path, read_record(path))
 
 
 def resumed_config(saved_text: str, typed: TrainConfig, overrides: list[str], source: Path) -> TrainConfig:
     """The saved config with what was typed on this command line laid over it; `source` is where it comes from."""
     try:
-        return _resumed(read_saved(saved_text), typed, overrides, source)
-    except ConfigError:
-        raise
+        saved = _with_later_keys(read_saved(saved_text))
+        OmegaConf.merge(OmegaConf.structured(TrainConfig), saved)
     except (OmegaConfBaseException, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         # 摘要对得上、内容却合不上：另一个版本写的，或者有人改过
         raise ConfigError("damaged_checkpoint", file=source, reason=f"config.yaml: {reason_of(error)}", remedy=text("no_older_checkpoint")) from None
+    try:
+        return _with_typed(saved, typed, overrides, source)
+    except OmegaConfBaseException as error:
+        # 存下的没有问题，合不上的是这次写的
+        raise one_line(error, "train") from None
 
 
-def _resumed(saved: dict, typed: TrainConfig, overrides: list[str], source: Path) -> TrainConfig:
-    fresh = OmegaConf.to_container(OmegaConf.structured(typed))
+def _with_later_keys(saved: dict) -> dict:
+    """The same with the keys that older runs do not have yet."""
     defaults = OmegaConf.to_container(OmegaConf.structured(TrainConfig), throw_on_missing=False)
-    foreign = untrusted_targets(saved, fresh)
-    if foreign:
-        raise ConfigError("untrusted", path=source, targets=", ".join(foreign))
-    for key in ADDED_LATER:
-        saved.setdefault(key, defaults[key])
+    return {**{key: defaults[key] for key in ADDED_LATER}, **saved}
+
+
+def _with_typed(saved: dict, typed: TrainConfig, overrides: list[str], source: Path) -> TrainConfig:
+    fresh = OmegaConf.to_container(OmegaConf.structured(typed))
+    refuse_unnamed_code(saved, fresh, source)
     before = {key: saved[key] for key in FIXED_ON_RESUME}
     merged, typed_node = OmegaConf.create(saved), OmegaConf.create(fresh)
     for override in OverridesParser.create().parse_overrides(overrides):
-        key = override.key_or_group
-        if key == "experiment":
+        if override.key_or_group == "experiment":
             # 一套配方会改动许多键，说不清哪些该变
             raise ConfigError("resume_changes", key="experiment", old="-", new=override.value())
-        if (ROOT / "conf" / key).is_dir():
-            key = GROUP_NODES.get(key, key)
-        for target in ALIASES.get(key, (key,)):
-            OmegaConf.update(merged, target, OmegaConf.select(typed_node, target), merge=False)
+        _lay(merged, override, saved, typed_node)
     if merged.model.vocab_size is None:
         # 重新写出的 model=… 没有词表大小，它由数据决定，沿用原来的
         merged.model.vocab_size = before["model"]["vocab_size"]
@@ -236,17 +295,43 @@ def _resumed(saved: dict, typed: TrainConfig, overrides: list[str], source: Path
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), merged))
 
 
-def typed_model_fields(overrides: list[str], experiment: str | None) -> set[str]:
-    """Fields of the model that a person chose: typed here, or set by the experiment."""
-    # 选了 model=… 等于写出形状，选了 arch=… 等于写出结构
-    groups = {"model": {"_target_", "n_layer", "n_head", "n_embd"}, "arch": {"arch"}}
+def _lay(merged: DictConfig, override: Override, saved: dict, typed_node: DictConfig) -> None:
+    """Put what one override decides into the saved config."""
+    key = override.key_or_group
+    keys = {key}
+    if is_group(key):
+        if _only_names(key, override.value(), saved, typed_node):
+            return
+        # 以后再接着训时，知道选的是哪一项
+        merged.groups[key] = override.value()
+        keys = {key} if key in typed_node else keys_of(override)
+    for one in sorted(keys):
+        for target in ALIASES.get(one, (one,)):
+            parent, _, name = target.rpartition(".")
+            if override.is_delete():
+                (OmegaConf.select(merged, parent) if parent else merged).pop(name, None)
+            elif parent or name in typed_node:
+                OmegaConf.update(merged, target, OmegaConf.select(typed_node, target), merge=False)
+
+
+def _only_names(group: str, option: str, saved: dict, typed_node: DictConfig) -> bool:
+    """Whether a typed group only says which of one's own classes, or which model, the run has; no value of the group is taken then."""
+    own = targets(saved.get(group))
+    return (group in ("model", "arch") and option == saved["groups"].get(group)) or bool(
+        own - TRUSTED_TARGETS and own == targets(OmegaConf.to_container(typed_node)[group])
+    )
+
+
+def typed_model_fields(overrides: list[str], model: ModelConfig) -> set[str]:
+    """Fields of the model that a person chose: typed here, or set by an experiment or another group."""
+    # 选了 model=… 等于写出形状，选了 arch=… 等于写出结构；自己的类只是指名
+    shape = {"_target_"} if model._target_ not in TRUSTED_TARGETS else {"_target_", "n_layer", "n_head", "n_embd"}
+    groups = {"model": shape, "arch": {"arch"}}
     fields: set[str] = set()
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group
-        fields |= groups.get(key, {key.split(".")[1]} if key.startswith("model.") else set())
-    if experiment:
-        recipe = yaml.safe_load((ROOT / "conf" / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8"))
-        fields |= set(recipe.get("model") or {})
+        for one in [key] if key in groups or not is_group(key) else keys_of(override):
+            fields |= groups.get(one, {one.split(".")[1]} if one.startswith("model.") else set())
     return fields
 
 

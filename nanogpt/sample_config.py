@@ -71,6 +71,8 @@ class SampleConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     sampler: Any = MISSING
     control: Any = MISSING
+    model: Any = field(default_factory=lambda: {"_target_": None})
+    """Of it only the class is read: one's own is run only when it is named."""
     groups: dict[str, str] = field(default_factory=dict)
     """Filled in by the program."""
 

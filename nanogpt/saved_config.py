@@ -1,11 +1,18 @@
 """config.yaml of a run as plain values: it may come from a stranger, so that nothing in it is looked up, expanded or built."""
 
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from nanogpt.config import untrusted_targets
+from nanogpt.groups import naming
+from nanogpt.messages import ConfigError
+from nanogpt.quoting import word
 from nanogpt.sealed import DamagedError, reason_of
 
+# 写着类名的部分：自己的类要在命令行指名才执行
+PARTS = ("model", "optimizer", "logger")
 # 正常的配置几 KB
 MOST_CHARS = 2**20
 
@@ -31,6 +38,15 @@ def read_saved(content: str) -> dict[str, Any]:
     if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
         raise DamagedError("config.yaml: no model")
     return saved
+
+
+def refuse_unnamed_code(saved: dict, typed: dict, source: Path, parts: tuple[str, ...] = PARTS) -> None:
+    """ConfigError when a saved config names classes that are neither the program's own nor in what was typed; it says what to type."""
+    nodes = saved if parts == PARTS else {part: saved.get(part) for part in parts}
+    if foreign := untrusted_targets(nodes, typed):
+        chosen = saved.get("groups")
+        words = naming(saved, chosen if isinstance(chosen, dict) else {}, parts)
+        raise ConfigError("untrusted", path=source, targets=", ".join(foreign), typed=" ".join(map(word, words)) or f"{parts[0]}=…")
 
 
 def _refuse_lookups(node: Any) -> None:

@@ -16,6 +16,10 @@ class DamagedError(ValueError):
     """Why a file cannot be used, in a few words."""
 
 
+class NewerError(DamagedError):
+    """The file is of a format that this version does not know yet."""
+
+
 def digest_of(values: dict[str, Any]) -> str:
     """Hex SHA-256 of the values, however a file spells them."""
     canonical = json.dumps({key: value for key, value in values.items() if key != "digest"}, sort_keys=True, separators=(",", ":"))
@@ -38,7 +42,7 @@ def read_sealed(path: Path, newest: int) -> dict[str, Any]:
         raise DamagedError(f"{path.name}: no known format")
     # 先看版本：更新的格式怎么算摘要，这里并不知道
     if version > newest:
-        raise DamagedError(text("newer_format", file=path.name, got=version, want=newest))
+        raise NewerError(text("newer_format", file=path.name, got=version, want=newest))
     if ("digest" in values or version > 1) and values.get("digest") != digest_of(values):
         raise DamagedError(f"{path.name}: SHA-256 differs")
     return {key: value for key, value in values.items() if key != "digest"}

@@ -17,6 +17,7 @@ from nanogpt.console import Console
 from nanogpt.data import TokenData, copy_dataset, dataset_bytes, find_prepared
 from nanogpt.documents import open_data
 from nanogpt.files import folders_around, sync_names, write_text
+from nanogpt.groups import naming
 from nanogpt.lock import Lock
 from nanogpt.loggers import JsonlLogger, Loggers
 from nanogpt.lora import add_adapters
@@ -25,6 +26,7 @@ from nanogpt.oom import OutOfMemory
 from nanogpt.precision import Precision
 from nanogpt.pretrained import Pretrained, adapted, build_pretrained, check_vocabulary, open_pretrained
 from nanogpt.quoting import command, override, word
+from nanogpt.saved_config import PARTS
 from nanogpt.sealed import reason_of
 from nanogpt.step import build_step
 from nanogpt.trainer import Trainer, share_batch
@@ -53,7 +55,8 @@ class Session:
         """`lock` and `record` are those of a run that goes on, or begins again because it has no checkpoint yet."""
         self.cfg, self.source, self.other_data, self.pretrained = cfg, source, other_data, pretrained
         self.lock, self.record = lock, record
-        self.begun_again = source is None and record is not None
+        # 锁在手里却没有 checkpoint：同一次训练重新开始
+        self.begun_again = source is None and lock is not None
         self.console = Console(quiet=distributed.rank() > 0)
         self.device = machine.choose_device(cfg.device, cfg.hardware)
         if cfg.batch_size != "auto":
@@ -70,8 +73,9 @@ class Session:
         """A run from iteration 0 in run_dir, from random or from pretrained weights."""
         pretrained = None
         if cfg.init_from:
-            typed = rundir.typed_model_fields(overrides or [], cfg.groups.get("experiment"))
-            pretrained = adapted(open_pretrained(cfg.init_from), cfg.model, typed, cfg.init_from)
+            typed = rundir.typed_model_fields(overrides or [], cfg.model)
+            opened = open_pretrained(cfg.init_from, which=cfg.checkpoint, code=cfg.model._target_)
+            pretrained = adapted(opened, cfg.model, typed, cfg.init_from)
             cfg.model = pretrained.config
         _settle_batch(cfg, overrides or [])
         return cls(cfg, run_dir, None, pretrained=pretrained)
@@ -87,7 +91,7 @@ class Session:
         try:
             record = rundir.read_record(run_dir)
             found = checkpoint.listed(run_dir)
-            if record and not found.good and not found.bad:
+            if not found.good and not found.bad:
                 return cls._again(typed, overrides, run_dir, record, lock)
             return cls._going_on(typed, overrides, run_dir, record, lock)
         except BaseException:
@@ -96,20 +100,22 @@ class Session:
             raise
 
     @classmethod
-    def _again(cls, typed: TrainConfig, overrides: list[str], run_dir: Path, record: rundir.RunRecord, lock: Lock | None) -> "Session":
-        cfg = rundir.resumed_config(record.config_text, typed, overrides, run_dir / "run.json")
+    def _again(cls, typed: TrainConfig, overrides: list[str], run_dir: Path, record: rundir.RunRecord | None, lock: Lock | None) -> "Session":
+        content, file = rundir.begun_with(run_dir, record)
+        cfg = replace(rundir.resumed_config(content, typed, overrides, file), resume=str(run_dir))
         check(cfg)
         pretrained = None
         if cfg.init_from:
             # 形状早已对好；dropout 与上下文长度取当时写下的
-            pretrained = adapted(open_pretrained(cfg.init_from), cfg.model, {"dropout", "block_size"}, cfg.init_from)
+            opened = open_pretrained(cfg.init_from, which=cfg.checkpoint, code=cfg.model._target_)
+            pretrained = adapted(opened, cfg.model, {"dropout", "block_size"}, cfg.init_from)
         cfg.batch_size = _settle_batch(replace(cfg, resume=None), [])
         return cls(cfg, run_dir, None, pretrained=pretrained, lock=lock, record=record)
 
     @classmethod
     def _going_on(cls, typed: TrainConfig, overrides: list[str], run_dir: Path, record: rundir.RunRecord | None, lock: Lock | None) -> "Session":
-        source = checkpoint.find(run_dir, typed.checkpoint)
-        cfg = rundir.resumed_config(source.config_text(), typed, overrides, source.folder)
+        source = checkpoint.find(run_dir, typed.checkpoint or "last")
+        cfg = replace(rundir.resumed_config(source.config_text(), typed, overrides, source.folder), resume=str(run_dir))
         check(cfg)
         check_weights(source, cfg.model, cfg.finetune)
         if source.iteration >= cfg.max_iters:
@@ -290,7 +296,8 @@ class Session:
         from nanogpt.fit import autopsy
 
         if distributed.rank() == 0:
-            autopsy.show(error, self.cfg, self.console, resume=str(self.run_dir) if has_checkpoint else None)
+            resume = [*self._named("train"), override("resume", self.run_dir)] if has_checkpoint else []
+            autopsy.show(error, self.cfg, self.console, resume=resume)
 
     def _catch_signals(self, trainer: Trainer) -> None:
         """First Ctrl-C, SIGTERM or closed terminal: finish the step, save, leave; second: leave at once."""
@@ -312,10 +319,16 @@ class Session:
             if number is not None and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
                 signal.signal(number, handle)
 
+    def _named(self, script: str) -> list[str]:
+        """What a command for this run says of the classes of one's own that it needs."""
+        cfg = self.cfg
+        nodes = {"model": {"_target_": cfg.model._target_}, "optimizer": cfg.optimizer, "logger": cfg.logger}
+        return naming(nodes, cfg.groups, PARTS if script == "train" else ("model",))
+
     def _finish(self, trainer: Trainer, summary: dict) -> None:
         console, path = self.console, self.run_dir
         if summary["stopped_by"] == "interrupted":
-            again = command("run_train.py", override("resume", path))
+            again = command("run_train.py", *self._named("train"), override("resume", path))
             console.line("stopped", iteration=summary["iters"], command=again)
             return
         if trainer.last_sample:
@@ -342,8 +355,10 @@ class Session:
         ends = {"early_stop": ["early_stop_evals=0"], "target_reached": ["target_val_loss=null"]}
         off = ends.get(summary["stopped_by"], [])
         commands = {
-            "next_sample": command("run_sample.py", override("out_dir", path), *wish),
-            "next_longer": command("run_train.py", override("resume", path), f"max_iters={2 * summary['iters']}", *off),
+            "next_sample": command("run_sample.py", *self._named("sample"), override("out_dir", path), *wish),
+            "next_longer": command(
+                "run_train.py", *self._named("train"), override("resume", path), f"max_iters={2 * summary['iters']}", *off,
+            ),
         }
         if curves:
             # outputs/ 里的几次训练画在一起比

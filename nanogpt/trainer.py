@@ -25,6 +25,7 @@ from nanogpt.oom import OutOfMemory, is_out_of_memory, not_divisible, release
 from nanogpt.optimizers import learning_rate_at
 from nanogpt.precision import settle_scale
 from nanogpt.sampling import sampler
+from nanogpt.sealed import reason_of
 from nanogpt.step import Reading, Step
 from nanogpt.summary import write_summary
 from nanogpt.values import unescaped
@@ -32,6 +33,8 @@ from nanogpt.writer import default_prompt, write_sample
 
 # 评估取样、生成样本各用自己的种子流，互不干扰
 SAMPLE_STREAM = 1_000_003
+# torch 的种子是 64 位有符号整数：合法的大种子乘出来会超过它
+LARGEST_SEED = 2**63
 
 
 @dataclass(frozen=True)
@@ -212,7 +215,7 @@ class Trainer:
             self.computation.expect(self.micro_batch)
             self.expected_rows = self.micro_batch
         # 每步由 (seed, iteration, rank) 重新播种：续训、重做都得到同样的 dropout，不必保存随机状态
-        torch.manual_seed(((self.cfg.seed * 1_000_003 + self.progress.iteration) * 1009 + distributed.rank()) % 2**63)
+        torch.manual_seed(((self.cfg.seed * 1_000_003 + self.progress.iteration) * 1009 + distributed.rank()) % LARGEST_SEED)
         self.model.train()
         loss = torch.zeros((), device=self.device)
         for first in range(0, len(starts), self.micro_batch):
@@ -421,19 +424,18 @@ class Trainer:
         if distributed.rank():
             return
         try:
+            seed = (self.cfg.seed * SAMPLE_STREAM + self.progress.iteration) % LARGEST_SEED
             # 按累积概率抽字没有确定性的 kernel；样本写成怎样不影响训练
             with any_kernels():
                 sample = write_sample(
                     self.model, self.data.tokenizer, self.sample_prompt(), self.cfg.sample_tokens,
-                    sampler=sampler(temperature=self.cfg.sample_temperature), seed=self.cfg.seed * SAMPLE_STREAM + self.progress.iteration,
+                    sampler=sampler(temperature=self.cfg.sample_temperature), seed=seed,
                 )
         except Exception as error:
-            # 样本只是给人看的：写不下、写不成就不写，训练照常
+            # 样本只是给人看的：无论为什么写不成，训练照常
             known = {"sample_oom": "sample_skipped", "nonfinite_logits": "sample_nonfinite"}
-            line = "sample_skipped" if is_out_of_memory(error) else known.get(getattr(error, "message", None))
-            if line is None:
-                raise
-            self.console.line(line, iteration=self.progress.iteration)
+            line = "sample_skipped" if is_out_of_memory(error) else known.get(getattr(error, "message", None), "sample_failed")
+            self.console.line(line, iteration=self.progress.iteration, reason=reason_of(error))
             return
         self.last_sample = sample
         self.loggers.text(self.progress.iteration, sample)

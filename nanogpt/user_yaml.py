@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,28 @@ OWN = Path(__file__).resolve().parent.parent / "conf"
 LARGEST = 256 * 1024
 # 别名展开之后的节点数：OmegaConf 会逐个抄一遍
 MOST_NODES = 100_000
+
+
+def conf_folders() -> list[Path]:
+    """conf/ and the folders that --config-dir and hydra.searchpath=[…] on this command line add to Hydra's search path."""
+    found = []
+    for argument, following in zip(sys.argv[1:], [*sys.argv[2:], ""]):
+        name, equals, value = argument.partition("=")
+        if name in ("--config-dir", "-cd"):
+            found.append(value if equals else following)
+        elif name == "hydra.searchpath":
+            found += re.findall(r"file://([^,'\"\]]+)", value)
+    return [OWN, *(Path(folder) for folder in found if Path(folder).is_dir())]
+
+
+def is_group(key: str) -> bool:
+    """Whether a key of an override is a config group, of the program or of one's own."""
+    return bool(re.fullmatch(r"\w[\w/-]*", key)) and any((folder / key).is_dir() for folder in conf_folders())
+
+
+def group_options(group: str) -> list[str]:
+    """The yamls of a config group, one's own included."""
+    return sorted({path.stem for folder in conf_folders() for path in (folder / group).glob("*.yaml")})
 
 
 def check_yaml(path: Path) -> None:

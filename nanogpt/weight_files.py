@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -62,11 +63,19 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ConfigError("pretrained_damaged", file=path, reason=reason_of(error)) from None
 
 
+def load_plain(path: Path) -> dict:
+    """What torch.save wrote, tensors and plain values only; whatever else raises something of torch's."""
+    with warnings.catch_warnings():
+        # 不是 torch 写的 pickle，torch 先说上几行；使用者只该看到我们的一行
+        warnings.simplefilter("ignore")
+        # mmap：旁边的优化器状态不必读进内存；旧格式不支持
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
 def read_torch(path: Path) -> dict:
     """What torch.save wrote, if it holds nothing but tensors and plain values."""
     try:
-        # mmap：旁边的优化器状态不必读进内存；旧格式不支持
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return load_plain(path)
     except Exception as error:
         # 损坏、截断与夹带代码的文件各抛各的错误，结论相同：不用它
         raise ConfigError("pretrained_damaged", file=path, reason=reason_of(error)) from None

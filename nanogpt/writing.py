@@ -117,9 +117,9 @@ class Model:
         return writer
 
 
-def load(source: checkpoint.Checkpoint, device: torch.device):
-    """The model of a checkpoint in evaluation mode, and its tokenizer."""
-    return model_of(source).to(device).eval(), tokenizers.load(source.folder / "tokenizer.json")
+def load(source: checkpoint.Checkpoint, device: torch.device, code: str | None = None):
+    """The model of a checkpoint in evaluation mode, and its tokenizer; `code` is the model class that was typed."""
+    return model_of(source, code).to(device).eval(), tokenizers.load(source.folder / "tokenizer.json")
 
 
 def open_model(cfg: SampleConfig, run_dir: Path | None) -> Model:
@@ -127,9 +127,13 @@ def open_model(cfg: SampleConfig, run_dir: Path | None) -> Model:
     device = machine.choose_device(cfg.device, HardwareConfig())
     machine.set_up(device, deterministic=False, hardware=HardwareConfig())
     if run_dir is None:
-        pretrained = open_pretrained(cfg.init_from, which=cfg.checkpoint)
+        pretrained = open_pretrained(cfg.init_from, which=cfg.checkpoint, code=cfg.model["_target_"])
         return ready(cfg, cfg.init_from, build_pretrained(pretrained).to(device), pretrained.tokenizer)
-    named, network, tokenizer = checkpoint.use(run_dir, cfg.checkpoint, lambda source: (source.name, *load(source, device)), key="out_dir")
+
+    def opened(source: checkpoint.Checkpoint):
+        return (source.name, *load(source, device, cfg.model["_target_"]))
+
+    named, network, tokenizer = checkpoint.use(run_dir, cfg.checkpoint, opened, key="out_dir")
     return ready(cfg, f"{run_dir}/{named}", network, tokenizer)
 
 

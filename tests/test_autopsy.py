@@ -33,7 +33,7 @@ def test_what_was_wanted_is_read_from_the_message(detail, expected):
 TINY_PLAN = ("model=tiny", "model.vocab_size=2000", "model.n_layer=2", "arch=gpt2", "batch_size=4", "optimizer=adamw")
 
 
-def screen(capsys, *overrides, detail=CUDA_SAYS, rows=1, language="en", resume="outputs/run"):
+def screen(capsys, *overrides, detail=CUDA_SAYS, rows=1, language="en", resume=("resume=outputs/run",)):
     messages.set_language(language)
     cfg = make_config(*TINY_PLAN, *overrides)
     autopsy.show(OutOfMemory("forward", rows=rows, detail=detail), cfg, Console(), resume=resume)
@@ -56,7 +56,7 @@ def test_the_screen_names_the_part_the_amount_and_one_override_that_fits(capsys)
 
 
 def test_a_failure_that_the_plan_did_not_expect_points_at_other_programs(capsys):
-    out = screen(capsys, "hardware=rtx3060_12gb", resume=None)
+    out = screen(capsys, "hardware=rtx3060_12gb", resume=())
     assert "it should fit; other programs seem to hold memory" in out
 
 

@@ -247,11 +247,14 @@ def test_damaged_ones_are_never_pruned(tmp_path, saver):
     assert sorted(p.name for p in (tmp_path / "ckpt").iterdir()) == ["iter_00000001", "iter_00000005"]
 
 
-def test_no_number_is_better_than_a_number(tmp_path, saver):
+@pytest.mark.parametrize("loss", [math.nan, -math.inf])
+def test_a_loss_that_is_no_number_is_damage_and_never_the_best(tmp_path, saver, loss):
     saver(1, 2.0)
-    for iteration, loss in ((2, math.nan), (3, -math.inf), (4, 3.0)):
-        saver(iteration, loss, keep=9)
-    assert checkpoint.find(tmp_path, "best").iteration == 1
+    saver(2, loss, keep=9)
+    saver(3, 3.0, keep=9)
+    with pytest.raises(ConfigError, match="iter_00000002 is damaged .*val_loss.*a good one is checkpoint=iter_00000001"):
+        checkpoint.find(tmp_path, "best")
+    assert checkpoint.find(tmp_path, "last").iteration == 3
 
 
 @pytest.mark.parametrize("change", [

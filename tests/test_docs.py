@@ -2,12 +2,13 @@
 
 import json
 import re
+import shlex
 import sys
 
 import pytest
 import torch
 import yaml
-from conftest import TINY, make_config, torture
+from conftest import make_config, torture
 from test_end_to_end import QUICK, TEXT
 from typed import typed
 
@@ -84,7 +85,7 @@ def test_the_documented_dataset_works(tmp_path, monkeypatch):
     assert data.tokenizer.decode(data.tokens["train"][:19]) == TEXT[:19]
 
 
-def test_the_documented_model_optimizer_and_logger_train_and_resume(tmp_path):
+def test_the_documented_model_optimizer_and_logger_train_resume_write_and_are_fine_tuned_as_printed(tmp_path):
     code, yamls = blocks("docs/extend.md", "python"), blocks("docs/extend.md", "yaml")
     (tmp_path / "my_model.py").write_text(code[1], encoding="utf-8")
     (tmp_path / "my_optimizer.py").write_text(code[2], encoding="utf-8")
@@ -102,16 +103,30 @@ def test_the_documented_model_optimizer_and_logger_train_and_resume(tmp_path):
     (tmp_path / "my.txt").write_text(TEXT, encoding="utf-8")
     quick = [o for o in QUICK if o not in ("logger=none",)]
 
-    def run(*overrides):
-        return typed("run_train.py", tmp_path, f"--config-dir={tmp_path / 'conf'}", *overrides, python_path=tmp_path)
+    def run(script, *arguments, expect=0):
+        return typed(script, tmp_path, *arguments, python_path=tmp_path, expect=expect)
 
-    mine = ["model=gated", "optimizer=mine", "logger=mine"]
-    run(*mine, "dataset=text_file", "dataset.path=my.txt", "dataset.dir=prepared", *quick, "out_dir=outputs/a")
-    run(*mine, *TINY, "resume=outputs/a", "max_iters=6")
+    def printed(done, script):
+        # 屏幕上写的命令，照样敲一遍
+        return next(shlex.split(line)[2:] for line in done.stdout.splitlines() if f"{script} --config-dir=conf" in line)
+
+    mine = ["--config-dir=conf", "model=gated", "optimizer=mine", "logger=mine"]
+    begun = run("run_train.py", *mine, "dataset=text_file", "dataset.path=my.txt", "dataset.dir=prepared", *quick, "out_dir=outputs/a")
+    refused = run("run_train.py", "resume=outputs/a", "max_iters=6", expect=2)
+    assert "names code of its own (my_logger.MyLogger, my_model.GatedGPT, my_optimizer.sgd)" in refused.stderr
+    run("run_train.py", *printed(begun, "run_train.py"), "max_iters=6")
     lines = (tmp_path / "outputs/a/logs").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "0" and "4" in lines and any(line.startswith("6 [") and "train/loss" in line for line in lines)
     assert json.loads((tmp_path / "outputs/a/summary.json").read_text(encoding="utf-8"))["iters"] == 6
-    assert "n_embd: 768" in run("model=wide", "--cfg", "job").stdout
+    # 写作、微调都要指名；那一组里的形状（n_layer 等）不作数
+    refused = run("run_sample.py", "out_dir=outputs/a", expect=2)
+    assert refused.stderr.count("\n") == 1 and "add model._target_=my_model.GatedGPT" in refused.stderr
+    assert run("run_sample.py", *printed(begun, "run_sample.py"), "max_new_tokens=5", "fast=false").stdout.strip()
+    more = ["dataset=text_file", "dataset.path=my.txt", "dataset.dir=prepared", *[o for o in quick if not o.startswith("model.")]]
+    run("run_train.py", *mine[:2], "init_from=outputs/a", *more, "logger=none", "out_dir=outputs/b")
+    tuned = yaml.safe_load((tmp_path / "outputs/b/config.yaml").read_text(encoding="utf-8"))["model"]
+    assert tuned == yaml.safe_load((tmp_path / "outputs/a/config.yaml").read_text(encoding="utf-8"))["model"]
+    assert "n_embd: 768" in run("run_train.py", "--config-dir=conf", "model=wide", "--cfg", "job").stdout
 
 
 def test_the_documented_sampler_writes(tmp_path, monkeypatch):

@@ -145,7 +145,8 @@ def test_two_processes_train_like_one(own_text):
 
 def test_a_sweep_runs_every_job_in_its_own_folder(own_text):
     folder, overrides = own_text
-    done = run(folder, "-m", *overrides, "max_iters=2", "batch_size=2,4")
+    # 换了目录，写下的相对路径仍从敲命令的地方算起
+    done = run(folder, "-m", *overrides, "max_iters=2", "batch_size=2,4", "hydra.job.chdir=true")
     runs = sorted((folder / "outputs" / "sweeps").glob("*/*/summary.json"))
     assert len(runs) == 2 and "done: val loss" in done.stdout
     assert [json.loads(p.read_text(encoding="utf-8"))["tokens"] for p in runs] == [2 * 2 * 16, 2 * 4 * 16]

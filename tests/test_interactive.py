@@ -14,12 +14,13 @@ from nanogpt import messages
 from nanogpt.commands import Session
 from nanogpt.config import ROOT
 from nanogpt.control import prefixes
-from nanogpt.groups import option, options
+from nanogpt.groups import option
 from nanogpt.interactive import at_the_terminal, completer, decoded, from_a_pipe, obey, prompt_session, toolbar
 from nanogpt.messages import ConfigError
 from nanogpt.sample_config import check_sample
 from nanogpt.samples import SEPARATOR, write_samples
 from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
+from nanogpt.user_yaml import group_options
 from nanogpt.writer import Writer
 from nanogpt.writing import Model
 
@@ -366,7 +367,7 @@ def test_a_home_that_cannot_be_written_costs_only_the_history(session, tmp_path,
 
 
 def test_options_are_those_of_conf():
-    assert options("sampler") == sorted(p.stem for p in (ROOT / "conf" / "sampler").glob("*.yaml"))
+    assert group_options("sampler") == sorted(p.stem for p in (ROOT / "conf" / "sampler").glob("*.yaml"))
     assert option("sampler", "top_p", 0.25)["temperature"] == 0.25
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -374,3 +375,11 @@ def test_without_the_package_the_line_names_it_and_the_other_ways(monkeypatch, i
     for named in ("no/such/folder/here", "C:\\models\\x", "x.pt.gz/a/b"):
         with pytest.raises(ConfigError, match="there is no such folder or file here"):
             open_pretrained(named)
+
+
+def test_a_pickle_that_torch_did_not_write_is_one_line_without_a_warning(tmp_path):
+    (tmp_path / "w.pt").write_bytes(pickle.dumps({"model": list}, protocol=4))
+    with warnings.catch_warnings(record=True) as said, pytest.raises(ConfigError, match=r"w\.pt"):
+        warnings.simplefilter("always")
+        open_pretrained(str(tmp_path / "w.pt"))
+    assert not said

@@ -135,15 +135,87 @@ def test_a_run_of_an_earlier_version_gets_an_id_and_keeps_its_checkpoints(in_tmp
     assert not found.bad and {c.run for c in found.good} == {rundir.read_record(Path("outputs/run")).id}
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": 9}', '{"format": 2, "id": "x", "config": "y"}', '{"format": 1, "id": 5}'])
-def test_a_damaged_record_is_named_with_the_remedy_that_works(own_run, content):
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": 2, "id": "x", "config": "y"}', '{"format": 1, "id": 5}'])
+def test_a_damaged_record_is_named_and_written_anew_from_the_rest(own_run, content, capsys):
     run = own_run / "outputs/run"
+    known = rundir.read_record(run).id
     (run / "run.json").write_text(content, encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"run\.json is damaged .*delete this file"):
-        resume("outputs/run", "max_iters=20")
-    (run / "run.json").unlink()
     held = resume("outputs/run", "max_iters=20")
+    held._claim_folder("model: {}")
+    assert "run.json is damaged" in capsys.readouterr().err and rundir.read_record(run).id == known
     held.lock.release()
+
+
+def test_a_record_of_a_newer_version_is_kept_and_said(own_run):
+    file = own_run / "outputs/run/run.json"
+    file.write_text('{"format": 9}', encoding="utf-8")
+    with pytest.raises(ConfigError, match="has format 9.*update nanogpt"):
+        resume("outputs/run", "max_iters=20")
+    assert file.read_text(encoding="utf-8") == '{"format": 9}'
+
+
+@pytest.mark.parametrize("content", [None, '{"format": 2'])
+def test_a_run_without_checkpoint_and_record_begins_again_and_has_one_way_out(in_tmp, tiny_overrides, content):
+    begun = trainer_of(tiny_overrides, "max_iters=3")
+    run, config = Path("outputs/run"), begun.config_text
+    (run / "run.json").unlink()
+    if content:
+        (run / "run.json").write_text(content, encoding="utf-8")
+    again = resume("outputs/run")
+    assert again.begun_again and again.cfg.max_iters == 3 and again._build().run_id == rundir.read_record(run).id
+    again.lock.release()
+    for left in ("model: [", None):
+        (run / "run.json").unlink(missing_ok=True)
+        (run / "config.yaml").unlink()
+        if left:
+            (run / "config.yaml").write_text(left, encoding="utf-8")
+        with pytest.raises(ConfigError, match="type the first command again with out_dir=outputs/run overwrite=true"):
+            resume("outputs/run")
+        (run / "config.yaml").write_text(config, encoding="utf-8")
+    (run / "config.yaml").unlink()
+    trainer_of(tiny_overrides, "overwrite=true")
+
+
+def test_a_run_is_named_by_its_folder_by_what_is_in_it_and_by_latest(own_run):
+    rundir.remember(Path("outputs/run"))
+    for named, which in (
+        ("outputs/run", "last"), ("outputs/run/ckpt", "last"), ("latest", "last"), ("outputs/latest", "last"), (str(rundir.LATEST.absolute()), "last"),
+        ("outputs/run/ckpt/iter_00000003", "iter_00000003"), ("outputs/run/ckpt/iter_00000003/", "iter_00000003"),
+    ):
+        assert rundir.names_run(named) and rundir.locate(named).absolute() == Path("outputs/run").absolute(), named
+        assert rundir.checkpoint_in(named, None, "last") == which
+    assert rundir.checkpoint_in("outputs/run", "best", "last") == "best"
+    with pytest.raises(ConfigError, match="checkpoint=best is not the checkpoint outputs/run/ckpt/iter_00000003"):
+        rundir.checkpoint_in("outputs/run/ckpt/iter_00000003", "best", "last")
+
+
+def test_groups_and_recipes_of_ones_own_folder_are_read_on_resume_and_for_fine_tuning(own_run, monkeypatch):
+    for name, content in {
+        "experiment/mine": "# @package _global_\nmax_iters: 3\nmodel:\n  dropout: 0.1\n",
+        "tweak/low": "# @package _global_\ndefaults:\n  - override /memory: lean\nlearning_rate: 1e-4\ndropout: 0.2\n",
+        "tweak/wide": "# @package _global_\nmodel:\n  n_embd: 32\n",
+    }.items():
+        (own_run / "conf" / name).parent.mkdir(parents=True, exist_ok=True)
+        (own_run / "conf" / f"{name}.yaml").write_text(content, encoding="utf-8")
+    searched = f"hydra.searchpath=[file://{own_run / 'conf'}]"
+    monkeypatch.setattr(sys, "argv", ["run_train.py", searched])
+    source = checkpoint.find(Path("outputs/run"), "last")
+
+    def resumed(*overrides):
+        return rundir.resumed_config(source.config_text(), make_config(searched, *overrides, checked=False), list(overrides), source.folder)
+
+    cfg = resumed("+tweak=low", "max_iters=9")
+    assert (cfg.learning_rate, cfg.dropout, cfg.model.dropout, cfg.max_iters) == (1e-4, 0.2, 0.2, 9)
+    assert cfg.memory.activation_checkpointing != "none" and cfg.groups["tweak"] == "low"
+    # 换成默认的那一项，也是换
+    assert resumed("memory=default", "arch=modern", "model=tiny").model == resumed().model
+    for typed, said in (("+tweak=wide", r"model\.n_embd cannot change on resume \(16 -> 32\)"), ("experiment=mine", "experiment cannot change"),
+                        ("model=small", "model.block_size cannot change"), ("arch=gpt2", "model.activation cannot change")):
+        with pytest.raises(ConfigError, match=said):
+            resumed(typed)
+    fresh = make_config(searched, "experiment=mine", checked=False)
+    assert rundir.typed_model_fields(["experiment=mine"], fresh.model) == {"dropout"}
+    assert rundir.typed_model_fields(["model=tiny", "arch=gpt2", "model.n_head=2"], fresh.model) == {"_target_", "n_layer", "n_head", "n_embd", "arch"}
 
 
 @pytest.mark.parametrize("there", [False, True])

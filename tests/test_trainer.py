@@ -433,3 +433,20 @@ def test_a_strangers_run_with_a_link_in_it_writes_nowhere_else(own_run, name):
         with pytest.raises(OSError):
             Lock(own_run / "outputs/run/lock").take()
         assert mine.read_text(encoding="utf-8") == "years of work"
+
+
+@pytest.mark.parametrize("seed", [20261126013000, 2**63 - 1])
+def test_any_legal_seed_trains_writes_samples_and_goes_on(in_tmp, tiny_overrides, seed, capsys):
+    quick = ("max_iters=3", "eval_interval=1", "sample_tokens=3", f"seed={seed}")
+    assert train(tiny_overrides, *quick).last_sample
+    assert resume("outputs/run", "max_iters=4")._build().fit()["iters"] == 4
+    assert "sample could not be written" not in capsys.readouterr().out
+
+
+def test_a_sample_that_cannot_be_written_never_ends_a_training(in_tmp, tiny_overrides, monkeypatch, capsys):
+    def broken(*_, **__):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("nanogpt.trainer.write_sample", broken)
+    trainer = train(tiny_overrides, "max_iters=3", "eval_interval=1", "sample_tokens=3")
+    assert trainer.progress.iteration == 3 and "iter 1: the sample could not be written (KeyError: 'a bug')" in capsys.readouterr().out

@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     drawing = commands.add_parser("plot", help="draw what evaluate --output wrote")
     drawing.add_argument("source", metavar="FILE.json", type=Path)
     drawing.add_argument("target", metavar="FILE.png|.svg", type=Path)
+    command.add_argument("--config-dir", help="folder with yamls of your own")
     for one in (command, drawing):
         one.add_argument("--lang", default="auto", choices=("auto", "zh", "en"))
     return top
@@ -75,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:
     """(options and positionals, overrides of conf/sample.yaml); what follows an option that takes a file is its value."""
-    values = ("--output", "--plot")
+    values = ("--output", "--plot", "--config-dir")
     is_override = [bool(OVERRIDE.match(a)) and not (i and arguments[i - 1] in values) for i, a in enumerate(arguments)]
     return [a for a, o in zip(arguments, is_override) if not o], [a for a, o in zip(arguments, is_override) if o]
 

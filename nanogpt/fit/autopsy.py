@@ -10,7 +10,7 @@ from nanogpt.fit.plan import Plan, Planner
 from nanogpt.fit.show import table
 from nanogpt.messages import text
 from nanogpt.oom import PHASES, OutOfMemory
-from nanogpt.quoting import command, override
+from nanogpt.quoting import command
 from nanogpt.ram import GIB
 
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -28,8 +28,8 @@ def wanted_and_free(detail: str) -> tuple[float | None, float | None]:
     return tuple(float(found[1]) * UNITS[found[2]] / GIB if found else None for found in (asked, free))
 
 
-def show(error: OutOfMemory, cfg: TrainConfig, console: Console, *, resume: str | None) -> None:
-    """Print one screen about the failed step of cfg; `resume` is the run folder when it has a checkpoint."""
+def show(error: OutOfMemory, cfg: TrainConfig, console: Console, *, resume: list[str]) -> None:
+    """Print one screen about the failed step of cfg; `resume` is what to type to go on, empty when there is no checkpoint."""
     wanted, free = wanted_and_free(error.detail)
     console.line("oom_title", phase=text(PHASES[error.phase]), rows=error.rows)
     if wanted is not None:
@@ -46,7 +46,7 @@ def show(error: OutOfMemory, cfg: TrainConfig, console: Console, *, resume: str 
     if way:
         console.line("oom_add", typed=way.typed, speed=way.speed, peak=way.plan.total / GIB)
         if resume:
-            console.plain(f"  {command('run_train.py', override('resume', resume), *way.typed.split())}")
+            console.plain(f"  {command('run_train.py', *resume, *way.typed.split())}")
     else:
         console.line("oom_nothing")
 

@@ -18,8 +18,8 @@ EXIT_DOES_NOT_FIT = 1
 def run_plan(cfg: TrainConfig, overrides: list[str]) -> None:
     """Print what cfg.plan asks for; exit code 1 when the setting does not fit."""
     if cfg.resume:
-        folder = rundir.locate(cfg.resume)
-        cfg = rundir.resumed_config((folder / "config.yaml").read_text(encoding="utf-8"), cfg, overrides, folder)
+        saved, file = rundir.saved_settings(rundir.locate(cfg.resume))
+        cfg = rundir.resumed_config(saved, cfg, overrides, file)
     check(cfg)
     console = Console()
     if cfg.plan.lower() == "matrix":

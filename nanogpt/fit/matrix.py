@@ -20,12 +20,6 @@ MAX_TOKENS = 2**15
 """Tokens per micro-batch beyond which nothing is gained, so that nothing is tried."""
 
 
-def options(group: str, schema: type) -> dict[str, object]:
-    """Every option of conf/<group> as a typed node."""
-    files = sorted((ROOT / "conf" / group).glob("*.yaml"))
-    return {path.stem: typed_node(schema, yaml.safe_load(path.read_text(encoding="utf-8")) or {}) for path in files}
-
-
 def chosen_cards(hardware: HardwareConfig) -> dict[str, HardwareConfig]:
     """The card that was typed, else all of the reference card's family, the largest memory first."""
     if hardware.vram_gib is not None:
@@ -35,10 +29,12 @@ def chosen_cards(hardware: HardwareConfig) -> dict[str, HardwareConfig]:
     return {name: card for name, card in cards().items() if name.partition("_")[0] == family}
 
 
-def memories(chosen: str) -> dict[str, MemoryConfig]:
-    """MEMORY, or the one option of memory= that was typed."""
-    found = options("memory", MemoryConfig)
-    return {name: found[name] for name in (MEMORY if chosen == "default" else (chosen,))}
+def memories(cfg: TrainConfig) -> dict[str, MemoryConfig]:
+    """MEMORY, or the one option of memory= that was typed, with what else was typed of it."""
+    if (chosen := cfg.groups["memory"]) != "default":
+        return {chosen: cfg.memory}
+    files = {name: ROOT / "conf" / "memory" / f"{name}.yaml" for name in MEMORY}
+    return {name: typed_node(MemoryConfig, yaml.safe_load(file.read_text(encoding="utf-8"))) for name, file in files.items()}
 
 
 def rows(cfg: TrainConfig) -> Iterator[tuple[str, str, str, dict[str, int | None]]]:
@@ -50,7 +46,7 @@ def rows(cfg: TrainConfig) -> Iterator[tuple[str, str, str, dict[str, int | None
         # 追踪与显存大小无关：各卡共用
         other.share(first)
     for model in preset_names():
-        for memory, node in memories(cfg.groups["memory"]).items():
+        for memory, node in memories(cfg).items():
             known: dict[str, dict[str, int | None]] = {}
             for precision in ("fp32", "fp16", "bf16"):
                 if (node.weights == "bf16" and precision != "bf16") or (node.optimizer_in_backward and precision == "fp16"):

@@ -21,8 +21,11 @@ TORCHRUN = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME",
     "MASTER_ADDR", "MASTER_PORT",
 )
-# 子进程沿用父进程的 sys.path：run_train.py 旁边自己的模块也找得到
-BOOT = "import json, sys; job = json.loads(sys.stdin.readline()); sys.path[:] = job['path']; from nanogpt.fit.child import run; run(job)"
+# 子进程沿用父进程的 sys.path 与命令行：run_train.py 旁边自己的模块、--config-dir 里自己的 yaml 也找得到
+BOOT = (
+    "import json, sys; job = json.loads(sys.stdin.readline()); sys.path[:], sys.argv[1:] = job['path'], job['arguments']; "
+    "from nanogpt.fit.child import run; run(job)"
+)
 CHILD = (sys.executable, "-c", BOOT)
 
 
@@ -58,7 +61,8 @@ def run_child(job: dict[str, Any], folder: Path, *, timeout_s: float, command: S
         )
     ended, before = Ended(0), oom_kills()
     try:
-        _send(process, {**job, "path": [str(Path(p).absolute()) for p in sys.path], "report": str(report.absolute())})
+        inherited = {"path": [str(Path(p).absolute()) for p in sys.path], "arguments": sys.argv[1:]}
+        _send(process, {**job, **inherited, "report": str(report.absolute())})
         ended.killed = _wait(process, report, time.monotonic() + timeout_s, ended)
     finally:
         # 正常结束、超时、Ctrl-C 都走这里

@@ -7,10 +7,10 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from nanogpt import quoting
-from nanogpt.config import ROOT
 from nanogpt.files import write_text
 from nanogpt.fit.result import TrialResult
 from nanogpt.messages import text
+from nanogpt.user_yaml import conf_folders, is_group
 
 # 试跑自己的，或会拦住正常训练的键
 LEFT_OUT = ("experiment", "trial", "hydra", "out_dir", "overwrite", "resume", "checkpoint", "plan", "lang")
@@ -23,7 +23,7 @@ def recipe(result: TrialResult) -> str:
         key = override.key_or_group
         if key.split(".")[0].split("/")[0] in LEFT_OUT or override.is_delete():
             continue
-        if (ROOT / "conf" / key).is_dir():
+        if is_group(key):
             # 新加的组（+组=项）不在默认列表里，不能写成 override
             groups.append({key if override.is_add() else f"override /{key}": override.value()})
         else:
@@ -62,4 +62,7 @@ def write_recipe(result: TrialResult, folders: list[Path]) -> None:
 def command(result: TrialResult, folder: Path) -> str:
     """What to type to train with the recipe in `folder`."""
     under = [quoting.override("experiment", result.experiment)] if result.experiment else []
-    return quoting.command("run_train.py", "--config-dir", folder.as_posix(), *under, "+fit=best")
+    # --config-dir 只能写一个：自己的 yaml 所在的，另外给出
+    own = [quoting.in_quotes(f"file://{own.absolute()}") for own in conf_folders()[1:] if own.resolve() != folder.resolve()]
+    searched = [f"hydra.searchpath=[{','.join(own)}]"] if own else []
+    return quoting.command("run_train.py", "--config-dir", folder.as_posix(), *searched, *under, "+fit=best")

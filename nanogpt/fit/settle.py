@@ -6,9 +6,10 @@ from pathlib import Path
 from nanogpt import corpus, rundir
 from nanogpt import tokenizer as tokenizers
 from nanogpt.build import preset, typed_node
-from nanogpt.config import ModelConfig, TrainConfig, untrusted_targets
+from nanogpt.config import ModelConfig, TrainConfig
 from nanogpt.data import read_meta
 from nanogpt.messages import ConfigError, text
+from nanogpt.saved_config import read_saved, refuse_unnamed_code
 
 GPT2_VOCAB = 50257
 BYTE_VOCAB = 256
@@ -49,27 +50,25 @@ def vocabulary(cfg: TrainConfig) -> tuple[int, int | None, str]:
 
 def _pretrained_model(cfg: TrainConfig, overrides: list[str]) -> ModelConfig:
     """Shape of the weights that cfg.init_from names, with this run's dropout and, if typed, its context."""
-    have = _shape_of(cfg.init_from)
-    typed = rundir.typed_model_fields(overrides, cfg.groups.get("experiment"))
+    have = _shape_of(cfg.init_from, cfg.model._target_)
+    typed = rundir.typed_model_fields(overrides, cfg.model)
     block = cfg.model.block_size if "block_size" in typed else have.block_size
     return replace(have, dropout=cfg.model.dropout, block_size=block)
 
 
-def _shape_of(named: str) -> ModelConfig:
+def _shape_of(named: str, code: str) -> ModelConfig:
     from nanogpt.pretrained import GPT2_NAMES, open_pretrained, read_config
 
     path = Path(named)
     if (path / "config.json").is_file():
         # 只读形状：几百 MB 的权重用不着
         return read_config(path / "config.json", path.resolve().name)
-    if named == "latest" or (path / "config.yaml").is_file():
-        import yaml
-
-        saved = yaml.safe_load((rundir.locate(named, key="init_from") / "config.yaml").read_text(encoding="utf-8"))
-        if foreign := untrusted_targets({"model": saved["model"]}, {}):
-            raise ConfigError("untrusted", path=path, targets=", ".join(foreign))
+    if rundir.names_run(named):
+        content, file = rundir.saved_settings(rundir.locate(named, key="init_from"))
+        saved = read_saved(content)
+        refuse_unnamed_code(saved, {"_target_": code}, file, ("model",))
         return typed_node(ModelConfig, saved["model"])
-    if path.is_file() or (path / "manifest.json").is_file():
+    if path.is_file():
         return open_pretrained(named).config
     if named in GPT2_NAMES:
         return preset(named.replace("-", "_"), vocab_size=GPT2_VOCAB)

@@ -37,7 +37,7 @@ def run_trial(cfg: TrainConfig, overrides: list[str], folder: Path, *, command: 
     try:
         check(cfg)
         refuse(cfg)
-        if cfg.init_from == "latest":
+        if cfg.init_from and rundir.is_latest(cfg.init_from):
             # 记下真正的目录，结果才认得是哪些权重
             cfg.init_from = str(rundir.locate(cfg.init_from, key="init_from"))
     except ConfigError as error:
