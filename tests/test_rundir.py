@@ -390,7 +390,7 @@ def test_when_nobody_reads_any_more_the_run_saves_and_stops(in_tmp, tiny_overrid
         if len(printed) > 6:
             raise BrokenPipeError
 
-    monkeypatch.setattr(held.console, "_file", type("Pipe", (), {"write": staticmethod(write), "flush": staticmethod(lambda: None)})())
+    monkeypatch.setattr(held.console, "_file", type("Pipe", (io.StringIO,), {"write": staticmethod(write)})())
     with pytest.raises(BrokenPipeError):
         held.run()
     stopped = checkpoint.find(Path("outputs/run"), "last").iteration
@@ -399,7 +399,7 @@ def test_when_nobody_reads_any_more_the_run_saves_and_stops(in_tmp, tiny_overrid
 
 def test_a_full_disk_under_the_log_costs_lines_only(monkeypatch):
     shown = console.Console()
-    monkeypatch.setattr(shown, "_file", type("Full", (), {"write": staticmethod(fail), "flush": staticmethod(lambda: None)})())
+    monkeypatch.setattr(shown, "_file", type("Full", (io.StringIO,), {"write": staticmethod(fail)})())
     shown.plain("x")
     assert not shown.gone
 
