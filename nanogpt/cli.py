@@ -25,6 +25,7 @@ from nanogpt.messages import ConfigError, language_from_arguments, say, set_lang
 from nanogpt.mistakes import EXIT_USER_ERROR, explained, forgive_output, leave_quietly, one_line_each
 from nanogpt.quoting import QUOTED, override, quoted, typed_override, word
 from nanogpt.sample_config import SampleConfig, register_schemas
+from nanogpt.source_text import RECORD_SUFFIXES
 from nanogpt.sweep_folder import tidy_latest
 from nanogpt.user_yaml import checked_yaml, group_options, is_group
 from nanogpt.values import check_values, expanded, in_digits, wanted_type
@@ -59,6 +60,15 @@ def remembered_groups(arguments: list[str]) -> list[str]:
     except (ConfigError, OSError, KeyError, TypeError, ValueError, yaml.YAMLError, RecursionError):
         # 目录不对或配置损坏：稍后由真正的加载来说明
         return []
+
+
+def implied_dataset(arguments: list[str]) -> list[str]:
+    """The data set that dataset.path=… means where none is named: labelled for files of records, text_file for all else."""
+    typed = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    # 配方与旧的训练自己定了数据集
+    if "dataset.path" not in typed or typed.keys() & {"dataset", "experiment", "resume"}:
+        return []
+    return ["dataset=labelled" if typed["dataset.path"].lower().endswith(RECORD_SUFFIXES) else "dataset=text_file"]
 
 
 def arranged(arguments: list[str]) -> tuple[list[str], list[str], bool]:
@@ -183,7 +193,7 @@ class _Script:
         self.config_name, self.task, self.before_sweep = config_name, task, before_sweep
         self.remembered = remembered_groups(overrides)
         exact = [with_integers(typed, SCHEMAS[config_name]) for typed in overrides]
-        self.overrides = [*(quoted(typed, sweep=sweep) for typed in exact), *self.remembered]
+        self.overrides = [*(quoted(typed, sweep=sweep) for typed in exact), *self.remembered, *implied_dataset(overrides)]
         self.started = False
         self.reported: list[Exception] = []
 

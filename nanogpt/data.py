@@ -164,6 +164,10 @@ class TokenData:
         window = torch.from_numpy(window)
         return window[:, :-1].contiguous(), window[:, 1:].contiguous()
 
+    def val_targets(self, windows: list[tuple[int, int]]) -> int:
+        """How many tokens are predicted in these windows of val_windows()."""
+        return sum(length for _, length in windows)
+
     def val_windows(self, block_size: int, limit: int | None) -> list[tuple[int, int]]:
         """(start, length) of the windows to evaluate: all of the split, or `limit` tokens spread evenly over it."""
         total = len(self.tokens["val"]) - 1

@@ -272,6 +272,10 @@ class DocumentData(TokenData):
         y[begin + len(text) - 1] = self.separator if last == end else self.tokens[split][last]
         return at + int(cut.length[piece])
 
+    def val_targets(self, windows: list[tuple[int, int]]) -> int:
+        """How many tokens are predicted in these windows of val_windows(); labels and the unfilled ends of rows are not."""
+        return int(sum(self.pieces("val", T).targets[self._deal("val", T, None, 0)[0][row]].sum() for row, T in windows))
+
     def val_windows(self, block_size: int, limit: int | None) -> list[tuple[int, int]]:
         """(row, block_size) of the rows to evaluate: all, or as many as hold `limit` tokens, spread evenly."""
         count = len(self.pieces("val", block_size).rows)

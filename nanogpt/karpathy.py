@@ -42,7 +42,8 @@ def find_tokenizer(path: Path, settings, vocab_size: int) -> Tokenizer:
     if not (folder / "tokenizer.json").is_file():
         dataset = str(settings.get("dataset", "")) if isinstance(settings, dict) else ""
         places = [folder / "meta.pkl"]
-        if re.fullmatch(r"\w+", dataset):
+        # 名字里不许有路径：别人的 checkpoint 不能指到别处去
+        if re.fullmatch(r"[\w][\w.\- ]*", dataset):
             places.append(folder.parent / "data" / dataset / "meta.pkl")
         for place in places:
             if place.is_file():

@@ -313,6 +313,22 @@ MESSAGES = {
         "dataset.path is not set; type dataset=labelled dataset.path=my.jsonl",
         "没有设置 dataset.path；请写 dataset=labelled dataset.path=my.jsonl",
     ),
+    "records_no_text": (
+        "dataset.path={got}: {file} holds records, no running text; type dataset=labelled dataset.path={got}, "
+        "or rename it to .txt to learn it as it stands",
+        "dataset.path={got}：{file} 里是一条条记录，不是连着的文字；请写 dataset=labelled dataset.path={got}，要照原样学就改名为 .txt",
+    ),
+    "labelled_chat": (
+        "{file}, line {line}: this is a {kind} ({fields}), as chat models are tuned on, and a text is wanted; put all of a record into its text, "
+        "this one for example: {example}",
+        "{file} 第 {line} 行：这是{kind}（{fields}），供微调对话模型用，而这里要的是正文；请把一条记录的内容都写进 text，这一条例如 {example}",
+    ),
+    "kind_instruction": ("question with its answer", "一问一答"),
+    "kind_conversation": ("conversation", "一段对话"),
+    "labelled_array": (
+        "{file}, line {line}: the list of records breaks off here ({reason}); correct it, or write one object in each line, for example {example}",
+        "{file} 第 {line} 行：记录的列表到这里读不下去（{reason}）；请改正，或每行写一个对象，例如 {example}",
+    ),
     "empty_labelled": (
         "dataset.path={got}: no texts in it; give a file with texts, or a folder with some of: {kinds}",
         "dataset.path={got}：里面没有文本；请给出有内容的文件，或含有 {kinds} 的文件夹",
@@ -330,8 +346,8 @@ MESSAGES = {
         "{file} 第 {line} 行：\"{kind}\" 是 {got}，不能作标签；请写成带引号的文字，不含 | 与换行，至多 {most} 个字符",
     ),
     "labelled_header": (
-        "{file}, line 1: the columns are {got}; the first line must name them, one of them text",
-        "{file} 第 1 行：列名是 {got}；第一行应为列名，其中要有 text",
+        "{file}, line {line}: the columns are {got}; the first line must name them, one of them text",
+        "{file} 第 {line} 行：列名是 {got}；第一行应为列名，其中要有 text",
     ),
     "labelled_columns": (
         "{file}, line {line}: {got} fields where the first line names {want}; put a text with commas or line breaks in double quotes",
@@ -363,6 +379,18 @@ MESSAGES = {
         "{path}: byte {offset} is not {encoding}; save the file as UTF-8 or set dataset.encoding",
         "{path}：第 {offset} 个字节不是 {encoding}；请另存为 UTF-8，或设置 dataset.encoding",
     ),
+    "unknown_bytes": (
+        "{path}: byte {offset} is not UTF-8, and the file is not plausible in any other encoding that is known here; {remedy}",
+        "{path}：第 {offset} 个字节不是 UTF-8，按这里认得的其他编码读也不成文字；{remedy}",
+    ),
+    "name_encoding": ("save it as UTF-8, or name its encoding: {key}=…", "请另存为 UTF-8，或写明它的编码：{key}=…"),
+    "save_as_utf8": ("save it as UTF-8 to be sure", "另存为 UTF-8 最稳妥"),
+    "encoding_taken": ("{path}{more}: not UTF-8, read as {name}; {remedy}", "{path}{more}：不是 UTF-8，按 {name} 读；{remedy}"),
+    "other_encoding": (
+        "if that is wrong, name another encoding ({key}={got} is what was taken)",
+        "若不对，请写明编码（这次相当于 {key}={got}）",
+    ),
+    "and_more": (" and {count} more", " 及另外 {count} 个文件"),
     "mixed_encodings": (
         "{path}: the lines up to {line} hold UTF-8, but byte {offset} is none: the file mixes encodings; save it whole as UTF-8",
         "{path}：第 {line} 行之前有 UTF-8 的文字，而第 {offset} 个字节不是：文件混用了几种编码；请整个另存为 UTF-8",
@@ -380,8 +408,8 @@ MESSAGES = {
     ),
     "not_an_option": ("{got}: there is no such option; choose from: {options}", "{got}：没有这个选项；可用：{options}"),
     "unknown_encoding": (
-        "dataset.encoding={got} is not known; try utf-8, utf-16, gb18030 or auto",
-        "dataset.encoding={got} 无法识别；可用 utf-8、utf-16、gb18030 或 auto",
+        "dataset.encoding={got} is not known; try utf-8, utf-16, gb18030, big5, cp1252 or auto",
+        "dataset.encoding={got} 无法识别；可用 utf-8、utf-16、gb18030、big5、cp1252 或 auto",
     ),
     "unknown_tokenizer": (
         "dataset.tokenizer={got} is not known; choose one of: {allowed}",
@@ -615,6 +643,11 @@ MESSAGES = {
     "bad_prompt_line": (
         "prompts={path}: line {number} is neither a string nor an object with \"prompt\"; correct it",
         "prompts={path}：第 {number} 行既不是字符串，也不是带 \"prompt\" 的对象；请改正",
+    ),
+    "bad_prompt_list": (
+        "prompts={path}: item {number} of what should be one list of strings, or of objects with \"prompt\", is neither; "
+        "correct it, or give one prompt per line in a .txt file",
+        "prompts={path}：整个文件应是一个列表，每项是字符串或带 \"prompt\" 的对象，而第 {number} 项不是；请改正，或在 .txt 里每行写一个开头",
     ),
     "large_prompts": (
         "{key}={got}: {size:,.0f} MiB are too many for prompts (at most {most}); give a smaller file",

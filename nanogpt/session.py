@@ -288,8 +288,8 @@ class Session:
             world=f" x {world}" if world > 1 else "",
         )
         line("peak", source=trainer.peak_source, tflops=trainer.peak)
-        evaluated = sum(length for _, length in trainer.windows)
-        line("eval_part", tokens=evaluated, total=sum(length for _, length in self.data.val_windows(trainer.block_size, None)))
+        every = self.data.val_windows(trainer.block_size, None)
+        line("eval_part", tokens=self.data.val_targets(trainer.windows), total=self.data.val_targets(every))
 
     def _autopsy(self, error: OutOfMemory, *, has_checkpoint: bool) -> None:
         """One screen about what did not fit and what to type instead."""

@@ -2,31 +2,56 @@
 
 import codecs
 import contextlib
+import io
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from nanogpt.files import sha256
-from nanogpt.messages import ConfigError
+from nanogpt.messages import ConfigError, say, text
 
 # 每次读这么多字节：大文件不进内存
 PIECE = 4 * 2**20
 TEXT_SUFFIXES = (".txt", ".md", ".text")
+# 一条条记录，不是连着的文字
+RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 # 常被当成文本给进来的文件，按开头几个字节认
 BINARY = {
     b"%PDF-": "PDF", b"PK\x03\x04": "ZIP / DOCX / EPUB", b"\xd0\xcf\x11\xe0": "DOC", b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF",
     b"\x1f\x8b": "GZIP", b"7z\xbc\xaf\x27": "7Z", b"Rar!\x1a": "RAR", b"\xfd7zXZ": "XZ", b"BZh": "BZIP2", b"\x7fELF": "ELF",
     b"SQLite format 3\0": "SQLite",
 }
+# UTF-32 的记号以 UTF-16 的开头，要先看
+MARKS = {
+    "utf-8": (codecs.BOM_UTF8,), "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
 # 大于 127 的字节
 HIGH = bytes(range(128, 256))
 # GB18030 的文字里，连着这么多这样的字节恰好都合乎 UTF-8 的机会不到十亿分之一
 STRETCH = 48
+# 既不是 UTF 又不是明显的 GB18030 时，让 charset-normalizer 在这些里面选；一样像、或读出来一样时，取排在前面的
+OTHERS = {
+    "gb18030": "GB18030", "cp1252": "Windows-1252", "cp1250": "Windows-1250", "cp1251": "Windows-1251", "cp1253": "Windows-1253",
+    "cp1254": "Windows-1254", "cp1255": "Windows-1255", "cp1256": "Windows-1256", "koi8_r": "KOI8-R", "big5": "Big5", "cp932": "Shift-JIS",
+    "euc_jp": "EUC-JP", "cp949": "EUC-KR", "tis_620": "TIS-620",
+}
+# 这些把一半的字节都当成字母，几个坏字节也读得通：不到这么多字节不作数
+ALL_LETTERS, ENOUGH = ("cp1251", "cp1253", "cp1255", "cp1256", "koi8_r", "tis_620"), 16
+# 把更多的字也收进来的版本
+WIDER = {"big5": ("big5", "cp950", "big5hkscs"), "tis_620": ("tis_620", "cp874")}
+# 词与词之间的：引号、破折号、省略号、不换行的空格，以及中日韩的标点
+TYPOGRAPHY = frozenset("‘’‚“”„‹›«»–—…·•¿¡§°\xa0、。，．・：；？！（）「」『』《》【】〈〉～ー　")
+# 判断时看这么多字节的非 ASCII 的行；再多，结论也不变
+SAMPLE = 2**16
+# 混乱程度与语言的相符程度差在这以内，就算一样像
+AS_CHAOTIC, AS_COHERENT = 0.01, 0.03
+UTF8_CHARACTER = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
+GB18030_CHARACTER = re.compile(rb"[\x81-\xfe][0-9][\x81-\xfe][0-9]|[\x81-\xfe][\x40-\xfe]")
 HALF = re.compile("[\ud800-\udfff]")
 NO_TEXTS = ("idna", "punycode", "unicode-escape", "raw-unicode-escape", "undefined")
 # 这些解码器不会给出半个代理对
-WHOLE = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be")
+WHOLE = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32")
 
 
 @contextlib.contextmanager
@@ -45,15 +70,18 @@ def digest(path: Path) -> str:
         return sha256(path)
 
 
-def detect_encoding(path: Path) -> str:
-    """UTF-8, UTF-16 (with or without a byte-order mark) or GB18030, decided by reading the whole file; ConfigError for anything else."""
+def detect_encoding(path: Path, *, key: str | None = "dataset.encoding") -> str:
+    """The encoding of a text, decided by reading the whole file; ConfigError where none is plausible.
+
+    UTF-8 and UTF-16 (with or without a byte-order mark) come first, then what the bytes look like (likely_encoding).
+    `key` is where a person can name the encoding, if anywhere.
+    """
     with naming(path), path.open("rb") as file:
         head = file.read(PIECE)
     if kind := next((kind for magic, kind in BINARY.items() if head.startswith(magic)), None):
         raise ConfigError("binary_file", path=path, kind=kind)
-    for mark, name in ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
-        if head.startswith(mark):
-            return name
+    if name := next((name for name, marks in MARKS.items() if head.startswith(marks)), None):
+        return name
     # 没有 BOM 的 UTF-16：英文里一半字节是 0，位置的奇偶说明字节序
     zeros = [head[0::2].count(0), head[1::2].count(0)]
     if max(zeros) > len(head) // 8 and max(zeros) > 10 * min(zeros):
@@ -63,14 +91,87 @@ def detect_encoding(path: Path) -> str:
             pass
         return "utf-8"
     except UnicodeDecodeError as utf8_error:
-        # 只差最后半个字，或只多出半个代理对（CESU-8）：是坏了的 UTF-8，不是碰巧能读通的 GB18030
+        # 只差最后半个字，或只多出半个代理对（CESU-8）：是坏了的 UTF-8，不是碰巧能读通的别的编码
         damaged = is_cut_utf8(path, utf8_error) or is_whole(path, "utf-8", "surrogatepass")
-        line = stretch_of_utf8(path) if not damaged and is_whole(path, "gb18030") else None
-        if line == 0:
-            return "gb18030"
-        if line:
+        if not damaged and is_whole(path, "gb18030") and (line := stretch_of_utf8(path)):
             raise ConfigError("mixed_encodings", path=path, line=line, offset=utf8_error.start) from None
-        raise ConfigError("undecodable", path=path, offset=utf8_error.start, encoding="UTF-8 / UTF-16 / GB18030") from None
+        if not damaged and (found := likely_encoding(path)):
+            return found
+        remedy = text("name_encoding", key=key) if key else text("save_as_utf8")
+        raise ConfigError("unknown_bytes", path=path, offset=utf8_error.start, remedy=remedy) from None
+
+
+def likely_encoding(path: Path) -> str | None:
+    """The encoding other than UTF-8 and UTF-16 that the bytes look like, and are valid in from end to end; None where that is none."""
+    sample = lines_beyond_ascii(path)
+    high = len(sample) - len(sample.translate(None, HIGH))
+    if 2 * sum(map(len, UTF8_CHARACTER.findall(sample))) > high:
+        # 坏了几个字节的 UTF-8：单字节的编码样样都读得通，读出来是乱码
+        return None
+    candidates = [name for name in OTHERS if high >= ENOUGH or name not in ALL_LETTERS]
+    chinese = how_chinese(sample)
+    if chinese > 0 and is_whole(path, "gb18030"):
+        return "gb18030"
+    if chinese < 0:
+        candidates.remove("gb18030")
+    # 只有不是 UTF 的文件才用得着，导入要 0.1 秒
+    from charset_normalizer import from_bytes
+
+    # 没有一个 ASCII 字节的文件，取样可能断在半个字上
+    found = next(filter(None, (list(from_bytes(part, cp_isolation=candidates)) for part in (sample, sample[:-1]))), [])
+    alike = [m for m in found if m.chaos <= found[0].chaos + AS_CHAOTIC and m.coherence >= found[0].coherence - AS_COHERENT]
+    names = {name for match in alike for name in match.could_be_from_charset}
+    ranked = [name for candidate in candidates if candidate in names for name in WIDER.get(candidate, (candidate,))]
+    return next((name for name in ranked if is_whole(path, name) and is_writing(sample.decode(name, errors="ignore"))), None)
+
+
+def is_writing(text: str) -> bool:
+    """Whether most of the characters beyond ASCII are letters or the marks between words."""
+    beyond = [c for c in text if not c.isascii()]
+    # ÿ 几乎没有词用，而 0xFF 正是坏文件里最常见的字节
+    return 2 * sum((c.isalpha() and c != "ÿ") or c in TYPOGRAPHY for c in beyond) >= len(beyond)
+
+
+def lines_beyond_ascii(path: Path) -> bytes:
+    """The first SAMPLE bytes or so of the lines that are not ASCII."""
+    found, size = [], 0
+    with naming(path), path.open("rb") as file:
+        while size < SAMPLE and (line := file.readline(PIECE)):
+            if not line.isascii():
+                found.append(line[:SAMPLE])
+                size += len(found[-1])
+                if len(line) > SAMPLE:
+                    # 切在空格、换行之类的地方：它们不会是哪个字的后一半
+                    found[-1] = found[-1][: max(map(found[-1].rfind, b" \r\n")) + 1] or found[-1]
+    return b"".join(found)
+
+
+def how_chinese(sample: bytes) -> int:
+    """1 where the bytes are Chinese in GB18030 beyond doubt, -1 where they are not, 0 where they may be something else.
+
+    Almost all characters are of GB 2312, and in pinyin order the common ones lie from end to end: Korean syllables fill the
+    same codes only up to a quarter of them, and Japanese has kana.
+    """
+    pairs = [pair for pair in GB18030_CHARACTER.findall(sample) if len(pair) == 2 and pair[1] >= 0xA1]
+    count = len(GB18030_CHARACTER.findall(sample))
+    hanzi = [pair for pair in pairs if 0xB0 <= pair[0] <= 0xF7]
+    marks = sum(0xA1 <= pair[0] <= 0xA3 for pair in pairs)
+    if 20 * (len(hanzi) + marks) >= 19 * count and 8 * sum(pair[0] >= 0xC9 for pair in hanzi) >= max(1, len(hanzi)):
+        return 1
+    return -1 if 7 * sum(pair[0] in (0xA4, 0xA5) for pair in pairs) > count else 0
+
+
+def resolved(files: list[Path], encoding: str = "auto", *, key: str | None = "dataset.encoding") -> list[tuple[Path, str]]:
+    """(file, encoding) of each file; says what was taken where auto met something other than UTF-8 and UTF-16."""
+    check_encoding(encoding)
+    found = [(file, detect_encoding(file, key=key) if encoding == "auto" else encoding) for file in files]
+    for name in dict.fromkeys(name for _, name in found if encoding == "auto" and not name.startswith("utf")):
+        taken = [file for file, taken in found if taken == name]
+        more = text("and_more", count=len(taken) - 1) if len(taken) > 1 else ""
+        label = next((label for candidate, label in OTHERS.items() if name in WIDER.get(candidate, (candidate,))), name)
+        remedy = text("other_encoding", key=key, got=name) if key else text("save_as_utf8")
+        say("encoding_taken", path=taken[0], more=more, name=label, remedy=remedy)
+    return found
 
 
 def is_whole(path: Path, encoding: str, errors: str = "strict") -> bool:
@@ -145,28 +246,30 @@ def decode_pieces(path: Path, encoding: str, errors: str = "strict") -> Iterator
             raise
 
 
-def iter_text(path: Path, encoding: str = "auto") -> Iterator[str]:
-    """Yield the text of one file in pieces that end at line breaks where there are any; LF line ends."""
-    check_encoding(encoding)
-    if encoding == "auto":
-        encoding = detect_encoding(path)
-    pending = ""
+def iter_text(path: Path, encoding: str) -> Iterator[str]:
+    """Yield the text of one file in pieces that end at line breaks where there are any.
+
+    Line ends of every kind (LF, CRLF, CR) become LF; a byte-order mark at the beginning is dropped.
+    """
+    pending, first, newlines = "", True, io.IncrementalNewlineDecoder(None, translate=True)
     try:
         for piece in decode_pieces(path, encoding):
             if encoding not in WHOLE and HALF.search(piece):
                 # UTF-7 等能写出半个代理对，之后没有文件存得下它
                 raise ConfigError("half_character", path=path, encoding=encoding)
-            pending += piece
-            # 切在换行处，BPE 的词不会被劈开；\r\n 也不会被分到两段
+            if first and piece:
+                piece, first = piece.removeprefix("\ufeff"), False
+            pending += newlines.decode(piece)
+            # 切在换行处，BPE 的词不会被劈开
             cut = pending.rfind("\n") + 1
             if not cut and len(pending) > 2 * PIECE:
                 # 整个文件一行也没有换行：按长度切，内存才有上限
                 cut = PIECE
             if cut:
-                yield pending[:cut].replace("\r\n", "\n")
+                yield pending[:cut]
                 pending = pending[cut:]
-        if pending:
-            yield pending.replace("\r\n", "\n")
+        if pending := pending + newlines.decode("", final=True):
+            yield pending
     except UnicodeDecodeError as error:
         raise ConfigError("undecodable", path=path, offset=error.start, encoding=encoding) from None
     except UnicodeError as error:

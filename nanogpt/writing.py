@@ -21,7 +21,7 @@ from nanogpt.precision import Precision
 from nanogpt.pretrained import build_pretrained, open_pretrained
 from nanogpt.sample_config import FROM_FILE, SampleConfig, file_of
 from nanogpt.sampling import Sampler, build_sampler
-from nanogpt.source_text import iter_text
+from nanogpt.source_text import iter_text, resolved
 from nanogpt.values import unescaped
 from nanogpt.writer import Request, Writer, default_prompt
 
@@ -147,10 +147,11 @@ def ready(cfg: SampleConfig, name: str, network: torch.nn.Module, tokenizer: tok
 
 
 def prompt_text(start: str) -> str:
-    """The prompt itself, unescaped, or the content of the file that FILE:… names."""
+    """The prompt itself, unescaped, or the content of the file that FILE:… names, without its last line break."""
     if not start.startswith(FROM_FILE):
         return unescaped(start)
-    return file_text(file_of(start), "start", start)
+    # 编辑器总在文件末尾添一个换行：它不是要写下去的开头
+    return file_text(file_of(start), "start", start).removesuffix("\n")
 
 
 def file_text(path: Path, key: str, got: str) -> str:
@@ -159,7 +160,7 @@ def file_text(path: Path, key: str, got: str) -> str:
         raise ConfigError("missing_file", key=key, got=got)
     if (size := path.stat().st_size) > LARGEST_PROMPTS:
         raise ConfigError("large_prompts", key=key, got=got, size=size / 2**20, most=LARGEST_PROMPTS // 2**20)
-    return "".join(iter_text(path))
+    return "".join(iter_text(*resolved([path], key=None)[0]))
 
 
 def prompt_list(cfg: SampleConfig, default: str) -> list[str]:
@@ -171,22 +172,24 @@ def prompt_list(cfg: SampleConfig, default: str) -> list[str]:
 
 
 def prompts_of_file(path: Path) -> list[str]:
-    """One prompt per line of a text file (empty lines are passed over), or per json line: a string or {"prompt": …}."""
-    prompts = []
-    for number, line in enumerate(file_text(path, "prompts", str(path)).splitlines(), 1):
-        if not line.strip():
-            continue
-        if path.suffix != ".jsonl":
-            prompts.append(line)
-            continue
-        try:
-            record = json.loads(line)
+    """One prompt per line of a text file (empty lines are passed over), per json line, or per item of a .json list: a string or {"prompt": …}."""
+    content, suffix = file_text(path, "prompts", str(path)), path.suffix.lower()
+    prompts, number = [], 0
+    try:
+        # 不用 splitlines：开头里可以有 U+2028、U+0085 之类
+        items = json.loads(content) if suffix == ".json" else content.split("\n")
+        # 一个字典、一串文字也能一项一项地取：那不是一列开头
+        for item in items if isinstance(items, list) else [None]:
+            number += 1
+            if isinstance(item, str) and not item.strip():
+                continue
+            record = json.loads(item) if suffix in (".jsonl", ".ndjson") else item
             prompt = record if isinstance(record, str) else record["prompt"]
             # 半个代理对（"\\ud800"）存不进文件，也编不成字节
             prompt.encode("utf-8")
             prompts.append(prompt)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ConfigError("bad_prompt_line", path=path, number=number) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ConfigError("bad_prompt_list" if suffix == ".json" else "bad_prompt_line", path=path, number=max(number, 1)) from None
     if not prompts:
         raise ConfigError("no_prompts", path=path)
     return prompts

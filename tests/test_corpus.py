@@ -11,7 +11,7 @@ from nanogpt.config import ROOT
 from nanogpt.corpus import split_by_length
 from nanogpt.data import TokenData
 from nanogpt.messages import ConfigError
-from nanogpt.source_text import iter_text, text_files
+from nanogpt.source_text import iter_text, resolved, text_files
 
 CHINESE = "春眠不觉晓，处处闻啼鸟。\n夜来风雨声，花落知多少。\n"
 OPTIONS = {"tokenizer": "char", "encoding": "auto", "val_fraction": 0.1}
@@ -22,6 +22,10 @@ def script(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def read(path, encoding="auto"):
+    return "".join(iter_text(*resolved([path], encoding)[0]))
 
 
 @pytest.fixture
@@ -44,14 +48,14 @@ def test_common_encodings_are_detected(tmp_path, encoding, text):
         pytest.skip("纯汉字的 UTF-16 没有 BOM 时无从分辨")
     path = tmp_path / "t.txt"
     path.write_bytes(text.encode(encoding))
-    assert "".join(iter_text(path)) == text
+    assert read(path) == text
 
 
 def test_undecodable_bytes_are_named_with_their_offset(tmp_path):
     path = tmp_path / "t.txt"
     path.write_bytes("好".encode() * 5 + b"\xff\xfe\xff" + "好".encode())
-    with pytest.raises(ConfigError, match=r"byte 15 is not"):
-        list(iter_text(path))
+    with pytest.raises(ConfigError, match=r"byte 15 is not UTF-8, .*name its encoding: dataset\.encoding="):
+        read(path)
     with pytest.raises(ConfigError, match=r"byte 15 is not utf-8"):
         list(iter_text(path, "utf-8"))
 
@@ -68,14 +72,14 @@ def test_the_offset_counts_from_the_start_of_the_file(tmp_path, monkeypatch):
 def test_pieces_never_split_a_character_or_a_line_end(tmp_path, monkeypatch, piece):
     monkeypatch.setattr(source_text, "PIECE", piece)
     path = tmp_path / "t.txt"
-    path.write_bytes((CHINESE + "a\r\nb\r\n\r\nc").encode("utf-8"))
-    assert "".join(iter_text(path, "utf-8")) == CHINESE + "a\nb\n\nc"
+    path.write_bytes((CHINESE + "a\r\nb\r\n\r\nc\rd\r").encode("utf-8"))
+    assert "".join(iter_text(path, "utf-8")) == CHINESE + "a\nb\n\nc\nd\n"
 
 
 def test_unknown_encoding_is_one_line(tmp_path):
     (tmp_path / "t.txt").write_text("x", encoding="utf-8")
     with pytest.raises(ConfigError, match="dataset.encoding=klingon"):
-        list(iter_text(tmp_path / "t.txt", "klingon"))
+        read(tmp_path / "t.txt", "klingon")
 
 
 def test_a_folder_gives_its_text_files_in_a_fixed_order(tmp_path):

@@ -88,8 +88,16 @@ def test_a_folder_gives_all_its_files_and_labels_are_stripped(tmp_path, prepared
 GOOD = as_jsonl(ROWS[:1])
 BAD = {
     "json": (GOOD + '{"text": 春}\n', r"a.jsonl, line 2: this is no JSON object \(.*for example"),
-    "nested": ("\n" + "[" * 99999 + "\n", r"a.jsonl, line 2: this is no JSON object"),
-    "list": ('[{"text": "x"}]\n', r"line 1: this is no JSON object \(a list\)"),
+    "nested": ("\n" + "[" * 99999 + "\n", r"a.jsonl, line 2: the list of records breaks off here"),
+    "list": (GOOD + '[{"text": "x"}]\n', r"line 2: this is no JSON object \(a list\)"),
+    "list of numbers": ('[{"text": "x"},\n 5]', r"line 2: this is no JSON object \(a int\)"),
+    "half a list": ('[\n {"text": "x"},\n', r"a.jsonl, line 3: the list of records breaks off here \(Expecting value\)"),
+    "no comma": ('[{"text": "x"}\n{"text": "y"}]', r"line 1: the list of records breaks off here \(no comma, no \]\)"),
+    "more behind": ('[{"text": "x"}]\n{"text": "y"}', r"breaks off here \(there is more behind the list\)"),
+    "alpaca": ('[{"instruction": "Say hi", "input": "", "output": "hi"}]', r'line 1: this is a question with its answer \(instruction, input, output\), .*'
+               r'for example: \{"text": "Say hi\\nhi"\}'),
+    "messages": ('{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}', r'a conversation \(messages\).*"hi\\nyo"'),
+    "conversations": ('{"conversations": [{"from": "human", "value": "你好"}]}', r'a conversation \(conversations\).*\{"text": "你好"\}'),
     "no text": (GOOD * 3 + '{"txt": "x"}\n', r'line 4: "text" is None'),
     "blank text": ('{"text": " "}\n', r"line 1: \"text\" is ' ', which is no text"),
     "number": ('{"text": 5}\n', r'line 1: "text" is 5'),
@@ -116,6 +124,8 @@ def test_a_wrong_line_is_named_with_file_and_number(tmp_path, prepared, case):
 
 
 BAD_TABLES = {
+    "semicolons": ("title;style\na;b\n", "a.csv, line 1: the columns are title;style; .* one of them text"),
+    "fields of semicolons": ("sep=;\ntext;style\na;b\nc;d;e\n", "a.csv, line 4: 3 fields where the first line names 2"),
     "header": ("title,style\na,b\n", "a.csv, line 1: the columns are title, style; .* one of them text"),
     "fields": ("text,style\na,b\nc,d,e\n", "a.csv, line 3: 3 fields where the first line names 2"),
     "quote": ('text,style\n"a"b,c\n', "a.csv, line 2: this is no table"),

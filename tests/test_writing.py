@@ -46,7 +46,7 @@ def test_bad_settings_are_named(change, message):
 
 def test_prompts_come_from_files_too(tmp_path):
     (tmp_path / "p.txt").write_text("春天\n", encoding="gb18030")
-    assert writing.prompt_text(f"FILE:{tmp_path / 'p.txt'}") == "春天\n"
+    assert writing.prompt_text(f"FILE:{tmp_path / 'p.txt'}") == "春天"
     with pytest.raises(ConfigError, match="start=FILE:nothing.txt"):
         writing.prompt_text("FILE:nothing.txt")
 

@@ -77,7 +77,7 @@ STRANGE = {
 
 def strange() -> Iterator[Case]:
     for what, text in STRANGE.items():
-        read = text.replace("\r\n", "\n")
+        read = text.replace("\r\n", "\n").replace("\r", "\n")
         for encoding in ("utf-8", "utf-8-sig", "utf-16"):
             yield Case("strange but valid", f"{what}, {encoding}", file(text, encoding=encoding), WORKS, read)
         for encoding in ("utf-16-be", "gb18030", "utf-32"):
@@ -253,7 +253,7 @@ def labelled() -> Iterator[Case]:
         "only spaces": "  \n \n", "one text": good.splitlines()[0], "all the same": json.dumps(ROWS[0]) * 1 + ("\n" + json.dumps(ROWS[0])) * 50,
         "punctuation only": '{"text": "...!"}\n' * 60,
         "a label for each": "".join(json.dumps({"text": row["text"], "style": row["text"]}) + "\n" for row in ROWS),
-        "a whole list": json.dumps(ROWS), "indented": json.dumps(ROWS, indent=1), "not JSON at all": PLAIN,
+        "half a list": json.dumps(ROWS)[:-1], "a list of lists": "[[1], [2]]", "not JSON at all": PLAIN,
         "half a million labels": lambda: "".join(f'{{"text": "{i} and {i * i}", "style": "{i}"}}\n' for i in range(500_000)).encode(),
     }.items():
         yield Case("bad labelled file", what, file(content, "a.jsonl"), REFUSED, dataset="labelled")
@@ -266,6 +266,8 @@ def labelled() -> Iterator[Case]:
     for fraction in (1e-9, 0.9999999):
         yield Case("bad labelled file", f"val_fraction {fraction}", file(good, "a.jsonl"), REFUSED, dataset="labelled",
             options={"val_fraction": fraction, "judge_fraction": 0.0})
+    for what, content in {"a whole list": json.dumps(ROWS), "indented": json.dumps(ROWS, indent=1)}.items():
+        yield Case("strange but valid", f"labelled, {what}", file(content, "a.jsonl"), WORKS, dataset="labelled")
     if os.name != "nt":
         yield Case("file system", "a pipe of labelled texts", lambda folder: _fifo(folder / "a.jsonl"), REFUSED, dataset="labelled")
 

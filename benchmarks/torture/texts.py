@@ -320,7 +320,7 @@ def check_large(path: Path, prepared: Path, tokenizer: str) -> None:
     from nanogpt.data import TokenData
 
     data = TokenData(prepared)
-    stream, pending = iter_text(path), ""
+    stream, pending = iter_text(path, "utf-8"), ""
     for split in ("train", "val"):
         tokens = data.tokens[split]
         table = None if tokenizer == "byte" else list(data.tokenizer.characters)

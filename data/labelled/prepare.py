@@ -1,12 +1,13 @@
-"""Texts of your own with labels: lines of JSON {"text": …, "style": …, "emotion": …}, or CSV / TSV with these columns.
+"""Texts of your own with labels: objects {"text": …, "style": …, "emotion": …} as lines of JSON or one JSON list, or CSV / TSV with these columns.
 
-One file, or all .jsonl, .csv and .tsv files of a folder. Labels may be missing; other fields are not used.
+One file, or all such files of a folder. Labels may be missing; other fields are not used.
 """
 
 import csv
+import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nanogpt.config import check_range
@@ -14,19 +15,23 @@ from nanogpt.corpus import check_tokenizer, tokenizer_for
 from nanogpt.documents import Document, label_names, write_documents
 from nanogpt.labels import LABEL_KINDS
 from nanogpt.messages import ConfigError, say
+from nanogpt.messages import text as translated
 from nanogpt.ram import free_ram
-from nanogpt.source_text import check_encoding, iter_text, own_source, text_files, unchanged
+from nanogpt.source_text import HALF, RECORD_SUFFIXES, check_encoding, iter_text, own_source, resolved, text_files, unchanged
 from nanogpt.splitting import split_documents
 from nanogpt.tokenizer import Tokenizer
 
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
-SUFFIXES = (".jsonl", ".ndjson", *DELIMITERS)
+# 欧洲的 Excel 存的 .csv 用分号
+DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}
 EXAMPLE = '{"text": "春眠不觉晓", "style": "五言绝句"}'
 LONGEST_LABEL = 64
+BLANK = re.compile(r"[ \t\n\r]*")
 # 一篇至多这么多字：十部长篇小说；再长就不是一篇，而是少了换行或引号
 LONGEST_TEXT = 2**25
 # 每字节文件至少要这么多内存：正文两份，查重时每字再记一个 hash 与归属（实测中文 20、英文 45 上下）
 BYTES_EACH = 12
+# 对话数据的常见写法：问的一边，答的一边
+QUESTIONS, ANSWERS = ("instruction", "prompt", "question", "query", "input"), ("output", "response", "answer", "completion", "chosen")
 # 标签多于这些，或者篇数的一半，多半是把标题、编号当成了标签
 MOST_LABELS, FEW_LABELS = 1000, 20
 
@@ -43,10 +48,10 @@ def sources(
     check_range("dataset.judge_fraction", judge_fraction, 0, 1)
     if val_fraction + judge_fraction >= 1:
         raise ConfigError("out_of_range", key="dataset.judge_fraction", got=judge_fraction, wanted=f"< 1 - val_fraction = {1 - val_fraction:g}")
-    files = text_files(source, SUFFIXES)
+    files = text_files(source, RECORD_SUFFIXES)
     size = sum(file.stat().st_size for file in files)
     if not size:
-        raise ConfigError("empty_labelled", got=path, kinds=" ".join(SUFFIXES))
+        raise ConfigError("empty_labelled", got=path, kinds=" ".join(RECORD_SUFFIXES))
     if size * BYTES_EACH > (free := free_ram()):
         raise ConfigError("labelled_memory", got=path, size=size / 2**20, need=size * BYTES_EACH / 2**30, have=free / 2**30)
     return files
@@ -55,10 +60,10 @@ def sources(
 # ---- 读 ----
 
 
-def lines_of(file: Path, encoding: str) -> Iterator[str]:
-    """The lines of a file with their ends."""
+def lines_of(file: Path, pieces: Iterable[str]) -> Iterator[str]:
+    """The lines of a file's text with their ends."""
     pending, number = "", 1
-    for piece in iter_text(file, encoding):
+    for piece in pieces:
         # 不用 splitlines：JSON 字符串里可以有 U+2028 之类
         *whole, pending = (pending + piece).split("\n")
         yield from (line + "\n" for line in whole)
@@ -71,17 +76,50 @@ def lines_of(file: Path, encoding: str) -> Iterator[str]:
 
 
 def rows_of_json(file: Path, encoding: str) -> Iterator[tuple[int, dict]]:
-    """(line number, object) of each line that is not blank."""
-    for number, line in enumerate(lines_of(file, encoding), 1):
+    """(line number, object) of each line that is not blank, or of each item where the whole file is one list."""
+    pieces = iter_text(file, encoding)
+    first = next(pieces, "")
+    if first.lstrip().startswith("["):
+        yield from rows_of_list(file, first + "".join(pieces))
+        return
+    for number, line in enumerate(lines_of(file, itertools.chain([first], pieces)), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line, object_pairs_hook=without_repeats)
         except (ValueError, RecursionError) as error:
-            raise ConfigError("labelled_json", file=file, line=number, reason=str(error).splitlines()[0], example=EXAMPLE) from None
-        if not isinstance(row, dict):
-            raise ConfigError("labelled_json", file=file, line=number, reason=f"a {type(row).__name__}", example=EXAMPLE)
-        yield number, row
+            raise ConfigError("labelled_json", file=file, line=number, reason=str(error).partition("\n")[0], example=EXAMPLE) from None
+        yield number, as_object(file, number, row)
+
+
+def rows_of_list(file: Path, content: str) -> Iterator[tuple[int, dict]]:
+    """(line number, object) of each item of a JSON list."""
+    # 一项一项地解：错在第几行说得准
+    decoder = json.JSONDecoder(object_pairs_hook=without_repeats)
+    at, line, counted = content.index("[") + 1, 1, 0
+    while True:
+        at = BLANK.match(content, at).end()
+        line, counted = line + content.count("\n", counted, at), at
+        try:
+            if content[at : at + 1] == "]":
+                if content[at + 1 :].strip():
+                    raise ValueError("there is more behind the list")
+                return
+            row, at = decoder.raw_decode(content, at)
+            at = BLANK.match(content, at).end()
+            if content[at : at + 1] not in ("]", ","):
+                raise ValueError("no comma, no ]")
+        except (ValueError, RecursionError) as error:
+            raise ConfigError("labelled_array", file=file, line=line, reason=getattr(error, "msg", error), example=EXAMPLE) from None
+        yield line, as_object(file, line, row)
+        at += content[at] == ","
+
+
+def as_object(file: Path, line: int, row) -> dict:
+    """The row, if it is an object."""
+    if not isinstance(row, dict):
+        raise ConfigError("labelled_json", file=file, line=line, reason=f"a {type(row).__name__}", example=EXAMPLE)
+    return row
 
 
 def without_repeats(pairs: list[tuple[str, object]]) -> dict:
@@ -94,27 +132,56 @@ def without_repeats(pairs: list[tuple[str, object]]) -> dict:
 
 
 def rows_of_table(file: Path, encoding: str) -> Iterator[tuple[int, dict]]:
-    """(number of its last line, fields) of each row below the header."""
-    reader = csv.reader(lines_of(file, encoding), delimiter=DELIMITERS[file.suffix.lower()], strict=True)
+    """(number of its last line, fields) of each row below the header; rows of empty fields are passed over."""
+    lines, before = lines_of(file, iter_text(file, encoding)), 0
+    first = next(lines, "")
+    if marked := re.fullmatch(r"sep=(.)\n?", first, re.IGNORECASE):
+        # Excel 写在第一行，说明用什么分隔
+        first, before = next(lines, ""), 1
+    delimiter = marked[1] if marked else delimiter_of(first, DELIMITERS[file.suffix.lower()])
+    reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
     # 长文章也是一格；引号没有配对时，整个文件都是一格
     csv.field_size_limit(LONGEST_TEXT)
     try:
         header = [name.strip().lower() for name in next(reader, [])]
         if "text" not in header:
-            raise ConfigError("labelled_header", file=file, got=", ".join(header)[:80])
+            raise ConfigError("labelled_header", file=file, line=before + 1, got=", ".join(header)[:80])
         for fields in reader:
-            if not fields:
+            if not any(field.strip() for field in fields):
                 continue
+            number = before + reader.line_num
             if len(fields) != len(header):
-                raise ConfigError("labelled_columns", file=file, line=reader.line_num, got=len(fields), want=len(header))
-            yield reader.line_num, dict(zip(header, fields))
+                raise ConfigError("labelled_columns", file=file, line=number, got=len(fields), want=len(header))
+            yield number, dict(zip(header, fields))
     except csv.Error as error:
-        raise ConfigError("labelled_csv", file=file, line=reader.line_num, reason=error) from None
+        raise ConfigError("labelled_csv", file=file, line=before + reader.line_num, reason=error) from None
+
+
+def delimiter_of(header: str, delimiters: str) -> str:
+    """The first of these by which one of the columns is called text, else the first of all."""
+    names = {d: [name.strip().strip('"').lower() for name in header.split(d)] for d in delimiters}
+    return next((d for d in delimiters if "text" in names[d]), delimiters[0])
+
+
+def chat_of(row: dict) -> tuple[str, list[str], str] | None:
+    """(name of its kind, its fields, all of it as one text) of a record for chat models, else None."""
+    for field in ("conversations", "messages", "conversation"):
+        if isinstance(turns := row.get(field), list) and turns and all(isinstance(turn, dict) for turn in turns):
+            said = [turn.get("content", turn.get("value")) for turn in turns]
+            return "kind_conversation", [field], "\n".join(part for part in said if isinstance(part, str))
+    asked, answered = ([field for field in fields if isinstance(row.get(field), str)] for fields in (QUESTIONS, ANSWERS))
+    if asked and answered:
+        return "kind_instruction", [*asked, *answered], "\n".join(row[field] for field in [*asked, *answered] if row[field].strip())
+    return None
 
 
 def document(file: Path, line: int, row: dict) -> Document:
     """One text with its labels, checked."""
     text = row.get("text")
+    if text is None and (chat := chat_of(row)):
+        kind, fields, whole = chat
+        example = json.dumps({"text": whole[:80]}, ensure_ascii=bool(HALF.search(whole)))
+        raise ConfigError("labelled_chat", file=file, line=line, kind=translated(kind), fields=", ".join(fields), example=example)
     if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
         raise ConfigError("labelled_text", file=file, line=line, got=_short(text), example=EXAMPLE)
     labels = {}
@@ -132,12 +199,12 @@ def _short(value) -> str:
     return ascii(value) if isinstance(value, str) and re.search("[\ud800-\udfff]", value) else repr(value)[:60]
 
 
-def documents(files: list[Path], encoding: str) -> Iterator[Document]:
+def documents(files: list[Path], encoding: str = "auto") -> Iterator[Document]:
     """All texts of the files; says once which fields are not used."""
     unused: set[str] = set()
-    for file in files:
+    for file, found in resolved(files, encoding):
         rows = rows_of_table if file.suffix.lower() in DELIMITERS else rows_of_json
-        for line, row in rows(file, encoding):
+        for line, row in rows(file, found):
             unused.update(row)
             yield document(file, line, row)
     if unused := sorted(unused - {"text", *LABEL_KINDS}):
@@ -162,7 +229,7 @@ def prepare(
         listed = list(documents(files, encoding))
         check()
     if not listed:
-        raise ConfigError("empty_labelled", got=path, kinds=" ".join(SUFFIXES))
+        raise ConfigError("empty_labelled", got=path, kinds=" ".join(RECORD_SUFFIXES))
     check_labels(listed)
     parts = split_documents(listed, {"train": 1 - val_fraction - judge_fraction, "val": val_fraction, "judge": judge_fraction})
     for split in ("train", "val"):

@@ -7,7 +7,7 @@ import numpy as np
 
 from nanogpt.corpus import check_tokenizer, split_by_length, tokenizer_for, write_tagged
 from nanogpt.messages import ConfigError
-from nanogpt.source_text import check_encoding, detect_encoding, iter_text, own_source, text_files, unchanged
+from nanogpt.source_text import RECORD_SUFFIXES, check_encoding, iter_text, own_source, resolved, text_files, unchanged
 from nanogpt.tokenizer import CharTokenizer, Tokenizer
 
 # 一个输入加一个目标：再少就没有可学、可验证的
@@ -22,6 +22,8 @@ def sources(path: str | None, tokenizer: str | Tokenizer, encoding: str, val_fra
     if not 0 < val_fraction < 1:
         raise ConfigError("out_of_range", key="dataset.val_fraction", got=val_fraction, wanted="> 0, < 1")
     files = text_files(source)
+    if records := files if source.suffix.lower() in RECORD_SUFFIXES and not source.is_dir() else [] if files else text_files(source, RECORD_SUFFIXES):
+        raise ConfigError("records_no_text", got=path, file=records[0].name)
     if not any(file.stat().st_size for file in files):
         raise ConfigError("empty_text", key="dataset.path", got=path)
     return files
@@ -55,7 +57,7 @@ def write(
 ) -> None:
     """The same for options that have been checked; check() is called before the folder appears."""
     # 判断编码要通读文件，下面还要读两三遍：只判断一次
-    files = [(file, detect_encoding(file) if encoding == "auto" else encoding) for file in paths]
+    files = resolved(paths, encoding)
 
     def made_from() -> Iterator[str]:
         if tokenizer != "bpe":

@@ -257,7 +257,7 @@ def read_judge_part(folder: Path) -> list[Document]:
     path = folder / JUDGE
     if not path.is_file():
         return []
-    return [Document(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [Document(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def build_judge(kind: str, labels: Sequence[str], documents: Sequence[Document]) -> tuple[Judge, dict[str, dict]]:
