@@ -21,6 +21,10 @@ ATTACKS = {
         "full disk, no more files, read-only, quota, nobody reads the output",
         "磁盘满、文件数用尽、只读、配额、输出没人读",
     ),
+    "power": (
+        "the power goes after any operation on a file: what was not synced lost, zeroed, torn, out of order",
+        "任一次文件操作之后断电：没有同步的丢失、变成零、断开、乱序",
+    ),
     "folders": (
         "two runs and more in one folder, locks of dead processes",
         "同一目录里两次以上的训练，死掉的进程留下的锁",
