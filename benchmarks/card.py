@@ -201,8 +201,9 @@ class Results:
         item["seconds"] = sum(case["seconds"] for case in item["cases"].values())
         item["ok"] = all(case["ok"] for case in item["cases"].values())
         mark = "skipped" if "skipped" in found else "ok" if found["ok"] else "FAILED"
-        why = found.get("skipped") or found.get("error") or (found.get("warnings") or [""])[0]
-        print(f"{part:10s} {name[:42]:42s} {mark:8s}{found['seconds']:6.1f} s  {why}"[:80].rstrip(), flush=True)
+        print(f"{part:10s} {name[:44]:44s} {mark:8s}{found['seconds']:6.1f} s", flush=True)
+        if why := found.get("skipped") or found.get("error") or (found.get("warnings") or [""])[0]:
+            print(f"           {why}"[:80], flush=True)
         self.save()
 
     def save(self) -> None:
