@@ -1,0 +1,107 @@
+"""Texts, tables and lists of prompts as people have them, each read as what it is or named for it."""
+
+import json
+import random
+
+import pytest
+from test_corpus import read, script
+
+from nanogpt.messages import ConfigError
+from nanogpt.source_text import detect_encoding, resolved, text_files
+from nanogpt.writing import prompt_text, prompts_of_file
+
+WORDS = "the old house by the river was quiet when she came home and nobody knew why the lamp still burned in the upper window".split()
+
+
+def story(lines, apostrophe="’", quotes=None):
+    chosen = random.Random(0)
+    rows = [[chosen.choice(WORDS) for _ in range(12)] for _ in range(lines)]
+    for row in rows:
+        row[3], row[7] = f"she{apostrophe}s", f"didn{apostrophe}t"
+    text = "".join(" ".join(row).capitalize() + ".\n" for row in rows)
+    return text.replace("lamp", quotes) if quotes else text
+
+
+def lines_of(letters, end, count=400):
+    chosen = random.Random(0)
+    return "".join("".join(chosen.choice(letters) for _ in range(24)) + end + "\n" for _ in range(count))
+
+
+BIG5 = "春眠不覺曉處處聞啼鳥夜來風雨聲花落知多少白日依山盡黃河入海流欲窮千里目更上一層樓國學說話這裡為什麼時間過得真快"
+CAT = "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。何でも薄暗いじめじめした所でニャーニャー泣いていた事だけは記憶している。\n"
+HANGUL = "가나다라마바사아자차카타파하한국어문장오늘"
+FOREIGN = {
+    "cp1252": (story(400), "cp1252"), "cp1252 with quotes": (story(400, quotes="“lamp”"), "cp1252"), "big5": (lines_of(BIG5, "。"), "big5"),
+    "shift-jis": (20 * CAT, "cp932"), "euc-kr": (lines_of(HANGUL, "."), "cp949"),
+    "gb18030": (lines_of("春眠不觉晓处闻啼鸟夜来风雨声花落知多少这是中国的一个人", "。"), "gb18030"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_texts_in_other_encodings_are_read_as_what_they_are_and_it_is_said(tmp_path, capsys, case):
+    text, encoding = FOREIGN[case]
+    (path := tmp_path / "t.txt").write_bytes(text.encode(encoding))
+    assert detect_encoding(path) == encoding and read(path) == text
+    said = capsys.readouterr().err
+    assert str(path) in said and f"dataset.encoding={encoding}" in said
+
+
+@pytest.mark.parametrize("encoding", ["auto", "utf-8"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_byte_order_mark_and_the_kind_of_line_ends_leave_nothing_in_the_text(tmp_path, encoding, end):
+    text = story(30, "'")
+    (path := tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", end).encode())
+    assert read(path, encoding) == text
+
+
+def test_files_that_a_mac_leaves_beside_the_texts_are_passed_over(tmp_path):
+    (tmp_path / "a.txt").write_text("x", encoding="utf-8")
+    (tmp_path / "._a.txt").write_bytes(b"\0\5\x16\7" + bytes(range(256)))
+    assert [path.name for path in text_files(tmp_path)] == ["a.txt"]
+
+
+ROWS = [{"text": f"{story(1)[:-1]} number {i}", "style": ("diary", "letter")[i % 2]} for i in range(20)]
+JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+def table(delimiter, *, head="", tail="", end="\n"):
+    return head + end.join([f"text{delimiter}style", *(f'"{row["text"]}"{delimiter}{row["style"]}' for row in ROWS), ""]) + tail
+
+
+RECORDS = {
+    "ok.jsonl": JSONL, "bom.JSONL": "\ufeff" + JSONL.replace("\n", "\r\n"), "ok.ndjson": JSONL, "array.json": json.dumps(ROWS, indent=1),
+    "excel_bom.csv": "\ufeff" + table(",", end="\r\n"), "semicolon.csv": table(";"), "sep.csv": table("|", head="sep=|\n"),
+    "trailing.csv": table(",", tail=",\n,\n"),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_records_are_read_from_lines_lists_and_tables_of_every_kind(tmp_path, name):
+    (path := tmp_path / name).write_bytes(RECORDS[name].encode())
+    got = [{"text": row.text, "style": row.style} for row in script("labelled").documents([path])]
+    assert got == ROWS
+
+
+def test_a_text_file_of_records_asks_for_the_data_set_that_reads_them(tmp_path):
+    (path := tmp_path / "ok.jsonl").write_text(JSONL, encoding="utf-8")
+    with pytest.raises(ConfigError, match="dataset=labelled"):
+        script("text_file").sources(str(path), "char", "auto", 0.1)
+
+
+PROMPTS = {
+    "bom_crlf.txt": ("\ufeffThe old\r\nShe came\r\n\r\n", ["The old", "She came"]), "nel.txt": ("The old\x85house\nShe\n", ["The old\x85house", "She"]),
+    "u2028.jsonl": ('{"prompt": "The old\u2028house"}\n{"prompt": "She"}\n', ["The old\u2028house", "She"]),
+    "PROMPTS.JSONL": ('{"prompt": "The old"}\n"She"\n', ["The old", "She"]), "list.json": ('["The old", {"prompt": "She"}]\n', ["The old", "She"]),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_lists_of_prompts_end_at_line_feeds_only(tmp_path, name):
+    content, prompts = PROMPTS[name]
+    (path := tmp_path / name).write_bytes(content.encode())
+    assert prompts_of_file(path) == prompts
+
+
+def test_the_last_line_break_of_a_prompt_file_is_no_part_of_the_prompt(tmp_path):
+    (path := tmp_path / "p.txt").write_text("the old house\n", encoding="utf-8")
+    assert prompt_text(f"FILE:{path}") == "the old house" and resolved([path])[0][1] == "utf-8"
