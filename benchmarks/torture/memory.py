@@ -23,6 +23,7 @@ from nanogpt import checkpoint, distributed, generate
 from nanogpt.messages import ConfigError
 from nanogpt.oom import OutOfMemory, is_out_of_memory
 from nanogpt.sampling import sampler
+from nanogpt.step import Reading
 from nanogpt.worker import Worker
 from nanogpt.writer import Request, Writer
 
@@ -92,7 +93,7 @@ def gradients(trainer) -> dict[str, torch.Tensor]:
     def keep(loss):
         found.update({name: p.grad.detach().clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
         trainer._drop_gradients()
-        return 0.0
+        return Reading(loss, torch.zeros(())), False
 
     trainer._update = keep
     try:
