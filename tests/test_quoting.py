@@ -179,8 +179,9 @@ def test_values_and_scripts_are_named_as_they_have_to_be_typed(in_tmp, monkeypat
 def test_what_is_said_to_come_next_fits_the_run(data, labels, stopped_by, curves, expected):
     cfg = make_config(*data, checked=False)
     tokenizer = SimpleNamespace(labels=labels)
-    run = SimpleNamespace(run_dir=Path("runs/a b"), cfg=cfg, data=SimpleNamespace(tokenizer=tokenizer))
-    commands = list(Session._next(run, {"iters": 5, "stopped_by": stopped_by}, curves=curves).values())
+    run = object.__new__(Session)
+    run.run_dir, run.cfg, run.data = Path("runs/a b"), cfg, SimpleNamespace(tokenizer=tokenizer)
+    commands = list(run._next({"iters": 5, "stopped_by": stopped_by}, curves=curves).values())
     assert len(commands) == len(expected)
     assert all(part in command for part, command in zip(expected, commands)), commands
 
