@@ -5,18 +5,21 @@ The arithmetic is that of nanogpt.optimizers, in float32; only what is stored be
 
 import contextlib
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.optim.adamw import adamw as adamw_kernel
 
 from nanogpt import target
 from nanogpt.config import MemoryConfig
-from nanogpt.lowbit import BLOCK, PIECE, SMALL, Codec, round_stochastically, spans, zero_code
+from nanogpt.lowbit import BLOCK, PIECE, SMALL, Codec, round_stochastically, scale_of, spans, zero_code
 
 # 二阶矩非负，整个码表都给正数
 UNSIGNED = ("exp_avg_sq",)
 SCALE = "_scale"
 COMPENSATION = "compensation"
+# 编译成几个 kernel 的更新一次处理这么多：临时张量少，启动也少
+FUSED_PIECE = 2**22
 
 
 class Storage:
@@ -28,6 +31,19 @@ class Storage:
         self.kahan = memory.bf16_rounding == "kahan"
         self.offload = memory.offload_optimizer
         self.codec = Codec()
+        # 8 位状态的更新逐个运算要六十多个 kernel；有编译器时由 compilation 换成融合的
+        self.fused_adamw: Callable[..., None] | None = None
+        self.fused_momentum: Callable[..., None] | None = None
+        self._numbers: dict[tuple[float, torch.device], torch.Tensor] = {}
+
+    def number(self, value: float, device: torch.device) -> torch.Tensor:
+        """The value as a float32 tensor () on a device: compiled code is not made anew when it changes."""
+        if len(self._numbers) > 64:
+            # 学习率每步一个
+            self._numbers.clear()
+        if (value, device) not in self._numbers:
+            self._numbers[value, device] = torch.full((), value, dtype=torch.float32, device=device)
+        return self._numbers[value, device]
 
     # ---- 状态 ----
 
@@ -142,6 +158,9 @@ def adamw_update(
     skip: torch.Tensor | None = None, factor: torch.Tensor | None = None,
 ) -> None:
     """AdamW on one parameter; `skip` () is 1.0 where nothing may change, `factor` () multiplies the gradient."""
+    if storage.fused_adamw and _in_blocks(storage, state, "exp_avg", p):
+        _fused_adamw_update(storage, state, group, p, grad, skip=skip, factor=factor)
+        return
     step = count = state["step"]
     for span in spans(p.numel(), storage.piece):
         weights = storage.read_weights(state, p, span)
@@ -164,6 +183,14 @@ def muon_direction(
 ) -> torch.Tensor:
     """Nesterov momentum (rows, cols) to be orthogonalised, bf16 on a GPU, where the products take no more."""
     direction = torch.empty(p.shape, dtype=torch.bfloat16 if target.device_type(p) == "cuda" else torch.float32, device=p.device)
+    if storage.fused_momentum and _in_blocks(storage, state, "momentum", p):
+        numbers = [storage.number(value, p.device) for value in (1 - group["momentum"], *_GUARD)]
+        guard = [given if given is not None else number for given, number in zip((skip, factor), numbers[1:], strict=True)]
+        for span in spans(p.numel(), FUSED_PIECE):
+            with _blocks_here(state, ("momentum",), span, p.device) as states:
+                tables = storage.codec.tables(True, p.device)
+                storage.fused_momentum(_in_rows(direction, span), _in_rows(grad, span), *states, tables, numbers[0], *guard)
+        return direction
     for span in spans(p.numel(), storage.piece):
         g, old = _gradient(grad, span, factor), storage.read(state, "momentum", span, p.device)
         momentum = old.lerp(g, 1 - group["momentum"])
@@ -188,3 +215,87 @@ def muon_apply(
 def _gradient(grad: torch.Tensor, span: slice, factor: torch.Tensor | None) -> torch.Tensor:
     piece = grad.reshape(-1)[span].float()
     return piece if factor is None else piece * factor
+
+
+# ---- 融合的更新：张量都按 (块数, BLOCK) 排 ----
+
+# skip、factor 没有给时的值：照常更新，梯度不缩放
+_GUARD = (0.0, 1.0)
+
+
+def _in_blocks(storage: Storage, state: dict, key: str, p: torch.Tensor) -> bool:
+    """Whether a fused update knows these states: in 8 bits and of whole blocks, no compensation beside them."""
+    return key + SCALE in state and p.numel() % BLOCK == 0 and not storage.compensates(p)
+
+
+def _in_rows(x: torch.Tensor, span: slice) -> torch.Tensor:
+    return x.detach().reshape(-1)[span].view(-1, BLOCK)
+
+
+@contextlib.contextmanager
+def _blocks_here(state: dict, keys: tuple[str, ...], span: slice, device: torch.device) -> Iterator[list[torch.Tensor]]:
+    """Codes (rows, BLOCK) and scales (rows,) of each key on `device`, to be changed in place; brought back to where they lie."""
+    there = [part for key in keys for part in (_in_rows(state[key], span), state[key + SCALE][_blocks(span)])]
+    here = [part.to(device, non_blocking=True) for part in there]
+    yield here
+    for a, b in zip(there, here, strict=True):
+        if a.device != b.device:
+            a.copy_(b, non_blocking=True)
+
+
+def _fused_adamw_update(storage: Storage, state: dict, group: dict, p: torch.Tensor, grad: torch.Tensor, *, skip, factor) -> None:
+    b1, b2 = group["betas"]
+    numbers = [storage.number(value, p.device) for value in (group["lr"], group["weight_decay"], b1, 1 - b1, b2, 1 - b2, group["eps"], *_GUARD)]
+    skip = numbers[-2] if skip is None else skip
+    factor = numbers[-1] if factor is None else factor
+    tables = (*storage.codec.tables(True, p.device), *storage.codec.tables(False, p.device))
+    for span in spans(p.numel(), FUSED_PIECE):
+        with _blocks_here(state, ("exp_avg", "exp_avg_sq"), span, p.device) as states:
+            storage.fused_adamw(_in_rows(p, span), _in_rows(grad, span), *states, tables, state["step"], numbers[:-2], skip, factor)
+    state["step"].add_(1 - skip)
+
+
+def fusible_adamw(p, grad, first, first_scale, second, second_scale, tables, step, numbers, skip, factor) -> None:
+    """adamw_update() of blocks for a compiler: weights, codes and scales are changed in place, not where `skip` () is 1.0.
+
+    p, grad, first, second (n, BLOCK), scales (n,); tables: values and midpoints, signed and unsigned; step (): of the update before;
+    numbers: lr, weight decay, beta1, 1 - beta1, beta2, 1 - beta2, eps, each ().
+    """
+    lr, decay, beta1, rest1, beta2, rest2, eps = numbers
+    signed, signed_middles, unsigned, unsigned_middles = tables
+    kept = skip > 0
+    g = grad.float() * factor
+    m = _decoded(first, first_scale, signed)
+    m = m + rest1 * (g - m)
+    v = beta2 * _decoded(second, second_scale, unsigned) + rest2 * g * g
+    steps = step + 1
+    denominator = (v / (1 - beta2**steps)).sqrt() + eps
+    new = p.float() * (1 - lr * decay) - lr / (1 - beta1**steps) * m / denominator
+    if p.dtype == torch.bfloat16:
+        new = round_stochastically(new)
+    p.copy_(torch.where(kept, p, new))
+    _encode_into(first, first_scale, m, signed_middles, kept, signed=True)
+    _encode_into(second, second_scale, v, unsigned_middles, kept, signed=False)
+
+
+def fusible_momentum(direction, grad, codes, scale, tables, rest, skip, factor) -> None:
+    """What muon_direction() does, of blocks for a compiler; rest () is 1 - momentum."""
+    values, middles = tables
+    g, old = grad.float() * factor, _decoded(codes, scale, values)
+    momentum = old + rest * (g - old)
+    direction.copy_(momentum - (momentum - g) * rest)
+    _encode_into(codes, scale, momentum, middles, skip > 0, signed=True)
+
+
+def _decoded(codes: torch.Tensor, scale: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return values[codes.int()] * scale[:, None]
+
+
+def _encode_into(codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, middles: torch.Tensor, kept: torch.Tensor, *, signed: bool) -> None:
+    """Codec.encode() of x (n, BLOCK), stored unless `kept` ()."""
+    new_scale = scale_of(x)
+    new = torch.bucketize(x / torch.where(new_scale == 0, 1.0, new_scale)[:, None], middles, out_int32=True)
+    if not signed:
+        new = torch.maximum(new, (x > 0).int())
+    codes.copy_(torch.where(kept, codes, new.to(torch.uint8)))
+    scale.copy_(torch.where(kept, scale, new_scale))

@@ -58,8 +58,7 @@ class Codec:
     def encode(self, x: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes (n,) uint8 and scales (ceil(n / BLOCK),) of x (n,) float32; unsigned values must not be negative."""
         blocks = F.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
-        low, high = blocks.aminmax(dim=1)
-        scale = torch.where(high >= -low, high, low)
+        scale = scale_of(blocks)
         ratio = blocks / torch.where(scale == 0, 1.0, scale)[:, None]
         codes = self.nearest(ratio, signed)
         if not signed:
@@ -84,6 +83,12 @@ class Codec:
         if codes.numel() % BLOCK == 0:
             return values.view(-1, BLOCK).mul_(scale[:, None]).view(-1)
         return values.mul_(scale.repeat_interleave(BLOCK)[: codes.numel()])
+
+
+def scale_of(blocks: torch.Tensor) -> torch.Tensor:
+    """Of each row of (n, BLOCK) the value of largest magnitude with its sign, (n,)."""
+    low, high = blocks.aminmax(dim=1)
+    return torch.where(high >= -low, high, low)
 
 
 def shortcut(middles: torch.Tensor) -> torch.Tensor:

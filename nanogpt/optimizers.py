@@ -90,6 +90,19 @@ class Optimizer:
         for group in self.param_groups:
             for name, p in zip(group["names"], group["params"], strict=True):
                 self.started(name, p, group)
+            if self.storage.fused_adamw:
+                self._compile_update(group)
+
+    def _compile_update(self, group: dict) -> None:
+        """Run an update that changes nothing: it is compiled here, and not by a thread of the first backward pass."""
+        pairs = [(name, p) for name, p in zip(group["names"], group["params"], strict=True) if self.storage.keeps_codes("", p)]
+        if not pairs:
+            return
+        name, p = min(pairs, key=lambda pair: pair[1].numel())
+        one = torch.ones((), device=p.device)
+        before, p.grad = p.grad, torch.zeros_like(p)
+        self.update_one(name, p, group, skip=one, factor=one)
+        p.grad = before
 
     def _present(self, group: dict) -> list[tuple[str, torch.Tensor]]:
         """(name, parameter) pairs that have a gradient."""

@@ -11,7 +11,7 @@ import torch
 
 from nanogpt import checkpoint, distributed, evaluation, keeping
 from nanogpt.cards import peak_tflops_of, reference
-from nanogpt.compilation import compile_hidden, pays
+from nanogpt.compilation import compile_hidden, compile_updates, pays
 from nanogpt.config import TrainConfig, schedule_of
 from nanogpt.console import Console
 from nanogpt.data import ORDER, TokenData
@@ -109,6 +109,7 @@ class Trainer:
         self.health = Health(self)
         self.expected_rows: int | None = None
         compile_hidden(self.model, cfg.compile, device, console, obstacle=self._no_compile(), pays=self._compiling_pays())
+        compile_updates(self.optimizer, cfg.compile, device, console)
 
     def _no_compile(self) -> str | None:
         """What speaks against torch.compile in these settings, or None."""

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanogpt import compilation, distributed, machine, target
 from nanogpt import trainer as trainers
 from nanogpt.build import build_model
-from nanogpt.compilation import compile_hidden, pays
+from nanogpt.compilation import compile_hidden, compile_updates, pays
 from nanogpt.config import HardwareConfig
 from nanogpt.console import Console
 from nanogpt.loss import chunked_cross_entropy, even, fusible_tail, head
@@ -323,3 +323,52 @@ def test_the_first_step_of_each_shape_is_not_timed_where_it_compiles(in_tmp, tin
     assert trainer.progress.untimed_tokens == 64 and timed == 5 * 64 and summary["tokens_per_s"] == pytest.approx(timed / trainer.progress.train_s)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("iter")]
     assert ["tokens/s" in line for line in lines] == [False] + [True] * 5
+
+
+# ---- 8 位状态的融合更新 ----
+
+
+def fused(step, monkeypatch):
+    """The step with fused updates, traced by the compiler and run by torch."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    compile_updates(step.optimizer, "true", torch.device("cpu"), Console(quiet=True))
+    assert step.optimizer.storage.fused_adamw
+    return step
+
+
+@pytest.mark.parametrize("parts", ["adamw 8 bit", "muon 8 bit bf16", "adamw in backward"])
+def test_the_fused_update_stores_the_codes_of_the_plain_one(parts, monkeypatch):
+    overrides, memory = PARTS[parts]
+    memory = {**memory, "weights": "fp32"}
+    _, plain = step_of(*overrides, **memory)
+    _, quick = step_of(*overrides, **memory)
+    monkeypatch.setattr(compilation, "unavailable", lambda device: None)
+    fused(quick, monkeypatch).prepare()
+    plain.prepare()
+    for seed in range(4):
+        device_step(plain, seed)
+        device_step(quick, seed)
+        # 每步从同样的权重出发：比的是一步，不是几步之后放大的末位
+        torch.testing.assert_close(weights(quick.model), weights(plain.model), rtol=0, atol=2e-6)
+        quick.model.load_state_dict(plain.model.state_dict())
+    for name, state in plain.optimizer.state.items():
+        for key, tensor in state.items():
+            other = quick.optimizer.state[name][key]
+            # 乘加的次序差一个末位，至多挪到相邻的码，而且很少
+            assert (tensor.float() - other.float()).abs().max() <= (1 if tensor.dtype == torch.uint8 else 1e-6), (name, key)
+            assert (tensor != other).float().mean() <= 0.01 or tensor.dtype != torch.uint8, (name, key)
+
+
+@pytest.mark.parametrize("parts", ["adamw 8 bit", "muon 8 bit bf16", "adamw in backward"])
+def test_a_bad_step_of_a_fused_update_changes_no_bit(parts, monkeypatch):
+    overrides, memory = PARTS[parts]
+    _, step = step_of(*overrides, **memory)
+    monkeypatch.setattr(compilation, "unavailable", lambda device: None)
+    before = everything(step)
+    fused(step, monkeypatch).prepare()
+    assert all(torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=False))
+    for seed in range(2):
+        device_step(step, seed)
+    before = everything(step)
+    device_step(step, 3, poison=math.nan)
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(step), strict=True))
