@@ -48,6 +48,7 @@ SAMPLE = 2**16
 AS_CHAOTIC, AS_COHERENT = 0.01, 0.03
 UTF8_CHARACTER = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 GB18030_CHARACTER = re.compile(rb"[\x81-\xfe][0-9][\x81-\xfe][0-9]|[\x81-\xfe][\x40-\xfe]")
+GB18030_MARKS = {mark.encode("gb18030") for mark in "，。、！？"}
 HALF = re.compile("[\ud800-\udfff]")
 NO_TEXTS = ("idna", "punycode", "unicode-escape", "raw-unicode-escape", "undefined")
 # 这些解码器不会给出半个代理对
@@ -81,7 +82,8 @@ def detect_encoding(path: Path, *, key: str | None = "dataset.encoding") -> str:
     if kind := next((kind for magic, kind in BINARY.items() if head.startswith(magic)), None):
         raise ConfigError("binary_file", path=path, kind=kind)
     if name := next((name for name, marks in MARKS.items() if head.startswith(marks)), None):
-        return name
+        # 以 NUL 开头的 UTF-16 也是这几个字节
+        return "utf-16" if name == "utf-32" and not is_whole(path, name) else name
     # 没有 BOM 的 UTF-16：英文里一半字节是 0，位置的奇偶说明字节序
     zeros = [head[0::2].count(0), head[1::2].count(0)]
     if max(zeros) > len(head) // 8 and max(zeros) > 10 * min(zeros):
@@ -105,7 +107,7 @@ def likely_encoding(path: Path) -> str | None:
     """The encoding other than UTF-8 and UTF-16 that the bytes look like, and are valid in from end to end; None where that is none."""
     sample = lines_beyond_ascii(path)
     high = len(sample) - len(sample.translate(None, HIGH))
-    if 2 * sum(map(len, UTF8_CHARACTER.findall(sample))) > high:
+    if 4 * sum(map(len, UTF8_CHARACTER.findall(sample))) > 3 * high:
         # 坏了几个字节的 UTF-8：单字节的编码样样都读得通，读出来是乱码
         return None
     candidates = [name for name in OTHERS if high >= ENOUGH or name not in ALL_LETTERS]
@@ -149,16 +151,17 @@ def lines_beyond_ascii(path: Path) -> bytes:
 def how_chinese(sample: bytes) -> int:
     """1 where the bytes are Chinese in GB18030 beyond doubt, -1 where they are not, 0 where they may be something else.
 
-    Almost all characters are of GB 2312, and in pinyin order the common ones lie from end to end: Korean syllables fill the
-    same codes only up to a quarter of them, and Japanese has kana.
+    Chinese has its own comma and full stop; or almost all characters are of GB 2312, where the common ones, in the order of
+    pinyin, lie from end to end: Korean syllables fill but the first quarter of these codes. Japanese has kana.
     """
-    pairs = [pair for pair in GB18030_CHARACTER.findall(sample) if len(pair) == 2 and pair[1] >= 0xA1]
-    count = len(GB18030_CHARACTER.findall(sample))
+    found = GB18030_CHARACTER.findall(sample)
+    pairs = [pair for pair in found if len(pair) == 2 and pair[1] >= 0xA1]
+    if 7 * sum(pair[0] in (0xA4, 0xA5) for pair in pairs) > len(found):
+        return -1
     hanzi = [pair for pair in pairs if 0xB0 <= pair[0] <= 0xF7]
     marks = sum(0xA1 <= pair[0] <= 0xA3 for pair in pairs)
-    if 20 * (len(hanzi) + marks) >= 19 * count and 8 * sum(pair[0] >= 0xC9 for pair in hanzi) >= max(1, len(hanzi)):
-        return 1
-    return -1 if 7 * sum(pair[0] in (0xA4, 0xA5) for pair in pairs) > count else 0
+    common = 20 * (len(hanzi) + marks) >= 19 * len(found) and 8 * sum(pair[0] >= 0xC9 for pair in hanzi) >= max(1, len(hanzi))
+    return int(common or 20 * sum(pair in GB18030_MARKS for pair in pairs) >= max(1, len(found)))
 
 
 def resolved(files: list[Path], encoding: str = "auto", *, key: str | None = "dataset.encoding") -> list[tuple[Path, str]]:
