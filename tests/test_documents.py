@@ -12,6 +12,7 @@ from nanogpt import tokenizer as tokenizers
 from nanogpt.bins import pack
 from nanogpt.build import build_model
 from nanogpt.config import ModelConfig
+from nanogpt.control.judges import read_judge_part
 from nanogpt.corpus import build_char_tokenizer
 from nanogpt.data import TokenData, copy_dataset
 from nanogpt.documents import Document, open_data, write_documents
@@ -57,6 +58,12 @@ def test_documents_come_back_with_their_labels(folder):
     assert list(data.documents("train")) == random_documents(220, 30)[:200]
     judge = [json.loads(line) for line in (folder / "judge.jsonl").read_text(encoding="utf-8").splitlines()]
     assert judge[0]["text"] == random_documents(220, 30)[212].text and len(judge) == 8
+
+
+def test_texts_for_the_judge_come_back_with_line_separators_in_them(tmp_path):
+    texts = [Document("a\u2028b\x85c", style="verse"), Document("d\ne", emotion="glad")]
+    write_documents(tmp_path / "d", name="d", source="t", tokenizer=CharTokenizer("ab"), parts={"train": [Document("ab")], "val": [], "judge": texts})
+    assert read_judge_part(tmp_path / "d") == texts
 
 
 @pytest.mark.parametrize("block_size", [40, 64, 200])
@@ -201,7 +208,8 @@ def test_validation_counts_every_target_of_the_documents_once(folder, in_tmp):
     for row, _ in data.val_windows(40, None):
         x, y = data.rows("val", np.array([row]), 40)
         total, count = total + model.loss(x, y).item() * int((y >= 0).sum()), count + int((y >= 0).sum())
-    assert count == len(data.tokens["val"]) + 12 and trainer.evaluate() == pytest.approx(total / count, abs=1e-5)
+    # 行尾的空位不是目标，说出来的数里也没有
+    assert count == len(data.tokens["val"]) + 12 == data.val_targets(trainer.windows) and trainer.evaluate() == pytest.approx(total / count, abs=1e-5)
 
 
 def test_a_copied_folder_is_whole_and_a_damaged_one_refused(folder, tmp_path):

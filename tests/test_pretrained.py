@@ -203,6 +203,16 @@ def test_a_nanogpt_checkpoint_loads_with_its_characters(tmp_path, bias, protocol
         open_pretrained(str(out / "ckpt.pt"))
 
 
+@pytest.mark.parametrize("name", ["my-text", "v1.0", "诗 2"])
+def test_the_characters_of_a_nanogpt_data_set_are_found_whatever_its_name(tmp_path, name):
+    (tmp_path / "data" / name).mkdir(parents=True)
+    (tmp_path / "data" / name / "meta.pkl").write_bytes(pickle.dumps({"itos": dict(enumerate("abc"))}))
+    assert karpathy.find_tokenizer(tmp_path / "out" / "ckpt.pt", {"dataset": name}, 3).characters == "abc"
+    # 别人的 checkpoint 指不到别的文件夹去
+    with pytest.raises(ConfigError, match="has no tokenizer"):
+        karpathy.find_tokenizer(tmp_path / "out" / "ckpt.pt", {"dataset": f"../data/{name}"}, 3)
+
+
 class Bomb:
     def __reduce__(self):
         return (os.mkdir, ("exploded",))

@@ -6,6 +6,7 @@ import random
 import pytest
 from test_corpus import read, script
 
+from nanogpt.cli import implied_dataset
 from nanogpt.messages import ConfigError
 from nanogpt.source_text import detect_encoding, resolved, text_files
 from nanogpt.writing import prompt_text, prompts_of_file
@@ -46,6 +47,44 @@ def test_texts_in_other_encodings_are_read_as_what_they_are_and_it_is_said(tmp_p
     assert str(path) in said and f"dataset.encoding={encoding}" in said
 
 
+def test_one_line_says_the_encoding_of_a_whole_folder(tmp_path, capsys):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_bytes(story(20).encode("cp1252"))
+    resolved(text_files(tmp_path))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "a.txt and 2 more: not UTF-8, read as Windows-1252" in said
+
+
+# 多是生僻字、只有标点常见；一半是外文；以 NUL 开头：都要认得
+RARE = {
+    "rare": ("".join(chr(0x4E00 + 7 * i % 5000) + "，。\n"[i % 3] for i in range(600)), "gb18030"),
+    "mixed": (20 * "Model accuracy 准确率 is reported in table 3, see 附录 for details.\n", "gb18030"),
+    "traditional": (20 * "他昨天在學校裡遇到了一位老朋友，兩個人聊了很久，說起小時候的日子\n", "gb18030"), "NUL": ("\0" * 9 + "abc", "utf-16"),
+    "one quote": (story(40, "'").replace("didn't", "didn’t", 1), "cp1252"), "russian": (20 * "Все счастливые семьи похожи друг на друга.\n", "cp1251"),
+}
+
+
+@pytest.mark.parametrize("case", RARE)
+def test_texts_with_little_to_go_by_are_read_as_what_they_are(tmp_path, case):
+    text, encoding = RARE[case]
+    (path := tmp_path / "t.txt").write_bytes(text.encode(encoding))
+    assert detect_encoding(path) == encoding and read(path) == text
+
+
+DAMAGED = {
+    "UTF-8": "春眠不觉晓".encode() * 20 + b"\xff" + "处处闻啼鸟".encode() * 20, "cut": "中文字中文字".encode()[:-1], "nothing": b"abc\xff\xff", "0x80": b"\x80" * 500,
+    "GB18030": "春眠不觉晓，处处闻啼鸟。".encode("gb18030") * 20 + b"\xff\n", "beyond": b"all the king's men" + b"\xf5\x80\x80\x80", "random": random.Random(1).randbytes(500),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_bytes_that_are_plausible_in_no_encoding_are_refused_with_the_way_to_name_one(tmp_path, case):
+    (path := tmp_path / "t.txt").write_bytes(DAMAGED[case])
+    with pytest.raises(ConfigError, match=r"t\.txt: byte \d+ is not UTF-8.*name its encoding: dataset\.encoding=") as error:
+        detect_encoding(path)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("encoding", ["auto", "utf-8"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_a_byte_order_mark_and_the_kind_of_line_ends_leave_nothing_in_the_text(tmp_path, encoding, end):
@@ -84,8 +123,17 @@ def test_records_are_read_from_lines_lists_and_tables_of_every_kind(tmp_path, na
 
 def test_a_text_file_of_records_asks_for_the_data_set_that_reads_them(tmp_path):
     (path := tmp_path / "ok.jsonl").write_text(JSONL, encoding="utf-8")
-    with pytest.raises(ConfigError, match="dataset=labelled"):
-        script("text_file").sources(str(path), "char", "auto", 0.1)
+    for named in (path, tmp_path):
+        with pytest.raises(ConfigError, match=f"ok.jsonl holds records.*dataset=labelled dataset.path={named}"):
+            script("text_file").sources(str(named), "char", "auto", 0.1)
+
+
+@pytest.mark.parametrize("typed, implied", [
+    (["dataset.path=my.txt"], ["dataset=text_file"]), (["dataset.path=D:\\a=b.JSONL", "seed=1"], ["dataset=labelled"]), (["seed=1"], []),
+    (["dataset=labelled", "dataset.path=my.txt"], []), (["resume=outputs/run", "dataset.path=my.txt"], []), (["experiment=mine", "dataset.path=my.txt"], []),
+])
+def test_a_path_alone_says_which_data_set_is_meant(typed, implied):
+    assert implied_dataset(typed) == implied
 
 
 PROMPTS = {
