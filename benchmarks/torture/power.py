@@ -262,7 +262,7 @@ def attack(ledger: Ledger, *, cases: int, seed: int, scenarios: tuple[Scenario, 
         attacker = Attack(ledger, Path(named), random.Random(seed))
         with attacker.lab.quiet(), contextlib.chdir(attacker.root):
             for number, scenario in enumerate(scenarios, 1):
-                with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+                with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
                     run = attacker.recorded(scenario)
                 ledger.figures[f"operations recorded, {scenario.name}"] = len(run.log.operations)
                 for at, kind, state in attacker.states(run):
