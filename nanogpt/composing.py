@@ -32,6 +32,8 @@ OTHER_NAMES = {
         **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs", "max_steps", "steps", "iters"), "max_iters"),
         "eval_iters": "eval_tokens", "patience": "early_stop_evals", "always_save_checkpoint": "keep",
         "context_length": "model.block_size", **dict.fromkeys(("data", "data_dir", "input", "file"), "dataset.path"),
+        # 配方选的数据集没有这个键
+        "dataset.path": "dataset=text_file dataset.path",
     },
     "sample": {
         "dtype": "precision=bf16", "top_k": "sampler=top_k sampler.top_k", "top_p": "sampler=top_p sampler.top_p",

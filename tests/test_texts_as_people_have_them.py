@@ -7,6 +7,7 @@ import pytest
 from test_corpus import read, script
 
 from nanogpt.cli import implied_dataset
+from nanogpt.composing import guess_of
 from nanogpt.messages import ConfigError
 from nanogpt.source_text import detect_encoding, resolved, text_files
 from nanogpt.writing import prompt_text, prompts_of_file
@@ -134,6 +135,8 @@ def test_a_text_file_of_records_asks_for_the_data_set_that_reads_them(tmp_path):
 ])
 def test_a_path_alone_says_which_data_set_is_meant(typed, implied):
     assert implied_dataset(typed) == implied
+    # 配方选了别的数据集时，报错里说该怎么写
+    assert guess_of("dataset.path", "train") == "dataset=text_file dataset.path"
 
 
 PROMPTS = {
