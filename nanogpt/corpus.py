@@ -32,6 +32,8 @@ from nanogpt.values import check_types, check_value, expanded
 
 # 1：meta.json 没有自己的摘要
 FORMAT = 2
+# 读法（编码、换行、分词、切分）变了就加一：早先准备好的便不再沿用
+READING = 1
 
 
 def build_char_tokenizer(pieces: Iterable[str]) -> tokenizers.CharTokenizer:
@@ -179,7 +181,7 @@ def folder_of(name: str, directory: str | None, options: dict, module=None) -> P
 def identity_of(module, options: dict) -> str:
     """Hex SHA-256 over a script, its options and the contents of what they name."""
     # autocrlf 检出的脚本是同一份
-    parts: list = [hashlib.sha256(Path(module.__file__).read_bytes().replace(b"\r\n", b"\n")).hexdigest()]
+    parts: list = [READING, hashlib.sha256(Path(module.__file__).read_bytes().replace(b"\r\n", b"\n")).hexdigest()]
     for key in sorted(options):
         # 同一份文字，从哪个文件夹里说都一样
         parts.append([key, Path(options[key]).name if _names_path(key, options[key]) else options[key]])
