@@ -51,7 +51,7 @@ class Storage:
         """The tensor where states of p belong."""
         if not self._in_ram(p) or target.planned():
             return tensor.to(p.device)
-        # 锁页内存：拷贝不经中转，且能与计算重叠
+        # 锁页内存：拷贝不经中转，主机也不必等它；与计算同在一条流上，并不重叠
         return tensor.cpu().pin_memory()
 
     def _in_ram(self, p: torch.Tensor) -> bool:

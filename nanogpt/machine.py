@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import platform
 import sys
 from collections.abc import Iterator
 
@@ -20,6 +21,8 @@ WINDOWS_MARGIN = 2**28
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 # cuBLAS 只有用这两种固定工作区时才逐位重现
 REPEATABLE_WORKSPACES = (":4096:8", ":16:8")
+# 给 CUDA 分配器的设置：新旧两个名字
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def choose_device(named: str, hardware: HardwareConfig) -> torch.device:
@@ -55,7 +58,23 @@ def set_up(device: torch.device, *, deterministic: bool, hardware: HardwareConfi
         torch.use_deterministic_algorithms(True)
         # 默认还会把每块新内存填满，只为查错，白费带宽
         torch.utils.deterministic.fill_uninitialized_memory = False
+    grow_segments(device)
     cap_allocator(device, hardware)
+
+
+def grow_segments(device: torch.device) -> None:
+    """Let the allocator map pages where they are needed instead of keeping segments of fixed sizes: fewer fragments, where the driver can."""
+    # WSL 的驱动做不到，第一次分配就出错；使用者自己写了设置的，由他做主
+    if sys.platform != "linux" or "microsoft" in platform.release().lower() or any(os.environ.get(name) for name in ALLOCATOR_SETTINGS):
+        return
+    # 旧版本只有后一个名字，新版本说它过时了
+    change = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
+    try:
+        change("expandable_segments:True")
+        torch.empty(1, device=device)
+    except RuntimeError:
+        # 虚拟化的显卡也可能做不到：照旧
+        change("expandable_segments:False")
 
 
 def cap_allocator(device: torch.device, hardware: HardwareConfig) -> None:

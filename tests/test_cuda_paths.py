@@ -167,7 +167,8 @@ def test_a_trainer_on_a_card_reads_each_step_while_the_next_one_runs(in_tmp, tin
 def as_on_a_card(monkeypatch):
     """set_up() for a card that is not there."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
-    monkeypatch.setattr(machine, "cap_allocator", lambda device, hardware: None)
+    for later in ("cap_allocator", "grow_segments"):
+        monkeypatch.setattr(machine, later, lambda *_: None)
     machine.set_up(torch.device("cuda", 0), deterministic=True, hardware=HardwareConfig())
 
 
@@ -193,6 +194,29 @@ def test_an_operation_without_a_deterministic_form_is_one_line_with_the_key(as_o
     with pytest.raises(RuntimeError) as error:
         torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
     assert "deterministic=false" in str(explained(error.value)) and "put_" in str(explained(error.value))
+
+
+@pytest.mark.parametrize(("release", "variable", "broken", "asked"), [
+    ("6.8.0-generic", None, False, ["True"]), ("6.8.0-generic", None, True, ["True", "False"]),
+    ("5.15.90.1-microsoft-standard-WSL2", None, False, []), ("6.8.0-generic", "PYTORCH_CUDA_ALLOC_CONF", False, []),
+])
+def test_segments_grow_where_the_driver_can_and_nobody_said_otherwise(monkeypatch, release, variable, broken, asked):
+    settings = []
+
+    def empty(*_, **__):
+        if broken:
+            raise RuntimeError("CUDA driver error: operation not supported")
+
+    for name in machine.ALLOCATOR_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "max_split_size_mb:128")
+    monkeypatch.setattr(machine.sys, "platform", "linux")
+    monkeypatch.setattr(machine.platform, "release", lambda: release)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", lambda text: settings.append(text.partition(":")[2]), raising=False)
+    monkeypatch.setattr(torch, "empty", empty)
+    machine.grow_segments(torch.device("cuda", 0))
+    assert settings == asked
 
 
 # ---- 几个进程 ----
