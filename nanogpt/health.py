@@ -11,7 +11,6 @@ import torch
 
 from nanogpt import checkpoint
 from nanogpt.messages import ConfigError, text
-from nanogpt.quoting import typed_override
 
 # 最近这么多步里，多半的训练损失高于“乱猜”才算发散：偏高的学习率开头也会冲上去十几步，但会自己下来
 RUNAWAY_STEPS = 100
@@ -142,5 +141,5 @@ class Health:
             return text("remedy_again", rate=rate)
         chosen = (checkpoint.best_of(found) if best else None) or found[-1]
         which = "" if chosen.iteration == found[-1].iteration else f" checkpoint={chosen.name}"
-        resume = typed_override("resume", trainer.run_dir)
-        return text("remedy_best" if best else "remedy_last", checkpoint=chosen.name, resume=resume, which=which, rate=rate)
+        remedy = "remedy_best" if best else "remedy_last"
+        return text(remedy, checkpoint=chosen.name, resume=trainer.resuming, which=which, rate=rate)

@@ -9,7 +9,6 @@ from nanogpt import checkpoint, distributed
 from nanogpt.data import ORDERS
 from nanogpt.messages import ConfigError
 from nanogpt.oom import is_out_of_memory
-from nanogpt.quoting import typed_override
 from nanogpt.sealed import reason_of
 
 # 存不下时过这么久再试：磁盘腾出来就存上，又不至于每步都卡在写盘上
@@ -69,7 +68,7 @@ def save(trainer, *, final: bool) -> None:
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
         if final:
             older = trainer.saved.name if trainer.saved else "-"
-            raise ConfigError("never_saved", reason=reason, resume=typed_override("resume", trainer.run_dir), checkpoint=older) from None
+            raise ConfigError("never_saved", reason=reason, resume=trainer.resuming, checkpoint=older) from None
         trainer.retry_at = time.monotonic() + RETRY_S
         trainer.console.line("save_failed", reason=reason, seconds=RETRY_S)
 

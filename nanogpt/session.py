@@ -196,6 +196,7 @@ class Session:
             trainer.config_text = OmegaConf.to_yaml(node)
             self._begin(loggers, trainer.config_text, OmegaConf.to_container(node), trainer.progress.iteration)
             trainer.run_dir, trainer.run_id = self.run_dir, self.record.id
+            trainer.resuming = " ".join(map(word, [*self._named("train"), override("resume", self.run_dir)]))
         return trainer
 
     def _begin(self, loggers: Loggers, config_text: str, config: dict, iteration: int) -> None:

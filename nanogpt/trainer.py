@@ -85,6 +85,8 @@ class Trainer:
         self.console = console
         self.config_text = ""
         self.run_id: str | None = None
+        # 说“接着训”时写给人敲的
+        self.resuming = f"resume={run_dir}"
         self.retry_at: float | None = None
         self.evaluated_at: int | None = None
         self.schedule = schedule_of(cfg)

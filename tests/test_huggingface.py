@@ -1,7 +1,9 @@
 """Export: transformers loads the folder with equal logits and ids, without this package; nothing is overwritten."""
 
+import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,31 @@ def test_left_padding_changes_nothing(tmp_path, kind):
     padded, mask = torch.nn.functional.pad(idx, (3, 0), value=1), torch.nn.functional.pad(torch.ones_like(idx), (3, 0))
     with torch.no_grad():
         torch.testing.assert_close(loaded(padded, attention_mask=mask).logits[:, 3:], loaded(idx).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_class_of_ones_own_is_exported_with_its_module_where_it_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "own_gpt.py").write_text(
+        "from nanogpt.model import GPT\n\nclass Doubled(GPT):\n    def logits(self, hidden):\n        return 2 * super().logits(hidden)\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("own_gpt").Doubled
+    plain = random_model(CHARACTERS, **MODELS["modern"])
+    model = own(replace(plain.config, _target_="own_gpt.Doubled"))
+    model.load_state_dict(plain.state_dict())
+    command = ["export", str(saved_run(tmp_path / "run", model, CHARACTERS)), str(tmp_path / "hf"), "--lang", "en"]
+    with pytest.raises(SystemExit):
+        huggingface.main(command)
+    assert "names code of its own (own_gpt.Doubled)" in capsys.readouterr().err and not (tmp_path / "hf").exists()
+    huggingface.main([*command, "model._target_=own_gpt.Doubled"])
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
+    idx = ids(CHARACTERS.vocab_size, 12)
+    padded, mask = torch.nn.functional.pad(idx, (3, 0), value=1), torch.nn.functional.pad(torch.ones_like(idx), (3, 0))
+    with no_grad_eval(model.eval()):
+        torch.testing.assert_close(loaded(idx).logits, model(idx))
+        torch.testing.assert_close(loaded(padded, attention_mask=mask).logits[:, 3:], model(idx), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(model(idx), 2 * plain.eval()(idx))
+        assert loaded.generate(idx[:1], max_new_tokens=8, do_sample=False, pad_token_id=0).shape == (1, idx.size(1) + 8)
 
 
 def test_the_command_exports_what_needs_no_nanogpt(tmp_path, capsys, monkeypatch):
