@@ -66,6 +66,8 @@ def choose(cfg: TrainConfig) -> Path:
     refuse_contents(path, overwrite=cfg.overwrite)
     # 找到最近的已存在的上级，看能否写入
     parent = next(p for p in [path, *path.absolute().parents] if p.exists())
+    if not parent.is_dir():
+        raise ConfigError("not_writable", path=path, reason=f"{parent} is not a folder")
     if not os.access(parent, os.W_OK):
         raise ConfigError("not_writable", path=path, reason=f"{parent} is read-only")
     return path
@@ -219,7 +221,8 @@ def names_run(named: str) -> bool:
 def _inside(path: Path) -> Path:
     """The run folder that a path lies in, if it is its ckpt/ or a checkpoint; else the path."""
     if re.fullmatch(r"iter_\d+", path.name) and path.absolute().parent.name == "ckpt" and path.is_dir():
-        return path.parent.parent
+        # 在 ckpt/ 里敲的只有一截
+        return (path if len(path.parts) > 1 else path.absolute()).parent.parent
     return path.parent if path.name == "ckpt" and path.is_dir() and not (path / "ckpt").is_dir() else path
 
 

@@ -96,6 +96,8 @@ BAD = {
     "memory=minimal precision=fp16": "memory.weights=bf16 computes in bf16",
     "dataset.name=nothing": "data/nothing/prepare.py",
     "dataset.name=../evil": "dataset.name",
+    "checkpoint=1e9 init_from=outputs/run": "is not known; choose one of: last | best | iter_00001000",
+    "checkpoint=best": "there is no run to take it from; add resume=",
     "keep=0": "keep",
     "sample_temperature=-1": "sample_temperature",
     "model.ngrams=[1]": "model.ngrams",

@@ -1,5 +1,6 @@
 """Run folders: one run in each, whole or not there, and able to go on from the first moment."""
 
+import contextlib
 import errno
 import io
 import json
@@ -187,6 +188,8 @@ def test_a_run_is_named_by_its_folder_by_what_is_in_it_and_by_latest(own_run):
     assert rundir.checkpoint_in("outputs/run", "best", "last") == "best"
     with pytest.raises(ConfigError, match="checkpoint=best is not the checkpoint outputs/run/ckpt/iter_00000003"):
         rundir.checkpoint_in("outputs/run/ckpt/iter_00000003", "best", "last")
+    with contextlib.chdir("outputs/run/ckpt"):
+        assert rundir.locate("iter_00000003") == own_run / "outputs/run"
 
 
 def test_groups_and_recipes_of_ones_own_folder_are_read_on_resume_and_for_fine_tuning(own_run, monkeypatch):
@@ -290,6 +293,12 @@ def test_a_run_that_cannot_begin_leaves_nothing(in_tmp, tiny_overrides, monkeypa
     with pytest.raises(ConfigError, match=r"out_dir=outputs/run cannot be written .*No space left"):
         trainer_of(tiny_overrides)
     assert not Path("outputs").exists()
+
+
+def test_a_folder_below_a_file_is_refused_before_anything_is_built(in_tmp, tiny_overrides):
+    Path("a_file").touch()
+    with pytest.raises(ConfigError, match="out_dir=a_file/x cannot be written .*a_file is not a folder"):
+        rundir.choose(make_config(*tiny_overrides, "out_dir=a_file/x"))
 
 
 def test_a_run_whose_logger_refuses_leaves_nothing_and_a_resumed_one_as_it_was(own_run, tiny_overrides, monkeypatch):

@@ -203,7 +203,7 @@ def paths(random: randomness.Random) -> Iterator[Case]:
     for value in ("a_file", "a_file/x", "a_folder", "/dev/null", "/dev/null/x", "''", "nope/../a_file", "x" * 256, "y/" * 2200, "/proc/nope",
         "/dev/full/x", "run", "text.txt"):
         yield Case("path", "train", (f"out_dir={value}", "overwrite=false"), "")
-    for value in ("nope", "a_file", "a_folder", "''", "/dev/null", "x" * 300, "run/ckpt", "run/config.yaml", "..", "~", "latest", "LATEST"):
+    for value in ("nope", "a_file", "a_folder", "''", "/dev/null", "x" * 300, "run/config.yaml", "..", "~", "latest", "LATEST"):
         yield Case("path", "train", (f"resume='{value}'",), "")
         yield Case("path", "sample", (f"out_dir='{value}'",), "")
     for value in ("nope/nope/nope", "a_file", "a_folder", "/dev/null", "x" * 300, "nope.pt", "text.txt", "http://x/y", "a b", "../..", "-", "nope"):
