@@ -81,19 +81,25 @@ def naming(nodes: dict[str, Any], chosen: dict[str, str], parts: tuple[str, ...]
 
     A checkpoint's code is run only where it is named. `chosen` is the option of each group.
     """
-    words = []
+    words, shipped = [], conf_folders()[0]
     for part in parts:
         own, option = targets(nodes.get(part)) - TRUSTED_TARGETS, chosen.get(part)
         if not own:
             continue
-        if option in group_options(part) and own <= {t for _, content, _ in _brought(f"{part}={option}") for t in targets(content)}:
+        if option in group_options(part) and own <= _named_by(part, option):
             words.append(f"{part}={option}")
             folder = next(folder for folder in reversed(conf_folders()) if (folder / part / f"{option}.yaml").is_file())
-            words[:0] = [f"--config-dir={folder}"] if folder != conf_folders()[0] and f"--config-dir={folder}" not in words else []
+            if folder != shipped and (searched := f"--config-dir={folder}") not in words:
+                words.insert(0, searched)
         elif part != "logger" and len(own) == 1:
             # 类是直接在命令行写的，或者它的 yaml 不在这里
             words.append(f"{part}._target_={min(own)}")
     return words
+
+
+def _named_by(group: str, option: str) -> set[str]:
+    """The classes that a yaml and what it brings along name."""
+    return {target for _, content, _ in _brought(f"{group}={option}") for target in targets(content)}
 
 
 def _brought(typed: str) -> list[tuple[str, dict[str, Any], list[str]]]:
@@ -104,7 +110,8 @@ def _brought(typed: str) -> list[tuple[str, dict[str, Any], list[str]]]:
         path.append("command-line", f"file://{folder.absolute()}")
     loader = ConfigLoaderImpl(config_search_path=path)
     group, _, option = typed.lstrip("+").partition("=")
-    usual = {(entry.config_path, entry.package) for entry in loader.compute_defaults_list("train", [], RunMode.RUN).defaults}
+    untyped = loader.compute_defaults_list("train", [], RunMode.RUN).defaults
+    usual = {(entry.config_path, entry.package) for entry in untyped}
     brought = []
     for entry in loader.compute_defaults_list("train", [typed], RunMode.RUN).defaults:
         # 默认就选中的那一项也算：写出来就是要它

@@ -1,7 +1,7 @@
-"""A model class of one's own for transformers; unlike modeling_nanogpt.py it needs the nanogpt package, on which the class is built.
+"""A model class of one's own for transformers; it needs the nanogpt package, on which the class is built.
 
-`python -m nanogpt.huggingface export` copies this file beside the weights with the class in the place of GPT. It keeps no
-key/value cache: every new token reads the whole context again.
+`python -m nanogpt.huggingface export` copies this file beside the weights with the class in the place of GPT.
+It keeps no key/value cache: every new token reads the whole context again.
 """
 
 import torch
@@ -71,4 +71,5 @@ class OwnForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **unused):
         """The newest block_size tokens: older ones are forgotten."""
         newest = slice(-self.config.max_position_embeddings, None)
-        return {"input_ids": input_ids[:, newest], "attention_mask": None if attention_mask is None else attention_mask[:, newest]}
+        mask = None if attention_mask is None else attention_mask[:, newest]
+        return {"input_ids": input_ids[:, newest], "attention_mask": mask}

@@ -184,7 +184,7 @@ def read_record(path: Path) -> RunRecord | None:
 
 
 def begun_with(path: Path, record: RunRecord | None) -> tuple[str, Path]:
-    """(config of a run that has no checkpoint yet, the file that it is in): run.json, or config.yaml where that is lost."""
+    """(config of a run without a checkpoint, the file that it is in): run.json, or config.yaml where that is lost."""
     if record:
         return record.config_text, path / "run.json"
     file = path / "config.yaml"
@@ -213,7 +213,7 @@ def is_latest(named: str) -> bool:
 
 
 def names_run(named: str) -> bool:
-    """Whether a person named a run of ours, rather than weights of another kind: its folder, its ckpt/, a checkpoint in it, or the latest."""
+    """Whether a person named a run of ours, not weights of another kind: its folder, ckpt/, a checkpoint, or the latest."""
     path = Path(named)
     return is_latest(named) or (path / "ckpt").is_dir() or _inside(path) != path or (path / "manifest.json").is_file()
 
@@ -265,7 +265,8 @@ def resumed_config(saved_text: str, typed: TrainConfig, overrides: list[str], so
         OmegaConf.merge(OmegaConf.structured(TrainConfig), saved)
     except (OmegaConfBaseException, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         # 摘要对得上、内容却合不上：另一个版本写的，或者有人改过
-        raise ConfigError("damaged_checkpoint", file=source, reason=f"config.yaml: {reason_of(error)}", remedy=text("no_older_checkpoint")) from None
+        reason, remedy = f"config.yaml: {reason_of(error)}", text("no_older_checkpoint")
+        raise ConfigError("damaged_checkpoint", file=source, reason=reason, remedy=remedy) from None
     try:
         return _with_typed(saved, typed, overrides, source)
     except OmegaConfBaseException as error:
@@ -318,7 +319,7 @@ def _lay(merged: DictConfig, override: Override, saved: dict, typed_node: DictCo
 
 
 def _only_names(group: str, option: str, saved: dict, typed_node: DictConfig) -> bool:
-    """Whether a typed group only says which of one's own classes, or which model, the run has; no value of the group is taken then."""
+    """Whether a typed group only says which model or which of one's own classes the run has: none of its values is taken."""
     own = targets(saved.get(group))
     return (group in ("model", "arch") and option == saved["groups"].get(group)) or bool(
         own - TRUSTED_TARGETS and own == targets(OmegaConf.to_container(typed_node)[group])

@@ -41,12 +41,13 @@ def read_saved(content: str) -> dict[str, Any]:
 
 
 def refuse_unnamed_code(saved: dict, typed: dict, source: Path, parts: tuple[str, ...] = PARTS) -> None:
-    """ConfigError when a saved config names classes that are neither the program's own nor in what was typed; it says what to type."""
+    """ConfigError, which says what to type, when a saved config names classes not the program's own and not typed."""
     nodes = saved if parts == PARTS else {part: saved.get(part) for part in parts}
     if foreign := untrusted_targets(nodes, typed):
         chosen = saved.get("groups")
         words = naming(saved, chosen if isinstance(chosen, dict) else {}, parts)
-        raise ConfigError("untrusted", path=source, targets=", ".join(foreign), typed=" ".join(map(word, words)) or f"{parts[0]}=…")
+        naming_them = " ".join(map(word, words)) or f"{parts[0]}=…"
+        raise ConfigError("untrusted", path=source, targets=", ".join(foreign), typed=naming_them)
 
 
 def _refuse_lookups(node: Any) -> None:

@@ -26,7 +26,7 @@ MOST_NODES = 100_000
 
 
 def conf_folders() -> list[Path]:
-    """conf/ and the folders that --config-dir and hydra.searchpath=[…] on this command line add to Hydra's search path."""
+    """conf/ and the folders that --config-dir and hydra.searchpath=[…] of this command line add to the search path."""
     found = []
     for argument, following in zip(sys.argv[1:], [*sys.argv[2:], ""]):
         name, equals, value = argument.partition("=")
