@@ -5,6 +5,7 @@ import functools
 import yaml
 
 from nanogpt.config import ROOT, HardwareConfig
+from nanogpt.ram import GIB
 
 REFERENCE = "rtx3060_12gb"
 """The card that any machine is compared with."""
@@ -39,7 +40,7 @@ def present_card(device) -> HardwareConfig | None:
     import torch
 
     properties = torch.cuda.get_device_properties(device)
-    return known_card(properties.name, properties.total_memory / 2**30)
+    return known_card(properties.name, properties.total_memory / GIB)
 
 
 def peak_tflops_of(card: HardwareConfig, *, half: bool, tf32: bool) -> float | None:

@@ -1,5 +1,6 @@
 """torch.compile where it works and pays; never a reason for a run to fail."""
 
+import functools
 import logging
 import os
 import shutil
@@ -9,6 +10,7 @@ import torch
 
 from nanogpt.frugal import fusible_adamw, fusible_momentum
 from nanogpt.loss import fusible_tail
+from nanogpt.messages import first_line
 from nanogpt.oom import is_out_of_memory
 
 # 编译的时间大致随层数涨：2 核 CPU 上 tiny 的训练图 14 秒，每多一层多两三秒
@@ -17,6 +19,8 @@ COMPILE_S, COMPILE_S_PER_LAYER = 10.0, 2.5
 GAIN = 0.2
 # 粗估一步要多久：乘法到峰值的一半；每层百来个 kernel，Python 每个要 10 微秒
 REACHED, LAUNCH_S_PER_LAYER = 0.5, 1e-3
+# 编译器的报错可以有一屏：只说开头
+LONGEST_REASON = 120
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -59,7 +63,7 @@ class Compiled:
                 if is_out_of_memory(error):
                     raise
                 # 若是模型自己的错，下面普通执行时会原样再报一次
-                self.compiled, reason = None, _first_line(error)
+                self.compiled, reason = None, first_line(error)[:LONGEST_REASON]
             self.console.line("compile_failed", reason=reason)
         return self.plain(*args)
 
@@ -105,15 +109,12 @@ def _keep_quiet() -> None:
         torch._logging.set_logs(all=logging.CRITICAL)
 
 
+@functools.cache
 def _trial(device: torch.device) -> str | None:
     """Compile one small function to find out whether the tool chain works; the reason if not."""
     try:
         torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(8, device=device))
     except Exception as error:
         # 工具链的毛病五花八门，任何失败都等于不可用
-        return _first_line(error)
+        return first_line(error)[:LONGEST_REASON]
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

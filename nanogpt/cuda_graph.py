@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from nanogpt.attention import KVCache, on_device
-from nanogpt.messages import say
+from nanogpt.messages import first_line, say
 
 # 位置与行数都按 2 的幂分档：多看的空位、多算的空行不到一倍，而一次录制抵得上几十步
 FIRST_BUCKET = 128
@@ -90,7 +90,7 @@ class GraphStep:
             self._compare(inputs, replay, logits, plain, idx, cache)
         except RuntimeError as error:
             # 录不了只是慢一些，不该让写作失败；显存不足也在其内
-            say("no_graph", reason=str(error).splitlines()[0])
+            say("no_graph", reason=first_line(error))
             self.model.fast_step = None
             self.recorded.clear()
             return False

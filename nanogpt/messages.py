@@ -88,6 +88,11 @@ def say(message: str, **values) -> None:
     show(text(message, **values), file=sys.stderr)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class ConfigError(ValueError):
     """A user's mistake; its text is one line in the console's language."""
 

@@ -1,6 +1,7 @@
 """Speed, model FLOPs utilisation and memory, measured on the machine that is there."""
 
 import contextlib
+import functools
 import json
 import math
 import platform
@@ -34,7 +35,9 @@ def measured_peak(device: torch.device, dtype: torch.dtype, *, keep: bool = Fals
     """
     tf32 = device.type == "cuda" and dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     key = f"{processor_name(device)}, torch {torch.__version__}, {'tf32' if tf32 else str(dtype).removeprefix('torch.')}"
-    best, at = _measured.get(key, (_kept_peaks().get(key, 0.0), -math.inf))
+    if key not in _measured:
+        _measured[key] = _kept_peaks().get(key, 0.0), -math.inf
+    best, at = _measured[key]
     # 显卡没有别人来抢，显存也常常正好用满：只在开始时量
     due = at == -math.inf or (device.type == "cpu" and time.monotonic() - at > REFRESH_S)
     if due and (found := _burst(device, dtype)) > best:
@@ -84,6 +87,7 @@ def _keep_peak(key: str, tflops: float) -> None:
         write_text(cache_folder() / PEAKS, json.dumps({**_kept_peaks(), key: round(tflops, 6)}, indent=1) + "\n")
 
 
+@functools.cache
 def processor_name(device: torch.device) -> str:
     """What the driver calls the card, or the system the processor, with the instructions that torch uses of it."""
     if device.type == "cuda":

@@ -8,7 +8,7 @@ from nanogpt.console import Console
 from nanogpt.fit.advice import Advice, changed, presets
 from nanogpt.fit.plan import Plan, Planner
 from nanogpt.fit.show import table
-from nanogpt.messages import text
+from nanogpt.messages import first_line, text
 from nanogpt.oom import PHASES, OutOfMemory
 from nanogpt.quoting import command
 from nanogpt.ram import GIB
@@ -38,7 +38,7 @@ def show(error: OutOfMemory, cfg: TrainConfig, console: Console, *, resume: list
         plan, way = _planned(cfg, error.rows)
     except Exception as reason:
         # 追踪不了的模型，或连追踪的内存也没有：少一张表，结局照说
-        console.line("oom_no_plan", reason=str(reason).splitlines()[0] if str(reason) else type(reason).__name__)
+        console.line("oom_no_plan", reason=first_line(reason))
         return
     for row in table(plan):
         console.plain(row)
