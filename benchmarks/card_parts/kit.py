@@ -197,7 +197,7 @@ def attempt(lab: Lab, case: Callable[[], dict]) -> dict:
         found = {"ok": False, "error": str(error)} if own else {"ok": True, "skipped": f"{missing} is not installed"}
     except Exception as error:
         said_it = f"{type(error).__name__}: {first_line(error)}"
-        found = {"ok": False, "error": said_it, "where": traceback.format_exc()[-1500:]}
+        found = {"ok": False, "error": said_it, "where": traceback.format_exc()[-3000:]}
         if is_out_of_memory(error):
             found["out_of_memory"] = True
     if said:
@@ -228,7 +228,7 @@ def listening(log: Path | None, said: list[str]) -> Iterator[None]:
             for logger in loggers:
                 logger.removeHandler(handler)
             heard = (w for w in caught if not issubclass(w.category, QUIET) and not QUIET_SOURCES.search(w.filename))
-            said += [f"{w.category.__name__}: {w.message}"[:300] for w in heard]
+            said += [f"{w.category.__name__}: {w.message}"[:300] + f" ({Path(w.filename).name}:{w.lineno})" for w in heard]
             if log:
                 sys.stderr.flush()
                 fresh = log.read_bytes()[size:].decode("utf-8", errors="replace").splitlines()
