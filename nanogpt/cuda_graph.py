@@ -5,6 +5,7 @@ the card and attention looks at a whole bucket of positions, the unfilled ones m
 is compared with the same step run plainly; a card or driver that cannot record goes on without.
 """
 
+import functools
 import weakref
 from collections.abc import Callable
 
@@ -25,6 +26,13 @@ def rounded_up(n: int, first: int, limit: int) -> int:
     while first < n:
         first *= 2
     return min(first, limit)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which this device's graphs are recorded."""
+    # 每条流都有自己的 cuBLAS 工作区（8 到 32 MiB），用过就不还：只用一条
+    return torch.cuda.Stream(device)
 
 
 class FixedShapes:
@@ -79,6 +87,8 @@ class GraphStep:
     def _follow(self, cache: KVCache) -> None:
         """Record anew for this cache, whose addresses the graphs hold; what was recorded goes with the cache."""
         self.recorded = recorded = {}
+        # 池里的图都没了，池也就不能再用：再录进去是断言失败，还会让默认的随机数发生器停在录制中
+        self._pool = None
         # 弱引用：旧缓存一释放，录好的图与它们的显存池也一起释放，不必有人记得来清
         self._cache = weakref.ref(cache, lambda _: recorded.clear())
 
@@ -101,7 +111,7 @@ class GraphStep:
         """(replays the graph, its logits, the plain logits of both of `trials`)."""
         # 服务器里的工作线程有自己的“当前卡”，录在别的卡的流上会录成一张空图
         with torch.cuda.device(self.model.device):
-            side = torch.cuda.Stream()
+            side = _stream(self.model.device)
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 # 录制前先跑：cuBLAS 的工作区不能在录制中申请
@@ -110,7 +120,7 @@ class GraphStep:
             # 一个个回放，用完就拷走：所有的图共用一个显存池
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
                 logits = inputs.run(cache)
         return graph.replay, logits, plain
 

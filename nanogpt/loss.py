@@ -1,5 +1,6 @@
 """Cross-entropy of a linear head without ever holding all (N, V) logits."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -7,24 +8,33 @@ import torch
 from nanogpt import target
 from nanogpt.machine import any_kernels
 
+KNOWN_TO_TRACES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
 
 def plain_tail(logits: torch.Tensor, expected: torch.Tensor, V: int, softcap: float, need_grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(losses (rows, 1), d(sum of losses)/d(logits) in their dtype) of logits (rows, >= V), of which the first V columns count.
 
     The gradient lies where the logits lay if there are further columns, which stay as they are.
     """
-    dtype, buffer = logits.dtype, logits if logits.size(1) > V else None
+    dtype, buffer, logits = logits.dtype, logits if logits.size(1) > V else None, logits[:, :V]
     # 半精度的指数和会丢小概率：softmax 与求和至少用 fp32
-    logits = logits[:, :V].to(torch.promote_types(dtype, torch.float32))
+    wide = torch.promote_types(dtype, torch.float32)
     if softcap:
-        squashed = torch.tanh(logits / softcap)
+        squashed = torch.tanh(logits.to(wide) / softcap)
         logits = squashed * softcap
-    log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
-    losses = log_z - logits.gather(1, expected)
+    if target.device_type(logits) == "cuda":
+        # 显卡上一个 kernel 就得出 log-probs；logsumexp 要把词表那么宽的内存走五遍
+        log_p = torch.log_softmax(logits, dim=-1, dtype=wide)
+        losses = -log_p.gather(1, expected)
+    else:
+        logits = logits.to(wide)
+        log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
+        losses = log_z - logits.gather(1, expected)
+        log_p = logits.sub_(log_z) if need_grad else None
     if not need_grad:
         return losses, None
     # softmax - onehot，量级为 1：半精度里也不下溢，1/N 留到反向再乘
-    grad = logits.sub_(log_z).exp_()
+    grad = log_p.exp_()
     with any_kernels():
         # 每行只有一个下标，怎么加都一样；deterministic=true 却会为它排序，每块多十几个 kernel
         grad.scatter_add_(1, expected, torch.full_like(expected, -1, dtype=grad.dtype))
@@ -59,6 +69,29 @@ def head(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     w[:V].copy_(weight)
     w[V:].zero_()
     return w
+
+
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Add a @ b (n, m) to `total` (n, m), which may be float32 beside factors in 16 bits."""
+    # 规划时的假张量自称在 CPU 上：2.13 起才认得这个运算
+    if total.dtype != a.dtype and (sums_in_product(total.device) if type(total) is torch.Tensor else KNOWN_TO_TRACES):
+        # 乘法自己累加进 fp32：省去与词表同大的临时张量，以及读写它的三遍
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(torch.mm(a, b))
+
+
+@functools.cache
+def sums_in_product(device: torch.device) -> bool:
+    """Whether products of 16-bit matrices can be added to a float32 matrix in place on this device (torch >= 2.8)."""
+    if device.type != "cuda":
+        return False
+    a, total = torch.ones(16, 16, dtype=torch.float16, device=device), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17).all())
 
 
 def even(total: int, most: int) -> int:
@@ -106,7 +139,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_hidden[start : start + rows] *= counts
                 h = h * counts
             if need_weight:
-                grad_weight.add_(torch.mm(grad.t(), h)[:V])
+                add_product(grad_weight, grad.t()[:V], h)
 
         for start in range(0, hidden.size(0), rows):
             # 写成函数：上一块的 logits 随返回释放，不与下一块同时占着

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import math
 import weakref
 from pathlib import Path
@@ -491,3 +492,13 @@ def test_converting_states_back_and_forth_stays_within_the_codes_error():
     assert set(back) == set(saved)
     for key in ("exp_avg", "exp_avg_sq"):
         assert (back[key] - saved[key]).abs().max() < 0.05 and torch.equal(low.converted(back, p)[key], coded[key])
+
+
+@pytest.mark.parametrize("memory", ["default", "lean8", "minimal"])
+def test_weights_and_states_are_freed_with_their_trainer(in_tmp, tiny_overrides, memory):
+    trainer = trainer_of(tiny_overrides, f"memory={memory}", "optimizer=adamw", "precision=bf16" if memory == "minimal" else "precision=fp32")
+    trainer.step()
+    watched = [weakref.ref(trainer.optimizer), weakref.ref(next(trainer.model.parameters()))]
+    del trainer
+    gc.collect()
+    assert [ref() for ref in watched] == [None, None]

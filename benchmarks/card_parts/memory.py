@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from card_parts.kit import GIB, GPT2_VOCAB, Case, Lab
 
+from nanogpt.compilation import compile_updates
 from nanogpt.config import TrainConfig
 from nanogpt.fit.child import verdict_of
 from nanogpt.fit.plan import BATCHES, Planner
@@ -65,6 +66,7 @@ def make_plans(lab: Lab, say=print) -> dict[str, dict]:
         say(f"{name:26s} {made[name]['reserved'] / GIB:6.2f} GiB  {made[name]['verdict']}")
     for name, overrides in {} if lab.pretend else LARGEST.items():
         cfg = config(lab, (*overrides, "batch_size=1", TWICE))
+        cfg.device = "auto"
         rows = Planner(cfg).largest_batch(cfg, BATCHES) or 0
         following = next((batch for batch in BATCHES if batch > rows), None)
         made[f"largest {name}"] = {"batch_size": rows, "next": following}
@@ -116,6 +118,8 @@ def train(lab: Lab, cfg: TrainConfig, steps: int) -> dict:
     """Whether it ran, peak bytes, tokens/s."""
     try:
         trainer = lab.trainer(cfg, TrialTrainer)
+        # 与 compile=auto 一样：只有 8 位的更新要编，几秒而已
+        compile_updates(trainer.optimizer, "auto", lab.device, trainer.console)
         lab.forget_peak()
         trainer.step()
         seconds = lab.seconds(trainer.step, count=max(1, steps - 3))
