@@ -1251,10 +1251,6 @@ MESSAGES = {
         "{count} 次试跑中 {known} 次以前测过；trial.again=true 重新测量",
     ),
     "report_where": ("the report is in {path}: report.html, trials.jsonl{pictures}", "报告在 {path}：report.html、trials.jsonl{pictures}"),
-    "report_no_pictures": (
-        'no PNGs: matplotlib is not installed; pip install -c constraints.txt -e ".[report]"',
-        '没有 PNG：未安装 matplotlib；pip install -c constraints.txt -e ".[report]"',
-    ),
     "report_best": ("train with the fastest setting:\n  {command}", "用最快的设置训练：\n  {command}"),
     "report_none": (
         "no setting fits; try a smaller batch_size, memory=lean or a smaller model",

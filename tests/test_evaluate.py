@@ -166,8 +166,6 @@ def test_a_run_without_texts_for_the_judge_and_a_missing_package_are_one_line(in
     messages.set_language("en")
     monkeypatch.setitem(__import__("sys").modules, "sklearn", None)
     assert "needs the package scikit-learn; install it with: pip install scikit-learn" in one_line(capsys, "evaluate", poems)
-    monkeypatch.setattr(picture, "find_spec", lambda name: None)
-    assert "--plot needs the package matplotlib" in one_line(capsys, "evaluate", poems, "--plot", "a.png")
 
 
 def test_the_text_prefix_asks_in_the_language_of_the_texts():

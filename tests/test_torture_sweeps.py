@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, torture
 from test_trial import POSIX, fake, quick, trial  # noqa: F401 - quick 是 fixture
 
-from nanogpt.fit import known, picture, result
+from nanogpt.fit import known, report, result
 from nanogpt.fit.report import write_report
 from nanogpt.fit.result import TrialResult
 
@@ -37,7 +37,8 @@ def ledger():
 @POSIX
 def test_faulty_trials_are_reasons_and_the_others_results(quick, ledger, capsys, monkeypatch):  # noqa: F811
     # 画图要载入 matplotlib，这里不看图
-    monkeypatch.setattr(picture, "available", lambda: False)
+    monkeypatch.setattr(report, "write_pictures", lambda *_: [])
+    monkeypatch.setattr(report.chart, "svg", lambda *_: "<svg></svg>")
     sweeps, before = torture("sweeps"), set(psutil.Process().children(recursive=True))
     _, folder = quick
     faults, sizes = torture("faulty").FAULTS, [3, 8, 13, 33, 43, 48, 5, 9]

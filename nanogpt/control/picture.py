@@ -1,7 +1,9 @@
-"""Hit rate and perplexity against guidance, drawn with matplotlib (extra `report`) from what --output holds."""
+"""Hit rate and perplexity against guidance, drawn from what --output holds."""
+
+# 评估的图：上半是各标签的命中率与区间，下半是困惑度。draw 只用记录里的数，所以旧记录随时可以重画；
+# 放在单独的模块里，因为 matplotlib 载入要近一秒，只有 --plot 与 plot 用得着
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from nanogpt.files import folders_around
@@ -25,8 +27,6 @@ def check_picture(path: Path) -> None:
     """Refuse what cannot be drawn before hours of writing."""
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigError("picture_suffix", got=path)
-    if find_spec("matplotlib") is None:
-        raise ConfigError("missing_package", what="--plot", package="matplotlib")
 
 
 def draw(record: dict, path: Path) -> None:
@@ -46,7 +46,8 @@ def draw(record: dict, path: Path) -> None:
         # matplotlib 总把带区间的排在最后：按画的次序重排，平均在前
         named = dict(zip(*reversed(above.get_legend_handles_labels())))
         order = [MEAN, *(_english(label, index) for index, label in enumerate(record["labels"])), *named]
-        figure.legend([named[name] for name in dict.fromkeys(order)], dict.fromkeys(order), loc="outside right upper", frameon=False, fontsize=9)
+        order = list(dict.fromkeys(order))
+        figure.legend([named[name] for name in order], order, loc="outside right upper", frameon=False, fontsize=9)
         # 日期会让每次画出的文件都不同
         metadata = {"Date": None} if path.suffix.lower() == ".svg" else {"Software": None}
         with folders_around(path):
@@ -79,19 +80,22 @@ def _hit_rates(ax, record: dict, entries: list[dict]) -> None:
 
 
 def _perplexities(ax, record: dict, entries: list[dict]) -> None:
-    ax.plot([e["guidance"] for e in entries], [e["perplexity"] for e in entries], "o-", color=INK, linewidth=2.2, markersize=5)
+    x, y = [e["guidance"] for e in entries], [e["perplexity"] for e in entries]
+    ax.plot(x, y, "o-", color=INK, linewidth=2.2, markersize=5)
     without = record["perplexity_without_labels"]
     ax.axhline(without, color=MUTED, linestyle="--", linewidth=1.2)
-    ax.annotate("without labels", (1, without), xycoords=("axes fraction", "data"), xytext=(-4, 4), textcoords="offset points",
-                ha="right", color=MUTED, fontsize=9)
+    ax.annotate("without labels", (1, without), xycoords=("axes fraction", "data"), xytext=(-4, 4),
+                textcoords="offset points", ha="right", color=MUTED, fontsize=9)
     ax.set_ylabel("perplexity of real\nvalidation texts, per token")
     ax.set_xlabel("guidance")
-    ax.set_xticks([e["guidance"] for e in entries], [f"{e['guidance']:g}" for e in entries])
+    ax.set_xticks(x, [f"{value:g}" for value in x])
     ax.margins(y=0.15)
     _frame(ax)
 
 
-def _line(ax, entries: list[dict], shares: Sequence[dict], *, colour: str, name: str, width: float, aside: float | None) -> None:
+def _line(
+    ax, entries: list[dict], shares: Sequence[dict], *, colour: str, name: str, width: float, aside: float | None,
+) -> None:
     """Rates over guidance; with intervals, moved aside by this share of the axis, unless that is None."""
     x, y = [e["guidance"] for e in entries], [s["rate"] for s in shares]
     if aside is None:
@@ -99,15 +103,15 @@ def _line(ax, entries: list[dict], shares: Sequence[dict], *, colour: str, name:
         return
     x = [value + aside * (max(x) - min(x)) for value in x]
     reach = [[s["rate"] - s["low"] for s in shares], [s["high"] - s["rate"] for s in shares]]
-    ax.errorbar(x, y, yerr=reach, fmt="o-", color=colour, linewidth=width, markersize=5, capsize=3, elinewidth=1.2, label=name)
+    ax.errorbar(x, y, yerr=reach, fmt="o-", color=colour, linewidth=width, markersize=5, capsize=3, elinewidth=1.2,
+                label=name)
 
 
 def _frame(ax) -> None:
     ax.grid(axis="y", color=GRID)
     ax.set_axisbelow(True)
     ax.tick_params(length=0, colors=MUTED)
-    for side in ("top", "right", "left"):
-        ax.spines[side].set_visible(False)
+    ax.spines[["top", "right", "left"]].set_visible(False)
 
 
 def _english(label: str, index: int) -> str:
