@@ -519,7 +519,6 @@ MESSAGES = {
     "fetching": ("fetching {name} from {place} …", "正在从 {place} 获取 {name} …"),
     "training_bpe": ("training a vocabulary of {vocab:,} tokens …", "正在训练 {vocab:,} 个 token 的词表 …"),
     "fetching_part": ("{name}: {have:.1f} of {total:.1f} MB", "{name}：{have:.1f} / {total:.1f} MB"),
-    "not_https": ("{setting} = {url} is not https: passed over", "{setting} = {url} 不是 https，不用它"),
     "dataset_ready": ("ready: {path}", "已就绪：{path}"),
     "prepared": (
         "{name}: {train:,} training and {val:,} validation tokens, vocabulary {vocab} -> {path}",
