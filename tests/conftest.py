@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hypothesis import HealthCheck, Phase, settings
 from omegaconf import OmegaConf, open_dict
 
 from nanogpt import messages
 from nanogpt.build import build_model
+from nanogpt.cli import remembered_groups
 from nanogpt.config import ROOT, ModelConfig, TrainConfig, check
 from nanogpt.control import prefixes
 from nanogpt.corpus import build_char_tokenizer, write_dataset
@@ -36,6 +39,25 @@ torch.set_num_threads(1)
 os.environ.setdefault("WANDB_MODE", "offline")
 
 TINY = ("model.n_layer=2", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "model.ngrams=[2]", "model.ngram_buckets=97")
+
+
+def pytest_configure(config):
+    """Attacks are short and the same every time; `pytest -m torture` makes many more, other ones every time."""
+    every = {
+        "deadline": None, "database": None, "print_blob": True, "suppress_health_check": list(HealthCheck),
+        # 攻击要起进程、写文件：缩小案例比重来一次贵得多
+        "phases": (Phase.explicit, Phase.generate),
+    }
+    settings.register_profile("short", derandomize=True, **every)
+    settings.register_profile("long", **every)
+    settings.load_profile("long" if config.getoption("markexpr") == "torture" else "short")
+
+
+def pytest_runtest_logreport(report):
+    """Print the name of a failure at once, not only after minutes."""
+    # xdist 的子进程没有终端：由收集结果的那个进程来印
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\nFAILED {report.nodeid} ({report.when})", file=sys.__stderr__, flush=True)
 
 
 def pytest_collection_finish():
@@ -70,16 +92,9 @@ def in_tmp(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def trained_once(tmp_path_factory, corpus_folder) -> Path:
     """A folder with outputs/run, a short run of the tiny model, which is `latest`; read it, or copy it with `own_run`."""
-    from nanogpt.session import Session
-
-    folder, here = tmp_path_factory.mktemp("trained"), Path.cwd()
-    os.chdir(folder)
-    try:
-        cfg = make_config(*tiny(corpus_folder))
-        cfg.out_dir = "outputs/run"
-        Session.new(cfg, Path("outputs/run"))._build().fit()
-    finally:
-        os.chdir(here)
+    folder = tmp_path_factory.mktemp("trained")
+    with contextlib.chdir(folder):
+        train(tiny(corpus_folder))
     return folder
 
 
@@ -90,12 +105,16 @@ def own_run(in_tmp, trained_once):
     return in_tmp
 
 
+def corpus_text(words: int = 1400) -> str:
+    """A text with structure that a tiny model can learn."""
+    chosen = ["the", "king", "and", "queen", "of", "love", "speaks", "no", "more", "words"]
+    return "".join(chosen[i] + (" " if i % 3 else "\n") for i in np.random.default_rng(0).integers(0, len(chosen), words))
+
+
 @pytest.fixture(scope="session")
 def corpus_folder(tmp_path_factory) -> Path:
-    """A prepared character data set of 6,000 tokens with structure that a tiny model can learn."""
-    words = ["the", "king", "and", "queen", "of", "love", "speaks", "no", "more", "words"]
-    random = np.random.default_rng(0)
-    text = "".join(words[i] + (" " if i % 3 else "\n") for i in random.integers(0, len(words), 1400))
+    """A prepared character data set of 6,000 tokens."""
+    text = corpus_text()
     tokenizer = build_char_tokenizer([text])
     ids = tokenizer.encode(text)[:6000]
     folder = tmp_path_factory.mktemp("corpus") / "prepared"
@@ -142,10 +161,25 @@ def _composed_node(config_name: str, overrides: tuple[str, ...]):
     return node, choices
 
 
-def reseal(folder: Path) -> None:
-    """Make a changed checkpoint folder agree with itself again, as someone would who means harm."""
-    values = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    write_sealed(folder / "manifest.json", {**values, "sha256": {file: sha256(folder / file) for file in values["sha256"]}})
+@functools.cache
+def shipped_yaml() -> list[Path]:
+    """The files of conf/ that belong to the project, by what git tracks; without git all of them. Others are the user's own."""
+    done = subprocess.run(["git", "ls-files", "-z", "conf/*.yaml"], cwd=ROOT, capture_output=True, check=False)
+    tracked = [ROOT / os.fsdecode(name) for name in done.stdout.split(b"\0") if name]
+    return sorted(path for path in tracked if path.is_file()) or sorted((ROOT / "conf").rglob("*.yaml"))
+
+
+def shipped_options() -> dict[str, list[str]]:
+    """The options of each configuration group that belong to the project."""
+    groups = sorted({path.parent for path in shipped_yaml()} - {ROOT / "conf"})
+    return {group.name: [path.stem for path in shipped_yaml() if path.parent == group] for group in groups}
+
+
+def reseal(folder: Path, name: str = "manifest.json") -> None:
+    """Make a changed checkpoint (or with meta.json a data set) agree with itself again, as someone would who means harm."""
+    values = json.loads((folder / name).read_text(encoding="utf-8"))
+    hashes = {file: sha256(folder / file) for file in values["sha256"] if (folder / file).is_file()}
+    write_sealed(folder / name, {**values, "sha256": hashes})
 
 
 def make_config(*overrides: str, checked: bool = True) -> TrainConfig:
@@ -175,6 +209,44 @@ def tiny(corpus_folder) -> list[str]:
 def tiny_overrides(corpus_folder):
     """The same, as a list of one's own."""
     return tiny(corpus_folder)
+
+
+# ---- 训练：测试里只用这几个函数，不碰 Session 怎样拼起来 ----
+
+
+def new_session(overrides, *more, out="outputs/run"):
+    """The session of a new run in `out`."""
+    from nanogpt.session import Session
+
+    cfg = make_config(*overrides, *more)
+    # 目录名不经 Hydra：同一组 overrides 只拼一次
+    cfg.out_dir = str(out)
+    return Session.new(cfg, Path(out), [*overrides, *more])
+
+
+def new_trainer(overrides, *more, out="outputs/run"):
+    """The trainer of a new run, before its first step."""
+    return new_session(overrides, *more, out=out)._build()
+
+
+def train(overrides, *more, out="outputs/run"):
+    """The trainer of a new run, at its end."""
+    trainer = new_trainer(overrides, *more, out=out)
+    trainer.fit()
+    return trainer
+
+
+def resume(out, *overrides):
+    """The session of `resume=out` and what else was typed."""
+    from nanogpt.session import Session
+
+    typed = [f"resume={out}", *overrides]
+    return Session.resume(make_config(*typed, *remembered_groups(typed), checked=False), list(overrides), Path(out))
+
+
+def resumed_trainer(out, *overrides):
+    """The trainer of a run that goes on, before its next step."""
+    return resume(out, *overrides)._build()
 
 
 def tiny_model_config(**changes) -> ModelConfig:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import make_config
+from conftest import make_config, new_session, new_trainer
 
 from nanogpt import checkpoint, messages, trainer
 from nanogpt.console import Console
@@ -12,7 +12,6 @@ from nanogpt.fit import autopsy
 from nanogpt.messages import ConfigError
 from nanogpt.model import GPT
 from nanogpt.oom import OutOfMemory
-from nanogpt.session import Session
 
 CUDA_SAYS = (
     "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 12.00 GiB of which 512.00 MiB is free. "
@@ -76,12 +75,6 @@ def raising(error):
     return raise_it
 
 
-def new_session(overrides, out="outputs/run"):
-    from pathlib import Path
-
-    return Session.new(make_config(*overrides, f"out_dir={out}"), Path(out))
-
-
 @pytest.fixture
 def quick_screen(monkeypatch):
     """The screen without its plan, which has tests of its own."""
@@ -107,7 +100,7 @@ def test_a_run_that_cannot_go_on_shows_the_screen_and_keeps_its_checkpoint(in_tm
 
 @pytest.mark.parametrize(("where", "phase"), [("prepare", "optimizer's update"), ("update", "optimizer's update")])
 def test_out_of_memory_in_the_optimizer_is_said_and_not_repeated(in_tmp, tiny_overrides, where, phase):
-    run = new_session(tiny_overrides)._build()
+    run = new_trainer(tiny_overrides)
     setattr(run.computation, where, raising(torch.OutOfMemoryError(CUDA_SAYS)))
     with pytest.raises(OutOfMemory, match=phase):
         run.step()
@@ -115,7 +108,7 @@ def test_out_of_memory_in_the_optimizer_is_said_and_not_repeated(in_tmp, tiny_ov
 
 
 def test_out_of_memory_in_the_evaluation_of_one_row_is_said(in_tmp, tiny_overrides):
-    run = new_session([*tiny_overrides, "eval_batch_size=2"])._build()
+    run = new_trainer([*tiny_overrides, "eval_batch_size=2"])
     run.model.loss = raising(torch.OutOfMemoryError(CUDA_SAYS))
     with pytest.raises(OutOfMemory, match="evaluation with 1 rows"):
         run.evaluate()
@@ -124,7 +117,7 @@ def test_out_of_memory_in_the_evaluation_of_one_row_is_said(in_tmp, tiny_overrid
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError(CUDA_SAYS), ConfigError("sample_oom"), MemoryError()])
 def test_a_sample_without_memory_is_left_out_and_training_goes_on(in_tmp, tiny_overrides, capsys, monkeypatch, error):
     monkeypatch.setattr(trainer, "write_sample", raising(error))
-    run = new_session(tiny_overrides)._build()
+    run = new_trainer(tiny_overrides)
     assert run.fit()["stopped_by"] == "finished" and "not enough memory to write a sample" in capsys.readouterr().out
 
 
@@ -138,15 +131,15 @@ def test_a_save_without_memory_is_survived_and_the_last_one_is_not(in_tmp, tiny_
         return real(*arguments, **settings)
 
     monkeypatch.setattr(checkpoint, "save", save)
-    new_session(tiny_overrides)._build().fit()
+    new_trainer(tiny_overrides).fit()
     assert "CUDA out of memory" in capsys.readouterr().out and checkpoint.find(in_tmp / "outputs/run", "last").iteration == 6
     monkeypatch.setattr(checkpoint, "save", raising(MemoryError("no memory")))
     with pytest.raises(ConfigError, match="no memory"):
-        new_session(tiny_overrides, out="outputs/other")._build().fit()
+        new_trainer(tiny_overrides, out="outputs/other").fit()
 
 
 def test_other_errors_are_passed_on_unchanged(in_tmp, tiny_overrides):
-    run = new_session(tiny_overrides)._build()
+    run = new_trainer(tiny_overrides)
     run.computation.update = raising(RuntimeError("shape mismatch"))
     with pytest.raises(RuntimeError, match="shape mismatch"):
         run.step()

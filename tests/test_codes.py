@@ -7,9 +7,9 @@ from functools import lru_cache
 
 import pytest
 import torch
-from conftest import GPT2_RECIPE, TINY, make_sample_config, wild_model
+from conftest import GPT2_RECIPE, TINY, make_sample_config, train, wild_model
 from test_huggingface import saved_run
-from test_trainer import records, train
+from test_trainer import records
 
 from nanogpt import writer
 from nanogpt.cli import quoted

@@ -4,7 +4,7 @@ import re
 import string
 
 import pytest
-from conftest import TINY, make_config, make_sample_config
+from conftest import TINY, make_config, make_sample_config, shipped_options
 
 from nanogpt import build, messages
 from nanogpt.cli import with_integers
@@ -15,7 +15,7 @@ from nanogpt.sample_config import SAMPLE_CHOICES, SAMPLE_RANGES
 from nanogpt.sampling import build_sampler
 from nanogpt.values import check_value
 
-GROUPS = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in (ROOT / "conf").iterdir() if p.is_dir()}
+GROUPS = shipped_options()
 # 只属于 run_sample.py 的配置组与选项
 SAMPLE_GROUPS = ("sampler", "control")
 SAMPLE_OPTIONS = [(group, option) for group in SAMPLE_GROUPS for option in GROUPS.get(group, [])] + [("precision", option) for option in GROUPS["precision"]]
@@ -52,7 +52,7 @@ def test_every_logger_yaml_is_built(logger):
 
 
 def test_presets_have_the_promised_shapes():
-    shapes = {n: build.preset(n) for n in build.preset_names()}
+    shapes = {n: build.preset(n) for n in GROUPS["model"]}
     got = {n: (c.n_layer, c.n_head, c.n_embd, c.block_size) for n, c in shapes.items()}
     assert got == {
         "tiny": (4, 4, 256, 128), "small": (6, 6, 384, 256), "medium": (12, 12, 768, 512), "large": (24, 16, 1024, 1024),

@@ -8,9 +8,8 @@ import os
 
 import pytest
 import torch
-from conftest import GPT2_RECIPE, tiny_model_config
+from conftest import GPT2_RECIPE, new_trainer, tiny_model_config
 from test_memory_parts import preset_parts, step_of, weights
-from test_trainer import trainer_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanogpt import compilation, distributed, machine, target
@@ -110,7 +109,7 @@ def late(trainer):
 def test_a_run_whose_numbers_are_read_late_equals_one_that_waits_for_each(in_tmp, tiny_overrides, optimizer, capsys):
     runs = []
     for out, way in (("outputs/a", late), ("outputs/b", lambda trainer: trainer)):
-        trainer = poisoned(way(trainer_of(tiny_overrides, f"optimizer={optimizer}", "max_iters=9", "log_interval=2", out=out)), 1, 4, 5)
+        trainer = poisoned(way(new_trainer(tiny_overrides, f"optimizer={optimizer}", "max_iters=9", "log_interval=2", out=out)), 1, 4, 5)
         trainer.fit()
         said = [line.partition(", 0")[0] for line in capsys.readouterr().out.splitlines() if "not finite" in line]
         progress = {key: value for key, value in vars(trainer.progress).items() if key != "train_s"}
@@ -120,7 +119,7 @@ def test_a_run_whose_numbers_are_read_late_equals_one_that_waits_for_each(in_tmp
 
 
 def test_a_run_that_is_read_late_still_stops_at_too_many_bad_steps(in_tmp, tiny_overrides):
-    trainer = poisoned(late(trainer_of(tiny_overrides, "max_iters=30", "eval_interval=30", "log_interval=30", "max_nonfinite_steps=4")), *range(3, 30))
+    trainer = poisoned(late(new_trainer(tiny_overrides, "max_iters=30", "eval_interval=30", "log_interval=30", "max_nonfinite_steps=4")), *range(3, 30))
     with pytest.raises(trainers.ConfigError, match="4 steps in a row"):
         trainer.fit()
     # 第 4 个坏步是第 7 步：晚一步才看见
@@ -150,7 +149,7 @@ def test_no_step_on_a_card_asks_the_device_for_a_value(in_tmp, tiny_overrides, p
 
 
 def test_a_trainer_on_a_card_reads_each_step_while_the_next_one_runs(in_tmp, tiny_overrides):
-    trainer = late(trainer_of(tiny_overrides, "gradient_accumulation_steps=2"))
+    trainer = late(new_trainer(tiny_overrides, "gradient_accumulation_steps=2"))
     results = [trainer.step() for _ in range(3)]
     read = [result.reading._numbers is not None for result in results]
     assert read == [True, True, False] and math.isfinite(results[2].loss) and trainer.unjudged is results[2]
@@ -181,7 +180,7 @@ def test_deterministic_kernels_are_demanded_and_not_only_wished_for(as_on_a_card
 
 
 def test_samples_are_written_by_any_kernel_and_training_goes_on_by_deterministic_ones(in_tmp, tiny_overrides, as_on_a_card, monkeypatch):
-    trainer = trainer_of(tiny_overrides, "max_iters=3", "eval_interval=2")
+    trainer = new_trainer(tiny_overrides, "max_iters=3", "eval_interval=2")
     wanted = {"sample": [], "step": []}
     monkeypatch.setattr(trainers, "write_sample", lambda *_, **__: wanted["sample"].append(torch.are_deterministic_algorithms_enabled()) or "x")
     real = trainer.computation.micro_batch
@@ -291,7 +290,7 @@ def test_auto_compiles_where_the_whole_training_is_long_enough():
 
 
 def test_rounded_products_with_recomputation_are_not_compiled(in_tmp, tiny_overrides, capsys):
-    trainer = trainer_of(tiny_overrides, "precision=bf16", "memory=lean", "compile=true")
+    trainer = new_trainer(tiny_overrides, "precision=bf16", "memory=lean", "compile=true")
     assert trainer.model.compiled_hidden is None and "activation_checkpointing=every_block" in capsys.readouterr().out
 
 
@@ -340,7 +339,7 @@ def test_the_head_is_padded_only_where_it_is_copied_anyway():
 
 
 def test_the_first_step_of_each_shape_is_not_timed_where_it_compiles(in_tmp, tiny_overrides, capsys, monkeypatch):
-    trainer = trainer_of(tiny_overrides, "max_iters=6", "log_interval=1", "eval_interval=6", "sample_tokens=0")
+    trainer = new_trainer(tiny_overrides, "max_iters=6", "log_interval=1", "eval_interval=6", "sample_tokens=0")
     trainer.model.compiled_hidden = trainer.model.hidden
     summary = trainer.fit()
     timed = trainer.progress.tokens_trained - trainer.progress.untimed_tokens

@@ -6,7 +6,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from test_trainer import resume, train, weights
+from conftest import resumed_trainer, train
+from test_trainer import weights
 
 from nanogpt import tokenizer as tokenizers
 from nanogpt.bins import pack
@@ -195,7 +196,7 @@ def test_training_on_documents_accumulates_exactly_and_resumes_to_the_bit(in_tmp
     torch.testing.assert_close(weights(parts.model), weights(whole.model), atol=2e-4, rtol=1e-3)
     train(tiny_run(folder, "batch_size=12", "max_iters=3", "lr_decay_iters=6", "warmup_iters=1"), out="outputs/c")
     straight = train(tiny_run(folder, "batch_size=12", "lr_decay_iters=6", "warmup_iters=1"), out="outputs/d")
-    resumed = resume("outputs/c", "max_iters=6")._build()
+    resumed = resumed_trainer("outputs/c", "max_iters=6")
     resumed.fit()
     assert torch.equal(weights(resumed.model), weights(straight.model)) and resumed.model.config.separator == resumed.data.separator
     assert (in_tmp / "outputs/c/data/train.docs.bin").is_file() and (in_tmp / "outputs/c/data/judge.jsonl").is_file()

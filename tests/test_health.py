@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model_config
-from test_trainer import resume, trainer_of
+from conftest import new_trainer, resumed_trainer, tiny_model_config
 
 from nanogpt import checkpoint, health, messages
 from nanogpt import trainer as trainers
@@ -101,23 +100,23 @@ def spoil(trainer, at, change):
 
 
 def test_nothing_broken_is_saved_and_the_line_says_what_and_how_to_go_on(in_tmp, tiny_overrides):
-    trainer = trainer_of(tiny_overrides, "max_iters=12")
+    trainer = new_trainer(tiny_overrides, "max_iters=12")
     spoil(trainer, 4, lambda: trainer.model.lm_head.weight.data[0, 0].fill_(math.nan))
     with pytest.raises(Diverged, match=r"lm_head.weight is not finite.*not saved.*iter_00000003.*resume=outputs/run learning_rate=3.3e-03$"):
         trainer.fit()
     assert [c.iteration for c in checkpoint.checkpoints(in_tmp / "outputs/run")] == [3] and trainer.progress.iteration == 4
-    resume("outputs/run")._build().fit()
+    resumed_trainer("outputs/run").fit()
 
 
 def test_before_anything_was_saved_the_advice_is_to_begin_again(in_tmp, tiny_overrides):
-    trainer = trainer_of(tiny_overrides)
+    trainer = new_trainer(tiny_overrides)
     spoil(trainer, 1, lambda: trainer.model.wte.weight.data.fill_(math.inf))
     with pytest.raises(Diverged, match="start again with a lower rate: learning_rate=3.3e-03"):
         trainer.fit()
 
 
 def test_a_run_that_stops_closes_its_loggers_and_a_logger_cannot_hide_why(in_tmp, tiny_overrides):
-    trainer, closed = trainer_of(tiny_overrides), []
+    trainer, closed = new_trainer(tiny_overrides), []
     trainer.loggers.close = lambda: closed.append(1) or fail_with(OSError("disk full"))
     spoil(trainer, 1, lambda: trainer.model.wte.weight.data.fill_(math.inf))
     with pytest.raises(Diverged):
@@ -126,14 +125,14 @@ def test_a_run_that_stops_closes_its_loggers_and_a_logger_cannot_hide_why(in_tmp
 
 
 def test_a_run_does_not_start_from_weights_that_are_not_finite(in_tmp, tiny_overrides):
-    trainer = trainer_of(tiny_overrides)
+    trainer = new_trainer(tiny_overrides)
     trainer.model.wte.weight.data[2, 3] = math.nan
     with pytest.raises(Diverged, match="wte.weight is not finite.*choose another checkpoint"):
         trainer.step()
 
 
 def test_a_validation_loss_that_is_not_finite_counts_as_no_evaluation(in_tmp, tiny_overrides, capsys):
-    trainer = trainer_of(tiny_overrides, "max_iters=9", "early_stop_evals=1", "keep=9")
+    trainer = new_trainer(tiny_overrides, "max_iters=9", "early_stop_evals=1", "keep=9")
     real = trainer.model.loss
     trainer.model.loss = lambda x, y: real(x, y) * (math.nan if trainer.progress.iteration in (6, 9) and not trainer.model.training else 1)
     summary = trainer.fit()
@@ -146,7 +145,7 @@ def test_a_validation_loss_that_is_not_finite_counts_as_no_evaluation(in_tmp, ti
 
 
 def test_a_checkpoint_between_two_evaluations_is_never_the_best(in_tmp, tiny_overrides):
-    trainer_of(tiny_overrides, "max_iters=8", "eval_interval=4", "save_interval=2", "keep=9").fit()
+    new_trainer(tiny_overrides, "max_iters=8", "eval_interval=4", "save_interval=2", "keep=9").fit()
     found = checkpoint.checkpoints(in_tmp / "outputs/run")
     # 从前 6 会带着 4 的验证损失，好像评估过似的
     assert [(c.iteration, c.val_loss is not None) for c in found] == [(2, False), (4, True), (6, False), (8, True)]
@@ -157,12 +156,12 @@ def test_a_sample_of_logits_that_are_not_finite_is_left_out(in_tmp, tiny_overrid
         raise ConfigError("nonfinite_logits")
 
     monkeypatch.setattr(trainers, "write_sample", fail)
-    assert trainer_of(tiny_overrides).fit()["stopped_by"] == "finished" and "no sample is written" in capsys.readouterr().out
+    assert new_trainer(tiny_overrides).fit()["stopped_by"] == "finished" and "no sample is written" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_gradient_whose_norm_overflows_is_skipped_although_its_elements_are_finite(in_tmp, tiny_overrides, precision):
-    trainer = trainer_of(tiny_overrides, f"precision.dtype={precision}")
+    trainer = new_trainer(tiny_overrides, f"precision.dtype={precision}")
     before = trainer.model.wte.weight.detach().clone()
     # 1e30 的平方放不进 fp32：照用的话，exp_avg_sq 就成了 Inf
     handle = trainer.model.wte.weight.register_hook(lambda g: torch.full_like(g, 1e35 if precision == "fp16" else 1e30))
@@ -187,7 +186,7 @@ def test_the_loss_scale_never_falls_below_one():
 
 
 def test_steps_inside_the_backward_pass_say_that_only_some_parameters_were_left(in_tmp, tiny_overrides, capsys):
-    trainer = trainer_of(tiny_overrides, "memory.optimizer_in_backward=true")
+    trainer = new_trainer(tiny_overrides, "memory.optimizer_in_backward=true")
     trainer.model.wte.weight.register_hook(lambda g: g * math.nan)
     trainer.step()
     assert "the parameters that it belongs to were left as they are (1 in a row)" in capsys.readouterr().out
@@ -197,7 +196,7 @@ def test_steps_inside_the_backward_pass_say_that_only_some_parameters_were_left(
 
 
 def test_the_last_short_window_of_an_evaluation_is_tried_again(in_tmp, tiny_overrides):
-    trainer = trainer_of(tiny_overrides, "eval_batch_size=4")
+    trainer = new_trainer(tiny_overrides, "eval_batch_size=4")
     expected, real, failed = trainer.evaluate(), trainer.model.loss, []
 
     def loss(x, y):
@@ -218,7 +217,7 @@ def fail_with(error):
 
 
 def test_finding_out_which_blocks_fit_may_run_out_of_memory_too(in_tmp, tiny_overrides):
-    trainer = trainer_of(tiny_overrides)
+    trainer = new_trainer(tiny_overrides)
     real, asked = trainer.computation.expect, []
 
     def expect(rows):
@@ -232,7 +231,7 @@ def test_finding_out_which_blocks_fit_may_run_out_of_memory_too(in_tmp, tiny_ove
 
 
 def test_nothing_is_kept_alive_by_the_error_when_a_step_is_tried_again(in_tmp, tiny_overrides, monkeypatch):
-    trainer = trainer_of(tiny_overrides)
+    trainer = new_trainer(tiny_overrides)
     real, held = trainer.model.loss, []
 
     class Big:
@@ -258,7 +257,7 @@ def test_nothing_is_kept_alive_by_the_error_when_a_step_is_tried_again(in_tmp, t
 
 
 def test_any_other_place_without_memory_is_one_line(in_tmp, tiny_overrides):
-    trainer = trainer_of(tiny_overrides)
+    trainer = new_trainer(tiny_overrides)
     trainer.data.starts = lambda *_, **__: fail_with(MemoryError("Unable to allocate 8.00 GiB for an array"))
     with pytest.raises(OutOfMemory, match="training loop"):
         trainer.fit()
@@ -281,11 +280,11 @@ def test_double_precision_stays_double_through_the_loss():
 
 
 def test_the_progress_of_a_skipped_step_survives_a_resume(in_tmp, tiny_overrides):
-    trainer = trainer_of(tiny_overrides)
+    trainer = new_trainer(tiny_overrides)
     real = trainer.model.loss
     trainer.model.loss = lambda x, y: real(x, y) * (math.nan if trainer.progress.iteration == 1 and trainer.model.training else 1)
     trainer.fit()
-    again = resume("outputs/run", "max_iters=7")._build()
+    again = resumed_trainer("outputs/run", "max_iters=7")
     assert (again.progress.nonfinite_steps, again.progress.iteration, again.progress.samples_seen) == (1, 6, 24)
     rates = [json.loads(line).get("learning_rate") for line in (in_tmp / "outputs/run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     # 跳过的一步也算一次迭代：学习率照日程走

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GPT2_RECIPE, no_grad_eval, tiny_model_config, wild_model
+from conftest import GPT2_RECIPE, no_grad_eval, resumed_trainer, tiny_model_config, wild_model
 from test_pretrained import LINES, bpe_json, hf_folder, ids, save_checkpoint  # noqa: F401 - bpe_json is a fixture
 
 from nanogpt import checkpoint, huggingface, writing
@@ -207,7 +207,6 @@ def test_nothing_is_overwritten_and_mistakes_are_one_line(tmp_path, capsys):
 
 def test_fine_tune_a_hugging_face_folder_then_resume_write_and_export(tmp_path, monkeypatch, bpe_json):  # noqa: F811
     from test_end_to_end import run
-    from test_trainer import resume
 
     hf_folder(tmp_path / "tiny-gpt2", bpe_json)
     (tmp_path / "my.txt").write_text("\n".join(LINES) * 60, encoding="utf-8")
@@ -217,7 +216,7 @@ def test_fine_tune_a_hugging_face_folder_then_resume_write_and_export(tmp_path, 
     assert "starting from the weights of tiny-gpt2" in done.stdout and "LoRA: " in done.stdout and "iter 4: train loss" in done.stdout
     monkeypatch.chdir(tmp_path)
     Path("tiny-gpt2").rename("gone")
-    trainer = resume("outputs/a", "max_iters=5")._build()
+    trainer = resumed_trainer("outputs/a", "max_iters=5")
     trainer.fit()
     assert trainer.progress.iteration == 5
     model, tokenizer = writing.load(checkpoint.find(Path("outputs/a"), "last"), torch.device("cpu"))

@@ -3,8 +3,12 @@
 import json
 
 import pytest
-from conftest import make_config  # noqa: F401 - 先登记 schema
-from test_trainer import records, resume, train
+from conftest import (
+    make_config,  # noqa: F401 - 先登记 schema, resumed_trainer, train
+    resumed_trainer,
+    train,
+)
+from test_trainer import records
 
 from nanogpt.loggers import JsonlLogger, Loggers, TensorBoardLogger, WandbLogger
 from nanogpt.messages import ConfigError
@@ -14,7 +18,7 @@ def test_tensorboard_holds_every_curve_the_sample_and_the_config_also_after_a_re
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train([o for o in tiny_overrides if o != "logger=none"], "logger=tensorboard")
-    trainer = resume("outputs/run", "max_iters=9")._build()
+    trainer = resumed_trainer("outputs/run", "max_iters=9")
     trainer.fit()
     events = EventAccumulator(str(in_tmp / "outputs/run/logs"))
     events.Reload()
@@ -29,7 +33,7 @@ def test_metrics_go_on_behind_a_mark_and_a_torn_line_hurts_no_other(in_tmp, tiny
     path = in_tmp / "outputs/run/metrics.jsonl"
     with path.open("a", encoding="utf-8") as file:
         file.write('{"iteration": 7, "train/lo')
-    resume("outputs/run", "max_iters=8")._build().fit()
+    resumed_trainer("outputs/run", "max_iters=8").fit()
     lines = path.read_text(encoding="utf-8").splitlines()
     torn = [line for line in lines if not line.endswith("}")]
     assert len(torn) == 1
@@ -55,7 +59,7 @@ def test_every_log_line_carries_the_promised_figures(in_tmp, tiny_overrides):
 
 def test_wandb_is_offline_by_default_and_goes_on_as_the_same_run(in_tmp, tiny_overrides):
     train([o for o in tiny_overrides if o != "logger=none"], "logger=wandb")
-    resume("outputs/run", "max_iters=8")._build().fit()
+    resumed_trainer("outputs/run", "max_iters=8").fit()
     run_id = (in_tmp / "outputs/run/logs/wandb_id").read_text(encoding="utf-8")
     folders = [p.name for p in (in_tmp / "outputs/run/wandb").glob("offline-run-*")]
     assert folders and all(name.endswith(run_id) for name in folders)

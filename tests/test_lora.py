@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GPT2_RECIPE, make_config, no_grad_eval, reseal, wild_model
-from test_trainer import resume, weights
+from conftest import GPT2_RECIPE, new_session, no_grad_eval, reseal, resume, resumed_trainer, train, wild_model
+from test_trainer import weights
 
 from nanogpt import checkpoint
 from nanogpt.build import build_model, model_of
@@ -14,7 +14,6 @@ from nanogpt.config import FinetuneConfig
 from nanogpt.lora import LoRALinear, add_adapters, merge
 from nanogpt.messages import ConfigError
 from nanogpt.pretrained import build_pretrained, open_pretrained
-from nanogpt.session import Session
 
 LORA = ["finetune=lora", "finetune.rank=4", "finetune.dropout=0.1", "model.dropout=0.1"]
 RECIPES = {"modern": {}, "gpt2": GPT2_RECIPE}
@@ -89,17 +88,6 @@ def test_linears_that_the_model_lacks_are_named():
 # ---- 训练 ----
 
 
-def start(overrides, *more, out):
-    typed = [*overrides, *more, f"out_dir={out}"]
-    return Session.new(make_config(*typed), Path(out), typed)
-
-
-def train(overrides, *more, out):
-    trainer = start(overrides, *more, out=out)._build()
-    trainer.fit()
-    return trainer
-
-
 @pytest.fixture
 def base_run(in_tmp, tiny_overrides):
     """A run of our own with a few steps, for init_from."""
@@ -118,7 +106,7 @@ def test_lora_trains_only_adapters_resumes_to_the_bit_and_needs_the_base_no_more
     assert {name for name in whole.optimizer.state} == {n for n, _ in whole.model.named_parameters() if "lora" in n}
     train(overrides, *more, "max_iters=4", out="outputs/half")
     Path(base_run).rename("outputs/gone")
-    second = resume("outputs/half", "max_iters=8")._build()
+    second = resumed_trainer("outputs/half", "max_iters=8")
     second.fit()
     assert torch.equal(weights(second.model), weights(whole.model))
     # 装入取样用的模型时已合并，词表也在
@@ -144,7 +132,7 @@ def test_a_run_from_before_these_keys_still_resumes(tiny_overrides, base_run):
 
 
 def test_lora_on_random_weights_says_so(in_tmp, tiny_overrides, capsys):
-    session = start(tiny_overrides, *LORA, out="outputs/a")
+    session = new_session(tiny_overrides, *LORA, out="outputs/a")
     trainer = session._build()
     session._announce(trainer)
     shown = capsys.readouterr().out
@@ -156,7 +144,7 @@ def test_init_from_one_of_our_runs_starts_where_it_stood_and_keeps_its_vocabular
     overrides = [o for o in tiny_overrides if not o.startswith(("model.", "dataset"))]
     Path("other.txt").write_text("of love and no more words\nthe king speaks " * 40, encoding="utf-8")
     text = ["dataset=text_file", "dataset.path=other.txt", "dataset.dir=prepared"]
-    session = start(overrides, *text, f"init_from={base_run}", "model.block_size=8", out="outputs/tuned")
+    session = new_session(overrides, *text, f"init_from={base_run}", "model.block_size=8", out="outputs/tuned")
     base = open_pretrained(base_run)
     assert session.data.tokenizer.characters == base.tokenizer.characters and session.cfg.model.block_size == 8
     trainer = session._build()
@@ -165,7 +153,7 @@ def test_init_from_one_of_our_runs_starts_where_it_stood_and_keeps_its_vocabular
     assert torch.equal(weights(build_pretrained(again)), weights(build_pretrained(base)))
     Path("strange.txt").write_text("QUARTZ " * 40, encoding="utf-8")
     with pytest.raises(ConfigError, match="the vocabulary lacks"):
-        start(overrides, "dataset=text_file", "dataset.path=strange.txt", "dataset.dir=strange", f"init_from={base_run}", out="outputs/b")
+        new_session(overrides, "dataset=text_file", "dataset.path=strange.txt", "dataset.dir=strange", f"init_from={base_run}", out="outputs/b")
 
 
 def test_what_contradicts_the_weights_is_one_line(tiny_overrides, base_run):
@@ -177,8 +165,8 @@ def test_what_contradicts_the_weights_is_one_line(tiny_overrides, base_run):
         "init_from=outputs/nothing/here": "there is no such folder or file here",
     }.items():
         with pytest.raises(ConfigError, match=line.replace("(", r"\(")):
-            start([*overrides, f"init_from={base_run}", typed], out="outputs/b")
+            new_session([*overrides, f"init_from={base_run}", typed], out="outputs/b")
     Path("other.txt").write_text("other characters 123\n" * 40, encoding="utf-8")
     text = ["dataset=text_file", "dataset.path=other.txt", "dataset.dir=prepared", "dataset.tokenizer=byte", f"init_from={base_run}"]
     with pytest.raises(ConfigError, match=r"is not that of the data \(256 tokens, byte\); use dataset=text_file"):
-        start([o for o in overrides if not o.startswith("dataset")], *text, out="outputs/b")
+        new_session([o for o in overrides if not o.startswith("dataset")], *text, out="outputs/b")

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import make_config
-from test_trainer import fail_above, resume, train, trainer_of, weights
+from conftest import make_config, new_trainer, resumed_trainer, shipped_options, train
+from test_trainer import fail_above, weights
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,7 +33,7 @@ from nanogpt.step import build_step
 
 # 宽到每个矩阵都超过 SMALL，8 位状态才真的用上
 WIDE = ("model.n_embd=64", "model.block_size=32", "dropout=0", "max_iters=18", "eval_interval=18", "log_interval=18", "sample_tokens=0")
-PRESETS = sorted(path.stem for path in (ROOT / "conf" / "memory").glob("*.yaml"))
+PRESETS = shipped_options()["memory"]
 SMALL_TABLE = ("model.ngrams=[2]", "model.ngram_buckets=97")
 RATE = {"adamw": "learning_rate=3e-3", "muon": "learning_rate=1e-2"}
 
@@ -154,7 +154,7 @@ def test_zeros_stay_zeros_and_a_small_second_moment_never_becomes_zero():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_states_take_one_byte_and_a_64th_for_each_value(in_tmp, wide, optimizer):
-    trainer = trainer_of(wide, f"optimizer={optimizer}", "memory.optimizer_state=int8", "model.vocab_size=64")
+    trainer = new_trainer(wide, f"optimizer={optimizer}", "memory.optimizer_state=int8", "model.vocab_size=64")
     trainer.step()
     named = dict(trainer.model.named_parameters())
     for name, tensors in states(trainer).items():
@@ -289,7 +289,7 @@ def test_updates_inside_backward_equal_the_plain_step(overrides, parts):
 
 
 def test_each_parameter_is_clipped_by_its_own_norm(in_tmp, wide):
-    trainer = trainer_of(wide, "optimizer=adamw", "grad_clip=1e-3", "memory.optimizer_in_backward=true")
+    trainer = new_trainer(wide, "optimizer=adamw", "grad_clip=1e-3", "memory.optimizer_in_backward=true")
     seen, real = {}, trainer.optimizer.update_one
 
     def update(name, p, group, *, skip, factor):
@@ -305,7 +305,7 @@ def test_each_parameter_is_clipped_by_its_own_norm(in_tmp, wide):
 
 @pytest.mark.parametrize(("optimizer", "memory"), [("adamw", "minimal"), ("adamw", "default"), ("muon", "minimal")])
 def test_a_bad_gradient_leaves_its_parameter_alone_and_a_bad_loss_all_of_them(in_tmp, wide, optimizer, memory):
-    trainer = trainer_of(wide, f"optimizer={optimizer}", f"memory={memory}", "memory.optimizer_in_backward=true")
+    trainer = new_trainer(wide, f"optimizer={optimizer}", f"memory={memory}", "memory.optimizer_in_backward=true")
     trainer.step()
     bad, before = trainer.model.h[0].mlp.c_fc.weight, {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     handle = bad.register_hook(lambda g: g * math.nan)
@@ -322,7 +322,7 @@ def test_a_bad_gradient_leaves_its_parameter_alone_and_a_bad_loss_all_of_them(in
 
 
 def test_out_of_memory_in_such_a_step_ends_the_run(in_tmp, wide):
-    trainer = trainer_of(wide, "memory=minimal")
+    trainer = new_trainer(wide, "memory=minimal")
     fail_above(trainer, 2, torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(ConfigError, match="out of memory"):
         trainer.step()
@@ -331,7 +331,7 @@ def test_out_of_memory_in_such_a_step_ends_the_run(in_tmp, wide):
 def test_several_processes_are_refused(in_tmp, wide, monkeypatch):
     monkeypatch.setattr(distributed, "world", lambda: 2)
     with pytest.raises(ConfigError, match=r"memory.optimizer_in_backward=true .* 2 processes"):
-        trainer_of(wide, "memory=minimal")
+        new_trainer(wide, "memory=minimal")
 
 
 @pytest.mark.parametrize(("override", "key"), [
@@ -432,7 +432,7 @@ def test_a_budget_keeps_as_many_blocks_as_fit():
 
 def test_the_budget_is_spent_anew_when_the_micro_batch_shrinks(in_tmp, wide):
     parts = ["memory.activation_checkpointing=budget", "memory.activation_budget_mib=1", "batch_size=16"]
-    calm, hit = (trainer_of(wide, *parts, out=f"outputs/{n}") for n in "ab")
+    calm, hit = (new_trainer(wide, *parts, out=f"outputs/{n}") for n in "ab")
     fail_above(hit, 5, torch.OutOfMemoryError("CUDA out of memory"))
     before = hit.model.kept_blocks
     for _ in range(2):
@@ -465,7 +465,7 @@ def test_resume_equals_the_uninterrupted_run_to_the_bit_under_every_preset(in_tm
     base = [*wide, f"memory={preset}", f"optimizer={optimizer}", "eval_interval=2", "lr_decay_iters=6", "model.dropout=0.1", "warmup_iters=0"]
     whole = train(base, "max_iters=4", out="outputs/whole")
     train(base, "max_iters=2", out="outputs/half")
-    second = resume("outputs/half", "max_iters=4")._build()
+    second = resumed_trainer("outputs/half", "max_iters=4")
     second.fit()
     assert torch.equal(weights(second.model), weights(whole.model)) and same_states(states(second), states(whole))
 
@@ -475,7 +475,7 @@ def test_a_run_goes_on_under_other_settings_and_back(in_tmp, wide):
     whole = train(base, "max_iters=16", out="outputs/whole")
     train(base, "max_iters=4", out="outputs/half")
     for end, memory in ((8, ["memory=minimal"]), (12, ["memory=offload", "memory.bf16_rounding=kahan"]), (16, ["memory=default"])):
-        trainer = resume("outputs/half", f"max_iters={end}", *memory)._build()
+        trainer = resumed_trainer("outputs/half", f"max_iters={end}", *memory)
         trainer.fit()
     assert trainer.model.dtype == torch.float32 and not trainer.optimizer.frugal
     assert not any(k.endswith("_scale") or k == "compensation" for tensors in states(trainer).values() for k in tensors)
@@ -496,7 +496,7 @@ def test_converting_states_back_and_forth_stays_within_the_codes_error():
 
 @pytest.mark.parametrize("memory", ["default", "lean8", "minimal"])
 def test_weights_and_states_are_freed_with_their_trainer(in_tmp, tiny_overrides, memory):
-    trainer = trainer_of(tiny_overrides, f"memory={memory}", "optimizer=adamw", "precision=bf16" if memory == "minimal" else "precision=fp32")
+    trainer = new_trainer(tiny_overrides, f"memory={memory}", "optimizer=adamw", "precision=bf16" if memory == "minimal" else "precision=fp32")
     trainer.step()
     watched = [weakref.ref(trainer.optimizer), weakref.ref(next(trainer.model.parameters()))]
     del trainer

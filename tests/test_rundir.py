@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_config
-from test_trainer import records, resume, session, train, trainer_of, weights
+from conftest import make_config, new_session, new_trainer, resume, resumed_trainer, train
+from test_trainer import records, weights
 
 from nanogpt import checkpoint, console, corpus, files, keeping, loggers, rundir
 from nanogpt.config import ROOT
@@ -96,14 +96,14 @@ def test_nothing_is_written_through_hard_links_in_a_run_folder(own_run):
 
 
 def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(in_tmp, tiny_overrides):
-    first = session(tiny_overrides)
+    first = new_session(tiny_overrides)
     trainer = first._build()
-    for second in (lambda: session(tiny_overrides)._build(), lambda: session(tiny_overrides, "overwrite=true")._build(), lambda: resume("outputs/run")):
+    for second in (lambda: new_trainer(tiny_overrides), lambda: new_trainer(tiny_overrides, "overwrite=true"), lambda: resume("outputs/run")):
         with pytest.raises(ConfigError, match=rf"outputs/run: process {os.getpid()} is training there"):
             second()
     trainer.fit()
     first.lock.release()
-    assert resume("outputs/run", "max_iters=8")._build().fit()["iters"] == 8
+    assert resumed_trainer("outputs/run", "max_iters=8").fit()["iters"] == 8
 
 
 def test_two_runs_that_took_the_same_name_get_a_folder_each(in_tmp, tiny_overrides):
@@ -118,7 +118,7 @@ def test_two_runs_that_took_the_same_name_get_a_folder_each(in_tmp, tiny_overrid
 
 def test_a_run_without_a_checkpoint_begins_again_and_ends_the_same(in_tmp, tiny_overrides, capsys):
     whole = train(tiny_overrides)
-    trainer_of(tiny_overrides, out="outputs/killed")
+    new_trainer(tiny_overrides, out="outputs/killed")
     assert not checkpoint.checkpoints(Path("outputs/killed"))
     again = resume("outputs/killed")
     trainer = again._build()
@@ -131,7 +131,7 @@ def test_a_run_without_a_checkpoint_begins_again_and_ends_the_same(in_tmp, tiny_
 def test_a_run_of_an_earlier_version_gets_an_id_and_keeps_its_checkpoints(in_tmp, tiny_overrides):
     train(tiny_overrides, "keep=9")
     Path("outputs/run/run.json").unlink()
-    resume("outputs/run", "max_iters=8")._build().fit()
+    resumed_trainer("outputs/run", "max_iters=8").fit()
     found = checkpoint.listed(Path("outputs/run"))
     assert not found.bad and {c.run for c in found.good} == {rundir.read_record(Path("outputs/run")).id}
 
@@ -157,7 +157,7 @@ def test_a_record_of_a_newer_version_is_kept_and_said(own_run):
 
 @pytest.mark.parametrize("content", [None, '{"format": 2'])
 def test_a_run_without_checkpoint_and_record_begins_again_and_has_one_way_out(in_tmp, tiny_overrides, content):
-    begun = trainer_of(tiny_overrides, "max_iters=3")
+    begun = new_trainer(tiny_overrides, "max_iters=3")
     run, config = Path("outputs/run"), begun.config_text
     (run / "run.json").unlink()
     if content:
@@ -174,7 +174,7 @@ def test_a_run_without_checkpoint_and_record_begins_again_and_has_one_way_out(in
             resume("outputs/run")
         (run / "config.yaml").write_text(config, encoding="utf-8")
     (run / "config.yaml").unlink()
-    trainer_of(tiny_overrides, "overwrite=true")
+    new_trainer(tiny_overrides, "overwrite=true")
 
 
 def test_a_run_is_named_by_its_folder_by_what_is_in_it_and_by_latest(own_run):
@@ -291,7 +291,7 @@ def test_a_data_set_that_cannot_be_written_is_one_line_and_leaves_nothing(in_tmp
 def test_a_run_that_cannot_begin_leaves_nothing(in_tmp, tiny_overrides, monkeypatch, target):
     monkeypatch.setattr(*target, fail)
     with pytest.raises(ConfigError, match=r"out_dir=outputs/run cannot be written .*No space left"):
-        trainer_of(tiny_overrides)
+        new_trainer(tiny_overrides)
     assert not Path("outputs").exists()
 
 
@@ -311,14 +311,14 @@ def test_a_run_whose_logger_refuses_leaves_nothing_and_a_resumed_one_as_it_was(o
     latest = rundir.LATEST.read_text(encoding="utf-8")
     older = ("checkpoint=iter_00000003", "max_iters=9")
     for attempt in (
-        lambda: session(others, "logger=tensorboard", out="a/b/c"),
+        lambda: new_session(others, "logger=tensorboard", out="a/b/c"),
         lambda: resume("outputs/run", "logger=tensorboard", *older),
     ):
         with pytest.raises(ConfigError, match=r"TensorBoardLogger refuses to begin \(RuntimeError: no key here\); .*=none"):
             attempt().run()
     assert not Path("a").exists() and {path.name for path in Path("outputs/run/ckpt").iterdir()} == kept
     assert rundir.LATEST.read_text(encoding="utf-8") == latest
-    assert resume("outputs/run", "max_iters=7")._build().fit()["iters"] == 7
+    assert resumed_trainer("outputs/run", "max_iters=7").fit()["iters"] == 7
 
 
 def test_a_logger_that_fails_later_is_one_line_and_the_run_goes_on(in_tmp, tiny_overrides, capsys):
@@ -331,7 +331,7 @@ def test_a_logger_that_fails_later_is_one_line_and_the_run_goes_on(in_tmp, tiny_
 
         text = close = log
 
-    trainer = trainer_of(tiny_overrides)
+    trainer = new_trainer(tiny_overrides)
     trainer.loggers._backends.insert(0, Own())
     assert trainer.fit()["iters"] == 6 and records()[-1]["iteration"] == 6
     assert capsys.readouterr().err.count("Own cannot write (RuntimeError: the service is gone)") == 1
@@ -348,7 +348,7 @@ def test_a_save_that_failed_is_tried_again_before_the_next_one_is_due(in_tmp, ti
 
 
 def test_a_vocabulary_damaged_during_the_run_does_not_spread(in_tmp, tiny_overrides):
-    trainer = trainer_of(tiny_overrides)
+    trainer = new_trainer(tiny_overrides)
     (in_tmp / "outputs/run/tokenizer.json").write_text("rubbish", encoding="utf-8")
     trainer.fit()
     saved = checkpoint.find(Path("outputs/run"), "last").folder / "tokenizer.json"
@@ -368,7 +368,7 @@ def test_metrics_on_a_full_disk_wait_and_no_line_is_torn(in_tmp, tiny_overrides,
             self.room -= len(taken)
             return len(taken)
 
-    trainer = trainer_of(tiny_overrides)
+    trainer = new_trainer(tiny_overrides)
     logger = trainer.loggers._backends[0]
     logger._file, disk = Disk(), None
     disk = logger._file
@@ -391,7 +391,7 @@ def test_metrics_on_a_full_disk_wait_and_no_line_is_torn(in_tmp, tiny_overrides,
 
 
 def test_when_nobody_reads_any_more_the_run_saves_and_stops(in_tmp, tiny_overrides, monkeypatch):
-    held = session(tiny_overrides, "max_iters=500", "eval_interval=500")
+    held = new_session(tiny_overrides, "max_iters=500", "eval_interval=500")
     printed = []
 
     def write(line):

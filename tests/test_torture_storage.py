@@ -1,45 +1,14 @@
-"""Short forms of benchmarks/torture/damage.py, kill.py and power.py."""
+"""Short forms of benchmarks/torture/power.py."""
 
 import os
 import random
-import subprocess
-import sys
 
 import pytest
 from conftest import torture
 
 from nanogpt import files
-from nanogpt.config import ROOT
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the attacks fork")
-# 各攻一小轮；一个进程里做完，torch 只导入一次
-SHORT = """
-import sys
-sys.path.insert(0, "benchmarks/torture")
-import damage, kill
-from ledger import Ledger
-
-def held(ledger, least):
-    assert not ledger.broken and ledger.cases >= least, (ledger.broken, ledger.counts)
-
-kill.TINY = damage.TINY = tuple("max_iters=12" if key.startswith("max_iters") else key for key in kill.TINY)
-damage.ITERATIONS = (4, 8, 12)
-ledger = Ledger("kill", "")
-kill.attack(ledger, kills=1, seed=5, kinds=("fp16, adamw",), changes=150)
-held(ledger, 2)
-ledger = Ledger("damage", "")
-damage.attack(ledger, cases=15, seed=3, whole=False)
-held(ledger, 15)
-print("done")
-"""
-
-
-def test_kills_and_damage_lose_nothing(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", SHORT], cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300)
-    assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout + done.stderr
-
-
 # ---- 断电 ----
 
 

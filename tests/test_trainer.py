@@ -6,44 +6,16 @@ import sys
 
 import pytest
 import torch
-from conftest import make_config, reseal
+from conftest import make_config, new_trainer, reseal, resume, resumed_trainer, train
 
 from nanogpt import checkpoint
-from nanogpt.cli import remembered_groups
 from nanogpt.lock import Lock
 from nanogpt.messages import ConfigError
-from nanogpt.session import Session
 from nanogpt.trainer import share_batch
-
-
-def session(overrides, *more, out="outputs/run"):
-    from pathlib import Path
-
-    cfg = make_config(*overrides, *more)
-    # 目录名不经 Hydra：同一组 overrides 只拼一次
-    cfg.out_dir = out
-    return Session.new(cfg, Path(out))
-
-
-def trainer_of(overrides, *more, out="outputs/run"):
-    return session(overrides, *more, out=out)._build()
-
-
-def resume(out, *overrides):
-    from pathlib import Path
-
-    typed = [f"resume={out}", *overrides]
-    return Session.resume(make_config(*typed, *remembered_groups(typed), checked=False), [o for o in typed if not o.startswith("resume=")], Path(out))
 
 
 def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def train(overrides, *more, out="outputs/run"):
-    trainer = trainer_of(overrides, *more, out=out)
-    trainer.fit()
-    return trainer
 
 
 def records(out="outputs/run"):
@@ -87,7 +59,7 @@ def test_resume_equals_the_uninterrupted_run_to_the_bit(in_tmp, tiny_overrides, 
     base = [*tiny_overrides, *more, "eval_interval=5", "lr_decay_iters=20"]
     whole = train(base, "max_iters=20", out="outputs/whole")
     train(base, "max_iters=10", out="outputs/half")
-    second = resume("outputs/half", "max_iters=20")._build()
+    second = resumed_trainer("outputs/half", "max_iters=20")
     assert second.progress.iteration == 10
     second.fit()
     assert torch.equal(weights(second.model), weights(whole.model))
@@ -107,7 +79,7 @@ def test_resume_equals_the_uninterrupted_run_to_the_bit(in_tmp, tiny_overrides, 
 
 def test_a_run_of_an_earlier_version_goes_on_in_its_own_order(in_tmp, tiny_overrides):
     def old(out, **more):
-        trainer = trainer_of(tiny_overrides, *more.get("overrides", ()), "lr_decay_iters=6", out=out)
+        trainer = new_trainer(tiny_overrides, *more.get("overrides", ()), "lr_decay_iters=6", out=out)
         trainer.order = 1
         trainer.fit()
         return trainer
@@ -120,7 +92,7 @@ def test_a_run_of_an_earlier_version_goes_on_in_its_own_order(in_tmp, tiny_overr
     manifest = json.loads((half / "manifest.json").read_text(encoding="utf-8"))
     (half / "manifest.json").write_text(json.dumps({**manifest, "format": 2}), encoding="utf-8")
     reseal(half)
-    resumed = resume("outputs/half", "max_iters=6")._build()
+    resumed = resumed_trainer("outputs/half", "max_iters=6")
     resumed.fit()
     assert torch.equal(weights(resumed.model), weights(whole.model)) and resumed.saved.load_state()["order"] == 1
     new = train(tiny_overrides, "lr_decay_iters=6", out="outputs/new")
@@ -159,8 +131,8 @@ def fail_above(trainer, rows, error):
     MemoryError(),
 ])
 def test_out_of_memory_halves_the_micro_batch_and_repeats_the_same_step(in_tmp, tiny_overrides, error, capsys):
-    calm = trainer_of(tiny_overrides, "batch_size=8", out="outputs/a")
-    hit = trainer_of(tiny_overrides, "batch_size=8", out="outputs/b")
+    calm = new_trainer(tiny_overrides, "batch_size=8", out="outputs/a")
+    hit = new_trainer(tiny_overrides, "batch_size=8", out="outputs/b")
     fail_above(hit, 3, error)
     for _ in range(4):
         calm.step()
@@ -171,8 +143,8 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_same_step(in_tmp, 
 
 
 def test_a_fault_late_in_the_step_leaves_no_half_accumulated_gradient(in_tmp, tiny_overrides):
-    calm = trainer_of(tiny_overrides, "gradient_accumulation_steps=3", out="outputs/a")
-    hit = trainer_of(tiny_overrides, "gradient_accumulation_steps=3", out="outputs/b")
+    calm = new_trainer(tiny_overrides, "gradient_accumulation_steps=3", out="outputs/a")
+    hit = new_trainer(tiny_overrides, "gradient_accumulation_steps=3", out="outputs/b")
     real, count = hit.model.loss, [0]
 
     def loss(x, y):
@@ -188,21 +160,21 @@ def test_a_fault_late_in_the_step_leaves_no_half_accumulated_gradient(in_tmp, ti
 
 
 def test_out_of_memory_at_one_sequence_ends_with_advice(in_tmp, tiny_overrides):
-    trainer = trainer_of(tiny_overrides)
+    trainer = new_trainer(tiny_overrides)
     fail_above(trainer, 0, torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(ConfigError, match="memory=lean"):
         trainer.fit()
 
 
 def test_other_errors_are_not_mistaken_for_memory(in_tmp, tiny_overrides):
-    trainer = trainer_of(tiny_overrides)
+    trainer = new_trainer(tiny_overrides)
     fail_above(trainer, 0, RuntimeError("shape mismatch"))
     with pytest.raises(RuntimeError, match="shape mismatch"):
         trainer.step()
 
 
 def test_evaluation_survives_out_of_memory(in_tmp, tiny_overrides):
-    trainer = trainer_of(tiny_overrides, "eval_batch_size=16")
+    trainer = new_trainer(tiny_overrides, "eval_batch_size=16")
     expected, real = trainer.evaluate(), trainer.model.loss
 
     def loss(x, y):
@@ -216,7 +188,7 @@ def test_evaluation_survives_out_of_memory(in_tmp, tiny_overrides):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_non_finite_loss_is_skipped_and_counted(in_tmp, tiny_overrides, bad):
-    trainer = trainer_of(tiny_overrides)
+    trainer = new_trainer(tiny_overrides)
     real = trainer.model.loss
     trainer.step()
     before = weights(trainer.model).clone()
@@ -231,7 +203,7 @@ def test_a_non_finite_loss_is_skipped_and_counted(in_tmp, tiny_overrides, bad):
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_non_finite_gradient_is_skipped(in_tmp, tiny_overrides, precision):
-    trainer = trainer_of(tiny_overrides, f"precision={precision}")
+    trainer = new_trainer(tiny_overrides, f"precision={precision}")
     before = weights(trainer.model).clone()
     handle = trainer.model.wte.weight.register_hook(lambda g: g * math.inf)
     trainer.step()
@@ -242,7 +214,7 @@ def test_a_non_finite_gradient_is_skipped(in_tmp, tiny_overrides, precision):
 
 
 def test_divergence_stops_with_the_last_good_checkpoint_and_advice(in_tmp, tiny_overrides):
-    trainer = trainer_of(tiny_overrides, "max_iters=30", "max_nonfinite_steps=4")
+    trainer = new_trainer(tiny_overrides, "max_iters=30", "max_nonfinite_steps=4")
     real = trainer.model.loss
     trainer.model.loss = lambda x, y: real(x, y) * (math.nan if trainer.progress.iteration >= 3 and trainer.model.training else 1)
     with pytest.raises(ConfigError, match=r"4 steps in a row.*iter_00000006.*resume=outputs/run learning_rate="):
@@ -251,7 +223,7 @@ def test_divergence_stops_with_the_last_good_checkpoint_and_advice(in_tmp, tiny_
 
 
 def test_fp16_overflow_halves_the_scale_and_training_goes_on(in_tmp, tiny_overrides):
-    trainer = trainer_of(tiny_overrides, "precision=fp16", "precision.initial_loss_scale=1e18", "max_iters=70", "eval_interval=70")
+    trainer = new_trainer(tiny_overrides, "precision=fp16", "precision.initial_loss_scale=1e18", "max_iters=70", "eval_interval=70")
     trainer.fit()
     assert trainer.precision.scaler.get_scale() < 1e9 and trainer.progress.nonfinite_steps == 0
     assert trainer.progress.val_loss < 2.9
@@ -265,7 +237,7 @@ def test_early_stopping_and_target_stop_the_run(in_tmp, tiny_overrides):
 
 
 def test_evaluation_covers_the_whole_split_exactly(in_tmp, tiny_overrides):
-    trainer = trainer_of(tiny_overrides)
+    trainer = new_trainer(tiny_overrides)
     losses = []
     with torch.no_grad():
         trainer.model.eval()
@@ -279,7 +251,7 @@ def test_evaluation_covers_the_whole_split_exactly(in_tmp, tiny_overrides):
 
 
 def test_a_full_disk_is_reported_and_training_goes_on(in_tmp, tiny_overrides, monkeypatch, capsys):
-    trainer = trainer_of(tiny_overrides, "max_iters=6", "eval_interval=2")
+    trainer = new_trainer(tiny_overrides, "max_iters=6", "eval_interval=2")
     real, calls = checkpoint.save, []
 
     def save(*args, **kwargs):
@@ -297,7 +269,7 @@ def test_a_run_that_cannot_save_at_the_end_fails_loudly(in_tmp, tiny_overrides, 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    trainer = trainer_of(tiny_overrides)
+    trainer = new_trainer(tiny_overrides)
     monkeypatch.setattr(checkpoint, "save", full)
     with pytest.raises(ConfigError, match="could not be saved"):
         trainer.fit()
@@ -352,7 +324,7 @@ def test_resuming_a_finished_run_says_how_to_go_on(in_tmp, tiny_overrides):
 
 def test_resume_from_an_older_checkpoint_makes_it_the_last(in_tmp, tiny_overrides):
     train(tiny_overrides, "keep=5")
-    resume("outputs/run", "checkpoint=iter_00000003", "max_iters=5")._build().fit()
+    resumed_trainer("outputs/run", "checkpoint=iter_00000003", "max_iters=5").fit()
     assert [c.iteration for c in checkpoint.checkpoints(in_tmp / "outputs/run")] == [3, 5]
 
 
@@ -379,7 +351,7 @@ def test_a_model_class_of_the_users_own_trains_and_resumes(in_tmp, tiny_override
     train(tiny_overrides, *own)
     with pytest.raises(ConfigError, match="names code of its own"):
         resume("outputs/run", "max_iters=9")
-    assert type(resume("outputs/run", "max_iters=9", *own)._build().model).__name__ == "Mine"
+    assert type(resumed_trainer("outputs/run", "max_iters=9", *own).model).__name__ == "Mine"
 
 
 def test_a_run_without_data_of_its_own_goes_on_with_what_it_was_trained_on(in_tmp, tiny_overrides, corpus_folder, monkeypatch):
@@ -397,7 +369,7 @@ def test_a_run_without_data_of_its_own_goes_on_with_what_it_was_trained_on(in_tm
     # 早先的版本给文件夹起别的名字；文字后来也改了
     trained.folder.rename(script.parent / "prepared")
     (in_tmp / "songs.txt").write_text("that is the question\n" * 50, encoding="utf-8")
-    again = resume("outputs/run", "max_iters=6")._build()
+    again = resumed_trainer("outputs/run", "max_iters=6")
     assert again.data.folder == script.parent / "prepared" and again.data.fingerprint == trained.fingerprint
 
 
@@ -411,7 +383,7 @@ def test_data_other_than_the_checkpoints_is_refused(in_tmp, tiny_overrides, tmp_
     other = write_dataset(tmp_path / "other", name="t", source="t", tokenizer=trainer.data.tokenizer, train=[np.zeros(900, int)], val=[np.zeros(90, int)])
     assert TokenData(other).fingerprint != trainer.data.fingerprint
     with pytest.raises(ConfigError, match="differs from what the checkpoint was trained on"):
-        resume("outputs/run", "max_iters=9", f"dataset.dir={other}")._build()
+        resumed_trainer("outputs/run", "max_iters=9", f"dataset.dir={other}")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
@@ -426,7 +398,7 @@ def test_a_strangers_run_with_a_link_in_it_writes_nowhere_else(own_run, name):
     (own_run / "outputs/run" / name).symlink_to(mine)
     before = {path: path.read_bytes() for path in [mine, *mine.rglob("*")] if path.is_file()}
     with pytest.raises(ConfigError, match=f"outputs/run: {name} in it is a link") as error:
-        resume("outputs/run", "max_iters=9")._build()
+        resumed_trainer("outputs/run", "max_iters=9")
     assert "\n" not in str(error.value) and before == {path: path.read_bytes() for path in [mine, *mine.rglob("*")] if path.is_file()}
     if name == "lock":
         # 公用的 /tmp 里的锁也是
@@ -439,7 +411,7 @@ def test_a_strangers_run_with_a_link_in_it_writes_nowhere_else(own_run, name):
 def test_any_legal_seed_trains_writes_samples_and_goes_on(in_tmp, tiny_overrides, seed, capsys):
     quick = ("max_iters=3", "eval_interval=1", "sample_tokens=3", f"seed={seed}")
     assert train(tiny_overrides, *quick).last_sample
-    assert resume("outputs/run", "max_iters=4")._build().fit()["iters"] == 4
+    assert resumed_trainer("outputs/run", "max_iters=4").fit()["iters"] == 4
     assert "sample could not be written" not in capsys.readouterr().out
 
 
