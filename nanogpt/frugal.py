@@ -18,8 +18,8 @@ from nanogpt.lowbit import BLOCK, PIECE, SMALL, Codec, round_stochastically, sca
 UNSIGNED = ("exp_avg_sq",)
 SCALE = "_scale"
 COMPENSATION = "compensation"
-# 编译成几个 kernel 的更新一次处理这么多：临时张量少，启动也少
-FUSED_PIECE = 2**22
+# 融合的更新没有临时张量，一次可以处理多得多，启动就少；状态在 RAM 时要先搬上卡，仍用小块
+FUSED_PIECE, FUSED_PIECE_MOVED = 2**24, 2**22
 
 
 class Storage:
@@ -186,9 +186,9 @@ def muon_direction(
     if storage.fused_momentum and _in_blocks(storage, state, "momentum", p):
         numbers = [storage.number(value, p.device) for value in (1 - group["momentum"], *_GUARD)]
         guard = [given if given is not None else number for given, number in zip((skip, factor), numbers[1:], strict=True)]
-        for span in spans(p.numel(), FUSED_PIECE):
+        tables = storage.codec.tables(True, p.device)
+        for span in spans(p.numel(), _fused_piece(state["momentum"], p)):
             with _blocks_here(state, ("momentum",), span, p.device) as states:
-                tables = storage.codec.tables(True, p.device)
                 storage.fused_momentum(_in_rows(direction, span), _in_rows(grad, span), *states, tables, numbers[0], *guard)
         return direction
     for span in spans(p.numel(), storage.piece):
@@ -228,6 +228,10 @@ def _in_blocks(storage: Storage, state: dict, key: str, p: torch.Tensor) -> bool
     return key + SCALE in state and p.numel() % BLOCK == 0 and not storage.compensates(p)
 
 
+def _fused_piece(state: torch.Tensor, p: torch.Tensor) -> int:
+    return FUSED_PIECE if state.device == p.device else FUSED_PIECE_MOVED
+
+
 def _in_rows(x: torch.Tensor, span: slice) -> torch.Tensor:
     return x.detach().reshape(-1)[span].view(-1, BLOCK)
 
@@ -248,8 +252,8 @@ def _fused_adamw_update(storage: Storage, state: dict, group: dict, p: torch.Ten
     numbers = [storage.number(value, p.device) for value in (group["lr"], group["weight_decay"], b1, 1 - b1, b2, 1 - b2, group["eps"], *_GUARD)]
     skip = numbers[-2] if skip is None else skip
     factor = numbers[-1] if factor is None else factor
-    tables = (*storage.codec.tables(True, p.device), *storage.codec.tables(False, p.device))
-    for span in spans(p.numel(), FUSED_PIECE):
+    tables = (storage.codec.tables(True, p.device), storage.codec.tables(False, p.device))
+    for span in spans(p.numel(), _fused_piece(state["exp_avg"], p)):
         with _blocks_here(state, ("exp_avg", "exp_avg_sq"), span, p.device) as states:
             storage.fused_adamw(_in_rows(p, span), _in_rows(grad, span), *states, tables, state["step"], numbers[:-2], skip, factor)
     state["step"].add_(1 - skip)
@@ -258,43 +262,46 @@ def _fused_adamw_update(storage: Storage, state: dict, group: dict, p: torch.Ten
 def fusible_adamw(p, grad, first, first_scale, second, second_scale, tables, step, numbers, skip, factor) -> None:
     """adamw_update() of blocks for a compiler: weights, codes and scales are changed in place, not where `skip` () is 1.0.
 
-    p, grad, first, second (n, BLOCK), scales (n,); tables: values and midpoints, signed and unsigned; step (): of the update before;
+    p, grad, first, second (n, BLOCK), scales (n,); tables: Codec.tables() signed and unsigned; step (): of the update before;
     numbers: lr, weight decay, beta1, 1 - beta1, beta2, 1 - beta2, eps, each ().
     """
     lr, decay, beta1, rest1, beta2, rest2, eps = numbers
-    signed, signed_middles, unsigned, unsigned_middles = tables
+    signed, unsigned = tables
     kept = skip > 0
     g = grad.float() * factor
-    m = _decoded(first, first_scale, signed)
+    m = _decoded(first, first_scale, signed[0])
     m = m + rest1 * (g - m)
-    v = beta2 * _decoded(second, second_scale, unsigned) + rest2 * g * g
+    v = beta2 * _decoded(second, second_scale, unsigned[0]) + rest2 * g * g
     steps = step + 1
     denominator = (v / (1 - beta2**steps)).sqrt() + eps
     new = p.float() * (1 - lr * decay) - lr / (1 - beta1**steps) * m / denominator
     if p.dtype == torch.bfloat16:
         new = round_stochastically(new)
     p.copy_(torch.where(kept, p, new))
-    _encode_into(first, first_scale, m, signed_middles, kept, signed=True)
-    _encode_into(second, second_scale, v, unsigned_middles, kept, signed=False)
+    _encode_into(first, first_scale, m, signed, kept, signed=True)
+    _encode_into(second, second_scale, v, unsigned, kept, signed=False)
 
 
 def fusible_momentum(direction, grad, codes, scale, tables, rest, skip, factor) -> None:
     """What muon_direction() does, of blocks for a compiler; rest () is 1 - momentum."""
-    values, middles = tables
-    g, old = grad.float() * factor, _decoded(codes, scale, values)
+    g, old = grad.float() * factor, _decoded(codes, scale, tables[0])
     momentum = old + rest * (g - old)
     direction.copy_(momentum - (momentum - g) * rest)
-    _encode_into(codes, scale, momentum, middles, skip > 0, signed=True)
+    _encode_into(codes, scale, momentum, tables, skip > 0, signed=True)
 
 
 def _decoded(codes: torch.Tensor, scale: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return values[codes.int()] * scale[:, None]
 
 
-def _encode_into(codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, middles: torch.Tensor, kept: torch.Tensor, *, signed: bool) -> None:
+def _encode_into(codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, tables: tuple, kept: torch.Tensor, *, signed: bool) -> None:
     """Codec.encode() of x (n, BLOCK), stored unless `kept` ()."""
     new_scale = scale_of(x)
-    new = torch.bucketize(x / torch.where(new_scale == 0, 1.0, new_scale)[:, None], middles, out_int32=True)
+    ratio = x / torch.where(new_scale == 0, 1.0, new_scale)[:, None]
+    # 与 Codec.nearest 一样查表：两次读，而二分查找要八次
+    _, middles, first = tables
+    new = first[(ratio.view(torch.int32) >> 16) & 0xFFFF]
+    new = new + (ratio > middles[new]).int()
     if not signed:
         new = torch.maximum(new, (x > 0).int())
     codes.copy_(torch.where(kept, codes, new.to(torch.uint8)))

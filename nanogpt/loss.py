@@ -20,11 +20,11 @@ def plain_tail(logits: torch.Tensor, expected: torch.Tensor, V: int, softcap: fl
     # 半精度的指数和会丢小概率：softmax 与求和至少用 fp32
     wide = torch.promote_types(dtype, torch.float32)
     if softcap:
-        squashed = torch.tanh(logits.to(wide) / softcap)
+        squashed = (logits.to(wide) / softcap).tanh_()
         logits = squashed * softcap
     if target.device_type(logits) == "cuda":
         # 显卡上一个 kernel 就得出 log-probs；logsumexp 要把词表那么宽的内存走五遍
-        log_p = torch.log_softmax(logits, dim=-1, dtype=wide)
+        log_p, logits = torch.log_softmax(logits, dim=-1, dtype=wide), None
         losses = -log_p.gather(1, expected)
     else:
         logits = logits.to(wide)
@@ -39,7 +39,8 @@ def plain_tail(logits: torch.Tensor, expected: torch.Tensor, V: int, softcap: fl
         # 每行只有一个下标，怎么加都一样；deterministic=true 却会为它排序，每块多十几个 kernel
         grad.scatter_add_(1, expected, torch.full_like(expected, -1, dtype=grad.dtype))
     if softcap:
-        grad *= 1 - squashed.square()
+        # 就地算 1 - squashed²：词表那么宽的临时张量，每个都是一整块
+        grad *= squashed.square_().neg_().add_(1)
     if buffer is None:
         return losses, grad.to(dtype)
     buffer[:, :V].copy_(grad)

@@ -8,6 +8,7 @@ temporaries stay small, and never looks at a value, so that the planner can trac
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -43,16 +44,16 @@ class Codec:
 
     def __init__(self):
         # 表随设备各存一份；由优化器持有，追踪时就是假张量
-        self._tables: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._shortcuts: dict[bool, torch.Tensor] = {}
+        self._tables: dict[tuple, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
-    def tables(self, signed: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """(values (256,), midpoints (255,)) on a device."""
+    def tables(self, signed: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(values (256,), midpoints and infinity (256,), shortcut() (65536,)) on a device."""
         key = (signed, str(device))
         if key not in self._tables:
             values = dynamic_map(signed)
-            middles = [(a + b) / 2 for a, b in itertools.pairwise(values)]
-            self._tables[key] = (torch.tensor(values, dtype=torch.float32, device=device), torch.tensor(middles, dtype=torch.float32, device=device))
+            middles = [*((a + b) / 2 for a, b in itertools.pairwise(values)), math.inf]
+            values, middles = (torch.tensor(numbers, dtype=torch.float32, device=device) for numbers in (values, middles))
+            self._tables[key] = values, middles, shortcut(middles[:-1])
         return self._tables[key]
 
     def encode(self, x: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,14 +69,12 @@ class Codec:
 
     def nearest(self, x: torch.Tensor, signed: bool) -> torch.Tensor:
         """Codes of the nearest values, int32; x float32 within -1 … 1."""
-        middles = self.tables(signed, x.device)[1]
+        _, middles, first = self.tables(signed, x.device)
         if x.device.type != "cpu":
-            return torch.bucketize(x, middles, out_int32=True)
-        # 二分查找每步都猜错分支；CPU 上用高 16 位查表，至多再比一次，结果相同而快三倍
-        if signed not in self._shortcuts:
-            self._shortcuts[signed] = shortcut(middles)
-        codes = self._shortcuts[signed].index_select(0, (x.view(torch.int32) >> 16).bitwise_and_(0xFFFF).view(-1))
-        return codes.add_(x.view(-1) > F.pad(middles, (0, 1), value=float("inf")).index_select(0, codes)).view_as(x)
+            return torch.bucketize(x, middles[:-1], out_int32=True)
+        # 二分查找每步都猜错分支；用高 16 位查表，至多再比一次，结果相同而快三倍
+        codes = first.index_select(0, (x.view(torch.int32) >> 16).bitwise_and_(0xFFFF).view(-1))
+        return codes.add_(x.view(-1) > middles.index_select(0, codes)).view_as(x)
 
     def decode(self, codes: torch.Tensor, scale: torch.Tensor, signed: bool) -> torch.Tensor:
         """Float32 values (n,) of codes (n,) and their scales."""

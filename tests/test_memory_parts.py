@@ -137,7 +137,7 @@ def test_every_value_gets_its_nearest_code_and_encoding_again_changes_nothing(si
 def test_the_shortcut_finds_what_a_binary_search_finds(signed):
     torch.manual_seed(0)
     codec = Codec()
-    middles = codec.tables(signed, torch.device("cpu"))[1]
+    middles = codec.tables(signed, torch.device("cpu"))[1][:-1]
     x = torch.cat((torch.rand(20_000) * 10.0 ** -torch.randint(0, 9, (20_000,)), middles, torch.nextafter(middles, torch.tensor(9.0)), torch.tensor([0.0, -0.0, 1.0])))
     x = torch.cat((x, -x)) if signed else x
     assert torch.equal(codec.nearest(x, signed), torch.bucketize(x, middles, out_int32=True))

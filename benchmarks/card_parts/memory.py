@@ -6,7 +6,7 @@ A plan needs no card and some seconds of a CPU: `make_plans` makes them beforeha
 import functools
 from collections.abc import Iterator
 
-from card_parts.kit import GIB, GPT2_VOCAB, Case, Lab
+from card_parts.kit import GIB, GPT2_VOCAB, Case, Lab, profile
 
 from nanogpt.compilation import compile_updates
 from nanogpt.config import TrainConfig
@@ -71,8 +71,8 @@ def make_plans(lab: Lab, say=print) -> dict[str, dict]:
         following = next((batch for batch in BATCHES if batch > rows), None)
         made[f"largest {name}"] = {"batch_size": rows, "next": following}
         for batch in filter(None, (rows, following)):
-            made[f"{name} {batch}"] = planned(config(lab, (*overrides, f"batch_size={batch}", TWICE)))
-        say(f"{name:26s} {rows} rows fit, then {following}: {made[f'{name} {following}']['verdict']}")
+            made[f"{name} {batch}, accumulated"] = planned(config(lab, (*overrides, f"batch_size={batch}", TWICE)))
+        say(f"{name:26s} {rows} rows fit, then {following}: {made[f'{name} {following}, accumulated']['verdict']}")
     return made
 
 
@@ -98,7 +98,7 @@ def cases(lab: Lab) -> Iterator[Case]:
         for which, words in (("batch_size", "largest"), ("next", "one step more")):
             if rows := lab.plans.get(f"largest {name}", {}).get(which):
                 more = (*overrides, f"batch_size={rows}", TWICE)
-                yield f"{name} {rows}, {words}", functools.partial(measured, lab, f"{name} {rows}", more, 3)
+                yield f"{name} {rows}, {words}", functools.partial(measured, lab, f"{name} {rows}, accumulated", more, 3)
 
 
 def measured(lab: Lab, name: str, overrides: tuple[str, ...], steps: int) -> dict:
@@ -129,8 +129,10 @@ def train(lab: Lab, cfg: TrainConfig, steps: int) -> dict:
         if verdict_of(error) != "oom":
             raise
         return {"ran": False, **lab.peaks(), "said": str(error).splitlines()[0][:200]}
-    speed = trainer.global_rows * trainer.block_size / seconds
-    return {"ran": True, **lab.peaks(), "step_s": seconds, "tokens_per_s": speed}
+    found = {"ran": True, **lab.peaks(), "step_s": seconds}
+    found["tokens_per_s"] = trainer.global_rows * trainer.block_size / seconds
+    # 大模型的一步花在哪里
+    return {**found, **profile(lab, trainer.step, 1)} if steps >= 10 else found
 
 
 def errors(expected: dict, found: dict) -> dict[str, float]:
