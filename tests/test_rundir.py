@@ -43,16 +43,19 @@ def test_a_lock_is_held_once_and_goes_with_its_holder(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="an open file cannot be removed there")
-def test_a_lock_on_a_removed_file_is_none(tmp_path):
-    one, two = Lock(tmp_path / "lock"), Lock(tmp_path / "lock")
-    real, path = one._is, tmp_path / "lock"
+def test_a_lock_on_a_removed_file_is_none(tmp_path, monkeypatch):
+    import fcntl
 
-    def removed_meanwhile(file):
-        path.unlink()
-        return real(file)
+    one, two, real = Lock(tmp_path / "lock"), Lock(tmp_path / "lock"), fcntl.flock
 
-    one._is = removed_meanwhile
-    assert not one.take() and two.take()
+    def removed_meanwhile(file, how):
+        (tmp_path / "lock").unlink(missing_ok=True)
+        return real(file, how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", removed_meanwhile)
+        assert not one.take()
+    assert two.take()
     two.release()
 
 
@@ -68,11 +71,11 @@ def test_what_a_killed_holder_left_is_removed_and_what_is_held_stays(tmp_path):
     remove_stale(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"no number", b"1" * 5000])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"no number", b"\x001", b"1" * 5000])
 def test_whatever_a_lock_file_holds_blocks_nobody(tmp_path, content):
     (tmp_path / "lock").write_bytes(content)
     lock = Lock(tmp_path / "lock")
-    assert lock.holder() == (content.decode("ascii") if content[:1] == b"1" else "?") and lock.take()
+    assert lock.holder() == (content[1:21].decode("ascii") if content[-1:] == b"1" else "?") and lock.take()
     lock.release()
 
 

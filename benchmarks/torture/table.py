@@ -54,8 +54,8 @@ ATTACKS = {
         "崩溃、卡死、被杀的试跑；被杀后重新输入的扫描",
     ),
     "supply": (
-        "downloads that are wrong, endless, slow or redirected; pins",
-        "错误、没完没了、缓慢、被重定向的下载；版本锁定",
+        "downloads that are wrong, endless, silent or redirected; pins",
+        "错误、没完没了、不出声、被重定向的下载；版本锁定",
     ),
 }
 
