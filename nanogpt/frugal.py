@@ -158,11 +158,12 @@ def adamw_update(
     skip: torch.Tensor | None = None, factor: torch.Tensor | None = None,
 ) -> None:
     """AdamW on one parameter; `skip` () is 1.0 where nothing may change, `factor` () multiplies the gradient."""
-    if storage.fused_adamw and _in_blocks(storage, state, "exp_avg", p):
-        _fused_adamw_update(storage, state, group, p, grad, skip=skip, factor=factor)
-        return
-    step = count = state["step"]
-    for span in spans(p.numel(), storage.piece):
+    whole = p.numel() // BLOCK * BLOCK if storage.fused_adamw and _in_blocks(storage, state, "exp_avg", p) else 0
+    if whole:
+        _fused_adamw_update(storage, state, group, p, grad, whole, skip=skip, factor=factor)
+    step, count = state["step"], None
+    # 有融合的更新时，只剩最后不满一块的几个值
+    for span in [slice(whole, p.numel())] * (whole < p.numel()) if whole else spans(p.numel(), storage.piece):
         weights = storage.read_weights(state, p, span)
         first, second = (storage.read(state, key, span, p.device) for key in ("exp_avg", "exp_avg_sq"))
         # kernel 自己把步数加一：每块都从同一个数起
@@ -174,7 +175,10 @@ def adamw_update(
         storage.write(state, "exp_avg", span, first)
         storage.write(state, "exp_avg_sq", span, second)
         storage.write_weights(state, p, span, weights, skip)
-    step.copy_(count)
+    if count is None:
+        step.add_(1 if skip is None else 1 - skip)
+    else:
+        step.copy_(count)
 
 
 def muon_direction(
@@ -183,7 +187,7 @@ def muon_direction(
 ) -> torch.Tensor:
     """Nesterov momentum (rows, cols) to be orthogonalised, bf16 on a GPU, where the products take no more."""
     direction = torch.empty(p.shape, dtype=torch.bfloat16 if target.device_type(p) == "cuda" else torch.float32, device=p.device)
-    if storage.fused_momentum and _in_blocks(storage, state, "momentum", p):
+    if storage.fused_momentum and p.numel() % BLOCK == 0 and _in_blocks(storage, state, "momentum", p):
         numbers = [storage.number(value, p.device) for value in (1 - group["momentum"], *_GUARD)]
         guard = [given if given is not None else number for given, number in zip((skip, factor), numbers[1:], strict=True)]
         tables = storage.codec.tables(True, p.device)
@@ -224,8 +228,8 @@ _GUARD = (0.0, 1.0)
 
 
 def _in_blocks(storage: Storage, state: dict, key: str, p: torch.Tensor) -> bool:
-    """Whether a fused update knows these states: in 8 bits and of whole blocks, no compensation beside them."""
-    return key + SCALE in state and p.numel() % BLOCK == 0 and not storage.compensates(p)
+    """Whether a fused update knows these states: in 8 bits, no compensation beside them."""
+    return key + SCALE in state and not storage.compensates(p)
 
 
 def _fused_piece(state: torch.Tensor, p: torch.Tensor) -> int:
@@ -247,16 +251,15 @@ def _blocks_here(state: dict, keys: tuple[str, ...], span: slice, device: torch.
             a.copy_(b, non_blocking=True)
 
 
-def _fused_adamw_update(storage: Storage, state: dict, group: dict, p: torch.Tensor, grad: torch.Tensor, *, skip, factor) -> None:
+def _fused_adamw_update(storage: Storage, state: dict, group: dict, p: torch.Tensor, grad: torch.Tensor, numel: int, *, skip, factor) -> None:
     b1, b2 = group["betas"]
     numbers = [storage.number(value, p.device) for value in (group["lr"], group["weight_decay"], b1, 1 - b1, b2, 1 - b2, group["eps"], *_GUARD)]
     skip = numbers[-2] if skip is None else skip
     factor = numbers[-1] if factor is None else factor
     tables = (storage.codec.tables(True, p.device), storage.codec.tables(False, p.device))
-    for span in spans(p.numel(), _fused_piece(state["exp_avg"], p)):
+    for span in spans(numel, _fused_piece(state["exp_avg"], p)):
         with _blocks_here(state, ("exp_avg", "exp_avg_sq"), span, p.device) as states:
             storage.fused_adamw(_in_rows(p, span), _in_rows(grad, span), *states, tables, state["step"], numbers[:-2], skip, factor)
-    state["step"].add_(1 - skip)
 
 
 def fusible_adamw(p, grad, first, first_scale, second, second_scale, tables, step, numbers, skip, factor) -> None:

@@ -124,4 +124,7 @@ def spans(numel: int, piece: int) -> Iterator[slice]:
 def norm(x: torch.Tensor, piece: int) -> torch.Tensor:
     """L2 norm in float32, shape (), without a float32 copy of the whole tensor."""
     flat = x.detach().reshape(-1)
+    if flat.is_cuda:
+        # 归约的 kernel 边读边转成 fp32：一次启动就够，不必分块
+        return torch.linalg.vector_norm(flat, dtype=torch.float32)
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(flat[span], dtype=torch.float32) for span in spans(flat.numel(), piece)]))
