@@ -1,8 +1,12 @@
-"""What a person sees while the program works: a progress bar on a terminal, plain lines elsewhere."""
+"""What a person sees while the program works: a progress bar on a terminal, plain lines and tables elsewhere."""
+
+# 训练、预测、评估的每一行都经过这里：Console 管屏幕与进度条，aligned 把表排成行
+# rich 知道汉字占两列；没有终端、也没有表时不导入它，启动更快
 
 import contextlib
+import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from nanogpt.messages import show, shown, text
 
@@ -70,3 +74,32 @@ class Console:
         self.line(
             "iter", iteration=iteration, train_loss=f"{record['train/loss']:.4f}", val=val, lr=record["learning_rate"], speed=speed, memory=memory,
         )
+
+
+def aligned(heads: Sequence[str], rows: Sequence[Sequence[str]], *, sides: str = "lr") -> list[str]:
+    """A table as lines; `sides` has l or r for each column, the last of them for all further ones.
+
+    On a terminal that is too narrow the columns go on below, behind the first one again; elsewhere nothing is cut.
+    """
+    from rich.cells import cell_len
+    from rich.console import Console as RichConsole
+    from rich.table import Table
+
+    found = io.StringIO()
+    plain = {"markup": False, "highlight": False, "emoji": False, "color_system": None}
+    console = RichConsole(file=found, width=None if sys.stdout.isatty() else 10**4, **plain)
+    widths = [max(map(cell_len, column)) + 2 for column in zip(heads, *rows)]
+    parts: list[list[int]] = [[0]]
+    for index in range(1, len(heads)):
+        if len(parts[-1]) > 1 and sum(widths[i] for i in parts[-1]) + widths[index] > console.width:
+            parts.append([0])
+        parts[-1].append(index)
+    for part in parts:
+        table = Table(box=None, padding=(0, 0, 0, 2))
+        for index in part:
+            side = sides[min(index, len(sides) - 1)]
+            table.add_column(heads[index], justify="left" if side == "l" else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*(row[index] for index in part))
+        console.print(table, crop=False)
+    return [line.rstrip() for line in found.getvalue().rstrip("\n").split("\n")]

@@ -2,16 +2,19 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import yaml
 from conftest import TINY, make_config
+from rich.cells import cell_len
 from test_judges import poetry, reviews
 
 from nanogpt import messages
 from nanogpt.cli import quoted
 from nanogpt.config import ROOT
+from nanogpt.console import aligned
 from nanogpt.control import __main__ as command
 from nanogpt.control import evaluate, picture
 from nanogpt.control.measures import Seen, wilson
@@ -195,6 +198,17 @@ def test_a_baseline_is_what_the_command_line_writes_also_without_the_line_break_
 def test_overrides_are_told_from_options_and_their_values():
     typed, overrides = command.split(["evaluate", "outputs/a=b", "--guidance", "1", "2", "sampler=top_p", "--output", "x=y.json", "sampler.top_p=0.5"])
     assert typed == ["evaluate", "outputs/a=b", "--guidance", "1", "2", "--output", "x=y.json"] and overrides == ["sampler=top_p", "sampler.top_p=0.5"]
+
+
+def test_a_table_too_wide_for_the_terminal_goes_on_below_and_is_plain_elsewhere(monkeypatch):
+    heads, rows = ["label", *("a column",) * 9], [["五言绝句", *("12.5%",) * 9], ["é👍x", *("-",) * 9]]
+    plain = aligned(heads, rows)
+    assert len(plain) == 3 and {cell_len(line) for line in plain} == {2 + 8 + 9 * 10}
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    folded = aligned(heads, rows)
+    assert len(folded) == 6 and max(map(cell_len, folded)) <= 80 and folded[4].startswith("  五言绝句")
+    assert " ".join(folded).split().count("12.5%") == 9
 
 
 def test_the_picture_needs_no_chinese_font():

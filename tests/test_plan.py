@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 from conftest import make_config
+from rich.cells import cell_len
 from typed import typed
 
 from nanogpt import messages, ram
@@ -14,7 +15,7 @@ from nanogpt.fit.budget import allocator_cap, target_of
 from nanogpt.fit.command import run_plan
 from nanogpt.fit.plan import TIGHT, Planner, predict, with_workspace
 from nanogpt.fit.roofline import rates_of, step_seconds
-from nanogpt.fit.show import columns, duration, table
+from nanogpt.fit.show import duration, table
 from nanogpt.messages import ConfigError
 from nanogpt.ram import GIB
 
@@ -44,7 +45,7 @@ def test_the_parts_add_up_to_the_total_and_the_table_shows_them(plan):
     lines = table(plan)
     assert len(lines) == 12 and f"{plan.total / GIB:.2f}" in lines[-2] and "7.70" in lines[-1]
     messages.set_language("zh")
-    assert all(columns(a[: a.index(".")]) == columns(b[: b.index(".")]) for a, b in zip(table(plan)[1:], table(plan)[2:], strict=False))
+    assert all(cell_len(a[: a.index(".")]) == cell_len(b[: b.index(".")]) for a, b in zip(table(plan)[1:], table(plan)[2:], strict=False))
 
 
 def test_fits_means_that_the_replay_succeeds_under_the_capacity(plan):

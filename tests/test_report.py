@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from nanogpt.config import check
 from nanogpt.fit.chart import figure, loss_chart, memory_chart, save, svg
 from nanogpt.fit.ranking import best_of, names, pareto, ranked
 from nanogpt.fit.recipe import command, recipe
-from nanogpt.fit.report import page, write_report
+from nanogpt.fit.report import page, print_table, write_report
 from nanogpt.fit.result import TrialResult
 
 NASTY = "<script>alert('x')</script> & \"quotes\" [/b]"
@@ -112,6 +113,15 @@ def test_a_report_has_every_file_and_says_how_to_go_on(in_tmp, capsys):
     assert (folder / "fit/best.yaml").read_bytes() == (in_tmp / "outputs/fit/fit/best.yaml").read_bytes()
     for name in ("report.png", "loss.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_80_columns_show_every_setting_and_reason_whole(monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    print_table(ranked(SWEEP, 0.05), 0.05)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and lines[2].split() == ["1", "batch_size=4", "precision=fp16", "ok", "3,000", "6.00", "/", "12.00"]
+    assert all(any(name in line for line in lines) for name in names(SWEEP)) and "predicted 200.0 GiB > 12.0" in "".join(lines)
 
 
 def test_without_a_success_the_report_says_so(in_tmp, capsys):

@@ -1,6 +1,8 @@
 """An evaluation as a person reads it on the console."""
 
-from nanogpt.fit.show import columns, padded
+# 评估的记录（一个 JSON）变成屏幕上的行：heading 先印真实文本，result 每个设置一张表，summary 最后一设置一行
+
+from nanogpt.console import aligned
 from nanogpt.messages import text
 
 # 没有标签的原因 -> 消息
@@ -14,13 +16,13 @@ def heading(record: dict) -> list[str]:
     """What is evaluated, how, and the same measures of real texts."""
     judge = "judge_form" if record["judge"]["name"] == "form" else "judge_text"
     settings = record["settings"]
-    sampler = ", ".join(f"{key}={value:g}" for key, value in settings["sampler"].items() if isinstance(value, int | float))
+    numbers = {key: value for key, value in settings["sampler"].items() if isinstance(value, int | float)}
+    sampler = ", ".join(f"{key}={value:g}" for key, value in numbers.items())
+    said, real = {key: record[key] for key in ("run", "checkpoint", "kind", "samples", "device")}, record["real"]
     return [
-        text("evaluate_title", run=record["run"], checkpoint=record["checkpoint"], kind=record["kind"], samples=record["samples"],
-             seed=settings["seed"], sampler=sampler, device=record["device"]),
-        text(judge),
+        text("evaluate_title", seed=settings["seed"], sampler=sampler, **said), text(judge),
         text("judge_accuracy", **interval(record["judge"]["accuracy"])),
-        "", text("evaluate_real"), *rows(record["real"], record["real"]), *tune_line(record["real"]["tunes"], record["real"]["tunes"]),
+        "", text("evaluate_real"), *rows(real, real), *tune_line(real["tunes"], real["tunes"]),
     ]
 
 
@@ -33,10 +35,12 @@ def result(record: dict) -> list[str]:
     for label, row in entry["labels"].items():
         missed = {name: count for name, count in row["judged"].items() if name != label}
         if missed:
-            lines.append("  " + text("evaluate_missed", label=label, found=", ".join(f"{why(name)} {count}" for name, count in missed.items())))
+            found = ", ".join(f"{why(name)} {count}" for name, count in missed.items())
+            lines.append("  " + text("evaluate_missed", label=label, found=found))
     lines += tune_line(entry["tunes"], real["tunes"])
     if entry["perplexity"] is not None:
-        lines.append("  " + text("evaluate_perplexity", value=entry["perplexity"], without=record["perplexity_without_labels"]))
+        without = record["perplexity_without_labels"]
+        lines.append("  " + text("evaluate_perplexity", value=entry["perplexity"], without=without))
     return lines
 
 
@@ -44,29 +48,30 @@ def summary(record: dict) -> list[str]:
     """One line per setting, where there are several."""
     if len(record["results"]) < 2:
         return []
-    table = [[text(f) for f in ("column_setting", "column_rate", "column_interval", "column_perplexity", "column_distinct", "column_copies")]]
+    heads = ("setting", "rate", "interval", "perplexity", "distinct", "copies")
+    table = []
     for entry in record["results"]:
         total, name = entry["total"], f"control={entry['control']}"
-        table.append([
-            name if entry["guidance"] is None else f"{name} control.guidance={entry['guidance']:g}", percent(total["rate"]), between(total),
-            "-" if entry["perplexity"] is None else f"{entry['perplexity']:.2f}", distinct(total), percent(total["copies"]["rate"]),
-        ])
-    return ["", *aligned(table)]
+        if entry["guidance"] is not None:
+            name += f" control.guidance={entry['guidance']:g}"
+        perplexity = "-" if entry["perplexity"] is None else f"{entry['perplexity']:.2f}"
+        copies = percent(total["copies"]["rate"])
+        table.append([name, percent(total["rate"]), between(total), perplexity, distinct(total), copies])
+    return ["", *aligned([text(f"column_{head}") for head in heads], table)]
 
 
 def rows(part: dict, real: dict) -> list[str]:
     """The table of one setting (or of the real texts themselves)."""
-    heads = ("column_label", "column_hits", "column_rate", "column_interval", "column_judge", "column_distinct", "column_pairs", "column_copies",
-             "column_length", "column_finished")
-    table = [[text(head) for head in heads]]
+    heads = ("label", "hits", "rate", "interval", "judge", "distinct", "pairs", "copies", "length", "finished")
+    table = []
     for label, row in [*part["labels"].items(), (None, part["total"])]:
         accuracy = real["labels"][label] if label else real["total"]
         table.append([
-            label or text("row_total"), f"{row['hits']}/{row['n']}", percent(row["rate"]), between(row), percent(accuracy["rate"]), distinct(row),
-            percent(row["known_pairs"]), percent(row["copies"]["rate"]), "-" if row["length"] is None else f"{row['length']:.1f}",
-            percent(row["finished"]),
+            label or text("row_total"), f"{row['hits']}/{row['n']}", percent(row["rate"]), between(row),
+            percent(accuracy["rate"]), distinct(row), percent(row["known_pairs"]), percent(row["copies"]["rate"]),
+            "-" if row["length"] is None else f"{row['length']:.1f}", percent(row["finished"]),
         ])
-    return aligned(table)
+    return aligned([text(f"column_{head}") for head in heads], table)
 
 
 def tune_line(found: dict | None, real: dict | None) -> list[str]:
@@ -93,13 +98,3 @@ def between(found: dict) -> str:
 
 def distinct(row: dict) -> str:
     return "/".join("-" if value is None else f"{value:.2f}" for value in row["distinct"])
-
-
-def aligned(table: list[list[str]]) -> list[str]:
-    """Rows of cells as lines: the first column on the left, numbers on the right."""
-    widths = [max(map(columns, column)) for column in zip(*table)]
-    lines = []
-    for first, *others in table:
-        numbers = (" " * (width - columns(cell)) + cell for cell, width in zip(others, widths[1:]))
-        lines.append("  " + "  ".join([padded(first, widths[0]), *numbers]))
-    return lines

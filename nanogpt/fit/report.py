@@ -21,6 +21,8 @@ FIT = Path("outputs") / "fit"
 TITLES = {"report": "report_chart", "loss": "report_loss"}
 # 输出到文件或管道时的表宽
 PLAIN_WIDTH = 160
+# 所有的列并排所需的终端宽度
+WIDE = 110
 
 
 def write_report(found: Sequence[TrialResult], folder: Path, *, margin: float) -> None:
@@ -102,26 +104,29 @@ def formatted(value: float | None, form: str) -> str:
 
 
 def print_table(order: Sequence[TrialResult], margin: float) -> None:
-    """The ranked table on the console."""
+    """The ranked table on the console; the reason of a failure stands below its setting."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, markup=False)
-    table = Table(title=text("report_title"), title_justify="left")
-    for head, side in (("#", "right"), (text("column_setting"), "left"), (text("column_status"), "left"), ("tokens/s", "right"),
-                       (text("column_step"), "right"), (text("column_peak"), "right"), (text("column_predicted"), "right"),
-                       (text("column_batch"), "right"), (text("column_reason"), "left")):
-        # 数字列不许折行，窄终端上先折原因
-        table.add_column(head, justify=side, no_wrap=side == "right", overflow="fold")
+    plain = {"highlight": False, "markup": False, "emoji": False}
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else PLAIN_WIDTH, **plain)
+    # 窄终端上少后三列：report.html 里都有，而设置与原因要看得全
+    count = 8 if console.width >= WIDE else 5
+    heads = ("#", text("column_setting"), text("column_status"), "tokens/s", text("column_peak"), text("column_step"),
+             text("column_predicted"), text("column_batch"))
+    table = Table(title=text("report_title"), title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for index, head in enumerate(heads[:count]):
+        # 数字列不许折行
+        text_column = index in (1, 2)
+        table.add_column(head, justify="left" if text_column else "right", no_wrap=not text_column, overflow="fold")
     best = best_of(order, margin)
     for rank, (result, name) in enumerate(zip(order, names(order)), 1):
-        table.add_row(
-            str(rank), shown(name, sys.stdout) or text("trial_defaults"), text(STATUS_MESSAGES[result.status]),
-            formatted(result.tokens_per_s, ",.0f"), formatted(result.step_ms, ",.1f"), peak_of_budget(result),
-            formatted(result.predicted_gib, ".2f"), formatted(result.effective_batch, "d"),
-            shown(why(result, margin), sys.stdout),
-            style="bold green" if result is best else None if result.status == "ok" else "dim",
-        )
+        setting = f"{name or text('trial_defaults')}\n{why(result, margin)}".rstrip()
+        cells = (str(rank), shown(setting, sys.stdout), text(STATUS_MESSAGES[result.status]),
+                 formatted(result.tokens_per_s, ",.0f"), peak_of_budget(result), formatted(result.step_ms, ",.1f"),
+                 formatted(result.predicted_gib, ".2f"), formatted(result.effective_batch, "d"))
+        style = "bold green" if result is best else None if result.status == "ok" else "dim"
+        table.add_row(*cells[:count], style=style)
     console.print(table)
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 
-from nanogpt.console import Console
+from nanogpt.console import Console, aligned
 from nanogpt.fit.plan import Plan
 from nanogpt.fit.roofline import BANDWIDTH_EFFICIENCY, LAUNCH_S, PRODUCT_EFFICIENCY
 from nanogpt.messages import text
@@ -49,26 +49,13 @@ def table(plan: Plan) -> list[str]:
     hidden = ("rounding", "workspace", "desktop") if on_cpu else ()
     rows = [(text(names[key]), size) for key, size in asdict(plan.parts).items() if key not in hidden]
     rows += [(text("plan_total"), plan.total), (text("plan_budget"), plan.budget.total)]
-    head, share_of = text("plan_part"), text("plan_share")
-    width = max(columns(name) for name, _ in [*rows, (head, 0)])
-    lines = [f"  {padded(head, width)}      GiB  {share_of}"]
+    cells = []
     for name, size in rows:
         share = size / plan.budget.total
         # 超出预算的部分用另一种字符，一眼看出差多少
-        filled = round(min(share, 1) * BAR)
-        bar = "#" * filled + "!" * min(BAR, round(max(0.0, share - 1) * BAR))
-        lines.append(f"  {padded(name, width)}  {size / GIB:7.2f}  {share:6.1%} {bar}".rstrip())
-    return lines
-
-
-def columns(name: str) -> int:
-    """Terminal columns of a text; a Chinese character takes two."""
-    return sum(2 if ord(c) > 0x2E80 else 1 for c in name)
-
-
-def padded(name: str, width: int) -> str:
-    """A text filled with spaces up to `width` terminal columns."""
-    return name + " " * (width - columns(name))
+        bar = "#" * round(min(share, 1) * BAR) + "!" * min(BAR, round(max(0.0, share - 1) * BAR))
+        cells.append((name, f"{size / GIB:7.2f}", f"{share:6.1%} {bar}"))
+    return aligned((text("plan_part"), "GiB", text("plan_share")), cells, sides="lrl")
 
 
 def duration(seconds: float) -> str:
