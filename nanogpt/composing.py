@@ -148,8 +148,6 @@ def composing(config_name: str) -> Iterator[None]:
             yield
     except (KeyboardInterrupt, SystemExit, BrokenPipeError):
         raise
-    except RecursionError:
-        raise ConfigError("compose", line=text("too_deep")) from None
     except Exception as error:
         # 这里还没有我们自己的代码在跑：无论 Hydra 抛什么，都是写法的问题
         raise one_line(error, config_name) from None

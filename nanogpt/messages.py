@@ -151,10 +151,6 @@ MESSAGES = {
     # ---- 配置 ----
     "compose": ("{line}", "{line}"),
     "unreadable_flag": ("{reason}; --help shows what there is", "{reason}；--help 可看到有哪些"),
-    "long_argument": (
-        "{key}=…: {got:,} characters are too many for a command line (at most {most:,}); put the text into a file (start=FILE:…, prompts=…)",
-        "{key}=…：{got:,} 个字符，命令行写不下（至多 {most:,}）；请放进文件：start=FILE:…、prompts=…，或写成 yaml",
-    ),
     "sweep_without_m": (
         "{argument}: this means several values; add -m to try each; a list is written {listed}, a text {typed}",
         "{argument}：写了几个值；要逐个尝试请加 -m；列表请写 {listed}，文字请写 {typed}",
@@ -168,12 +164,9 @@ MESSAGES = {
     "unread_key": ("+{key}: nothing reads this key; correct its name or leave it out", "+{key}：没有地方会读这一项；请改正名字或去掉"),
     "removed_key": ("~{key}: this key is always needed; write {key}=VALUE instead", "~{key}：这一项不能去掉；请改写成 {key}=值"),
     "bad_yaml": ("{file}: this is no yaml that can be used ({reason}); correct it", "{file}：不是能用的 yaml（{reason}）；请改正"),
-    "yaml_size": ("{got:,} KiB, at most {most} are read", "{got:,} KiB，至多读 {most} KiB"),
-    "yaml_aliases": ("its aliases stand for too many values", "别名展开后的值太多"),
     "yaml_mapping": ("keys with values are wanted: key: value", "应为一列 键: 值"),
     "yaml_encoding": ("byte {offset} is not UTF-8; save it as UTF-8", "第 {offset} 个字节不是 UTF-8；请另存为 UTF-8"),
     "yaml_line": ("line {line}", "第 {line} 行"),
-    "too_deep": ("nested too deeply, or too many values", "嵌套得太深，或值太多"),
     "glob_of_a_value": ("only groups have options to go through", "只有配置组才有可以逐个取的选项"),
     "not_finite": ("{key}={got} is not a finite number; write one", "{key}={got} 不是有限的数；请改写"),
     "empty_value": ("{key} is empty; write a value, or {key}=null for none", "{key} 是空的；请写出值，没有就写 {key}=null"),
@@ -203,7 +196,6 @@ MESSAGES = {
     "remedy_quotes": ("put the value in quotes: {typed}", "请给值加引号：{typed}"),
     "remedy_key": ("write key=value", "请写成 键=值"),
     "remedy_one_by_one": ("write the values: {key}=a,b,c", "请逐个写出：{key}=a,b,c"),
-    "remedy_yaml": ("write it into a yaml of your own (--config-dir)", "请写进自己的 yaml（--config-dir）"),
     "unknown_key": (
         "{key}: there is no such key{guess}; see conf/{config}.yaml or run with --cfg job",
         "{key}：没有这个配置项{guess}；可查看 conf/{config}.yaml，或加 --cfg job 打印全部配置",

@@ -168,7 +168,8 @@ def test_both_languages_have_the_same_placeholders():
 
 
 def test_every_message_that_the_code_uses_exists_and_none_is_dead():
-    code = "".join(p.read_text(encoding="utf-8") for p in [*(ROOT / "nanogpt").rglob("*.py"), *(ROOT / "data").glob("*/prepare.py")] if p.name != "messages.py")
+    package = [p for p in (ROOT / "nanogpt").rglob("*.*") if p.suffix in (".py", ".html") and p.name != "messages.py"]
+    code = "".join(p.read_text(encoding="utf-8") for p in [*package, *(ROOT / "data").glob("*/prepare.py")])
     used = set(re.findall(r'(?:ConfigError|StoppedError|\bsay|(?<!\.)\btext|console\.line)\(\s*"([a-z0-9_]+)"', code))
     assert used <= set(messages.MESSAGES)
     assert not {name for name in messages.MESSAGES if f'"{name}"' not in code}

@@ -46,7 +46,7 @@ COMMANDS = [
     ("train", "+nothing.reads=this"), ("train", "~max_iters"), ("train", "model.n_layer=1" + "0" * 30), ("train", "max_iters=${nope}"), ("train", "out_dir=${hydra:runtime.nope}"),
     ("train", "--config-dir="),
     ("train", "resume="), ("train", "out_dir=\udcff"), ("train", "--nope"), ("train", "--experimental-rerun=x"), ("train", "max_iters=" + "[" * 5000),
-    ("train", "out_dir=" + "x" * 1_000_000), ("train", "+logger.mine=5"), ("sample", "sampler=null"), ("sample", "~control.templates"), ("train", "~optimizer.weight_decay"), ("train", "lr=1e-3"), ("sample", "stop=[[a]]"), ("train", "model.ngrams=[[2]]"),
+    ("train", "out_dir=" + "x" * 5_000), ("train", "+logger.mine=5"), ("sample", "sampler=null"), ("sample", "~control.templates"), ("train", "~optimizer.weight_decay"), ("train", "lr=1e-3"), ("sample", "stop=[[a]]"), ("train", "model.ngrams=[[2]]"),
 ]
 
 
@@ -58,8 +58,8 @@ def test_a_wrong_command_is_one_clear_line_and_writes_nothing(in_tmp, monkeypatc
 
 
 YAMLS = {
-    "model": b"n_layer: [1\n", "laughs": next(c.files for c in bad_overrides.yaml_files(None) if b"&j" in b"".join(c.files.values()))["mine/model/mine.yaml"],
-    "list": b"- 1\n", "GBK": "name: 小模型\n".encode("gbk"), "long": b"# " + b"x" * 2**20, "python": b"n_layer: !!python/object/apply:os.system [x]\n",
+    "model": b"n_layer: [1\n", "deep": b"a: " + b"[" * 5000,
+    "list": b"- 1\n", "GBK": "name: 小模型\n".encode("gbk"), "python": b"n_layer: !!python/object/apply:os.system [x]\n",
 }
 
 
@@ -72,7 +72,7 @@ def test_a_yaml_that_cannot_be_used_is_named(in_tmp, name):
 
 def test_hydra_takes_no_yaml_in_that_has_not_been_looked_at(in_tmp, monkeypatch):
     (in_tmp / "mine" / "model").mkdir(parents=True)
-    (in_tmp / "mine" / "model" / "mine.yaml").write_bytes(YAMLS["laughs"])
+    (in_tmp / "mine" / "model" / "mine.yaml").write_bytes(YAMLS["GBK"])
     case = overrides.Case("yaml", "train", ("--config-dir=mine", "model=mine"), "mine.yaml")
     assert overrides.complaint(case, typed(monkeypatch, case), []) is None
 

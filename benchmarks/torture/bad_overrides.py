@@ -188,8 +188,8 @@ def targets(program: str, random: randomness.Random) -> Iterator[Case]:
 
 def strange_arguments(program: str, random: randomness.Random) -> Iterator[Case]:
     key = "out_dir" if program == "train" else "init_from"
-    for typed in ("\udcff", "a\udcc3b", "\x00", "a\x00b", "\ud83d", "\udcff\udcfe" * 50, "'\x00'", "x" * 100_000, "x" * 1_000_000,
-        "[" + "1," * 500_000 + "1]", "x/" * 400_000,
+    for typed in ("\udcff", "a\udcc3b", "\x00", "a\x00b", "\ud83d", "\udcff\udcfe" * 50, "'\x00'", "x" * 100_000,
+        "[" + "1," * 50_000 + "1]", "x/" * 40_000,
                   "\x1b[2J", "'\x1b]0;x\x07'", "'\u2028'", "x" * 300, "x" * 5000, "y/" * 4000):
         yield Case("argument", program, (f"{key}={typed}", *(("resume=null",
             ) if program == "train" else ())) if len(typed) < 299 or len(typed) > 5000 else (
@@ -266,13 +266,11 @@ def sweeps(random: randomness.Random) -> Iterator[Case]:
 
 
 def yaml_files(random: randomness.Random) -> Iterator[Case]:
-    laughs = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(f"{c}: &{c} [{','.join(['*' + chr(ord(c) - 1)] * 9)}]\n" for c in "bcdefghij")
     contents = {
-        "broken": b"n_layer: [1\nn_head: 3\n", "tabs": b"n_layer:\n\t- 1\n", "twice": b"n_layer: 1\nn_layer: 2\n", "laughs": laughs.encode(),
+        "broken": b"n_layer: [1\nn_head: 3\n", "tabs": b"n_layer:\n\t- 1\n", "twice": b"n_layer: 1\nn_layer: 2\n",
         "list": b"- 1\n- 2\n",
         "word": b"tiny\n", "number": b"5\n", "binary": bytes(range(256)), "gbk": "# 中文注释\nname: 小模型\n".encode("gbk"),
         "utf16": "n_layer: 1\n".encode("utf-16"),
-        "long": b"n_layer: 1\n" + b"# " + b"x" * 5 * 2**20, "many keys": b"".join(b"k%d: 1\n" % i for i in range(100_000)),
         "deep": b"a: " + b"[" * 5000 + b"]" * 5000,
         "python": b"n_layer: !!python/object/apply:os.system ['echo hacked > hacked']\n", "nul": b"n_layer: 1\0\n", "self": b"a: &a [*a]\n",
         "unknown anchor": b"a: *b\n",

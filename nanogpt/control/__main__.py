@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from nanogpt import rundir
-from nanogpt.cli import check_arguments
 from nanogpt.config import check_range
 from nanogpt.control.codes import GUIDANCE
 from nanogpt.files import check_writable, folders_around, write_text
@@ -83,7 +82,6 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def config_of(overrides: list[str]) -> SampleConfig:
     """The checked configuration of the texts."""
-    check_arguments(overrides)
     typed = [o.lstrip("+~").partition("=")[0] for o in overrides]
     for key in typed:
         if key.split(".")[0] in OWN_KEYS:

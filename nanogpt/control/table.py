@@ -48,7 +48,7 @@ def summary(record: dict) -> list[str]:
     """One line per setting, where there are several."""
     if len(record["results"]) < 2:
         return []
-    heads = ("setting", "rate", "interval", "perplexity", "distinct", "copies")
+    heads = ("column_setting", "column_rate", "column_interval", "column_perplexity", "column_distinct", "column_copies")
     table = []
     for entry in record["results"]:
         total, name = entry["total"], f"control={entry['control']}"
@@ -57,12 +57,13 @@ def summary(record: dict) -> list[str]:
         perplexity = "-" if entry["perplexity"] is None else f"{entry['perplexity']:.2f}"
         copies = percent(total["copies"]["rate"])
         table.append([name, percent(total["rate"]), between(total), perplexity, distinct(total), copies])
-    return ["", *aligned([text(f"column_{head}") for head in heads], table)]
+    return ["", *aligned([text(head) for head in heads], table)]
 
 
 def rows(part: dict, real: dict) -> list[str]:
     """The table of one setting (or of the real texts themselves)."""
-    heads = ("label", "hits", "rate", "interval", "judge", "distinct", "pairs", "copies", "length", "finished")
+    heads = ("column_label", "column_hits", "column_rate", "column_interval", "column_judge", "column_distinct",
+             "column_pairs", "column_copies", "column_length", "column_finished")
     table = []
     for label, row in [*part["labels"].items(), (None, part["total"])]:
         accuracy = real["labels"][label] if label else real["total"]
@@ -71,7 +72,7 @@ def rows(part: dict, real: dict) -> list[str]:
             percent(accuracy["rate"]), distinct(row), percent(row["known_pairs"]), percent(row["copies"]["rate"]),
             "-" if row["length"] is None else f"{row['length']:.1f}", percent(row["finished"]),
         ])
-    return aligned([text(f"column_{head}") for head in heads], table)
+    return aligned([text(head) for head in heads], table)
 
 
 def tune_line(found: dict | None, real: dict | None) -> list[str]:

@@ -17,8 +17,8 @@ from nanogpt.messages import current_language, show, shown, text
 
 # 不论哪次扫描，最近的最佳设置总在这里
 FIT = Path("outputs") / "fit"
-# 图的名字 -> 它在网页里的标题
-TITLES = {"report": "report_chart", "loss": "report_loss"}
+# 图的名字 -> 它在网页里的标题与说明
+TITLES = {"report": ("report_chart", "report_chart_note"), "loss": ("report_loss", "report_loss_note")}
 # 输出到文件或管道时的表宽
 PLAIN_WIDTH = 160
 # 所有的列并排所需的终端宽度
@@ -79,7 +79,7 @@ def page(found: Sequence[TrialResult], *, margin: float, command: str | None, cr
         statuses=STATUS_MESSAGES,
         subtitle=text("report_subtitle", device=device, created=created, known=known, count=len(found)),
         tiles=tiles(found, best), command=command, margin=margin, order=named, best=best,
-        charts=[(TITLES[name], chart.svg(one, text(TITLES[name])))
+        charts=[(*TITLES[name], chart.svg(one, text(TITLES[name][0])))
                 for name, one in charts_of(order, best, current_language()).items()],
         failed=[(result, name) for result, name in named if result.status != "ok"],
     )
