@@ -1,5 +1,7 @@
 """What is counted in texts: intervals of shares, different n-grams, passages and pairs of characters that training texts have too."""
 
+# 评估用的几把尺：比例与区间、distinct-n、照抄与见过的字对；只数字符，不碰模型
+
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -8,8 +10,6 @@ import numpy as np
 
 # 汉字：基本区、扩展 A 及其后、兼容区
 HAN = "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-# 95% 区间对应的标准正态分位数
-Z = 1.959963984540054
 COPY = 20
 """A text copies where it shares so many characters in a row with one training text."""
 # 少于这么多对汉字时，见过的比例没有意义
@@ -21,13 +21,13 @@ FEWEST_PAIRS = 8
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
     """The 95% score interval of a share (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
+    # scipy 随 scikit-learn 而来，载入要近一秒：只有评估用它
+    from scipy.stats import binomtest
+
     if not n:
         return 0.0, 1.0
-    share, spread = hits / n, Z * Z / n
-    centre = (share + spread / 2) / (1 + spread)
-    half = Z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
-    # 0 与 n 时端点恰为 0 与 1，不让舍入误差露出来
-    return (0.0 if hits == 0 else centre - half), (1.0 if hits == n else centre + half)
+    found = binomtest(hits, n).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
 
 
 def share(hits: int, n: int) -> dict:
