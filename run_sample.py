@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from nanogpt import rundir
-from nanogpt.cli import run_script
-from nanogpt.sample_config import SampleConfig, check_sample
+from nanogpt.base.cli import run_script
+from nanogpt.base.sample_config import SampleConfig, check_sample
+from nanogpt.run import rundir
 
 
 def checked(cfg: SampleConfig) -> Path | None:
@@ -26,16 +26,16 @@ def main(cfg: SampleConfig, overrides: list[str]) -> None:
     run_dir = checked(cfg)
 
     if cfg.serve:
-        from nanogpt.server import serve
+        from nanogpt.serve.server import serve
 
         serve(cfg, run_dir)
         return
 
-    from nanogpt.samples import write_samples
-    from nanogpt.writing import open_model
+    from nanogpt.write.loading import open_model
+    from nanogpt.write.samples import write_samples
 
     if cfg.interactive:
-        from nanogpt.interactive import converse
+        from nanogpt.write.terminal import converse
 
         sys.exit(converse(cfg, open_model(cfg, run_dir)))
     write_samples(cfg, open_model(cfg, run_dir))

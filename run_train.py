@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from nanogpt import rundir
-from nanogpt.cli import run_script
-from nanogpt.config import TrainConfig, check
+from nanogpt.base.cli import run_script
+from nanogpt.base.config import TrainConfig, check
+from nanogpt.run import rundir
 
 
 def run_folder(cfg: TrainConfig) -> Path:
@@ -25,7 +25,7 @@ def before_sweep(cfg: TrainConfig) -> Path | None:
         return None
     run_dir = run_folder(cfg)
     if not cfg.resume and not cfg.init_from:
-        from nanogpt import corpus
+        from nanogpt.data import corpus
 
         # 第九个任务的文本找不到，不要等八个训完才说
         options = {k: v for k, v in cfg.dataset.items() if k not in ("name", "dir")}
@@ -35,18 +35,18 @@ def before_sweep(cfg: TrainConfig) -> Path | None:
 
 def main(cfg: TrainConfig, overrides: list[str]) -> float | None:
     if cfg.plan.lower() != "false":
-        from nanogpt.fit.command import run_plan
+        from nanogpt.plan.command import run_plan
 
         run_plan(cfg, overrides)
         return None
     if cfg.trial.enabled:
-        from nanogpt.fit.sweep import trial_job
+        from nanogpt.sweep.jobs import trial_job
 
         # 试跑在子进程里；返回的速度是扫描器的目标
         return trial_job(cfg, overrides)
     run_dir = run_folder(cfg)
 
-    from nanogpt.session import Session
+    from nanogpt.run.session import Session
 
     session = Session.resume(cfg, overrides, run_dir) if cfg.resume else Session.new(cfg, run_dir, overrides)
     session.run()

@@ -39,8 +39,8 @@ sys.path.insert(0, str(ROOT))
 
 from card_parts.verdict import table, verdict  # noqa: E402 - 先把仓库根目录放进路径
 
-from nanogpt.files import write_text  # noqa: E402
-from nanogpt.fit.process import kill_group  # noqa: E402
+from nanogpt.base.files import write_text  # noqa: E402
+from nanogpt.sweep.process import kill_group  # noqa: E402
 
 # 部分 -> 在 8 分钟里分到几秒
 PARTS = {"smoke": 95, "writing": 35, "memory": 85, "speed": 110, "decoding": 45, "compiling": 45, "commands": 65}

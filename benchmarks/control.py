@@ -17,9 +17,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402 - 先把仓库根目录放进路径
 
-from nanogpt.groups import option  # noqa: E402
-from nanogpt.sample_config import SampleConfig  # noqa: E402
-from nanogpt.writing import Model, Settings, open_model  # noqa: E402
+from nanogpt.base.groups import option  # noqa: E402
+from nanogpt.base.sample_config import SampleConfig  # noqa: E402
+from nanogpt.write.loading import Model, Settings, open_model  # noqa: E402
 
 # None 是完全不控制；0 只有那句话
 STRENGTHS = (None, 0.0, 1.0, 2.0, 3.0, 4.0)

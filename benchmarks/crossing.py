@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "crossing.json"
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from nanogpt.model import GPT  # noqa: E402 - 先把仓库根目录放进路径
+from nanogpt.core.model import GPT  # noqa: E402 - 先把仓库根目录放进路径
 
 
 class Crossing(GPT):
@@ -58,7 +58,7 @@ def main() -> None:
     runs = {"apart": [], "crossing": []}
     for seed in arguments.seeds:
         # 交替着跑：机器忙闲对两边一样
-        for name, target in (("apart", "nanogpt.model.GPT"), ("crossing", "crossing.Crossing")):
+        for name, target in (("apart", "nanogpt.core.model.GPT"), ("crossing", "crossing.Crossing")):
             runs[name].append(train(target, seed, arguments, rest))
             print(name, runs[name][-1], flush=True)
     loss = {name: sum(run["val_loss"] for run in found) / len(found) for name, found in runs.items()}

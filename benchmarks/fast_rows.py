@@ -1,4 +1,4 @@
-"""Up to how many rows the compiled decoding step (nanogpt/fast_cpu.py) is worth it: CPU time beside the plain and the packed step.
+"""Up to how many rows the compiled decoding step (nanogpt/write/speed/fast_cpu.py) is worth it: CPU time beside the plain and the packed step.
 
     python benchmarks/fast_rows.py [--rounds 12]
 
@@ -20,12 +20,12 @@ os.environ["NUMBA_NUM_THREADS"] = "1"
 
 import torch  # noqa: E402 - 线程数要在载入之前定下
 
-from nanogpt import fast_cpu  # noqa: E402
-from nanogpt.attention import KVCache  # noqa: E402
-from nanogpt.build import build_model, preset  # noqa: E402
-from nanogpt.int8 import quantize_model  # noqa: E402
-from nanogpt.metrics import processor_name  # noqa: E402
-from nanogpt.packing import pack  # noqa: E402
+from nanogpt.core.attention import KVCache  # noqa: E402
+from nanogpt.run.metrics import processor_name  # noqa: E402
+from nanogpt.weights.build import build_model, preset  # noqa: E402
+from nanogpt.write.speed import fast_cpu  # noqa: E402
+from nanogpt.write.speed.int8 import quantize_model  # noqa: E402
+from nanogpt.write.speed.weight_layout import pack  # noqa: E402
 
 SHAPES = {
     "gpt2_124m": {"vocab_size": 50257},

@@ -31,17 +31,17 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from nanogpt import machine
-from nanogpt.build import build_model
-from nanogpt.config import TrainConfig, check
-from nanogpt.files import write_text
-from nanogpt.fit.plan import Planner
-from nanogpt.fit.trace import Shape, trace
-from nanogpt.metrics import peak_resident
-from nanogpt.oom import is_out_of_memory
-from nanogpt.precision import Precision
-from nanogpt.sample_config import register_schemas
-from nanogpt.step import build_step
+from nanogpt.base.config import TrainConfig, check
+from nanogpt.base.files import write_text
+from nanogpt.base.out_of_memory import is_out_of_memory
+from nanogpt.base.sample_config import register_schemas
+from nanogpt.core import machine
+from nanogpt.core.precision import Precision
+from nanogpt.core.step import build_step
+from nanogpt.plan.plan import Planner
+from nanogpt.plan.trace import Shape, trace
+from nanogpt.run.metrics import peak_resident
+from nanogpt.weights.build import build_model
 
 VOCAB = 50257
 # CPU 上要跑得动，又要大到常驻内存的增长盖过零碎开销
@@ -80,7 +80,7 @@ def config(model: str, precision: str, memory: str, rows: int, *, cuda: bool) ->
 
 def run_steps(cfg: TrainConfig, device: torch.device) -> None:
     """Two optimizer steps of two micro-batches, an evaluation and the reading of one long prompt."""
-    from nanogpt.attention import KVCache
+    from nanogpt.core.attention import KVCache
 
     model = build_model(cfg.model, cfg.seed, cfg.memory.weights).to(device)
     step = build_step(cfg, model, Precision(cfg.precision, device, cfg.memory.weights))

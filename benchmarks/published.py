@@ -21,9 +21,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from nanogpt import __version__
-from nanogpt.fit.plan import predict
-from nanogpt.ram import GIB
-from nanogpt.sample_config import register_schemas
+from nanogpt.base.ram import GIB
+from nanogpt.base.sample_config import register_schemas
+from nanogpt.plan.plan import predict
 
 RESULT = ROOT / "benchmarks" / "results" / "published.json"
 # nanoGPT 的 GPT-2：没有偏置，词表补到 64 的倍数

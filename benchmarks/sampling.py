@@ -80,7 +80,7 @@ def half(device: str):
     """The number format that precision=auto takes for writing on this device."""
     import torch
 
-    from nanogpt.precision import DTYPES, default_format
+    from nanogpt.core.precision import DTYPES, default_format
 
     return DTYPES[default_format(torch.device(device))]
 
@@ -144,11 +144,11 @@ def open_ours(shape: dict, tensors: dict, name: str, device: str, dtype):
     """This project's decode loop."""
     import torch
 
-    from nanogpt import acceleration
-    from nanogpt.build import build_model, preset
-    from nanogpt.generate import Decoder
-    from nanogpt.machine import keep_freed_memory
-    from nanogpt.sampling import sampler
+    from nanogpt.core.generate import Decoder
+    from nanogpt.core.machine import keep_freed_memory
+    from nanogpt.core.sampling import sampler
+    from nanogpt.weights.build import build_model, preset
+    from nanogpt.write.speed import acceleration
 
     keep_freed_memory()
     model = build_model(preset("gpt2", activation="gelu", **shape), 0)
@@ -254,10 +254,10 @@ def int8_loss() -> dict:
     import torch
     import yaml
 
-    from nanogpt import checkpoint
-    from nanogpt.acceleration import accelerate
-    from nanogpt.data import TokenData
-    from nanogpt.writing import load
+    from nanogpt.data.tokens import TokenData
+    from nanogpt.weights import checkpoint
+    from nanogpt.write.loading import load
+    from nanogpt.write.speed.acceleration import accelerate
 
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "run_train.py"), "experiment=cpu_speedrun", f"out_dir={folder}/run", "logger=none", "device=cpu"]
@@ -336,7 +336,7 @@ def main() -> None:
     import torch
     from vs_nanogpt import processor
 
-    from nanogpt.files import write_text
+    from nanogpt.base.files import write_text
 
     file = ROOT / "benchmarks" / "results" / ("sampling.json" if args.device == "cpu" else "sampling_cuda.json")
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and args.only else {}

@@ -25,8 +25,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nanogpt import assets, corpus  # noqa: E402 - 先把仓库根目录放进路径
-from nanogpt.messages import ConfigError  # noqa: E402
+from nanogpt.base.language import ConfigError  # noqa: E402
+from nanogpt.data import assets, corpus  # noqa: E402 - 先把仓库根目录放进路径
 
 TARGET = 1.8857
 # nanoGPT README 的 CPU 配方，逐项照抄

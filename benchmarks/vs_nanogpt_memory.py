@@ -21,14 +21,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from nanogpt import target
-from nanogpt.build import build_model
-from nanogpt.fit.substitutes import LikeCuda
-from nanogpt.fit.trace import Shape, fake_tensors, trace
-from nanogpt.fit.tracker import Tracker
-from nanogpt.precision import Precision
-from nanogpt.sample_config import register_schemas
-from nanogpt.step import build_step
+from nanogpt.base.sample_config import register_schemas
+from nanogpt.core import planned_device
+from nanogpt.core.precision import Precision
+from nanogpt.core.step import build_step
+from nanogpt.plan.substitutes import LikeCuda
+from nanogpt.plan.trace import Shape, fake_tensors, trace
+from nanogpt.plan.tracker import Tracker
+from nanogpt.weights.build import build_model
 
 ROWS, BLOCK, VOCAB = 8, 1024, 50257
 STEPS = 10
@@ -70,7 +70,7 @@ def traced_nanogpt(path: Path) -> int:
     def context():
         return torch.autocast("cpu", dtype=torch.bfloat16)
 
-    with fake_tensors() as mode, target.planning_for("cuda"), Tracker(mode) as tracker:
+    with fake_tensors() as mode, planned_device.planning_for("cuda"), Tracker(mode) as tracker:
         model, make_optimizer = nanogpt_parts(path, "cuda")
         optimizer = make_optimizer()
         x = torch.empty(ROWS, BLOCK, dtype=torch.long)

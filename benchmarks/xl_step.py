@@ -26,8 +26,8 @@ RATES = {"adamw": 5e-5, "muon": 5e-4}
 
 def peak_gib() -> float:
     """Largest resident memory of this process so far."""
-    from nanogpt.metrics import peak_resident
-    from nanogpt.ram import GIB
+    from nanogpt.base.ram import GIB
+    from nanogpt.run.metrics import peak_resident
 
     return peak_resident() / GIB
 
@@ -36,7 +36,7 @@ def row_of_tokens(length: int, vocab_size: int):
     """x, y (1, length): this program's own text as bytes, which every vocabulary has ids for."""
     import torch
 
-    text = (Path(__file__).read_bytes() + (ROOT / "nanogpt" / "model.py").read_bytes())[: length + 1]
+    text = (Path(__file__).read_bytes() + (ROOT / "nanogpt" / "core" / "model.py").read_bytes())[: length + 1]
     ids = torch.tensor(list(text)) % vocab_size
     return ids[None, :-1], ids[None, 1:]
 
@@ -46,10 +46,10 @@ def build(arguments: argparse.Namespace):
     import torch
     import yaml
 
-    from nanogpt.build import build_model, preset
-    from nanogpt.config import MemoryConfig, TrainConfig, check_memory
-    from nanogpt.precision import Precision
-    from nanogpt.step import build_step
+    from nanogpt.base.config import MemoryConfig, TrainConfig, check_memory
+    from nanogpt.core.precision import Precision
+    from nanogpt.core.step import build_step
+    from nanogpt.weights.build import build_model, preset
 
     def read(group: str, name: str) -> dict:
         node = yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text(encoding="utf-8"))

@@ -22,15 +22,15 @@ from hydra.errors import HydraException
 from hypothesis import HealthCheck, Phase, settings
 from omegaconf import OmegaConf, open_dict
 
-from nanogpt import messages
-from nanogpt.build import build_model
-from nanogpt.cli import remembered_groups
-from nanogpt.config import ROOT, ModelConfig, TrainConfig, check
-from nanogpt.control import prefixes
-from nanogpt.corpus import build_char_tokenizer, write_dataset
-from nanogpt.files import sha256
-from nanogpt.sample_config import SampleConfig, check_sample, register_schemas
-from nanogpt.sealed import write_sealed
+from nanogpt.base import language
+from nanogpt.base.cli import remembered_groups
+from nanogpt.base.config import ROOT, ModelConfig, TrainConfig, check
+from nanogpt.base.files import sha256
+from nanogpt.base.hashed_json import write_sealed
+from nanogpt.base.sample_config import SampleConfig, check_sample, register_schemas
+from nanogpt.data.corpus import build_char_tokenizer, write_dataset
+from nanogpt.weights.build import build_model
+from nanogpt.write.control import prefixes
 
 register_schemas()
 
@@ -71,9 +71,9 @@ def pytest_collection_finish():
 @pytest.fixture(autouse=True)
 def english():
     """Tests read English messages, whatever the machine speaks."""
-    messages.set_language("en")
+    language.set_language("en")
     yield
-    messages.set_language("en")
+    language.set_language("en")
 
 
 @pytest.fixture(autouse=True)
@@ -216,7 +216,7 @@ def tiny_overrides(corpus_folder):
 
 def new_session(overrides, *more, out="outputs/run"):
     """The session of a new run in `out`."""
-    from nanogpt.session import Session
+    from nanogpt.run.session import Session
 
     cfg = make_config(*overrides, *more)
     # 目录名不经 Hydra：同一组 overrides 只拼一次
@@ -238,7 +238,7 @@ def train(overrides, *more, out="outputs/run"):
 
 def resume(out, *overrides):
     """The session of `resume=out` and what else was typed."""
-    from nanogpt.session import Session
+    from nanogpt.run.session import Session
 
     typed = [f"resume={out}", *overrides]
     return Session.resume(make_config(*typed, *remembered_groups(typed), checked=False), list(overrides), Path(out))

@@ -8,14 +8,14 @@ import torch
 from conftest import GPT2_RECIPE, tiny_model_config, wild_model
 from test_generate import decode, prompts
 
-from nanogpt import acceleration
-from nanogpt.acceleration import accelerate
-from nanogpt.cuda_graph import GraphStep
-from nanogpt.generate import Decoder
-from nanogpt.int8 import Int8Embedding, Int8Linear, quantize
-from nanogpt.model import GPT, MLP
-from nanogpt.packing import PackedLinear, pack
-from nanogpt.sampling import sampler
+from nanogpt.core.generate import Decoder
+from nanogpt.core.model import GPT, MLP
+from nanogpt.core.sampling import sampler
+from nanogpt.write.speed import acceleration
+from nanogpt.write.speed.acceleration import accelerate
+from nanogpt.write.speed.cuda_graph import GraphStep
+from nanogpt.write.speed.int8 import Int8Embedding, Int8Linear, quantize
+from nanogpt.write.speed.weight_layout import PackedLinear, pack
 
 RECIPES = {
     "modern": {"ngrams": [2, 3], "ngram_buckets": 99}, "gpt2": GPT2_RECIPE, "gelu": {**GPT2_RECIPE, "activation": "gelu", "bias": False},
@@ -31,7 +31,7 @@ def logits_of(model, idx):
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_the_compiled_step_equals_the_plain_path(recipe, precision):
-    fast_cpu = pytest.importorskip("nanogpt.fast_cpu")
+    fast_cpu = pytest.importorskip("nanogpt.write.speed.fast_cpu")
     model = accelerate(wild_model(**RECIPES[recipe]), precision, fast=False)
     assert fast_cpu.fits(model)
     rows = prompts(5, 1, 9)
@@ -47,7 +47,7 @@ def test_the_compiled_step_equals_the_plain_path(recipe, precision):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_compiled_step_gives_the_same_logits(recipe):
-    fast_cpu = pytest.importorskip("nanogpt.fast_cpu")
+    fast_cpu = pytest.importorskip("nanogpt.write.speed.fast_cpu")
     model = wild_model(**RECIPES[recipe])
     idx = torch.tensor(prompts(12))
     expected = logits_of(model, idx)[0]
@@ -61,7 +61,7 @@ def test_the_compiled_step_gives_the_same_logits(recipe):
 
 
 def test_more_rows_than_the_compiled_step_takes_go_the_plain_way():
-    fast_cpu = pytest.importorskip("nanogpt.fast_cpu")
+    fast_cpu = pytest.importorskip("nanogpt.write.speed.fast_cpu")
     model, rows = wild_model(), prompts(*range(1, 8))
     plain = decode(model, rows, 20)
     model.fast_step = fast_cpu.FastStep(model)
@@ -72,7 +72,7 @@ def test_more_rows_than_the_compiled_step_takes_go_the_plain_way():
 
 
 def test_a_model_of_ones_own_is_not_compiled():
-    fast_cpu = pytest.importorskip("nanogpt.fast_cpu")
+    fast_cpu = pytest.importorskip("nanogpt.write.speed.fast_cpu")
 
     class Mine(MLP):
         pass

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from nanogpt.fit.allocator import MIB, Allocator, OutOfCapacityError, replay
+from nanogpt.plan.allocator import MIB, Allocator, OutOfCapacityError, replay
 
 
 def test_small_requests_share_two_mebibyte_segments():

@@ -13,9 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from nanogpt import assets
-from nanogpt.assets import Asset, fetch
-from nanogpt.messages import ConfigError
+from nanogpt.base.language import ConfigError
+from nanogpt.data import assets
+from nanogpt.data.assets import Asset, fetch
 
 CONTENT = b"the text"
 SHA = hashlib.sha256(CONTENT).hexdigest()

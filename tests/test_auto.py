@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 from conftest import make_config
 
-from nanogpt.console import Console
-from nanogpt.fit import auto
-from nanogpt.fit.trial import TrialResult
-from nanogpt.messages import ConfigError
-from nanogpt.session import Session
+from nanogpt.base.console import Console
+from nanogpt.base.language import ConfigError
+from nanogpt.run.session import Session
+from nanogpt.sweep import auto_batch
+from nanogpt.sweep.trial import TrialResult
 
 GIB = 2**30
 
@@ -23,13 +23,13 @@ def result(size: int, speed: float, *, peak: float = 1.0, status: str = "ok") ->
 
 def test_candidates_split_any_number_of_rows_evenly_and_end_at_one():
     for rows in (1, 2, 7, 64, 100, 480):
-        sizes = auto.candidates(rows, whole=False)
+        sizes = auto_batch.candidates(rows, whole=False)
         assert sizes == sorted(set(sizes), reverse=True) and sizes[0] == rows and sizes[-1] == 1
         for size in sizes:
             pieces = -(-rows // size)
             # 再小一条就要多累积一次
             assert size == 1 or -(-rows // (size - 1)) > pieces
-    assert auto.candidates(64, whole=True) == [64]
+    assert auto_batch.candidates(64, whole=True) == [64]
 
 
 def test_the_search_starts_at_the_largest_promising_size_and_asks_few():
@@ -39,11 +39,11 @@ def test_the_search_starts_at_the_largest_promising_size_and_asks_few():
         asked.append(size)
         return size <= 13
 
-    sizes = auto.candidates(480, whole=False)
-    assert auto.worth_trying(sizes, promising) == [s for s in sizes if s <= 13]
+    sizes = auto_batch.candidates(480, whole=False)
+    assert auto_batch.worth_trying(sizes, promising) == [s for s in sizes if s <= 13]
     assert len(asked) <= 5
-    assert auto.worth_trying(sizes, lambda size: False) == []
-    assert auto.worth_trying(sizes, lambda size: True) == sizes
+    assert auto_batch.worth_trying(sizes, lambda size: False) == []
+    assert auto_batch.worth_trying(sizes, lambda size: True) == sizes
 
 
 def test_the_fastest_wins_and_not_the_largest():
@@ -54,16 +54,16 @@ def test_the_fastest_wins_and_not_the_largest():
         tried.append(size)
         return result(size, speeds[size])
 
-    assert auto.fastest(list(speeds), measure, 0.05).micro_batch == 16
+    assert auto_batch.fastest(list(speeds), measure, 0.05).micro_batch == 16
     # 连续两档更慢就停，不再往小试
     assert tried == [32, 16, 8, 4]
 
 
 def test_failures_and_sizes_without_margin_never_win():
     outcomes = {32: result(32, 0.0, status="oom"), 16: result(16, 500.0, peak=9.9), 8: result(8, 50.0)}
-    best = auto.fastest(list(outcomes), outcomes.get, 0.05)
+    best = auto_batch.fastest(list(outcomes), outcomes.get, 0.05)
     assert best.micro_batch == 8
-    assert auto.fastest([32], outcomes.get, 0.05) is None
+    assert auto_batch.fastest([32], outcomes.get, 0.05) is None
 
 
 @pytest.fixture
@@ -80,41 +80,41 @@ def machine(in_tmp, monkeypatch):
             return result(cfg.batch_size, 0.0, status="oom")
         return result(cfg.batch_size, 100.0 + cfg.batch_size)
 
-    monkeypatch.setattr(auto, "predict", predict)
-    monkeypatch.setattr(auto, "run_trial", run_trial)
+    monkeypatch.setattr(auto_batch, "predict", predict)
+    monkeypatch.setattr(auto_batch, "run_trial", run_trial)
     return tried
 
 
 def test_auto_keeps_the_effective_batch_and_remembers_the_verdict(machine):
     cfg = make_config("batch_size=auto", "global_batch_size=64")
-    assert auto.choose(cfg, [], processes=1, console=Console(quiet=True)) == 16
+    assert auto_batch.choose(cfg, [], processes=1, console=Console(quiet=True)) == 16
     assert [c.batch_size for c in machine] == [22, 16, 11, 8]
     assert all(c.global_batch_size == 64 and c.trial.enabled for c in machine)
     # 第二次不再试
-    assert auto.choose(cfg, [], processes=1, console=Console(quiet=True)) == 16
+    assert auto_batch.choose(cfg, [], processes=1, console=Console(quiet=True)) == 16
     assert len(machine) == 4
     # 配置变了、要求重测、记录坏了，都会重来
-    auto.choose(replace(cfg, trial=replace(cfg.trial, again=True)), [], processes=1, console=Console(quiet=True))
+    auto_batch.choose(replace(cfg, trial=replace(cfg.trial, again=True)), [], processes=1, console=Console(quiet=True))
     assert len(machine) == 8
-    auto.choose(make_config("batch_size=auto", "global_batch_size=64", "model.n_layer=2"), [], processes=1, console=Console(quiet=True))
+    auto_batch.choose(make_config("batch_size=auto", "global_batch_size=64", "model.n_layer=2"), [], processes=1, console=Console(quiet=True))
     assert len(machine) == 12
-    for file in auto.FOLDER.glob("*.json"):
+    for file in auto_batch.FOLDER.glob("*.json"):
         assert json.loads(file.read_text(encoding="utf-8"))["batch_size"] == 16
         file.write_text("{", encoding="utf-8")
-    assert auto.choose(cfg, [], processes=1, console=Console(quiet=True)) == 16
+    assert auto_batch.choose(cfg, [], processes=1, console=Console(quiet=True)) == 16
     assert len(machine) == 16
 
 
 def test_several_processes_share_the_effective_batch(machine):
     cfg = make_config("batch_size=auto", "global_batch_size=64")
-    auto.choose(cfg, [], processes=2, console=Console(quiet=True))
+    auto_batch.choose(cfg, [], processes=2, console=Console(quiet=True))
     assert all(c.global_batch_size == 32 for c in machine)
 
 
 def test_auto_says_what_is_missing_when_nothing_fits(machine, monkeypatch):
-    monkeypatch.setattr(auto, "predict", lambda cfg, overrides: SimpleNamespace(total=20 * GIB, budget=SimpleNamespace(total=10 * GIB)))
+    monkeypatch.setattr(auto_batch, "predict", lambda cfg, overrides: SimpleNamespace(total=20 * GIB, budget=SimpleNamespace(total=10 * GIB)))
     with pytest.raises(ConfigError, match="not even 1 rows fit .predicted 20.0 GiB, budget 10.0 GiB"):
-        auto.choose(make_config("batch_size=auto", "global_batch_size=64"), [], processes=1, console=Console(quiet=True))
+        auto_batch.choose(make_config("batch_size=auto", "global_batch_size=64"), [], processes=1, console=Console(quiet=True))
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ import pytest
 import torch
 from conftest import make_config, new_session, new_trainer
 
-from nanogpt import checkpoint, messages, trainer
-from nanogpt.console import Console
-from nanogpt.fit import autopsy
-from nanogpt.messages import ConfigError
-from nanogpt.model import GPT
-from nanogpt.oom import OutOfMemory
+from nanogpt.base import language as messages
+from nanogpt.base.console import Console
+from nanogpt.base.language import ConfigError
+from nanogpt.base.out_of_memory import OutOfMemory
+from nanogpt.core.model import GPT
+from nanogpt.plan import autopsy
+from nanogpt.run import trainer
+from nanogpt.weights import checkpoint
 
 CUDA_SAYS = (
     "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 12.00 GiB of which 512.00 MiB is free. "
@@ -46,7 +48,7 @@ def test_the_screen_names_the_part_the_amount_and_one_override_that_fits(capsys)
     assert re.search(r"predicted peak 0\.\d\d GiB, budget 0\.30 GiB: 0\.\d\d GiB too much", out)
     command = re.search(r"run_train.py resume=outputs/run (\S+=.*)", out)[1]
     # 照着加上，预测就放得下
-    from nanogpt.fit.plan import predict
+    from nanogpt.plan.plan import predict
 
     again = make_config(*TINY_PLAN, *card, *command.split())
     assert predict(again).verdict == "fits"

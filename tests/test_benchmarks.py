@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import composed
 
-from nanogpt.config import ROOT
+from nanogpt.base.config import ROOT
 
 
 def program(name: str):

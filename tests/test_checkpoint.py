@@ -11,13 +11,13 @@ import yaml
 from conftest import GPT2_RECIPE, tiny_model_config
 from safetensors.torch import load_file
 
-from nanogpt import checkpoint, plain_state, tensor_file
-from nanogpt.build import build_model, model_of
-from nanogpt.files import sha256
-from nanogpt.messages import ConfigError
-from nanogpt.saved_config import read_saved
-from nanogpt.sealed import DamagedError
-from nanogpt.weight_files import read_safetensors
+from nanogpt.base.files import sha256
+from nanogpt.base.hashed_json import DamagedError
+from nanogpt.base.language import ConfigError
+from nanogpt.base.saved_config import read_saved
+from nanogpt.weights import checkpoint, state_json, tensor_file
+from nanogpt.weights.build import build_model, model_of
+from nanogpt.weights.foreign_files import read_safetensors
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_only_damaged_ones_left_is_said(tmp_path, saver):
 
 @pytest.mark.parametrize("step", ["write_tensors", "write_text", "sha256", "sync"])
 def test_a_failed_save_keeps_the_older_ones_and_leaves_no_trace(tmp_path, saver, monkeypatch, step):
-    from nanogpt import files
+    from nanogpt.base import files
 
     saver(1, 1.0)
 
@@ -161,14 +161,14 @@ def test_code_in_a_state_file_is_never_run(tmp_path, saver):
 def test_any_nested_state_comes_back_and_nothing_else_is_taken():
     state = {"a": [1, 2.5, None, True, "x"], 3: (torch.zeros(0), torch.tensor(1.0, dtype=torch.bfloat16)), "n": math.nan, "i": [-math.inf, {}]}
     tensors = {}
-    back = plain_state.restore(json.loads(json.dumps(plain_state.flatten(state, tensors), allow_nan=False)), tensors)
+    back = state_json.restore(json.loads(json.dumps(state_json.flatten(state, tensors), allow_nan=False)), tensors)
     assert back["a"] == state["a"] and math.isnan(back["n"]) and back["i"] == state["i"] and isinstance(back[3], tuple)
     assert back[3][0].shape == (0,) and torch.equal(back[3][1], state[3][1]) and back[3][1].dtype == torch.bfloat16
     with pytest.raises(TypeError, match="a set cannot be saved"):
-        plain_state.flatten({"x": {1}}, {})
+        state_json.flatten({"x": {1}}, {})
     for node in ({"call": 1}, {"tensor": "9"}, {"float": "1e9"}, {}, {"dict": [[1]]}):
         with pytest.raises((ValueError, KeyError)):
-            plain_state.restore(node, {})
+            state_json.restore(node, {})
 
 
 def test_tensor_files_are_what_the_library_reads_and_their_hash_is_the_files(tmp_path):

@@ -11,23 +11,23 @@ from conftest import GPT2_RECIPE, TINY, make_sample_config, train, wild_model
 from test_huggingface import saved_run
 from test_trainer import records
 
-from nanogpt import writer
-from nanogpt.cli import quoted
-from nanogpt.commands import Session
-from nanogpt.completions import ApiError, Reader
-from nanogpt.control import build_control, prefixes
-from nanogpt.documents import Document, open_data, write_documents
-from nanogpt.huggingface import export, open_pretrained
-from nanogpt.interactive import from_a_pipe, toolbar
-from nanogpt.labels import label_tokens, with_labels
-from nanogpt.messages import ConfigError
-from nanogpt.openapi import request_schema
-from nanogpt.samples import write_samples
-from nanogpt.sampling import sampler
-from nanogpt.server import announcement
-from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
-from nanogpt.writer import Request, Writer, write_sample
-from nanogpt.writing import Model, Settings
+from nanogpt.base.cli import quoted
+from nanogpt.base.language import ConfigError
+from nanogpt.core.sampling import sampler
+from nanogpt.data.documents import Document, open_data, write_documents
+from nanogpt.data.labels import label_tokens, with_labels
+from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer
+from nanogpt.serve.completions import ApiError, Reader
+from nanogpt.serve.openapi import request_schema
+from nanogpt.serve.server import announcement
+from nanogpt.weights.huggingface import export, open_pretrained
+from nanogpt.write import engine
+from nanogpt.write.commands import Session
+from nanogpt.write.control import build_control, prefixes
+from nanogpt.write.engine import Request, Writer, write_sample
+from nanogpt.write.loading import Model, Settings
+from nanogpt.write.samples import write_samples
+from nanogpt.write.terminal import from_a_pipe, toolbar
 
 LABELS = {"style": ["五言绝句", "宋词"], "emotion": ["negative", "positive"]}
 LETTERS = "\n ,.:|abcdefghijklmnopqrstuvwxyzIT春天花朵的"
@@ -268,7 +268,7 @@ def test_a_sample_of_documents_without_labels_is_one_text_that_ends(poems):
     assert open_data(poems).separator == tokenizer.end_of_text
     text = write_sample(network, tokenizer, "", 500, sampler=sampler(), seed=1)
     assert len(text) < 500 and "\n" not in text and "[" not in text
-    assert writer.SAMPLED_LABELS == 6
+    assert engine.SAMPLED_LABELS == 6
 
 
 # ---- 导出 ----

@@ -6,14 +6,15 @@ import string
 import pytest
 from conftest import TINY, make_config, make_sample_config, shipped_options
 
-from nanogpt import build, messages
-from nanogpt.cli import with_integers
-from nanogpt.composing import OTHER_NAMES, guess_of, known_keys
-from nanogpt.config import CHOICES, RANGES, ROOT, TRUSTED_TARGETS, TrainConfig, check, lookup, untrusted_targets
-from nanogpt.messages import ConfigError
-from nanogpt.sample_config import SAMPLE_CHOICES, SAMPLE_RANGES
-from nanogpt.sampling import build_sampler
-from nanogpt.values import check_value
+from nanogpt.base import language
+from nanogpt.base.cli import with_integers
+from nanogpt.base.composing import OTHER_NAMES, guess_of, known_keys
+from nanogpt.base.config import CHOICES, RANGES, ROOT, TRUSTED_TARGETS, TrainConfig, check, lookup, untrusted_targets
+from nanogpt.base.language import ConfigError
+from nanogpt.base.sample_config import SAMPLE_CHOICES, SAMPLE_RANGES
+from nanogpt.base.value_checks import check_value
+from nanogpt.core.sampling import build_sampler
+from nanogpt.weights import build
 
 GROUPS = shipped_options()
 # 只属于 run_sample.py 的配置组与选项
@@ -109,7 +110,7 @@ def test_bad_values_are_one_line_naming_key_value_and_remedy(overrides):
     with pytest.raises(ConfigError) as error:
         make_config(*overrides.split())
     assert BAD[overrides] in str(error.value) and "\n" not in str(error.value)
-    messages.set_language("zh")
+    language.set_language("zh")
     assert "\n" not in str(error.value) and re.search("[一-鿿]", str(error.value))
 
 
@@ -164,19 +165,19 @@ def test_both_languages_have_the_same_placeholders():
     def names(template):
         return {field for _, field, _, _ in string.Formatter().parse(template) if field}
 
-    assert all(names(en) == names(zh) for en, zh in messages.MESSAGES.values())
+    assert all(names(en) == names(zh) for en, zh in language.MESSAGES.values())
 
 
 def test_every_message_that_the_code_uses_exists_and_none_is_dead():
-    package = [p for p in (ROOT / "nanogpt").rglob("*.*") if p.suffix in (".py", ".html") and p.name != "messages.py"]
+    package = [p for p in (ROOT / "nanogpt").rglob("*.*") if p.suffix in (".py", ".html") and p.name != "language.py"]
     code = "".join(p.read_text(encoding="utf-8") for p in [*package, *(ROOT / "data").glob("*/prepare.py")])
     used = set(re.findall(r'(?:ConfigError|StoppedError|\bsay|(?<!\.)\btext|console\.line)\(\s*"([a-z0-9_]+)"', code))
-    assert used <= set(messages.MESSAGES)
-    assert not {name for name in messages.MESSAGES if f'"{name}"' not in code}
+    assert used <= set(language.MESSAGES)
+    assert not {name for name in language.MESSAGES if f'"{name}"' not in code}
 
 
 def test_targets_of_strangers_are_found_wherever_they_hide():
-    saved = {"model": {"_target_": "nanogpt.model.GPT"}, "logger": {"x": {"_target_": "os.system", "y": [{"_target_": "evil.run"}]}}}
+    saved = {"model": {"_target_": "nanogpt.core.model.GPT"}, "logger": {"x": {"_target_": "os.system", "y": [{"_target_": "evil.run"}]}}}
     assert untrusted_targets(saved, {}) == ["evil.run", "os.system"]
     assert untrusted_targets(saved, {"a": {"_target_": "evil.run"}}) == ["os.system"]
     assert all(target.startswith("nanogpt.") for target in TRUSTED_TARGETS)
@@ -186,7 +187,7 @@ def test_check_does_not_import_torch():
     import subprocess
     import sys
 
-    code = "import sys, nanogpt.cli, nanogpt.config, nanogpt.sample_config, nanogpt.rundir, run_train, run_sample; assert 'torch' not in sys.modules"
+    code = "import sys, nanogpt.base.cli, nanogpt.base.config, nanogpt.base.sample_config, nanogpt.run.rundir, run_train, run_sample; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from conftest import make_sample_config, wild_model
 
-from nanogpt import tokenizer, words
-from nanogpt.config import ROOT
-from nanogpt.control import build_control, language_of, prefix, read_form
-from nanogpt.messages import ConfigError
-from nanogpt.samples import write_samples
-from nanogpt.sampling import sampler
-from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
-from nanogpt.words import word_bias
-from nanogpt.writer import Request, Writer
-from nanogpt.writing import Model, Settings
+from nanogpt.base.config import ROOT
+from nanogpt.base.language import ConfigError
+from nanogpt.core.sampling import sampler
+from nanogpt.data import tokenizer
+from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer
+from nanogpt.write.control import build_control, language_of, prefix, read_form, words
+from nanogpt.write.control.words import word_bias
+from nanogpt.write.engine import Request, Writer
+from nanogpt.write.loading import Model, Settings
+from nanogpt.write.samples import write_samples
 
 LETTERS = "\n !',.:|ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-"
 CHINESE = LETTERS + "快乐开心下面这段文字的情绪风格：。春天诗意充满悲伤"

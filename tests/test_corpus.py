@@ -6,12 +6,12 @@ import json
 import numpy as np
 import pytest
 
-from nanogpt import corpus, source_text
-from nanogpt.config import ROOT
-from nanogpt.corpus import split_by_length
-from nanogpt.data import TokenData
-from nanogpt.messages import ConfigError
-from nanogpt.source_text import iter_text, resolved, text_files
+from nanogpt.base.config import ROOT
+from nanogpt.base.language import ConfigError
+from nanogpt.data import corpus, source_text
+from nanogpt.data.corpus import split_by_length
+from nanogpt.data.source_text import iter_text, resolved, text_files
+from nanogpt.data.tokens import TokenData
 
 CHINESE = "春眠不觉晓，处处闻啼鸟。\n夜来风雨声，花落知多少。\n"
 OPTIONS = {"tokenizer": "char", "encoding": "auto", "val_fraction": 0.1}

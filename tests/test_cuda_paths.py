@@ -12,16 +12,16 @@ from conftest import GPT2_RECIPE, new_trainer, tiny_model_config
 from test_memory_parts import preset_parts, step_of, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanogpt import compilation, distributed, machine, target
-from nanogpt import trainer as trainers
-from nanogpt.build import build_model
-from nanogpt.compilation import compile_hidden, compile_updates, pays
-from nanogpt.config import HardwareConfig, MemoryConfig
-from nanogpt.console import Console
-from nanogpt.frugal import Storage, adamw_update, fusible_adamw
-from nanogpt.loss import chunked_cross_entropy, even, fusible_tail, head
-from nanogpt.lowbit import SMALL
-from nanogpt.mistakes import explained
+from nanogpt.base.config import HardwareConfig, MemoryConfig
+from nanogpt.base.console import Console
+from nanogpt.base.errors import explained
+from nanogpt.core import compilation, distributed, machine, planned_device
+from nanogpt.core.compilation import compile_hidden, compile_updates, pays
+from nanogpt.core.loss import chunked_cross_entropy, even, fusible_tail, head
+from nanogpt.core.memory.lean_optimizers import Storage, adamw_update, fusible_adamw
+from nanogpt.core.memory.lowbit import SMALL
+from nanogpt.run import trainer as trainers
+from nanogpt.weights.build import build_model
 
 
 @pytest.fixture(autouse=True)
@@ -306,7 +306,7 @@ def loss_and_gradients(V, dtype, *, softcap, tail=None, card=False, chunk_mib=1,
     targets = torch.randint(0, V, (2, rows))
     if ignoring:
         targets[:, ::3] = -1
-    with target.planning_for("cuda") if card else contextlib.nullcontext(), torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+    with planned_device.planning_for("cuda") if card else contextlib.nullcontext(), torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         loss = chunked_cross_entropy(hidden, weight, targets, softcap=softcap, chunk_mib=chunk_mib, ignoring=ignoring, tail=tail)
     loss.backward()
     return loss.detach(), hidden.grad, weight.grad
@@ -330,7 +330,7 @@ def test_chunks_on_a_card_are_of_one_size_where_the_tokens_allow_it():
 
 def test_the_head_is_padded_only_where_it_is_copied_anyway():
     weight = torch.ones(501, 4)
-    with target.planning_for("cuda"):
+    with planned_device.planning_for("cuda"):
         assert head(weight, torch.bfloat16).shape == (512, 4) and head(weight, torch.bfloat16)[501:].eq(0).all()
         assert head(weight, torch.float32) is weight and head(weight.bfloat16(), torch.bfloat16).shape == (501, 4)
         assert head(torch.ones(504, 4), torch.bfloat16).shape == (504, 4)

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from conftest import make_config  # noqa: F401 - 保证 conf 可用
 
-from nanogpt import corpus
-from nanogpt import tokenizer as tokenizers
-from nanogpt.corpus import build_char_tokenizer, write_dataset
-from nanogpt.data import TokenData, read_meta
-from nanogpt.files import sha256
-from nanogpt.messages import ConfigError
-from nanogpt.sealed import write_sealed
-from nanogpt.tokenizer import ByteTokenizer
+from nanogpt.base.files import sha256
+from nanogpt.base.hashed_json import write_sealed
+from nanogpt.base.language import ConfigError
+from nanogpt.data import corpus
+from nanogpt.data import tokenizer as tokenizers
+from nanogpt.data.corpus import build_char_tokenizer, write_dataset
+from nanogpt.data.tokenizer import ByteTokenizer
+from nanogpt.data.tokens import TokenData, read_meta
 
 
 def counting_dataset(folder, train=1000, val=100):
@@ -206,7 +206,7 @@ def test_the_fingerprint_changes_with_any_token(tmp_path):
 
 SCRIPT = """
 from pathlib import Path
-from nanogpt.corpus import build_char_tokenizer, write_dataset
+from nanogpt.data.corpus import build_char_tokenizer, write_dataset
 def prepare(folder, source, repeat=1):
     files = [Path(source)] if Path(source).is_file() else sorted(Path(source).rglob("*.txt"))
     text = "".join(file.read_text(encoding="utf-8") for file in files) * repeat
@@ -280,7 +280,7 @@ def test_a_foreign_folder_is_never_replaced(tmp_path):
 
 
 def test_copying_a_dataset_keeps_it_valid(tmp_path):
-    from nanogpt.data import copy_dataset
+    from nanogpt.data.tokens import copy_dataset
 
     folder = counting_dataset(tmp_path / "d")
     copy_dataset(folder, tmp_path / "run" / "data")

@@ -13,11 +13,12 @@ from test_end_to_end import QUICK, TEXT
 from typed import typed
 
 import nanogpt
-from nanogpt import build, corpus
-from nanogpt.config import ROOT
-from nanogpt.data import TokenData
-from nanogpt.messages import ConfigError
-from nanogpt.sampling import build_sampler
+from nanogpt.base.config import ROOT
+from nanogpt.base.language import ConfigError
+from nanogpt.core.sampling import build_sampler
+from nanogpt.data import corpus
+from nanogpt.data.tokens import TokenData
+from nanogpt.weights import build
 
 PAIRS = [("README.md", "README.zh-CN.md"), ("docs/extend.md", "docs/extend.zh-CN.md"), ("docs/architecture.md", "docs/architecture.zh-CN.md"),
          ("docs/interactive.md", "docs/interactive.zh-CN.md"), ("docs/sweeps.md", "docs/sweeps.zh-CN.md"),

@@ -9,18 +9,18 @@ import torch
 from conftest import resumed_trainer, train
 from test_trainer import weights
 
-from nanogpt import tokenizer as tokenizers
-from nanogpt.bins import pack
-from nanogpt.build import build_model
-from nanogpt.config import ModelConfig
-from nanogpt.control.judges import read_judge_part
-from nanogpt.corpus import build_char_tokenizer
-from nanogpt.data import TokenData, copy_dataset
-from nanogpt.documents import Document, open_data, write_documents
-from nanogpt.labels import with_labels
-from nanogpt.loss import chunked_cross_entropy
-from nanogpt.messages import ConfigError
-from nanogpt.tokenizer import GPT2_PATTERN, BPETokenizer, ByteTokenizer, CharTokenizer
+from nanogpt.base.config import ModelConfig
+from nanogpt.base.language import ConfigError
+from nanogpt.core.loss import chunked_cross_entropy
+from nanogpt.data import tokenizer as tokenizers
+from nanogpt.data.bins import pack
+from nanogpt.data.corpus import build_char_tokenizer
+from nanogpt.data.documents import Document, open_data, write_documents
+from nanogpt.data.labels import with_labels
+from nanogpt.data.tokenizer import GPT2_PATTERN, BPETokenizer, ByteTokenizer, CharTokenizer
+from nanogpt.data.tokens import TokenData, copy_dataset
+from nanogpt.weights.build import build_model
+from nanogpt.write.judge.judges import read_judge_part
 
 LETTERS = "abcdefghij"
 

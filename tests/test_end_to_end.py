@@ -15,9 +15,9 @@ import pytest
 from conftest import TINY
 from typed import ENVIRONMENT, typed
 
-from nanogpt import quoting
-from nanogpt.config import ROOT
-from nanogpt.trainer import Trainer
+from nanogpt.base import quoting
+from nanogpt.base.config import ROOT
+from nanogpt.run.trainer import Trainer
 
 RUN = [sys.executable, str(ROOT / "run_train.py")]
 QUICK = [*TINY, "max_iters=4", "eval_interval=2", "eval_tokens=200", "log_interval=1", "sample_tokens=5", "logger=none", "device=cpu", "hardware.peak_tflops_fp32=0.1"]

@@ -11,20 +11,19 @@ from conftest import TINY, make_config
 from rich.cells import cell_len
 from test_judges import poetry, reviews
 
-from nanogpt import messages
-from nanogpt.cli import quoted
-from nanogpt.config import ROOT
-from nanogpt.console import aligned
-from nanogpt.control import __main__ as command
-from nanogpt.control import evaluate, picture
-from nanogpt.control.measures import Seen, wilson
-from nanogpt.control.prefixes import writable
-from nanogpt.corpus import build_char_tokenizer
-from nanogpt.documents import Document, write_documents
-from nanogpt.groups import sample_config
-from nanogpt.samples import write_samples
-from nanogpt.session import Session
-from nanogpt.writing import open_model
+from nanogpt.base import language
+from nanogpt.base.cli import quoted
+from nanogpt.base.config import ROOT
+from nanogpt.base.console import aligned
+from nanogpt.base.groups import sample_config
+from nanogpt.data.corpus import build_char_tokenizer
+from nanogpt.data.documents import Document, write_documents
+from nanogpt.run.session import Session
+from nanogpt.write.control.prefixes import writable
+from nanogpt.write.judge import command, evaluate, picture
+from nanogpt.write.judge.measures import Seen, wilson
+from nanogpt.write.loading import open_model
+from nanogpt.write.samples import write_samples
 
 QUICK = [*TINY, "dataset=text_file", "dataset.path=unused.txt", "logger=none", "device=cpu", "batch_size=4", "log_interval=1", "sample_tokens=0",
          "warmup_iters=1", "model.block_size=48"]
@@ -166,7 +165,7 @@ def test_a_run_without_texts_for_the_judge_and_a_missing_package_are_one_line(in
     assert "judge.jsonl of the data set has 0 texts labelled negative" in one_line(capsys, "evaluate", folder)
     said = one_line(capsys, "evaluate", folder, "--lang", "zh")
     assert "标为 negative 的只有 0 篇" in said
-    messages.set_language("en")
+    language.set_language("en")
     monkeypatch.setitem(__import__("sys").modules, "sklearn", None)
     assert "needs the package scikit-learn; install it with: pip install scikit-learn" in one_line(capsys, "evaluate", poems)
 
@@ -213,4 +212,4 @@ def test_a_table_too_wide_for_the_terminal_goes_on_below_and_is_plain_elsewhere(
 
 def test_the_picture_needs_no_chinese_font():
     assert all(name.isascii() or "×" in name for name in picture.ENGLISH.values()) and picture._english("开心", 1) == "label 2"
-    assert picture._english("positive", 0) == "positive" and (ROOT / "nanogpt" / "control" / "picture.py").is_file()
+    assert picture._english("positive", 0) == "positive" and (ROOT / "nanogpt" / "write" / "judge" / "picture.py").is_file()

@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import GPT2_RECIPE, wild_model
 
-from nanogpt.acceleration import accelerate
-from nanogpt.generate import UNIFORMS, Decoder
-from nanogpt.sampling import sampler
+from nanogpt.core.generate import UNIFORMS, Decoder
+from nanogpt.core.sampling import sampler
+from nanogpt.write.speed.acceleration import accelerate
 
 GREEDY = sampler(temperature=0.0)
 # gpt2 的位置是学来的，rope 的是算出来的

@@ -8,16 +8,18 @@ import pytest
 import torch
 from conftest import new_trainer, resumed_trainer, tiny_model_config
 
-from nanogpt import checkpoint, health, messages
-from nanogpt import trainer as trainers
-from nanogpt.build import build_model
-from nanogpt.fit.child import verdict_of
-from nanogpt.health import Diverged, Health, broken_tensor, first_not_finite
-from nanogpt.loss import chunked_cross_entropy
-from nanogpt.messages import ConfigError
-from nanogpt.mistakes import explained
-from nanogpt.oom import OutOfMemory
-from nanogpt.precision import settle_scale
+from nanogpt.base import language as messages
+from nanogpt.base.errors import explained
+from nanogpt.base.language import ConfigError
+from nanogpt.base.out_of_memory import OutOfMemory
+from nanogpt.core.loss import chunked_cross_entropy
+from nanogpt.core.precision import settle_scale
+from nanogpt.run import health
+from nanogpt.run import trainer as trainers
+from nanogpt.run.health import Diverged, Health, broken_tensor, first_not_finite
+from nanogpt.sweep.child import verdict_of
+from nanogpt.weights import checkpoint
+from nanogpt.weights.build import build_model
 
 
 def optimizer_with(**state):

@@ -11,14 +11,15 @@ import torch
 from conftest import GPT2_RECIPE, no_grad_eval, resumed_trainer, tiny_model_config, wild_model
 from test_pretrained import LINES, bpe_json, hf_folder, ids, save_checkpoint  # noqa: F401 - bpe_json is a fixture
 
-from nanogpt import checkpoint, huggingface, writing
-from nanogpt import tokenizer as tokenizers
-from nanogpt.build import build_model
-from nanogpt.config import FinetuneConfig, TrainConfig
-from nanogpt.corpus import build_char_tokenizer
-from nanogpt.huggingface import export, open_pretrained
-from nanogpt.lora import add_adapters, merge
-from nanogpt.tokenizer_files import byte_level_bpe, to_library_json
+from nanogpt.base.config import FinetuneConfig, TrainConfig
+from nanogpt.core.memory.lora import add_adapters, merge
+from nanogpt.data import tokenizer as tokenizers
+from nanogpt.data.corpus import build_char_tokenizer
+from nanogpt.data.tokenizer_files import byte_level_bpe, to_library_json
+from nanogpt.weights import checkpoint, huggingface
+from nanogpt.weights.build import build_model
+from nanogpt.weights.huggingface import export, open_pretrained
+from nanogpt.write import loading
 
 transformers = pytest.importorskip("transformers")
 library = pytest.importorskip("tokenizers")
@@ -93,7 +94,7 @@ def test_left_padding_changes_nothing(tmp_path, kind):
 
 def test_a_model_class_of_ones_own_is_exported_with_its_module_where_it_is_named(tmp_path, monkeypatch, capsys):
     (tmp_path / "own_gpt.py").write_text(
-        "from nanogpt.model import GPT\n\nclass Doubled(GPT):\n    def logits(self, hidden):\n        return 2 * super().logits(hidden)\n",
+        "from nanogpt.core.model import GPT\n\nclass Doubled(GPT):\n    def logits(self, hidden):\n        return 2 * super().logits(hidden)\n",
         encoding="utf-8",
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -219,7 +220,7 @@ def test_fine_tune_a_hugging_face_folder_then_resume_write_and_export(tmp_path, 
     trainer = resumed_trainer("outputs/a", "max_iters=5")
     trainer.fit()
     assert trainer.progress.iteration == 5
-    model, tokenizer = writing.load(checkpoint.find(Path("outputs/a"), "last"), torch.device("cpu"))
+    model, tokenizer = loading.load(checkpoint.find(Path("outputs/a"), "last"), torch.device("cpu"))
     assert tokenizer.decode(tokenizer.encode(LINES[0])) == LINES[0]
     export("outputs/a", Path("hf"), which="last")
     loaded = transformers.AutoModelForCausalLM.from_pretrained("hf")

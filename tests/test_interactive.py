@@ -10,19 +10,19 @@ from conftest import make_sample_config, wild_model
 from test_writer import Scripted
 from typed import typed
 
-from nanogpt import messages
-from nanogpt.commands import Session
-from nanogpt.config import ROOT
-from nanogpt.control import prefixes
-from nanogpt.groups import option
-from nanogpt.interactive import at_the_terminal, completer, decoded, from_a_pipe, obey, prompt_session, toolbar
-from nanogpt.messages import ConfigError
-from nanogpt.sample_config import check_sample
-from nanogpt.samples import SEPARATOR, write_samples
-from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
-from nanogpt.user_yaml import group_options
-from nanogpt.writer import Writer
-from nanogpt.writing import Model
+from nanogpt.base import language as messages
+from nanogpt.base.config import ROOT
+from nanogpt.base.groups import option
+from nanogpt.base.language import ConfigError
+from nanogpt.base.sample_config import check_sample
+from nanogpt.base.user_yaml import group_options
+from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer
+from nanogpt.write.commands import Session
+from nanogpt.write.control import prefixes
+from nanogpt.write.engine import Writer
+from nanogpt.write.loading import Model
+from nanogpt.write.samples import SEPARATOR, write_samples
+from nanogpt.write.terminal import at_the_terminal, completer, decoded, from_a_pipe, obey, prompt_session, toolbar
 
 LETTERS = "\n !',.:|/ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-春天花朵"
 SPRING = "春天来了，花儿都开了。"
@@ -145,7 +145,7 @@ def test_more_than_one_sample_stand_apart(session, capsys):
     ("/control emotion sad", lambda s: s.settings.control["emotion"] == "sad"),
     ("/control strength 3.5", lambda s: s.settings.control["strength"] == 3.5),
     ("/control bias false", lambda s: s.settings.control["bias"] is False),
-    ("/control none", lambda s: s.settings.control == {"_target_": "nanogpt.control.NoControl"} and s.chosen["control"] == "none"),
+    ("/control none", lambda s: s.settings.control == {"_target_": "nanogpt.write.control.NoControl"} and s.chosen["control"] == "none"),
     ("/sampler top_p", lambda s: s.settings.sampler["top_p"] == 0.9 and s.settings.sampler["temperature"] == 0.8),
     ("/sampler greedy", lambda s: s.settings.sampler["temperature"] == 0 and s.temperature == 0.8),
 ])

@@ -9,15 +9,15 @@ import pytest
 import torch
 from conftest import wild_model
 
-from nanogpt.control import judges, measures
-from nanogpt.control.evaluate import judged
-from nanogpt.control.judges import FormJudge, TextJudge, Verdict, build_judge, form_of, lengths, problem, segments
-from nanogpt.control.measures import Seen, distinct, mean_share, share, wilson
-from nanogpt.control.perplexity import guided_perplexity
-from nanogpt.corpus import build_char_tokenizer
-from nanogpt.documents import Document, DocumentData, write_documents
-from nanogpt.messages import ConfigError
-from nanogpt.writing import Model
+from nanogpt.base.language import ConfigError
+from nanogpt.data.corpus import build_char_tokenizer
+from nanogpt.data.documents import Document, DocumentData, write_documents
+from nanogpt.write.judge import judges, measures
+from nanogpt.write.judge.evaluate import judged
+from nanogpt.write.judge.judges import FormJudge, TextJudge, Verdict, build_judge, form_of, lengths, problem, segments
+from nanogpt.write.judge.measures import Seen, distinct, mean_share, share, wilson
+from nanogpt.write.judge.perplexity import guided_perplexity
+from nanogpt.write.loading import Model
 
 QUATRAIN = "春眠不觉晓，处处闻啼鸟。\n夜来风雨声，花落知多少？"
 SEVENS = "朝辞白帝彩云间，千里江陵一日还。\n两岸猿声啼不住，轻舟已过万重山。"

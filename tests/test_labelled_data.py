@@ -11,14 +11,14 @@ from dataclasses import replace
 
 import pytest
 
-from nanogpt import assets, corpus
-from nanogpt.bpe import train_bpe
-from nanogpt.config import ROOT
-from nanogpt.documents import Document, open_data
-from nanogpt.labels import with_labels
-from nanogpt.messages import ConfigError
-from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
-from nanogpt.tokenizer_files import byte_level_bpe, to_library_json
+from nanogpt.base.config import ROOT
+from nanogpt.base.language import ConfigError
+from nanogpt.data import assets, corpus
+from nanogpt.data.bpe import train_bpe
+from nanogpt.data.documents import Document, open_data
+from nanogpt.data.labels import with_labels
+from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer
+from nanogpt.data.tokenizer_files import byte_level_bpe, to_library_json
 
 OPTIONS = {"tokenizer": "char", "vocab_size": 300, "encoding": "auto", "val_fraction": 0.2, "judge_fraction": 0.1}
 HAN = [chr(0x4E00 + i) for i in range(40)]

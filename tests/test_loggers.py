@@ -10,8 +10,8 @@ from conftest import (
 )
 from test_trainer import records
 
-from nanogpt.loggers import JsonlLogger, Loggers, TensorBoardLogger, WandbLogger
-from nanogpt.messages import ConfigError
+from nanogpt.base.language import ConfigError
+from nanogpt.run.loggers import JsonlLogger, Loggers, TensorBoardLogger, WandbLogger
 
 
 def test_tensorboard_holds_every_curve_the_sample_and_the_config_also_after_a_resume(in_tmp, tiny_overrides):

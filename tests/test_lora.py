@@ -8,12 +8,12 @@ import torch
 from conftest import GPT2_RECIPE, new_session, no_grad_eval, reseal, resume, resumed_trainer, train, wild_model
 from test_trainer import weights
 
-from nanogpt import checkpoint
-from nanogpt.build import build_model, model_of
-from nanogpt.config import FinetuneConfig
-from nanogpt.lora import LoRALinear, add_adapters, merge
-from nanogpt.messages import ConfigError
-from nanogpt.pretrained import build_pretrained, open_pretrained
+from nanogpt.base.config import FinetuneConfig
+from nanogpt.base.language import ConfigError
+from nanogpt.core.memory.lora import LoRALinear, add_adapters, merge
+from nanogpt.weights import checkpoint
+from nanogpt.weights.build import build_model, model_of
+from nanogpt.weights.pretrained import build_pretrained, open_pretrained
 
 LORA = ["finetune=lora", "finetune.rank=4", "finetune.dropout=0.1", "model.dropout=0.1"]
 RECIPES = {"modern": {}, "gpt2": GPT2_RECIPE}

@@ -17,19 +17,20 @@ from test_trainer import fail_above, weights
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanogpt import distributed, messages
-from nanogpt.build import build_model, model_of
-from nanogpt.checkpoint import find
-from nanogpt.config import ROOT, check
-from nanogpt.frugal import Storage
-from nanogpt.lora import add_adapters
-from nanogpt.lowbit import BLOCK, PIECE, SMALL, Codec, dynamic_map, norm, round_stochastically, zero_code
-from nanogpt.messages import ConfigError
-from nanogpt.optimizers import adamw, configure
-from nanogpt.precision import Precision
-from nanogpt.recompute import fit_budget, saved_bytes
-from nanogpt.session import Session
-from nanogpt.step import build_step
+from nanogpt.base import language
+from nanogpt.base.config import ROOT, check
+from nanogpt.base.language import ConfigError
+from nanogpt.core import distributed
+from nanogpt.core.memory.lean_optimizers import Storage
+from nanogpt.core.memory.lora import add_adapters
+from nanogpt.core.memory.lowbit import BLOCK, PIECE, SMALL, Codec, dynamic_map, norm, round_stochastically, zero_code
+from nanogpt.core.memory.recompute import fit_budget, saved_bytes
+from nanogpt.core.optimizers import adamw, configure
+from nanogpt.core.precision import Precision
+from nanogpt.core.step import build_step
+from nanogpt.run.session import Session
+from nanogpt.weights.build import build_model, model_of
+from nanogpt.weights.checkpoint import find
 
 # 宽到每个矩阵都超过 SMALL，8 位状态才真的用上
 WIDE = ("model.n_embd=64", "model.block_size=32", "dropout=0", "max_iters=18", "eval_interval=18", "log_interval=18", "sample_tokens=0")
@@ -343,7 +344,7 @@ def test_an_optimizer_of_another_kind_is_refused_by_the_key_it_cannot_follow(ove
     configure(optimizer, make_config().memory)
     with pytest.raises(ConfigError, match=f"^{key} .*SGD") as error:
         configure(optimizer, make_config(override).memory)
-    messages.set_language("zh")
+    language.set_language("zh")
     assert "\n" not in str(error.value)
 
 

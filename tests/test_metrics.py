@@ -10,16 +10,16 @@ import torch
 from conftest import GPT2_RECIPE, make_config, tiny_model_config
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanogpt import metrics
-from nanogpt.build import build_model, preset
-from nanogpt.cards import cards, known_card, peak_tflops_of, reference
-from nanogpt.config import FinetuneConfig, HardwareConfig
-from nanogpt.lora import add_adapters
-from nanogpt.machine import cap_allocator
-from nanogpt.metrics import Stopwatch, memory_gib, peak_tflops
-from nanogpt.oom import is_out_of_memory
-from nanogpt.precision import Precision, default_format
-from nanogpt.session import Session
+from nanogpt.base.cards import cards, known_card, peak_tflops_of, reference
+from nanogpt.base.config import FinetuneConfig, HardwareConfig
+from nanogpt.base.out_of_memory import is_out_of_memory
+from nanogpt.core.machine import cap_allocator
+from nanogpt.core.memory.lora import add_adapters
+from nanogpt.core.precision import Precision, default_format
+from nanogpt.run import metrics
+from nanogpt.run.metrics import Stopwatch, memory_gib, peak_tflops
+from nanogpt.run.session import Session
+from nanogpt.weights.build import build_model, preset
 
 CPU = torch.device("cpu")
 
@@ -117,7 +117,7 @@ def test_a_measured_peak_only_rises_and_is_kept_for_the_next_process(monkeypatch
 
 def test_a_run_looks_at_its_peak_again_at_every_evaluation(in_tmp, tiny_overrides, monkeypatch):
     peaks = iter(range(1, 9))
-    monkeypatch.setattr("nanogpt.trainer.peak_tflops", lambda *_: ("somewhere", next(peaks)))
+    monkeypatch.setattr("nanogpt.run.trainer.peak_tflops", lambda *_: ("somewhere", next(peaks)))
     trainer = Session.new(make_config(*tiny_overrides, "out_dir=run", "sample_tokens=0"), in_tmp / "run")._build()
     assert trainer.peak == 1
     trainer.fit()

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from conftest import GPT2_RECIPE, no_grad_eval, tiny_model_config
 
 import nanogpt
-from nanogpt.attention import CausalSelfAttention, KVCache
-from nanogpt.build import build_model, preset
-from nanogpt.loss import chunked_cross_entropy
-from nanogpt.model import GPT
+from nanogpt.core.attention import CausalSelfAttention, KVCache
+from nanogpt.core.loss import chunked_cross_entropy
+from nanogpt.core.model import GPT
+from nanogpt.weights.build import build_model, preset
 
 RECIPES = {"modern": {}, "gpt2": GPT2_RECIPE, "ngrams": {"ngrams": [2, 3], "ngram_buckets": 101}}
 

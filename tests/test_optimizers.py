@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import tiny_model_config
 
-from nanogpt.build import build_model
-from nanogpt.config import ROOT
-from nanogpt.optimizers import adamw, learning_rate_at, muon, orthogonalize
+from nanogpt.base.config import ROOT
+from nanogpt.core.optimizers import adamw, learning_rate_at, muon, orthogonalize
+from nanogpt.weights.build import build_model
 
 
 def settings(name):

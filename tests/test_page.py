@@ -9,16 +9,16 @@ import time
 import pytest
 from test_server import POEM, POEM_SAMPLER, Served, tiny
 
-from nanogpt import messages
-from nanogpt.config import ROOT
-from nanogpt.tokenizer import ByteTokenizer
-from nanogpt.writing import Settings
+from nanogpt.base import language as messages
+from nanogpt.base.config import ROOT
+from nanogpt.data.tokenizer import ByteTokenizer
+from nanogpt.write.loading import Settings
 
 pytest.importorskip("selenium", reason="the page's tests need selenium: pip install -e .[dev]")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(not (CHROMIUM and shutil.which("chromedriver")), reason="no Chromium with chromedriver: apt-get install chromium chromium-driver")
 
-PAGE = ROOT / "nanogpt" / "page" / "index.html"
+PAGE = ROOT / "nanogpt" / "serve" / "page" / "index.html"
 
 
 def screenshot_program():

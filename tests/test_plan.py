@@ -8,16 +8,16 @@ from conftest import make_config
 from rich.cells import cell_len
 from typed import typed
 
-from nanogpt import messages, ram
-from nanogpt.fit import advice, matrix, settle
-from nanogpt.fit.allocator import replay
-from nanogpt.fit.budget import allocator_cap, target_of
-from nanogpt.fit.command import run_plan
-from nanogpt.fit.plan import TIGHT, Planner, predict, with_workspace
-from nanogpt.fit.roofline import rates_of, step_seconds
-from nanogpt.fit.show import duration, table
-from nanogpt.messages import ConfigError
-from nanogpt.ram import GIB
+from nanogpt.base import language, ram
+from nanogpt.base.language import ConfigError
+from nanogpt.base.ram import GIB
+from nanogpt.core.memory_budget import allocator_cap, target_of
+from nanogpt.plan import advice, filled_config, matrix
+from nanogpt.plan.allocator import replay
+from nanogpt.plan.command import run_plan
+from nanogpt.plan.plan import TIGHT, Planner, predict, with_workspace
+from nanogpt.plan.roofline import rates_of, step_seconds
+from nanogpt.plan.show import duration, table
 
 SMALL = (
     "model.n_layer=1", "model.n_head=2", "model.n_embd=64", "model.block_size=64", "model.vocab_size=300", "model.ngrams=[]", "precision=bf16",
@@ -44,7 +44,7 @@ def test_the_parts_add_up_to_the_total_and_the_table_shows_them(plan):
     assert plan.allocated <= plan.reserved and plan.verdict == "fits"
     lines = table(plan)
     assert len(lines) == 12 and f"{plan.total / GIB:.2f}" in lines[-2] and "7.70" in lines[-1]
-    messages.set_language("zh")
+    language.set_language("zh")
     assert all(cell_len(a[: a.index(".")]) == cell_len(b[: b.index(".")]) for a, b in zip(table(plan)[1:], table(plan)[2:], strict=False))
 
 
@@ -89,7 +89,7 @@ def test_the_largest_batch_fits_and_is_planned_for_auto():
     planner = Planner(cfg)
     got = planner.predict(cfg)
     assert got.verdict == "fits" and got.batch_size * got.accumulation >= 96 and 1 <= got.batch_size < 96
-    assert not planner.fits(settle.settled(cfg)[0], 96)
+    assert not planner.fits(filled_config.settled(cfg)[0], 96)
 
 
 def test_advice_fits_keeps_the_effective_batch_and_is_sorted_by_speed(monkeypatch):
@@ -138,23 +138,23 @@ VOCABULARIES = {
 @pytest.mark.parametrize("overrides", VOCABULARIES)
 def test_the_vocabulary_is_known_without_preparing_data(overrides, tmp_path):
     cfg = make_config(*overrides.split(), f"dataset.dir={tmp_path / 'none'}")
-    got, source = settle.settled(cfg)
+    got, source = filled_config.settled(cfg)
     assert got.model.vocab_size == VOCABULARIES[overrides] and source and not list(tmp_path.iterdir())
 
 
 def test_a_prepared_data_set_says_its_vocabulary(corpus_folder):
-    got, source = settle.settled(make_config("dataset=text_file", f"dataset.dir={corpus_folder}"))
+    got, source = filled_config.settled(make_config("dataset=text_file", f"dataset.dir={corpus_folder}"))
     assert got.model.vocab_size < 40 and source == "the prepared data set"
 
 
 def test_weights_that_would_have_to_be_fetched_are_refused_in_one_line():
     with pytest.raises(ConfigError, match="init_from=someone/model: the plan needs a local copy") as error:
-        settle.settled(make_config("init_from=someone/model"))
+        filled_config.settled(make_config("init_from=someone/model"))
     assert "\n" not in str(error.value)
 
 
 def test_presets_of_init_from_have_their_own_shape():
-    got, _ = settle.settled(make_config("init_from=gpt2-xl"))
+    got, _ = filled_config.settled(make_config("init_from=gpt2-xl"))
     assert (got.model.n_layer, got.model.n_embd, got.model.position) == (48, 1600, "learned")
 
 

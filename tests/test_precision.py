@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from conftest import make_config, tiny_model_config
 
-from nanogpt.build import build_model
-from nanogpt.precision import Precision, RoundedProducts
-from nanogpt.step import build_step
+from nanogpt.core.precision import Precision, RoundedProducts
+from nanogpt.core.step import build_step
+from nanogpt.weights.build import build_model
 
 CPU = torch.device("cpu")
 

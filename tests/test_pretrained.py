@@ -16,16 +16,16 @@ import torch
 from conftest import GPT2_RECIPE, make_config, make_sample_config, no_grad_eval, tiny_model_config
 from safetensors.torch import load_file, save_file
 
-from nanogpt import karpathy
-from nanogpt import tokenizer as tokenizers
-from nanogpt.build import build_model
-from nanogpt.config import ROOT
-from nanogpt.messages import ConfigError
-from nanogpt.pretrained import build_pretrained, open_pretrained
-from nanogpt.samples import write_samples
-from nanogpt.session import Session
-from nanogpt.tokenizer_files import byte_level_bpe
-from nanogpt.writing import open_model
+from nanogpt.base.config import ROOT
+from nanogpt.base.language import ConfigError
+from nanogpt.data import tokenizer as tokenizers
+from nanogpt.data.tokenizer_files import byte_level_bpe
+from nanogpt.run.session import Session
+from nanogpt.weights import nanogpt_checkpoint
+from nanogpt.weights.build import build_model
+from nanogpt.weights.pretrained import build_pretrained, open_pretrained
+from nanogpt.write.loading import open_model
+from nanogpt.write.samples import write_samples
 
 transformers = pytest.importorskip("transformers")
 library = pytest.importorskip("tokenizers")
@@ -207,10 +207,10 @@ def test_a_nanogpt_checkpoint_loads_with_its_characters(tmp_path, bias, protocol
 def test_the_characters_of_a_nanogpt_data_set_are_found_whatever_its_name(tmp_path, name):
     (tmp_path / "data" / name).mkdir(parents=True)
     (tmp_path / "data" / name / "meta.pkl").write_bytes(pickle.dumps({"itos": dict(enumerate("abc"))}))
-    assert karpathy.find_tokenizer(tmp_path / "out" / "ckpt.pt", {"dataset": name}, 3).characters == "abc"
+    assert nanogpt_checkpoint.find_tokenizer(tmp_path / "out" / "ckpt.pt", {"dataset": name}, 3).characters == "abc"
     # 别人的 checkpoint 指不到别的文件夹去
     with pytest.raises(ConfigError, match="has no tokenizer"):
-        karpathy.find_tokenizer(tmp_path / "out" / "ckpt.pt", {"dataset": f"../data/{name}"}, 3)
+        nanogpt_checkpoint.find_tokenizer(tmp_path / "out" / "ckpt.pt", {"dataset": f"../data/{name}"}, 3)
 
 
 class Bomb:
@@ -220,7 +220,7 @@ class Bomb:
 
 def test_files_that_carry_code_are_refused_and_run_nothing(folder, in_tmp):
     with pytest.raises(ValueError, match="not plain data"):
-        karpathy.plain_pickle(pickle.dumps({"itos": Bomb()}))
+        nanogpt_checkpoint.plain_pickle(pickle.dumps({"itos": Bomb()}))
     torch.save({"model": {}, "model_args": Bomb()}, "ckpt.pt")
     (folder / "model.safetensors").unlink()
     torch.save({"transformer.wte.weight": Bomb()}, folder / "pytorch_model.bin")
@@ -335,8 +335,8 @@ def local_hub(folder):
 OPEN = """
 import sys
 from huggingface_hub import constants
-from nanogpt.messages import ConfigError
-from nanogpt.pretrained import open_pretrained
+from nanogpt.base.language import ConfigError
+from nanogpt.weights.pretrained import open_pretrained
 for named in sys.argv[1:]:
     constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or named == "offline"
     try:

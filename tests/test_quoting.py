@@ -12,14 +12,15 @@ from conftest import make_config, make_sample_config
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from nanogpt import corpus, quoting
-from nanogpt.cli import at_home
-from nanogpt.config import ROOT
-from nanogpt.messages import ConfigError
-from nanogpt.quoting import QUOTED, quoted
-from nanogpt.session import Session
-from nanogpt.user_yaml import checked_yaml
-from nanogpt.values import check_value, unescaped
+from nanogpt.base import quoting
+from nanogpt.base.cli import at_home
+from nanogpt.base.config import ROOT
+from nanogpt.base.language import ConfigError
+from nanogpt.base.quoting import QUOTED, quoted
+from nanogpt.base.user_yaml import checked_yaml
+from nanogpt.base.value_checks import check_value, unescaped
+from nanogpt.data import corpus
+from nanogpt.run.session import Session
 
 # 人们这样敲过的，与语法里的每个字符随机拼成的
 PATHS = (

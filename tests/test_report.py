@@ -11,13 +11,13 @@ import pytest
 import yaml
 from conftest import composed, make_config
 
-from nanogpt import messages
-from nanogpt.config import check
-from nanogpt.fit.chart import figure, loss_chart, memory_chart, save, svg
-from nanogpt.fit.ranking import best_of, names, pareto, ranked
-from nanogpt.fit.recipe import command, recipe
-from nanogpt.fit.report import page, print_table, write_report
-from nanogpt.fit.result import TrialResult
+from nanogpt.base import language as messages
+from nanogpt.base.config import check
+from nanogpt.sweep.chart import figure, loss_chart, memory_chart, save, svg
+from nanogpt.sweep.ranking import best_of, names, pareto, ranked
+from nanogpt.sweep.recipe import command, recipe
+from nanogpt.sweep.report import page, print_table, write_report
+from nanogpt.sweep.result import TrialResult
 
 NASTY = "<script>alert('x')</script> & \"quotes\" [/b]"
 

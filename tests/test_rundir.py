@@ -13,10 +13,13 @@ import pytest
 from conftest import make_config, new_session, new_trainer, resume, resumed_trainer, train
 from test_trainer import records, weights
 
-from nanogpt import checkpoint, console, corpus, files, keeping, loggers, rundir
-from nanogpt.config import ROOT
-from nanogpt.lock import Lock, only_one, remove_stale
-from nanogpt.messages import ConfigError
+from nanogpt.base import console, files
+from nanogpt.base.config import ROOT
+from nanogpt.base.language import ConfigError
+from nanogpt.base.lock import Lock, only_one, remove_stale
+from nanogpt.data import corpus
+from nanogpt.run import loggers, rundir, saving
+from nanogpt.weights import checkpoint
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -36,7 +39,7 @@ def test_a_lock_is_held_once_and_goes_with_its_holder(tmp_path):
     assert two.take()
     two.release(remove=True)
     assert not (tmp_path / "lock").exists()
-    code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from nanogpt.lock import Lock; Lock(Path('lock')).take(); os._exit(9)"
+    code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from nanogpt.base.lock import Lock; Lock(Path('lock')).take(); os._exit(9)"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False)
     assert one.take()
     one.release()
@@ -111,7 +114,7 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(in_tmp, tin
 
 def test_two_runs_that_took_the_same_name_get_a_folder_each(in_tmp, tiny_overrides):
     cfg = make_config(*tiny_overrides)
-    from nanogpt.session import Session
+    from nanogpt.run.session import Session
 
     named = in_tmp / "outputs" / "same"
     sessions = [Session.new(cfg, named) for _ in range(2)]
@@ -342,7 +345,7 @@ def test_a_logger_that_fails_later_is_one_line_and_the_run_goes_on(in_tmp, tiny_
 
 def test_a_save_that_failed_is_tried_again_before_the_next_one_is_due(in_tmp, tiny_overrides, monkeypatch, capsys):
     real, fails = checkpoint.save, [1, 1]
-    monkeypatch.setattr(keeping, "RETRY_S", 0)
+    monkeypatch.setattr(saving, "RETRY_S", 0)
     monkeypatch.setattr(checkpoint, "save", lambda *a, **k: fail() if fails and fails.pop() else real(*a, **k))
     train(tiny_overrides, "save_interval=2", "max_iters=6", "keep=9")
     assert capsys.readouterr().out.count("could not save a checkpoint (No space left on device)") == 2

@@ -14,11 +14,13 @@ from test_pretrained import bpe_json, hf_folder  # noqa: F401 - bpe_json is a fi
 from test_writing import sample
 from typed import ENVIRONMENT
 
-from nanogpt import messages, pretrained, samples, writing
-from nanogpt.config import ROOT
-from nanogpt.console import Console
-from nanogpt.messages import ConfigError
-from nanogpt.writer import Piece, Request, Result
+from nanogpt.base import language
+from nanogpt.base.config import ROOT
+from nanogpt.base.console import Console
+from nanogpt.base.language import ConfigError
+from nanogpt.weights import pretrained
+from nanogpt.write import loading, samples
+from nanogpt.write.engine import Piece, Request, Result
 
 
 def finished(key, text):
@@ -35,7 +37,7 @@ def written(capsys, *overrides):
     """stdout of run_sample.py for these overrides, in this process; what is not about speed goes the plain way."""
     overrides = overrides if any(o.startswith("fast=") for o in overrides) else (*overrides, "fast=false")
     cfg = make_sample_config("device=cpu", *overrides)
-    samples.write_samples(cfg, writing.open_model(cfg, None if cfg.init_from else writing.Path("outputs/run")))
+    samples.write_samples(cfg, loading.open_model(cfg, None if cfg.init_from else loading.Path("outputs/run")))
     return capsys.readouterr().out
 
 
@@ -72,7 +74,7 @@ def test_bad_files_of_prompts_are_one_line(in_tmp, name, content, message):
     if content is not None:
         (in_tmp / name).write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
-        writing.prompts_of_file(writing.Path(name))
+        loading.prompts_of_file(loading.Path(name))
 
 
 def test_texts_are_recorded_and_earlier_records_stay(run, capsys):
@@ -163,21 +165,21 @@ def test_what_would_command_a_terminal_is_shown_visibly_there_and_goes_into_a_pi
 
     piece = dataclasses.replace(finished(0, STRANGE), prompt=STRANGE)
     assert printed("stdout", lambda: samples._print(iter([piece]), 1)) == wanted * 2 + "\n"
-    assert printed("stderr", lambda: messages.say("started_from", named=STRANGE)) == messages.text("started_from", named=wanted) + "\n"
+    assert printed("stderr", lambda: language.say("started_from", named=STRANGE)) == language.text("started_from", named=wanted) + "\n"
     line = printed("stdout", lambda: Console().line("started_from", named=STRANGE))
     # rich 把制表符展开成空格
-    assert line == (messages.text("started_from", named=wanted).expandtabs(8) if stream is Terminal else messages.text("started_from", named=wanted)) + "\n"
+    assert line == (language.text("started_from", named=wanted).expandtabs(8) if stream is Terminal else language.text("started_from", named=wanted)) + "\n"
 
 
 def test_nothing_is_printed_past_the_one_function_that_watches_for_escape_sequences():
     for path in (ROOT / "nanogpt").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.stdout.write", "sys.stderr.write"):
-                assert path.name == "messages.py" and "shown(written, file)" in ast.unparse(node), f"{path}:{node.lineno}"
+                assert path.name == "language.py" and "shown(written, file)" in ast.unparse(node), f"{path}:{node.lineno}"
 
 
 def test_settings_become_requests():
-    settings = writing.Settings.of(make_sample_config("stop=['x','\\n\\n']", "seed=3", "max_new_tokens=7"))
+    settings = loading.Settings.of(make_sample_config("stop=['x','\\n\\n']", "seed=3", "max_new_tokens=7"))
     request = settings.request("p", 2)
     assert isinstance(request, Request) and (request.seed, request.stop, request.max_new_tokens) == (5, ("x", "\n\n"), 7)
     assert json.dumps(dataclasses.asdict(settings)) and (ROOT / "conf" / "sampler" / "temperature.yaml").is_file()

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from nanogpt.messages import ConfigError
-from nanogpt.sampling import MinP, NoRepeatNgram, RepetitionPenalty, Temperature, TopK, TopP, Typical, build_sampler, draw, sampler
+from nanogpt.base.language import ConfigError
+from nanogpt.core.sampling import MinP, NoRepeatNgram, RepetitionPenalty, Temperature, TopK, TopP, Typical, build_sampler, draw, sampler
 
 NOTHING = torch.empty(1, 0, dtype=torch.long)
 
@@ -144,7 +144,7 @@ def test_a_draw_never_takes_what_was_masked_even_at_the_ends():
 ])
 def test_wrong_settings_are_one_line(settings, message):
     with pytest.raises(ConfigError, match=message.replace(".", r"\.").replace("…", ".")) as error:
-        build_sampler({"_target_": "nanogpt.sampling.sampler", **settings})
+        build_sampler({"_target_": "nanogpt.core.sampling.sampler", **settings})
     assert "\n" not in str(error.value)
 
 

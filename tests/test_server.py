@@ -18,18 +18,18 @@ import torch
 from conftest import make_sample_config, wild_model
 from typed import ENVIRONMENT, typed
 
-from nanogpt import messages
-from nanogpt.config import ROOT
-from nanogpt.messages import ConfigError
-from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
-from nanogpt.writing import Model, Settings
+from nanogpt.base import language
+from nanogpt.base.config import ROOT
+from nanogpt.base.language import ConfigError
+from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer
+from nanogpt.write.loading import Model, Settings
 
 pytest.importorskip("uvicorn", reason="the server needs uvicorn: pip install -e .[serve]")
 
-from nanogpt.api import Api
-from nanogpt.completions import FIELDS, NEUTRAL, Reader
-from nanogpt.connections import bind
-from nanogpt.server import run
+from nanogpt.serve.api import Api
+from nanogpt.serve.completions import FIELDS, NEUTRAL, Reader
+from nanogpt.serve.connections import bind
+from nanogpt.serve.server import run
 
 POEM = "春天的花朵，开在山上。\n"
 LIMITS = {"port": 0, "read_seconds": 0.6, "stall_seconds": 0.6, "max_tokens": 200_000}
@@ -183,7 +183,7 @@ def serve():
 @pytest.fixture(scope="module")
 def shared():
     """One server for tests that leave it as it was."""
-    messages.set_language("en")
+    language.set_language("en")
     server = Served(tiny())
     yield server
     server.stop()
@@ -651,7 +651,7 @@ def test_answers_carry_no_cors_and_a_strict_policy(shared):
 
 
 def test_the_page_is_one_file_that_asks_for_nothing_else():
-    page = (ROOT / "nanogpt" / "page" / "index.html").read_text(encoding="utf-8")
+    page = (ROOT / "nanogpt" / "serve" / "page" / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"""(src|href)=["'](?!data:|#)|@import|url\(|innerHTML|outerHTML|insertAdjacent|document\.write|\bon[a-z]+=|style=""", page)
     assert page.count("<script>") == page.count("<style>") == 1
 
@@ -737,6 +737,6 @@ def test_the_command_serves_a_trained_model_until_ctrl_c(own_run):
 
 
 def test_a_missing_server_library_is_one_line(in_tmp):
-    code = "import sys; sys.modules['uvicorn'] = None; import nanogpt.server"
+    code = "import sys; sys.modules['uvicorn'] = None; import nanogpt.serve.server"
     done = subprocess.run([sys.executable, "-c", code], env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, encoding="utf-8")
     assert "ConfigError: serve=true needs the package uvicorn; install it with: pip install uvicorn" in done.stderr

@@ -2,8 +2,8 @@
 
 import pytest
 
-from nanogpt.fit.result import TrialResult
-from nanogpt.fit.spill import judge_all, spill_reason
+from nanogpt.sweep.result import TrialResult
+from nanogpt.sweep.spill import judge_all, spill_reason
 
 FULL = {"held_gib": 11.0, "budget_gib": 12.0, "free_gib": 11.8, "predicted_tokens_per_s": 8000.0}
 

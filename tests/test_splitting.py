@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
-from nanogpt import splitting
-from nanogpt.documents import Document
-from nanogpt.splitting import DISTINCT, RUN, bare, groups_of, split_documents, without_duplicates, without_rare
+from nanogpt.data import splitting
+from nanogpt.data.documents import Document
+from nanogpt.data.splitting import DISTINCT, RUN, bare, groups_of, split_documents, without_duplicates, without_rare
 
 FRACTIONS = {"train": 0.8, "val": 0.05, "judge": 0.15}
 HAN = [chr(0x4E00 + i) for i in range(400)]

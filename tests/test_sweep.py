@@ -13,10 +13,10 @@ import pytest
 from conftest import make_config
 from test_end_to_end import ENVIRONMENT, QUICK, RUN, TEXT, run
 
-from nanogpt.config import ROOT
-from nanogpt.fit import known, result
-from nanogpt.fit.result import TrialResult
-from nanogpt.fit.sweep import exit_code
+from nanogpt.base.config import ROOT
+from nanogpt.sweep import earlier_results, result
+from nanogpt.sweep.jobs import exit_code
+from nanogpt.sweep.result import TrialResult
 
 SWEEP = ["-m", "experiment=fit", "hardware=cpu", "hardware.ram_gib=1.0"]
 
@@ -35,8 +35,8 @@ def own_text(tmp_path, monkeypatch):
 def remember(overrides, batch_size, **values):
     """Leave a result as an earlier sweep would have: the test needs no child for it."""
     typed = [*(o for o in overrides if o != "-m"), f"batch_size={batch_size}"]
-    key = known.key_of(make_config(*typed))
-    known.keep(TrialResult(tuple(typed), **{"status": "ok", "key": key, "tokens_per_s": 1000.0 * batch_size, "peak_gib": 0.5, "budget_gib": 1.0,
+    key = earlier_results.key_of(make_config(*typed))
+    earlier_results.keep(TrialResult(tuple(typed), **{"status": "ok", "key": key, "tokens_per_s": 1000.0 * batch_size, "peak_gib": 0.5, "budget_gib": 1.0,
                                            "micro_batch": batch_size, **values}))
 
 
@@ -45,7 +45,7 @@ def running_trials(pid):
     found = []
     for one in psutil.Process(pid).children():
         with contextlib.suppress(psutil.Error):
-            found += [one] if any("nanogpt.fit.child" in word for word in one.cmdline()) else []
+            found += [one] if any("nanogpt.sweep.child" in word for word in one.cmdline()) else []
     return found
 
 
@@ -90,7 +90,7 @@ def test_an_interrupted_sweep_goes_on_survives_an_out_of_memory_error_and_a_mist
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command goes on from there" in err and "Traceback" not in err
-    assert not any(child.is_running() for child in children) and len(list(known.FOLDER.glob("*.json"))) == 1
+    assert not any(child.is_running() for child in children) and len(list(earlier_results.FOLDER.glob("*.json"))) == 1
     done = run(folder, *command)
     rows = trials(folder)
     assert "1 of 4 trials known from before" in done.stdout
@@ -119,7 +119,7 @@ def test_a_plain_sweep_and_a_plain_run_have_no_trials():
 
 
 def test_the_parent_of_trials_never_imports_torch():
-    code = "import sys, nanogpt.fit.sweep, nanogpt.fit.trial, nanogpt.fit.report, nanogpt.fit.recipe, nanogpt.fit.child; assert 'torch' not in sys.modules"
+    code = "import sys, nanogpt.sweep.jobs, nanogpt.sweep.trial, nanogpt.sweep.report, nanogpt.sweep.recipe, nanogpt.sweep.child; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

@@ -6,11 +6,11 @@ import random
 import pytest
 from test_corpus import read, script
 
-from nanogpt.cli import implied_dataset
-from nanogpt.composing import guess_of
-from nanogpt.messages import ConfigError
-from nanogpt.source_text import detect_encoding, resolved, text_files
-from nanogpt.writing import prompt_text, prompts_of_file
+from nanogpt.base.cli import implied_dataset
+from nanogpt.base.composing import guess_of
+from nanogpt.base.language import ConfigError
+from nanogpt.data.source_text import detect_encoding, resolved, text_files
+from nanogpt.write.loading import prompt_text, prompts_of_file
 
 WORDS = "the old house by the river was quiet when she came home and nobody knew why the lamp still burned in the upper window".split()
 

@@ -4,11 +4,11 @@ from random import Random
 
 import pytest
 
-from nanogpt import tokenizer as tokenizers
-from nanogpt.corpus import build_char_tokenizer
-from nanogpt.labels import with_labels
-from nanogpt.messages import ConfigError
-from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, LibraryTokenizer, byte_letters
+from nanogpt.base.language import ConfigError
+from nanogpt.data import tokenizer as tokenizers
+from nanogpt.data.corpus import build_char_tokenizer
+from nanogpt.data.labels import with_labels
+from nanogpt.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, LibraryTokenizer, byte_letters
 
 TEXTS = ["To be, or not to be", "春江潮水连海平 😀 ñ", "a\tb\n\n  c", ""]
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from conftest import torture
 
-from nanogpt import messages
-from nanogpt.cli import run_script
-from nanogpt.messages import ConfigError
-from nanogpt.mistakes import one_line_each
-from nanogpt.source_text import iter_text
-from nanogpt.user_yaml import check_yaml
+from nanogpt.base import language
+from nanogpt.base.cli import run_script
+from nanogpt.base.errors import one_line_each
+from nanogpt.base.language import ConfigError
+from nanogpt.base.user_yaml import check_yaml
+from nanogpt.data.source_text import iter_text
 
 torture("ledger")
 bad_overrides, bad_texts = torture("bad_overrides"), torture("bad_texts")
@@ -162,7 +162,7 @@ def test_in_a_run_too_while_a_bug_keeps_its_traceback(in_tmp, monkeypatch, error
 
 
 def test_a_value_is_shown_so_that_the_line_stays_one_line():
-    shown = messages.presentable
+    shown = language.presentable
     assert (shown("a\nb\x1b\0\ud800"), shown("　中"), shown(5), shown(True)) == ("a\\nb\\x1b\\x00\\ud800", "　中", 5, True)
     assert len(shown("x" * 10**6)) < 600 and len(str(shown(10**5000))) < 600
     assert "\n" not in str(ConfigError("missing_file", key="dataset.path", got="a\nb"))

@@ -6,7 +6,7 @@ import pytest
 from conftest import torture
 from test_server import serve, shared, tiny  # noqa: F401 - 前两个是 fixture
 
-from nanogpt.tokenizer import ByteTokenizer
+from nanogpt.data.tokenizer import ByteTokenizer
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import random
 import pytest
 from conftest import torture
 
-from nanogpt import files
+from nanogpt.base import files
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the attacks fork")
 # ---- 断电 ----

@@ -7,8 +7,9 @@ import random
 import pytest
 from conftest import torture
 
-from nanogpt import assets, checkpoint
-from nanogpt.config import ROOT, TRUSTED_TARGETS
+from nanogpt.base.config import ROOT, TRUSTED_TARGETS
+from nanogpt.data import assets
+from nanogpt.weights import checkpoint
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import pytest
 from conftest import ROOT, torture
 from test_trial import POSIX, fake, quick, trial  # noqa: F401 - quick 是 fixture
 
-from nanogpt.fit import known, report, result
-from nanogpt.fit.report import write_report
-from nanogpt.fit.result import TrialResult
+from nanogpt.sweep import earlier_results, report, result
+from nanogpt.sweep.report import write_report
+from nanogpt.sweep.result import TrialResult
 
 # 假的子进程里同样的毛病：torture/faulty.py 在真的模型里有
 CODE = {
@@ -95,9 +95,9 @@ def test_a_trial_that_is_stuck_in_c_ends_with_its_sweep(tmp_path):
 
 
 def test_what_a_kill_left_half_written_is_cleared_away(tmp_path, monkeypatch):
-    monkeypatch.setattr(known, "FOLDER", tmp_path)
+    monkeypatch.setattr(earlier_results, "FOLDER", tmp_path)
     for name in (".abc.json.12345678.tmp", ".other.json.12345678.tmp"):
         (tmp_path / name).write_text("{", encoding="utf-8")
-    known.keep(TrialResult((), "ok", key="abc"))
+    earlier_results.keep(TrialResult((), "ok", key="abc"))
     # 别的键可能正有人在写
     assert sorted(os.listdir(tmp_path)) == [".other.json.12345678.tmp", "abc.json"]

@@ -7,14 +7,14 @@ import pytest
 import torch
 from conftest import TINY, make_config
 
-from nanogpt import target
-from nanogpt.build import build_model
-from nanogpt.fit.estimate import Estimate
-from nanogpt.fit.trace import Shape, trace
-from nanogpt.messages import ConfigError
-from nanogpt.model import GPT
-from nanogpt.precision import Precision
-from nanogpt.step import build_step
+from nanogpt.base.language import ConfigError
+from nanogpt.core import planned_device
+from nanogpt.core.model import GPT
+from nanogpt.core.precision import Precision
+from nanogpt.core.step import build_step
+from nanogpt.plan.estimate import Estimate
+from nanogpt.plan.trace import Shape, trace
+from nanogpt.weights.build import build_model
 
 SMALL = ("model.n_layer=2", "model.n_head=2", "model.n_embd=32", "model.block_size=32", "model.vocab_size=211", "model.ngram_buckets=97")
 
@@ -138,8 +138,8 @@ def test_a_card_is_planned_without_one_and_the_plan_leaves_no_trace():
     on_card, on_cpu = trace(cfg, Shape(2, device_type="cuda")), traced_once(Shape(2), "precision=bf16")
     # CPU 上短的注意力存概率矩阵，取整的乘积用 fp32：两条路不同
     assert on_card.activations != on_cpu.activations
-    assert target.planned() is None and torch.equal(before, torch.random.get_rng_state())
-    assert target.device_type(torch.zeros(1)) == "cpu"
+    assert planned_device.planned() is None and torch.equal(before, torch.random.get_rng_state())
+    assert planned_device.device_type(torch.zeros(1)) == "cpu"
 
 
 def test_nothing_is_allocated():
@@ -175,7 +175,7 @@ def test_a_users_own_model_is_traced_and_one_that_reads_values_is_refused_in_one
     assert wide.weight_bytes - plain.weight_bytes == 32 * 32 * 4 and wide.optimizer_bytes > plain.optimizer_bytes
     with pytest.raises(ConfigError, match="test_trace.Peeking") as error:
         trace(small("model._target_=test_trace.Peeking"), Shape(2))
-    assert "\n" not in str(error.value) and target.planned() is None
+    assert "\n" not in str(error.value) and planned_device.planned() is None
 
 
 def test_adapters_are_traced_with_their_own_gradients_only():
@@ -213,7 +213,7 @@ class _Offloaded:
     def step(self):
         for p in self.param_groups[0]["params"]:
             if p not in self.state:
-                with target.host_memory():
+                with planned_device.host_memory():
                     self.state[p] = torch.zeros_like(p)
             near = torch.empty_like(p)
             near.copy_(self.state[p])

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import make_config, new_trainer, reseal, resume, resumed_trainer, train
 
-from nanogpt import checkpoint
-from nanogpt.lock import Lock
-from nanogpt.messages import ConfigError
-from nanogpt.trainer import share_batch
+from nanogpt.base.language import ConfigError
+from nanogpt.base.lock import Lock
+from nanogpt.run.trainer import share_batch
+from nanogpt.weights import checkpoint
 
 
 def weights(model):
@@ -331,7 +331,7 @@ def test_resume_from_an_older_checkpoint_makes_it_the_last(in_tmp, tiny_override
 def test_code_named_by_a_stranger_is_not_run_on_resume(in_tmp, tiny_overrides):
     train(tiny_overrides)
     for config in (in_tmp / "outputs/run").rglob("config.yaml"):
-        config.write_text(config.read_text(encoding="utf-8").replace("nanogpt.model.GPT", "os.abort"), encoding="utf-8")
+        config.write_text(config.read_text(encoding="utf-8").replace("nanogpt.core.model.GPT", "os.abort"), encoding="utf-8")
         if config.parent.name.startswith("iter_"):
             reseal(config.parent)
     with pytest.raises(ConfigError, match=r"names code of its own \(os.abort\)"):
@@ -340,7 +340,7 @@ def test_code_named_by_a_stranger_is_not_run_on_resume(in_tmp, tiny_overrides):
 
 def test_a_model_class_of_the_users_own_trains_and_resumes(in_tmp, tiny_overrides, monkeypatch):
     (in_tmp / "my_model.py").write_text(
-        "import torch\nfrom nanogpt.model import GPT\n"
+        "import torch\nfrom nanogpt.core.model import GPT\n"
         "class Mine(GPT):\n"
         "    def make_mlp(self, layer):\n"
         "        return torch.nn.Linear(self.config.n_embd, self.config.n_embd, bias=self.config.extra['bias'])\n",
@@ -357,7 +357,7 @@ def test_a_model_class_of_the_users_own_trains_and_resumes(in_tmp, tiny_override
 def test_a_run_without_data_of_its_own_goes_on_with_what_it_was_trained_on(in_tmp, tiny_overrides, corpus_folder, monkeypatch):
     import shutil
 
-    from nanogpt import corpus
+    from nanogpt.data import corpus
 
     script = in_tmp / "data/text_file/prepare.py"
     script.parent.mkdir(parents=True)
@@ -376,8 +376,8 @@ def test_a_run_without_data_of_its_own_goes_on_with_what_it_was_trained_on(in_tm
 def test_data_other_than_the_checkpoints_is_refused(in_tmp, tiny_overrides, tmp_path):
     import numpy as np
 
-    from nanogpt.corpus import write_dataset
-    from nanogpt.data import TokenData
+    from nanogpt.data.corpus import write_dataset
+    from nanogpt.data.tokens import TokenData
 
     trainer = train(tiny_overrides)
     other = write_dataset(tmp_path / "other", name="t", source="t", tokenizer=trainer.data.tokenizer, train=[np.zeros(900, int)], val=[np.zeros(90, int)])
@@ -419,6 +419,6 @@ def test_a_sample_that_cannot_be_written_never_ends_a_training(in_tmp, tiny_over
     def broken(*_, **__):
         raise KeyError("a bug")
 
-    monkeypatch.setattr("nanogpt.trainer.write_sample", broken)
+    monkeypatch.setattr("nanogpt.run.trainer.write_sample", broken)
     trainer = train(tiny_overrides, "max_iters=3", "eval_interval=1", "sample_tokens=3")
     assert trainer.progress.iteration == 3 and "iter 1: the sample could not be written (KeyError: 'a bug')" in capsys.readouterr().out

@@ -14,14 +14,14 @@ import psutil
 import pytest
 from conftest import make_config
 
-from nanogpt.config import ROOT, lookup
-from nanogpt.fit import child, known, process, result
-from nanogpt.fit.limits import limit_memory
-from nanogpt.fit.process import Ended
-from nanogpt.fit.result import TrialResult, made
-from nanogpt.fit.trial import classified, lock_path, run_trial
-from nanogpt.lock import only_one
-from nanogpt.messages import ConfigError
+from nanogpt.base.config import ROOT, lookup
+from nanogpt.base.language import ConfigError
+from nanogpt.base.lock import only_one
+from nanogpt.sweep import child, earlier_results, process, result
+from nanogpt.sweep.memory_limit import limit_memory
+from nanogpt.sweep.process import Ended
+from nanogpt.sweep.result import TrialResult, made
+from nanogpt.sweep.trial import classified, lock_path, run_trial
 
 FIT = ("trial.enabled=true", "trial.warmup_steps=1", "trial.steps=2", "hardware.ram_gib=1.0")
 POSIX = pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
@@ -60,7 +60,7 @@ def test_a_trial_measures_a_model_of_the_users_own_module(quick, monkeypatch):
     _, folder = quick
     module = folder / "mine" / "my_gpt.py"
     module.parent.mkdir()
-    module.write_text("from nanogpt.model import GPT\nclass Mine(GPT):\n    pass\nprint('mine is used')\n", encoding="utf-8")
+    module.write_text("from nanogpt.core.model import GPT\nclass Mine(GPT):\n    pass\nprint('mine is used')\n", encoding="utf-8")
     monkeypatch.syspath_prepend(str(module.parent))
     got = trial(quick, "model._target_=my_gpt.Mine", "gradient_accumulation_steps=2")
     assert got.status == "ok", got
@@ -70,14 +70,14 @@ def test_a_trial_measures_a_model_of_the_users_own_module(quick, monkeypatch):
     # 三步的损失说明不了什么
     assert got.train_loss is None and got.val_loss is None
     assert "mine is used" in (folder / "job" / "trial.log").read_text(encoding="utf-8")
-    assert known.find(got.key) == result.read(known.FOLDER / f"{got.key}.json") == got
+    assert earlier_results.find(got.key) == result.read(earlier_results.FOLDER / f"{got.key}.json") == got
     again = trial(quick, "model._target_=my_gpt.Mine", "gradient_accumulation_steps=2")
     assert again.known and again.tokens_per_s == got.tokens_per_s
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA")
 def test_the_limit_is_real():
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from nanogpt.fit.limits import limit_memory; print(limit_memory(0.3)); bytearray(2**29)"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from nanogpt.sweep.memory_limit import limit_memory; print(limit_memory(0.3)); bytearray(2**29)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8")
     assert done.stdout.strip() == "rlimit" and "MemoryError" in done.stderr
     assert callable(limit_memory)
@@ -106,8 +106,8 @@ def test_what_is_predicted_not_to_fit_is_skipped_unless_told_otherwise(quick):
 def test_a_prediction_speaks_of_this_device_and_a_failing_planner_stops_nothing(monkeypatch):
     from types import ModuleType, SimpleNamespace
 
-    planner = ModuleType("nanogpt.fit.plan")
-    monkeypatch.setitem(sys.modules, "nanogpt.fit.plan", planner)
+    planner = ModuleType("nanogpt.plan.plan")
+    monkeypatch.setitem(sys.modules, "nanogpt.plan.plan", planner)
     budget = SimpleNamespace(device_type="cuda", total=12 * 2**30, capacity=11 * 2**30)
     plan = SimpleNamespace(budget=budget, total=11 * 2**30, reserved=10 * 2**30, tokens_per_s=5.0, verdict="tight")
     planner.predict = lambda cfg: plan
@@ -130,7 +130,7 @@ def test_losses_are_reported_after_enough_steps_and_no_run_folder_is_claimed(qui
 
 
 def test_errors_of_the_child_are_told_apart():
-    from nanogpt.messages import ConfigError
+    from nanogpt.base.language import ConfigError
 
     assert child.verdict_of(MemoryError()) == child.verdict_of(RuntimeError("can't start new thread")) == child.verdict_of(OSError(12, "x")) == "oom"
     assert child.verdict_of(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")) == "oom"
@@ -167,7 +167,7 @@ def test_every_ending_is_a_result_in_one_line_and_leaves_no_process(quick, code)
     assert got.status == status and reason in got.reason and "\n" not in got.reason
     assert set(psutil.Process().children(recursive=True)) <= before
     # 崩溃可能是一时的，下次再测；其余记住
-    assert bool(known.find(got.key)) == (status != "crashed")
+    assert bool(earlier_results.find(got.key)) == (status != "crashed")
 
 
 @POSIX
@@ -200,7 +200,7 @@ def test_ctrl_c_ends_the_child_and_records_nothing(quick, monkeypatch):
     monkeypatch.setattr(process, "resident", interrupt)
     with pytest.raises(KeyboardInterrupt):
         trial(quick, code="time.sleep(60)")
-    assert set(psutil.Process().children(recursive=True)) <= before and not list(known.FOLDER.glob("*"))
+    assert set(psutil.Process().children(recursive=True)) <= before and not list(earlier_results.FOLDER.glob("*"))
 
 
 @POSIX
@@ -233,13 +233,13 @@ def test_known_results_are_found_by_what_they_depend_on_and_by_nothing_else(quic
         for name, value in changes.items():
             *path, last = name.split("__")
             setattr(lookup(changed, ".".join(path)) if path else changed, last, value)
-        return known.key_of(changed)
+        return earlier_results.key_of(changed)
 
     same = key()
     assert same == key(out_dir="x", lang="zh", logger={}, trial__again=True, trial__margin=0.2, overwrite=True, groups={"model": "tiny"})
     others = [key(batch_size=8), key(precision__dtype="bf16"), key(trial__steps=3), key(memory__loss_chunk_mib=1), key(hardware__ram_gib=2.0), key(seed=1)]
     assert len({same, *others}) == 7
-    monkeypatch.setattr(known, "device", lambda cfg: "another card, driver 1.2")
+    monkeypatch.setattr(earlier_results, "device", lambda cfg: "another card, driver 1.2")
     assert key() != same
 
 
@@ -250,10 +250,10 @@ def test_a_mended_module_of_ones_own_is_measured_anew(quick, monkeypatch):
     keys = []
     for code in ("import broken", "import mended", "import broken"):
         (folder / "my_own_model.py").write_text(code, encoding="utf-8")
-        keys.append(known.key_of(cfg))
+        keys.append(earlier_results.key_of(cfg))
     # 只读，不导入：子进程里会出的错不该出在这里
     assert keys[0] == keys[2] != keys[1] and "my_own_model" not in sys.modules
-    assert known.own_code({"a": [{"_target_": "omegaconf.OmegaConf"}, {"_target_": "nowhere.X"}, {"_target_": 3}]}) == {}
+    assert earlier_results.own_code({"a": [{"_target_": "omegaconf.OmegaConf"}, {"_target_": "nowhere.X"}, {"_target_": 3}]}) == {}
 
 
 def test_again_measures_anew_and_a_damaged_file_counts_as_unknown(quick):
@@ -262,7 +262,7 @@ def test_again_measures_anew_and_a_damaged_file_counts_as_unknown(quick):
     assert trial(quick, code=code).known
     anew = trial(quick, "trial.again=true", code=code)
     assert not anew.known and anew.tokens_per_s > first.tokens_per_s
-    (known.FOLDER / f"{first.key}.json").write_text('{"status": "ok", "tok', encoding="utf-8")
+    (earlier_results.FOLDER / f"{first.key}.json").write_text('{"status": "ok", "tok', encoding="utf-8")
     assert not trial(quick, code=code).known
 
 
@@ -303,7 +303,7 @@ def test_trials_wait_for_each_other_and_a_dead_process_blocks_nobody(tmp_path):
         order.append("first")
     waiting.join(5)
     assert order == ["first", "second"]
-    code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from nanogpt.lock import only_one\nwith only_one(Path({str(path)!r})): os._exit(1)"
+    code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from nanogpt.base.lock import only_one\nwith only_one(Path({str(path)!r})): os._exit(1)"
     subprocess.run([sys.executable, "-c", code], check=False)
     with only_one(path):
         pass

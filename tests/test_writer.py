@@ -5,12 +5,13 @@ import torch
 from conftest import tiny_model_config, wild_model
 from test_tokenizer import STREAMED
 
-from nanogpt import generate, writer
-from nanogpt.labels import with_labels
-from nanogpt.messages import ConfigError
-from nanogpt.sampling import sampler
-from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
-from nanogpt.writer import Request, Writer, default_prompt, encode_prompt, longest_beginning, write_sample
+from nanogpt.base.language import ConfigError
+from nanogpt.core import generate
+from nanogpt.core.sampling import sampler
+from nanogpt.data.labels import with_labels
+from nanogpt.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+from nanogpt.write import engine
+from nanogpt.write.engine import Request, Writer, default_prompt, encode_prompt, longest_beginning, write_sample
 
 GREEDY = sampler(temperature=0.0)
 TOKENIZER = CharTokenizer("abcdefghijk")
@@ -221,7 +222,7 @@ def test_a_sample_leaves_the_training_state_as_it_was(model):
 def test_results_count_tokens_and_seconds(model):
     result = [p.result for p in Writer(model, TOKENIZER).write([Request("abc", GREEDY, 8, seed=0)])][-1]
     assert (result.tokens, result.prompt_tokens, result.finish) == (8, 3, "length") and 0 < result.seconds_to_first_token <= result.seconds
-    assert writer.Piece(0, "a", "b").result is None
+    assert engine.Piece(0, "a", "b").result is None
 
 
 # ---- 成篇的模型 ----
@@ -340,7 +341,7 @@ def test_scores_survive_too_little_memory_and_a_damaged_model_is_one_line(model,
         pieces = Writer(model, TOKENIZER, **options).write(requests)
         return sorted((p.key, score.offset, score.token, round(score.logprob or 0, 3)) for p in pieces for score in p.scores)
 
-    calm, real = scores(capacity=1), writer.scoring.read
+    calm, real = scores(capacity=1), engine.scoring.read
     failures = [torch.OutOfMemoryError("CUDA out of memory")]
 
     def tight(*arguments, **options):
@@ -348,7 +349,7 @@ def test_scores_survive_too_little_memory_and_a_damaged_model_is_one_line(model,
             raise failures.pop()
         return real(*arguments, **options)
 
-    monkeypatch.setattr(writer.scoring, "read", tight)
+    monkeypatch.setattr(engine.scoring, "read", tight)
     assert scores(capacity=2) == calm and len(calm) == 7 + 1 + 7 and not failures
     torch.nn.init.constant_(model.lm_head.weight, float("nan"))
     with pytest.raises(ConfigError, match="not finite"):

@@ -6,10 +6,10 @@ import sys
 import pytest
 from typed import ENVIRONMENT, typed
 
-from nanogpt import writing
-from nanogpt.config import ROOT
-from nanogpt.messages import ConfigError
-from nanogpt.sample_config import SampleConfig, check_sample
+from nanogpt.base.config import ROOT
+from nanogpt.base.language import ConfigError
+from nanogpt.base.sample_config import SampleConfig, check_sample
+from nanogpt.write import loading
 
 
 def sample(folder, *overrides, expect=0, python_path=None):
@@ -46,9 +46,9 @@ def test_bad_settings_are_named(change, message):
 
 def test_prompts_come_from_files_too(tmp_path):
     (tmp_path / "p.txt").write_text("春天\n", encoding="gb18030")
-    assert writing.prompt_text(f"FILE:{tmp_path / 'p.txt'}") == "春天"
+    assert loading.prompt_text(f"FILE:{tmp_path / 'p.txt'}") == "春天"
     with pytest.raises(ConfigError, match="start=FILE:nothing.txt"):
-        writing.prompt_text("FILE:nothing.txt")
+        loading.prompt_text("FILE:nothing.txt")
 
 
 def test_mistakes_are_one_line(in_tmp):

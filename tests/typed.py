@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
-from nanogpt.config import ROOT
+from nanogpt.base.config import ROOT
 
 # 子进程与本进程里的命令看见同样的环境
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "LANG": "en_US.UTF-8", "LANGUAGE": "", "LC_ALL": ""}

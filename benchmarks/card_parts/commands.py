@@ -13,7 +13,7 @@ import torch
 from card_parts.kit import ROOT, Case, Lab
 from torch._subclasses.fake_tensor import FakeTensor
 
-from nanogpt.model import GPT
+from nanogpt.core.model import GPT
 
 SHAKESPEARE = (
     "dataset=shakespeare_char", "model.n_layer=6", "model.n_head=6", "model.n_embd=384", "model.block_size=256",
@@ -99,7 +99,7 @@ def summary_of(out: Path) -> dict:
 
 def trial(lab: Lab) -> dict:
     """A trial whose process dies is a result, and this process goes on."""
-    from nanogpt.fit.trial import run_trial
+    from nanogpt.sweep.trial import run_trial
 
     cfg = lab.config(*base(lab), "trial.enabled=true", "trial.again=true", "trial.timeout_s=60", "batch_size=2")
     cfg.model._target_ = "card_parts.commands.Aborting"

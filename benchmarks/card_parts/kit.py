@@ -22,15 +22,15 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 # 先 nanogpt 后 torch：它可能要在 torch 读环境变量之前设好分配器
-from nanogpt.config import ROOT, TrainConfig, check  # isort: skip
-from nanogpt.corpus import write_dataset
-from nanogpt.documents import Document, write_documents
-from nanogpt.loggers import Loggers
-from nanogpt.oom import is_out_of_memory
-from nanogpt.sample_config import SampleConfig, check_sample, register_schemas
-from nanogpt.session import Session
-from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
-from nanogpt.trainer import Trainer
+from nanogpt.base.config import ROOT, TrainConfig, check  # isort: skip
+from nanogpt.base.out_of_memory import is_out_of_memory
+from nanogpt.base.sample_config import SampleConfig, check_sample, register_schemas
+from nanogpt.data.corpus import write_dataset
+from nanogpt.data.documents import Document, write_documents
+from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer
+from nanogpt.run.loggers import Loggers
+from nanogpt.run.session import Session
+from nanogpt.run.trainer import Trainer
 
 import torch  # isort: skip
 

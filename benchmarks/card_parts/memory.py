@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 from card_parts.kit import GIB, GPT2_VOCAB, Case, Lab, profile
 
-from nanogpt.compilation import compile_updates
-from nanogpt.config import TrainConfig
-from nanogpt.fit.child import verdict_of
-from nanogpt.fit.plan import BATCHES, Planner
-from nanogpt.fit.trial_trainer import TrialTrainer
+from nanogpt.base.config import TrainConfig
+from nanogpt.core.compilation import compile_updates
+from nanogpt.plan.plan import BATCHES, Planner
+from nanogpt.sweep.child import verdict_of
+from nanogpt.sweep.trial_trainer import TrialTrainer
 
 CARD = ("hardware=rtx3060_12gb", "optimizer=adamw")
 # 名字 -> (overrides, 步数)

@@ -11,10 +11,10 @@ import torch
 from card_parts.kit import GIB, Case, Lab, profile
 from safetensors.torch import load_file
 
-from nanogpt import checkpoint
-from nanogpt.config import TrainConfig
-from nanogpt.oom import OutOfMemory
-from nanogpt.session import Session
+from nanogpt.base.config import TrainConfig
+from nanogpt.base.out_of_memory import OutOfMemory
+from nanogpt.run.session import Session
+from nanogpt.weights import checkpoint
 
 SMALL = (
     "model.n_layer=2", "model.n_head=2", "model.n_embd=128", "model.block_size=64", "batch_size=8",

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from card_parts.kit import GIB, Case, Lab, profile
 
-from nanogpt.compilation import compile_updates
+from nanogpt.core.compilation import compile_updates
 
 VOCAB = 50304
 # 名字 -> (overrides, 每步行数)；nanoGPT 的名字在下面单列

@@ -12,8 +12,8 @@ from unittest import mock
 import torch
 from card_parts.kit import GIB, Case, Lab, exact_products
 
-from nanogpt.session import Session
-from nanogpt.writing import Settings, open_model
+from nanogpt.run.session import Session
+from nanogpt.write.loading import Settings, open_model
 
 SHAPE = (
     "model.n_layer=3", "model.n_head=4", "model.n_embd=128", "model.block_size=64", "batch_size=16", "eval_tokens=512",
@@ -166,7 +166,7 @@ def halved(lab: Lab, prompts: list[str]) -> dict:
 
 def in_thread(lab: Lab) -> dict:
     """What the server's worker writes in its own thread, and what is written here."""
-    from nanogpt.worker import Worker
+    from nanogpt.serve.worker import Worker
 
     overrides = ("sampler=greedy", "max_new_tokens=20", "precision=fp32", paths(lab)["graph"])
     model, settings = opened(lab, "letters", *overrides)

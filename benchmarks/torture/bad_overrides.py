@@ -11,9 +11,9 @@ from hydra.core.global_hydra import GlobalHydra
 from ledger import ROOT
 from omegaconf import OmegaConf
 
-from nanogpt.composing import known_keys
-from nanogpt.config import CHOICES, RANGES
-from nanogpt.sample_config import SAMPLE_CHOICES, SAMPLE_RANGES, register_schemas
+from nanogpt.base.composing import known_keys
+from nanogpt.base.config import CHOICES, RANGES
+from nanogpt.base.sample_config import SAMPLE_CHOICES, SAMPLE_RANGES, register_schemas
 
 
 @dataclass(frozen=True)
@@ -168,11 +168,13 @@ def hydra_keys(program: str, random: randomness.Random) -> Iterator[Case]:
 
 
 TARGETS = (
-    "os.system", "builtins.exec", "builtins.eval", "builtins.print", "builtins.dict", "builtins.list", "nanogpt.cli.main", "nanogpt.cli.run_script",
+    "os.system", "builtins.exec", "builtins.eval", "builtins.print", "builtins.dict", "builtins.list", "nanogpt.base.cli.main",
+    "nanogpt.base.cli.run_script",
     "subprocess.run",
     "subprocess.Popen", "shutil.rmtree", "nope", "nope.Nope", ".", "..", "os", "", "os.", ".system", "torch.nn.Linear", "pathlib.Path", "sys.exit",
     "os._exit", "antigravity.x",
-    "nanogpt.model", "nanogpt.model.gpt", "a b.c", "os.path", "sys.path", "builtins.None", "торч.Модуль", "nanogpt..model.GPT", "http.server.test",
+    "nanogpt.core.model", "nanogpt.core.model.gpt", "a b.c", "os.path", "sys.path", "builtins.None", "торч.Модуль", "nanogpt..model.GPT",
+    "http.server.test",
 )
 
 
@@ -292,7 +294,7 @@ def yaml_files(random: randomness.Random) -> Iterator[Case]:
         b"# @package _global_\ndefaults:\n  - override /model: nope\n"),
         ("experiment", "package", b"# @package a.b.c\nx: 1\n"), ("optimizer", "mine", b"lr: 3\n"), ("optimizer", "mine", b"- 1\n"), ("dataset",
         "mine", b"path: x\n"),
-        ("optimizer", "mine", b"_target_: nanogpt.optimizers.adamw\n"), ("optimizer", "mine", b""), ("dataset", "mine", b""), ("dataset", "mine",
+        ("optimizer", "mine", b"_target_: nanogpt.core.optimizers.adamw\n"), ("optimizer", "mine", b""), ("dataset", "mine", b""), ("dataset", "mine",
         b"name: nope\ndir: null\n"),
         ("dataset", "mine", b"name: text_file\ndir: null\npath: 5\n"), ("logger", "mine", b"x: 5\n"), ("logger", "mine",
         b"x: {_target_: os.system}\n"), ("dataset", "mine", b"name: [a]\ndir: null\n"),

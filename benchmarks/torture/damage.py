@@ -35,13 +35,16 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from nanogpt import checkpoint, machine, messages, writing
-from nanogpt.config import ROOT, HardwareConfig
-from nanogpt.documents import open_data
-from nanogpt.messages import ConfigError
-from nanogpt.pretrained import build_pretrained, open_pretrained
-from nanogpt.sample_config import register_schemas
-from nanogpt.session import Session
+from nanogpt.base import language
+from nanogpt.base.config import ROOT, HardwareConfig
+from nanogpt.base.language import ConfigError
+from nanogpt.base.sample_config import register_schemas
+from nanogpt.core import machine
+from nanogpt.data.documents import open_data
+from nanogpt.run.session import Session
+from nanogpt.weights import checkpoint
+from nanogpt.weights.pretrained import build_pretrained, open_pretrained
+from nanogpt.write import loading
 
 ITERATIONS = (10, 20, 30)
 HANG_S = 30
@@ -74,7 +77,7 @@ def build(place: Path, names: tuple[str, ...]) -> None:
         assert ended.code == 0, ended.output
     if "gpt2" not in names:
         return
-    from nanogpt.huggingface import export
+    from nanogpt.weights.huggingface import export
 
     with contextlib.redirect_stdout(io.StringIO()):
         export(place / "runs/gpt2", place / "folder", which="last")
@@ -110,7 +113,7 @@ def resume(run: Path, which: str = "last") -> tuple:
 
 def write_with(run: Path) -> tuple:
     """Load the best checkpoint to write with; its weights and vocabulary."""
-    model, tokenizer = writing.load(checkpoint.find_trained(run, "best", key="out_dir"), torch.device("cpu"))
+    model, tokenizer = loading.load(checkpoint.find_trained(run, "best", key="out_dir"), torch.device("cpu"))
     return tuple(t.numpy().tobytes() for t in model.state_dict().values()), json.dumps(tokenizer.to_dict())
 
 
@@ -196,7 +199,7 @@ def files_of(folder: Path) -> list[Path]:
 def attack(ledger: Ledger, *, cases: int, seed: int, whole: bool = True) -> None:
     """Damage and load until so many cases have been counted; not `whole`: only runs, not data sets and weights from elsewhere."""
     register_schemas()
-    messages.set_language("en")
+    language.set_language("en")
     machine.set_up(torch.device("cpu"), deterministic=True, hardware=HardwareConfig())
     torch.set_num_threads(1)
 

@@ -27,7 +27,9 @@ from ledger import Ledger
 # isort: split
 import torch
 
-from nanogpt import checkpoint, keeping, messages
+from nanogpt.base import language
+from nanogpt.run import saving
+from nanogpt.weights import checkpoint
 
 ENOUGH_MIB, RETRY_S = 8, 0.2
 LONG = ("max_iters=120", "log_interval=5", "save_interval=5")
@@ -63,7 +65,7 @@ def fill(folder: Path, leave: int = 0) -> Path:
 
 def hurry() -> None:
     """In the child: try again soon, so that an attack takes seconds."""
-    keeping.RETRY_S = RETRY_S
+    saving.RETRY_S = RETRY_S
 
 
 def lines_of(ended: Ended) -> list[str]:
@@ -239,7 +241,7 @@ class Attack:
 
 def attack(ledger: Ledger, *, cases: int, seed: int) -> None:
     """Every case in turn until so many have been counted."""
-    messages.set_language("en")
+    language.set_language("en")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as named:
         place = Path(named)

@@ -19,9 +19,9 @@ import ledger  # noqa: F401 - 它把仓库根目录放进路径
 # isort: split
 import torch
 
-from nanogpt import checkpoint
-from nanogpt.files import sha256
-from nanogpt.sealed import write_sealed
+from nanogpt.base.files import sha256
+from nanogpt.base.hashed_json import write_sealed
+from nanogpt.weights import checkpoint
 
 # ---- 意外 ----
 

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from nanogpt.model import GPT
+from nanogpt.core.model import GPT
 
 # 攻击程序盯着这个文件，看到新的进程号就从外面 SIGKILL
 VICTIMS = Path("victims")

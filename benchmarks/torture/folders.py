@@ -25,7 +25,9 @@ from ledger import Ledger
 # isort: split
 import torch
 
-from nanogpt import checkpoint, messages, writing
+from nanogpt.base import language
+from nanogpt.weights import checkpoint
+from nanogpt.write import loading
 
 AT_ONCE = 4
 # 第二个进程要在它活着时启动完：比平常长一些
@@ -127,7 +129,7 @@ class Attack:
             which = self.chance.choice(["best", "last"])
             try:
                 with contextlib.redirect_stdout(io.StringIO()):
-                    checkpoint.use(self.folder / RUN, which, lambda source: writing.load(source, torch.device("cpu")), key="out_dir")
+                    checkpoint.use(self.folder / RUN, which, lambda source: loading.load(source, torch.device("cpu")), key="out_dir")
             except Exception as error:
                 self.ledger.breach("read while it is written", f"{which}: {type(error).__name__}: {error}")
             reads += 1
@@ -138,7 +140,7 @@ class Attack:
 
 def attack(ledger: Ledger, *, rounds: int, seed: int) -> None:
     """Every case `rounds` times."""
-    messages.set_language("en")
+    language.set_language("en")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as named:
         folder = Path(named)

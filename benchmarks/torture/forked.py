@@ -19,9 +19,9 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 # fork 之前就导入：子进程不必各自再花几秒
-import nanogpt.session  # noqa: F401
+import nanogpt.run.session  # noqa: F401
 import run_train
-from nanogpt.cli import run_script
+from nanogpt.base.cli import run_script
 
 # 改动文件的审计事件；fsync 没有事件，它前后总有别的
 CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")

@@ -20,8 +20,8 @@ from pathlib import Path
 from forked import Ended, changes_of, train
 from ledger import Ledger
 
-from nanogpt import checkpoint
-from nanogpt.messages import ConfigError
+from nanogpt.base.language import ConfigError
+from nanogpt.weights import checkpoint
 
 SAVE_INTERVAL = 3
 TINY = (

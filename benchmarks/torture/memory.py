@@ -19,13 +19,14 @@ from ledger import ROOT, Ledger
 from memory_errors import memory_errors, other_errors
 from tiny_runs import SHAPE, Lab, checkpoint_fault, difference, main, snapshot, start_again
 
-from nanogpt import checkpoint, distributed, generate
-from nanogpt.messages import ConfigError
-from nanogpt.oom import OutOfMemory, is_out_of_memory
-from nanogpt.sampling import sampler
-from nanogpt.step import Reading
-from nanogpt.worker import Worker
-from nanogpt.writer import Request, Writer
+from nanogpt.base.language import ConfigError
+from nanogpt.base.out_of_memory import OutOfMemory, is_out_of_memory
+from nanogpt.core import distributed, generate
+from nanogpt.core.sampling import sampler
+from nanogpt.core.step import Reading
+from nanogpt.serve.worker import Worker
+from nanogpt.weights import checkpoint
+from nanogpt.write.engine import Request, Writer
 
 PROMISE = (
     "Running out of memory in the forward or backward pass, an evaluation or a sample is recovered with the same effective batch and the same "
@@ -403,7 +404,7 @@ async def _text_of(job) -> str | None:
 
 HUNGRY_MODEL = '''
 import torch
-from nanogpt.model import GPT
+from nanogpt.core.model import GPT
 
 class Hungry(GPT):
     calls = 0

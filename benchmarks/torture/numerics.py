@@ -20,10 +20,11 @@ import torch
 from ledger import ROOT, Ledger
 from tiny_runs import SHAPE, Lab, checkpoint_fault, counters, difference, main, snapshot, start_again
 
-from nanogpt import checkpoint, keeping
-from nanogpt import trainer as trainers
-from nanogpt.health import Diverged
-from nanogpt.messages import ConfigError
+from nanogpt.base.language import ConfigError
+from nanogpt.run import saving
+from nanogpt.run import trainer as trainers
+from nanogpt.run.health import Diverged
+from nanogpt.weights import checkpoint
 
 PROMISE = (
     "NaN and Inf, wherever they appear, are recovered (the step is skipped, and everything afterwards equals to the bit a run that skipped it) or "
@@ -178,7 +179,7 @@ def _resumed(trainer):
     trainer._save(final=False)
     source = checkpoint.find(trainer.run_dir, trainer.saved.name)
     start_again(trainer)
-    keeping.restore(trainer, source)
+    saving.restore(trainer, source)
     return trainer
 
 
@@ -391,7 +392,7 @@ def diverging(ledger: Ledger, trained: Trained, random: Random, *, iters: int) -
 
 FAULTY_MODEL = '''
 import torch
-from nanogpt.model import GPT
+from nanogpt.core.model import GPT
 
 class Faulty(GPT):
     calls = 0

@@ -32,7 +32,7 @@ PROMISE = (
 )
 PROGRAMS = {
     "train": ["run_train.py"], "sample": ["run_sample.py"], "evaluate": ["-m", "nanogpt.control", "evaluate"], "export": ["-m",
-    "nanogpt.huggingface", "export"],
+    "nanogpt.weights.huggingface", "export"],
     "prepare": ["data/text_file/prepare.py"], "prepare labelled": ["data/labelled/prepare.py"],
 }
 TINY = ("model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "model.ngrams=[2]", "model.ngram_buckets=97")

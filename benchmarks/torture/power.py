@@ -26,9 +26,10 @@ from ledger import Ledger
 from tiny_runs import Lab
 
 # isort: split
-from nanogpt import checkpoint, rundir
-from nanogpt.messages import ConfigError
-from nanogpt.session import Session
+from nanogpt.base.language import ConfigError
+from nanogpt.run import rundir
+from nanogpt.run.session import Session
+from nanogpt.weights import checkpoint
 
 RUN = Path("outputs/deep/run")
 SAVES = {"save_interval": 3, "eval_interval": 3, "log_interval": 6, "max_iters": 9, "keep": 1, "bundle_data_mib": 0}

@@ -19,7 +19,7 @@ TRAVERSALS = (
     "/../setup.cfg", "/..%2fsetup.cfg", "/%2e%2e/setup.cfg", "/%2e%2e%2f%2e%2e%2fetc/passwd", "/..\\setup.cfg", "/..%5csetup.cfg", "/%252e%252e/setup.cfg",
     "/page/index.html", "/page/../api.py", "/./index.html", "//etc/passwd", "/etc/passwd", "///", "/v1/../v1/../../conf/sample.yaml", "/outputs/", "/.env",
     "/.git/config", "/C:/Windows/win.ini", "/%00", "/index.html%00", "/health%00", "/health/", "/v1/models/..", "/v1/completions/../../api.py", "/%ff%fe",
-    "/%zz", "/%", "/favicon.ico", "/v1", "/v1/", "/V1/models", "/nanogpt/api.py", "/v1/models;x=1", "http://127.0.0.1/../setup.cfg", "file:///etc/passwd",
+    "/%zz", "/%", "/favicon.ico", "/v1", "/v1/", "/V1/models", "/nanogpt/serve/api.py", "/v1/models;x=1", "http://127.0.0.1/../setup.cfg", "file:///etc/passwd",
     "http://evil.example/", "evil.example:80", "*", "/" + "a" * 8000, "/" + "../" * 2000 + "etc/passwd", "/~root", "/con", "/NUL", "/\\\\server\\share",
 )
 STRANGERS = (

@@ -35,9 +35,9 @@ from ledger import ROOT, Ledger
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from nanogpt import assets
-from nanogpt.assets import Asset
-from nanogpt.messages import ConfigError
+from nanogpt.base.language import ConfigError
+from nanogpt.data import assets
+from nanogpt.data.assets import Asset
 
 PROMISE = (
     "Every version that is installed is pinned and, where that can be asked, has no known hole; nothing that was fetched is used unless it is "
@@ -123,7 +123,7 @@ def attack_pins(ledger: Ledger) -> None:
 
 
 def built_in() -> list[Asset]:
-    """All assets of nanogpt.assets."""
+    """All assets of nanogpt.data.assets."""
     return [value for value in vars(assets).values() if isinstance(value, Asset)]
 
 

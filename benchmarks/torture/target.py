@@ -13,7 +13,7 @@ import psutil
 from ledger import ROOT, Ledger
 from raw_requests import JSON, Case
 
-from nanogpt.connections import HEADERS
+from nanogpt.serve.connections import HEADERS
 
 SECONDS = 60
 SEEDED = {"prompt": "the king", "seed": 7, "max_tokens": 12}

@@ -29,9 +29,10 @@ from pathlib import Path
 from bad_texts import EITHER, HAN, PLAIN, REFUSED, WORKS, Case, all_cases
 from ledger import ROOT, Ledger
 
-from nanogpt import corpus, messages
-from nanogpt.mistakes import explained
-from nanogpt.source_text import iter_text
+from nanogpt.base import language
+from nanogpt.base.errors import explained
+from nanogpt.data import corpus
+from nanogpt.data.source_text import iter_text
 
 PROMISE = (
     "Whatever text is given, it is prepared, trained on and decoded back exactly, or refused by one clear line naming the file; a refused text "
@@ -72,12 +73,12 @@ def in_process(dataset: str, path: Path, prepared: Path, options: dict) -> Answe
         except Exception as error:
             if (line := explained(error)) is None:
                 return Answer(1, f"Traceback: {type(error).__name__}: {error}")
-            messages.say("error", line=line)
+            language.say("error", line=line)
             return Answer(2, said.getvalue())
 
 
 def _read_prompts(dataset: str, path: Path) -> None:
-    from nanogpt.writing import prompt_text, prompts_of_file
+    from nanogpt.write.loading import prompt_text, prompts_of_file
 
     prompts_of_file(path) if dataset == "prompts" else prompt_text(f"FILE:{path}")
 
@@ -123,8 +124,8 @@ status = open("/proc/self/status", encoding="ascii")
 atexit.register(lambda: os.write(told, status.read().partition("VmHWM:")[2].split()[0].encode()))
 """
 PROMPTS = """
-from nanogpt.mistakes import forgive_output, one_line_each
-from nanogpt.writing import prompt_text, prompts_of_file
+from nanogpt.base.errors import forgive_output, one_line_each
+from nanogpt.write.loading import prompt_text, prompts_of_file
 from pathlib import Path
 forgive_output()
 with one_line_each():
@@ -172,11 +173,11 @@ def wrong_data(case: Case, prepared: Path) -> str | None:
     if case.dataset not in OPTIONS:
         return None
     if case.dataset == "labelled":
-        from nanogpt.documents import open_data
+        from nanogpt.data.documents import open_data
 
         found = [document for split in ("train", "val") for document in open_data(prepared).documents(split)]
         return None if found and all(document.text for document in found) else "no documents"
-    from nanogpt.data import TokenData
+    from nanogpt.data.tokens import TokenData
 
     data = TokenData(prepared)
     # 字节词表：两部分可以从一个字的中间分开
@@ -190,7 +191,7 @@ def tiny():
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from nanogpt.sample_config import register_schemas
+    from nanogpt.base.sample_config import register_schemas
 
     register_schemas()
     overrides = [
@@ -203,8 +204,8 @@ def tiny():
 
 def trained(prepared: Path, work: Path) -> None:
     """Two iterations of a tiny model on the prepared data."""
-    from nanogpt.config import check
-    from nanogpt.session import Session
+    from nanogpt.base.config import check
+    from nanogpt.run.session import Session
 
     cfg = copy.deepcopy(tiny())
     cfg.dataset["dir"], cfg.out_dir = str(prepared), str(work / "run")
@@ -242,7 +243,7 @@ def judged(ledger: Ledger, case: Case, ask: Callable[..., Answer], *, train: boo
 
 def is_short(error: Exception) -> bool:
     """A text that is fine but shorter than the tiny context."""
-    return isinstance(error, messages.ConfigError) and error.message == "block_too_long"
+    return isinstance(error, language.ConfigError) and error.message == "block_too_long"
 
 
 # ---- 大的、会变的、读不到的 ----
@@ -317,7 +318,7 @@ def _small(path: Path) -> Path:
 
 def check_large(path: Path, prepared: Path, tokenizer: str) -> None:
     """Decode a large data set piece by piece and compare it with its file."""
-    from nanogpt.data import TokenData
+    from nanogpt.data.tokens import TokenData
 
     data = TokenData(prepared)
     stream, pending = iter_text(path, "utf-8"), ""

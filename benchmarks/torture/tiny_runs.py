@@ -20,16 +20,17 @@ from ledger import ROOT, Ledger
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from nanogpt import checkpoint, messages
-from nanogpt.config import TrainConfig, check
-from nanogpt.corpus import build_char_tokenizer, write_dataset
-from nanogpt.documents import Document, write_documents
-from nanogpt.health import Health, floating
-from nanogpt.keeping import Progress
-from nanogpt.sample_config import register_schemas
-from nanogpt.session import Session
-from nanogpt.tokenizer import CharTokenizer
-from nanogpt.trainer import Trainer
+from nanogpt.base import language as messages
+from nanogpt.base.config import TrainConfig, check
+from nanogpt.base.sample_config import register_schemas
+from nanogpt.data.corpus import build_char_tokenizer, write_dataset
+from nanogpt.data.documents import Document, write_documents
+from nanogpt.data.tokenizer import CharTokenizer
+from nanogpt.run.health import Health, floating
+from nanogpt.run.saving import Progress
+from nanogpt.run.session import Session
+from nanogpt.run.trainer import Trainer
+from nanogpt.weights import checkpoint
 
 LETTERS = "abcdefghij"
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "ngrams": [2], "ngram_buckets": 97}

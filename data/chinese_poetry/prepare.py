@@ -10,12 +10,12 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from nanogpt import assets
-from nanogpt.control.judges import CI, FORMS, QU
-from nanogpt.corpus import check_tokenizer, tokenizer_for
-from nanogpt.documents import Document, write_documents
-from nanogpt.splitting import split_documents, without_rare
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.data import assets
+from nanogpt.data.corpus import check_tokenizer, tokenizer_for
+from nanogpt.data.documents import Document, write_documents
+from nanogpt.data.splitting import split_documents, without_rare
+from nanogpt.data.tokenizer import Tokenizer
+from nanogpt.write.judge.judges import CI, FORMS, QU
 
 # 一成五留给评判：生成与评判用的诗没有一联相同
 FRACTIONS = {"train": 0.80, "val": 0.05, "judge": 0.15}
@@ -170,6 +170,6 @@ def prepare(folder: Path, tokenizer: str | Tokenizer, vocab_size: int, song: boo
 
 
 if __name__ == "__main__":
-    from nanogpt.corpus import run_prepare
+    from nanogpt.data.corpus import run_prepare
 
     run_prepare("chinese_poetry")

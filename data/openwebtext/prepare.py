@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt.corpus import write_tagged
-from nanogpt.messages import ConfigError
-from nanogpt.tokenizer import gpt2_tokenizer
+from nanogpt.base.language import ConfigError
+from nanogpt.data.corpus import write_tagged
+from nanogpt.data.tokenizer import gpt2_tokenizer
 
 
 def documents(source: str) -> Iterable[dict]:
@@ -51,6 +51,6 @@ def prepare(folder: Path, source: str, val_every: int, max_documents: int | None
 
 
 if __name__ == "__main__":
-    from nanogpt.corpus import run_prepare
+    from nanogpt.data.corpus import run_prepare
 
     run_prepare("openwebtext")

@@ -8,9 +8,9 @@ import re
 import zipfile
 from pathlib import Path
 
-from nanogpt import assets
-from nanogpt.corpus import check_tokenizer, tokenizer_for, write_dataset
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.data import assets
+from nanogpt.data.corpus import check_tokenizer, tokenizer_for, write_dataset
+from nanogpt.data.tokenizer import Tokenizer
 
 # 整部留作验证：随机切分会让同一场戏的两半分落两边，损失虚低
 HELD_OUT = ("macbeth", "the-tempest")
@@ -59,6 +59,6 @@ def prepare(folder: Path, tokenizer: str | Tokenizer = "char", vocab_size: int |
 
 
 if __name__ == "__main__":
-    from nanogpt.corpus import run_prepare
+    from nanogpt.data.corpus import run_prepare
 
     run_prepare("plays_char")

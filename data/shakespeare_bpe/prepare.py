@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from nanogpt import assets
-from nanogpt.corpus import write_dataset
-from nanogpt.tokenizer import gpt2_tokenizer
+from nanogpt.data import assets
+from nanogpt.data.corpus import write_dataset
+from nanogpt.data.tokenizer import gpt2_tokenizer
 
 
 def prepare(folder: Path) -> None:
@@ -19,6 +19,6 @@ def prepare(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    from nanogpt.corpus import run_prepare
+    from nanogpt.data.corpus import run_prepare
 
     run_prepare("shakespeare_bpe")

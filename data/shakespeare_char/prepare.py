@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from nanogpt import assets
-from nanogpt.corpus import build_char_tokenizer, write_dataset
+from nanogpt.data import assets
+from nanogpt.data.corpus import build_char_tokenizer, write_dataset
 
 
 def prepare(folder: Path) -> None:
@@ -19,6 +19,6 @@ def prepare(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    from nanogpt.corpus import run_prepare
+    from nanogpt.data.corpus import run_prepare
 
     run_prepare("shakespeare_char")

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt.corpus import check_tokenizer, split_by_length, tokenizer_for, write_tagged
-from nanogpt.messages import ConfigError
-from nanogpt.source_text import RECORD_SUFFIXES, check_encoding, iter_text, own_source, resolved, text_files, unchanged
-from nanogpt.tokenizer import CharTokenizer, Tokenizer
+from nanogpt.base.language import ConfigError
+from nanogpt.data.corpus import check_tokenizer, split_by_length, tokenizer_for, write_tagged
+from nanogpt.data.source_text import RECORD_SUFFIXES, check_encoding, iter_text, own_source, resolved, text_files, unchanged
+from nanogpt.data.tokenizer import CharTokenizer, Tokenizer
 
 # 一个输入加一个目标：再少就没有可学、可验证的
 SHORTEST = 2
@@ -84,6 +84,6 @@ def write(
 
 
 if __name__ == "__main__":
-    from nanogpt.corpus import run_prepare
+    from nanogpt.data.corpus import run_prepare
 
     run_prepare("text_file")

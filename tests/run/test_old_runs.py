@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import make_config, make_sample_config
 
-from nanogpt.cli import remembered_groups
-from nanogpt.samples import write_samples
-from nanogpt.session import Session
-from nanogpt.writing import open_model
+from nanogpt.base.cli import remembered_groups
+from nanogpt.run.session import Session
+from nanogpt.write.loading import open_model
+from nanogpt.write.samples import write_samples
 
 RUNS = Path(__file__).parents[1] / "runs"
 

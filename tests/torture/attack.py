@@ -24,8 +24,8 @@ from conftest import corpus_text
 from hypothesis import settings
 
 import run_train
-from nanogpt import checkpoint
-from nanogpt.cli import run_script
+from nanogpt.base.cli import run_script
+from nanogpt.weights import checkpoint
 
 LONG = settings.get_current_profile_name() == "long"
 POSIX = pytest.mark.skipif(os.name == "nt", reason="the attack forks")

@@ -16,9 +16,9 @@ from random import Random
 import torch
 from conftest import reseal
 
-from nanogpt import checkpoint
-from nanogpt.files import sha256
-from nanogpt.sealed import write_sealed
+from nanogpt.base.files import sha256
+from nanogpt.base.hashed_json import write_sealed
+from nanogpt.weights import checkpoint
 
 # ---- 意外 ----
 

@@ -20,11 +20,12 @@ from conftest import TINY, corpus_text, resume, tiny, train
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt import checkpoint, writing
-from nanogpt.documents import open_data
-from nanogpt.huggingface import export
-from nanogpt.messages import ConfigError
-from nanogpt.pretrained import build_pretrained, open_pretrained
+from nanogpt.base.language import ConfigError
+from nanogpt.data.documents import open_data
+from nanogpt.weights import checkpoint
+from nanogpt.weights.huggingface import export
+from nanogpt.weights.pretrained import build_pretrained, open_pretrained
+from nanogpt.write import loading
 
 pytestmark = [pytest.mark.torture, POSIX]
 ITERATIONS, HANG_S = (4, 8, 12), 30
@@ -90,7 +91,7 @@ def go_on(run: Path, which: str = "last") -> tuple:
 
 def write_with(run: Path) -> tuple:
     """What writing starts from: weights and vocabulary of the best checkpoint."""
-    model, tokenizer = writing.load(checkpoint.find_trained(run, "best", key="out_dir"), torch.device("cpu"))
+    model, tokenizer = loading.load(checkpoint.find_trained(run, "best", key="out_dir"), torch.device("cpu"))
     return tuple(t.numpy().tobytes() for t in model.state_dict().values()), json.dumps(tokenizer.to_dict())
 
 

@@ -17,7 +17,8 @@ from attack import LONG, ONLY_LONG, POSIX, TINY, Running, cases, finished, litte
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt import checkpoint, keeping
+from nanogpt.run import saving
+from nanogpt.weights import checkpoint
 
 pytestmark = [pytest.mark.torture, POSIX]
 ITERATIONS = 120 if LONG else 40
@@ -75,7 +76,7 @@ def place(tmp_path_factory) -> Place:
 
 def hurry() -> None:
     """In the child: try again soon."""
-    keeping.RETRY_S = 0.2
+    saving.RETRY_S = 0.2
 
 
 def fill(folder: Path, leave: int = 0) -> Path:

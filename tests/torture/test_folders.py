@@ -12,7 +12,8 @@ from attack import LONG, ONLY_LONG, POSIX, RUN, TINY, Running, cases, empty, fin
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt import checkpoint, writing
+from nanogpt.weights import checkpoint
+from nanogpt.write import loading
 
 pytestmark = [pytest.mark.torture, POSIX]
 AT_ONCE = 4 if LONG else 3
@@ -87,6 +88,6 @@ def test_a_run_that_saves_and_deletes_all_the_time_can_be_read_meanwhile(alone):
     while not running.over:
         with contextlib.redirect_stdout(io.StringIO()):
             which = ("best", "last")[reads % 2]
-            checkpoint.use(folder / RUN, which, lambda source: writing.load(source, torch.device("cpu")), key="out_dir")
+            checkpoint.use(folder / RUN, which, lambda source: loading.load(source, torch.device("cpu")), key="out_dir")
         reads += 1
     assert running.wait().code == 0 and reads

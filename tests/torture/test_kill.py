@@ -12,7 +12,7 @@ from attack import LONG, POSIX, RUN, SAVE_INTERVAL, TINY, cases, empty, finished
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt import checkpoint
+from nanogpt.weights import checkpoint
 
 pytestmark = [pytest.mark.torture, POSIX]
 KINDS = {

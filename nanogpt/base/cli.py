@@ -1,0 +1,291 @@
+"""Between the command line and the run scripts: compose with Hydra, turn mistakes into one line."""
+
+import contextlib
+import copy
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import hydra
+import yaml
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from nanogpt.base.composing import SCHEMAS, check_whole, composing, one_line, refuse_unknown_hydra_keys
+from nanogpt.base.config import PATH_KEYS, ROOT, TEXT_KEYS, TrainConfig
+from nanogpt.base.errors import EXIT_USER_ERROR, explained, forgive_output, leave_quietly, one_line_each
+from nanogpt.base.language import ConfigError, language_from_arguments, say, set_language, text
+from nanogpt.base.quoting import QUOTED, override, quoted, typed_override, word
+from nanogpt.base.sample_config import SampleConfig, register_schemas
+from nanogpt.base.user_yaml import checked_yaml, group_options, is_group
+from nanogpt.base.value_checks import check_values, expanded, in_digits, wanted_type
+from nanogpt.data.source_text import RECORD_SUFFIXES
+from nanogpt.run import rundir
+from nanogpt.run.sweep_folder import tidy_latest
+
+# 写得出整数的浮点数；1e-3、1.5e3 里未必是整数，换算时再看
+EXPONENT = r"(?<![\w.])[+-]?\d[\d_]*(?:\.\d*)?[eE]\+?\d{1,3}(?![\w.])"
+WHOLE_FLOAT = rf"(?:{EXPONENT}|(?<![\w.])[+-]?\d[\d_]*\.0*(?![\w.]))"
+# 内容随选项而变的配置组；model 一类形状固定的不在内
+SWAPPABLE = ("optimizer", "dataset", "logger")
+
+
+# ---- 命令行 ----
+
+
+def remembered_groups(arguments: list[str]) -> list[str]:
+    """On resume, the run's own choice of every swappable group that was not typed again.
+
+    Without them `resume=… optimizer.weight_decay=0` would be composed against the default optimizer.
+    """
+    named = [a.removeprefix("resume=") for a in arguments if a.startswith("resume=")]
+    if not named or named[-1] in ("null", ""):
+        return []
+    try:
+        saved = yaml.safe_load((rundir.locate(named[-1]) / "config.yaml").read_text(encoding="utf-8"))["groups"]
+        typed = {a.split("=")[0] for a in arguments}
+        # 只认自己的 yaml 里确实有的选项：运行目录可能来自陌生人
+        return [f"{g}={saved[g]}" for g in SWAPPABLE if g not in typed and saved[g] in group_options(g)]
+    except (ConfigError, OSError, KeyError, TypeError, ValueError, yaml.YAMLError, RecursionError):
+        # 目录不对或配置损坏：稍后由真正的加载来说明
+        return []
+
+
+def implied_dataset(arguments: list[str]) -> list[str]:
+    """The data set that dataset.path=… means where none is named: labelled for files of records, text_file for all else."""
+    typed = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    # 配方与旧的训练自己定了数据集
+    if "dataset.path" not in typed or typed.keys() & {"dataset", "experiment", "resume"}:
+        return []
+    return ["dataset=labelled" if typed["dataset.path"].lower().endswith(RECORD_SUFFIXES) else "dataset=text_file"]
+
+
+def arranged(arguments: list[str]) -> tuple[list[str], list[str], bool]:
+    """(flags with their values, overrides, whether it is a sweep); refuses what cannot be read.
+
+    Hydra wants the flags together, people write them anywhere.
+    """
+    refuse_glob_of_values(arguments)
+    parser = get_args_parser()
+
+    def refuse(reason: str):
+        raise ConfigError("unreadable_flag", reason=reason)
+
+    parser.error = refuse
+    typed = parser.parse_intermixed_args(arguments)
+    if typed.experimental_rerun:
+        # 它会载入 pickle：文件里的代码不执行
+        refuse("--experimental-rerun would run code from a pickle")
+    for flag in ("config_dir", "config_path", "config_name"):
+        if getattr(typed, flag) == "":
+            # 空的 --config-dir 就是当前文件夹：多半是没有设好的变量
+            raise ConfigError("empty_flag", flag="--" + flag.replace("_", "-"))
+    overrides = typed.overrides
+    flags, left = [], list(overrides)
+    for argument in arguments:
+        if left and argument == left[0]:
+            del left[0]
+        else:
+            flags.append(argument)
+    return flags, overrides, typed.multirun or "hydra.mode=MULTIRUN" in overrides
+
+
+def with_integers(argument: str, schema: type) -> str:
+    """The argument with whole numbers such as 1e3 written as 1000 where the key takes integers, or may."""
+    key, equals, value = argument.partition("=")
+    wanted = wanted_type(schema, key.lstrip("+"))
+    if key.lstrip("+") in (*PATH_KEYS, *TEXT_KEYS) or (wanted and not re.search(r"\bint\b", wanted)):
+        return argument
+    # 选项的类型写在它自己的函数里：那里只改 1e3，不动 1.0
+    form = WHOLE_FLOAT if wanted else EXPONENT
+    return key + equals + re.sub(rf"({QUOTED})|{form}", lambda found: found[1] or in_digits(found[0]), value)
+
+
+def refuse_glob_of_values(arguments: list[str]) -> None:
+    """Refuse glob(…) of a key that is no config group: only groups have options to go through."""
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if value.startswith("glob(") and key not in (*PATH_KEYS, *TEXT_KEYS) and not is_group(key):
+            # 会得到零个任务：什么也不做就成功
+            remedy = text("remedy_one_by_one", key=key)
+            raise ConfigError("unreadable", argument=argument, reason=text("glob_of_a_value"), remedy=remedy)
+
+
+# ---- 运行 ----
+
+
+def typed_config(cfg: DictConfig, config_name: str) -> TrainConfig | SampleConfig:
+    """The typed configuration of a composed one, with the option chosen in each group; refuses keys taken away and values that cannot be right."""
+    check_whole(cfg, SCHEMAS[config_name])
+    typed = OmegaConf.to_object(cfg)
+    for name in typed.groups:
+        # 由程序自己填写
+        raise ConfigError("unread_key", key=f"groups.{name}")
+    choices = {g: o for g, o in HydraConfig.get().runtime.choices.items() if o and not g.startswith("hydra/")}
+    for group, option in choices.items():
+        if not isinstance(option, str):
+            raise ConfigError("one_option", group=group, got=OmegaConf.to_container(option))
+    for typed_key in HydraConfig.get().overrides.task:
+        key = typed_key.removeprefix("~").partition("=")[0]
+        if typed_key.startswith("~") and re.match(r"(sampler|control|optimizer|dataset)\.|logger\.\w+\.", key):
+            # 悄悄换成函数的默认值，会与 yaml 里写的不一样
+            raise ConfigError("removed_key", key=key)
+    typed.groups = choices
+    at_home(typed)
+    check_values(typed)
+    return typed
+
+
+def at_home(cfg: TrainConfig | SampleConfig) -> None:
+    """Put the home folder for the ~ of every path: a shell does that at the beginning of a word only."""
+    for key in PATH_KEYS:
+        group, _, name = key.rpartition(".")
+        node = getattr(cfg, group, None) if group else vars(cfg)
+        if isinstance(node, dict) and isinstance(path := node.get(name), str):
+            node[name] = expanded(path)
+
+
+def run_script(
+    config_name: str, task: Callable[[TrainConfig | SampleConfig, list[str]], float | None],
+    before_sweep: Callable[[TrainConfig | SampleConfig], Path | None] = lambda cfg: None,
+) -> None:
+    """Compose conf/<config_name>.yaml with the command line and call task(cfg, overrides); exit 2 on a mistake.
+
+    before_sweep(cfg) is called for every job of a sweep before its first: it refuses mistakes and returns the folder that
+    the job alone may use.
+    """
+    forgive_output()
+    set_language(language_from_arguments(sys.argv))
+    register_schemas()
+    # 让 Hydra 把异常原样抛出，由下面统一压成一行
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    with one_line_each():
+        with composing(config_name):
+            flags, overrides, sweep = arranged(sys.argv[1:])
+        _Script(config_name, task, before_sweep, overrides, sweep=sweep).run(flags)
+
+
+class _Script:
+    """One run of hydra.main: the job, and what has been said about its mistakes."""
+
+    def __init__(self, config_name: str, task: Callable, before_sweep: Callable, overrides: list[str], *, sweep: bool):
+        self.config_name, self.task, self.before_sweep = config_name, task, before_sweep
+        self.remembered = remembered_groups(overrides)
+        exact = [with_integers(typed, SCHEMAS[config_name]) for typed in overrides]
+        self.overrides = [*(quoted(typed, sweep=sweep) for typed in exact), *self.remembered, *implied_dataset(overrides)]
+        self.started = False
+        self.reported: list[Exception] = []
+
+    def run(self, flags: list[str]) -> None:
+        """Compose and run every job; SystemExit on a mistake."""
+        sys.argv[1:] = [*flags, *self.overrides]
+        try:
+            with checked_yaml(), self.checked_sweeps():
+                # Hydra 会看函数定义在哪个文件：要给它一个函数，而不是方法
+                hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=self.config_name)(lambda cfg: self.job(cfg))()
+        except Exception as error:
+            if error in self.reported:
+                sys.exit(EXIT_USER_ERROR)
+            if self.started and not isinstance(error, OmegaConfBaseException):
+                # 任务里的异常：是错误就一行，是缺陷就留着 traceback
+                raise
+            with composing(self.config_name):
+                raise
+        finally:
+            tidy_latest()
+
+    def job(self, cfg: DictConfig) -> float | None:
+        """One job, or the only one."""
+        self.started = True
+        hydra_config = HydraConfig.get()
+        # hydra.job.chdir=true 会换目录：写下的相对路径仍从敲命令的地方算起，运行目录自有 out_dir
+        os.chdir(hydra_config.runtime.cwd)
+        try:
+            with composing(self.config_name):
+                typed, overrides = self.composed(cfg, hydra_config)
+            # 扫描器（Optuna 等）要这个返回值
+            return self.task(typed, overrides)
+        except BrokenPipeError:
+            leave_quietly()
+        except Exception as error:
+            line = one_line(error, self.config_name) if isinstance(error, OmegaConfBaseException) else explained(error)
+            if line is None:
+                raise
+            say("error", line=line)
+            self.reported.append(error)
+            # 多任务时只算这一个失败，其余照跑；单任务直接退出
+            if hydra_config.mode == RunMode.MULTIRUN:
+                raise
+            sys.exit(EXIT_USER_ERROR)
+
+    @contextlib.contextmanager
+    def checked_sweeps(self) -> Iterator[None]:
+        """Have all jobs of a sweep checked where Hydra itself only composes them, before the first is launched."""
+        composes = Sweeper.validate_batch_is_legal
+        Sweeper.validate_batch_is_legal = lambda sweeper, batch: self.check_jobs(sweeper, batch)
+        try:
+            yield
+        finally:
+            Sweeper.validate_batch_is_legal = composes
+
+    def check_jobs(self, sweeper: Sweeper, batch: Sequence[Sequence[str]]) -> None:
+        """Say every mistake of the jobs, each once, and raise if there was one; no two may use one folder."""
+        loader, known = sweeper.hydra_context.config_loader, HydraConfig.instance().cfg
+        said: set[str] = set()
+        used: set[Path] = set()
+        try:
+            for number, overrides in enumerate(batch):
+                composed = loader.load_sweep_config(sweeper.config, list(overrides))
+                with open_dict(composed):
+                    composed.hydra.job.id = composed.hydra.job.num = number
+                # 与 Hydra 一样，任务看到的是不带 hydra 的一份
+                HydraConfig.instance().set_config(copy.deepcopy(composed))
+                try:
+                    self.check_job(composed, used)
+                except (ConfigError, OSError) as error:
+                    self.reported.append(error)
+                    if (line := str(explained(error))) not in said:
+                        said.add(line)
+                        say("error", line=line)
+        finally:
+            HydraConfig.instance().cfg = known
+        if said:
+            raise self.reported[-1]
+
+    def check_job(self, composed: DictConfig, used: set[Path]) -> None:
+        """ConfigError for a mistake of one job and where an earlier one uses its folder; adds that to `used`."""
+        with read_write(composed), open_dict(composed):
+            del composed["hydra"]
+        with composing(self.config_name):
+            cfg, _ = self.composed(composed, HydraConfig.get())
+        if not (folder := self.before_sweep(cfg)):
+            return
+        if folder.resolve() in used:
+            # 否则第一个训完，其余的才被拒绝
+            if cfg.resume:
+                remedy = text("remedy_shared_resume", apart=typed_override("init_from", folder))
+            else:
+                remedy = text("remedy_shared_out_dir", apart=word(override("out_dir", folder) + "-${hydra:job.num}"))
+            raise ConfigError("shared_folder", key="resume" if cfg.resume else "out_dir", path=folder, remedy=remedy)
+        used.add(folder.resolve())
+
+    def composed(self, cfg: DictConfig, hydra_config: DictConfig) -> tuple[TrainConfig | SampleConfig, list[str]]:
+        """(typed configuration, the overrides that were typed) of a job."""
+        refuse_unknown_hydra_keys()
+        # 不解析：override 里的 ${…} 属于配置，不属于这张清单
+        overrides = [o for o in OmegaConf.to_container(hydra_config.overrides.task, resolve=False) if o not in self.remembered]
+        # 先定语言：下面的错误才用它说
+        lang = cfg.get("lang")
+        set_language(lang if lang in ("zh", "en") else "auto")
+        typed = typed_config(cfg, self.config_name)
+        trial = isinstance(typed, TrainConfig) and typed.trial.enabled
+        if hydra_config.mode == RunMode.MULTIRUN and (typed.out_dir is None or trial):
+            # 每个任务一个目录，不会互相覆盖
+            typed.out_dir = str(Path(hydra_config.sweep.dir) / hydra_config.sweep.subdir)
+        return typed, overrides

@@ -1,0 +1,177 @@
+"""What Hydra and OmegaConf say while a configuration is composed, as one line that names the key."""
+
+import contextlib
+import difflib
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+
+from nanogpt.base.config import TrainConfig
+from nanogpt.base.errors import explained
+from nanogpt.base.language import ConfigError, text
+from nanogpt.base.quoting import in_quotes, word
+from nanogpt.base.sample_config import SampleConfig
+from nanogpt.base.user_yaml import checked_yaml, group_options, is_group
+from nanogpt.base.value_checks import wanted_type
+
+SCHEMAS = {"train": TrainConfig, "sample": SampleConfig}
+# 别的程序（先是 nanoGPT）里的名字 -> 这里该写的
+OTHER_NAMES = {
+    "train": {
+        "dtype": "precision=bf16", "fp16": "precision=fp16", "bf16": "precision=bf16", "weight_decay": "optimizer.weight_decay",
+        "lr": "learning_rate", "decay_lr": "lr_schedule=constant", "warmup_steps": "warmup_iters",
+        "beta1": "optimizer.beta1", "beta2": "optimizer.beta2", "wandb_log": "logger=wandb",
+        "wandb_project": "logger.wandb.project", "wandb_run_name": "out_dir", "output_dir": "out_dir",
+        **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs", "max_steps", "steps", "iters"), "max_iters"),
+        "eval_iters": "eval_tokens", "patience": "early_stop_evals", "always_save_checkpoint": "keep",
+        "context_length": "model.block_size", **dict.fromkeys(("data", "data_dir", "input", "file"), "dataset.path"),
+        # 配方选的数据集没有这个键
+        "dataset.path": "dataset=text_file dataset.path",
+    },
+    "sample": {
+        "dtype": "precision=bf16", "top_k": "sampler=top_k sampler.top_k", "top_p": "sampler=top_p sampler.top_p",
+        "min_p": "sampler=min_p sampler.min_p", "repetition_penalty": "sampler.repetition_penalty",
+        "prompt": "start", "text": "start", "n": "num_samples", "samples": "num_samples",
+        **dict.fromkeys(("max_tokens", "max_length", "length"), "max_new_tokens"),
+        "style": "control.style", "emotion": "control.emotion", "guidance": "control.guidance", "resume": "out_dir",
+    },
+}
+
+
+def known_keys(config_name: str) -> list[str]:
+    """All dotted keys of the schema of conf/<config_name>.yaml."""
+
+    def walk(node, prefix):
+        for key, value in node.items():
+            yield prefix + key
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+
+    container = OmegaConf.to_container(OmegaConf.structured(SCHEMAS[config_name]), throw_on_missing=False)
+    return list(walk(container, ""))
+
+
+def guess_of(key: str, config_name: str) -> str | None:
+    """What a key that there is not may mean: the name elsewhere, the last part of a key, or nearly a key."""
+    known = known_keys(config_name)
+    if elsewhere := OTHER_NAMES[config_name].get(key.lower()):
+        return elsewhere
+    ends = [name for name in known if name.endswith(f".{key}")]
+    close = ends[:1] or difflib.get_close_matches(key, known, n=1)
+    return close[0] if close and close[0] != key else None
+
+
+def one_line(error: Exception, config_name: str) -> ConfigError:
+    """Turn what Hydra or OmegaConf raised while composing into a ConfigError that names the key."""
+    message = str(error)
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, got = (error.missing_cfg_file or "").rpartition("/")
+        return ConfigError("unknown_option", group=group, got=got, options=", ".join(error.options))
+    # Hydra 的“找不到配置”也是一种 OSError
+    if not isinstance(error, HydraException) and (found := explained(error)):
+        return found
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause, OmegaConfBaseException):
+        if found := _of_a_value(cause, error, config_name):
+            return found
+    if isinstance(error, OverrideParseException):
+        reason = next((line for line in message.splitlines() if line.strip()), "")
+        return ConfigError("unreadable", argument=error.override, reason=reason, remedy=_readable(error.override or ""))
+    if several := re.search(r"Ambiguous value for argument '(.+)'\n|Sweep parameters '(.+)' requires", message):
+        key, _, value = (argument := several[1] or several[2]).partition("=")
+        listed, one = word(f"{key}=[{value}]"), word(f"{key}={in_quotes(value)}")
+        return ConfigError("sweep_without_m", argument=argument, listed=listed, typed=one)
+    unknown = re.search(r"Could not (?:override|append|delete)[^']*'([^'=@]+)", message)
+    if unknown:
+        key = unknown[1]
+        guess = text("did_you_mean", guess=close) if (close := guess_of(key, config_name)) else ""
+        return ConfigError("unknown_key", key=key, guess=guess, config=config_name)
+    if found := _of_a_group(message):
+        return found
+    # 其余情形：后面的行是 Hydra 的内部细节，压成一行
+    return ConfigError("compose", line=" ".join(line.strip() for line in message.splitlines() if line.strip()) or type(error).__name__)
+
+
+def _readable(argument: str) -> str:
+    """What to type in place of an argument that Hydra's grammar does not read."""
+    key, equals, value = argument.partition("=")
+    typed = f"{key}={in_quotes(value)}"
+    try:
+        OverridesParser.create().parse_override(typed)
+    except HydraException:
+        # 键就不对：给值加引号也没用
+        return text("remedy_key")
+    return text("remedy_quotes", typed=word(typed)) if equals else text("remedy_key")
+
+
+def _of_a_value(cause: OmegaConfBaseException, error: Exception, config_name: str) -> ConfigError | None:
+    """The line for a value that does not fit its key."""
+    key, first = cause.full_key or "?", str(cause).partition("\n")[0]
+    if isinstance(cause, InterpolationKeyError | InterpolationResolutionError) or "ecursive interpolation" in first:
+        return ConfigError("interpolation", key=key, reason=first.removeprefix("ConfigError raised while resolving interpolation: "))
+    if isinstance(cause, MissingMandatoryValue):
+        return ConfigError("nothing_chosen", group=key, options=", ".join(group_options(key)))
+    if "could not be converted" in first and cause.full_key:
+        want = re.search(r"could not be converted to (\w+)", first)
+        return ConfigError("wrong_type", key=key, got=cause.value, want=want[1] if want else "?")
+    typed = re.match(r"Error merging override [+~]*([^=]+)=(.*)", str(error), flags=re.DOTALL)
+    if typed and (want := wanted_type(SCHEMAS[config_name], typed[1])):
+        return ConfigError("wrong_type", key=typed[1], got=typed[2], want=want)
+    if want := cause.full_key and wanted_type(SCHEMAS[config_name], cause.full_key):
+        return ConfigError("wrong_type", key=key, got=cause.value, want=want)
+    return None
+
+
+def _of_a_group(message: str) -> ConfigError | None:
+    """The line for what Hydra says of a group without naming it."""
+    if "Config group override must be" not in message:
+        return None
+    for argument in sys.argv[1:]:
+        group, _, got = argument.partition("=")
+        if is_group(group) and got not in (options := group_options(group)):
+            return ConfigError("unknown_option", group=group, got=got, options=", ".join(options))
+    return None
+
+
+@contextlib.contextmanager
+def composing(config_name: str) -> Iterator[None]:
+    """Turn whatever is raised inside, while Hydra reads and composes, into a ConfigError."""
+    try:
+        with checked_yaml():
+            yield
+    except (KeyboardInterrupt, SystemExit, BrokenPipeError):
+        raise
+    except Exception as error:
+        # 这里还没有我们自己的代码在跑：无论 Hydra 抛什么，都是写法的问题
+        raise one_line(error, config_name) from None
+
+
+def refuse_unknown_hydra_keys() -> None:
+    """Make ${hydra:…} an error where Hydra's config has no such key; Hydra itself takes it for null."""
+
+    def value_of(path: str = ""):
+        missing = object()
+        if not path or (found := OmegaConf.select(HydraConfig.get(), path, default=missing)) is missing:
+            raise ConfigError("no_hydra_key", key=path)
+        return found
+
+    OmegaConf.register_new_resolver("hydra", value_of, replace=True)
+
+
+def check_whole(cfg: DictConfig, schema: type, prefix: str = "") -> None:
+    """Refuse a configuration from which ~key took a part of the schema."""
+    for field in fields(schema):
+        if field.name not in cfg:
+            if is_group(field.name):
+                raise ConfigError("nothing_chosen", group=field.name, options=", ".join(group_options(field.name)))
+            # 悄悄换成 schema 的默认值，会与 yaml 里写的不一样
+            raise ConfigError("removed_key", key=prefix + field.name)
+        if is_dataclass(field.type):
+            check_whole(cfg[field.name], field.type, f"{prefix}{field.name}.")

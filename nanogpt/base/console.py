@@ -1,0 +1,105 @@
+"""What a person sees while the program works: a progress bar on a terminal, plain lines and tables elsewhere."""
+
+# 训练、预测、评估的每一行都经过这里：Console 管屏幕与进度条，aligned 把表排成行
+# rich 知道汉字占两列；没有终端、也没有表时不导入它，启动更快
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from nanogpt.base.language import show, shown, text
+
+
+class Console:
+    """Prints to stdout (or stderr, where stdout belongs to the texts); silent on processes other than the first."""
+
+    def __init__(self, *, quiet: bool = False, stream: str = "stdout"):
+        self.quiet = quiet
+        self._file = getattr(sys, stream)
+        self._rich = None
+        self.gone = False
+        """Whether nobody reads any more."""
+        self.on_gone: Callable[[], None] = lambda: None
+        if not quiet and self._file.isatty():
+            # 没有终端时不导入 rich，启动更快
+            from rich.console import Console as RichConsole
+
+            self._rich = RichConsole(file=self._file, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+    def line(self, message: str, **values) -> None:
+        """Print a message of nanogpt.base.language."""
+        self.plain(text(message, **values))
+
+    def plain(self, line: str) -> None:
+        """Print a line, above the progress bar if there is one."""
+        if self.quiet or self.gone:
+            return
+        try:
+            if self._rich:
+                self._rich.print(shown(line, self._file))
+            else:
+                show(line, file=self._file)
+        except BrokenPipeError:
+            # … | head 走了：让训练存好再停
+            self.gone = True
+            self.on_gone()
+        except OSError:
+            # 日志所在的磁盘满了：少一行字，不值得停下训练
+            pass
+
+    @contextlib.contextmanager
+    def progress(self, total: int, done: int, *, title: str = "progress") -> Iterator[Callable[[int], None]]:
+        """Show a bar with the remaining time on a terminal; yields the function that moves it to an iteration."""
+        if not self._rich:
+            yield lambda iteration: None
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+        # 正文走管道时不许进度条接管 stdout
+        options = {"redirect_stdout": sys.stdout.isatty(), "transient": True, "refresh_per_second": 4}
+        with Progress(*columns, console=self._rich, **options) as bar:
+            task = bar.add_task(text(title), total=total, completed=done)
+            yield lambda iteration: bar.update(task, completed=iteration)
+
+    def iteration(self, iteration: int, record: dict[str, float], device_type: str) -> None:
+        """The line of one log interval."""
+        val = text("iter_val", val_loss=record["val/loss"]) if "val/loss" in record else ""
+        memory = text(
+            "vram" if device_type == "cuda" else "ram",
+            **{name: record[f"memory/{name}_gib"] for name in ("allocated", "reserved", "peak")},
+        )
+        speed = text("iter_speed", speed=record["tokens_per_s"], mfu=record["mfu"]) if "tokens_per_s" in record else ""
+        self.line(
+            "iter", iteration=iteration, train_loss=f"{record['train/loss']:.4f}", val=val, lr=record["learning_rate"], speed=speed, memory=memory,
+        )
+
+
+def aligned(heads: Sequence[str], rows: Sequence[Sequence[str]], *, sides: str = "lr") -> list[str]:
+    """A table as lines; `sides` has l or r for each column, the last of them for all further ones.
+
+    On a terminal that is too narrow the columns go on below, behind the first one again; elsewhere nothing is cut.
+    """
+    from rich.cells import cell_len
+    from rich.console import Console as RichConsole
+    from rich.table import Table
+
+    found = io.StringIO()
+    plain = {"markup": False, "highlight": False, "emoji": False, "color_system": None}
+    console = RichConsole(file=found, width=None if sys.stdout.isatty() else 10**4, **plain)
+    widths = [max(map(cell_len, column)) + 2 for column in zip(heads, *rows)]
+    parts: list[list[int]] = [[0]]
+    for index in range(1, len(heads)):
+        if len(parts[-1]) > 1 and sum(widths[i] for i in parts[-1]) + widths[index] > console.width:
+            parts.append([0])
+        parts[-1].append(index)
+    for part in parts:
+        table = Table(box=None, padding=(0, 0, 0, 2))
+        for index in part:
+            side = sides[min(index, len(sides) - 1)]
+            table.add_column(heads[index], justify="left" if side == "l" else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*(row[index] for index in part))
+        console.print(table, crop=False)
+    return [line.rstrip() for line in found.getvalue().rstrip("\n").split("\n")]

@@ -1,0 +1,129 @@
+"""Config groups and values while the program runs: what the command line would have made of them."""
+
+import difflib
+import re
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nanogpt.base.composing import check_whole, composing
+from nanogpt.base.config import ROOT, TRUSTED_TARGETS, targets
+from nanogpt.base.language import ConfigError, text
+from nanogpt.base.sample_config import SampleConfig, register_schemas
+from nanogpt.base.user_yaml import conf_folders, group_options
+from nanogpt.base.value_checks import check_values, in_digits
+
+
+def parsed(key: str, value: str) -> Any:
+    """A typed value read by the rules of yaml (1e-2 is a number, 1e3 an integer)."""
+    if re.fullmatch(r"\d+(\.\d*)?[eE]\+?\d{1,3}", value):
+        value = in_digits(value)
+    try:
+        return OmegaConf.to_container(OmegaConf.create(f"value: {value}"))["value"]
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, KeyError):
+        raise ConfigError("unreadable_value", key=key, got=value) from None
+
+
+def _composed(overrides: list[str]):
+    # 在 hydra.main 里面：沿用它的搜索路径，--config-dir 里自己的 yaml 也找得到
+    if GlobalHydra.instance().is_initialized():
+        return compose("sample", overrides)
+    register_schemas()
+    searched = ",".join(f"'file://{folder.absolute()}'" for folder in conf_folders()[1:])
+    with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
+        return compose("sample", [*overrides, f"hydra.searchpath=[{searched}]"])
+
+
+def sample_config(overrides: list[str]) -> SampleConfig:
+    """The config that run_sample.py would see for these overrides, for other programs that write; not checked."""
+    with composing("sample"):
+        composed = _composed(overrides)
+        check_whole(composed, SampleConfig)
+        cfg = OmegaConf.to_object(composed)
+        check_values(cfg)
+    return cfg
+
+
+def option(group: str, name: str, temperature: float) -> dict[str, Any]:
+    """The node that `group=name temperature=…` would give on the command line."""
+    if name not in (names := group_options(group)):
+        close = difflib.get_close_matches(name, names, n=1)
+        guess = text("did_you_mean", guess=close[0]) if close else ""
+        raise ConfigError("unknown_option", group=group, got=f"{name}{guess}", options=", ".join(names))
+    with composing("sample"):
+        return OmegaConf.to_container(_composed([f"{group}={name}", f"temperature={temperature}"])[group], resolve=True)
+
+
+# ---- 一个选项里写了什么 ----
+
+
+def keys_of(override: Override) -> set[str]:
+    """Dotted keys of conf/train.yaml that a typed group decides: those of its yaml and of what it brings along.
+
+    Where it chooses an option of another group, that whole group.
+    """
+    keys = set()
+    for package, content, chosen in _brought(override.input_line):
+        keys |= {f"{package}.{key}".strip(".") for key in _leaves(content)} | set(chosen)
+    return {key for key in keys if key.partition(".")[0] != "hydra"}
+
+
+def naming(nodes: dict[str, Any], chosen: dict[str, str], parts: tuple[str, ...]) -> list[str]:
+    """What a command needs that runs one's own classes of these nodes of a config: --config-dir=conf model=gated.
+
+    A checkpoint's code is run only where it is named. `chosen` is the option of each group.
+    """
+    words, shipped = [], conf_folders()[0]
+    for part in parts:
+        own, option = targets(nodes.get(part)) - TRUSTED_TARGETS, chosen.get(part)
+        if not own:
+            continue
+        if option in group_options(part) and own <= _named_by(part, option):
+            words.append(f"{part}={option}")
+            folder = next(folder for folder in reversed(conf_folders()) if (folder / part / f"{option}.yaml").is_file())
+            if folder != shipped and (searched := f"--config-dir={folder}") not in words:
+                words.insert(0, searched)
+        elif part != "logger" and len(own) == 1:
+            # 类是直接在命令行写的，或者它的 yaml 不在这里
+            words.append(f"{part}._target_={min(own)}")
+    return words
+
+
+def _named_by(group: str, option: str) -> set[str]:
+    """The classes that a yaml and what it brings along name."""
+    return {target for _, content, _ in _brought(f"{group}={option}") for target in targets(content)}
+
+
+def _brought(typed: str) -> list[tuple[str, dict[str, Any], list[str]]]:
+    """(package, content, groups whose option it chooses) of every yaml that a typed group adds to conf/train.yaml."""
+    register_schemas()
+    path = create_config_search_path(str(ROOT / "conf"))
+    for folder in conf_folders()[1:]:
+        path.append("command-line", f"file://{folder.absolute()}")
+    loader = ConfigLoaderImpl(config_search_path=path)
+    group, _, option = typed.lstrip("+").partition("=")
+    untyped = loader.compute_defaults_list("train", [], RunMode.RUN).defaults
+    usual = {(entry.config_path, entry.package) for entry in untyped}
+    brought = []
+    for entry in loader.compute_defaults_list("train", [typed], RunMode.RUN).defaults:
+        # 默认就选中的那一项也算：写出来就是要它
+        if (entry.config_path, entry.package) in usual and entry.config_path != f"{group}/{option}":
+            continue
+        loaded = loader.repository.load_config(entry.config_path)
+        chosen = [default.group.lstrip("/") for default in loaded.defaults_list if getattr(default, "override", False)]
+        brought.append((entry.package, OmegaConf.to_container(loaded.config, resolve=False), chosen))
+    return brought
+
+
+def _leaves(node: Any, key: str = "") -> list[str]:
+    if not isinstance(node, dict) or not node:
+        return [key]
+    return [leaf for name, value in node.items() for leaf in _leaves(value, f"{key}.{name}" if key else str(name))]

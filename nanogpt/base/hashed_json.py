@@ -1,0 +1,70 @@
+"""Small json files that carry a SHA-256 of themselves: a changed digit is noticed before anything is made of it."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from nanogpt.base.files import write_text
+from nanogpt.base.language import text
+
+# 正常的不过几 KB；再大的不读进内存
+MOST_BYTES = 16 * 2**20
+
+
+class DamagedError(ValueError):
+    """Why a file cannot be used, in a few words."""
+
+
+class NewerError(DamagedError):
+    """The file is of a format that this version does not know yet."""
+
+
+def digest_of(values: dict[str, Any]) -> str:
+    """Hex SHA-256 of the values, however a file spells them."""
+    canonical = json.dumps({key: value for key, value in values.items() if key != "digest"}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def write_sealed(path: Path, values: dict[str, Any]) -> None:
+    """Replace a json file atomically, with its digest."""
+    write_text(path, json.dumps({**values, "digest": digest_of(values)}, indent=2, ensure_ascii=False))
+
+
+def read_sealed(path: Path, newest: int) -> dict[str, Any]:
+    """The values of a file of format 1 … newest without their digest; DamagedError says what is wrong.
+
+    Format 1 has no digest yet.
+    """
+    values = read_object(path)
+    version = values.get("format")
+    if type(version) is not int or version < 1:
+        raise DamagedError(f"{path.name}: no known format")
+    # 先看版本：更新的格式怎么算摘要，这里并不知道
+    if version > newest:
+        raise NewerError(text("newer_format", file=path.name, got=version, want=newest))
+    if ("digest" in values or version > 1) and values.get("digest") != digest_of(values):
+        raise DamagedError(f"{path.name}: SHA-256 differs")
+    return {key: value for key, value in values.items() if key != "digest"}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A json object of moderate size; DamagedError says what is wrong."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise DamagedError(f"{path.name}: larger than {MOST_BYTES // 2**20} MiB")
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DamagedError(f"{path.name}: missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        # 嵌套几万层的 json 会用尽解释器的栈
+        raise error if isinstance(error, DamagedError) else DamagedError(f"{path.name}: {reason_of(error)}") from None
+    if not isinstance(values, dict):
+        raise DamagedError(f"{path.name}: not an object")
+    return values
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says in one short line."""
+    said = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

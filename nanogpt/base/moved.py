@@ -1,0 +1,61 @@
+# 模块搬进各个房间之前的名字：旧的训练目录、自己的 yaml、自己的类与导出的模型里还写着它们
+# 表是写死的：名字来自文件，只能换成这里列出的，不会因此执行别处的代码
+"""Names of an earlier version: where what they stood for is now."""
+
+import sys
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+MODULES = {
+    "nanogpt.attention": "nanogpt.core.attention",
+    "nanogpt.build": "nanogpt.weights.build",
+    "nanogpt.config": "nanogpt.base.config",
+    "nanogpt.control.codes": "nanogpt.write.control.codes",
+    "nanogpt.control.prefixes": "nanogpt.write.control.prefixes",
+    "nanogpt.corpus": "nanogpt.data.corpus",
+    "nanogpt.documents": "nanogpt.data.documents",
+    "nanogpt.fit.sweep": "nanogpt.sweep.jobs",
+    "nanogpt.generate": "nanogpt.core.generate",
+    "nanogpt.labels": "nanogpt.data.labels",
+    "nanogpt.loggers": "nanogpt.run.loggers",
+    "nanogpt.loss": "nanogpt.core.loss",
+    "nanogpt.messages": "nanogpt.base.language",
+    "nanogpt.model": "nanogpt.core.model",
+    "nanogpt.modeling_nanogpt": "nanogpt.weights.modeling_nanogpt",
+    "nanogpt.optimizers": "nanogpt.core.optimizers",
+    "nanogpt.pretrained": "nanogpt.weights.pretrained",
+    "nanogpt.sampling": "nanogpt.core.sampling",
+    "nanogpt.source_text": "nanogpt.data.source_text",
+    "nanogpt.splitting": "nanogpt.data.splitting",
+    "nanogpt.sweep_folder": "nanogpt.run.sweep_folder",
+    "nanogpt.tokenizer": "nanogpt.data.tokenizer",
+}
+"""What docs/extend.md named and what a yaml could: modules, the old name first."""
+OBJECTS = {f"nanogpt.control.{name}": f"nanogpt.write.control.{name}" for name in ("NoControl", "codes", "prefix")}
+
+
+def present_name(target: str) -> str:
+    """The dotted name of a class or function today; one that is not in the table is given back."""
+    if target in OBJECTS:
+        return OBJECTS[target]
+    module, _, name = target.rpartition(".")
+    return f"{MODULES[module]}.{name}" if module in MODULES else target
+
+
+class _EarlierModules(MetaPathFinder, Loader):
+    """Lets `from nanogpt.model import GPT` of one's own classes, and of exported models, find what it found before."""
+
+    # 接在 sys.meta_path 末尾：别处都找不到时才问到这里，平常的导入不会变慢
+    def find_spec(self, fullname, path=None, target=None):
+        return ModuleSpec(fullname, self) if fullname in MODULES else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__getattr__ = lambda name: getattr(import_module(MODULES[module.__name__]), name)
+
+
+def keep_earlier_names() -> None:
+    """Make the earlier names importable, once in a process."""
+    if not any(isinstance(finder, _EarlierModules) for finder in sys.meta_path):
+        sys.meta_path.append(_EarlierModules())

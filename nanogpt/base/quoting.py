@@ -1,0 +1,131 @@
+"""Words of a command line: typed ones as Hydra's grammar reads them, printed ones as the shell in use takes them.
+
+Needs no torch and no Hydra.
+"""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from nanogpt.base.config import PATH_KEYS, ROOT, TEXT_KEYS
+
+# 已经带引号的一段，照原样
+QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
+# -m 时逗号隔开的一个路径：加了引号的照 Hydra 读，其中可有逗号
+SWEPT_PATH = rf"(?:^|(?<=,))\s*((?:{QUOTED})(?=\s*(?:,|$))|[^,]*)"
+# -m 时路径也可以这样列出；glob 只认得配置组的选项
+CHOSEN = re.compile(r"(choice|shuffle|sort|tag)\(.*\)")
+# 列表或扫描里含有非 ASCII 字符的一项
+NON_ASCII_ITEM = r"[^,\[\]{}()'\"]*[^\x00-\x7f][^,\[\]{}()'\"]*"
+# 用不着引号的值；数与 true 一类照打，Hydra 自会认
+PLAIN_VALUE = r"[\w.+-]+(?:/[\w.+-]+)*"
+# 各 shell 里用不着引号的字
+PLAIN_WORDS = {"sh": r"[\w@%+=:,./-]+", "powershell": r"[\w+=:./\\-]+", "cmd": r"[\w@+=:./\\-]+"}
+SCRIPTS = ("run_train.py", "run_sample.py")
+
+
+# ---- 敲下的 -> Hydra ----
+
+
+def quoted(argument: str, *, sweep: bool = False) -> str:
+    """A command-line argument as Hydra's grammar reads it, so that paths and texts arrive as they were typed.
+
+    Unquoted, its lexer knows ASCII only, takes commas for a sweep and backslashes for escapes. A path that was typed in
+    quotes is left to it; in a sweep, commas separate paths. A text never is a sweep, and its quotes belong to it.
+    """
+    key, _, value = argument.partition("=")
+    name = key.lstrip("+")
+    # 说明里写的 null 是“没有”，不是文字
+    if not value or value == "null":
+        return argument
+    if name in TEXT_KEYS:
+        return f"{key}={in_quotes(literal(value))}"
+    if name == "stop" and value[0] != "[":
+        # 与互动写作的 /stop 一样：不是列表就是一个停止词
+        return f"{key}=[{in_quotes(literal(value))}]"
+    if name in PATH_KEYS and not (sweep and CHOSEN.fullmatch(value)):
+        paths = [path.rstrip() for path in re.findall(SWEPT_PATH, value)] if sweep else [value]
+        return f"{key}={','.join(p if re.fullmatch(QUOTED, p) else in_quotes(p) for p in paths)}"
+    if value[0] in "'\"":
+        return argument
+    # 逗号与括号留给 Hydra：列表、扫描里的每个中文项分别加引号
+    items = re.compile(f"({QUOTED})|{NON_ASCII_ITEM}")
+    return f"{key}={items.sub(lambda item: item[1] or in_quotes(item[0]), value)}"
+
+
+def in_quotes(value: str) -> str:
+    """A value in quotes that Hydra's grammar reads back unchanged."""
+    # 只有引号前的反斜杠是转义：它们双写
+    return "'" + re.sub(r"(\\*)('|\Z)", _escape, value) + "'"
+
+
+def _escape(found: re.Match) -> str:
+    """Backslashes and the quote behind them, if there is one, as they stand between quotes of that kind."""
+    return found[1] * 2 + (f"\\{found[2]}" if found[2] else "")
+
+
+def literal(value: str) -> str:
+    """A text in which OmegaConf finds no reference: ${ stays as it is."""
+    return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", value)
+
+
+# ---- 程序打印的 -> shell ----
+
+
+def command(name: str, *words: str) -> str:
+    """`python run_train.py …` of these words, to be pasted into the shell in use; overrides come from `override`."""
+    return " ".join(["python", *map(word, (script(name), *words))])
+
+
+def script(name: str) -> str:
+    """A run script as it has to be named here: beside the one that was typed, where one was."""
+    if (typed := Path(sys.argv[0])).name in SCRIPTS:
+        return str(typed.with_name(name))
+    return name if Path(name).is_file() else str(ROOT / name)
+
+
+def override(key: str, value: object) -> str:
+    """key=value that is read as this value when it is typed, before any shell has a say."""
+    if value is None:
+        return f"{key}=null"
+    typed = str(value)
+    if key in PATH_KEYS:
+        # 整个在引号里的、null、~/ 另有含义
+        apart = typed == "null" or typed[:1] in ("'", '"', "~")
+        return f"{key}={'./' if apart else ''}{literal(typed)}"
+    if key in TEXT_KEYS or re.fullmatch(PLAIN_VALUE, typed, re.ASCII):
+        return f"{key}={typed}"
+    return f"{key}={in_quotes(literal(typed))}"
+
+
+def typed_override(key: str, value: object) -> str:
+    """The same, quoted for the shell in use: for a remedy within a sentence."""
+    return word(override(key, value))
+
+
+def word(typed: str, shell: str | None = None) -> str:
+    """One word for sh, powershell or cmd (default: the shell in use)."""
+    shell = shell or shell_in_use()
+    if re.fullmatch(PLAIN_WORDS[shell], typed):
+        return typed
+    if shell == "sh":
+        # 有单引号而没有别的讲究时，双引号好读
+        readable = "'" in typed and not re.search(r'[$`"\\!]', typed)
+        return f'"{typed}"' if readable else "'" + typed.replace("'", "'\"'\"'") + "'"
+    if shell == "powershell":
+        # 弯引号在 PowerShell 里也是引号
+        return "'" + re.sub("(['\u2018\u2019\u201a\u201b])", r"\1\1", typed) + "'"
+    # 引号里的 %名字% 仍会被换掉：把 % 放到引号外面
+    return "^%".join('"' + re.sub(r'(\\*)("|\Z)', _escape, part) + '"' for part in typed.split("%"))
+
+
+def shell_in_use() -> str:
+    """sh, powershell or cmd, as far as the environment tells."""
+    if os.name != "nt":
+        return "powershell" if "PSModulePath" in os.environ else "sh"
+    if "MSYSTEM" in os.environ:
+        # Git Bash
+        return "sh"
+    # cmd 把提示符放进环境，PowerShell 不放
+    return "cmd" if "PROMPT" in os.environ else "powershell"

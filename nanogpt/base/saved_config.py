@@ -1,0 +1,77 @@
+"""config.yaml of a run as plain values: it may come from a stranger, so that nothing in it is looked up, expanded or built."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nanogpt.base.config import untrusted_targets
+from nanogpt.base.groups import naming
+from nanogpt.base.hashed_json import DamagedError, reason_of
+from nanogpt.base.language import ConfigError
+from nanogpt.base.moved import present_name
+from nanogpt.base.quoting import word
+
+# 写着类名的部分：自己的类要在命令行指名才执行
+PARTS = ("model", "optimizer", "logger")
+# 正常的配置几 KB
+MOST_CHARS = 2**20
+
+
+class _NoAliases(yaml.SafeLoader):
+    """Refuses *aliases: a few lines of them stand for billions of values."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError("aliases are not read")
+        return super().compose_node(parent, index)
+
+
+def read_saved(content: str) -> dict[str, Any]:
+    """The resolved config that a run wrote; DamagedError says why it is none."""
+    try:
+        if len(content) > MOST_CHARS:
+            raise ValueError(f"longer than {MOST_CHARS} characters")
+        saved = yaml.load(content, Loader=_NoAliases)
+        _refuse_lookups(saved)
+        _rename(saved)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise DamagedError(f"config.yaml: {reason_of(error)}") from None
+    if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
+        raise DamagedError("config.yaml: no model")
+    return saved
+
+
+def refuse_unnamed_code(saved: dict, typed: dict, source: Path, parts: tuple[str, ...] = PARTS) -> None:
+    """ConfigError, which says what to type, when a saved config names classes not the program's own and not typed."""
+    nodes = saved if parts == PARTS else {part: saved.get(part) for part in parts}
+    if foreign := untrusted_targets(nodes, typed):
+        chosen = saved.get("groups")
+        words = naming(saved, chosen if isinstance(chosen, dict) else {}, parts)
+        naming_them = " ".join(map(word, words)) or f"{parts[0]}=…"
+        raise ConfigError("untrusted", path=source, targets=", ".join(foreign), typed=naming_them)
+
+
+def _refuse_lookups(node: Any) -> None:
+    # 存下的值都已求好；陌生人写的 ${oc.env:…} 会把环境变量读出来
+    if isinstance(node, dict):
+        for key, value in node.items():
+            _refuse_lookups(key)
+            _refuse_lookups(value)
+    elif isinstance(node, list):
+        for value in node:
+            _refuse_lookups(value)
+    elif isinstance(node, str) and "${" in node:
+        raise ValueError(f"{node[:40]!r} is no value")
+
+
+def _rename(node: Any) -> None:
+    # 模块搬家之前写下的名字，只按固定的表换
+    if isinstance(node, dict):
+        if isinstance(node.get("_target_"), str):
+            node["_target_"] = present_name(node["_target_"])
+        for value in node.values():
+            _rename(value)
+    elif isinstance(node, list):
+        for value in node:
+            _rename(value)

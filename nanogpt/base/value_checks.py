@@ -1,0 +1,136 @@
+"""What no key of a configuration may hold, whatever its meaning: keys that nothing reads, text that no file can hold, numbers that are none."""
+
+import math
+import os
+import re
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from decimal import Decimal
+from typing import Any
+
+from nanogpt.base.config import PATH_KEYS, TEXT_KEYS
+from nanogpt.base.language import ConfigError, text
+
+LARGEST = 2**63 - 1
+# 消息里写得出名字的类型
+PLAIN = (int, float, str, bool, type(None))
+
+
+def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in nested dataclasses, dicts and lists."""
+    inner = ((f.name, getattr(node, f.name)) for f in fields(node)) if is_dataclass(node) else node.items() if isinstance(node, dict) else None
+    if inner is not None:
+        for name, value in inner:
+            yield from leaves(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for i, value in enumerate(node):
+            yield from leaves(value, f"{key}[{i}]")
+    else:
+        yield key, node
+
+
+def check_values(cfg: Any) -> None:
+    """Refuse what cannot be right anywhere in a typed configuration; one line that names the key."""
+    for key in unread_keys(cfg):
+        raise ConfigError("unread_key", key=key)
+    check_lists(cfg)
+    for key, value in leaves(cfg):
+        check_value(key, value)
+
+
+def check_lists(cfg: Any, prefix: str = "") -> None:
+    """Refuse a list in which an item is not of the type that its field names: OmegaConf lets lists and tables in."""
+    hints = typing.get_type_hints(type(cfg))
+    for field in fields(cfg):
+        value, key, hint = getattr(cfg, field.name), f"{prefix}{field.name}", hints[field.name]
+        if is_dataclass(value):
+            check_lists(value, f"{key}.")
+        elif typing.get_origin(hint) is list and not all(isinstance(item, typing.get_args(hint)) for item in value):
+            raise ConfigError("wrong_type", key=key, got=value, want=f"[{typing.get_args(hint)[0].__name__}, …]")
+
+
+def check_value(key: str, value: Any) -> None:
+    """Refuse a value that cannot be right under any key."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError("not_finite", key=key, got=value)
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ConfigError("large_number", key=key, got=value)
+    if not isinstance(value, str):
+        return
+    for what, pattern in (("what_nul", "\0"), ("what_half", "[\ud800-\udfff]")):
+        # 配置要存成 UTF-8 的 yaml：写不进去的现在就说
+        if re.search(pattern, value):
+            raise ConfigError("unwritable_text", key=key, got=value, what=text(what))
+    # 目录名里的转义序列会在屏幕上作怪；要写作的文字则由人
+    if key in PATH_KEYS and re.search("[\x01-\x1f\x7f]", value):
+        raise ConfigError("unwritable_text", key=key, got=value, what=text("what_control"))
+    if key == "sample_prompt" and "${" in value:
+        # 它要存进 config.yaml，在那里就成了引用
+        raise ConfigError("unwritable_text", key=key, got=value, what=text("what_reference"))
+    # 空值多半是没有展开的 shell 变量：resume=$RUN 不该变成从头训练；文字可以从空的写起
+    needed = re.fullmatch(r"[a-z_]+|(dataset|model|server|precision|finetune|hardware)\.\w+", key)
+    if needed and not value.strip() and key not in TEXT_KEYS:
+        raise ConfigError("empty_value", key=key)
+
+
+def in_digits(number: str) -> str:
+    """A number such as 1e3 as an integer is written, one that is not whole as it is."""
+    value = Decimal(number.replace("_", ""))
+    return str(int(value)) if value == value.to_integral_value() else number
+
+
+def expanded(path: str) -> str:
+    """The path with the home folder in place of a leading ~/."""
+    return os.path.expanduser(path) if re.match(r"~[/\\]", path) else path
+
+
+def unescaped(typed: str) -> str:
+    r"""A typed text in which \n and \t are the characters they stand for; \\n and \\t are those two letters."""
+    # 命令行与 Hydra 都不解释 \n，而开头与停止词里最常用的就是它；别的反斜杠照原样
+    return re.sub(r"\\\\?[nt]", lambda found: {r"\n": "\n", r"\t": "\t"}.get(found[0], found[0][1:]), typed)
+
+
+def check_path(key: str, typed: str) -> None:
+    """Refuse an empty path, and one that no file of ours can hold."""
+    check_value(key, typed)
+    if not typed.strip():
+        raise ConfigError("empty_value", key=key)
+
+
+def unread_keys(cfg: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys, added with +key=…, that the schema does not know."""
+    if not is_dataclass(cfg):
+        return
+    known = {f.name for f in fields(cfg)}
+    yield from (prefix + name for name in vars(cfg) if name not in known)
+    for name in known:
+        yield from unread_keys(getattr(cfg, name), f"{prefix}{name}.")
+
+
+def check_types(function: Callable, prefix: str, values: dict[str, Any]) -> None:
+    """Refuse values whose type is not that of the function's parameter of this name; those without a simple type are left to it."""
+    hints = typing.get_type_hints(function.__init__ if isinstance(function, type) else function)
+    for name, got in values.items():
+        kinds = typing.get_args(hints.get(name)) or (hints.get(name),)
+        if not all(isinstance(kind, type) for kind in kinds):
+            continue
+        # 整数可以当小数用；Python 里 True 也是整数，却不是数
+        fits = isinstance(got, tuple(kinds)) or (float in kinds and isinstance(got, int))
+        if not fits or (isinstance(got, bool) and bool not in kinds):
+            names = " | ".join(kind.__name__ for kind in kinds if kind in PLAIN).replace("NoneType", "null")
+            raise ConfigError("wrong_type", key=f"{prefix}.{name}", got=got, want=names or "?")
+
+
+def wanted_type(schema: type, key: str) -> str | None:
+    """What a dotted key of a schema takes, in words; None where that is not fixed."""
+    kind: Any = schema
+    for part in re.sub(r"\[.*", "", key).split("."):
+        if not is_dataclass(kind) or part not in (hints := typing.get_type_hints(kind)):
+            return None
+        kind = hints[part]
+    if is_dataclass(kind):
+        return "{…}"
+    if kind is Any:
+        return None
+    return (kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)).replace("None", "null").replace("typing.", "")

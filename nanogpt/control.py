@@ -1,0 +1,10 @@
+# 命令的名字不随模块搬家而变
+"""python -m nanogpt.control evaluate | plot: see nanogpt.write.judge.command."""
+
+from nanogpt.write.control import NoControl, codes, prefix
+from nanogpt.write.judge.command import main
+
+__all__ = ["NoControl", "codes", "main", "prefix"]
+
+if __name__ == "__main__":
+    main()

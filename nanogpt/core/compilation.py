@@ -1,0 +1,120 @@
+"""torch.compile where it works and pays; never a reason for a run to fail."""
+
+import functools
+import logging
+import os
+import shutil
+import warnings
+
+import torch
+
+from nanogpt.base.language import first_line
+from nanogpt.base.out_of_memory import is_out_of_memory
+from nanogpt.core.loss import fusible_tail
+from nanogpt.core.memory.lean_optimizers import fusible_adamw, fusible_momentum
+
+# 编译的时间大致随层数涨：2 核 CPU 上 tiny 的训练图 14 秒，每多一层多两三秒
+COMPILE_S, COMPILE_S_PER_LAYER = 10.0, 2.5
+# 公开的数据里编译后快 1.2 ~ 1.5 倍：保守地算省下两成
+GAIN = 0.2
+# 粗估一步要多久：乘法到峰值的一半；每层百来个 kernel，Python 每个要 10 微秒
+REACHED, LAUNCH_S_PER_LAYER = 0.5, 1e-3
+# 编译器的报错可以有一屏：只说开头
+LONGEST_REASON = 120
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why torch.compile cannot work here, or None."""
+    if device.type == "cuda":
+        try:
+            import triton  # noqa: F401 - 只看装没装
+        except ImportError:
+            return "triton is not installed"
+        return None
+    if not any(shutil.which(name) for name in ("g++", "clang++", "cl")):
+        return "no C++ compiler"
+    return None
+
+
+def pays(model, tokens_per_step: int, micro_batches: int, steps: int, peak_tflops: float) -> bool:
+    """Whether compiling saves more time than it takes, by a rough estimate from the whole length of the training.
+
+    It must not depend on how far the training is: a resumed run takes the same way as an uninterrupted one.
+    """
+    layers = model.config.n_layer
+    products_s = model.flops_per_token() * tokens_per_step / (REACHED * peak_tflops * 1e12)
+    planned_s = steps * max(products_s, layers * LAUNCH_S_PER_LAYER * micro_batches)
+    return planned_s * GAIN > COMPILE_S + COMPILE_S_PER_LAYER * layers
+
+
+class Compiled:
+    """A function compiled for each shape that it meets; its plain form from the first failure of the compiler on."""
+
+    def __init__(self, plain, console, *, dynamic: bool = False):
+        self.plain, self.console = plain, console
+        # 形状只有几种：各编一张，不要又慢又难编的动态形状
+        self.compiled = torch.compile(plain, dynamic=dynamic)
+
+    def __call__(self, *args):
+        if self.compiled is not None:
+            try:
+                return self.compiled(*args)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                # 若是模型自己的错，下面普通执行时会原样再报一次
+                self.compiled, reason = None, first_line(error)[:LONGEST_REASON]
+            self.console.line("compile_failed", reason=reason)
+        return self.plain(*args)
+
+
+def compile_hidden(model, asked: str, device: torch.device, console, *, obstacle: str | None = None, pays: bool = True) -> None:
+    """Compile model.hidden and the loss's tail for training steps as compile=auto|true|false asks, where that works.
+
+    obstacle: what speaks against it, or None; pays: whether auto may do it on a card.
+    """
+    asked = asked.lower()
+    # CPU 上编译要一分钟，小模型短训练赚不回来；auto 只在 GPU 上开
+    if asked == "false" or (asked == "auto" and (device.type == "cpu" or not pays)):
+        return
+    _keep_quiet()
+    reason = obstacle or unavailable(device) or _trial(device)
+    if reason:
+        if asked == "true":
+            console.line("compile_off", asked=asked, reason=reason)
+        return
+    console.line("compiling")
+    model.compiled_hidden = Compiled(model.hidden, console)
+    model.compiled_tail = Compiled(fusible_tail, console)
+
+
+def compile_updates(optimizer, asked: str, device: torch.device, console) -> None:
+    """Let updates of 8-bit states run as a few fused kernels, as compile= asks, where that works; they save more than they cost at any length."""
+    asked = asked.lower()
+    if not getattr(getattr(optimizer, "storage", None), "int8", False) or asked == "false" or (asked == "auto" and device.type == "cpu"):
+        return
+    if unavailable(device) or _trial(device):
+        return
+    _keep_quiet()
+    # 参数有大有小：一张图管所有的大小
+    optimizer.storage.fused_adamw = Compiled(fusible_adamw, console, dynamic=True)
+    optimizer.storage.fused_momentum = Compiled(fusible_momentum, console, dynamic=True)
+
+
+def _keep_quiet() -> None:
+    """Let the compiler say nothing: what matters to people, Compiled says in one line."""
+    warnings.filterwarnings("ignore", module=r"torch\._(dynamo|inductor|functorch)")
+    # 自己设了 TORCH_LOGS 的人就是要看
+    if "TORCH_LOGS" not in os.environ:
+        torch._logging.set_logs(all=logging.CRITICAL)
+
+
+@functools.cache
+def _trial(device: torch.device) -> str | None:
+    """Compile one small function to find out whether the tool chain works; the reason if not."""
+    try:
+        torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(8, device=device))
+    except Exception as error:
+        # 工具链的毛病五花八门，任何失败都等于不可用
+        return first_line(error)[:LONGEST_REASON]
+    return None

@@ -1,0 +1,319 @@
+"""The decode loop: rows of ids in, one more id per row and step out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nanogpt.core.attention import KVCache, on_device
+from nanogpt.core.sampling import Sampler, draw
+from nanogpt.core.scoring import Likely
+
+# 每行一次取这么多个随机数，免得每个 token 都往 GPU 送一次
+UNIFORMS = 64
+
+
+@dataclass(eq=False)
+class Row:
+    """One text that grows; `count` ids of it were drawn."""
+
+    key: int
+    sampler: Sampler
+    randoms: torch.Generator
+    count: int
+    labels: torch.Tensor
+    """Ids (n,) that stand in front of whatever part of the text is read."""
+    guidance: float
+
+
+@dataclass(eq=False)
+class Lane:
+    """One row of the model's batch and of the cache: what it reads of a text. The shadow of a guided text lacks the labels.
+
+    `unread` are ids that the model has not read yet, None once only the newest is left.
+    """
+
+    row: Row
+    unread: torch.Tensor | None
+    shadow: bool = False
+
+
+@dataclass
+class Order:
+    """Which lanes belong to which row, as indices on the device."""
+
+    read: torch.Tensor
+    """Lane of each row, (rows,)."""
+    shadow: torch.Tensor
+    """Lane without the labels of each row, (rows,); the same one where the row is not guided."""
+    guidance: torch.Tensor
+    """(rows, 1)"""
+    owner: torch.Tensor
+    """Row of each lane, (lanes,)."""
+
+
+class Decoder:
+    """Decodes up to `capacity` rows together; rows come and go at any step, each with a context of its own.
+
+    A row whose context is full goes on from the newer half of it: these block_size // 2 ids are read
+    again from position 0, the older half is forgotten. That holds for RoPE and learned positions alike,
+    and costs one reading per block_size // 2 ids. A prompt longer than block_size starts with its end.
+
+    A model of documents reads [separator, labels …, prompt …]; a part that is read again, and the end of a long prompt,
+    stand behind the labels alone, as in training. Guidance g draws from u + g (c - u), where c are the logits behind the
+    labels and u those without them (Sanchez et al. 2023, arXiv:2306.17806); both are lanes of one batch. Taken of logits
+    instead of log-probabilities this differs by a constant per row, which the softmax does not see.
+    """
+
+    def __init__(self, model, *, capacity: int, max_length: int | None = None, vocab_size: int | None = None, never: Sequence[int] = ()):
+        self.model = model
+        # 模型的词表可能补齐到整数：tokenizer 没有的 id 一律不抽
+        self.vocab_size = vocab_size
+        self.device = model.device
+        self.capacity = capacity
+        # 标签只读不写：训练时它们从来不是目标，logits 没有意义
+        self.never = torch.tensor(list(never), dtype=torch.long, device=self.device) if never else None
+        separator = model.config.separator
+        self.separator = torch.tensor([] if separator is None else [separator], dtype=torch.long)
+        self.cache = KVCache(model, capacity, max_length)
+        self.cache.lengths = []
+        self.rows: list[Row] = []
+        self.lanes: list[Lane] = []
+        self._order: Order | None = None
+        self._order_is_known = True
+        self.top: int | None = None
+        """How many of the most likely ids step() notes in `likely`, beside the drawn ones; None: it notes nothing."""
+        self.likely: Likely | None = None
+        # 每条 lane 下一个要读的 id
+        self.newest = torch.zeros(capacity, dtype=torch.long, device=self.device)
+        self.uniforms = torch.zeros(capacity, UNIFORMS, device=self.device)
+        # 整篇文字（不只是上下文里的），按行靠左；只有惩罚重复的采样器才读它
+        self.history = torch.full((capacity, 64), -1, dtype=torch.long, device=self.device)
+        self.written = [0] * capacity
+
+    @torch.inference_mode()
+    def add(
+        self, key: int, prompt: Sequence[int], sampler: Sampler, seed: int, *, count: int = 0, labels: Sequence[int] = (), guidance: float = 1.0,
+    ) -> None:
+        """Add a row, read at the next step(). `count` ids of the prompt were drawn before; only a model of documents takes an empty one.
+
+        With labels and guidance != 1 the row takes a second lane. Labels count neither as text nor as repetitions.
+        """
+        assert len(self.rows) < self.capacity and (len(prompt) or len(self.separator))
+        slot = len(self.rows)
+        ids = torch.as_tensor(prompt, dtype=torch.long)
+        # 随机数总在 CPU 上生成：同一种子在 CPU 与 GPU 上抽到同样的数
+        randoms = torch.Generator().manual_seed(seed)
+        if count % UNIFORMS:
+            # 从半路接着写：随机数也接到同一处
+            torch.rand(count // UNIFORMS * UNIFORMS, generator=randoms)
+            self.uniforms[slot] = on_device(torch.rand(UNIFORMS, generator=randoms), self.device)
+        else:
+            torch.rand(count, generator=randoms)
+        row = Row(key, sampler, randoms, count, torch.tensor(list(labels), dtype=torch.long, device=self.device), float(guidance))
+        self.rows.append(row)
+        self._open_lanes(row, ids)
+        self._reserve_history(len(ids))
+        self.history[slot] = -1
+        self.history[slot, : len(ids)] = ids.to(self.device)
+        self.written[slot] = len(ids)
+
+    def _open_lanes(self, row: Row, ids: torch.Tensor) -> None:
+        """Where the model begins to read a text."""
+        if len(self.separator):
+            # 一次只读一篇：与训练时一样，看不到分隔符之前的
+            ends = (ids == self.separator).nonzero()
+            ids = ids[ends[-1, 0] + 1 :] if len(ends) else ids
+        room = max(1, self.cache.max_length - len(row.labels))
+        # 放不下的长文从中间读起，前面没有分隔符
+        opening = self.separator if len(self.separator) + len(ids) <= room else self.separator[:0]
+        opening, text = opening.to(self.device), ids[-room:].to(self.device)
+        lanes = [Lane(row, torch.cat((opening, row.labels, text)))]
+        if row.guidance != 1 and len(row.labels):
+            lanes.append(Lane(row, torch.cat((opening, text)), shadow=True))
+        self._reserve_lanes(len(self.lanes) + len(lanes))
+        self.lanes += lanes
+        self.cache.lengths += [0] * len(lanes)
+        self._order_is_known = False
+
+    def _reserve_lanes(self, count: int) -> None:
+        if count > len(self.newest):
+            # 有人要引导才多占一倍：不用它的人不付显存
+            self.cache = self.cache.widened(2 * self.capacity)
+            self.newest = torch.cat((self.newest, torch.zeros_like(self.newest)))
+
+    @torch.inference_mode()
+    def step(self) -> torch.Tensor:
+        """Draw the next id of every row, (rows,) in the order of `rows`; -1 where the logits were not finite."""
+        self._reread_full_rows()
+        order = self._lane_order()
+        logits = self._guided(self._next_logits().float()[:, : self.vocab_size], order)
+        # 一次求和就能看出 NaN 与无穷：贪心与筛选都会把它们盖住；两遍之中有一遍坏了，合起来也是坏的
+        finite = logits.sum(-1).isfinite()
+        if self.never is not None:
+            logits = logits.index_fill(1, self.never, -torch.inf)
+        # 采样器可能就地改写 logits：要记就先算好
+        logprobs = None if self.top is None else logits.log_softmax(-1)
+        drawn = torch.where(finite, draw(self._shaped(logits), self._next_uniforms()), -1)
+        ids = drawn.clamp(min=0)
+        self.likely = None if logprobs is None else Likely.of(logprobs, ids, self.top)
+        self.newest[: len(self.lanes)] = ids if order is None else ids[order.owner]
+        self._note(ids)
+        for row in self.rows:
+            row.count += 1
+        return drawn
+
+    @torch.inference_mode()
+    def wipe(self, key: int) -> None:
+        """Zero what a row with non-finite values left in the cache, before it is removed."""
+        # 遮住的位置也会 0 × NaN：下一个用到这一行的文字会跟着坏
+        for slot in self._slots(key):
+            self.cache.k[:, slot].zero_()
+            self.cache.v[:, slot].zero_()
+
+    @torch.inference_mode()
+    def remove(self, key: int) -> None:
+        """Take a row out; the last row moves into its place."""
+        for slot in reversed(self._slots(key)):
+            self.cache.drop(slot)
+            self.newest[slot] = self.newest[len(self.lanes) - 1]
+            self.lanes[slot] = self.lanes[-1]
+            self.lanes.pop()
+        slot, last = next(slot for slot, row in enumerate(self.rows) if row.key == key), len(self.rows) - 1
+        for tensor in (self.uniforms, self.history):
+            tensor[slot] = tensor[last]
+        self.written[slot] = self.written[last]
+        self.rows[slot] = self.rows[last]
+        self.rows.pop()
+        self._order_is_known = False
+
+    # ---- 哪条 lane 是谁的 ----
+
+    def _slots(self, key: int) -> list[int]:
+        """The lanes of a row."""
+        return [slot for slot, lane in enumerate(self.lanes) if lane.row.key == key]
+
+    def _lane_order(self) -> Order | None:
+        """Which lane is whose; None where lanes are rows, one by one: without guidance a step pays nothing for it."""
+        if not self._order_is_known:
+            self._order = None if [lane.row for lane in self.lanes] == self.rows else self._new_order()
+            self._order_is_known = True
+        return self._order
+
+    def _new_order(self) -> Order:
+        slots = [self._slots(row.key) for row in self.rows]
+        read = [next(slot for slot in own if not self.lanes[slot].shadow) for own in slots]
+        shadow = [next((slot for slot in own if self.lanes[slot].shadow), lane) for own, lane in zip(slots, read)]
+        number = {row.key: at for at, row in enumerate(self.rows)}
+
+        owner = [number[lane.row.key] for lane in self.lanes]
+        guidance = [[row.guidance] for row in self.rows]
+        return Order(*(on_device(values, self.device) for values in (read, shadow, guidance, owner)))
+
+    def _guided(self, logits: torch.Tensor, order: Order | None) -> torch.Tensor:
+        """Logits of the lanes (lanes, V) -> of the rows (rows, V)."""
+        if order is None:
+            return logits
+        read, shadow = logits[order.read], logits[order.shadow]
+        # 没有影子的行 read - shadow 恰为 0：与独自写时逐位相同
+        return shadow + order.guidance * (read - shadow)
+
+    # ---- 读 ----
+
+    def _reread_full_rows(self) -> None:
+        for slot, lane in enumerate(self.lanes):
+            # 影子少了标签，总是短一些：它跟着带标签的一起重读，看到的是同一段
+            if lane.unread is not None or lane.shadow or self.cache.lengths[slot] < self.cache.max_length:
+                continue
+            labels = lane.row.labels
+            keep = max(1, min(self.cache.max_length // 2, self.cache.max_length - len(labels)))
+            # 较新的一半，加上刚写出、还没读的那个
+            kept = torch.cat((self.cache.tokens[slot, self.cache.max_length - (keep - 1) :], self.newest[slot : slot + 1]))
+            for own in self.lanes:
+                if own.row is lane.row:
+                    own.unread = kept if own.shadow else torch.cat((labels, kept))
+
+    def _next_logits(self) -> torch.Tensor:
+        """Logits (lanes, V) behind the newest id of every lane."""
+        waiting = [slot for slot, lane in enumerate(self.lanes) if lane.unread is not None]
+        if waiting and len(waiting) == len(self.lanes):
+            return self._read(0, [lane.unread for lane in self.lanes])
+        for slot in waiting:
+            # 别的行正在逐 token 前进：这一行先读到只剩最后一个，再一起走
+            unread = self.lanes[slot].unread
+            self.newest[slot] = unread[-1]
+            self.cache.lengths[slot] = 0
+            if len(unread) > 1:
+                self._read(slot, [unread[:-1]], only_hidden=True)
+            self.lanes[slot].unread = None
+        return self.model.next_logits(self.newest[: len(self.lanes)], self.cache)
+
+    def _read(self, start: int, texts: list[torch.Tensor], *, only_hidden: bool = False) -> torch.Tensor | None:
+        """Read texts into empty lanes from `start` on, in one pass, shorter ones padded on the right."""
+        # 因果注意力看不到右边：补的 0 不影响前面，之后会被真正的 token 覆盖
+        lengths = [len(t) for t in texts]
+        idx = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        hidden = self.model.hidden(idx, self.cache.part(start, start + len(texts)))
+        self.cache.lengths[start : start + len(texts)] = lengths
+        for lane in self.lanes[start : start + len(texts)]:
+            lane.unread = None
+        if only_hidden:
+            return None
+        last = on_device(lengths, self.device) - 1
+        return self.model.logits(hidden[torch.arange(len(texts), device=self.device), last])
+
+    # ---- 抽 ----
+
+    def _shaped(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits after each row's own sampler."""
+        samplers = {id(row.sampler): row.sampler for row in self.rows}
+        tokens = self._tokens() if any(s.reads_tokens for s in samplers.values()) else self.newest[: len(self.rows), None]
+        if len(samplers) == 1:
+            return self.rows[0].sampler(logits, tokens)
+        shaped = torch.empty_like(logits)
+        for sampler in samplers.values():
+            mine = on_device([slot for slot, row in enumerate(self.rows) if row.sampler is sampler], self.device)
+            shaped[mine] = sampler(logits[mine], tokens[mine])
+        return shaped
+
+    def _next_uniforms(self) -> torch.Tensor:
+        n = len(self.rows)
+        for slot, row in enumerate(self.rows):
+            if row.count % UNIFORMS == 0:
+                self.uniforms[slot] = on_device(torch.rand(UNIFORMS, generator=row.randoms), self.device)
+        columns = [row.count % UNIFORMS for row in self.rows]
+        if len(set(columns)) == 1:
+            return self.uniforms[:n, columns[0]]
+        return self.uniforms[torch.arange(n, device=self.device), on_device(columns, self.device)]
+
+    # ---- 全文 ----
+
+    def _reserve_history(self, length: int) -> None:
+        if length > self.history.size(1):
+            # 成倍增长，搬动的总代价与长度成正比
+            longer = torch.full((self.capacity, max(length, 2 * self.history.size(1))), -1, dtype=torch.long, device=self.device)
+            longer[:, : self.history.size(1)] = self.history
+            self.history = longer
+
+    def _note(self, ids: torch.Tensor) -> None:
+        """Append the newest ids (rows,) to the history."""
+        n = len(ids)
+        written = self.written[:n]
+        self._reserve_history(max(written) + 1)
+        if len(set(written)) == 1:
+            self.history[:n, written[0]] = ids
+        else:
+            self.history[:n].scatter_(1, on_device(written, self.device)[:, None], ids[:, None])
+        for slot in range(n):
+            self.written[slot] += 1
+
+    def _tokens(self) -> torch.Tensor:
+        """Texts so far, (rows, T), the newest last, -1 before the start; T >= 1."""
+        n = len(self.rows)
+        written = self.written[:n]
+        longest = max(1, *written)
+        if min(written) == longest:
+            return self.history[:n, :longest]
+        # 靠左存、靠右读：每行的最后一个 token 都在最后一列
+        at = torch.arange(longest, device=self.device) - longest + on_device(written, self.device)[:, None]
+        return self.history[:n].gather(1, at.clamp(min=0)).masked_fill(at < 0, -1)

@@ -1,0 +1,181 @@
+"""Cross-entropy of a linear head without ever holding all (N, V) logits."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from nanogpt.core import planned_device
+from nanogpt.core.machine import any_kernels
+
+KNOWN_TO_TRACES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
+
+def plain_tail(logits: torch.Tensor, expected: torch.Tensor, V: int, softcap: float, need_grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(losses (rows, 1), d(sum of losses)/d(logits) in their dtype) of logits (rows, >= V), of which the first V columns count.
+
+    The gradient lies where the logits lay if there are further columns, which stay as they are.
+    """
+    dtype, buffer, logits = logits.dtype, logits if logits.size(1) > V else None, logits[:, :V]
+    # 半精度的指数和会丢小概率：softmax 与求和至少用 fp32
+    wide = torch.promote_types(dtype, torch.float32)
+    if softcap:
+        squashed = (logits.to(wide) / softcap).tanh_()
+        logits = squashed * softcap
+    if planned_device.device_type(logits) == "cuda":
+        # 显卡上一个 kernel 就得出 log-probs；logsumexp 要把词表那么宽的内存走五遍
+        log_p, logits = torch.log_softmax(logits, dim=-1, dtype=wide), None
+        losses = -log_p.gather(1, expected)
+    else:
+        logits = logits.to(wide)
+        log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
+        losses = log_z - logits.gather(1, expected)
+        log_p = logits.sub_(log_z) if need_grad else None
+    if not need_grad:
+        return losses, None
+    # softmax - onehot，量级为 1：半精度里也不下溢，1/N 留到反向再乘
+    grad = log_p.exp_()
+    with any_kernels():
+        # 每行只有一个下标，怎么加都一样；deterministic=true 却会为它排序，每块多十几个 kernel
+        grad.scatter_add_(1, expected, torch.full_like(expected, -1, dtype=grad.dtype))
+    if softcap:
+        # 就地算 1 - squashed²：词表那么宽的临时张量，每个都是一整块
+        grad *= squashed.square_().neg_().add_(1)
+    if buffer is None:
+        return losses, grad.to(dtype)
+    buffer[:, :V].copy_(grad)
+    return losses, buffer
+
+
+def fusible_tail(logits: torch.Tensor, expected: torch.Tensor, V: int, softcap: float) -> torch.Tensor:
+    """The losses of plain_tail() for a compiler that fuses it into two passes over the logits; the gradient is left in the logits."""
+    wide = logits[:, :V].to(torch.promote_types(logits.dtype, torch.float32))
+    squashed = torch.tanh(wide / softcap) if softcap else None
+    capped = squashed * softcap if softcap else wide
+    log_z = torch.logsumexp(capped, dim=-1, keepdim=True)
+    losses = log_z - capped.gather(1, expected)
+    # 比较代替 scatter：融进同一个 kernel，也没有不确定的写
+    grad = torch.exp(capped - log_z) - (torch.arange(V, device=logits.device) == expected).to(capped.dtype)
+    logits[:, :V].copy_(grad * (1 - squashed.square()) if softcap else grad)
+    return losses
+
+
+def head(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The weight in `dtype`; on a card, where that is a copy anyway, with rows of zeros up to a multiple of 64."""
+    V = weight.size(0)
+    if planned_device.device_type(weight) != "cuda" or weight.dtype == dtype or V % 8 == 0:
+        return weight.to(dtype)
+    # GPT-2 的 50257 行对不齐 16 字节，张量核心的乘法要慢得多
+    w = torch.empty(V + -V % 64, weight.size(1), dtype=dtype, device=weight.device)
+    w[:V].copy_(weight)
+    w[V:].zero_()
+    return w
+
+
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Add a @ b (n, m) to `total` (n, m), which may be float32 beside factors in 16 bits."""
+    # 规划时的假张量自称在 CPU 上：2.13 起才认得这个运算
+    if total.dtype != a.dtype and (sums_in_product(total.device) if type(total) is torch.Tensor else KNOWN_TO_TRACES):
+        # 乘法自己累加进 fp32：省去与词表同大的临时张量，以及读写它的三遍
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(torch.mm(a, b))
+
+
+@functools.cache
+def sums_in_product(device: torch.device) -> bool:
+    """Whether products of 16-bit matrices can be added to a float32 matrix in place on this device (torch >= 2.8)."""
+    if device.type != "cuda":
+        return False
+    a, total = torch.ones(16, 16, dtype=torch.float16, device=device), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17).all())
+
+
+def even(total: int, most: int) -> int:
+    """The largest size, at most `most` but at least half of it, of which `total` is a multiple; else `most`."""
+    # 各块一样大：编译的尾巴只编一次，行数也对得齐张量核心
+    pieces = range(-(-total // most), 2 * -(-total // most) + 1)
+    return next((total // k for k in pieces if total % k == 0), most)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Gradients are formed in the forward pass, chunk by chunk, so that no logits are kept or recomputed.
+
+    torch 2.13 has F.linear_cross_entropy, but no soft-cap, and 2.6 must work too.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, softcap, rows, dtype, need_grad, need_weight, ignoring, tail):
+        # 只数要算的目标；全都不算的一批，损失为 0
+        N = (targets >= 0).sum().clamp(min=1) if ignoring else hidden.size(0)
+        w, V = head(weight, dtype), weight.size(0)
+        wide = torch.promote_types(dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if need_grad else None
+        # 冻结的输出层（LoRA）不需要这块与词表同大的梯度
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need_weight else None
+
+        def add(start: int) -> None:
+            """Add one chunk's part to total, grad_hidden and grad_weight."""
+            h = hidden[start : start + rows].to(dtype)
+            expected = targets[start : start + rows, None]
+            if ignoring:
+                counts = (expected >= 0).to(dtype)
+                expected = expected.clamp(min=0)
+            if need_grad and tail is not None:
+                grad = torch.nn.functional.linear(h, w)
+                losses = tail(grad, expected, V, softcap)
+            else:
+                losses, grad = plain_tail(torch.nn.functional.linear(h, w), expected, V, softcap, need_grad)
+            total.add_((losses * counts.to(wide) if ignoring else losses).sum())
+            if not need_grad:
+                return
+            grad_hidden[start : start + rows] = torch.mm(grad, w)
+            if ignoring:
+                # 乘在窄的一边：词表那么宽的 grad 不必再走一遍
+                grad_hidden[start : start + rows] *= counts
+                h = h * counts
+            if need_weight:
+                add_product(grad_weight, grad.t()[:V], h)
+
+        for start in range(0, hidden.size(0), rows):
+            # 写成函数：上一块的 logits 随返回释放，不与下一块同时占着
+            add(start)
+        if need_grad:
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype) if need_weight else None)
+            ctx.N = N
+        return total / N
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grad_loss / ctx.N
+        # 就地缩放：与词表同大的梯度不再抄一份
+        return grad_hidden * scale, None if grad_weight is None else grad_weight.mul_(scale), *[None] * 8
+
+
+def chunked_cross_entropy(
+    hidden, weight, targets, *, softcap: float, chunk_mib: int, ignoring: bool = False, tail: Callable[..., torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Mean cross-entropy of `softcap(hidden @ weight.T)` against targets, shape ().
+
+    hidden (B, T, C), weight (V, C), targets (B, T); with `ignoring`, targets of -1 are left out of the mean.
+    At most chunk_mib MiB of float32 logits exist at a time. Under autocast the products run in its dtype.
+    tail: fusible_tail(), compiled; used where gradients are wanted.
+    """
+    device_type = hidden.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
+    rows = max(1, chunk_mib * 2**20 // (4 * weight.size(0)))
+    if tail is not None:
+        rows = even(hidden.numel() // hidden.size(-1), rows)
+    need_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    # 函数内部自己决定精度，外层的 autocast 不得再插手
+    with torch.autocast(device_type, enabled=False):
+        return _ChunkedCrossEntropy.apply(
+            hidden.reshape(-1, hidden.size(-1)), weight, targets.reshape(-1), softcap, rows, dtype, need_grad,
+            need_grad and weight.requires_grad, ignoring, tail,
+        )

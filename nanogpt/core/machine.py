@@ -1,0 +1,131 @@
+"""The machine under a run: device, threads, allocator, reproducibility."""
+
+import contextlib
+import ctypes
+import os
+import platform
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from nanogpt.base.config import HardwareConfig
+from nanogpt.base.language import ConfigError, say
+from nanogpt.base.ram import GIB
+from nanogpt.core import distributed
+from nanogpt.core.memory_budget import allocator_cap
+
+WINDOWS_MARGIN = 2**28
+"""VRAM that stays free on Windows, where memory beyond the card is paged instead of refused."""
+# glibc mallopt 的参数号（malloc.h）
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+# cuBLAS 只有用这两种固定工作区时才逐位重现
+REPEATABLE_WORKSPACES = (":4096:8", ":16:8")
+# 给 CUDA 分配器的设置：新旧两个名字
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def choose_device(named: str, hardware: HardwareConfig) -> torch.device:
+    """auto takes this process's GPU if there is one (and hardware is not cpu), else the CPU."""
+    if named == "auto":
+        named = "cuda" if torch.cuda.is_available() and hardware.name != "cpu" else "cpu"
+    if named == "cpu":
+        return torch.device("cpu")
+    have = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    # torchrun 下每个进程用自己的那张卡
+    index = int(named[5:]) if ":" in named else int(os.environ.get("LOCAL_RANK", 0)) if distributed.world() > 1 else 0
+    if f"cuda:{index}" not in have:
+        raise ConfigError("no_device", got=named, have=" | ".join(have) or "cpu")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def set_up(device: torch.device, *, deterministic: bool, hardware: HardwareConfig) -> None:
+    """Make results repeatable, CPU allocations cheap, and the VRAM budget real."""
+    # 非正规数在 CPU 上慢几十倍，训练后期的微小梯度会碰到
+    torch.set_flush_denormal(True)
+    if device.type == "cpu" and hardware.ram_gib is not None:
+        return_freed_memory()
+    else:
+        keep_freed_memory()
+    if device.type != "cuda":
+        return
+    if deterministic:
+        # cuBLAS 要固定工作区，矩阵乘才能逐位重现；必须在第一次调用之前设
+        if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in REPEATABLE_WORKSPACES:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = REPEATABLE_WORKSPACES[0]
+        # 不能 warn_only：那样 flash 与 memory-efficient attention 的反向仍用不确定的算法，只警告一句
+        torch.use_deterministic_algorithms(True)
+        # 默认还会把每块新内存填满，只为查错，白费带宽
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    grow_segments(device)
+    cap_allocator(device, hardware)
+
+
+def grow_segments(device: torch.device) -> None:
+    """Let the allocator map pages where they are needed instead of keeping segments of fixed sizes: fewer fragments, where the driver can."""
+    # WSL 的驱动做不到，第一次分配就出错；使用者自己写了设置的，由他做主
+    if sys.platform != "linux" or "microsoft" in platform.release().lower() or any(os.environ.get(name) for name in ALLOCATOR_SETTINGS):
+        return
+    # 旧版本只有后一个名字，新版本说它过时了
+    change = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
+    try:
+        change("expandable_segments:True")
+        torch.empty(1, device=device)
+    except RuntimeError:
+        # 虚拟化的显卡也可能做不到：照旧
+        change("expandable_segments:False")
+
+
+def cap_allocator(device: torch.device, hardware: HardwareConfig) -> None:
+    """Make the stated VRAM budget real; on Windows, where the driver pages into RAM instead of failing, also what is free."""
+    free, total = torch.cuda.mem_get_info(device)
+    # 与预测用同一个数：计划说放得下的，这里就真的给这么多
+    if (cap := allocator_cap(hardware)) is not None:
+        if total < (hardware.vram_gib - 0.05) * GIB:
+            say("card_is_smaller", vram=hardware.vram_gib, total=total / GIB)
+            cap -= int(hardware.vram_gib * GIB) - total
+    elif sys.platform == "win32":
+        cap = free - WINDOWS_MARGIN
+    else:
+        return
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, cap / total)), device)
+
+
+@contextlib.contextmanager
+def any_kernels() -> Iterator[None]:
+    """Inside, deterministic=true asks for nothing: for samples, and where an operation is deterministic by the values it gets.
+
+    Holds for the whole process, so no other thread may compute meanwhile.
+    """
+    wanted, lenient = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if not wanted:
+        yield
+        return
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(wanted, warn_only=lenient)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc not to return large blocks to the system: saves some 700 page faults a step (Linux only)."""
+    _mallopt(mmap_threshold=2**30, trim_threshold=2**31 - 1)
+
+
+def return_freed_memory() -> None:
+    """Tell glibc to return every large block at once, so that this process holds what lives and no fragments (Linux only).
+
+    Without it the heap of a training step was seen to hold 1.7 times what lives: too much under a budget.
+    """
+    _mallopt(mmap_threshold=2**20, trim_threshold=2**21)
+
+
+def _mallopt(*, mmap_threshold: int, trim_threshold: int) -> None:
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(M_MMAP_THRESHOLD, mmap_threshold)
+        mallopt(M_TRIM_THRESHOLD, trim_threshold)

@@ -1,0 +1,66 @@
+"""LoRA: frozen linears with trained low-rank updates beside them (Hu et al., arXiv:2106.09685)."""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanogpt.base.config import FinetuneConfig
+from nanogpt.base.language import ConfigError
+
+
+class LoRALinear(nn.Linear):
+    """y = W x + b + (alpha / rank) * B A x; W and b keep their names and are frozen, A and B are trained."""
+
+    def __init__(self, base: nn.Linear, config: FinetuneConfig):
+        # 先造在 meta 上：马上换成原来的权重，不必白占一份内存
+        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        place = {"device": base.weight.device, "dtype": base.weight.dtype}
+        self.lora_a = nn.Parameter(torch.empty(config.rank, base.in_features, **place))
+        # B 从零开始：第 0 步与原模型完全相同
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, config.rank, **place))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        self.scale = config.alpha / config.rank
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # 先降到 rank 维再升回来，不必造出 B A 这个大矩阵
+        return super().forward(x) + self.scale * F.linear(F.linear(self.dropout(x), self.lora_a), self.lora_b)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """A plain linear with the update added to its weight."""
+        plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        # 合并在 fp32 里算：半精度的权重加小增量会丢位
+        update = self.scale * (self.lora_b.float() @ self.lora_a.float())
+        plain.weight = nn.Parameter((self.weight.float() + update).to(self.weight.dtype))
+        plain.bias = self.bias
+        return plain
+
+
+def add_adapters(model: nn.Module, config: FinetuneConfig) -> None:
+    """Freeze the model and put adapters beside the linears of its blocks that config.linears names."""
+    inside = {name: m for name, m in model.h.named_modules() if isinstance(m, nn.Linear)}
+    have = sorted({name.rpartition(".")[2] for name in inside})
+    if not config.linears or set(config.linears) - set(have):
+        raise ConfigError("lora_linears", got=list(config.linears), have=", ".join(have))
+    model.requires_grad_(False)
+    for name, linear in inside.items():
+        if name.rpartition(".")[2] in config.linears:
+            replace_module(model.h, name, LoRALinear(linear, config))
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Fold all adapters into plain weights, in place, and make every parameter trainable again; return the model."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear):
+            replace_module(model, name, module.merged())
+    return model.requires_grad_(True)
+
+
+def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where the dotted name points."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, module)

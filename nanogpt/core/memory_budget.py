@@ -1,0 +1,78 @@
+"""How much memory a run may take, and on which device: one answer for the plan, the allocator's cap and the trials."""
+
+import functools
+from dataclasses import dataclass
+
+from nanogpt.base.config import HardwareConfig, TrainConfig
+from nanogpt.base.language import ConfigError
+from nanogpt.base.ram import GIB, free_ram
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Memory of the device that is planned for, bytes."""
+
+    device_type: str
+    """cpu | cuda"""
+    name: str
+    """For the console."""
+    total: int
+    """The card's memory; on a CPU what this process may take."""
+    capacity: int
+    """What tensors may take: all that PyTorch's allocator may reserve."""
+    context: int
+    """CUDA's own part; on a CPU this process before any tensor."""
+    desktop: int
+    present: bool
+    """Whether the device is in this machine, so that it can be measured."""
+
+
+def allocator_cap(hardware: HardwareConfig) -> int | None:
+    """Bytes that the CUDA allocator may reserve under a stated hardware.vram_gib; None leaves it alone."""
+    if hardware.vram_gib is None:
+        return None
+    cap = hardware.vram_gib - hardware.context_gib - hardware.desktop_gib
+    if cap <= 0:
+        raise ConfigError("budget_spent", vram=hardware.vram_gib, context=hardware.context_gib, desktop=hardware.desktop_gib)
+    return int(cap * GIB)
+
+
+def target_of(cfg: TrainConfig) -> Budget:
+    """The device and the memory that cfg is for; a card that is stated by hardware= need not be here."""
+    import torch
+
+    from nanogpt.core.machine import choose_device
+
+    hardware = cfg.hardware
+    cap = allocator_cap(hardware)
+    if cfg.device == "cpu" or hardware.name == "cpu":
+        return _cpu(cfg)
+    if cap is not None:
+        context, desktop = int(hardware.context_gib * GIB), int(hardware.desktop_gib * GIB)
+        return Budget("cuda", hardware.name, int(hardware.vram_gib * GIB), cap, context, desktop, torch.cuda.is_available())
+    device = choose_device(cfg.device, hardware)
+    if device.type == "cpu":
+        return _cpu(cfg)
+    free, total = torch.cuda.mem_get_info(device)
+    # 本进程已占的还能再用；free 里已经扣掉了自己的上下文
+    free += torch.cuda.memory_reserved(device)
+    context = min(int(hardware.context_gib * GIB), total - free)
+    return Budget("cuda", torch.cuda.get_device_name(device), total, free, context, total - free - context, True)
+
+
+@functools.cache
+def process_bytes(checkpointing: bool) -> int:
+    """Resident size of this process when it was first asked for: the program before any tensor, forked copies included."""
+    import psutil
+
+    if checkpointing:
+        # 重算第一次用到时会导入它，占几十 MB：训练时反正要有
+        import torch._dynamo  # noqa: F401
+
+    return psutil.Process().memory_info().rss
+
+
+def _cpu(cfg: TrainConfig) -> Budget:
+    process = process_bytes(cfg.memory.activation_checkpointing != "none")
+    total = int(cfg.hardware.ram_gib * GIB) if cfg.hardware.ram_gib is not None else free_ram() + process
+    return Budget("cpu", "CPU", total, total - process, process, 0, True)

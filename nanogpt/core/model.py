@@ -1,0 +1,323 @@
+"""The GPT model: embeddings, blocks, head; forward gives logits, loss never holds all of them.
+
+`arch=gpt2` is GPT-2 (Radford et al. 2019), parameter names included. `arch=modern` swaps in RoPE,
+RMSNorm, QK-norm, squared ReLU and zero-initialised output projections.
+"""
+
+import contextlib
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanogpt.base.config import ModelConfig
+from nanogpt.core.attention import CausalSelfAttention, KVCache, rms_norm, rope_table
+from nanogpt.core.loss import chunked_cross_entropy
+from nanogpt.core.memory.recompute import run_block
+
+
+class Norm(nn.Module):
+    """RMSNorm without parameters, or LayerNorm with weight and optional bias, over the last dimension."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.kind = config.norm
+        if config.norm == "layernorm":
+            self.weight = nn.Parameter(torch.ones(config.n_embd))
+            self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # RMSNorm 不带可学习的增益：紧跟其后的线性层能吸收它，少一次乘法
+        if self.kind == "rmsnorm":
+            return rms_norm(x)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """relu(x)^2; eager autograd would keep x and relu(x) and pass over them four times more."""
+
+    @staticmethod
+    def forward(ctx, x):
+        r = x.relu()
+        ctx.save_for_backward(r)
+        return r * r
+
+    @staticmethod
+    def backward(ctx, grad):
+        (r,) = ctx.saved_tensors
+        return (grad * r).mul_(2)
+
+
+class MLP(nn.Module):
+    """Position-wise feed-forward layer C -> mlp_ratio * C -> C."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        width = config.mlp_ratio * config.n_embd
+        self.activation = config.activation
+        self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.c_fc(x)
+        if self.activation == "relu2":
+            # ReLU² 只有比较和乘法，CPU 上比 GELU 快几倍，loss 不差（Primer, arXiv:2109.08668）
+            x = _SquaredReLU.apply(x)
+        else:
+            # GPT-2 原版用 tanh 近似的 GELU，导入权重时必须一致
+            x = F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        return self.dropout(self.c_proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, attention: nn.Module, mlp: nn.Module):
+        super().__init__()
+        self.ln_1 = Norm(config)
+        self.attn = attention
+        self.ln_2 = Norm(config)
+        self.mlp = mlp
+
+    def forward(self, x: torch.Tensor, rope=None, cache: KVCache | None = None, visible: torch.Tensor | None = None) -> torch.Tensor:
+        # 只有成篇的数据才有 visible：使用者自己的注意力不必认识它
+        seen = {} if visible is None else {"visible": visible}
+        x = x + self.attn(self.ln_1(x), rope, cache, **seen)
+        return x + self.mlp(self.ln_2(x))
+
+
+class NgramEmbedding(nn.Module):
+    """Hashed embedding of the last n tokens at each position, (B, T) -> (B, T, C).
+
+    A table look-up that costs no matrix product (Over-Tokenized Transformer, arXiv:2501.16975).
+    """
+
+    def __init__(self, n: int, config: ModelConfig):
+        super().__init__()
+        self.n = n
+        # 全部 n-gram 都放得下时逐一编号，没有冲突，表也更小；否则用大奇数做滚动哈希
+        distinct = (config.vocab_size + 1) ** n
+        self.multiplier = config.vocab_size + 1 if distinct <= config.ngram_buckets else 1000003
+        self.table = nn.Embedding(min(distinct, config.ngram_buckets), config.n_embd)
+
+    def forward(self, idx: torch.Tensor, history: torch.Tensor | None = None, inside: torch.Tensor | None = None) -> torch.Tensor:
+        """history (B, >= n - 1) holds the ids before idx, -1 where there are none.
+
+        inside (B, T) says how many ids before each one belong to the same document; None: all of them.
+        """
+        T = idx.size(1)
+        if history is None:
+            history = idx.new_full((), -1).expand(idx.size(0), self.n - 1)
+        # 逐 token 解码时，n-gram 的前几个字在缓存里；开头没有前文，记作 -1
+        # id 整体加 1，空位成为 0，与任何真 token 区分
+        padded = torch.cat((history[:, history.size(1) - (self.n - 1) :], idx), dim=1) + 1
+        key = padded[:, padded.size(1) - T :]
+        for back in range(1, self.n):
+            start = padded.size(1) - T - back
+            before = padded[:, start : start + T]
+            if inside is not None:
+                # 别的文章的字与没有前文一样，都是 0
+                before = before * (inside >= back)
+            # int64 溢出时自然回绕，不影响哈希
+            key = key * self.multiplier + before
+        return self.table(key % self.table.num_embeddings)
+
+
+def draw_normal(weight: torch.Tensor, std: float) -> None:
+    """Fill with normal values drawn in float32, so that a 16-bit model starts from the rounded weights of a float32 one."""
+    if weight.dtype == torch.float32:
+        nn.init.normal_(weight, std=std)
+    else:
+        # bf16 的均匀分布只有 8 位，由它得出的正态分布又粗又缺尾巴；逐个张量转，不多占整份内存
+        weight.copy_(torch.empty(weight.shape, dtype=torch.float32, device=weight.device).normal_(std=std))
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer. idx and targets are (B, T) int64 with T <= block_size.
+
+    To change a part, subclass and override `make_attention` or `make_mlp`, and name the class in
+    the model yaml's `_target_`.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        assert config.vocab_size, "vocab_size comes from the data set"
+        self.config = config
+        # 由训练器按 memory=... 设置，不属于模型结构，故不进 checkpoint
+        self.activation_checkpointing = "none"
+        # 只对 budget 有效：最后这么多个 block 保留激活
+        self.kept_blocks = 0
+        self.recompute_context = contextlib.nullcontext
+        self.loss_chunk_mib = 256
+        self.compiled_hidden = self.compiled_tail = None
+        # 逐 token 解码的专用快路，由 acceleration 按设备装上
+        self.fast_step = None
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
+        self.ngrams = nn.ModuleList(NgramEmbedding(n, config) for n in config.ngrams)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(
+            Block(config, self.make_attention(layer), self.make_mlp(layer)) for layer in range(config.n_layer)
+        )
+        self.ln_f = Norm(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.wte.weight
+        if config.position == "rope":
+            cos, sin = rope_table(config.n_embd // config.n_head, config.block_size, config.rope_base)
+            # 可由配置重算，不必存进 checkpoint
+            self.register_buffer("rope_cos", cos, persistent=False)
+            self.register_buffer("rope_sin", sin, persistent=False)
+        self.reset_parameters()
+
+    def make_attention(self, layer: int) -> nn.Module:
+        """Build the attention of block `layer`; called as attn(x, rope, cache), and with visible= for data of documents."""
+        return CausalSelfAttention(self.config, layer)
+
+    def make_mlp(self, layer: int) -> nn.Module:
+        """Build the feed-forward part of block `layer`; called as mlp(x)."""
+        return MLP(self.config)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all weights anew from torch's global generator."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                # gpt2 固定 0.02；modern 按输入宽度缩放，每层输出方差约为 1
+                std = 0.02 if self.config.init == "gpt2" else 1.0 / math.sqrt(module.in_features)
+                draw_normal(module.weight, std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                draw_normal(module.weight, 0.02)
+        for block in self.h:
+            for projection in (getattr(block.attn, "c_proj", None), getattr(block.mlp, "c_proj", None)):
+                if projection is None:
+                    continue  # 使用者自己的模块可以没有 c_proj
+                if self.config.init == "gpt2":
+                    # 残差相加 2L 次，按 1/sqrt(2L) 缩小，方差不随深度增长
+                    draw_normal(projection.weight, 0.02 / math.sqrt(2 * self.config.n_layer))
+                else:
+                    # 从恒等映射出发：开始时每个 block 都不改动残差流
+                    nn.init.zeros_(projection.weight)
+        for ngram in self.ngrams:
+            # 从零开始，没见过的 n-gram 不带噪声
+            nn.init.zeros_(ngram.table.weight)
+        if self.config.init == "modern" and not self.config.tie_embeddings:
+            draw_normal(self.wte.weight, 1.0)
+            nn.init.zeros_(self.lm_head.weight)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.wte.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the activations outside autocast; with int8 weights the embedding says it."""
+        return getattr(self.wte, "dtype", self.wte.weight.dtype)
+
+    def embed(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """Return what the first block reads, (B, T, C); with a cache this begins its next step."""
+        T = idx.size(1)
+        assert T <= self.config.block_size, f"{T} positions do not fit block_size={self.config.block_size}"
+        at = cache.begin(T) if cache is not None else slice(0, T)
+        inside = self.inside(idx) if cache is None else None
+        x = self.wte(idx)
+        if self.wpe is not None:
+            # 每篇文章的位置从 0 数起，与单独写它时一样
+            x = x + self.wpe.weight[at if inside is None else inside]
+        if self.ngrams:
+            history = cache.recent(max(self.config.ngrams) - 1) if cache is not None else None
+            for ngram in self.ngrams:
+                x = x + ngram(idx, history, inside)
+        if self.config.embed_norm:
+            x = rms_norm(x)
+        return self.drop(x)
+
+    def inside(self, idx: torch.Tensor) -> torch.Tensor | None:
+        """How many ids of the same document stand before each id of idx, (B, T); None where text runs on."""
+        if self.config.separator is None:
+            return None
+        at = torch.arange(idx.size(1), device=idx.device).expand_as(idx)
+        # 最近一个分隔符的位置；行首之前视为 0，接着上一行写的文章从 0 数起
+        return at - torch.where(idx == self.config.separator, at, 0).cummax(dim=1).values
+
+    def visible(self, idx: torch.Tensor) -> torch.Tensor | None:
+        """Which positions each position attends to, (B, 1, T, T) bool: earlier ones of its own document; None: all earlier ones."""
+        if self.config.separator is None:
+            return None
+        document = (idx == self.config.separator).cumsum(dim=1)
+        return (document[:, :, None] == document[:, None, :]).tril_()[:, None]
+
+    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """Return the normalised last hidden state (B, T, C); documents packed into one row do not see each other."""
+        x = self.embed(idx, cache)
+        # 写作时一行只有一篇
+        visible = self.visible(idx) if cache is None else None
+        at = cache.position if cache is not None else slice(0, idx.size(1))
+        rope = (self.rope_cos[at], self.rope_sin[at]) if self.config.position == "rope" else None
+        for layer, block in enumerate(self.h):
+            x = run_block(self, layer, block, x, rope, cache, visible)
+        if cache is not None:
+            cache.advance(idx)
+        return self.ln_f(x)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Project hidden states (..., C) to logits (..., V), soft-capped if the config says so."""
+        return self.softcapped(self.lm_head(hidden))
+
+    def softcapped(self, logits: torch.Tensor) -> torch.Tensor:
+        """Bound logits smoothly to +-logit_softcap, if the config says so."""
+        cap = self.config.logit_softcap
+        # 平滑地限制在 ±cap 之内，训练后期 logits 不会越长越大
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def next_logits(self, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Logits (B, V) behind one more id per row, idx (B,)."""
+        if self.fast_step is not None and len(idx) <= self.fast_step.max_rows:
+            return self.fast_step(idx, cache)
+        return self.logits(self.hidden(idx[:, None], cache)[:, -1])
+
+    def forward(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """Return logits (B, T, V)."""
+        return self.logits(self.hidden(idx, cache))
+
+    def loss(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the mean cross-entropy in nats, shape (), computed in chunks of tokens.
+
+        With data of documents, targets of -1 (labels, unfilled ends of rows) do not count.
+        """
+        # 只编译训练用的这一条路：评估还要再编三张图（整批、零头、短窗口），解码的形状每步都变
+        hidden = self.compiled_hidden if self.compiled_hidden and self.training else self.hidden
+        return chunked_cross_entropy(
+            hidden(idx), self.lm_head.weight, targets, softcap=self.config.logit_softcap, chunk_mib=self.loss_chunk_mib,
+            ignoring=self.config.separator is not None, tail=self.compiled_tail,
+        )
+
+    def parameter_count(self) -> int:
+        """Number of distinct parameters (tied weights count once), frozen ones included."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self) -> int:
+        """FLOPs of the matrix products that training takes per token, forward and backward (PaLM, arXiv:2204.02311, appendix B).
+
+        Attention counts as if it saw the whole context. Look-ups are free, and what is computed again to save memory does not count.
+        """
+        c = self.config
+        tables = {f"{name}.weight" for name, m in self.named_modules() if isinstance(m, nn.Embedding)}
+        linears = [[name for name, m in block.attn.named_modules() if isinstance(m, nn.Linear)] for block in self.h]
+        outputs = {f"h.{layer}.attn.{names[-1]}.weight" for layer, names in enumerate(linears) if names}
+        flops, trained = 0, False
+        # 参数按计算的次序登记；共享的矩阵在每个用它的地方各算一次
+        for name, p in self.named_parameters(remove_duplicate=False):
+            if name in outputs:
+                # 注意力的乘积在输出投影之前；反向恰是前向的两倍
+                flops += (4 + 8 * trained) * c.n_embd * c.block_size
+            if p.dim() > 1 and name not in tables:
+                # 前向、自己的梯度、往回传的梯度各两次；LoRA 冻结的矩阵没有第二项，第一个 adapter 之前没有第三项
+                flops += (2 + 2 * p.requires_grad + 2 * trained) * p.numel()
+            trained = trained or p.requires_grad
+        return flops

@@ -1,0 +1,236 @@
+"""Sampling strategies: logits (B, V) -> logits (B, V), what must not be drawn set to -inf.
+
+Each strategy is a small frozen dataclass called as stage(logits, tokens); tokens (B, T) are the ids of
+the text so far, the newest last, -1 where a row is shorter. `sampler` puts them together in this order:
+repetition penalty, no-repeat n-gram, temperature, top-k, top-p, min-p, typical.
+Ties are settled in favour of the lower id everywhere.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from nanogpt.base.config import check_range
+from nanogpt.base.language import ConfigError
+from nanogpt.weights.build import locate_class
+
+Stage = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# `sampler` 的设置 -> (类型, 下限, 上限)；API 的字段也由它得出
+SETTINGS = {
+    "temperature": (float, 0, 100), "top_k": (int, 0, None), "top_p": (float, 0, 1), "min_p": (float, 0, 1), "typical": (float, 0, 1),
+    "repetition_penalty": (float, 0.01, 100), "no_repeat_ngram": (int, 0, None),
+}
+
+
+@dataclass(frozen=True)
+class RepetitionPenalty:
+    """Divide positive and multiply negative logits of ids that occurred, prompt included (CTRL, arXiv:1909.05858)."""
+
+    penalty: float
+
+    def __call__(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        # 末尾多一列收下占位的 -1，写回时丢掉
+        seen = torch.zeros(logits.size(0), logits.size(1) + 1, dtype=torch.bool, device=logits.device)
+        seen.scatter_(1, torch.where(tokens < 0, logits.size(1), tokens), True)
+        penalised = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
+        return torch.where(seen[:, :-1], penalised, logits)
+
+
+@dataclass(frozen=True)
+class NoRepeatNgram:
+    """Forbid the ids that would complete an n-gram that the text already holds; lifted where nothing would be left."""
+
+    n: int
+
+    def __call__(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        n = self.n
+        if tokens.size(1) < n:
+            return logits
+        windows = tokens.unfold(1, n, 1)
+        # 占位的 -1 不会与真正的后缀相等；后缀本身不足 n-1 个时也不禁
+        suffix = tokens[:, tokens.size(1) - (n - 1) :]
+        repeats = (windows[..., : n - 1] == suffix[:, None]).all(-1) & (suffix >= 0).all(-1)[:, None] & (windows[..., -1] >= 0)
+        banned = torch.zeros(logits.size(0), logits.size(1) + 1, dtype=torch.bool, device=logits.device)
+        banned.scatter_(1, torch.where(repeats, windows[..., -1], logits.size(1)), True)
+        left = logits.masked_fill(banned[:, :-1], -torch.inf)
+        # 小词表上可能全被禁掉：宁可重复，也不能没有可选的字
+        return torch.where(left.isneginf().all(-1, keepdim=True), logits, left)
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """Divide by the temperature; towards 0 only the most likely id is left."""
+
+    temperature: float
+
+    def __call__(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        # 小到 float32 里成了 0 的也算 0，否则 0 / 0
+        if self.temperature < 1e-30:
+            return greedy(logits)
+        # 先减最大值：温度再小也不会出现 inf - inf
+        return (logits - logits.amax(-1, keepdim=True)) / self.temperature
+
+
+def greedy(logits: torch.Tensor) -> torch.Tensor:
+    """Keep only the most likely id, the lowest of equals."""
+    best = logits.argmax(-1, keepdim=True)
+    return torch.full_like(logits, -torch.inf).scatter_(1, best, 0.0)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Keep exactly the k most likely ids."""
+
+    k: int
+
+    def __call__(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        if self.k >= logits.size(-1):
+            return logits
+        # topk 遇到并列时留下谁没有保证：高于门槛的全留，等于门槛的按 id 补足
+        least = logits.topk(self.k, dim=-1).values[:, -1:]
+        above, equal = logits > least, logits == least
+        room = self.k - above.sum(-1, keepdim=True)
+        return logits.masked_fill(~(above | (equal & (equal.cumsum(-1) <= room))), -torch.inf)
+
+
+@dataclass(frozen=True)
+class TopP:
+    """Keep the smallest set of most likely ids whose mass reaches p, at least one (arXiv:1904.09751)."""
+
+    p: float
+
+    def __call__(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        if self.p >= 1:
+            return logits
+        probabilities = torch.softmax(logits, dim=-1)
+        return smallest_set(logits, probabilities, -probabilities, self.p)
+
+
+@dataclass(frozen=True)
+class MinP:
+    """Keep the ids at least min_p times as likely as the most likely one (arXiv:2407.01082)."""
+
+    min_p: float
+
+    def __call__(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        # 比值在 logits 上就是差：不必做 softmax
+        floor = logits.amax(-1, keepdim=True) + torch.tensor(self.min_p, dtype=torch.float64).log().item()
+        return logits.masked_fill(logits < floor, -torch.inf)
+
+
+@dataclass(frozen=True)
+class Typical:
+    """Keep the smallest set of ids of typical surprise whose mass reaches `mass`, at least one (arXiv:2202.00666)."""
+
+    mass: float
+
+    def __call__(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        log_probabilities = torch.log_softmax(logits, dim=-1)
+        probabilities = log_probabilities.exp()
+        # 概率为 0 的项，0 * -inf 记作 0
+        entropy = -(probabilities * log_probabilities).nan_to_num(nan=0.0).sum(-1, keepdim=True)
+        return smallest_set(logits, probabilities, (-log_probabilities - entropy).abs(), self.mass)
+
+
+def smallest_set(logits: torch.Tensor, probabilities: torch.Tensor, rank_by: torch.Tensor, mass: float) -> torch.Tensor:
+    """Keep ids in ascending order of rank_by until their mass reaches `mass`; at least one."""
+    # 稳定排序：并列时 id 小的在前
+    order = rank_by.argsort(dim=-1, stable=True)
+    ordered = probabilities.gather(-1, order).double()
+    # 排在前面的合计已经达到 mass，就不再需要；float64 里求和，词表大也不丢位
+    spare = ordered.cumsum(-1) - ordered >= mass
+    spare[:, 0] = False
+    return logits.masked_fill(torch.zeros_like(spare).scatter_(1, order, spare), -torch.inf)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Stages applied one after the other, in float32."""
+
+    stages: tuple[Stage, ...]
+    reads_tokens: bool = False
+    """Whether a stage looks at the text so far."""
+
+    def __call__(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        for stage in self.stages:
+            logits = stage(logits, tokens)
+        return logits
+
+
+def sampler(
+    *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, typical: float = 1.0,
+    repetition_penalty: float = 1.0, no_repeat_ngram: int = 0,
+) -> Sampler:
+    """The strategies that are switched on, in the order of the module's docstring."""
+    given = locals()
+    for name, (kind, low, high) in SETTINGS.items():
+        got = given[name]
+        # Python 里 True 也是整数，整数也可以当小数用
+        if isinstance(got, bool) or not isinstance(got, (int, kind)):
+            raise ConfigError("wrong_type", key=f"sampler.{name}", got=got, want=kind.__name__)
+        check_range(f"sampler.{name}", got, low, high)
+    stages: list[Stage] = []
+    if repetition_penalty != 1:
+        stages.append(RepetitionPenalty(repetition_penalty))
+    if no_repeat_ngram:
+        stages.append(NoRepeatNgram(no_repeat_ngram))
+    reads_tokens = bool(stages)
+    if temperature != 1:
+        stages.append(Temperature(temperature))
+    # 贪心只剩一个候选，后面的筛选都不再起作用
+    if temperature != 0:
+        stages += [TopK(top_k)] if top_k else []
+        stages += [TopP(top_p)] if top_p < 1 else []
+        stages += [MinP(min_p)] if min_p else []
+        stages += [Typical(typical)] if typical < 1 else []
+    return Sampler(tuple(stages), reads_tokens)
+
+
+def build_sampler(node: dict) -> Sampler:
+    """The sampler of a conf/sampler yaml.
+
+    `_target_` is a factory (or class) that takes the other keys and returns a callable, or itself a
+    function whose first parameter is `logits`: then the other keys are passed with every call. A second
+    positional parameter receives the tokens so far.
+    """
+    target = locate_class(node["_target_"], "sampler._target_")
+    settings = {key: value for key, value in node.items() if key != "_target_"}
+    try:
+        signature = inspect.signature(target)
+        if next(iter(signature.parameters), None) == "logits":
+            # 普通函数：设置在这里就核对，拼错的键名不会拖到第一次采样
+            signature.bind(*[None] * _positional(signature), **settings)
+            return _wrapped(lambda *inputs: target(*inputs, **settings), _positional(signature))
+        built = target(**settings)
+        if not callable(built):
+            raise ConfigError("not_a_part", key="sampler._target_", got=node["_target_"], want="sampler: __call__")
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError("bad_part", key="sampler", reason=error) from None
+    return built if isinstance(built, Sampler) else _wrapped(built, _positional(inspect.signature(built)))
+
+
+def _positional(signature: inspect.Signature) -> int:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return min(2, sum(p.kind in kinds and p.default is p.empty for p in signature.parameters.values()))
+
+
+def _wrapped(stage: Callable, inputs: int) -> Sampler:
+    if inputs == 2:
+        return Sampler((stage,), True)
+    return Sampler((lambda logits, tokens: stage(logits),))
+
+
+def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """One id per row of logits (B, V) by inverting the cumulative distribution at uniforms (B,) in [0, 1).
+
+    One uniform number per token makes a row's text independent of the rows beside it.
+    """
+    # float64 的累加：五万个词的尾巴也不会被舍入吞掉
+    cumulative = torch.softmax(logits, dim=-1, dtype=torch.float32).double().cumsum(-1)
+    target = uniforms.double()[:, None] * cumulative[:, -1:]
+    # right=True：概率为 0 的 id 不占任何区间，永远抽不到
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.size(-1) - 1)

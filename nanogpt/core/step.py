@@ -1,0 +1,131 @@
+"""The computation of one training step: forward, backward, clip, update; no data, no time, no files.
+
+The trainer decides on values (is it finite?), the planner traces the same functions without any.
+"""
+
+import math
+
+import torch
+
+from nanogpt.base.config import MemoryConfig, TrainConfig
+from nanogpt.core.memory.in_backward import InBackward
+from nanogpt.core.memory.recompute import fit_budget
+from nanogpt.core.optimizers import Optimizer, configure
+from nanogpt.core.precision import Precision
+from nanogpt.weights.build import build_part
+
+
+def build_step(cfg: TrainConfig, model, precision: Precision) -> "Step":
+    """The step of a model as cfg.memory and cfg.optimizer want it; the trainer and the planner take the same one."""
+    model.activation_checkpointing = cfg.memory.activation_checkpointing
+    model.loss_chunk_mib = cfg.memory.loss_chunk_mib
+    if precision.rounded:
+        # 反向里外层的函数模式不起作用，重算时要自己再舍入；autocast 则由 checkpoint 恢复
+        model.recompute_context = precision.context
+    optimizer = build_part(cfg.optimizer, "optimizer", model)
+    configure(optimizer, cfg.memory, precision.device_type)
+    step = Step(model, optimizer, precision, cfg.memory, cfg.grad_clip)
+    if isinstance(cfg.batch_size, int):
+        step.expect(cfg.batch_size)
+    return step
+
+
+class Step:
+    """One model, its optimizer and its number format."""
+
+    def __init__(self, model, optimizer, precision, memory: MemoryConfig, grad_clip: float = 0.0):
+        self.model = model
+        self.optimizer = optimizer
+        self.precision = precision
+        self.memory = memory
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.in_backward = InBackward(optimizer, grad_clip) if memory.optimizer_in_backward else None
+
+    def prepare(self) -> None:
+        """Allocate what the optimizer keeps, before the first step."""
+        # torch.optim 的没有这一步：它们在第一次更新时才分配
+        if isinstance(self.optimizer, Optimizer):
+            self.optimizer.prepare()
+
+    def expect(self, rows: int) -> None:
+        """Prepare for micro-batches of `rows` rows: under activation_checkpointing=budget, say how many blocks are kept."""
+        if self.memory.activation_checkpointing == "budget":
+            fit_budget(self.model, rows, self.memory.activation_budget_mib, self.precision.context)
+
+    def micro_batch(self, x: torch.Tensor, y: torch.Tensor, share: float) -> torch.Tensor:
+        """Forward and backward of rows x, y (B, T) that are `share` of the step; returns share * mean loss, shape ().
+
+        With memory.optimizer_in_backward the parameters have been updated when this returns.
+        """
+        loss = self.forward(x, y, share)
+        self.backward(loss)
+        return loss.detach()
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, share: float) -> torch.Tensor:
+        """share * mean loss of rows x, y (B, T), shape (), to be given to backward()."""
+        with self.precision.context():
+            # 按行数加权：最后一个微批可以不满，梯度仍等于整批的平均
+            return self.model.loss(x, y) * share
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a forward() loss; or with memory.optimizer_in_backward apply those that are finite, none if the loss is not."""
+        if self.in_backward:
+            self.in_backward.begin(loss.detach())
+        self.precision.scaler.scale(loss).backward()
+
+    def gradient_norm(self) -> torch.Tensor:
+        """Global L2 norm of all gradients, shape ()."""
+        if self.in_backward:
+            return self.in_backward.gradient_norm()
+        # bf16 的梯度得出 bf16 的范数：裁剪的系数不该再跟着粗一遍
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]).float()
+
+    def clip(self, norm: torch.Tensor, limit: float) -> None:
+        """Scale all gradients so that their norm `norm` becomes `limit`."""
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
+
+    def update(self) -> None:
+        """Apply the gradients and drop them; nothing is left to do after a backward that did."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @property
+    def decides_on_device(self) -> bool:
+        """Whether update_if_finite() may be called: fp16's loss scale and optimizers of other makes want an answer from the host."""
+        return isinstance(self.optimizer, Optimizer) and not self.precision.scaler.is_enabled()
+
+    def update_if_finite(self, loss: torch.Tensor, norm: torch.Tensor, limit: float) -> None:
+        """Clip to norm `limit` and update() unless loss () or the gradients' norm () is not finite, without waiting for either."""
+        if not self.in_backward:
+            skip = (~(torch.isfinite(loss) & torch.isfinite(norm))).float()
+            if self.optimizer.frugal:
+                # 逐块更新本来就要读一遍梯度：顺手乘上，不必先写回去
+                self.optimizer.step(skip=skip, factor=(limit / (norm + 1e-6)).clamp(max=1.0))
+            else:
+                if limit < math.inf:
+                    self.clip(norm, limit)
+                self.optimizer.step(skip=skip)
+        self.optimizer.zero_grad()
+
+
+class Reading:
+    """Numbers that the device may still be computing; read() waits for these only, not for what was launched after them."""
+
+    def __init__(self, *scalars: torch.Tensor):
+        self._tensor = torch.stack([scalar.detach().double() for scalar in scalars])
+        self._arrived: torch.cuda.Event | None = None
+        self._numbers: list[float] | None = None
+        if self._tensor.is_cuda:
+            # 锁页内存加事件：读上一步的数，不等后面排着的下一步
+            pinned = torch.empty(self._tensor.shape, dtype=torch.float64, pin_memory=True)
+            self._tensor = pinned.copy_(self._tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        """The numbers."""
+        if self._numbers is None:
+            if self._arrived is not None:
+                self._arrived.synchronize()
+            self._numbers, self._tensor = self._tensor.tolist(), None
+        return self._numbers

@@ -1,0 +1,36 @@
+"""A byte-level BPE vocabulary of one's own, trained on a text by the `tokenizers` library."""
+
+from collections.abc import Iterable
+
+from nanogpt.base.language import ConfigError, say
+from nanogpt.data.tokenizer import GPT2_PATTERN, BPETokenizer, byte_letters, bytes_of_letters
+
+# 256 个字节之上至少要有一些合并；上限是 uint16 放得下的
+SMALLEST, LARGEST = 300, 65000
+
+
+def check_vocab_size(got) -> None:
+    """Refuse a vocabulary that is no number or makes no sense."""
+    if isinstance(got, bool) or not isinstance(got, int) or not SMALLEST <= got <= LARGEST:
+        raise ConfigError("out_of_range", key="dataset.vocab_size", got=got, wanted=f"{SMALLEST} … {LARGEST}")
+
+
+def train_bpe(pieces: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """At most vocab_size tokens: the 256 bytes and the most frequent merges; fewer where the text gives no more."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise ConfigError("missing_package", what="dataset.tokenizer=bpe", package="tokenizers") from None
+    say("training_bpe", vocab=vocab_size)
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, min_frequency=2, show_progress=False, initial_alphabet=sorted(byte_letters()), special_tokens=[]
+    )
+    library.train_from_iterator(pieces, trainer)
+    vocab = library.get_vocab()
+    byte_of = bytes_of_letters()
+    tokens = [bytes(byte_of[letter] for letter in word) for word in sorted(vocab, key=vocab.__getitem__)]
+    # 库给字节的编号按字母表；换成字节值本身，合并的次序不变
+    ordered = [bytes((i,)) for i in range(256)] + [token for token in tokens if len(token) > 1]
+    return BPETokenizer("bpe", GPT2_PATTERN, {token: rank for rank, token in enumerate(ordered)}, {})

@@ -1,0 +1,296 @@
+"""From text to a data set folder: read text in any common encoding, tokenise, write it atomically.
+
+A data set folder is train.bin + val.bin + tokenizer.json + meta.json. The scripts data/<name>/prepare.py
+use what is here; so does a script of your own.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nanogpt.base.config import PATH_KEYS, ROOT
+from nanogpt.base.errors import forgive_output, one_line_each
+from nanogpt.base.files import folder_aside, folders_around, refuse_file, remove_leftovers, sha256
+from nanogpt.base.hashed_json import DamagedError, read_sealed, write_sealed
+from nanogpt.base.language import ConfigError, say
+from nanogpt.base.lock import only_one, remove_stale
+from nanogpt.base.value_checks import check_types, check_value, expanded
+from nanogpt.data import tokenizer as tokenizers
+from nanogpt.data.bpe import check_vocab_size, train_bpe
+from nanogpt.data.source_text import digest, stem_of, text_files
+
+# 1：meta.json 没有自己的摘要
+FORMAT = 2
+# 读法（编码、换行、分词、切分）变了就加一：早先准备好的便不再沿用
+READING = 1
+
+
+def build_char_tokenizer(pieces: Iterable[str]) -> tokenizers.CharTokenizer:
+    """A character tokenizer over all characters that occur."""
+    seen: set[str] = set()
+    for piece in pieces:
+        seen.update(piece)
+    return tokenizers.CharTokenizer("".join(sorted(seen)))
+
+
+def tokenizer_for(wanted: str | tokenizers.Tokenizer, pieces: Callable[[], Iterable[str]], vocab_size: int | None = None) -> tokenizers.Tokenizer:
+    """The tokenizer that dataset.tokenizer names, or the one given; `pieces()` yields the text it is made from (char, bpe)."""
+    check_tokenizer(wanted, vocab_size)
+    if not isinstance(wanted, str):
+        return wanted
+    if wanted == "byte":
+        return tokenizers.ByteTokenizer()
+    if wanted == "bpe":
+        return train_bpe(pieces(), vocab_size)
+    # auto 而没有 init_from：从零训练用字符
+    return tokenizers.gpt2_tokenizer() if wanted == "gpt2" else build_char_tokenizer(pieces())
+
+
+def check_tokenizer(wanted: str | tokenizers.Tokenizer, vocab_size: int | None = None) -> None:
+    """ConfigError where dataset.tokenizer is not one that tokenizer_for() makes."""
+    if isinstance(wanted, str) and wanted not in tokenizers.KINDS:
+        raise ConfigError("unknown_tokenizer", got=wanted, allowed=" | ".join(tokenizers.KINDS))
+    if wanted == "bpe":
+        check_vocab_size(vocab_size)
+
+
+class TokenWriter:
+    """Appends ids to a .bin file as the smallest unsigned integers that hold the vocabulary."""
+
+    def __init__(self, path: Path, vocab_size: int):
+        self.dtype = np.dtype(np.uint8 if vocab_size <= 2**8 else np.uint16 if vocab_size <= 2**16 else np.uint32)
+        self.count = 0
+        self._file = path.open("wb")
+
+    def write(self, ids: np.ndarray) -> None:
+        """Append ids (n,)."""
+        self._file.write(ids.astype(self.dtype).tobytes())
+        self.count += len(ids)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def write_dataset(folder: Path, *, name: str, source: str, tokenizer, train: Iterable[np.ndarray], val: Iterable[np.ndarray]) -> Path:
+    """Write a data set folder from two streams of id arrays; it appears whole or not at all."""
+
+    def tagged():
+        for split, stream in (("train", train), ("val", val)):
+            for ids in stream:
+                yield split, ids
+
+    return write_tagged(folder, name=name, source=source, tokenizer=tokenizer, stream=tagged())
+
+
+def write_tagged(folder: Path, *, name: str, source: str, tokenizer, stream: Iterable[tuple[str, np.ndarray]]) -> Path:
+    """Like write_dataset, from one stream of (split, ids): nothing has to be held or read twice."""
+    with folder_aside(folder) as aside:
+        dtype, counts = write_tokens(aside, tokenizer, stream)
+        meta = write_meta(aside, name=name, source=source, tokenizer=tokenizer, dtype=dtype, tokens=counts)
+    say("prepared", name=name, train=meta["tokens"]["train"], val=meta["tokens"]["val"], vocab=tokenizer.vocab_size, path=folder)
+    return folder
+
+
+def write_tokens(folder: Path, tokenizer, stream: Iterable[tuple[str, np.ndarray]]) -> tuple[np.dtype, dict[str, int]]:
+    """Write train.bin and val.bin from one stream of (split, ids); return their number format and lengths."""
+    writers = {split: TokenWriter(folder / f"{split}.bin", tokenizer.vocab_size) for split in ("train", "val")}
+    try:
+        for split, ids in stream:
+            writers[split].write(ids)
+    finally:
+        for writer in writers.values():
+            writer.close()
+    return writers["train"].dtype, {split: writer.count for split, writer in writers.items()}
+
+
+def write_meta(folder: Path, *, name: str, source: str, tokenizer, dtype: np.dtype, tokens: dict[str, int], **more) -> dict:
+    """Write tokenizer.json, and meta.json with the SHA-256 of every file in the folder; return the latter."""
+    tokenizers.save(tokenizer, folder / "tokenizer.json")
+    meta = {
+        "format": FORMAT, "name": name, "source": source, "tokenizer": tokenizer.kind,
+        "vocab_size": tokenizer.vocab_size, "dtype": str(dtype), "tokens": tokens, **more,
+        "sha256": {file.name: sha256(file) for file in sorted(folder.iterdir())},
+    }
+    write_sealed(folder / "meta.json", meta)
+    return meta
+
+
+def split_by_length(stream: Iterable[np.ndarray], train_tokens: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Tag the first train_tokens ids as train, the rest as val."""
+    left = train_tokens
+    for ids in stream:
+        if left > 0:
+            yield "train", ids[:left]
+        if len(ids) > left:
+            yield "val", ids[max(left, 0) :]
+        left -= len(ids)
+
+
+def _script(name: str):
+    """data/<name>/prepare.py as a module."""
+    spec = importlib.util.spec_from_file_location(f"prepare_{name}", home_of(name) / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_options(prepare: Callable, options: dict) -> None:
+    """Refuse options of dataset=… that its script does not take, or whose type it does not take."""
+    parameters = inspect.signature(prepare).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key, got in options.items():
+        if key not in parameters and not open_ended:
+            raise ConfigError("unread_key", key=f"dataset.{key}")
+        check_value(f"dataset.{key}", got)
+    check_types(prepare, "dataset", options)
+    for key, parameter in list(parameters.items())[1:]:
+        if key not in options and parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+            raise ConfigError("missing_key", key=f"dataset.{key}")
+
+
+def home_of(name: str) -> Path:
+    """Where the script of data set `name` lies, and what it prepares."""
+    return ROOT / "data" / name
+
+
+def folder_of(name: str, directory: str | None, options: dict, module=None) -> Path:
+    """Where data set `name` lies once it is prepared: another script, other options or another text give another folder.
+
+    Fetches and writes nothing. The script may have `sources(**options) -> list[Path]`, which refuses wrong options and gives
+    the files that it reads; without it these are the files that the options name, and all files below the folders that they name.
+    """
+    module = module or _script(name)
+    check_options(module.prepare, options)
+    if directory:
+        return Path(directory)
+    stem = stem_of(Path(options["path"])) if options.get("path") else "prepared"
+    return home_of(name) / f"{stem}-{identity_of(module, options)[:12]}"
+
+
+def identity_of(module, options: dict) -> str:
+    """Hex SHA-256 over a script, its options and the contents of what they name."""
+    # autocrlf 检出的脚本是同一份
+    parts: list = [READING, hashlib.sha256(Path(module.__file__).read_bytes().replace(b"\r\n", b"\n")).hexdigest()]
+    for key in sorted(options):
+        # 同一份文字，从哪个文件夹里说都一样
+        parts.append([key, Path(options[key]).name if _names_path(key, options[key]) else options[key]])
+    if hasattr(module, "sources"):
+        groups = [module.sources(**options)]
+    else:
+        groups = [text_files(Path(value), None) for key, value in sorted(options.items()) if _names_path(key, value)]
+    for files in groups:
+        around = os.path.commonpath([file.absolute().parent for file in files]) if files else ""
+        parts += [[os.path.relpath(file.absolute(), around).replace(os.sep, "/"), digest(file)] for file in files]
+    return hashlib.sha256(json.dumps(parts, default=lambda coder: coder.to_dict()).encode("ascii")).hexdigest()
+
+
+def _names_path(key: str, value) -> bool:
+    # 名叫 gpt2 的文件夹多半是权重，与 dataset.tokenizer=gpt2 无关
+    return key not in ("tokenizer", "encoding") and isinstance(value, str) and os.path.exists(value)
+
+
+def prepare(name: str, directory: str | None, options: dict) -> Path:
+    """Return the prepared folder of data set `name`, running `prepare(folder, **options)` of data/<name>/prepare.py where it is missing.
+
+    Says what is used again.
+    """
+    module, folder = _script(name), Path(directory or name)
+    try:
+        folder = folder_of(name, directory, options, module)
+        lock = folder.with_name(f".{folder.name}.lock")
+        if (folder / "meta.json").is_file():
+            remove_stale(lock)
+            say_reused(name, folder, _identity_or_none(module, options) if directory else None)
+            return folder
+        refuse_file(folder)
+        # 同时启动的两次训练只准备一次：另一个等着，等到了就有
+        with folders_around(folder), only_one(lock, waiting=lambda: say("preparing_elsewhere", name=name)):
+            if not (folder / "meta.json").is_file():
+                _prepare_in(folder, name, module, options)
+    except OSError as error:
+        # 磁盘满、目录只读、原文读不出来
+        raise ConfigError("cannot_prepare", name=name, path=error.filename or folder, reason=error.strerror or error) from None
+    return folder
+
+
+def _identity_or_none(module, options: dict) -> str | None:
+    # 指名了文件夹：原文可能早已不在这台机器上
+    with contextlib.suppress(ConfigError, OSError):
+        return identity_of(module, options)
+    return None
+
+
+def say_reused(name: str, folder: Path, wanted: str | None = None) -> None:
+    """Say which prepared folder is used again, and where it is known not to be made from what is `wanted`."""
+    try:
+        meta = read_sealed(folder / "meta.json", FORMAT)
+        numbers = {"train": meta["tokens"]["train"], "val": meta["tokens"]["val"], "source": meta["source"]}
+    except (DamagedError, KeyError, TypeError):
+        # 打开它的一方会说坏在哪里
+        return
+    say("reused", name=name, path=folder, **numbers)
+    if wanted and meta.get("made_from", wanted) != wanted:
+        say("reused_other", path=folder)
+
+
+def _prepare_in(folder: Path, name: str, module, options: dict) -> None:
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError("not_a_dataset", path=folder, reason="meta.json is missing")
+    say("preparing", name=name)
+    before = home_of(name) / "prepared"
+    if (before / "meta.json").is_file() and folder.parent == before.parent:
+        # 早先的版本不论选项都放在这里
+        say("prepared_before", path=before)
+    if folder.is_dir():
+        folder.rmdir()
+    # 只清这个数据集自己的：旁边可能是使用者的文件
+    remove_leftovers(folder.parent, folder.name)
+    identity = identity_of(module, options)
+    module.prepare(folder, **options)
+    with contextlib.suppress(DamagedError):
+        write_sealed(folder / "meta.json", {**read_sealed(folder / "meta.json", FORMAT), "made_from": identity})
+
+
+def run_prepare(name: str) -> None:
+    """Main program of data/<name>/prepare.py: key=value arguments over the defaults of conf/dataset/<name>.yaml."""
+    forgive_output()
+    with one_line_each():
+        options = typed_options(name, sys.argv[1:])
+        options.pop("name")
+        folder = prepare(name, options.pop("dir"), options)
+        say("dataset_ready", path=folder)
+
+
+def typed_options(name: str, arguments: list[str]) -> dict:
+    """The options of conf/dataset/<name>.yaml with key=value arguments laid over them."""
+    node = OmegaConf.load(ROOT / "conf" / "dataset" / f"{name}.yaml")
+    OmegaConf.set_struct(node, True)
+    for argument in arguments:
+        if "=" not in argument:
+            raise ConfigError("not_an_option", got=argument, options=" ".join(f"{key}=" for key in node if key != "name"))
+        key, _, value = argument.partition("=")
+        check_value(f"dataset.{key}", value or "-")
+        if key not in node or key == "name":
+            raise ConfigError("not_an_option", got=argument, options=" ".join(f"{key}=" for key in node if key != "name"))
+    # 路径照敲下的原文：yaml 会把 [、#、: 当成语法
+    paths = [argument for argument in arguments if f"dataset.{argument.partition('=')[0]}" in PATH_KEYS]
+    try:
+        others = [argument for argument in arguments if argument not in paths]
+        node = OmegaConf.merge(node, OmegaConf.from_dotlist(others))
+        typed = OmegaConf.to_container(node, resolve=True)
+        named = dict(argument.split("=", 1) for argument in paths)
+        return typed | {key: None if path in ("", "null") else expanded(path) for key, path in named.items()}
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise ConfigError("bad_part", key=f"dataset.{key}", reason=str(error).partition("\n")[0] or type(error).__name__) from None

@@ -1,0 +1,283 @@
+"""Data of separate documents with labels: the folder's format, and packing whole documents into rows.
+
+A folder of documents is that of running text (train.bin, val.bin, tokenizer.json, meta.json), where the .bin files hold the
+texts one after the other without anything between them, and beside each lies <split>.docs.bin: int64 (documents, 1 + kinds)
+of the text's end and the index of its label of each kind, -1 for none. judge.jsonl keeps texts that no training sees.
+
+A row of training is [separator, label ids …, text …] of as many whole documents as fit. Attention, positions and n-grams
+stay inside a document (GPT.visible, GPT.inside). Labels are read and never predicted: their targets are -1, like the
+unfilled end of a row. A document longer than a row goes on at the beginning of another one, behind its labels again.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanogpt.base.files import folder_aside
+from nanogpt.base.hashed_json import reason_of
+from nanogpt.base.language import ConfigError, say
+from nanogpt.data.bins import pack
+from nanogpt.data.corpus import write_meta, write_tokens
+from nanogpt.data.labels import LABEL_KINDS, with_labels
+from nanogpt.data.tokenizer import Tokenizer
+from nanogpt.data.tokens import ORDER, SPLITS, TokenData, read_meta
+
+JUDGE = "judge.jsonl"
+IGNORED = -1
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and its labels."""
+
+    text: str
+    style: str | None = None
+    emotion: str | None = None
+
+
+# ---- 写 ----
+
+
+def label_names(documents: Iterable[Document]) -> dict[str, list[str]]:
+    """The labels that occur, sorted, of each kind that occurs."""
+    seen = {kind: set() for kind in LABEL_KINDS}
+    for document in documents:
+        for kind in LABEL_KINDS:
+            if label := getattr(document, kind):
+                seen[kind].add(label)
+    return {kind: sorted(labels) for kind, labels in seen.items() if labels}
+
+
+def write_documents(folder: Path, *, name: str, source: str, tokenizer: Tokenizer, parts: dict[str, list[Document]], grow: bool = True) -> Path:
+    """Write a folder of documents from parts "train", "val" and, if any, "judge"; it appears whole or not at all.
+
+    The tokenizer gets a token for each label that occurs in "train"; with grow=False it keeps its size (see with_labels).
+    """
+    names = label_names(parts["train"])
+    tokenizer = with_labels(tokenizer, names, grow=grow)
+    with folder_aside(folder) as aside:
+        columns = {split: [] for split in SPLITS}
+        dtype, counts = write_tokens(aside, tokenizer, _tokens(parts, tokenizer, names, columns))
+        for split in SPLITS:
+            rows = np.array(columns[split], dtype="<i8").reshape(-1, 1 + len(names))
+            rows[:, 0] = rows[:, 0].cumsum()
+            (aside / f"{split}.docs.bin").write_bytes(rows.tobytes())
+        if parts.get("judge"):
+            lines = (json.dumps(asdict(document), ensure_ascii=False) + "\n" for document in parts["judge"])
+            (aside / JUDGE).write_text("".join(lines), encoding="utf-8", newline="\n")
+        write_meta(
+            aside, name=name, source=source, tokenizer=tokenizer, dtype=dtype, tokens=counts,
+            documents={part: len(listed) for part, listed in parts.items()}, labels=names,
+        )
+    say(
+        "prepared_documents", name=name, train=len(parts["train"]), val=len(parts["val"]), tokens=counts["train"],
+        vocab=tokenizer.vocab_size, path=folder,
+    )
+    return folder
+
+
+def _tokens(parts, tokenizer, names: dict[str, list[str]], columns: dict[str, list]) -> Iterator[tuple[str, np.ndarray]]:
+    """(split, ids) of every document; notes its length and labels in columns[split]."""
+    index = {kind: {label: i for i, label in enumerate(listed)} for kind, listed in names.items()}
+    for split in SPLITS:
+        for document in parts[split]:
+            # 词表只取自训练部分：验证文本里的生字略过
+            ids = tokenizer.encode(document.text, skip_unknown=split != "train")
+            columns[split].append([len(ids), *(index[kind].get(getattr(document, kind), -1) for kind in names)])
+            yield split, ids
+
+
+# ---- 读 ----
+
+
+def open_data(folder: Path, label_dropout: float = 0.0) -> TokenData:
+    """The data set in a folder: running text, or documents, whose labels are left out with this probability."""
+    return DocumentData(folder, label_dropout) if "documents" in read_meta(Path(folder)) else TokenData(folder)
+
+
+@dataclass
+class Pieces:
+    """What a split is cut into for one block_size, and how rows are filled.
+
+    Arrays over pieces: document, first and last text token, ids in the row (labels included), targets, whether the piece
+    goes on with a document and so must open its row. rows: the slots of each row of the packing, in their order (bins.pack).
+    """
+
+    document: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    length: np.ndarray
+    targets: np.ndarray
+    goes_on: np.ndarray
+    rows: list[np.ndarray]
+
+
+class DocumentData(TokenData):
+    """A folder of documents; a training sample is a row of packed documents.
+
+    Every epoch deals the documents anew to slots of their length and shuffles the rows. A document loses all its labels
+    with probability label_dropout, and where it has several, each one alone with the same probability.
+    """
+
+    def __init__(self, folder: Path, label_dropout: float = 0.0):
+        super().__init__(folder)
+        self.label_dropout = label_dropout
+        self.separator = self.tokenizer.end_of_text
+        try:
+            self._read_index()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            # 摘要对得上、内容却合不上：不是这个程序写的
+            raise ConfigError("damaged_dataset", path=self.folder / "*.docs.bin", reason=reason_of(error), folder=self.folder) from None
+        self._cut: dict[tuple[str, int], Pieces] = {}
+        self._dealt: dict[str, tuple[tuple, list[np.ndarray], np.ndarray]] = {}
+
+    def _read_index(self) -> None:
+        self.labels: dict[str, list[str]] = self.meta["labels"]
+        assert self.separator is not None, "no separator"
+        self._index = {}
+        for split in SPLITS:
+            index = np.fromfile(self.folder / f"{split}.docs.bin", dtype="<i8").reshape(-1, 1 + len(self.labels))
+            ends = index[:, 0]
+            # 首尾相接、恰好盖满，取文章时才不会越界
+            assert (np.diff(ends, prepend=0) >= 0).all() and ends[-1:].sum() == len(self.tokens[split]), f"{split}: ends"
+            for column, names in enumerate(self.labels.values(), 1):
+                assert ((index[:, column] >= -1) & (index[:, column] < len(names))).all(), f"{split}: labels"
+            self._index[split] = index
+        # 名字 -> id，按种类、按编号排好；-1（没有标签）取到最后的空元组
+        self._ids = [[*(self.tokenizer.labels[kind][name] for name in names), ()] for kind, names in self.labels.items()]
+
+    def documents(self, split: str) -> Iterator[Document]:
+        """The documents of a split with their labels, decoded."""
+        names = [[*names, None] for names in self.labels.values()]
+        start = 0
+        for end, *labels in self._index[split].tolist():
+            # 先成普通的整数：逐个从 memmap 取要慢十倍
+            text = self.tokenizer.decode(self.tokens[split][start:end].tolist())
+            yield Document(text, **{kind: listed[label] for kind, listed, label in zip(self.labels, names, labels)})
+            start = end
+
+    # ---- 切块与装箱 ----
+
+    def _header(self) -> int:
+        """Ids before the text, at most: the separator and one label of each kind."""
+        return 1 + sum(max(map(len, ids)) for ids in self._ids)
+
+    def pieces(self, split: str, block_size: int) -> Pieces:
+        """The split cut and packed for rows of block_size ids; remembered."""
+        if (split, block_size) not in self._cut:
+            self._cut[split, block_size] = self._cut_up(split, block_size)
+        return self._cut[split, block_size]
+
+    def _cut_up(self, split: str, block_size: int) -> Pieces:
+        index = self._index[split]
+        ends = index[:, 0]
+        starts = np.concatenate(([0], ends[:-1])).astype(np.int64)
+        # 标签按各自的长度留位；被略去时空着，装箱的结构就不随 epoch 变
+        header = 1 + sum(np.array([len(i) for i in ids])[index[:, 1 + kind]] for kind, ids in enumerate(self._ids))
+        header = np.broadcast_to(header, ends.shape)
+        first_room, later_room = block_size - header, block_size - (header - 1)
+        beyond = np.maximum(ends - starts - first_room, 0)
+        count = 1 + -(-beyond // later_room)
+        document = np.repeat(np.arange(len(index)), count)
+        number = np.arange(len(document)) - np.repeat(np.cumsum(count) - count, count)
+        goes_on = number > 0
+        first = starts[document] + np.where(goes_on, first_room[document] + (number - 1) * later_room[document], 0)
+        last = np.minimum(first + np.where(goes_on, later_room[document], first_room[document]), ends[document])
+        length = last - first + header[document] - goes_on
+        # 开头的块还要从标签预测第一个字，所以多一个目标
+        targets = last - first + ~goes_on
+        row, place, count = pack(length, goes_on, block_size)
+        # 装箱的结构每个 epoch 都一样，只算一次
+        rows = np.split(np.lexsort((place, row)), np.cumsum(np.bincount(row, minlength=count))[:-1])
+        return Pieces(document, first, last, length, targets, goes_on, rows)
+
+    def _deal(self, split: str, block_size: int, seed: int | None, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """(pieces of each row, which labels of each document are dropped (documents, kinds)) of one epoch; no seed: as they lie."""
+        key = (block_size, seed, epoch)
+        if split not in self._dealt or self._dealt[split][0] != key:
+            cut = self.pieces(split, block_size)
+            documents, kinds = len(self._index[split]), len(self.labels)
+            if seed is None:
+                ties, shuffled = np.arange(len(cut.length)), np.arange(len(cut.rows))
+                dropped = np.zeros((documents, kinds), dtype=bool)
+            else:
+                # 计数器式随机数：由 (seed, epoch) 直接算出
+                random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+                ties, shuffled = random.random(len(cut.length)), random.permutation(len(cut.rows))
+                chances = random.random((documents, 1 + kinds)) < self.label_dropout
+                # 单独略去只在有几种标签时才另算
+                dropped = chances[:, :1] | (chances[:, 1:] if kinds > 1 else False)
+            # 同样长的块互换位置，装箱的结构不变
+            slots = np.lexsort((ties, -cut.length, ~cut.goes_on))
+            self._dealt[split] = (key, [slots[cut.rows[i]] for i in shuffled], np.broadcast_to(dropped, (documents, kinds)))
+        return self._dealt[split][1:]
+
+    # ---- 取批 ----
+
+    def check_block_size(self, block_size: int) -> None:
+        """Refuse a context that holds hardly more than the labels, and splits without a document."""
+        for split in SPLITS:
+            if not len(self._index[split]):
+                raise ConfigError("no_documents", split=split, path=self.folder)
+        if block_size < 2 * self._header():
+            raise ConfigError("block_too_short", got=block_size, want=2 * self._header())
+
+    def starts(self, seed: int, first: int, count: int, block_size: int, *, order: int = ORDER) -> np.ndarray:
+        """(seed, epoch, row) of samples first … first + count - 1, (count, 3); documents have but one order."""
+        epoch, row = np.divmod(np.arange(first, first + count), len(self.pieces("train", block_size).rows))
+        return np.stack((np.full(count, seed), epoch, row), axis=1)
+
+    def targets(self, starts: np.ndarray, block_size: int) -> np.ndarray:
+        """How many targets each training sample has, (len(starts),)."""
+        cut = self.pieces("train", block_size)
+        return np.array([cut.targets[self._deal("train", block_size, int(seed), int(epoch))[0][row]].sum() for seed, epoch, row in starts])
+
+    def rows(self, split: str, starts: np.ndarray, block_size: int, *, labelled: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """x and y, both (len(starts), block_size) int64; y is -1 where nothing is to be predicted.
+
+        With labelled=False no document has its labels; the targets are the same ones in the same order.
+        """
+        x = np.full((len(starts), block_size), self.separator, dtype=np.int64)
+        y = np.full((len(starts), block_size), IGNORED, dtype=np.int64)
+        for i, start in enumerate(starts):
+            seed, epoch, row = (int(n) for n in start) if split == "train" else (None, 0, int(start))
+            rows, dropped = self._deal(split, block_size, seed, epoch)
+            dropped = dropped if labelled else np.broadcast_to(True, dropped.shape)
+            at = 0
+            for piece in rows[row]:
+                at = self._put(split, block_size, piece, dropped, x[i], y[i], at)
+        return torch.from_numpy(x), torch.from_numpy(y)
+
+    def _put(self, split: str, block_size: int, piece: int, dropped: np.ndarray, x: np.ndarray, y: np.ndarray, at: int) -> int:
+        """Write a piece at position `at` of a row; return where the next one begins."""
+        cut = self.pieces(split, block_size)
+        document, first, last = cut.document[piece], cut.first[piece], cut.last[piece]
+        end, *labels = self._index[split][document]
+        header = [] if cut.goes_on[piece] else [self.separator]
+        for kind, label in enumerate(labels):
+            if not dropped[document, kind]:
+                header += self._ids[kind][label]
+        text = self.tokens[split][first:last].astype(np.int64)
+        begin = at + len(header)
+        x[at:begin] = header
+        x[begin : begin + len(text)] = text
+        y[begin : begin + len(text) - 1] = text[1:]
+        if not cut.goes_on[piece] and len(text):
+            y[begin - 1] = text[0]
+        # 最后一个字之后：文章的下一个字，或者结束
+        y[begin + len(text) - 1] = self.separator if last == end else self.tokens[split][last]
+        return at + int(cut.length[piece])
+
+    def val_targets(self, windows: list[tuple[int, int]]) -> int:
+        """How many tokens are predicted in these windows of val_windows(); labels and the unfilled ends of rows are not."""
+        return int(sum(self.pieces("val", T).targets[self._deal("val", T, None, 0)[0][row]].sum() for row, T in windows))
+
+    def val_windows(self, block_size: int, limit: int | None) -> list[tuple[int, int]]:
+        """(row, block_size) of the rows to evaluate: all, or as many as hold `limit` tokens, spread evenly."""
+        count = len(self.pieces("val", block_size).rows)
+        wanted = count if limit is None else max(1, min(count, limit // block_size))
+        return [(int(row), block_size) for row in np.linspace(0, count, wanted, endpoint=False).astype(int)]

@@ -1,0 +1,425 @@
+"""Text <-> token ids: characters, bytes, byte-pair encoding, or what the tokenizers library reads; saved as json.
+
+A vocabulary may have special tokens: <|endoftext|>, and labels such as <|style:宋词|> (nanogpt.data.labels). encode never gives
+them; in the text of a character or byte vocabulary they leave nothing.
+"""
+
+import base64
+import codecs
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from nanogpt.base.files import write_text
+from nanogpt.base.hashed_json import reason_of
+from nanogpt.base.language import ConfigError, text
+from nanogpt.data import assets
+
+KINDS = ("char", "byte", "gpt2", "bpe", "auto")
+# 最大的词表（几十万条 BPE）也只有几十 MB
+MOST_BYTES = 256 * 2**20
+
+# GPT-2 的预切分规则：缩写、词、数字、标点、空白（Radford et al. 2019 的公开实现）
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+END_OF_TEXT = "<|endoftext|>"
+# 标签：种类 -> 名字 -> 代表它的 id
+Labels = dict[str, dict[str, tuple[int, ...]]]
+# 汉字（含扩展区）与全角标点
+CJK = "[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
+# 表示一个字节的 token，tokenizers 库的写法
+BYTE_WORD = re.compile("<0x[0-9A-Fa-f]{2}>")
+
+
+@cache
+def byte_letters() -> tuple[str, ...]:
+    """GPT-2's printable letter of every byte: itself where printable, else the next free one from U+0100."""
+    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    moved = iter(range(256, 512))
+    return tuple(chr(b) if b in plain else chr(next(moved)) for b in range(256))
+
+
+@cache
+def bytes_of_letters() -> dict[str, int]:
+    """The byte of each of these letters."""
+    return {letter: byte for byte, letter in enumerate(byte_letters())}
+
+
+class TextStream:
+    """Turns ids into text one by one; bytes of a character that is not whole yet are held back.
+
+    What is given, joined, is what the ids `after` and the pushed ones decode to together, less the text of `after`.
+    """
+
+    def __init__(self, token_bytes: Callable[[int], bytes], after: Iterable[int] = ()):
+        self._token_bytes = token_bytes
+        # 增量解码器自己记住半个汉字的字节，等齐了才吐出来
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in after:
+            self.push(token)
+
+    def push(self, token: int) -> str:
+        """New whole characters."""
+        return self._decoder.decode(self._token_bytes(token))
+
+    def finish(self) -> str:
+        """What is left; half a character becomes U+FFFD."""
+        return self._decoder.decode(b"", final=True)
+
+
+class LibraryStream:
+    """The same for a LibraryTokenizer, whose text depends on the neighbours: decodes the last few ids again and gives what is new."""
+
+    def __init__(self, tokenizer: "LibraryTokenizer", after: Iterable[int] = ()):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._given = 0
+        """Characters of the text of these ids that were given, or stand in `after`."""
+        # 没有文字的 id 挡在中间，后面的就不知道前文是什么：一律不留
+        if before := [int(i) for i in after if not tokenizer.is_silent(int(i))]:
+            self._begin_behind(before)
+
+    def push(self, token: int) -> str:
+        """New characters that nothing behind them can change."""
+        if self._tokenizer.is_silent(token):
+            return ""
+        self._ids.append(token)
+        # 一串表示字节的 token 只要有一个不对，库就把整串写成 U+FFFD：完了才知道
+        if self._tokenizer.is_byte(token):
+            return ""
+        settled = self._settled(self._ids)
+        new, self._given = settled[self._given :], max(len(settled), self._given)
+        if new:
+            self._begin_behind(self._ids)
+        return new
+
+    def finish(self) -> str:
+        """What is left."""
+        return self._tokenizer.decode(self._ids)[self._given :]
+
+    def _begin_behind(self, ids: list[int]) -> None:
+        """Keep the last of these ids, as many as what follows depends on: the cost does not grow with the text."""
+        is_byte, end, count = self._tokenizer.is_byte, self._settled(ids)[-1:], 1
+        # 排在最前的 token 会被去掉空格，可能什么也不剩：那样不能当前文
+        while count < len(ids) and (is_byte(ids[-count]) or not end or not self._settled(ids[-count:]).endswith(end)):
+            count += 1
+        self._ids = ids[-count:]
+        row = list(itertools.takewhile(is_byte, reversed(self._ids)))[::-1]
+        # 前文停在半个字上：这个字写全了才算
+        half = len(row) if row and self._tokenizer.decode(row) == "\ufffd" * len(row) else 0
+        self._given = len(self._settled(self._ids)) - half
+
+    def _settled(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids).rstrip(self._tokenizer.unsettled)
+
+
+class UnknownCharacters(ConfigError):  # noqa: N818 - 与 Diverged 一样，名字说的是情形
+    """A text has characters that the vocabulary lacks."""
+
+    def __init__(self, characters: list[str], skip: str | None = None):
+        """`skip` is what to type to have them passed over, None where nothing does."""
+        self.characters = characters
+        listed = " ".join(map(repr, characters[:20]))
+        super().__init__("unknown_characters", characters=listed, skip=text("way_to_skip", typed=skip) if skip else "")
+
+
+def as_word(spelled: bytes) -> str:
+    """What a token stands for by itself: its text, or bytes:\\xe6… for a part of a character."""
+    try:
+        return spelled.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
+
+
+class CharTokenizer:
+    """One token per Unicode character of the training text, in code-point order."""
+
+    kind = "char"
+
+    def __init__(self, characters: str, special: tuple[str, ...] = ()):
+        self.characters = characters
+        # 特殊 token 排在字符之后：加了它们，字符的 id 不变
+        self.special = {word: len(characters) + i for i, word in enumerate(special)}
+        self.vocab_size = len(characters) + len(special)
+        self.end_of_text = self.special.get(END_OF_TEXT)
+        self.labels: Labels = {}
+        # 陌生人的词表里可能有半个代理对：编不成字节，写成 ?
+        self._texts = characters.encode("utf-8", errors="replace").decode("utf-8")
+        codes = np.array([ord(c) for c in characters], dtype=np.uint32)
+        # 查表向量化：码点 -> id，百万字以毫秒计
+        self._table = np.full(int(codes.max(initial=0)) + 1, -1, dtype=np.int64)
+        self._table[codes] = np.arange(len(characters))
+
+    def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
+        """Ids of a text, shape (n,); ConfigError names the characters that the vocabulary lacks, unless they are to be skipped."""
+        codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)
+        inside = codes < len(self._table)
+        ids = np.where(inside, self._table[np.where(inside, codes, 0)], -1)
+        if skip_unknown:
+            return ids[ids >= 0]
+        if (ids < 0).any():
+            missing = sorted({chr(c) for c in codes[ids < 0]})
+            raise UnknownCharacters(missing)
+        return ids
+
+    def decode(self, ids) -> str:
+        # 切片而不是下标：特殊 token 得到空串
+        return "".join(self._texts[i : i + 1] for i in ids)
+
+    def stream(self, after: Iterable[int] = ()) -> TextStream:
+        """Decodes ids one by one, behind those of `after`."""
+        return TextStream(lambda token: self._texts[token : token + 1].encode("utf-8"), after)
+
+    def word(self, token: int) -> str:
+        """The name of a token in a list of tokens."""
+        return self._texts[token : token + 1] or _special_word(self.special, token)
+
+    def to_dict(self) -> dict:
+        return {"kind": self.kind, "characters": self.characters, **_described(self)}
+
+
+class ByteTokenizer:
+    """One token per UTF-8 byte: any text, 256 tokens."""
+
+    kind = "byte"
+
+    def __init__(self, special: tuple[str, ...] = ()):
+        self.special = {word: 256 + i for i, word in enumerate(special)}
+        self.vocab_size = 256 + len(special)
+        self.end_of_text = self.special.get(END_OF_TEXT)
+        self.labels: Labels = {}
+
+    def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
+        """Ids of a text, shape (n,); there are no unknown characters."""
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
+
+    def decode(self, ids) -> str:
+        # 截断在半个汉字处时用 U+FFFD 表示，而不是报错
+        return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    def stream(self, after: Iterable[int] = ()) -> TextStream:
+        """Decodes ids one by one, behind those of `after`."""
+        return TextStream(lambda token: bytes((token,)) if token < 256 else b"", after)
+
+    def word(self, token: int) -> str:
+        """The name of a token in a list of tokens."""
+        return as_word(bytes((token,))) if token < 256 else _special_word(self.special, token)
+
+    def to_dict(self) -> dict:
+        return {"kind": self.kind, **_described(self)}
+
+
+class BPETokenizer:
+    """Byte-pair encoding through tiktoken; ranks and pattern are kept, so that it loads without a network."""
+
+    kind = "bpe"
+
+    def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int], end_of_text: str = END_OF_TEXT):
+        import tiktoken
+
+        self.name, self.pattern, self.ranks, self.special = name, pattern, ranks, special
+        self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        self.vocab_size = self._encoding.n_vocab
+        self._end_word = end_of_text
+        self.end_of_text = special.get(end_of_text)
+        self.labels: Labels = {}
+
+    def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
+        """Ids of a text, shape (n,); the words of special tokens are ordinary text, and there are no unknown characters."""
+        return np.array(self._encoding.encode_ordinary(text), dtype=np.int64)
+
+    def decode(self, ids) -> str:
+        ids = [int(i) for i in ids]
+        try:
+            return self._encoding.decode(ids, errors="replace")
+        except KeyError:
+            # 词表补齐到 64 的倍数的模型可能抽到没有文字的 id：略过
+            known = {*self.ranks.values(), *self.special.values()}
+            return self._encoding.decode([i for i in ids if i in known], errors="replace")
+
+    def stream(self, after: Iterable[int] = ()) -> TextStream:
+        """Decodes ids one by one, behind those of `after`."""
+        return TextStream(self._token_bytes, after)
+
+    def word(self, token: int) -> str:
+        """The name of a token in a list of tokens."""
+        return as_word(self._token_bytes(token)) or f"<{token}>"
+
+    def _token_bytes(self, token: int) -> bytes:
+        try:
+            return self._encoding.decode_single_token_bytes(token)
+        except KeyError:
+            return b""
+
+    def to_dict(self) -> dict:
+        # 按 rank 排成一列，序号即 rank，比键值对省一半；特殊 token 占着的号写 null
+        ranked: list[str | None] = [None] * (max(self.ranks.values()) + 1)
+        for token, rank in self.ranks.items():
+            ranked[rank] = base64.b64encode(token).decode("ascii")
+        saved = {"kind": self.kind, "name": self.name, "pattern": self.pattern, "special": self.special, "ranks": ranked, **_labels_of(self)}
+        return saved if self._end_word == END_OF_TEXT else {**saved, "end_of_text": self._end_word}
+
+
+class LibraryTokenizer:
+    """Any tokenizer that the `tokenizers` library describes as json (WordPiece, Unigram …); json only, no code.
+
+    Such a vocabulary may be lossy: WordPiece forgets line breaks and knows an unknown token.
+    """
+
+    kind = "library"
+
+    def __init__(self, description: dict, end_of_text: str | None = None):
+        try:
+            import tokenizers
+        except ImportError:
+            raise ConfigError("missing_package", what="tokenizer.json", package="tokenizers") from None
+        self.description, self._end_word = description, end_of_text
+        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description))
+        # 词表里的空号也占 embedding 的一行
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.end_of_text = None if end_of_text is None else self._tokenizer.token_to_id(end_of_text)
+        self.labels: Labels = {}
+        self._special = {token["id"] for token in description.get("added_tokens") or [] if token["special"]}
+        self._decoders = _decoders_of(description.get("decoder"))
+        self._is_word_piece = description["model"].get("type") == "WordPiece"
+        self.unsettled = " " if self._is_word_piece else "\ufffd" if "ByteLevel" in self._decoders else ""
+        """Characters that, at the end of a text, what follows may still change."""
+
+    def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
+        """Ids of a text, shape (n,), without the marks that some tokenizers add at both ends.
+
+        Most have a token for what they do not know; where there is none, ConfigError names the characters, unless they are to be skipped.
+        """
+        ids = self._ids_of(text)
+        if ids is None:
+            missing = sorted({c for c in text if self._ids_of(c) is None}) or [text]
+            if not skip_unknown:
+                raise UnknownCharacters(missing)
+            ids = self._ids_of("".join(c for c in text if c not in missing)) or []
+        return np.array(ids, dtype=np.int64)
+
+    def _ids_of(self, text: str) -> list[int] | None:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception:
+            # 没有“未知” token 的词表遇到不认识的字，库只抛裸 Exception
+            return None
+
+    def decode(self, ids) -> str:
+        text = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        # WordPiece 用空格连接各 token；汉字之间本来没有空格
+        return re.sub(rf"(?<={CJK}) | (?={CJK})", "", text) if self._is_word_piece else text
+
+    def stream(self, after: Iterable[int] = ()) -> "TextStream | LibraryStream":
+        """Decodes ids one by one, behind those of `after`."""
+        return TextStream(self._letters_to_bytes, after) if self._decoders == {"ByteLevel"} else LibraryStream(self, after)
+
+    def word(self, token: int) -> str:
+        """The name of a token in a list of tokens; except in byte-level vocabularies with its mark (▁the, ##s)."""
+        if self._decoders == {"ByteLevel"} and not self.is_silent(token):
+            return as_word(self._letters_to_bytes(token))
+        return self._tokenizer.id_to_token(token) or f"<{token}>"
+
+    def is_silent(self, token: int) -> bool:
+        """Whether an id leaves nothing in a text: a special token, or one that the vocabulary does not have."""
+        return token in self._special or self._tokenizer.id_to_token(token) is None
+
+    def is_byte(self, token: int) -> bool:
+        """Whether an id stands for a byte, as <0xE6> does; ids like that make characters together."""
+        return "ByteFallback" in self._decoders and bool(BYTE_WORD.fullmatch(self._tokenizer.id_to_token(token) or ""))
+
+    def _letters_to_bytes(self, token: int) -> bytes:
+        """The bytes that a token of a byte-level vocabulary is written for; a word in other letters is its own text."""
+        if self.is_silent(token):
+            return b""
+        word = self._tokenizer.id_to_token(token)
+        byte_of = bytes_of_letters()
+        return bytes(byte_of[letter] for letter in word) if byte_of.keys() >= set(word) else word.encode("utf-8")
+
+    def to_dict(self) -> dict:
+        return {"kind": self.kind, "tokenizers": self.description, "end_of_text": self._end_word, **_labels_of(self)}
+
+
+def _decoders_of(described: dict | None) -> set[str]:
+    """The kinds of decoder in a description, but for those that change nothing."""
+    if described is None:
+        return set()
+    if described["type"] == "Sequence":
+        return set().union(*map(_decoders_of, described["decoders"]))
+    return {described["type"]} - {"Fuse"}
+
+
+Tokenizer = CharTokenizer | ByteTokenizer | BPETokenizer | LibraryTokenizer
+
+
+def _special_word(special: dict[str, int], token: int) -> str:
+    return next((name for name, number in special.items() if number == token), f"<{token}>")
+
+
+def _labels_of(tokenizer: Tokenizer) -> dict:
+    return {"labels": tokenizer.labels} if tokenizer.labels else {}
+
+
+def _described(tokenizer: CharTokenizer | ByteTokenizer) -> dict:
+    return ({"special": list(tokenizer.special)} if tokenizer.special else {}) | _labels_of(tokenizer)
+
+
+# ---- 读写 ----
+
+
+def gpt2_tokenizer() -> BPETokenizer:
+    """GPT-2's 50257 tokens, built from vocab.bpe and encoder.json (assets)."""
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    ranks = data_gym_to_mergeable_bpe_ranks(
+        vocab_bpe_file=str(assets.fetch(assets.GPT2_VOCAB)), encoder_json_file=str(assets.fetch(assets.GPT2_ENCODER))
+    )
+    return BPETokenizer("gpt2", GPT2_PATTERN, ranks, {END_OF_TEXT: 50256})
+
+
+def from_dict(saved: dict) -> Tokenizer:
+    """The tokenizer that to_dict described."""
+    tokenizer = _from_dict(saved)
+    tokenizer.labels = {
+        str(kind): {str(name): tuple(int(i) for i in ids) for name, ids in listed.items()} for kind, listed in saved.get("labels", {}).items()
+    }
+    return tokenizer
+
+
+def _from_dict(saved: dict) -> Tokenizer:
+    if saved["kind"] == "char":
+        return CharTokenizer(saved["characters"], tuple(saved.get("special", ())))
+    if saved["kind"] == "byte":
+        return ByteTokenizer(tuple(saved.get("special", ())))
+    if saved["kind"] == "bpe":
+        ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved["ranks"]) if token is not None}
+        return BPETokenizer(saved["name"], saved["pattern"], ranks, saved["special"], saved.get("end_of_text", END_OF_TEXT))
+    if saved["kind"] == "library":
+        return LibraryTokenizer(saved["tokenizers"], saved["end_of_text"])
+    raise ValueError(f"unknown tokenizer kind {saved['kind']!r}")
+
+
+def save(tokenizer: Tokenizer, path: Path) -> None:
+    """Write the tokenizer as json, atomically."""
+    write_text(path, json.dumps(tokenizer.to_dict(), ensure_ascii=False))
+
+
+def load(path: Path) -> Tokenizer:
+    """Read what save wrote; ConfigError where the file holds something else."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"larger than {MOST_BYTES // 2**20} MiB")
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved["kind"] == "bpe" and saved["pattern"] != GPT2_PATTERN:
+            # 我们只写这一种；别人写的正则可以让切分卡上几个小时
+            raise ValueError("not the pattern of GPT-2")
+        return from_dict(saved)
+    except ConfigError:
+        raise
+    except Exception as error:
+        # 词表可能来自陌生人，tokenizers 库又只抛裸 Exception
+        raise ConfigError("damaged_tokenizer", file=path, reason=reason_of(error)) from None

@@ -1,0 +1,192 @@
+"""Prepared token files -> (x, y) batches; memory-mapped, deterministic, seekable.
+
+Sample number s is a pure function of (seed, s): training position is one integer, and any process
+can compute any part of any batch.
+"""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanogpt.base.files import folder_aside, sha256
+from nanogpt.base.hashed_json import DamagedError, read_sealed, reason_of
+from nanogpt.base.language import ConfigError
+from nanogpt.data import tokenizer as tokenizers
+from nanogpt.data.corpus import FORMAT, home_of
+
+SPLITS = ("train", "val")
+# 训练样本的次序；1：文末不满一块的部分从不是目标，只为更早的 checkpoint 留着
+ORDER = 2
+ORDERS = (1, ORDER)
+
+
+def read_meta(folder: Path) -> dict:
+    """meta.json of a prepared folder; ConfigError where there is none that fits."""
+    try:
+        meta = read_sealed(folder / "meta.json", FORMAT)
+        # 文件名只能是同一个文件夹里的
+        assert set(meta["sha256"]) >= {"train.bin", "val.bin", "tokenizer.json"} and all(Path(f).name == f for f in meta["sha256"]), "files"
+        assert all(isinstance(digest, str) for digest in meta["sha256"].values()) and isinstance(meta["name"], str), "names"
+        assert set(meta["tokens"]) == set(SPLITS) and meta["dtype"] in ("uint8", "uint16", "uint32"), "tokens"
+        assert all(type(count) is int and count >= 0 for count in meta["tokens"].values()), "tokens"
+        return meta
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        reason = str(error) if isinstance(error, DamagedError) else f"meta.json: {reason_of(error)}"
+        raise ConfigError("not_a_dataset", path=folder, reason=reason) from None
+
+
+def fingerprint_of(meta: dict) -> str:
+    """One string that changes with any token or vocabulary entry."""
+    return "-".join(meta["sha256"][file][:16] for file in sorted(meta["sha256"]))
+
+
+def find_prepared(name: str, fingerprint: str | None) -> Path | None:
+    """The folder beside the script of data set `name` that holds the data with this fingerprint, if any.
+
+    What a run goes on with: its text or its script may have changed since, and earlier versions named folders otherwise.
+    """
+    for meta in sorted(home_of(name).glob("*/meta.json")):
+        with contextlib.suppress(ConfigError):
+            if fingerprint_of(read_meta(meta.parent)) == fingerprint:
+                return meta.parent
+    return None
+
+
+class TokenData:
+    """A data set folder opened for reading; refuses files that differ from their meta.json."""
+
+    separator: int | None = None
+    """Id between documents; None: the text runs on."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.meta = read_meta(self.folder)
+        largest = {file: self._verify(self.folder / file, expected) for file, expected in self.meta["sha256"].items()}
+        self.name: str = self.meta["name"]
+        self.tokenizer = tokenizers.load(self.folder / "tokenizer.json")
+        self.vocab_size = self.tokenizer.vocab_size
+        dtype = np.dtype(self.meta["dtype"])
+        # 空文件不能映射，给一个空数组，让后面的长度检查去说明
+        self.tokens = {
+            split: np.memmap(self.folder / f"{split}.bin", dtype=dtype, mode="r") if count else np.zeros(0, dtype)
+            for split, count in self.meta["tokens"].items()
+        }
+        self._epoch: tuple[tuple, int, np.ndarray] | None = None
+        self._check_ids({split: largest[f"{split}.bin"] for split in SPLITS})
+
+    def _check_ids(self, largest: dict[str, int]) -> None:
+        """Refuse ids beyond the vocabulary: they would read past the embedding."""
+        if self.meta.get("vocab_size") != self.vocab_size:
+            raise ConfigError("damaged_dataset", path=self.folder / "tokenizer.json", reason="vocab_size", folder=self.folder)
+        for split, id_ in largest.items():
+            if id_ >= self.vocab_size:
+                raise ConfigError("damaged_dataset", path=self.folder / f"{split}.bin", reason=f"id {id_}", folder=self.folder)
+
+    def _verify(self, path: Path, expected: str) -> int:
+        """Refuse a file that is not what meta.json says; returns the largest id in a file of tokens."""
+        dtype, largest = np.dtype(self.meta["dtype"]), [0]
+        if not path.is_file():
+            raise ConfigError("damaged_dataset", path=path, reason="missing", folder=self.folder)
+        # 先看大小：几十 GB 的文件不必读完才知道不对
+        tokens = path.name in [f"{split}.bin" for split in SPLITS]
+        if tokens:
+            wanted = self.meta["tokens"][path.stem] * dtype.itemsize
+            if path.stat().st_size != wanted:
+                raise ConfigError("damaged_dataset", path=path, reason=f"{path.stat().st_size} bytes, not {wanted}", folder=self.folder)
+
+        def look(piece: bytes) -> None:
+            # 几十 GB 只读一遍：边算摘要边看 id
+            if tokens:
+                largest.append(int(np.frombuffer(piece, dtype).max()))
+
+        try:
+            reason = "SHA-256 differs" if sha256(path, look) != expected else ""
+        except (OSError, ValueError) as error:
+            # 坏扇区读不出来；正被截短的，末尾不是整个的 id
+            reason = reason_of(error)
+        if reason:
+            raise ConfigError("damaged_dataset", path=path, reason=reason, folder=self.folder)
+        return max(largest)
+
+    @property
+    def fingerprint(self) -> str:
+        """One string that changes with any token or vocabulary entry."""
+        return fingerprint_of(self.meta)
+
+    def check_block_size(self, block_size: int) -> None:
+        """Refuse a context that does not fit into a split once."""
+        # 说较短的那一份：照着改了，另一份也放得下
+        split = min(SPLITS, key=lambda split: len(self.tokens[split]))
+        # 一条样本要 block_size + 1 个 token
+        limit = len(self.tokens[split]) - 1
+        if block_size > limit:
+            raise ConfigError("block_too_long", got=block_size, split=split, tokens=limit + 1, limit=max(limit, 0))
+
+    def targets(self, starts: np.ndarray, block_size: int) -> np.ndarray:
+        """How many targets each training sample has, (len(starts),)."""
+        return np.full(len(starts), block_size, dtype=np.int64)
+
+    def starts(self, seed: int, first: int, count: int, block_size: int, *, order: int = ORDER) -> np.ndarray:
+        """Offsets (count,) in train.bin of samples first … first + count - 1, in one of ORDERS.
+
+        Each epoch cuts the text into blocks from a random place on, goes round from its end to its beginning, and shuffles
+        the blocks. Every token is a target in every epoch; where the last block overlaps the first, elsewhere each time, twice.
+        """
+        total = len(self.tokens["train"])
+        # 次序 1 少一块：它的相位小于一块，任何相位下都放得下这么多
+        blocks = -(-total // block_size) if order > 1 else (total - block_size) // block_size
+        phases = total if order > 1 else block_size
+        samples = np.arange(first, first + count)
+        result = np.empty(count, dtype=np.int64)
+        for epoch in np.unique(samples // blocks):
+            here = samples // blocks == epoch
+            phase, shuffled = self._shuffled(seed, int(epoch), blocks, phases)
+            result[here] = (shuffled[samples[here] % blocks].astype(np.int64) * block_size + phase) % total
+        return result
+
+    def _shuffled(self, seed: int, epoch: int, blocks: int, phases: int) -> tuple[int, np.ndarray]:
+        key = (seed, epoch, blocks, phases)
+        if self._epoch is None or self._epoch[0] != key:
+            # 计数器式随机数：由 (seed, epoch) 直接算出，不依赖之前抽过什么
+            random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+            phase = int(random.integers(phases))
+            self._epoch = (key, phase, random.permutation(blocks).astype(np.uint32))
+        return self._epoch[1], self._epoch[2]
+
+    def rows(self, split: str, starts: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """x and y = x shifted by one, both (len(starts), block_size) int64."""
+        # 绕过文末的一块从文首接着读
+        window = self.tokens[split][(starts[:, None] + np.arange(block_size + 1)) % len(self.tokens[split])].astype(np.int64)
+        window = torch.from_numpy(window)
+        return window[:, :-1].contiguous(), window[:, 1:].contiguous()
+
+    def val_targets(self, windows: list[tuple[int, int]]) -> int:
+        """How many tokens are predicted in these windows of val_windows()."""
+        return sum(length for _, length in windows)
+
+    def val_windows(self, block_size: int, limit: int | None) -> list[tuple[int, int]]:
+        """(start, length) of the windows to evaluate: all of the split, or `limit` tokens spread evenly over it."""
+        total = len(self.tokens["val"]) - 1
+        windows = [(start, min(block_size, total - start)) for start in range(0, total, block_size)]
+        if limit is None or limit >= total:
+            return windows
+        # 均匀取样而不是只取开头：一部剧的开头不能代表整个验证集
+        count = max(1, limit // block_size)
+        picked = np.linspace(0, len(windows) - 1, count, endpoint=False).astype(int)
+        return [windows[i] for i in picked]
+
+
+def copy_dataset(source: Path, target: Path) -> None:
+    """Copy a prepared folder into a run folder, whole or not at all."""
+    with folder_aside(target) as aside:
+        for file in (*read_meta(source)["sha256"], "meta.json"):
+            shutil.copyfile(source / file, aside / file)
+
+
+def dataset_bytes(folder: Path) -> int:
+    """Size of a prepared folder's files."""
+    return sum(os.path.getsize(file) for file in folder.iterdir() if file.is_file())

@@ -1,0 +1,152 @@
+"""What to type when a setting does not fit: the cheapest overrides, each traced in full and priced."""
+
+import time
+from dataclasses import asdict, dataclass, replace
+
+import yaml
+
+from nanogpt.base.config import ROOT, MemoryConfig, TrainConfig, check
+from nanogpt.base.console import Console
+from nanogpt.base.language import ConfigError, text
+from nanogpt.plan.plan import TIGHT, Plan, Planner
+
+LINES = 5
+SECONDS = 25.0
+"""No further candidate is looked at after that long."""
+USEFUL = 0.995
+"""A change counts where it brings the peak below this part of what it was."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """Fields of memory= that trade something for memory, and how they are typed."""
+
+    typed: str
+    fields: dict[str, object]
+
+
+# 新的 memory 键在这里加一行就会被考虑
+KEYS = (
+    Change("memory.activation_checkpointing=selective", {"activation_checkpointing": "selective"}),
+    Change("memory.optimizer_state=int8", {"optimizer_state": "int8"}),
+    Change("memory.offload_optimizer=true", {"offload_optimizer": True}),
+    Change("memory.weights=bf16", {"weights": "bf16"}),
+    Change("memory.optimizer_in_backward=true", {"optimizer_in_backward": True}),
+    Change("memory.loss_chunk_mib=16", {"loss_chunk_mib": 16}),
+)
+# conf/memory 里的成套设置，从便宜到彻底
+PRESETS = ("lean", "lean8", "offload", "minimal")
+BLOCKS = (2, 4, 8)
+"""Divisors of block_size, tried last: a shorter context is another model."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Overrides that make it fit."""
+
+    typed: str
+    speed: float
+    """Tokens/s relative to the setting that does not fit."""
+    plan: Plan
+
+
+def presets() -> list[Change]:
+    """The options of conf/memory, each with all its fields."""
+    fields = {name: yaml.safe_load((ROOT / "conf" / "memory" / f"{name}.yaml").read_text(encoding="utf-8")) for name in PRESETS}
+    return [Change(f"memory={name}", {**asdict(MemoryConfig()), **fields[name]}) for name in PRESETS]
+
+
+def advise(plan: Plan, planner: Planner) -> list[Advice]:
+    """At most LINES ways to make plan.cfg fit, the fastest first: a smaller batch, one key, a preset; where none fits, what fits tightly."""
+    until = time.monotonic() + SECONDS
+    found = _ways(plan, planner, ())
+    useful = [change for change in KEYS if time.monotonic() < until and _is_useful(change, plan, planner)]
+    whole = presets()
+    for changes in [(whole[0],), *((c,) for c in useful), *((c,) for c in whole[1:])]:
+        # 单项已经够用时，不必再劝人用更重的成套设置
+        if len(found) < LINES and time.monotonic() < until and not (found and changes[0] in whole[1:]):
+            found += _ways(plan, planner, changes)
+    if not found:
+        found = [way for change in whole for way in _ways(plan, planner, (change,), accepted=("fits", "tight"))][:LINES]
+    if not found:
+        found = _shorter(plan, planner, [(), *((c,) for c in whole)], until)
+    return sorted((a for a in found if not any(_beats(b, a) for b in found)), key=lambda a: -a.speed)[:LINES]
+
+
+def _beats(one: Advice, other: Advice) -> bool:
+    """Whether fewer overrides are at least as fast."""
+    return set(one.typed.split()) < set(other.typed.split()) and one.speed >= other.speed
+
+
+def show(plan: Plan, planner: Planner, console: Console) -> None:
+    """Print the advice for a plan that does not fit."""
+    found = advise(plan, planner)
+    console.line("plan_advice" if found else "plan_no_advice")
+    for advice in found:
+        note = f"   # {text('plan_tight')}" if advice.plan.verdict == "tight" else ""
+        console.plain(f"  {advice.speed:.2f}x  {advice.typed}{note}")
+
+
+def changed(cfg: TrainConfig, changes: tuple[Change, ...]) -> TrainConfig | None:
+    """cfg with the changes; None where the parts contradict each other."""
+    fields = {key: value for change in changes for key, value in change.fields.items()}
+    candidate = replace(cfg, memory=replace(cfg.memory, **fields))
+    if "activation_checkpointing" in fields:
+        candidate.memory.activation_budget_mib = None
+    if changes and candidate.memory == cfg.memory:
+        return None
+    try:
+        check(candidate)
+    except ConfigError:
+        return None
+    return candidate
+
+
+def _is_useful(change: Change, plan: Plan, planner: Planner) -> bool:
+    candidate = changed(_alone(plan.cfg), (change,))
+    if candidate is None:
+        return False
+    rows = plan.batch_size
+    return planner.estimate(candidate).live(rows) < USEFUL * planner.estimate(_alone(plan.cfg)).live(rows)
+
+
+def _alone(cfg: TrainConfig) -> TrainConfig:
+    """cfg without accumulation, so that every part of memory= is legal."""
+    return replace(cfg, gradient_accumulation_steps=1, global_batch_size=None)
+
+
+def _ways(plan: Plan, planner: Planner, changes: tuple[Change, ...], accepted: tuple[str, ...] = ("fits",)) -> list[Advice]:
+    """The changes at the present batch size, or else at the largest smaller one with the same effective batch."""
+    total = plan.batch_size * plan.accumulation if plan.cfg.global_batch_size is None else plan.cfg.global_batch_size
+    sizes = [b for b in range(plan.batch_size, 0, -1) if total % b == 0 or b == plan.batch_size]
+    tried = 0
+    for rows in sizes:
+        accumulation = -(-total // rows)
+        batch = {} if rows == plan.batch_size else {"batch_size": rows, "gradient_accumulation_steps": accumulation, "global_batch_size": None}
+        candidate = changed(replace(plan.cfg, **batch), changes)
+        if candidate is None or not planner.estimate(candidate).fits(rows, planner.budget, TIGHT if len(accepted) == 1 else TIGHT * 1.1):
+            continue
+        outcome = planner.judge(candidate, plan.vocab_source)
+        if outcome.verdict in accepted:
+            return [Advice(_typed(batch, plan.cfg, changes), outcome.tokens_per_s / plan.tokens_per_s, outcome)]
+        tried += 1
+        if tried == 2:
+            break
+    return []
+
+
+def _typed(batch: dict[str, int | None], cfg: TrainConfig, changes: tuple[Change, ...]) -> str:
+    """The overrides as one pastes them; global_batch_size only where it was set."""
+    keys = [key for key in batch if key != "global_batch_size" or cfg.global_batch_size]
+    return " ".join([*(f"{key}={'null' if batch[key] is None else batch[key]}" for key in keys), *(change.typed for change in changes)])
+
+
+def _shorter(plan: Plan, planner: Planner, levels: list[tuple[Change, ...]], until: float) -> list[Advice]:
+    """The longest shorter context that fits with one of the changes."""
+    for divisor in BLOCKS:
+        block = plan.cfg.model.block_size // divisor
+        shorter = replace(plan, cfg=replace(plan.cfg, model=replace(plan.cfg.model, block_size=block)))
+        for changes in levels:
+            if block and time.monotonic() < until and (ways := _ways(shorter, planner, changes)):
+                return [replace(way, typed=f"model.block_size={block} {way.typed}".strip()) for way in ways]
+    return []

@@ -1,0 +1,76 @@
+"""A config with everything filled in that a plan needs and that training takes from data or weights; nothing is fetched."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from nanogpt.base.config import ModelConfig, TrainConfig
+from nanogpt.base.language import ConfigError, text
+from nanogpt.base.saved_config import read_saved, refuse_unnamed_code
+from nanogpt.data import corpus
+from nanogpt.data import tokenizer as tokenizers
+from nanogpt.data.tokens import read_meta
+from nanogpt.run import rundir
+from nanogpt.weights.build import preset, typed_node
+
+GPT2_VOCAB = 50257
+BYTE_VOCAB = 256
+# 还没准备数据时的假定：英文剧本 76 到 79 个字符，中文语料常见几千字
+ENGLISH_CHARACTERS = 100
+OTHER_CHARACTERS = 6000
+
+
+def settled(cfg: TrainConfig, overrides: list[str] | None = None) -> tuple[TrainConfig, str]:
+    """(a copy of cfg whose model has its final shape and vocabulary, where the vocabulary comes from)."""
+    if cfg.init_from:
+        return replace(cfg, model=_pretrained_model(cfg, overrides or [])), text("plan_vocab_init")
+    if cfg.model.vocab_size is not None:
+        return cfg, text("plan_vocab_model")
+    vocab, separator, source = vocabulary(cfg)
+    return replace(cfg, model=replace(cfg.model, vocab_size=vocab, separator=separator)), source
+
+
+def vocabulary(cfg: TrainConfig) -> tuple[int, int | None, str]:
+    """(size, separator of documents, where it comes from) of the data set's vocabulary."""
+    options = {k: v for k, v in cfg.dataset.items() if k not in ("name", "dir")}
+    name, tokenizer = cfg.dataset["name"], cfg.dataset.get("tokenizer")
+    folder = corpus.folder_of(name, cfg.dataset["dir"], options)
+    if (folder / "meta.json").is_file():
+        data = tokenizers.load(folder / "tokenizer.json")
+        # 成篇的数据多一张“谁看得见谁”的表，注意力也换一个 kernel
+        return data.vocab_size, data.end_of_text if "documents" in read_meta(folder) else None, text("plan_vocab_data")
+    if tokenizer in ("gpt2", "byte"):
+        return GPT2_VOCAB if tokenizer == "gpt2" else BYTE_VOCAB, None, text("plan_vocab_tokenizer")
+    if tokenizer == "bpe":
+        return cfg.dataset["vocab_size"], None, text("plan_vocab_tokenizer")
+    if name in ("plays_char", "shakespeare_char"):
+        return ENGLISH_CHARACTERS, None, text("plan_vocab_assumed")
+    if tokenizer in ("auto", "char"):
+        return OTHER_CHARACTERS, None, text("plan_vocab_assumed")
+    return GPT2_VOCAB, None, text("plan_vocab_assumed")
+
+
+def _pretrained_model(cfg: TrainConfig, overrides: list[str]) -> ModelConfig:
+    """Shape of the weights that cfg.init_from names, with this run's dropout and, if typed, its context."""
+    have = _shape_of(cfg.init_from, cfg.model._target_)
+    typed = rundir.typed_model_fields(overrides, cfg.model)
+    block = cfg.model.block_size if "block_size" in typed else have.block_size
+    return replace(have, dropout=cfg.model.dropout, block_size=block)
+
+
+def _shape_of(named: str, code: str) -> ModelConfig:
+    from nanogpt.weights.pretrained import GPT2_NAMES, open_pretrained, read_config
+
+    path = Path(named)
+    if (path / "config.json").is_file():
+        # 只读形状：几百 MB 的权重用不着
+        return read_config(path / "config.json", path.resolve().name)
+    if rundir.names_run(named):
+        content, file = rundir.saved_settings(rundir.locate(named, key="init_from"))
+        saved = read_saved(content)
+        refuse_unnamed_code(saved, {"_target_": code}, file, ("model",))
+        return typed_node(ModelConfig, saved["model"])
+    if path.is_file():
+        return open_pretrained(named).config
+    if named in GPT2_NAMES:
+        return preset(named.replace("-", "_"), vocab_size=GPT2_VOCAB)
+    raise ConfigError("plan_init_from", got=named)

@@ -1,0 +1,201 @@
+"""What a config will take and how fast it will be, without allocating it."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+
+from nanogpt.base.config import TrainConfig
+from nanogpt.core import distributed
+from nanogpt.core.memory_budget import Budget, target_of
+from nanogpt.plan.allocator import Replay, replay
+from nanogpt.plan.estimate import Estimate
+from nanogpt.plan.filled_config import settled
+from nanogpt.plan.roofline import Rates, rates_of, step_seconds
+from nanogpt.plan.trace import Shape, Trace, trace
+from nanogpt.run.trainer import share_batch
+
+MIB = 2**20
+TIGHT = 0.95
+"""A setting fits when the allocator model succeeds within this part of the capacity; tight when it needs more."""
+# deterministic=true 设 CUBLAS_WORKSPACE_CONFIG=:4096:8；否则是 Ampere 的默认值 :4096:2:16:8
+CUBLAS_WORKSPACE = {True: 8 * 4 * MIB, False: 2 * 4 * MIB + 8 * 16 * 1024}
+CUBLAS_HANDLES = 2
+"""cuBLAS keeps a workspace per thread: the program's and autograd's."""
+BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where the predicted peak comes from, bytes."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    temporaries: int
+    rounding: int
+    """What the allocator reserves beyond what is live: rounding up, fragments, whole segments."""
+    workspace: int
+    context: int
+    desktop: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The prediction for one config; bytes and seconds."""
+
+    cfg: TrainConfig
+    budget: Budget
+    rates: Rates
+    parts: Parts
+    allocated: int
+    """As torch.cuda.max_memory_allocated would say; on a CPU the live bytes."""
+    reserved: int
+    """As torch.cuda.max_memory_reserved would say; on a CPU the live bytes."""
+    ram: int
+    """Optimizer state in RAM beside a card."""
+    verdict: str
+    """fits | tight | does_not_fit"""
+    batch_size: int
+    accumulation: int
+    parameters: int
+    precision: str
+    vocab_source: str
+    step_s: float
+    tokens_per_s: float
+    train_s: float
+    """max_iters steps and their evaluations."""
+
+    @property
+    def total(self) -> int:
+        """Predicted peak of the device, other programs included."""
+        return sum(asdict(self.parts).values())
+
+
+class Planner:
+    """Traces configs for one device and remembers the traces."""
+
+    def __init__(self, cfg: TrainConfig):
+        self.budget = target_of(cfg)
+        self.rates = rates_of(cfg.hardware, self.budget, tf32=cfg.precision.tf32)
+        self._traces: dict[str, Trace] = {}
+        self._estimates: dict[str, Estimate] = {}
+
+    def share(self, other: "Planner") -> None:
+        """Use the traces of another planner for the same kind of device."""
+        self._traces, self._estimates = other._traces, other._estimates
+
+    def trace(self, cfg: TrainConfig, rows: int, total: int, eval_rows: int) -> Trace:
+        """The trace of cfg with micro-batches of `rows` out of `total`."""
+        # 累积两次以上与两次的内存相同
+        shape = Shape(rows, min(2, -(-total // rows)), eval_rows, self.budget.device_type)
+        key = repr((cfg.model, cfg.precision, cfg.hardware.dtype, cfg.memory, cfg.optimizer, cfg.finetune, cfg.seed, shape))
+        if key not in self._traces:
+            self._traces[key] = trace(cfg, shape)
+        return self._traces[key]
+
+    def predict(self, cfg: TrainConfig, overrides: list[str] | None = None) -> Plan:
+        """The plan of cfg; `overrides` as typed say which model fields override init_from."""
+        cfg, vocab_source = settled(cfg, overrides)
+        if cfg.batch_size == "auto":
+            rows = self.largest_batch(cfg, BATCHES) or 1
+            cfg = replace(cfg, batch_size=rows, gradient_accumulation_steps=1)
+        return self.judge(cfg, vocab_source)
+
+    def largest_batch(self, cfg: TrainConfig, candidates: tuple[int, ...]) -> int | None:
+        """The largest of `candidates` rows that fits by a full trace, None where not even the first does."""
+        limit = cfg.global_batch_size or candidates[-1]
+        candidates = tuple(c for c in candidates if c <= limit)
+        guess = self.estimate(cfg)
+        promising = [c for c in candidates if guess.fits(c, self.budget, TIGHT)]
+        at = max(0, len(promising) - 1)
+        # 估计只用来少追踪几次；答案都由完整的追踪说了算
+        if self.fits(cfg, candidates[at]):
+            while at + 1 < len(candidates) and guess.fits(candidates[at + 1], self.budget, 1.0) and self.fits(cfg, candidates[at + 1]):
+                at += 1
+            return candidates[at]
+        while at > 0:
+            at -= 1
+            if self.fits(cfg, candidates[at]):
+                return candidates[at]
+        return None
+
+    def estimate(self, cfg: TrainConfig) -> Estimate:
+        """The peak of cfg at any number of rows, from shallow traces; remembered."""
+        key = repr((cfg.model, cfg.precision, cfg.memory, cfg.optimizer, cfg.finetune, cfg.eval_batch_size, cfg.global_batch_size))
+        if key not in self._estimates:
+            self._estimates[key] = Estimate(cfg, self.budget.device_type)
+        return self._estimates[key]
+
+    def fits(self, cfg: TrainConfig, rows: int) -> bool:
+        """Whether accumulated micro-batches of `rows` fit, by a full trace."""
+        if not self.estimate(cfg).fits(rows, self.budget, 1.3):
+            # 差得远：不必花几秒去证实
+            return False
+        # 按会累积来算：第二个微批时梯度已经在了；反向里更新的不能累积
+        total = cfg.global_batch_size or (1 if cfg.memory.optimizer_in_backward else 2) * rows
+        traced = self.trace(cfg, rows, total, cfg.eval_batch_size or rows)
+        return self._within(cfg, traced, TIGHT).fits
+
+    def _within(self, cfg: TrainConfig, traced: Trace, part: float) -> Replay:
+        capacity = int(self.budget.capacity * part)
+        if self.budget.device_type == "cpu":
+            live, _ = traced.peak()
+            return Replay(live + traced.ram <= capacity, live, live)
+        return replay(with_workspace(cfg, traced), capacity)
+
+    def judge(self, cfg: TrainConfig, vocab_source: str) -> Plan:
+        """The plan of a settled config with a batch_size."""
+        total, rows = share_batch(cfg, distributed.world())
+        traced = self.trace(cfg, rows, total, cfg.eval_batch_size or rows)
+        result, verdict = self._within(cfg, traced, TIGHT), "fits"
+        if not result.fits:
+            result, verdict = self._within(cfg, traced, 1.0), "tight"
+        if not result.fits:
+            verdict = "does_not_fit"
+            if self.budget.device_type == "cuda":
+                # 放不下也要说清楚差多少：按没有上限的情形报
+                result = replay(with_workspace(cfg, traced))
+        live, by_kind = traced.peak()
+        on_cuda = self.budget.device_type == "cuda"
+        workspace = cublas_workspace(cfg) if on_cuda else 0
+        parts = Parts(
+            **by_kind, rounding=max(0, result.reserved - workspace - live), workspace=workspace,
+            context=self.budget.context, desktop=self.budget.desktop,
+        )
+        step_s = step_seconds(traced, self.rates, total)
+        return Plan(
+            cfg=cfg, budget=self.budget, rates=self.rates, parts=parts, allocated=result.allocated, reserved=result.reserved, ram=traced.ram,
+            verdict=verdict, batch_size=traced.shape.rows, accumulation=-(-total // traced.shape.rows), parameters=traced.parameters,
+            precision=str(traced.dtype).removeprefix("torch."), vocab_source=vocab_source, step_s=step_s,
+            tokens_per_s=total * distributed.world() * cfg.model.block_size / step_s,
+            train_s=cfg.max_iters * step_s + self._evaluation_s(cfg, traced),
+        )
+
+    def _evaluation_s(self, cfg: TrainConfig, traced: Trace) -> float:
+        """All evaluations of the run, 0 where eval_tokens leaves their size to the data."""
+        if cfg.eval_tokens is None:
+            return 0.0
+        batches = cfg.eval_tokens / (traced.shape.eval_rows * cfg.model.block_size)
+        times = -(-cfg.max_iters // cfg.eval_interval)
+        return times * batches * self.rates.seconds(traced.ops["evaluate"])
+
+
+def predict(cfg: TrainConfig, overrides: list[str] | None = None) -> Plan:
+    """What training cfg takes on the device that it names; nothing is allocated, fetched or written."""
+    return Planner(cfg).predict(cfg, overrides)
+
+
+def cublas_workspace(cfg: TrainConfig) -> int:
+    """Bytes that cuBLAS keeps for itself through PyTorch's allocator."""
+    return CUBLAS_HANDLES * CUBLAS_WORKSPACE[cfg.deterministic]
+
+
+def with_workspace(cfg: TrainConfig, traced: Trace) -> Iterator[tuple[int, int]]:
+    """The trace's events behind the allocations of cuBLAS, which come with the first product and stay."""
+    each = CUBLAS_WORKSPACE[cfg.deterministic]
+    set_up = traced.events["set_up"]
+    rest = traced.timeline()
+    for _ in set_up:
+        next(rest)
+    return chain(set_up, ((-1 - n, each) for n in range(CUBLAS_HANDLES)), rest)

@@ -1,0 +1,106 @@
+"""Seconds per step from the work that a trace counted: every operation is bound by products or by memory."""
+
+import functools
+from collections import Counter
+from dataclasses import dataclass
+
+from nanogpt.base.cards import peak_tflops_of, present_card, reference
+from nanogpt.base.config import HardwareConfig
+from nanogpt.core.memory_budget import Budget
+from nanogpt.plan.trace import Trace
+from nanogpt.run.metrics import measured_peak
+
+PCIE_GB_PER_S = 12.0
+"""Pinned copies over PCIe 4.0 x16 of a desktop, each way."""
+# 假设的达成率：大矩阵乘与逐元素 kernel 在消费级卡上的常见水平
+PRODUCT_EFFICIENCY = {"cuda": 0.80, "cpu": 0.85}
+BANDWIDTH_EFFICIENCY = {"cuda": 0.85, "cpu": 0.85}
+LAUNCH_S = {"cuda": 6e-6, "cpu": 6e-6}
+"""One eager operation with nothing to do."""
+COPY_BYTES = 2**26
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Peaks of a device, per second."""
+
+    device_type: str
+    fp32_flops: float
+    half_flops: float
+    bandwidth: float
+    pcie: float
+    source: str
+    """Where the peaks come from."""
+
+    def seconds(self, ops: Counter) -> float:
+        """Time of operations counted by (flops, bytes, 16-bit?, bytes over PCIe)."""
+        products, passes = PRODUCT_EFFICIENCY[self.device_type], BANDWIDTH_EFFICIENCY[self.device_type]
+        total = 0.0
+        for (flops, traffic, half, over_pcie), count in ops.items():
+            peak = self.half_flops if half else self.fp32_flops
+            busy = max(flops / (peak * products), traffic / (self.bandwidth * passes), over_pcie / self.pcie)
+            # 发射与执行重叠：小运算受发射限制，大运算看不见它
+            total += count * (max(busy, LAUNCH_S[self.device_type]) if self.device_type == "cuda" else busy + LAUNCH_S["cpu"])
+        return total
+
+
+def rates_of(hardware: HardwareConfig, budget: Budget, *, tf32: bool = True) -> Rates:
+    """Stated figures first, then a known card's, then measured ones; a card that is not here counts as the reference card."""
+    fp32, half, bandwidth = _peaks(hardware, tf32 and budget.device_type == "cuda")
+    source = f"hardware={hardware.name}"
+    if None in (fp32, half, bandwidth):
+        measured = _measure(budget, tf32)
+        source = measured[3] if (fp32, half, bandwidth) == (None, None, None) else f"{source}, {measured[3]}"
+        fp32, half, bandwidth = (stated or found for stated, found in zip((fp32, half, bandwidth), measured, strict=False))
+    pcie = hardware.pcie_gb_per_s or PCIE_GB_PER_S
+    return Rates(budget.device_type, fp32 * 1e12, half * 1e12, bandwidth * 1e9, pcie * 1e9, source)
+
+
+def _peaks(card: HardwareConfig, tf32: bool) -> tuple[float | None, float | None, float | None]:
+    """(fp32 TFLOP/s, 16-bit TFLOP/s, GB/s) that a card states."""
+    return peak_tflops_of(card, half=False, tf32=tf32), peak_tflops_of(card, half=True, tf32=tf32), card.bandwidth_gb_per_s
+
+
+def _measure(budget: Budget, tf32: bool) -> tuple[float, float, float, str]:
+    """(fp32 TFLOP/s, 16-bit TFLOP/s, GB/s, source) of the device planned for."""
+    import torch
+
+    if budget.device_type == "cuda" and not budget.present:
+        return *_peaks(reference(), tf32), reference().name
+    device = torch.device(budget.device_type)
+    if device.type == "cuda":
+        if card := present_card(device):
+            return *_peaks(card, tf32), card.name
+        name = torch.cuda.get_device_name(device)
+        return measured_peak(device, torch.float32), measured_peak(device, torch.float16), copy_bandwidth(device), f"{name}, measured"
+    peak = measured_peak(device, torch.float32)
+    # CPU 的 16 位只是取整，乘法仍用 fp32
+    return peak, peak, copy_bandwidth(device), "CPU, measured"
+
+
+@functools.cache
+def copy_bandwidth(device) -> float:
+    """GB/s of a large copy, reads and writes counted, the best of a few; measured once in a process."""
+    import time
+
+    import torch
+
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
+    sink = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        sink.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * COPY_BYTES / best / 1e9
+
+
+def step_seconds(trace: Trace, rates: Rates, rows: int) -> float:
+    """One optimizer step over `rows` sequences in micro-batches of trace.shape.rows."""
+    first = rates.seconds(trace.ops["steady_micro_0"])
+    later = rates.seconds(trace.ops.get("steady_micro_1", Counter())) or first
+    micro_batches = rows / trace.shape.rows
+    # 最后一个微批可以不满：按行数折算
+    return first * min(1.0, micro_batches) + later * max(0.0, micro_batches - 1) + rates.seconds(trace.ops["steady_update"])

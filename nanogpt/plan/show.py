@@ -1,0 +1,71 @@
+"""A plan as a person reads it: one table, the verdict, the speed, and what to type when it does not fit."""
+
+from dataclasses import asdict
+
+from nanogpt.base.console import Console, aligned
+from nanogpt.base.language import text
+from nanogpt.base.ram import GIB
+from nanogpt.plan.plan import Plan
+from nanogpt.plan.roofline import BANDWIDTH_EFFICIENCY, LAUNCH_S, PRODUCT_EFFICIENCY
+
+BAR = 30
+NAMES = {
+    "weights": "plan_weights", "gradients": "plan_gradients", "optimizer": "plan_optimizer", "activations": "plan_activations",
+    "temporaries": "plan_temporaries", "rounding": "plan_rounding", "workspace": "plan_workspace", "context": "plan_context",
+    "desktop": "plan_desktop",
+}
+VERDICTS = {"fits": "plan_fits", "tight": "plan_tight", "does_not_fit": "plan_does_not_fit"}
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Print the table, the verdict and the speed of a plan."""
+    cfg, line = plan.cfg, console.line
+    line(
+        "plan_title", model=cfg.model.name, parameters=f"{plan.parameters / 1e6:.1f}M", precision=plan.precision,
+        memory=cfg.groups.get("memory", "default"), batch=plan.batch_size, accum=plan.accumulation, block=cfg.model.block_size,
+        device=plan.budget.name,
+    )
+    line("plan_vocab", vocab=cfg.model.vocab_size, source=plan.vocab_source)
+    for row in table(plan):
+        console.plain(row)
+    if plan.ram:
+        line("plan_ram", gib=plan.ram / GIB)
+    line("plan_verdict", verdict=text(VERDICTS[plan.verdict]), total=plan.total / GIB, budget=plan.budget.total / GIB)
+    line(
+        "plan_speed", speed=plan.tokens_per_s, step=duration(plan.step_s), wall=duration(plan.train_s), iters=cfg.max_iters,
+    )
+    rates, kind = plan.rates, plan.budget.device_type
+    line(
+        "plan_assumptions", half=rates.half_flops / 1e12, fp32=rates.fp32_flops / 1e12, bandwidth=rates.bandwidth / 1e9, source=rates.source,
+        products=PRODUCT_EFFICIENCY[kind], passes=BANDWIDTH_EFFICIENCY[kind], launch=LAUNCH_S[kind] * 1e6,
+    )
+
+
+def table(plan: Plan) -> list[str]:
+    """Lines of aligned columns: part, GiB, share of the budget as a bar."""
+    on_cpu = plan.budget.device_type == "cpu"
+    names = NAMES | ({"context": "plan_process"} if on_cpu else {})
+    # CPU 上没有分配器的取整、工作区与桌面
+    hidden = ("rounding", "workspace", "desktop") if on_cpu else ()
+    rows = [(text(names[key]), size) for key, size in asdict(plan.parts).items() if key not in hidden]
+    rows += [(text("plan_total"), plan.total), (text("plan_budget"), plan.budget.total)]
+    cells = []
+    for name, size in rows:
+        share = size / plan.budget.total
+        # 超出预算的部分用另一种字符，一眼看出差多少
+        bar = "#" * round(min(share, 1) * BAR) + "!" * min(BAR, round(max(0.0, share - 1) * BAR))
+        cells.append((name, f"{size / GIB:7.2f}", f"{share:6.1%} {bar}"))
+    return aligned((text("plan_part"), "GiB", text("plan_share")), cells, sides="lrl")
+
+
+def duration(seconds: float) -> str:
+    """A time with two significant parts, the same in every language."""
+    if seconds < 1:
+        return f"{seconds * 1e3:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours / 24:.1f} d"

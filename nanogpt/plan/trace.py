@@ -1,0 +1,255 @@
+"""Run the real training step on tensors without storage and write down every allocation, product and pass over memory.
+
+FakeTensorMode gives shapes, types and lifetimes as the real run has them; the Tracker below it follows each
+storage from its first sight to its finalisation. No values exist, so nothing may depend on one.
+"""
+
+import contextlib
+import gc
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from nanogpt.base.config import TrainConfig
+from nanogpt.base.language import ConfigError
+from nanogpt.core import planned_device
+from nanogpt.core.attention import KVCache
+from nanogpt.core.memory.lora import add_adapters
+from nanogpt.core.precision import default_format
+from nanogpt.core.step import Step, build_step
+from nanogpt.plan.substitutes import PlannedPrecision
+from nanogpt.plan.tracker import Tracker
+from nanogpt.weights.build import build_model
+
+KINDS = ("weights", "gradients", "optimizer", "activations", "temporaries")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides a trace beside the config: rows per micro-batch, micro-batches per step, rows per evaluation batch, device."""
+
+    rows: int
+    accumulation: int = 1
+    eval_rows: int = 1
+    device_type: str = "cpu"
+
+
+@dataclass
+class Trace:
+    """Events (storage id, +bytes or -bytes) and work, phase by phase.
+
+    Phases: set_up; first_micro_0 and first_update (the optimizer's state appears); steady_micro_0,
+    steady_micro_1 when accumulating (gradients are there already) and steady_update; evaluate; sample.
+    """
+
+    shape: Shape
+    block_size: int
+    dtype: torch.dtype
+    events: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    kinds: dict[int, str] = field(default_factory=dict)
+    """Kind of each storage that is not a temporary."""
+    ops: dict[str, Counter] = field(default_factory=dict)
+    """Phase -> how often each (flops, bytes, 16-bit product?, bytes over PCIe) occurs."""
+    activations: int = 0
+    """Bytes kept for the backward pass at the end of a forward pass."""
+    ram: int = 0
+    """Bytes of state that lie in RAM beside a card."""
+    weight_bytes: int = 0
+    optimizer_bytes: int = 0
+    parameters: int = 0
+
+    def timeline(self) -> Iterator[tuple[int, int]]:
+        """All events of set-up, two steps, an evaluation, a sample and one more step."""
+        live: dict[int, int] = {}
+        # 稳定后再走一步：评估留下的碎片可能让它多要一段
+        for phase in (*self.events, *(phase for phase in self.events if phase.startswith("steady"))):
+            for number, size in self.events[phase]:
+                # 重放的一步里，上一步留到现在的小张量（如梯度范数）先释放再分配
+                if size > 0 and number in live:
+                    yield number, -live.pop(number)
+                if size > 0:
+                    live[number] = size
+                elif live.pop(number, None) is None:
+                    continue
+                yield number, size
+
+    def peaks(self) -> dict[str, int]:
+        """Largest number of live bytes in each phase."""
+        live, peaks = 0, {}
+        for phase, events in self.events.items():
+            best = live
+            for _, size in events:
+                live += size
+                best = max(best, live)
+            peaks[phase] = best
+        return peaks
+
+    def peak(self) -> tuple[int, dict[str, int]]:
+        """Largest number of live bytes, and what they are at that moment."""
+        live = best = 0
+        by_kind: Counter = Counter()
+        at_best: dict[str, int] = {}
+        for storage, size in self.timeline():
+            live += size
+            by_kind[self.kinds.get(storage, "temporaries")] += size
+            if live > best:
+                best, at_best = live, dict(by_kind)
+        return best, {kind: at_best.get(kind, 0) for kind in KINDS}
+
+
+def trace(cfg: TrainConfig, shape: Shape) -> Trace:
+    """Trace set-up, two steps, an evaluation and a sample of cfg, whose batch_size and vocabulary are settled."""
+    try:
+        # 追踪中收走循环引用会改变释放的时刻：结果要每次相同
+        with _no_collector(), torch.random.fork_rng(devices=[]), planned_device.planning_for(shape.device_type), fake_tensors() as mode:
+            return _Run(cfg, shape, mode).all()
+    except ConfigError:
+        raise
+    except Exception as error:
+        # 使用者自己的模型可能读取数值、调用不认识的 kernel：一行说明，不是崩溃
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        raise ConfigError("plan_untraceable", target=cfg.model._target_, reason=reason[:200]) from error
+
+
+def fake_tensors() -> FakeTensorMode:
+    """A mode in which tensors have shapes and types but no storage."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextlib.contextmanager
+def _no_collector() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def automatic_format(cfg: TrainConfig) -> str:
+    """What precision=auto takes on the card that cfg is planned for."""
+    if cfg.hardware.dtype or not torch.cuda.is_available():
+        return cfg.hardware.dtype or "bf16"
+    return default_format(torch.device("cuda", torch.cuda.current_device()))
+
+
+class _Run:
+    """One trace in the making."""
+
+    def __init__(self, cfg: TrainConfig, shape: Shape, mode: FakeTensorMode):
+        self.cfg, self.shape = cfg, shape
+        self.tracker = Tracker(mode)
+        self.precision = PlannedPrecision(cfg.precision, shape.device_type, cfg.memory.weights, automatic_format(cfg))
+        self.result = Trace(shape, cfg.model.block_size, self.precision.dtype)
+        self.before_forward: set[int] = set()
+
+    def all(self) -> Trace:
+        with self.tracker:
+            step = self._set_up()
+            step.prepare()
+            self._optimizer_step(step, "first", micro_batches=1)
+            self._name_survivors(step)
+            self._optimizer_step(step, "steady", micro_batches=min(2, self.shape.accumulation))
+            self._evaluate(step.model)
+            self._sample(step.model)
+        result = self.result
+        result.ram = sum(size for number, size in self.tracker.live().items() if number in self.tracker.host)
+        return result
+
+    def _set_up(self) -> Step:
+        cfg = self.cfg
+        model = build_model(cfg.model, cfg.seed, cfg.memory.weights)
+        if cfg.finetune.method == "lora":
+            add_adapters(model, cfg.finetune)
+        for p in model.parameters():
+            # 比任何释放梯度的 hook 都先登记，才看得见梯度
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(self._gradient_arrived)
+        step = build_step(cfg, model, self.precision)
+        # 造模型时的临时张量在 CPU 上，不占显存：只留下权重本身
+        self.tracker.take()
+        self.tracker.take_ops()
+        events, seen = [], set()
+        for t in (*step.model.parameters(), *step.model.buffers()):
+            number = self.tracker.follow(t)
+            if number not in seen:
+                seen.add(number)
+                events.append((number, t.untyped_storage().nbytes()))
+                self.result.kinds[number] = "weights"
+        self.tracker.take()
+        self.result.events["set_up"] = events
+        self.result.weight_bytes = sum(size for _, size in events)
+        self.result.parameters = sum(p.numel() for p in step.model.parameters())
+        return step
+
+    def _gradient_arrived(self, p: torch.Tensor) -> None:
+        if p.grad is not None:
+            self.result.kinds[self.tracker.follow(p.grad)] = "gradients"
+
+    def _forward_ended(self) -> None:
+        """What this forward pass made and still holds is kept for the backward pass."""
+        kept = {n: size for n, size in self.tracker.live().items() if n not in self.before_forward and n not in self.tracker.host}
+        for number in kept:
+            self.result.kinds.setdefault(number, "activations")
+        self.result.activations = sum(kept.values())
+
+    def _tokens(self, rows: int) -> torch.Tensor:
+        return torch.empty(rows, self.cfg.model.block_size, dtype=torch.long)
+
+    def _optimizer_step(self, step: Step, section: str, micro_batches: int) -> None:
+        """One step as Trainer.step takes it, gradients always clipped."""
+        step.model.train()
+        total = torch.zeros(())
+        for number in range(micro_batches):
+            x, y = self._tokens(self.shape.rows), self._tokens(self.shape.rows)
+            self.before_forward = set(self.tracker.live())
+            loss = step.forward(x, y, 1.0 / self.shape.accumulation)
+            self._forward_ended()
+            with self.precision.backward_context():
+                step.backward(loss)
+            total += loss.detach()
+            del loss
+            self._end_phase(f"{section}_micro_{number}")
+        if self.precision.scaler.is_enabled():
+            self.precision.scaler.unscale_(step.optimizer)
+        norm = step.gradient_norm()
+        if step.decides_on_device and self.shape.device_type == "cuda":
+            step.update_if_finite(total, norm, 1.0)
+        else:
+            step.clip(norm, 1.0)
+            step.update()
+        step.optimizer.zero_grad()
+        del x, y, total, norm
+        self._end_phase(f"{section}_update")
+
+    def _end_phase(self, phase: str) -> None:
+        self.result.events[phase], self.result.ops[phase] = self.tracker.take(), self.tracker.take_ops()
+
+    def _name_survivors(self, step: Step) -> None:
+        """Whatever outlives the first step and is no weight belongs to the optimizer."""
+        for number, size in self.tracker.live().items():
+            if self.result.kinds.get(number) != "weights" and number not in self.tracker.host:
+                self.result.kinds[number] = "optimizer"
+                self.result.optimizer_bytes += size
+
+    @torch.no_grad()
+    def _evaluate(self, model) -> None:
+        model.eval()
+        x, y = self._tokens(self.shape.eval_rows), self._tokens(self.shape.eval_rows)
+        with self.precision.context():
+            loss = model.loss(x, y)
+        del x, y, loss
+        self._end_phase("evaluate")
+
+    @torch.no_grad()
+    def _sample(self, model) -> None:
+        """One row of the longest prompt, as the decode loop reads it."""
+        cache = KVCache(model, 1)
+        idx = self._tokens(1)
+        logits = model.logits(model.hidden(idx, cache)[:, -1])
+        del cache, idx, logits
+        self._end_phase("sample")

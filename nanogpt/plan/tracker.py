@@ -1,0 +1,148 @@
+"""A dispatch mode below FakeTensorMode that follows every storage and counts the work of every operation."""
+
+import weakref
+from collections import Counter
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nanogpt.core import planned_device
+from nanogpt.plan.costs import flops_of, is_free, traffic_of, workspace_of
+
+# (运算, 参数的形状) -> 结果的形状；与模型、设备无关，各次追踪共用
+_REMEMBERED: dict[tuple, tuple] = {}
+
+
+class Tracker(TorchDispatchMode):
+    """Follows storages and counts work; sits inside a FakeTensorMode."""
+
+    def __init__(self, mode: FakeTensorMode):
+        super().__init__()
+        self.mode = mode
+        self.events: list[tuple[int, int]] = []
+        self.ops: Counter = Counter()
+        self.ids: dict[int, tuple[weakref.ref, int, int]] = {}
+        self.host: set[int] = set()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default:
+            # 三分之二的调用只是在问设备：不必绕一大圈
+            return args[0].fake_device
+        before = self.count
+        out = self._compute(func, args, kwargs or {})
+        outputs = tensors_in(out)
+        for t in outputs:
+            self.follow(t)
+        if is_free(func, self.count > before):
+            return out
+        inputs = tensors_in((*args, *kwargs.values()) if kwargs else args)
+        if workspace := workspace_of(func, args):
+            self.count += 1
+            self.events += [(self.count, workspace), (self.count, -workspace)]
+        over_pcie = self._over_pcie(inputs)
+        flops, half = flops_of(func, args, out)
+        self.ops[(flops, 0 if over_pcie else traffic_of(func, inputs, outputs), half, over_pcie)] += planned_device.count()
+        return out
+
+    def _compute(self, func, args, kwargs):
+        """func(*args, **kwargs); what only depends on shapes is remembered, FakeTensorMode takes five times as long."""
+        schema = func._schema
+        if schema.is_mutable and len(schema.returns) == 1 and schema.name.endswith("_") and isinstance(args[0], torch.Tensor):
+            # 原地运算没有值可算，结果就是它自己
+            return args[0]
+        if func.is_view and isinstance(args[0], FakeTensor):
+            # 视图只改形状：直接让 meta 的实现去算
+            device = args[0].fake_device
+            with in_kernel_invocation_manager(self.mode):
+                out = func(*args, **kwargs)
+            return FakeTensor(self.mode, out, device) if isinstance(out, torch.Tensor) else [FakeTensor(self.mode, t, device) for t in out]
+        if schema.is_mutable:
+            return func(*args, **kwargs)
+        # 不写 dtype 的 torch.empty 随默认类型而变：bf16 权重就是这样造出来的
+        key = (func, torch.get_default_dtype(), _signature(args), _signature(tuple(kwargs.items())))
+        try:
+            known = _REMEMBERED.get(key)
+        except TypeError:
+            return func(*args, **kwargs)
+        if known is not None:
+            return _fresh(self.mode, known)
+        mark = self.count
+        out = func(*args, **kwargs)
+        if isinstance(out, FakeTensor) and out.untyped_storage()._cdata not in self.ids and self.count == mark and out.storage_offset() == 0:
+            _REMEMBERED[key] = (out.shape, out.stride(), out.dtype, out.fake_device)
+        return out
+
+    def follow(self, t: torch.Tensor) -> int:
+        """The id of a tensor's storage; its allocation is noted when it is new."""
+        storage = t.untyped_storage()
+        key = storage._cdata
+        known = self.ids.get(key)
+        if known is not None and known[0]() is not None:
+            return known[1]
+        self.count += 1
+        number, size = self.count, storage.nbytes()
+        self.ids[key] = (weakref.ref(storage, lambda _, key=key, number=number: self._freed(key, number)), number, size)
+        if planned_device.in_host_memory():
+            self.host.add(number)
+        elif size:
+            self.events.append((number, size))
+        return number
+
+    def _freed(self, key: int, number: int) -> None:
+        # 地址可能已被新的 storage 占用，那一条不能删
+        known = self.ids.get(key)
+        if known is None or known[1] != number:
+            return
+        del self.ids[key]
+        if number not in self.host and known[2]:
+            self.events.append((number, -known[2]))
+
+    def live(self) -> dict[int, int]:
+        """Bytes of every live storage by id."""
+        return {number: size for ref, number, size in self.ids.values() if ref() is not None}
+
+    def take(self) -> list[tuple[int, int]]:
+        """The events so far; starts a new list."""
+        events, self.events = self.events, []
+        return events
+
+    def take_ops(self) -> Counter:
+        """The work so far; starts from nothing."""
+        ops, self.ops = self.ops, Counter()
+        return ops
+
+    def _over_pcie(self, inputs: list[torch.Tensor]) -> int:
+        """Bytes that an operation moves between RAM and the card, 0 unless it has tensors on both sides."""
+        if not self.host:
+            return 0
+        places = {self.follow(t) in self.host for t in inputs}
+        return max(t.numel() * t.element_size() for t in inputs) if len(places) == 2 else 0
+
+
+def _signature(value):
+    """A key of what shapes depend on; tensors by shape, strides and type."""
+    if isinstance(value, torch.Tensor):
+        return (value.shape, value.stride(), value.dtype)
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_signature, value))
+    # True == 1 而 hash 也相同：连类型一起记
+    return (type(value), value)
+
+
+def _fresh(mode: FakeTensorMode, known: tuple) -> torch.Tensor:
+    """A new tensor without storage that looks as an earlier result did."""
+    shape, stride, dtype, device = known
+    with torch._C._DisableTorchDispatch():
+        meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    return FakeTensor(mode, meta, device)
+
+
+def tensors_in(value) -> list[torch.Tensor]:
+    """All tensors in a tensor, a list or nested lists."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [t for item in value for t in tensors_in(item)]
+    return []

@@ -1,0 +1,145 @@
+"""Whether a training still makes sense: steps that had to be skipped, tensors that stopped being numbers, a loss worse than guessing.
+
+Each of them ends the run with one line before anything bad reaches a checkpoint, and names where to go on from.
+"""
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from nanogpt.base.language import ConfigError, text
+from nanogpt.weights import checkpoint
+
+# 最近这么多步里，多半的训练损失高于“乱猜”才算发散：偏高的学习率开头也会冲上去十几步，但会自己下来
+RUNAWAY_STEPS = 100
+# 高出这么多 nat 才算：随机数据、刚初始化的模型就在乱猜的水平上下浮动
+RUNAWAY_MARGIN = 0.5
+
+
+class Diverged(ConfigError):  # noqa: N818 - 与 OutOfMemory 一样，是一种结局
+    """The training has come to nothing; the line says where to go on from and how."""
+
+
+def floating(state, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """(dotted name, tensor) of every floating tensor with elements in nested dicts and lists."""
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
+    for key, value in items:
+        if isinstance(value, torch.Tensor):
+            if value.is_floating_point() and value.numel():
+                yield f"{prefix}{key}", value.detach()
+        else:
+            yield from floating(value, f"{prefix}{key}.")
+
+
+def broken_tensor(model, optimizer) -> str | None:
+    """Name of the first weight or optimizer state that holds NaN or Inf, None when all are finite."""
+    state = optimizer.state_dict()
+    return first_not_finite([*floating(model.state_dict()), *floating(state.get("state", state), "optimizer.")])
+
+
+def first_not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """Name of the first tensor that holds NaN or Inf, None when all are finite.
+
+    Takes no memory to speak of and waits for each device once.
+    """
+    by_device = defaultdict(list)
+    for name, tensor in named:
+        # 八位浮点没有 aminmax；这样的权重只从别人的文件来
+        low, high = torch.aminmax(tensor.float() if tensor.element_size() == 1 else tensor)
+        # NaN 会传过 aminmax；Inf 减自己得 NaN，有限数得 0
+        by_device[tensor.device].append((name, ((low - low) + (high - high)).float()))
+    for pairs in by_device.values():
+        names, values = zip(*pairs, strict=True)
+        # 一次取回：逐个张量去问，GPU 要停几百次
+        for name, finite in zip(names, torch.stack(values).isfinite().tolist(), strict=True):
+            if not finite:
+                return name
+    return None
+
+
+class Health:
+    """What a trainer knows about how well it goes; one rank decides as the others, from the same numbers."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.lowest = math.inf
+        """Smallest training loss of a step since this process began."""
+        self.absurd: deque[bool] = deque(maxlen=RUNAWAY_STEPS)
+        """Whether each of the latest steps was worse than guessing and than every one before it."""
+        self.uniform = math.log(trainer.model.config.vocab_size)
+        """Loss of guessing every token with the same probability, nats."""
+
+    def before_start(self) -> None:
+        """Refuse to train from weights or states that are not finite."""
+        # 旧版本存下的、别人给的权重都可能已经坏了
+        if tensor := broken_tensor(self.trainer.model, self.trainer.optimizer):
+            raise Diverged("broken_start", tensor=tensor)
+
+    def before_save(self) -> None:
+        """Refuse to write a checkpoint with weights or optimizer states that are not finite: they never heal."""
+        self._require_finite(self.trainer.progress.iteration)
+
+    def _require_finite(self, iteration: int) -> None:
+        if tensor := broken_tensor(self.trainer.model, self.trainer.optimizer):
+            raise Diverged("broken", iteration=iteration, tensor=tensor, remedy=self._remedy())
+
+    def after_update(self, loss: float, norm: float, *, iteration: int, healing: bool) -> None:
+        """Count a step (`iteration`, from 1) that was skipped because its loss or gradient norm is not finite, and stop at too many in a row.
+
+        `healing` says that an fp16 overflow has just lowered the loss scale: that is no fault, but no good step either.
+        """
+        trainer, progress = self.trainer, self.trainer.progress
+        if math.isfinite(loss) and math.isfinite(norm):
+            progress.nonfinite_in_a_row = 0
+            self._compare_with_guessing(loss)
+            return
+        # 权重或状态坏了就不会好：不必等够次数
+        self._require_finite(iteration)
+        if healing:
+            return
+        progress.nonfinite_steps += 1
+        progress.nonfinite_in_a_row += 1
+        what = "gradient" if math.isfinite(loss) else "loss"
+        # 反向里边走边更新：其余参数已经更新，跳过的只有坏梯度的那些
+        partly = what == "gradient" and trainer.computation.in_backward
+        line = "nonfinite_partly" if partly else "nonfinite"
+        trainer.console.line(line, iteration=iteration, what=what, count=progress.nonfinite_in_a_row)
+        if progress.nonfinite_in_a_row >= trainer.cfg.max_nonfinite_steps:
+            raise Diverged("diverged", count=progress.nonfinite_in_a_row, remedy=self._remedy())
+
+    def after_evaluation(self, loss: float) -> bool:
+        """Whether a validation loss is a number; one that is not counts as no evaluation."""
+        if math.isfinite(loss):
+            return True
+        iteration = self.trainer.progress.iteration
+        self._require_finite(iteration)
+        self.trainer.console.line("nonfinite_evaluation", iteration=iteration)
+        return False
+
+    def _compare_with_guessing(self, loss: float) -> None:
+        """Stop when most of the latest losses are above that of guessing and above every earlier one: clipping hides such an end.
+
+        A pretrained model may begin above it (text in another language); going up from there is what counts.
+        """
+        self.lowest = min(self.lowest, loss)
+        # 续训时这一程的最低值还不可靠，参考存下来的最好验证损失
+        known = min(self.lowest, self.trainer.progress.best_val_loss)
+        self.absurd.append(loss > max(self.uniform, known) + RUNAWAY_MARGIN)
+        if sum(self.absurd) > RUNAWAY_STEPS // 2:
+            raise Diverged(
+                "runaway", loss=loss, count=sum(self.absurd), steps=RUNAWAY_STEPS, uniform=self.uniform, remedy=self._remedy(best=True),
+            )
+
+    def _remedy(self, *, best: bool = False) -> str:
+        """What to type: go on from the last (or best) checkpoint with a lower rate, or begin again where there is none."""
+        trainer = self.trainer
+        found = checkpoint.checkpoints(trainer.run_dir)
+        rate = trainer.cfg.learning_rate / 3
+        if not found:
+            return text("remedy_again", rate=rate)
+        chosen = (checkpoint.best_of(found) if best else None) or found[-1]
+        which = "" if chosen.iteration == found[-1].iteration else f" checkpoint={chosen.name}"
+        remedy = "remedy_best" if best else "remedy_last"
+        return text(remedy, checkpoint=chosen.name, resume=trainer.resuming, which=which, rate=rate)

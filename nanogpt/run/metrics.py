@@ -1,0 +1,161 @@
+"""Speed, model FLOPs utilisation and memory, measured on the machine that is there."""
+
+import contextlib
+import functools
+import json
+import math
+import platform
+import re
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+from nanogpt.base.cards import peak_tflops_of, present_card
+from nanogpt.base.files import write_text
+from nanogpt.base.language import text
+from nanogpt.base.ram import GIB
+from nanogpt.data.assets import cache_folder
+
+# 在缓存文件夹里：每种处理器、torch 版本、数字格式见过的最快一次
+PEAKS = "peaks.json"
+BURST_S, REFRESH_S = 0.3, 60.0
+# 几种大小里总有一种最合这台机器的缓存；CPU 上一次约 1 ms，忙的机器也来不及打断每一次
+SIZES = {"cuda": (4096,), "cpu": (256, 384, 512)}
+_measured: dict[str, tuple[float, float]] = {}
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype, *, keep: bool = False) -> float:
+    """TFLOP/s of the fastest matrix products seen on this machine: now, earlier in this process, or by an earlier one.
+
+    Of a CPU it is the rate of one thread times the number of threads, and is measured anew after a minute. With `keep`
+    a new best is written to the cache folder.
+    """
+    tf32 = device.type == "cuda" and dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    key = f"{processor_name(device)}, torch {torch.__version__}, {'tf32' if tf32 else str(dtype).removeprefix('torch.')}"
+    if key not in _measured:
+        _measured[key] = _kept_peaks().get(key, 0.0), -math.inf
+    best, at = _measured[key]
+    # 显卡没有别人来抢，显存也常常正好用满：只在开始时量
+    due = at == -math.inf or (device.type == "cpu" and time.monotonic() - at > REFRESH_S)
+    if due and (found := _burst(device, dtype)) > best:
+        best = found
+        if keep:
+            _keep_peak(key, best)
+    _measured[key] = best, time.monotonic() if due else at
+    return best * (torch.get_num_threads() if device.type == "cpu" else 1)
+
+
+def _burst(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of the fastest of many products; of one thread on a CPU."""
+    cuda, threads = device.type == "cuda", torch.get_num_threads()
+    generator = torch.Generator(device).manual_seed(0)
+    matrices = [torch.randn(size, size, device=device, dtype=dtype, generator=generator) for size in SIZES[device.type]]
+    best, until = 0.0, time.perf_counter() + BURST_S
+    # 一起算的线程互相等：别的程序占着一个核，几个线程的乘积就慢几十倍，再取最好的也量不出峰值
+    torch.set_num_threads(1)
+    try:
+        while time.perf_counter() < until:
+            for a in matrices:
+                if cuda:
+                    torch.cuda.synchronize(device)
+                start = time.perf_counter()
+                torch.mm(a, a)
+                if cuda:
+                    torch.cuda.synchronize(device)
+                best = max(best, 2 * len(a) ** 3 / (time.perf_counter() - start) / 1e12)
+    finally:
+        torch.set_num_threads(threads)
+    return best
+
+
+def _kept_peaks() -> dict[str, float]:
+    try:
+        peaks = json.loads((cache_folder() / PEAKS).read_text(encoding="utf-8"))
+        return {key: float(value) for key, value in peaks.items() if 0 < value < math.inf}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        # 没有、坏了、读不了：重新量就是
+        return {}
+
+
+def _keep_peak(key: str, tflops: float) -> None:
+    # 只是缓存：存不下，下一次重新量
+    with contextlib.suppress(OSError):
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        write_text(cache_folder() / PEAKS, json.dumps({**_kept_peaks(), key: round(tflops, 6)}, indent=1) + "\n")
+
+
+@functools.cache
+def processor_name(device: torch.device) -> str:
+    """What the driver calls the card, or the system the processor, with the instructions that torch uses of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    # Linux 上 platform.processor() 只说架构
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.+)$", info.read_text(encoding="utf-8", errors="replace"), re.MULTILINE) if info.is_file() else None
+    return f"{found[1] if found else platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def peak_tflops(hardware, device: torch.device, precision) -> tuple[str, float]:
+    """(what the figure is, TFLOP/s) for this device and number format."""
+    half, tf32 = precision.half, precision.tf32
+    if stated := peak_tflops_of(hardware, half=half, tf32=tf32):
+        return f"hardware={hardware.name}", stated
+    if device.type == "cuda" and (card := present_card(device)):
+        return card.name, peak_tflops_of(card, half=half, tf32=tf32)
+    name, dtype = processor_name(device), precision.dtype if half else torch.float32
+    message = "peak_of_card" if device.type == "cuda" else "peak_of_threads"
+    return text(message, name=name, threads=torch.get_num_threads()), measured_peak(device, dtype, keep=True)
+
+
+def memory_gib(device: torch.device) -> dict[str, float]:
+    """allocated, reserved and peak in GiB: of the CUDA allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return {
+            "allocated": torch.cuda.memory_allocated(device) / GIB,
+            "reserved": torch.cuda.memory_reserved(device) / GIB,
+            "peak": torch.cuda.max_memory_allocated(device) / GIB,
+        }
+    info = psutil.Process().memory_info()
+    return {"allocated": info.rss / GIB, "reserved": info.vms / GIB, "peak": peak_resident(info) / GIB}
+
+
+def peak_resident(info=None) -> int:
+    """Largest resident size of this process so far, bytes; `info` is psutil's memory_info() where it is at hand."""
+    if sys.platform == "linux":
+        # ru_maxrss 会带上父进程 fork 时的大小，VmHWM 不会
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    if sys.platform == "win32":
+        return (info or psutil.Process().memory_info()).peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS 以字节计，别的以 KiB 计
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Stopwatch:
+    """Adds up the seconds between start and stop; used to time steps without evaluation and saving."""
+
+    def __init__(self):
+        self.total_s = 0.0
+        self._since: float | None = None
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        self.total_s += time.perf_counter() - self._since
+        self._since = None
+
+    def cancel(self) -> None:
+        """Forget the time since start()."""
+        self._since = None
+
+    def take(self) -> float:
+        """Seconds so far; starts again from zero."""
+        total, self.total_s = self.total_s, 0.0
+        return total

@@ -1,0 +1,350 @@
+"""Run folders: choosing, protecting and finding them; the config of a run that goes on.
+
+A run folder holds run.json (its id, and the config it began with), config.yaml, tokenizer.json, metrics.jsonl, logs/, ckpt/,
+data/ (small data sets), lock (held while the run lives) and, at the end, summary.json. Needs no torch.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nanogpt.base.composing import one_line
+from nanogpt.base.config import TRUSTED_TARGETS, ModelConfig, TrainConfig, targets
+from nanogpt.base.files import folders_around, make_folder, numbered, remove_leftovers, sync, write_text
+from nanogpt.base.groups import keys_of
+from nanogpt.base.hashed_json import DamagedError, NewerError, read_sealed, reason_of, write_sealed
+from nanogpt.base.language import ConfigError, say, text
+from nanogpt.base.lock import Lock
+from nanogpt.base.quoting import typed_override
+from nanogpt.base.saved_config import read_saved, refuse_unnamed_code
+from nanogpt.base.user_yaml import is_group
+
+OUTPUTS = Path("outputs")
+# 文件而不是符号链接：Windows 建链接要特权
+LATEST = OUTPUTS / "latest"
+# 属于一次训练的名字；清空目录时只认这些
+RUN_FILES = {"run.json", "config.yaml", "tokenizer.json", "metrics.jsonl", "summary.json", "logs", "ckpt", "data", "wandb"}
+LOCK = "lock"
+# 其中训练会往里写的：data 只读
+WRITTEN = RUN_FILES - {"data"}
+# 从 2 起带摘要
+FORMAT = 2
+# 继续训练时不可改：改了就不再是同一次训练
+FIXED_ON_RESUME = ("model", "dataset", "seed", "init_from", "finetune")
+# 其中这些例外：不影响参数的形状
+CHANGEABLE = {("model", "dropout"), ("dataset", "dir"), ("finetune", "dropout")}
+# 后来才有的键：更早的训练目录没有它们，取默认值
+ADDED_LATER = ("init_from", "finetune", "groups")
+# 顶层的短名字同时决定的键
+ALIASES = {"dropout": ("dropout", "model.dropout")}
+
+
+def choose(cfg: TrainConfig) -> Path:
+    """The folder of a new run; refuses one that holds anything, unless overwrite=true and it is a run."""
+    if cfg.out_dir is None:
+        # 微调的形状来自权重，名字也跟着它
+        model = re.sub(r"\W+", "-", Path(cfg.init_from).stem).strip("-") if cfg.init_from else cfg.model.name
+        stem = OUTPUTS / f"{cfg.dataset['name']}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
+        # 同一秒启动两次训练时加序号
+        return next(p for p in numbered(stem) if not p.exists())
+    path = Path(cfg.out_dir)
+    if ".." in path.parts:
+        # 不解析就会先造出 nope/../x 里的 nope
+        path = path.resolve()
+    if path.exists() and not path.is_dir():
+        raise ConfigError("not_writable", path=path, reason="not a folder")
+    refuse_contents(path, overwrite=cfg.overwrite)
+    # 找到最近的已存在的上级，看能否写入
+    parent = next(p for p in [path, *path.absolute().parents] if p.exists())
+    if not parent.is_dir():
+        raise ConfigError("not_writable", path=path, reason=f"{parent} is not a folder")
+    if not os.access(parent, os.W_OK):
+        raise ConfigError("not_writable", path=path, reason=f"{parent} is read-only")
+    return path
+
+
+def refuse_contents(path: Path, *, overwrite: bool) -> None:
+    """ConfigError when a run may not begin in this folder, which need not be there yet."""
+    there = {p.name for p in path.iterdir() if not _left_behind(p)} if path.is_dir() else set()
+    if there - RUN_FILES:
+        raise ConfigError("out_dir_foreign", path=path)
+    if there and not overwrite:
+        raise ConfigError("out_dir_exists", path=path, resume=typed_override("resume", path))
+
+
+def _left_behind(path: Path) -> bool:
+    """Whether this is no content, but what a start leaves that was killed, or lost its power, before there was a run."""
+    empty = path.name in RUN_FILES and path.is_dir() and not any(path.iterdir())
+    return path.name == LOCK or empty or re.fullmatch(r"\..+\.tmp", path.name) is not None
+
+
+def hold(path: Path) -> Lock:
+    """The lock of a run folder; ConfigError while another process trains in it. What a killed process left half-written is removed."""
+    # 陌生人的目录里，链接可以指向你的任何文件；整个目录是链接（放到别的盘上）则是你自己定的
+    if links := sorted(name for name in (*WRITTEN, LOCK) if (path / name).is_symlink()):
+        raise ConfigError("run_links", path=path, name=links[0])
+    lock = Lock(path / LOCK)
+    try:
+        if not lock.take():
+            raise ConfigError("run_in_use", path=path, process=lock.holder())
+        remove_leftovers(path)
+        # 被杀在最后一刻的，没有下一次保存来清
+        remove_leftovers(path / "ckpt")
+    except OSError as error:
+        raise ConfigError("not_writable", path=path, reason=error.strerror) from None
+    return lock
+
+
+def claim(path: Path, *, overwrite: bool) -> Lock:
+    """Make and lock the folder of a new run, emptying an old run if told to."""
+    try:
+        with folders_around(path):
+            make_folder(path)
+        lock = hold(path)
+        try:
+            # 从检查到这里过了几秒：别的进程可能也选了它
+            refuse_contents(path, overwrite=overwrite)
+            _empty(path)
+        except BaseException:
+            lock.release(remove=lock.made)
+            raise
+        return lock
+    except OSError as error:
+        raise ConfigError("not_writable", path=path, reason=error.strerror) from None
+
+
+def _empty(path: Path) -> None:
+    for name in RUN_FILES:
+        if (path / name).is_dir():
+            shutil.rmtree(path / name)
+        else:
+            (path / name).unlink(missing_ok=True)
+    # 断电后不能又冒出一半：旧的 checkpoint 配上新的 run.json
+    sync(path)
+
+
+def abandon(path: Path, lock: Lock) -> None:
+    """Remove what claim() and a run that could not begin have left in its folder."""
+    with contextlib.suppress(OSError):
+        _empty(path)
+        remove_leftovers(path)
+        lock.release(remove=True)
+        # 里面还有别的，就留着
+        path.rmdir()
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """run.json: what a run is from its first moment on."""
+
+    id: str
+    """Stands in every checkpoint of the run, so that those of two runs cannot be mixed up."""
+    config_text: str
+    """The resolved config that it began with."""
+
+
+def write_record(path: Path, config_text: str, known: str | None = None) -> RunRecord:
+    """Write run.json, with a new id where none is known."""
+    record = RunRecord(known or uuid.uuid4().hex, config_text)
+    write_sealed(path / "run.json", {"format": FORMAT, "id": record.id, "config": record.config_text})
+    return record
+
+
+def recorded(path: Path) -> RunRecord:
+    """run.json of a run folder; DamagedError where it is missing or cannot be used."""
+    values = read_sealed(path / "run.json", FORMAT)
+    if not all(isinstance(values.get(key), str) for key in ("id", "config")):
+        raise DamagedError("no id, no config")
+    return RunRecord(values["id"], values["config"])
+
+
+def read_record(path: Path) -> RunRecord | None:
+    """run.json of a run folder; None in one of an earlier version, and, after a word about it, where it is damaged."""
+    file = path / "run.json"
+    if not file.is_file():
+        return None
+    try:
+        return recorded(path)
+    except NewerError as error:
+        raise ConfigError("damaged_checkpoint", file=file, reason=error, remedy=text("update_program")) from None
+    except DamagedError as error:
+        # 里面的编号与配置别处都有：不必为它停下
+        say("record_damaged", file=file, reason=error)
+        return None
+
+
+def begun_with(path: Path, record: RunRecord | None) -> tuple[str, Path]:
+    """(config of a run without a checkpoint, the file that it is in): run.json, or config.yaml where that is lost."""
+    if record:
+        return record.config_text, path / "run.json"
+    file = path / "config.yaml"
+    try:
+        content = file.read_text(encoding="utf-8")
+        read_saved(content)
+        return content, file
+    except (OSError, ValueError) as error:
+        raise ConfigError("nothing_begun", path=path, reason=reason_of(error)) from None
+
+
+def remember(path: Path) -> None:
+    """Make `path` the run that resume=latest means."""
+    make_folder(OUTPUTS)
+    # 被杀时留下的，不能越积越多
+    remove_leftovers(OUTPUTS, LATEST.name)
+    with contextlib.suppress(FileNotFoundError):
+        # 同时启动的另一次训练把没写完的当成了剩下的：latest 会是它的
+        write_text(LATEST, str(path.absolute()) + "\n")
+    sync(OUTPUTS)
+
+
+def is_latest(named: str) -> bool:
+    """Whether a person means the latest run: `latest`, or the file that says which one it is."""
+    return named == "latest" or (Path(named).name == LATEST.name and Path(named).is_file())
+
+
+def names_run(named: str) -> bool:
+    """Whether a person named a run of ours, not weights of another kind: its folder, ckpt/, a checkpoint, or the latest."""
+    path = Path(named)
+    return is_latest(named) or (path / "ckpt").is_dir() or _inside(path) != path or (path / "manifest.json").is_file()
+
+
+def _inside(path: Path) -> Path:
+    """The run folder that a path lies in, if it is its ckpt/ or a checkpoint; else the path."""
+    if re.fullmatch(r"iter_\d+", path.name) and path.absolute().parent.name == "ckpt" and path.is_dir():
+        # 在 ckpt/ 里敲的只有一截
+        return (path if len(path.parts) > 1 else path.absolute()).parent.parent
+    return path.parent if path.name == "ckpt" and path.is_dir() and not (path / "ckpt").is_dir() else path
+
+
+def locate(named: str, key: str = "resume") -> Path:
+    """The run folder that a person named: `latest`, or a path to it, to its ckpt/ or to one of its checkpoints."""
+    if is_latest(named):
+        file = LATEST if named == "latest" else Path(named)
+        if not file.is_file():
+            raise ConfigError("no_run", key=key, path=file)
+        # 早先的版本没有同步它：断电后可能是空的，或者一串 NUL；空的名字就是当前文件夹
+        named = file.read_text(encoding="utf-8", errors="replace").strip().replace("\0", "?")
+        if not named:
+            raise ConfigError("no_run", key=key, path=file)
+    path = _inside(Path(named))
+    if not (path / "ckpt").is_dir() and not any((path / file).is_file() for file in ("run.json", "config.yaml")):
+        raise ConfigError("no_run", key=key, path=path)
+    return path
+
+
+def checkpoint_in(named: str, which: str | None, usual: str) -> str:
+    """The checkpoint to use: the one whose folder was named, else `which`, else the usual one."""
+    folder = Path(named)
+    if is_latest(named) or _inside(folder) == folder or folder.name == "ckpt":
+        return which or usual
+    if which not in (None, usual, folder.name):
+        raise ConfigError("two_checkpoints", named=named, got=which)
+    return folder.name
+
+
+def saved_settings(path: Path) -> tuple[str, Path]:
+    """(the newest config of a run, the file that it is in)."""
+    file = path / "config.yaml"
+    return (file.read_text(encoding="utf-8"), file) if file.is_file() else begun_with(path, read_record(path))
+
+
+def resumed_config(saved_text: str, typed: TrainConfig, overrides: list[str], source: Path) -> TrainConfig:
+    """The saved config with what was typed on this command line laid over it; `source` is where it comes from."""
+    try:
+        saved = _with_later_keys(read_saved(saved_text))
+        OmegaConf.merge(OmegaConf.structured(TrainConfig), saved)
+    except (OmegaConfBaseException, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        # 摘要对得上、内容却合不上：另一个版本写的，或者有人改过
+        reason, remedy = f"config.yaml: {reason_of(error)}", text("no_older_checkpoint")
+        raise ConfigError("damaged_checkpoint", file=source, reason=reason, remedy=remedy) from None
+    try:
+        return _with_typed(saved, typed, overrides, source)
+    except OmegaConfBaseException as error:
+        # 存下的没有问题，合不上的是这次写的
+        raise one_line(error, "train") from None
+
+
+def _with_later_keys(saved: dict) -> dict:
+    """The same with the keys that older runs do not have yet."""
+    defaults = OmegaConf.to_container(OmegaConf.structured(TrainConfig), throw_on_missing=False)
+    return {**{key: defaults[key] for key in ADDED_LATER}, **saved}
+
+
+def _with_typed(saved: dict, typed: TrainConfig, overrides: list[str], source: Path) -> TrainConfig:
+    fresh = OmegaConf.to_container(OmegaConf.structured(typed))
+    refuse_unnamed_code(saved, fresh, source)
+    before = {key: saved[key] for key in FIXED_ON_RESUME}
+    merged, typed_node = OmegaConf.create(saved), OmegaConf.create(fresh)
+    for override in OverridesParser.create().parse_overrides(overrides):
+        if override.key_or_group == "experiment":
+            # 一套配方会改动许多键，说不清哪些该变
+            raise ConfigError("resume_changes", key="experiment", old="-", new=override.value())
+        _lay(merged, override, saved, typed_node)
+    if merged.model.vocab_size is None:
+        # 重新写出的 model=… 没有词表大小，它由数据决定，沿用原来的
+        merged.model.vocab_size = before["model"]["vocab_size"]
+    after = OmegaConf.to_container(merged)
+    for key in FIXED_ON_RESUME:
+        refuse_change(key, before[key], after[key])
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), merged))
+
+
+def _lay(merged: DictConfig, override: Override, saved: dict, typed_node: DictConfig) -> None:
+    """Put what one override decides into the saved config."""
+    key = override.key_or_group
+    keys = {key}
+    if is_group(key):
+        if _only_names(key, override.value(), saved, typed_node):
+            return
+        # 以后再接着训时，知道选的是哪一项
+        merged.groups[key] = override.value()
+        keys = {key} if key in typed_node else keys_of(override)
+    for one in sorted(keys):
+        for target in ALIASES.get(one, (one,)):
+            parent, _, name = target.rpartition(".")
+            if override.is_delete():
+                (OmegaConf.select(merged, parent) if parent else merged).pop(name, None)
+            elif parent or name in typed_node:
+                OmegaConf.update(merged, target, OmegaConf.select(typed_node, target), merge=False)
+
+
+def _only_names(group: str, option: str, saved: dict, typed_node: DictConfig) -> bool:
+    """Whether a typed group only says which model or which of one's own classes the run has: none of its values is taken."""
+    own = targets(saved.get(group))
+    return (group in ("model", "arch") and option == saved["groups"].get(group)) or bool(
+        own - TRUSTED_TARGETS and own == targets(OmegaConf.to_container(typed_node)[group])
+    )
+
+
+def typed_model_fields(overrides: list[str], model: ModelConfig) -> set[str]:
+    """Fields of the model that a person chose: typed here, or set by an experiment or another group."""
+    # 选了 model=… 等于写出形状，选了 arch=… 等于写出结构；自己的类只是指名
+    shape = {"_target_"} if model._target_ not in TRUSTED_TARGETS else {"_target_", "n_layer", "n_head", "n_embd"}
+    groups = {"model": shape, "arch": {"arch"}}
+    fields: set[str] = set()
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key = override.key_or_group
+        for one in [key] if key in groups or not is_group(key) else keys_of(override):
+            fields |= groups.get(one, {one.split(".")[1]} if one.startswith("model.") else set())
+    return fields
+
+
+def refuse_change(key: str, old, new) -> None:
+    """Raise when a fixed key changed."""
+    if not isinstance(old, dict):
+        old, new, key, parent = {key: old}, {key: new}, "", ""
+    else:
+        parent = key
+    for name in sorted(set(old) | set(new)):
+        if old.get(name) != new.get(name) and (parent, name) not in CHANGEABLE:
+            raise ConfigError("resume_changes", key=f"{parent}.{name}".strip("."), old=old.get(name), new=new.get(name))

@@ -1,0 +1,104 @@
+"""What of a training goes into its checkpoints, and how it goes on from one."""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+
+from nanogpt.base.hashed_json import reason_of
+from nanogpt.base.language import ConfigError
+from nanogpt.base.out_of_memory import is_out_of_memory
+from nanogpt.core import distributed
+from nanogpt.data.tokens import ORDERS
+from nanogpt.weights import checkpoint
+
+# 存不下时过这么久再试：磁盘腾出来就存上，又不至于每步都卡在写盘上
+RETRY_S = 60
+
+
+@dataclass
+class Progress:
+    """Everything that changes during training besides tensors; goes into the checkpoint."""
+
+    iteration: int = 0
+    """Optimizer steps tried so far."""
+    samples_seen: int = 0
+    """Sequences drawn so far, all processes together."""
+    best_val_loss: float = math.inf
+    evals_without_gain: int = 0
+    nonfinite_steps: int = 0
+    """Steps skipped in all."""
+    nonfinite_in_a_row: int = 0
+    val_loss: float | None = None
+    """Of the latest evaluation."""
+    train_s: float = 0.0
+    """Seconds in steps, without evaluation and saving, and without the first step of each shape where that compiles."""
+    tokens_trained: int = 0
+    untimed_tokens: int = 0
+    """Those of tokens_trained whose seconds are not in train_s."""
+
+
+def state_of(trainer) -> dict:
+    """Everything besides the weights that the next iteration depends on."""
+    return {
+        "progress": vars(trainer.progress).copy(), "optimizer": trainer.optimizer.state_dict(), "scaler": trainer.precision.scaler.state_dict(),
+        "fingerprint": trainer.data.fingerprint, "order": trainer.order,
+    }
+
+
+def save(trainer, *, final: bool) -> None:
+    """Write a checkpoint; a failed one is reported, tried again later and, unless it was the last chance, survived."""
+    if distributed.rank():
+        return
+    cfg, progress = trainer.cfg, trainer.progress
+    try:
+        trainer.saved = checkpoint.save(
+            trainer.run_dir, model=trainer.model, state=state_of(trainer), iteration=progress.iteration,
+            # 两次评估之间存的没有验证损失：最好的只能是评估过的那一份
+            val_loss=progress.val_loss if trainer.evaluated_at == progress.iteration else None,
+            # 词表取自内存：训练目录里那份是给人看的，坏了不该传进 checkpoint
+            config_text=trainer.config_text, tokenizer_text=json.dumps(trainer.data.tokenizer.to_dict(), ensure_ascii=False), keep=cfg.keep,
+            run=trainer.run_id,
+        )
+        trainer.retry_at = None
+    except Exception as error:
+        # 磁盘满了可以腾，抄到内存里的那一份也可能放不下：训练不必停，只有最后一次存不下才算失败
+        if not isinstance(error, OSError) and not is_out_of_memory(error):
+            raise
+        # MemoryError 多半什么也不说
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+        if final:
+            older = trainer.saved.name if trainer.saved else "-"
+            raise ConfigError("never_saved", reason=reason, resume=trainer.resuming, checkpoint=older) from None
+        trainer.retry_at = time.monotonic() + RETRY_S
+        trainer.console.line("save_failed", reason=reason, seconds=RETRY_S)
+
+
+def overdue(trainer) -> bool:
+    """Whether it is time to try again what could not be saved."""
+    return trainer.retry_at is not None and time.monotonic() >= trainer.retry_at
+
+
+def restore(trainer, source: checkpoint.Checkpoint) -> None:
+    """Continue from a checkpoint: weights and optimizer, converted to the present memory= settings, scaler, position and counters."""
+    state = source.load_state()
+    try:
+        if state["fingerprint"] != trainer.data.fingerprint:
+            raise ConfigError("vocab_mismatch", name=trainer.data.name, reason="fingerprint")
+        source.load_model(trainer.model)
+        # 先装权重：状态的格式要看参数是 fp32 还是 bf16
+        trainer.optimizer.load_state_dict(state["optimizer"])
+        trainer.precision.scaler.load_state_dict(state["scaler"])
+        trainer.progress = Progress(**state["progress"])
+        # 早先的 checkpoint 没有这一项：次序照旧，接着训才逐位一致
+        trainer.order = state.get("order", 1)
+        if trainer.order not in ORDERS:
+            raise ValueError(f"order {trainer.order}")
+    except ConfigError:
+        raise
+    except checkpoint.UNFIT as error:
+        if is_out_of_memory(error):
+            raise
+        # 摘要对得上、内容却合不上：换了优化器，或者不是这个程序写的
+        raise source.damaged(f"state: {reason_of(error)}") from None
+    trainer.saved = source

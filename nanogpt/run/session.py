@@ -1,0 +1,374 @@
+"""One training run from checked config to the last line on the screen."""
+
+import contextlib
+import math
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from nanogpt.base.config import TrainConfig, check
+from nanogpt.base.console import Console
+from nanogpt.base.files import folders_around, sync_names, write_text
+from nanogpt.base.groups import naming
+from nanogpt.base.hashed_json import reason_of
+from nanogpt.base.language import ConfigError, text
+from nanogpt.base.lock import Lock
+from nanogpt.base.out_of_memory import OutOfMemory
+from nanogpt.base.quoting import command, override, word
+from nanogpt.base.saved_config import PARTS
+from nanogpt.base.value_checks import unescaped
+from nanogpt.core import distributed, machine
+from nanogpt.core.memory.lora import add_adapters
+from nanogpt.core.precision import Precision
+from nanogpt.core.step import build_step
+from nanogpt.data import corpus
+from nanogpt.data import tokenizer as tokenizers
+from nanogpt.data.documents import open_data
+from nanogpt.data.tokens import TokenData, copy_dataset, dataset_bytes, find_prepared
+from nanogpt.run import rundir, saving
+from nanogpt.run.loggers import JsonlLogger, Loggers
+from nanogpt.run.trainer import Trainer, share_batch
+from nanogpt.weights import checkpoint
+from nanogpt.weights.build import build_model, build_part, check_weights
+from nanogpt.weights.pretrained import Pretrained, adapted, build_pretrained, check_vocabulary, open_pretrained
+
+# 大于它的学习率几步之内就会冲掉预训练学到的东西
+HIGH_FINETUNE_RATE = 1e-3
+
+
+def _settle_batch(cfg: TrainConfig, overrides: list[str]) -> int | str:
+    """Measure batch_size=auto (first process only) and put the outcome into cfg; returns it."""
+    if cfg.batch_size == "auto" and distributed.rank() == 0:
+        from nanogpt.sweep.auto_batch import choose
+
+        cfg.batch_size = choose(cfg, overrides, processes=distributed.world(), console=Console())
+    return cfg.batch_size
+
+
+class Session:
+    """Wires data, model, optimizer, loggers and trainer together in the order in which mistakes should show."""
+
+    def __init__(
+        self, cfg: TrainConfig, run_dir: Path, source: checkpoint.Checkpoint | None, *, other_data: bool = False,
+        pretrained: Pretrained | None = None, lock: Lock | None = None, record: rundir.RunRecord | None = None,
+    ):
+        """`lock` and `record` are those of a run that goes on, or begins again because it has no checkpoint yet."""
+        self.cfg, self.source, self.other_data, self.pretrained = cfg, source, other_data, pretrained
+        self.lock, self.record = lock, record
+        # 锁在手里却没有 checkpoint：同一次训练重新开始
+        self.begun_again = source is None and lock is not None
+        self.console = Console(quiet=distributed.rank() > 0)
+        self.device = machine.choose_device(cfg.device, cfg.hardware)
+        if cfg.batch_size != "auto":
+            share_batch(cfg, distributed.world())
+        machine.set_up(self.device, deterministic=cfg.deterministic, hardware=cfg.hardware)
+        distributed.start(self.device)
+        # 默认目录名含时间，batch_size=auto 由第一个进程实测：各进程要用同一个
+        self.run_dir, cfg.batch_size = distributed.broadcast((run_dir, cfg.batch_size))
+        self.data = self._open_data()
+        self._check_against_data()
+
+    @classmethod
+    def new(cls, cfg: TrainConfig, run_dir: Path, overrides: list[str] | None = None) -> "Session":
+        """A run from iteration 0 in run_dir, from random or from pretrained weights."""
+        pretrained = None
+        if cfg.init_from:
+            typed = rundir.typed_model_fields(overrides or [], cfg.model)
+            opened = open_pretrained(cfg.init_from, which=cfg.checkpoint, code=cfg.model._target_)
+            pretrained = adapted(opened, cfg.model, typed, cfg.init_from)
+            cfg.model = pretrained.config
+        _settle_batch(cfg, overrides or [])
+        return cls(cfg, run_dir, None, pretrained=pretrained)
+
+    @classmethod
+    def resume(cls, typed: TrainConfig, overrides: list[str], run_dir: Path) -> "Session":
+        """The run in run_dir, from the checkpoint that typed.checkpoint names, with what was typed laid over.
+
+        A run that was killed before its first checkpoint begins again.
+        """
+        # 先拿到锁再看里面：活着的那次还在写、还在删
+        lock = rundir.hold(run_dir) if distributed.rank() == 0 else None
+        try:
+            record = rundir.read_record(run_dir)
+            found = checkpoint.listed(run_dir)
+            if not found.good and not found.bad:
+                return cls._again(typed, overrides, run_dir, record, lock)
+            return cls._going_on(typed, overrides, run_dir, record, lock)
+        except BaseException:
+            if lock:
+                lock.release(remove=lock.made)
+            raise
+
+    @classmethod
+    def _again(cls, typed: TrainConfig, overrides: list[str], run_dir: Path, record: rundir.RunRecord | None, lock: Lock | None) -> "Session":
+        content, file = rundir.begun_with(run_dir, record)
+        cfg = replace(rundir.resumed_config(content, typed, overrides, file), resume=str(run_dir))
+        check(cfg)
+        pretrained = None
+        if cfg.init_from:
+            # 形状早已对好；dropout 与上下文长度取当时写下的
+            opened = open_pretrained(cfg.init_from, which=cfg.checkpoint, code=cfg.model._target_)
+            pretrained = adapted(opened, cfg.model, {"dropout", "block_size"}, cfg.init_from)
+        cfg.batch_size = _settle_batch(replace(cfg, resume=None), [])
+        return cls(cfg, run_dir, None, pretrained=pretrained, lock=lock, record=record)
+
+    @classmethod
+    def _going_on(cls, typed: TrainConfig, overrides: list[str], run_dir: Path, record: rundir.RunRecord | None, lock: Lock | None) -> "Session":
+        source = checkpoint.find(run_dir, typed.checkpoint or "last")
+        cfg = replace(rundir.resumed_config(source.config_text(), typed, overrides, source.folder), resume=str(run_dir))
+        check(cfg)
+        check_weights(source, cfg.model, cfg.finetune)
+        if source.iteration >= cfg.max_iters:
+            raise ConfigError("already_done", iteration=source.iteration, max_iters=cfg.max_iters, more=2 * source.iteration)
+        bundled = run_dir / "data"
+        # 试的是同一个形状：权重是什么不影响快慢与内存
+        trial = replace(cfg, resume=None, init_from=None, dataset={**cfg.dataset, "dir": str(bundled)} if bundled.is_dir() else cfg.dataset)
+        cfg.batch_size = _settle_batch(trial, [])
+        other_data = any(o.startswith("dataset.dir=") for o in overrides)
+        return cls(cfg, run_dir, source, other_data=other_data, lock=lock, record=record)
+
+    # ---- 数据 ----
+
+    def _open_data(self) -> TokenData:
+        bundled = self.run_dir / "data"
+        if self.source and (bundled / "meta.json").is_file() and not self.other_data:
+            # 运行目录自带数据：拷到别的机器上也能接着训
+            return open_data(bundled, self.cfg.label_dropout)
+        options = {k: v for k, v in self.cfg.dataset.items() if k not in ("name", "dir")}
+        if options.get("tokenizer") == "auto" and self.cfg.init_from:
+            # 微调沿用模型自己的词表；续训时它在运行目录里
+            options["tokenizer"] = tokenizers.load(self.source.folder / "tokenizer.json") if self.source else self.pretrained.tokenizer
+        name, directory, folder = self.cfg.dataset["name"], self.cfg.dataset["dir"], None
+        if distributed.rank() == 0:
+            if self.source and not directory and (folder := find_prepared(name, self.source.data_fingerprint())):
+                corpus.say_reused(name, folder)
+            else:
+                folder = corpus.prepare(name, directory, options)
+        return open_data(distributed.broadcast(folder), self.cfg.label_dropout)
+
+    def _check_against_data(self) -> None:
+        model, data = self.cfg.model, self.data
+        if self.pretrained:
+            check_vocabulary(self.pretrained, data.tokenizer, self.cfg.init_from)
+        data.check_block_size(model.block_size)
+        # 文章之间不互相看：由数据决定，不由人写
+        model.separator = data.separator
+        if model.vocab_size is None:
+            model.vocab_size = data.vocab_size
+        elif model.vocab_size < data.vocab_size:
+            raise ConfigError("vocab_too_small", got=model.vocab_size, need=data.vocab_size)
+        if self.cfg.sample_prompt is not None:
+            # 词表里没有的字现在就说，不要等到第一次评估
+            data.tokenizer.encode(unescaped(self.cfg.sample_prompt))
+
+    # ---- 训练 ----
+
+    def run(self) -> None:
+        """Build, announce, train, show what came out."""
+        try:
+            trainer = self._build()
+            self._announce(trainer)
+            self._catch_signals(trainer)
+            try:
+                summary = trainer.fit()
+            except OutOfMemory as error:
+                self._autopsy(error, has_checkpoint=trainer.saved is not None)
+                raise
+            finally:
+                distributed.stop()
+            if distributed.rank() == 0:
+                self._finish(trainer, summary)
+        finally:
+            if self.lock:
+                self.lock.release()
+        if self.console.gone:
+            # 读的一方先走了：该存的都存了，再照常结束
+            raise BrokenPipeError
+
+    def _build(self) -> Trainer:
+        backends = [build_part(node, f"logger.{name}") for name, node in (self.cfg.logger or {}).items()]
+        loggers = Loggers([JsonlLogger(), *backends] if distributed.rank() == 0 else [])
+        trainer = self.build_trainer(loggers)
+        if self.source:
+            saving.restore(trainer, self.source)
+        if distributed.rank() == 0:
+            node = OmegaConf.structured(self.cfg)
+            trainer.config_text = OmegaConf.to_yaml(node)
+            self._begin(loggers, trainer.config_text, OmegaConf.to_container(node), trainer.progress.iteration)
+            trainer.run_dir, trainer.run_id = self.run_dir, self.record.id
+            trainer.resuming = " ".join(map(word, [*self._named("train"), override("resume", self.run_dir)]))
+        return trainer
+
+    def _begin(self, loggers: Loggers, config_text: str, config: dict, iteration: int) -> None:
+        """The run folder and its loggers: a new run that one of them refuses leaves nothing, a resumed one is as it was."""
+        fresh = not self.lock
+        with folders_around(self.run_dir) if fresh else contextlib.nullcontext():
+            try:
+                self._claim_folder(config_text)
+                loggers.open(self.run_dir, config, iteration)
+                if self.source:
+                    checkpoint.set_aside_newer(self.run_dir, self.source.iteration)
+                rundir.remember(self.run_dir)
+            except BaseException as error:
+                if fresh and self.lock:
+                    # 一步都还没训：不留下半个训练目录
+                    rundir.abandon(self.run_dir, self.lock)
+                if isinstance(error, OSError):
+                    raise ConfigError("not_writable", path=self.run_dir, reason=reason_of(error)) from None
+                raise
+
+    def build_trainer(self, loggers: Loggers, kind: type[Trainer] = Trainer) -> Trainer:
+        """Model, step and trainer, on the device; writes nothing, so that a trial builds what a run would."""
+        model = self._build_model().to(self.device)
+        precision = Precision(self.cfg.precision, self.device, self.cfg.memory.weights, automatic=self.cfg.hardware.dtype)
+        computation = build_step(self.cfg, model, precision)
+        return kind(
+            self.cfg, computation=computation, data=self.data, device=self.device, loggers=loggers,
+            run_dir=self.run_dir, console=self.console,
+        )
+
+    def _build_model(self):
+        """The model with its starting weights, and with adapters beside them under finetune=lora."""
+        cfg = self.cfg
+        weights = cfg.memory.weights
+        model = build_pretrained(self.pretrained, cfg.seed, weights) if self.pretrained else build_model(cfg.model, cfg.seed, weights)
+        # 几百 MB 的权重已抄进模型，不必再留一份
+        self.pretrained = None
+        if cfg.finetune.method == "lora":
+            add_adapters(model, cfg.finetune)
+        return model
+
+    def _claim_folder(self, config_text: str) -> None:
+        """Write what a run folder holds from the start; run.json first, so that it can be begun again from then on."""
+        if not self.lock:
+            self.run_dir, self.lock = self._own_folder()
+        if not self.source or not self.record:
+            # 早先版本的训练没有编号：从这里起有；run.json 被删掉的，编号还在 checkpoint 里
+            known = self.record.id if self.record else self.source.run if self.source else None
+            self.record = rundir.write_record(self.run_dir, config_text, known)
+        (self.run_dir / "ckpt").mkdir(exist_ok=True)
+        # checkpoint 自己落了盘，它上面的名字也要在：断电后才找得到；上级可能是 Hydra 建的，没有同步
+        sync_names(self.run_dir)
+        write_text(self.run_dir / "config.yaml", config_text)
+        tokenizers.save(self.data.tokenizer, self.run_dir / "tokenizer.json")
+        bundled = self.run_dir / "data"
+        if not bundled.exists() and dataset_bytes(self.data.folder) <= self.cfg.bundle_data_mib * 2**20:
+            copy_dataset(self.data.folder, bundled)
+
+    def _own_folder(self) -> tuple[Path, Lock]:
+        """The folder of a new run, and its lock; one of another name where another process was faster and the name is ours to choose."""
+        while True:
+            try:
+                return self.run_dir, rundir.claim(self.run_dir, overwrite=self.cfg.overwrite)
+            except ConfigError as error:
+                if self.cfg.out_dir is not None or error.message not in ("run_in_use", "out_dir_exists"):
+                    raise
+                # 同一秒启动的两次训练选了同一个名字
+                self.run_dir = rundir.choose(self.cfg)
+
+    def _announce(self, trainer: Trainer) -> None:
+        cfg, line = self.cfg, self.console.line
+        if not self.source and self.begun_again:
+            line("begun_again", path=self.run_dir)
+        if self.source:
+            line("resumed", path=self.run_dir, iteration=trainer.progress.iteration)
+        elif cfg.init_from:
+            line("started_from", named=cfg.init_from)
+            if cfg.finetune.method == "full" and cfg.learning_rate > HIGH_FINETUNE_RATE:
+                line("high_rate", rate=cfg.learning_rate)
+        if cfg.finetune.method == "lora":
+            trained = sum(p.numel() for p in trainer.parameters)
+            line("lora", trained=trained, total=trainer.model.parameter_count())
+            if not cfg.init_from:
+                line("lora_scratch")
+        world = distributed.world()
+        line(
+            "start", model=cfg.model.name, parameters=f"{trainer.model.parameter_count() / 1e6:.2f}M", arch=cfg.model.arch,
+            precision=trainer.precision.label, device=self.device, tokens=trainer.global_rows * trainer.block_size,
+            batch=trainer.micro_batch, accum=math.ceil(trainer.local_rows / trainer.micro_batch), block=trainer.block_size,
+            world=f" x {world}" if world > 1 else "",
+        )
+        line("peak", source=trainer.peak_source, tflops=trainer.peak)
+        every = self.data.val_windows(trainer.block_size, None)
+        line("eval_part", tokens=self.data.val_targets(trainer.windows), total=self.data.val_targets(every))
+
+    def _autopsy(self, error: OutOfMemory, *, has_checkpoint: bool) -> None:
+        """One screen about what did not fit and what to type instead."""
+        from nanogpt.plan import autopsy
+
+        if distributed.rank() == 0:
+            resume = [*self._named("train"), override("resume", self.run_dir)] if has_checkpoint else []
+            autopsy.show(error, self.cfg, self.console, resume=resume)
+
+    def _catch_signals(self, trainer: Trainer) -> None:
+        """First Ctrl-C, SIGTERM or closed terminal: finish the step, save, leave; second: leave at once."""
+
+        def handle(number, _frame):
+            if trainer.stop_requested:
+                os._exit(128 + number)
+            trainer.stop_requested = True
+            self.console.line("interrupted")
+
+        def stop() -> None:
+            trainer.stop_requested = True
+
+        self.console.on_gone = stop
+        # SIGHUP：终端关了或网络断了；SIGBREAK 是 Windows 的同一件事
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+            number = getattr(signal, name, None)
+            # nohup 已让它忽略 SIGHUP：照旧忽略
+            if number is not None and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+                signal.signal(number, handle)
+
+    def _named(self, script: str) -> list[str]:
+        """What a command for this run says of the classes of one's own that it needs."""
+        cfg = self.cfg
+        nodes = {"model": {"_target_": cfg.model._target_}, "optimizer": cfg.optimizer, "logger": cfg.logger}
+        return naming(nodes, cfg.groups, PARTS if script == "train" else ("model",))
+
+    def _finish(self, trainer: Trainer, summary: dict) -> None:
+        console, path = self.console, self.run_dir
+        if summary["stopped_by"] == "interrupted":
+            again = command("run_train.py", *self._named("train"), override("resume", path))
+            console.line("stopped", iteration=summary["iters"], command=again)
+            return
+        if trainer.last_sample:
+            console.line("sample_title")
+            console.plain("  | " + trainer.last_sample.strip("\n").replace("\n", "\n  | "))
+        minutes, seconds = divmod(round(summary["wall_s"]), 60)
+        console.line(
+            "finished", val_loss=summary["val_loss"], best=summary["best_val_loss"], iteration=summary["iters"],
+            wall=f"{minutes}:{seconds:02d}", speed=summary["tokens_per_s"],
+        )
+        curves = any((path / "logs").glob("events.*"))
+        console.line("where", path=path, logs=text("where_logs") if curves else "")
+        console.line("next")
+        for what, typed in self._next(summary, curves=curves).items():
+            # 说明另起一行：cmd 与 zsh 不认行末的 #
+            console.plain(f"  {text(what)}:\n    {typed}")
+
+    def _next(self, summary: dict, *, curves: bool) -> dict[str, str]:
+        """What may be typed now: the name of what it does -> the command."""
+        path, dataset = self.run_dir, self.cfg.dataset
+        labels = self.data.tokenizer.labels
+        wish = [override(f"control.{kind}", name) for kind, names in labels.items() for name in names][:1]
+        # 因为它们停下的，不关掉就又会停在原处
+        ends = {"early_stop": ["early_stop_evals=0"], "target_reached": ["target_val_loss=null"]}
+        off = ends.get(summary["stopped_by"], [])
+        commands = {
+            "next_sample": command("run_sample.py", *self._named("sample"), override("out_dir", path), *wish),
+            "next_longer": command(
+                "run_train.py", *self._named("train"), override("resume", path), f"max_iters={2 * summary['iters']}", *off,
+            ),
+        }
+        if curves:
+            # outputs/ 里的几次训练画在一起比
+            folder = rundir.OUTPUTS if path.parent == rundir.OUTPUTS else path
+            commands["next_curves"] = f"tensorboard --logdir {word(str(folder))}"
+        if not {"path", "source"} & set(dataset):
+            # 用的是现成的文本
+            commands["next_own"] = command("run_train.py", "dataset=text_file", "dataset.path=my.txt")
+        return commands

@@ -1,0 +1,69 @@
+"""The folder that Hydra makes for a sweep: one of its own for each, and none where nothing came to lie in it."""
+
+import contextlib
+import itertools
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from nanogpt.base.files import numbered
+
+# Hydra 为每次扫描写下的，只有它自己的配置
+OWN = "multirun.yaml"
+KEY = "hydra.sweep.dir"
+
+
+class SweepFolder(Callback):
+    """Hydra callback: gives a sweep a folder of its own, and remembers what lay there before, so that `tidy` can tell what Hydra made."""
+
+    # Hydra 自己造回调，又不交出来：结束时只能从这里找
+    latest: ClassVar["SweepFolder | None"] = None
+
+    def __init__(self) -> None:
+        SweepFolder.latest = self
+        self.folder = Path()
+        self.new: list[Path] = []
+        self.before: set[Path] = set()
+
+    def on_multirun_start(self, config: DictConfig, **_kwargs: Any) -> None:
+        self.folder = Path(config.hydra.sweep.dir)
+        # 由里到外：先删里面的，外面的才会空
+        self.new = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        # 建不了就由 Hydra 去说
+        with contextlib.suppress(OSError):
+            # 名字由时间而来才另选；自己起的名字照用
+            if "${now:" in str(OmegaConf.to_container(config.hydra.sweep, resolve=False)["dir"]):
+                self._choose(config)
+        self.before = set(self.folder.iterdir()) if self.folder.is_dir() else set()
+
+    def _choose(self, config: DictConfig) -> None:
+        """Make the folder, under another name where a sweep that started in the same second has made it."""
+        named = self.folder
+        for self.folder in numbered(named):
+            with contextlib.suppress(FileExistsError):
+                self.folder.mkdir(parents=True)
+                break
+        if self.folder != named:
+            self.new = [self.folder]
+            with read_write(config), open_dict(config):
+                config.hydra.sweep.dir = str(self.folder)
+                # 每个任务的配置都重新拼一次，只认命令行
+                config.hydra.overrides.hydra.append(f"{KEY}='{self.folder.as_posix()}'")
+
+    def tidy(self) -> None:
+        """Take away empty job folders, multirun.yaml and the folders around it, if the sweep left nothing else."""
+        made = set(self.folder.iterdir()) - self.before if self.folder.is_dir() else set()
+        if any(any(path.iterdir()) if path.is_dir() else path.name != OWN for path in made):
+            return
+        for path in itertools.chain(made, self.new):
+            with contextlib.suppress(OSError):
+                path.rmdir() if path.is_dir() else path.unlink()
+
+
+def tidy_latest() -> None:
+    """Tidy up behind the sweep of this process, if there was one."""
+    if SweepFolder.latest:
+        SweepFolder.latest.tidy()
+        SweepFolder.latest = None

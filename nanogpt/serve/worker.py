@@ -1,0 +1,269 @@
+"""The one thread that owns the Writer: asyncio hands it jobs, it hands back news, and neither waits for a client."""
+
+import asyncio
+import queue
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import torch
+
+from nanogpt.base.language import ConfigError
+from nanogpt.base.out_of_memory import is_out_of_memory
+from nanogpt.core.scoring import Score
+from nanogpt.write.engine import Piece, Request, Result, Writer
+
+# 还没送达 asyncio 一侧的消息批数：事件循环忙不过来时，写作等它，内存不涨
+UNDELIVERED = 64
+# 两步之间最多办几件事：不停地开始又取消的人，挡不住别人的文字
+ORDERS_PER_STEP = 16
+
+
+@dataclass(frozen=True)
+class News:
+    """Something new about one text of a job: whole characters, tokens so far, and at its end the result."""
+
+    index: int
+    text: str
+    tokens: int
+    result: Result | None = None
+    scores: tuple[Score, ...] = ()
+
+
+class Job:
+    """The texts of one request with what was written and not yet fetched; used in the event loop's thread only."""
+
+    def __init__(self, requests: list[Request], max_unread_chars: int | None):
+        self.requests = requests
+        self.max_unread_chars = max_unread_chars
+        self.prompt_tokens: list[int] | None = None
+        """Per text, once the prompts have been read."""
+        self.error: ConfigError | None = None
+        self.failed = asyncio.Event()
+        self._unread: deque[News] = deque()
+        self._unread_chars = 0
+        self._unfinished = len(requests)
+        self._changed = asyncio.Event()
+
+    async def accepted(self) -> list[int]:
+        """Wait until every prompt has been read; raises what is wrong with one."""
+        while self.prompt_tokens is None and not self.error:
+            await self._next_change()
+        if self.error:
+            raise self.error
+        return self.prompt_tokens
+
+    async def news(self) -> AsyncIterator[list[News]]:
+        """What is new, many steps at once where the reader was slow, until all texts are finished."""
+        while self._unfinished or self._unread:
+            if self.error:
+                raise self.error
+            if not self._unread:
+                await self._next_change()
+                continue
+            fresh, self._unread, self._unread_chars = list(self._unread), deque(), 0
+            yield fresh
+
+    def fail(self, error: ConfigError) -> None:
+        """End the job with an error; the first one counts."""
+        self.error = self.error or error
+        self.failed.set()
+        self._changed.set()
+
+    def accept(self, prompt_tokens: list[int]) -> None:
+        """The worker has read the prompts."""
+        self.prompt_tokens = prompt_tokens
+        self._changed.set()
+
+    def add(self, news: News) -> None:
+        """The worker has written."""
+        self._unread.append(news)
+        # 一个评分与一个字同样算：它们也要等人取走
+        self._unread_chars += len(news.text) + len(news.scores)
+        self._unfinished -= news.result is not None
+        self._changed.set()
+        if self.max_unread_chars is not None and self._unread_chars > self.max_unread_chars:
+            self.fail(ConfigError("api_unread"))
+
+    async def _next_change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+
+class Worker:
+    """Runs a Writer in a thread of its own; every method is called in the event loop's thread.
+
+    `capacity` texts are written together, `max_waiting` more may wait. After an out-of-memory error the Writer
+    goes on with fewer rows; once nothing is left to write it starts again with all of them.
+    """
+
+    def __init__(self, writer: Writer, *, max_waiting: int):
+        self.capacity = writer.capacity
+        self.max_texts = writer.capacity + max_waiting
+        self.texts = 0
+        """Texts that the worker has been given and has not let go."""
+        self._writer = writer
+        self._loop = asyncio.get_running_loop()
+        self._jobs: set[Job] = set()
+        # 每个 job 至多一次开始、一次停止，再加一次关闭：放得下，put 不会等
+        self._orders: queue.Queue = queue.Queue(maxsize=2 * self.max_texts + 1)
+        self._undelivered = threading.Semaphore(UNDELIVERED)
+        self._closing = False
+        self._threads = torch.get_num_threads()
+        # 以下只在工作线程里用：Writer 的 key -> 哪个 job 的第几段
+        self._keys: dict[int, tuple[Job, int]] = {}
+        self._outbox: list[tuple[Callable, tuple]] = []
+        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+        self._thread.start()
+
+    # ---- 事件循环一侧 ----
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can write at all."""
+        return self._thread.is_alive() and not self._closing
+
+    def start(self, requests: list[Request], *, max_unread_chars: int | None = None) -> Job:
+        """Hand over the texts of one request; ConfigError when they do not fit into the queue."""
+        if not self.alive:
+            raise ConfigError("api_stopping")
+        # 一个请求可以大过整个队列，但那时队列里不能有别人
+        if self.texts and self.texts + len(requests) > self.max_texts:
+            raise ConfigError("api_busy")
+        job = Job(requests, max_unread_chars)
+        self._jobs.add(job)
+        self.texts += len(requests)
+        self._orders.put_nowait(("start", job))
+        return job
+
+    def stop(self, job: Job) -> None:
+        """Forget a job, finished or not; its rows are free after the current step."""
+        if job in self._jobs:
+            self._jobs.discard(job)
+            self._orders.put_nowait(("stop", job))
+
+    def begin_closing(self) -> None:
+        """End every job with an error, take no more."""
+        if not self._closing:
+            self._closing = True
+            for job in list(self._jobs):
+                job.fail(ConfigError("api_stopping"))
+            self._orders.put_nowait(("close", None))
+
+    def join(self, seconds: float) -> None:
+        """Wait for the step under way."""
+        self._thread.join(seconds)
+
+    def _deliver(self, outbox: list[tuple[Callable, tuple]]) -> None:
+        self._undelivered.release()
+        for function, arguments in outbox:
+            function(*arguments)
+
+    def _let_go(self, count: int) -> None:
+        self.texts -= count
+
+    # ---- 工作线程 ----
+
+    def _run(self) -> None:
+        # 这两项每个线程各有一份：与载入模型的线程一样，写得才一样快
+        torch.set_flush_denormal(True)
+        torch.set_num_threads(self._threads)
+        while self._take_orders():
+            try:
+                for piece in self._writer.advance():
+                    self._report(piece)
+            except Exception as error:
+                self._recover(error)
+            self._restore_capacity()
+            self._send()
+
+    def _report(self, piece: Piece) -> None:
+        job, index = self._keys.get(piece.key, (None, 0))
+        # 同一请求的另一段刚在这一步里失败，它已经不在了
+        if job is None:
+            return
+        if piece.error:
+            self._fail(job, piece.error)
+            return
+        tokens = piece.result.tokens if piece.result else len(self._writer.texts[piece.key].ids)
+        self._tell(job.add, News(index, piece.text, tokens, piece.result, piece.scores))
+        if piece.result:
+            del self._keys[piece.key]
+
+    def _recover(self, error: Exception) -> None:
+        """After an error that belongs to no single row: end as few jobs as possible and go on."""
+        if isinstance(error, ConfigError) and error.message == "sample_oom":
+            # 一行都放不下：错在队首那一段，其余接着写
+            self._fail(self._keys[self._writer.waiting[0]][0], error)
+            return
+        # 不知道错在谁：正在写的全部作废，排队的不受影响
+        traceback.print_exception(error, file=sys.stderr)
+        for job in {self._keys[key][0] for key in self._writer.reset()}:
+            self._fail(job, ConfigError("api_internal"))
+
+    def _take_orders(self) -> bool:
+        """Carry out what was asked; waits while there is nothing to write. False once the worker is to end."""
+        for _ in range(ORDERS_PER_STEP):
+            try:
+                order, job = self._orders.get(block=not self._writer.texts)
+            except queue.Empty:
+                return True
+            if order == "close":
+                return False
+            if order == "start":
+                self._begin(job)
+            else:
+                self._forget(job)
+                self._tell(self._let_go, len(job.requests))
+            self._send()
+        return True
+
+    def _begin(self, job: Job) -> None:
+        try:
+            for index, request in enumerate(job.requests):
+                self._keys[self._writer.submit(request)] = (job, index)
+        except Exception as error:
+            # 开头里有词表没有的字，或读它的内存不够：只有这个请求知道
+            if is_out_of_memory(error):
+                error = ConfigError("sample_oom")
+            if not isinstance(error, ConfigError):
+                traceback.print_exc(file=sys.stderr)
+                error = ConfigError("api_internal")
+            self._fail(job, error)
+            return
+        mine = [key for key, (owner, _) in self._keys.items() if owner is job]
+        self._tell(job.accept, [self._writer.texts[key].prompt_tokens for key in mine])
+
+    def _fail(self, job: Job, error: ConfigError) -> None:
+        self._forget(job)
+        self._tell(job.fail, error)
+
+    def _forget(self, job: Job) -> None:
+        for key in [key for key, (owner, _) in self._keys.items() if owner is job]:
+            self._writer.cancel(key)
+            del self._keys[key]
+
+    def _restore_capacity(self) -> None:
+        if not self._writer.texts and self._writer.capacity != self.capacity:
+            self._writer.reset()
+            self._writer.capacity = self.capacity
+
+    def _tell(self, function: Callable, *arguments) -> None:
+        self._outbox.append((function, arguments))
+
+    def _send(self) -> None:
+        """Everything since the last time in one wake-up of the loop."""
+        if not self._outbox:
+            return
+        while not self._undelivered.acquire(timeout=1):
+            if self._closing:
+                return
+        outbox, self._outbox = self._outbox, []
+        try:
+            self._loop.call_soon_threadsafe(self._deliver, outbox)
+        except RuntimeError:
+            # 事件循环已经关了：没有人在听
+            self._closing = True

@@ -1,0 +1,113 @@
+"""batch_size=auto: the fastest micro-batch that fits, found by real trials that start from the prediction."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from nanogpt.base.config import TrainConfig
+from nanogpt.base.console import Console
+from nanogpt.base.files import write_text
+from nanogpt.base.language import ConfigError
+from nanogpt.base.ram import GIB
+from nanogpt.plan.plan import Plan, predict
+from nanogpt.sweep import earlier_results as known_results
+from nanogpt.sweep.trial import TrialResult, run_trial
+
+FOLDER = Path("outputs") / "fit" / "auto"
+# 预测略高于预算的也值得一试：编译之后的实际占用常比预测低
+HOPEFUL = 1.15
+# 每一档都是完整的优化器步，少几步就够分出快慢
+WARMUP_STEPS, STEPS = 1, 3
+# 连续这么多档都更慢，再小也不会更快
+SLOWER_IN_A_ROW = 2
+
+
+def candidates(rows: int, *, whole: bool) -> list[int]:
+    """Micro-batches to consider for `rows` rows per step, largest first; only all rows at once if `whole`.
+
+    For k micro-batches the smallest size that does with k: an even split needs the least memory.
+    """
+    # 1、2、3、4、6、8、12、16…：每档比上一档小三成左右，再密也分不出快慢
+    ladder = {base << power for base in (2, 3) for power in range(rows.bit_length())}
+    pieces = {1} if whole else {1, rows} | {k for k in ladder if k <= rows}
+    return sorted({math.ceil(rows / k) for k in pieces}, reverse=True)
+
+
+def worth_trying(sizes: list[int], promising: Callable[[int], bool]) -> list[int]:
+    """The sizes (largest first) from the largest promising one down; memory grows with size, so that few are asked."""
+    low, high = 0, len(sizes)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if promising(sizes[middle]) else (middle + 1, high)
+    return sizes[low:]
+
+
+def fastest(sizes: list[int], measure: Callable[[int], TrialResult], margin: float) -> TrialResult | None:
+    """The fastest of those that fit with `margin` of the budget free; None when none does.
+
+    The sizes are tried from the largest down until smaller ones only get slower.
+    """
+    best, slower = None, 0
+    for size in sizes:
+        result = measure(size)
+        if not result.fits(margin):
+            continue
+        if best is None or result.tokens_per_s > best.tokens_per_s:
+            best, slower = result, 0
+        else:
+            slower += 1
+        if slower == SLOWER_IN_A_ROW:
+            break
+    return best
+
+
+def choose(cfg: TrainConfig, overrides: list[str], *, processes: int, console: Console) -> int:
+    """The micro-batch for cfg.global_batch_size rows per step; remembered per machine, driver, versions and config."""
+    rows = cfg.global_batch_size // processes
+    memory_file = FOLDER / f"{known_results.key_of(cfg)}.json"
+    if not cfg.trial.again and (known := _remembered(memory_file)):
+        console.line("auto_known", batch=known["batch_size"], speed=known["tokens_per_s"], file=memory_file)
+        return known["batch_size"]
+
+    def trial_config(size: int) -> TrainConfig:
+        # 试的是整个优化器步：累积几次、更新一次，快慢才与真正训练时一样
+        return replace(
+            cfg, batch_size=size, gradient_accumulation_steps=1, global_batch_size=rows,
+            trial=replace(cfg.trial, enabled=True, warmup_steps=WARMUP_STEPS, steps=STEPS, skip_predicted=False),
+        )
+
+    def measure(size: int) -> TrialResult:
+        result = run_trial(trial_config(size), overrides, memory_file.with_suffix("") / f"batch_{size}")
+        what = f"{result.tokens_per_s:.0f} tokens/s" if result.status == "ok" else result.reason
+        console.line("auto_trial", batch=size, pieces=math.ceil(rows / size), status=result.status, what=what, peak=result.held_gib or 0.0)
+        return result
+
+    sizes = candidates(rows, whole=cfg.memory.optimizer_in_backward)
+    console.line("auto_start", rows=rows, sizes=", ".join(map(str, sizes)))
+    plans: dict[int, Plan] = {}
+
+    def promising(size: int) -> bool:
+        plans[size] = predict(trial_config(size), overrides)
+        return plans[size].total <= plans[size].budget.total * HOPEFUL
+
+    best = fastest(worth_trying(sizes, promising), measure, cfg.trial.margin)
+    if best is None:
+        smallest = plans.get(sizes[-1]) or predict(trial_config(sizes[-1]), overrides)
+        raise ConfigError("auto_nothing_fits", size=sizes[-1], need=smallest.total / GIB, budget=smallest.budget.total / GIB)
+    memory_file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(memory_file, json.dumps({"batch_size": best.micro_batch, "tokens_per_s": best.tokens_per_s, "peak_gib": best.held_gib}) + "\n")
+    console.line("auto_chosen", batch=best.micro_batch, pieces=math.ceil(rows / best.micro_batch), rows=rows, speed=best.tokens_per_s)
+    return best.micro_batch
+
+
+def _remembered(file: Path) -> dict | None:
+    """The verdict in `file`, None when there is none or it cannot be read."""
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        return known if isinstance(known["batch_size"], int) and known["batch_size"] > 0 else None
+    except (OSError, ValueError, KeyError, TypeError):
+        # 读不了就重测：只是费些时间
+        return None
+

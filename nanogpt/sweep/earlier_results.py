@@ -1,0 +1,111 @@
+"""Results that earlier sweeps measured: a sweep typed again goes on where it stopped.
+
+A result is found again by a hash over everything that it depends on: the resolved config, the versions, the program's own code, the device.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+import nanogpt
+from nanogpt.base.config import ROOT, TrainConfig, targets
+from nanogpt.base.files import remove_leftovers
+from nanogpt.sweep import result as results
+from nanogpt.sweep.result import LASTING, TrialResult
+
+FOLDER = Path("outputs") / "fit" / "trials"
+# 不影响测量的键
+IRRELEVANT = ("out_dir", "overwrite", "lang", "logger", "groups", "plan")
+
+
+def container(cfg: TrainConfig) -> dict[str, Any]:
+    """The resolved config as plain values."""
+    return OmegaConf.to_container(OmegaConf.structured(cfg), resolve=True)
+
+
+def key_of(cfg: TrainConfig) -> str:
+    """Hash of a trial's config, the versions and the device."""
+    node = {name: value for name, value in container(cfg).items() if name not in IRRELEVANT}
+    node["trial"].pop("again")
+    # 选配方的 margin 只在事后用，改它不必重测
+    node["trial"].pop("margin")
+    facts = {"config": node, "versions": versions(), "device": device(cfg), "threads": os.environ.get("OMP_NUM_THREADS")}
+    # 没有自己模块的设置，键与从前相同：测过的还认得
+    facts |= {"own": own} if (own := own_code(node)) else {}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def own_code(node: Any) -> dict[str, str]:
+    """Hashes of the user's own modules that `_target_`s of a config name; a mended module must not be judged by what it did before."""
+    names = {target.split(".")[0] for target in targets(node)} - {"nanogpt", "torch", "__main__"}
+    found = {}
+    for name in sorted(names):
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+        # 装好的包有版本，不逐个文件去读
+        if spec and spec.origin and Path(spec.origin).is_file() and "site-packages" not in Path(spec.origin).parts:
+            folder = Path(spec.origin).parent
+            files = sorted(folder.rglob("*.py")) if spec.submodule_search_locations else [Path(spec.origin)]
+            found[name] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    return found
+
+
+def find(key: str) -> TrialResult | None:
+    """The lasting result of that hash, if an earlier sweep left one."""
+    found = results.read(FOLDER / f"{key}.json")
+    return found if found and found.status in LASTING else None
+
+
+def keep(result: TrialResult) -> None:
+    """Remember a result for later sweeps, unless it may be different next time."""
+    if result.status in LASTING:
+        # 上次写到一半被杀留下的；同一个键只有拿着锁的人在写
+        remove_leftovers(FOLDER, f"{result.key}.json")
+        results.write(result, FOLDER / f"{result.key}.json")
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of torch and of this program, down to its code: a faster version must not be judged by an older one's figures."""
+    try:
+        torch_version = version("torch")
+    except PackageNotFoundError:
+        torch_version = "?"
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "nanogpt").rglob("*.py")):
+        digest.update(path.read_bytes())
+    return {"torch": torch_version, "nanogpt": nanogpt.__version__, "code": digest.hexdigest()[:16], "python": platform.python_version()}
+
+
+def device(cfg: TrainConfig) -> str:
+    """The device of a trial with its driver, without importing torch."""
+    if cfg.device == "cpu" or (cfg.device == "auto" and cfg.hardware.name == "cpu"):
+        return _processor()
+    cards = _cards()
+    return f"{cards} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}" if cards else _processor()
+
+
+def _processor() -> str:
+    return f"{platform.node()} {platform.machine()} {platform.processor()} {os.cpu_count()}"
+
+
+@functools.cache
+def _cards() -> str:
+    """Names and driver of the NVIDIA cards, or "" without any."""
+    program = shutil.which("nvidia-smi")
+    if not program:
+        return ""
+    try:
+        command = [program, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=30).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

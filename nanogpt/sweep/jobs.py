@@ -1,0 +1,91 @@
+"""A sweep of trials: what each job does, and what happens when the last one is done. Needs no torch."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from nanogpt.base.config import TrainConfig
+from nanogpt.base.errors import EXIT_INTERRUPTED
+from nanogpt.base.language import ConfigError, say, show, text
+from nanogpt.sweep import result as results
+from nanogpt.sweep.result import EXPECTED, STATUS_MESSAGES, TrialResult
+from nanogpt.sweep.spill import judge_all
+from nanogpt.sweep.trial import run_trial
+
+FIT = Path("outputs") / "fit"
+
+
+def trial_job(cfg: TrainConfig, overrides: list[str]) -> float:
+    """Run one trial, leave its result in cfg.out_dir/trial.json, and return the objective: tokens/s, 0 for a failure.
+
+    Outside a sweep the process ends with the exit code that a sweep of this one trial would have.
+    """
+    folder = Path(cfg.out_dir) if cfg.out_dir else FIT / time.strftime("%Y-%m-%d_%H-%M-%S")
+    try:
+        result = run_trial(cfg, overrides, folder)
+        results.write(result, folder / "trial.json")
+    except KeyboardInterrupt:
+        say("trial_interrupted")
+        sys.exit(EXIT_INTERRUPTED)
+    except OSError as error:
+        raise ConfigError("not_writable", path=folder, reason=error.strerror) from None
+    show(line_of(result))
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.RUN and (code := exit_code([result])):
+        sys.exit(code)
+    return result.objective
+
+
+def line_of(result: TrialResult) -> str:
+    """What the console says of one trial when it is done."""
+    typed = shown_overrides(result)
+    # 敲下时就已写死的，每个任务都一样，不必重复
+    what = " ".join([o for o in typed if o not in sys.argv] or typed) or text("trial_defaults")
+    if result.status == "ok":
+        line = text("trial_ok", what=what, speed=result.tokens_per_s, held=result.held_gib or 0.0, budget=result.budget_gib or 0.0)
+    else:
+        line = text("trial_not_ok", what=what, status=text(STATUS_MESSAGES[result.status]), reason=result.reason)
+    return line + (text("trial_known") if result.known else "")
+
+
+def shown_overrides(result: TrialResult) -> list[str]:
+    """Overrides without those that only say that and how it is a trial."""
+    return [o for o in result.overrides if not o.startswith(("experiment=fit", "trial.", "lang="))]
+
+
+def exit_code(found: list[TrialResult]) -> int:
+    """0 when every trial ended in an expected way and at least one is ok, else 1."""
+    return int(not (any(r.status == "ok" for r in found) and all(r.status in EXPECTED for r in found)))
+
+
+class SweepReport(Callback):
+    """Hydra callback: when a sweep of trials is done, report it and let the exit code tell the truth."""
+
+    def on_multirun_start(self, config: DictConfig, **_kwargs: Any) -> None:
+        # 自己指定了 hydra.sweep.dir 时，上一次扫描留下的不能算进这一次
+        for stale in Path(config.hydra.sweep.dir).glob("*/trial.json"):
+            stale.unlink()
+
+    def on_multirun_end(self, config: DictConfig, **_kwargs: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        found = judge_all(results.collect(folder))
+        if not found:
+            # 普通的 -m 训练，没有试跑
+            return
+        from nanogpt.sweep.report import write_report
+
+        try:
+            write_report(found, folder, margin=config.trial.margin)
+        except OSError as error:
+            # Hydra 会把回调里的异常压成警告；写不出报告要让退出码知道
+            say("error", line=text("not_writable", path=folder, reason=error.strerror))
+            raise SystemExit(1) from None
+        code = exit_code(found)
+        sys.stdout.flush()
+        if code:
+            raise SystemExit(code)

@@ -1,0 +1,168 @@
+"""One child process, bounded in time and memory, ended as a group; what it reported and how it ended."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from nanogpt.base.ram import GIB
+
+POLL_S = 0.1
+TORCHRUN = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME",
+    "MASTER_ADDR", "MASTER_PORT",
+)
+# 子进程沿用父进程的 sys.path 与命令行：run_train.py 旁边自己的模块、--config-dir 里自己的 yaml 也找得到
+BOOT = (
+    "import json, sys; job = json.loads(sys.stdin.readline()); sys.path[:], sys.argv[1:] = job['path'], job['arguments']; "
+    "from nanogpt.sweep.child import run; run(job)"
+)
+CHILD = (sys.executable, "-c", BOOT)
+
+
+@dataclass
+class Ended:
+    """How a child ended."""
+
+    returncode: int
+    """Negative: ended by that signal (POSIX)."""
+    killed: str | None = None
+    """timeout or memory, when this process ended it."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """Everything that it reported, later lines over earlier ones."""
+    last_line: str = ""
+    """Of what it printed."""
+    log: str = ""
+    """The end of what it printed."""
+    rss_gib: float = 0.0
+    """Largest resident size seen from outside."""
+    oom_kills: int | None = None
+    """Processes that the kernel ended for want of memory meanwhile; None where it does not say."""
+
+
+def run_child(job: dict[str, Any], folder: Path, *, timeout_s: float, command: Sequence[str] = CHILD) -> Ended:
+    """Run `command` with the job on its stdin until it ends or has to be ended; an exception here ends it too."""
+    report, log = folder / "report.jsonl", folder / "trial.log"
+    report.write_bytes(b"")
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=environment(),
+            # 自成一组：Ctrl-C 只到父进程，结束时连同孙进程一起
+            **({"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}),
+        )
+    ended, before = Ended(0), oom_kills()
+    try:
+        inherited = {"path": [str(Path(p).absolute()) for p in sys.path], "arguments": sys.argv[1:]}
+        _send(process, {**job, **inherited, "report": str(report.absolute())})
+        ended.killed = _wait(process, report, time.monotonic() + timeout_s, ended)
+    finally:
+        # 正常结束、超时、Ctrl-C 都走这里
+        kill_group(process)
+        with contextlib.suppress(OSError):
+            # 它没读完就结束时，缓冲里还有剩的
+            process.stdin.close()
+    ended.returncode, ended.values = process.returncode, read_report(report)
+    after = oom_kills()
+    ended.oom_kills = None if before is None or after is None else after - before
+    tail = end_of(log, 20_000).decode("utf-8", errors="replace")
+    ended.log = tail
+    ended.last_line = next((line.strip() for line in reversed(tail.splitlines()) if line.strip()), "")
+    return ended
+
+
+def end_of(path: Path, count: int) -> bytes:
+    """The last bytes of a file, which may be huge."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - count))
+        return file.read()
+
+
+def oom_kills() -> int | None:
+    """How many processes the kernel has ended for want of memory, in all containers too (Linux); None where it does not say."""
+    try:
+        lines = Path("/proc/vmstat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
+
+
+def environment() -> dict[str, str]:
+    """This process's environment for a child that is on its own, also where torchrun started this one."""
+    # 带着 torchrun 的变量，子进程会去等永远不来的伙伴
+    kept = {k: v for k, v in os.environ.items() if k not in TORCHRUN and not k.startswith("TORCHELASTIC_")}
+    return {**kept, "PYTHONIOENCODING": "utf-8"}
+
+
+def _send(process: subprocess.Popen, job: dict[str, Any]) -> None:
+    try:
+        # stdin 开着不关：它一断，子进程就知道父进程没了
+        process.stdin.write(json.dumps(job).encode("ascii") + b"\n")
+        process.stdin.flush()
+    except (BrokenPipeError, OSError):
+        # 还没读就结束了；稍后由退出码说明
+        pass
+
+
+def _wait(process: subprocess.Popen, report: Path, deadline: float, ended: Ended) -> str | None:
+    """Watch the child until it ends by itself (None) or has to be killed (timeout, memory)."""
+    while process.poll() is None:
+        if time.monotonic() > deadline:
+            return "timeout"
+        rss = resident(process.pid)
+        ended.rss_gib = max(ended.rss_gib, rss / GIB)
+        # 第二道：没有 RLIMIT 的系统上全靠它
+        allowed = read_report(report).get("watch_gib")
+        if isinstance(allowed, int | float) and rss > allowed * GIB:
+            return "memory"
+        try:
+            process.wait(POLL_S)
+        except subprocess.TimeoutExpired:
+            continue
+    return None
+
+
+def resident(pid: int) -> int:
+    """Resident bytes of a process and its descendants; 0 when it is gone."""
+    try:
+        parent = psutil.Process(pid)
+        return sum(p.memory_info().rss for p in [parent, *parent.children(recursive=True)])
+    except psutil.Error:
+        return 0
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    """End the child and everything that it started, and nothing else."""
+    if os.name == "nt":
+        if process.poll() is None:
+            with contextlib.suppress(psutil.Error):
+                for one in psutil.Process(process.pid).children(recursive=True):
+                    one.kill()
+            process.kill()
+    else:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            # 它自己退出之后，孙进程可能还在组里
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """All complete lines of a report merged; what cannot be read is passed over."""
+    merged: dict[str, Any] = {}
+    for line in path.read_bytes().splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            # 写到一半被杀，或者不是我们写的
+            continue
+        if isinstance(values, dict):
+            merged.update(values)
+    return merged

@@ -1,0 +1,141 @@
+"""What a sweep leaves when its last trial is done: a ranked table, trials.jsonl, report.html, PNGs and best.yaml."""
+
+# write_report 是唯一入口，只在扫描结束时走一次：先存最要紧的（结果与最佳设置），再画图、写网页。
+# 网页的样子全在旁边的模板 report.html 里，这里只备好它要的数；jinja2 与 matplotlib 用到才载入
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from nanogpt.base.files import write_text
+from nanogpt.base.language import current_language, show, shown, text
+from nanogpt.sweep import chart
+from nanogpt.sweep.ranking import best_of, names, ranked
+from nanogpt.sweep.recipe import command, write_recipe
+from nanogpt.sweep.result import STATUS_MESSAGES, TrialResult
+
+# 不论哪次扫描，最近的最佳设置总在这里
+FIT = Path("outputs") / "fit"
+# 图的名字 -> 它在网页里的标题与说明
+TITLES = {"report": ("report_chart", "report_chart_note"), "loss": ("report_loss", "report_loss_note")}
+# 输出到文件或管道时的表宽
+PLAIN_WIDTH = 160
+# 所有的列并排所需的终端宽度
+WIDE = 110
+
+
+def write_report(found: Sequence[TrialResult], folder: Path, *, margin: float) -> None:
+    """Rank the results, print the table, write every file of the report into `folder`."""
+    order, best = ranked(found, margin), best_of(found, margin)
+    print_table(order, margin)
+    write_text(folder / "trials.jsonl", "".join(result.to_json() + "\n" for result in order))
+    use = None
+    if best:
+        write_recipe(best, [folder, FIT])
+        use = command(best, FIT)
+    created = time.strftime("%Y-%m-%d %H:%M")
+    write_text(folder / "report.html", page(found, margin=margin, command=use, created=created))
+    drawn = write_pictures(order, best, folder)
+    known = sum(result.known for result in found)
+    for line in (
+        text("report_known", known=known, count=len(found)) if known else "",
+        text("report_where", path=folder, pictures="".join(f", {name}" for name in drawn)),
+        text("report_best", command=use) if use else text("report_none"),
+    ):
+        if line:
+            show(line)
+
+
+def write_pictures(order: Sequence[TrialResult], best: TrialResult | None, folder: Path) -> list[str]:
+    """The charts as PNG; returns the names of the files."""
+    # 没有中文字体时写英文，总比一排方块好
+    font = chart.chinese_font() if current_language() == "zh" else None
+    charts = charts_of(order, best, current_language() if font else "en")
+    for name, one in charts.items():
+        chart.save(one, folder / f"{name}.png", font=font)
+    return [f"{name}.png" for name in charts]
+
+
+def charts_of(order: Sequence[TrialResult], best: TrialResult | None, language: str) -> dict[str, chart.Chart]:
+    """The charts for which there are results, by name: report (memory and speed) and loss."""
+    made = {"report": chart.memory_chart(order, best, language), "loss": chart.loss_chart(order, best, language)}
+    return {name: one for name, one in made.items() if one and one.points}
+
+
+def page(found: Sequence[TrialResult], *, margin: float, command: str | None, created: str) -> str:
+    """report.html: self-contained, light and dark, in the console's language; every text is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    order, best = ranked(found, margin), best_of(found, margin)
+    named = list(zip(order, names(order)))
+    device = next((result.device for result in order if result.device), "-")
+    known = sum(result.known for result in found)
+    here = FileSystemLoader(Path(__file__).parent)
+    neat = {"trim_blocks": True, "lstrip_blocks": True}
+    templates = Environment(loader=here, autoescape=True, undefined=StrictUndefined, **neat)
+    return templates.get_template("report.html").render(
+        text=text, formatted=formatted, language=current_language(), variables=chart.VARIABLES,
+        statuses=STATUS_MESSAGES,
+        subtitle=text("report_subtitle", device=device, created=created, known=known, count=len(found)),
+        tiles=tiles(found, best), command=command, margin=margin, order=named, best=best,
+        charts=[(*TITLES[name], chart.svg(one, text(TITLES[name][0])))
+                for name, one in charts_of(order, best, current_language()).items()],
+        failed=[(result, name) for result, name in named if result.status != "ok"],
+    )
+
+
+def tiles(found: Sequence[TrialResult], best: TrialResult | None) -> list[tuple[str, str]]:
+    """The figures at the top of the page and the messages that name them."""
+    # 溢出的也测到了速度
+    done = sum(result.status in ("ok", "spilled") for result in found)
+    made = [(f"{done} / {len(found)}", "tile_done")]
+    if best:
+        made = [
+            (formatted(best.tokens_per_s or 0, ",.0f"), "tile_speed"), (f"{best.step_ms or 0:,.0f} ms", "tile_step"),
+            (f"{best.held_gib or 0:.2f} / {best.budget_gib or 0:.2f}", "tile_memory"), *made,
+        ]
+    return made
+
+
+def formatted(value: float | None, form: str) -> str:
+    """A number, or a dash where there is none."""
+    return "–" if value is None else format(value, form)
+
+
+def print_table(order: Sequence[TrialResult], margin: float) -> None:
+    """The ranked table on the console; the reason of a failure stands below its setting."""
+    from rich.console import Console
+    from rich.table import Table
+
+    plain = {"highlight": False, "markup": False, "emoji": False}
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else PLAIN_WIDTH, **plain)
+    # 窄终端上少后三列：report.html 里都有，而设置与原因要看得全
+    count = 8 if console.width >= WIDE else 5
+    heads = ("#", text("column_setting"), text("column_status"), "tokens/s", text("column_peak"), text("column_step"),
+             text("column_predicted"), text("column_batch"))
+    table = Table(title=text("report_title"), title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for index, head in enumerate(heads[:count]):
+        # 数字列不许折行
+        text_column = index in (1, 2)
+        table.add_column(head, justify="left" if text_column else "right", no_wrap=not text_column, overflow="fold")
+    best = best_of(order, margin)
+    for rank, (result, name) in enumerate(zip(order, names(order)), 1):
+        setting = f"{name or text('trial_defaults')}\n{why(result, margin)}".rstrip()
+        cells = (str(rank), shown(setting, sys.stdout), text(STATUS_MESSAGES[result.status]),
+                 formatted(result.tokens_per_s, ",.0f"), peak_of_budget(result), formatted(result.step_ms, ",.1f"),
+                 formatted(result.predicted_gib, ".2f"), formatted(result.effective_batch, "d"))
+        style = "bold green" if result is best else None if result.status == "ok" else "dim"
+        table.add_row(*cells[:count], style=style)
+    console.print(table)
+
+
+def peak_of_budget(result: TrialResult) -> str:
+    """3.20 / 12.00"""
+    return f"{formatted(result.held_gib, '.2f')} / {formatted(result.budget_gib, '.2f')}"
+
+
+def why(result: TrialResult, margin: float) -> str:
+    """The reason of a failure, or what keeps a success from being the best."""
+    tight = result.status == "ok" and not result.fits(margin)
+    return text("report_tight", margin=margin * 100) if tight else result.reason

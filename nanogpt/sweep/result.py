@@ -1,0 +1,145 @@
+"""The plain result of one trial: what a sweep collects, keeps and reports; no torch, no NaN."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from nanogpt.base.files import write_text
+
+# 状态 -> 屏幕上的词；ok 测到了，spilled 测到了但显存溢到内存，其余没有测到速度
+STATUS_MESSAGES = {
+    "ok": "status_ok", "spilled": "status_spilled", "oom": "status_oom", "skipped": "status_skipped", "timeout": "status_timeout",
+    "crashed": "status_crashed", "invalid": "status_invalid",
+}
+STATUSES = tuple(STATUS_MESSAGES)
+# 扫描里意料之中的结果；其余说明有东西坏了，退出码要说出来
+EXPECTED = ("ok", "spilled", "oom", "skipped", "invalid")
+# 值得记住、下次不再测的；崩溃可能已被修好，invalid 重查不花时间
+LASTING = ("ok", "spilled", "oom", "skipped", "timeout")
+# 少于这么多步的损失说明不了什么，不报告
+STEPS_FOR_LOSS = 100
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """One setting, how it ended and what was measured; None where nothing was."""
+
+    overrides: tuple[str, ...]
+    """As typed for this job of the sweep."""
+    status: str
+    """One of STATUSES."""
+    reason: str = ""
+    """Why it is not ok; one line."""
+    key: str = ""
+    """Hash of everything that the result depends on; see nanogpt.sweep.earlier_results."""
+    known: bool = False
+    """Taken from an earlier sweep."""
+    tokens_per_s: float | None = None
+    step_ms: float | None = None
+    """Median of the timed optimizer steps."""
+    peak_gib: float | None = None
+    """Most allocated at once (CUDA), or largest resident size of the process (CPU)."""
+    reserved_gib: float | None = None
+    """Most that the CUDA allocator held; None on a CPU."""
+    budget_gib: float | None = None
+    free_gib: float | None = None
+    """Free on the device before the run."""
+    predicted_gib: float | None = None
+    predicted_tokens_per_s: float | None = None
+    train_loss: float | None = None
+    val_loss: float | None = None
+    """Both only after STEPS_FOR_LOSS steps."""
+    micro_batch: int | None = None
+    effective_batch: int | None = None
+    """Rows per optimizer step."""
+    precision: str | None = None
+    device: str | None = None
+    wall_s: float | None = None
+    experiment: str | None = None
+    """Recipe under the overrides, other than fit itself."""
+
+    @property
+    def held_gib(self) -> float | None:
+        """What the device had to hold: reserved on CUDA, resident on a CPU."""
+        return self.peak_gib if self.reserved_gib is None else self.reserved_gib
+
+    @property
+    def objective(self) -> float:
+        """tokens/s for a sweeper that maximises; a failure is the worst, and finite: NaN would crash Optuna."""
+        return self.tokens_per_s if self.status == "ok" and self.tokens_per_s else 0.0
+
+    def fits(self, margin: float) -> bool:
+        """True for a success that leaves `margin` of the budget free."""
+        if self.status != "ok":
+            return False
+        return self.budget_gib is None or self.held_gib is None or self.held_gib <= self.budget_gib * (1 - margin)
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
+
+
+def _number(value: Any, kind: type) -> float | int | None:
+    # 子进程写出的东西不可全信：不是有限数就当没有
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return kind(value)
+
+
+def made(values: dict[str, Any]) -> TrialResult:
+    """A TrialResult of loose values: unknown names are dropped, and what is no finite number becomes None."""
+    clean: dict[str, Any] = {}
+    for field in fields(TrialResult):
+        if field.name not in values:
+            continue
+        value, kind = values[field.name], str(field.type)
+        if field.name == "overrides":
+            value = tuple(str(item) for item in value)
+        elif "float" in kind or "int" in kind:
+            value = _number(value, float if "float" in kind else int)
+        elif field.type is bool:
+            value = bool(value)
+        elif value is not None or field.type is str:
+            value = " ".join(str(value or "").split())[:400]
+        clean[field.name] = value
+    if clean.get("status") not in STATUSES:
+        clean.update(status="crashed", reason=clean.get("reason") or f"status {clean.get('status')!r}")
+    return TrialResult(**clean)
+
+
+def write(result: TrialResult, path: Path) -> None:
+    """Save a result atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, result.to_json() + "\n")
+
+
+def read(path: Path) -> TrialResult | None:
+    """A saved result, or None where there is none that can be read."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return made(values) if {"overrides", "status"} <= set(values) else None
+    except (OSError, ValueError, TypeError):
+        # 断电留下的半个文件：当作没测过
+        return None
+
+
+def collect(folder: Path) -> list[TrialResult]:
+    """The results of all jobs below a sweep's folder, in the order of the jobs; the same setting counts once."""
+
+    def number(path: Path) -> tuple[int, str]:
+        name = path.parent.name
+        return (int(name) if name.isdigit() else 10**9, name)
+
+    found: dict[str, TrialResult] = {}
+    for path in sorted(folder.glob("*/trial.json"), key=number):
+        result = read(path)
+        if result:
+            found.setdefault(result.key or " ".join(result.overrides), result)
+    return list(found.values())
+
+
+def with_status(result: TrialResult, status: str, reason: str) -> TrialResult:
+    """The same measurement, judged differently."""
+    return replace(result, status=status, reason=reason)

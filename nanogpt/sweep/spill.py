@@ -1,0 +1,65 @@
+"""Spill guard: a success that ran partly in RAM, because the driver pages VRAM out instead of failing (Windows, WSL)."""
+
+from collections.abc import Sequence
+
+from nanogpt.base.language import text
+from nanogpt.sweep.result import TrialResult, with_status
+
+# 显存用到预算的这么多以上，溢出才有可能
+NEARLY_FULL = 0.85
+# 低于屋顶线（roofline）的这一份：再差的内核也不至于
+SLOW_AGAINST_PREDICTION = 0.25
+# 微批变大只应更快；掉到小微批的一半以下，不是计算的缘故
+SLOW_AGAINST_SMALLER = 0.5
+
+
+def spill_reason(
+    *, tokens_per_s: float | None, held_gib: float | None, budget_gib: float | None, free_gib: float | None = None,
+    predicted_tokens_per_s: float | None = None, predicted_gib: float | None = None, smaller_tokens_per_s: float | None = None,
+) -> str | None:
+    """Why this measurement must have spilled into RAM, or None.
+
+    The rule, with peak = the larger of held (reserved by the allocator) and predicted:
+    1. held is above what was free on the card before the run: it cannot all have been in VRAM; or
+    2. peak is above 85% of the budget, and the speed is below 1/4 of the predicted one or below 1/2 of a smaller micro-batch's.
+    `smaller_tokens_per_s` is the fastest of the smaller micro-batches with otherwise equal settings.
+    """
+    if held_gib is not None and free_gib is not None and held_gib > free_gib:
+        return text("spill_free", held=held_gib, free=free_gib)
+    peak = max((value for value in (held_gib, predicted_gib) if value is not None), default=None)
+    if tokens_per_s is None or peak is None or budget_gib is None or peak <= NEARLY_FULL * budget_gib:
+        return None
+    if predicted_tokens_per_s and tokens_per_s < SLOW_AGAINST_PREDICTION * predicted_tokens_per_s:
+        return text("spill_slow", speed=tokens_per_s, predicted=predicted_tokens_per_s)
+    if smaller_tokens_per_s and tokens_per_s < SLOW_AGAINST_SMALLER * smaller_tokens_per_s:
+        return text("spill_cliff", speed=tokens_per_s, smaller=smaller_tokens_per_s)
+    return None
+
+
+def judge(result: TrialResult, others: Sequence[TrialResult] = ()) -> TrialResult:
+    """The result, marked as spilled when it must have spilled; a CPU has no VRAM to page out."""
+    if result.status != "ok" or result.reserved_gib is None:
+        return result
+    reason = spill_reason(
+        tokens_per_s=result.tokens_per_s, held_gib=result.reserved_gib, budget_gib=result.budget_gib, free_gib=result.free_gib,
+        predicted_tokens_per_s=result.predicted_tokens_per_s, predicted_gib=result.predicted_gib,
+        smaller_tokens_per_s=max((o.tokens_per_s for o in others if _smaller(o, result)), default=None),
+    )
+    return with_status(result, "spilled", reason) if reason else result
+
+
+def judge_all(results: Sequence[TrialResult]) -> list[TrialResult]:
+    """All results of a sweep, each also compared with its smaller micro-batches."""
+    return [judge(result, results) for result in results]
+
+
+def _smaller(other: TrialResult, result: TrialResult) -> bool:
+    """True for an unspilled success with a smaller micro-batch and otherwise the same overrides."""
+
+    def rest(one: TrialResult) -> set[str]:
+        return {o for o in one.overrides if o.split("=")[0] not in ("batch_size", "gradient_accumulation_steps")}
+
+    return (
+        other.status == "ok" and bool(other.tokens_per_s) and other.micro_batch is not None and result.micro_batch is not None
+        and other.micro_batch < result.micro_batch and rest(other) == rest(result)
+    )

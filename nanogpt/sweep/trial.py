@@ -1,0 +1,139 @@
+"""One isolated, bounded trial: a setting goes into a child process, a plain result comes out, whatever happens there.
+
+Needs no torch: the parent of a sweep stays small and idle while a child measures.
+"""
+
+import contextlib
+import os
+import platform
+import re
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from nanogpt.base import language
+from nanogpt.base.config import TrainConfig, check
+from nanogpt.base.language import ConfigError, text
+from nanogpt.base.lock import only_one
+from nanogpt.base.out_of_memory import says_out_of_memory
+from nanogpt.data.assets import cache_folder
+from nanogpt.run import rundir
+from nanogpt.sweep import earlier_results
+from nanogpt.sweep.process import CHILD, Ended, run_child
+from nanogpt.sweep.result import TrialResult, made
+from nanogpt.sweep.spill import judge
+
+# 没能变成 Python 异常的内存不足，日志里留下的话
+ABORT_PHRASES = ("MemoryError", "Thread creation failed")
+
+
+def run_trial(cfg: TrainConfig, overrides: list[str], folder: Path, *, command: Sequence[str] = CHILD) -> TrialResult:
+    """Measure one setting, or take what an earlier sweep measured; `folder` gets the child's log.
+
+    A mistake in the config is a result too (status invalid). KeyboardInterrupt ends the child and is passed on; nothing is recorded then.
+    """
+    common = {"overrides": overrides, "experiment": _recipe(cfg)}
+    try:
+        check(cfg)
+        refuse(cfg)
+        if cfg.init_from and rundir.is_latest(cfg.init_from):
+            # 记下真正的目录，结果才认得是哪些权重
+            cfg.init_from = str(rundir.locate(cfg.init_from, key="init_from"))
+    except ConfigError as error:
+        return made({**common, "status": "invalid", "reason": str(error)})
+    folder.mkdir(parents=True, exist_ok=True)
+    key = earlier_results.key_of(cfg)
+    # 并行的任务排队：同时试跑会互相弄坏对方的计时
+    with _turn(cfg.device):
+        # 拿到锁再查：并行的另一个任务可能刚测完同一个
+        earlier = None if cfg.trial.again else earlier_results.find(key)
+        if earlier:
+            return made({**vars(earlier), **common, "known": True})
+        started = time.perf_counter()
+        job = {
+            "config": earlier_results.container(cfg), "overrides": overrides, "folder": str(folder.absolute()),
+            "lang": language.current_language(),
+        }
+        ended = run_child(job, folder, timeout_s=cfg.trial.timeout_s, command=command)
+    status, reason = classified(ended, cfg.trial.timeout_s)
+    result = judge(made({**common, **ended.values, "key": key, "status": status, "reason": reason, "known": False,
+                         "peak_gib": _peak(ended, status), "wall_s": time.perf_counter() - started}))
+    earlier_results.keep(result)
+    return result
+
+
+def refuse(cfg: TrainConfig) -> None:
+    """Refuse what a trial cannot try."""
+    if cfg.resume:
+        raise ConfigError("trial_not_with", key="resume", got=cfg.resume)
+    if not isinstance(cfg.batch_size, int):
+        raise ConfigError("trial_not_with", key="batch_size", got=cfg.batch_size)
+
+
+def _recipe(cfg: TrainConfig) -> str | None:
+    named = cfg.groups.get("experiment")
+    return None if named in (None, "fit") else named
+
+
+def _peak(ended: Ended, status: str) -> Any:
+    """What the child said, or, where it was killed on a CPU, what was seen from outside."""
+    said = ended.values.get("peak_gib")
+    outside = ended.rss_gib if status == "oom" and ended.values.get("device_type") == "cpu" else None
+    return outside if said is None else said
+
+
+def classified(ended: Ended, timeout_s: float) -> tuple[str, str]:
+    """(status, reason in one line) of a child that has ended."""
+    said = ended.values.get("status")
+    if isinstance(said, str):
+        # 它自己下了结论，之后怎么退出都不要紧
+        return said, str(ended.values.get("reason", ""))
+    phase = ended.values.get("phase", "start")
+    if ended.killed == "timeout":
+        return "timeout", text("trial_timeout", seconds=timeout_s, phase=phase)
+    if ended.killed == "memory":
+        return "oom", text("trial_watched", rss=ended.rss_gib, phase=phase)
+    if says_out_of_memory(ended.log) or any(phrase in ended.log for phrase in ABORT_PHRASES):
+        return "oom", ended.last_line
+    if ended.returncode == -9 and ended.oom_kills != 0:
+        # 不是我们杀的 SIGKILL：内核的 OOM killer
+        return "oom", text("trial_killed", phase=phase)
+    if ended.returncode == -9:
+        # 内核没有为内存杀过谁：是人或别的程序，不能当成结论记下来
+        return "crashed", text("trial_ended", phase=phase)
+    return "crashed", text("trial_crashed", how=_how(ended.returncode), phase=phase, line=ended.last_line or "-")
+
+
+def _how(returncode: int) -> str:
+    """SIGABRT, or exit code 3."""
+    if returncode < 0:
+        try:
+            return signal.Signals(-returncode).name
+        except ValueError:
+            # 实时信号没有名字
+            return f"signal {-returncode}"
+    return text("trial_exit_code", code=returncode)
+
+
+@contextlib.contextmanager
+def _turn(device: str) -> Iterator[None]:
+    """Wait until no other trial of this person is on the device."""
+    path = lock_path(device)
+    with contextlib.ExitStack() as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(only_one(path))
+        except OSError as error:
+            raise ConfigError("trial_lock", path=path, reason=error.strerror) from None
+        yield
+
+
+def lock_path(device: str) -> Path:
+    """The lock file of the device that `device=…` means here; GPUs that a launcher handed out have files of their own."""
+    # auto 与 cuda 都是第一张看得见的卡；父进程不导入 torch，只能按名字分
+    named = device if re.fullmatch(r"cuda:[1-9]\d*", device) else "first"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    # 不放公用的临时文件夹：谁都能先占住那个名字；主目录可能几台机器共用，名字里要有机器
+    return cache_folder() / ("trial-" + re.sub(r"\W+", "-", f"{platform.node()}-{visible}-{named}") + ".lock")

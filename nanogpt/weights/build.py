@@ -1,0 +1,201 @@
+"""From configuration nodes to objects: models, optimizers, loggers."""
+
+import inspect
+import math
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nanogpt.base.config import ROOT, FinetuneConfig, ModelConfig, check_model
+from nanogpt.base.hashed_json import DamagedError, reason_of
+from nanogpt.base.language import ConfigError
+from nanogpt.base.moved import present_name
+from nanogpt.base.ram import GIB, free_ram
+from nanogpt.base.saved_config import read_saved, refuse_unnamed_code
+from nanogpt.base.value_checks import check_types
+
+# 极小的模型也可以有长上下文：位置表至少允许这么多个数
+LEAST_TABLE = 2**20
+# 各部分必须会做的事；不会的在执行之前就拒绝，os.system 之类不会被当作优化器来调用
+METHODS = {
+    "optimizer": ("step", "zero_grad", "state_dict", "load_state_dict"), "logger": ("open", "log", "text", "close"), "control": ("apply", "known"),
+}
+
+
+def locate_class(target: str, key: str) -> Any:
+    """The class or function of a dotted name."""
+    module, _, name = present_name(target).rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except Exception as error:
+        # 使用者自己的模块在导入时可能抛出任何异常
+        raise ConfigError("no_such_class", key=key, got=target, reason=f"{type(error).__name__}: {error}") from None
+    if not callable(found) or inspect.isbuiltin(found):
+        raise ConfigError("not_a_part", key=key, got=target, want=key.removesuffix("._target_"))
+    return found
+
+
+def build_model(config: ModelConfig, seed: int, weights: str = "fp32"):
+    """The model that config._target_ names, its weights drawn from `seed` and stored as `weights` (fp32 | bf16) from the start."""
+    import torch
+
+    kind = locate_class(config._target_, "model._target_")
+    if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
+        raise ConfigError("not_a_part", key="model._target_", got=config._target_, want="torch.nn.Module")
+    check_memory_for(config, 2 if weights == "bf16" else 4)
+    torch.manual_seed(seed)
+    usual = torch.get_default_dtype()
+    try:
+        # 直接造成 bf16：大模型的 fp32 副本可能根本放不下
+        torch.set_default_dtype(torch.bfloat16 if weights == "bf16" else usual)
+        return kind(config)
+    except ValueError as error:
+        raise ConfigError("bad_part", key="model", reason=error) from None
+    finally:
+        torch.set_default_dtype(usual)
+
+
+def check_memory_for(config: ModelConfig, bytes_each: int) -> None:
+    """Refuse a model whose weights alone are more than the memory that is free, before the system kills something for it."""
+    import torch
+
+    from nanogpt.core import planned_device
+
+    # 预测用的是没有存储的张量，核对形状用的是 meta
+    if planned_device.planned() or torch.get_default_device().type == "meta":
+        return
+    parameters = parameters_at_least(config)
+    need, have = parameters * bytes_each, free_ram()
+    if need > have:
+        raise ConfigError("model_too_large", need=need / GIB, parameters=float(parameters), have=have / GIB)
+
+
+def parameters_at_least(config: ModelConfig) -> int:
+    """Numbers in the matrices of a GPT of this shape; a class of one's own may have others."""
+    vocab, width = config.vocab_size or 1, config.n_embd
+    tables = vocab * (1 if config.tie_embeddings else 2) + (config.block_size if config.position == "learned" else 0)
+    tables += sum(min((vocab + 1) ** n, config.ngram_buckets) for n in config.ngrams)
+    return width * tables + config.n_layer * (4 + 2 * config.mlp_ratio) * width**2
+
+
+def build_part(node: dict, key: str, *arguments) -> Any:
+    """Call a node's `_target_` with the given arguments and the node's other keys."""
+    if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+        raise ConfigError("missing_key", key=f"{key}._target_")
+    kind = locate_class(node["_target_"], f"{key}._target_")
+    settings = {name: value for name, value in node.items() if name != "_target_"}
+    part = key.partition(".")[0]
+    if isinstance(kind, type):
+        check_part(kind, part, key, node["_target_"])
+    elif part == "logger":
+        raise ConfigError("not_a_part", key=f"{key}._target_", got=node["_target_"], want=_wanted(part))
+    try:
+        check_types(kind, key, settings)
+        built = kind(*arguments, **settings)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, NameError) as error:
+        raise ConfigError("bad_part", key=key, reason=error) from None
+    check_part(built, part, key, node["_target_"])
+    return built
+
+
+def check_part(made: Any, part: str, key: str, named: str) -> None:
+    """Refuse a class or object that cannot do what its part of the program must do."""
+    if not all(callable(getattr(made, method, None)) for method in METHODS.get(part, ())):
+        raise ConfigError("not_a_part", key=f"{key}._target_", got=named, want=_wanted(part))
+
+
+def _wanted(part: str) -> str:
+    return f"{part}: {' '.join(METHODS[part])}"
+
+
+def model_of(source, named: str | None = None):
+    """The model of a checkpoint.Checkpoint on the CPU, LoRA adapters merged into plain weights.
+
+    A class of one's own is run only where it is `named` in what was typed.
+    """
+    from nanogpt.core.memory.lora import add_adapters, merge
+
+    try:
+        saved = read_saved(source.config_text())
+        refuse_unnamed_code(saved, {"_target_": named}, source.folder, ("model",))
+        if named not in (None, have := saved["model"].get("_target_", ModelConfig._target_)):
+            raise ConfigError("other_code", got=named, path=source.folder, have=have)
+        # 早于 LoRA 的训练没有 finetune 一节
+        config, finetune = typed_node(ModelConfig, saved["model"]), typed_node(FinetuneConfig, saved.get("finetune", {}))
+    except (DamagedError, OmegaConfBaseException, TypeError) as error:
+        raise source.damaged(f"config.yaml: {reason_of(error)}") from None
+    check_weights(source, config, finetune)
+    model = build_model(config, seed=0)
+    if finetune.method == "lora":
+        add_adapters(model, finetune)
+    source.load_model(model)
+    return merge(model)
+
+
+def check_weights(source, config: ModelConfig, finetune: FinetuneConfig) -> None:
+    """ConfigError unless the weights of a checkpoint.Checkpoint have the names and shapes of this config; allocates nothing.
+
+    A config that asks for a billion layers does not get the memory to build them. Only for our own model class: what a
+    person's own class does is theirs to know.
+    """
+    import torch
+
+    from nanogpt.core.memory.lora import add_adapters
+
+    if config._target_ != ModelConfig._target_:
+        return
+    have = source.weight_shapes()
+    total = sum(math.prod(shape) for shape in have.values())
+    try:
+        if min(config.n_layer, config.n_head, config.n_embd, config.block_size, config.mlp_ratio) < 1:
+            raise ValueError("a size below 1")
+        check_model(config)
+        # 每层至少有几个张量；RoPE 的表不在文件里，不许大过权重许多
+        if config.n_layer > len(have) or config.block_size * config.n_embd > max(total, LEAST_TABLE) * 64:
+            raise ValueError(f"{config.n_layer} layers and {config.block_size} positions for {total} weights")
+        with torch.device("meta"):
+            model = build_model(config, seed=0)
+            if finetune.method == "lora":
+                add_adapters(model, finetune)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise source.damaged(f"config.yaml: {reason_of(error)}") from None
+    want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shared = {"lm_head.weight"} if config.tie_embeddings else set()
+    wrong = sorted(name for name in set(have) ^ set(want) if name not in shared) or sorted(n for n in set(have) & set(want) if have[n] != want[n])
+    if wrong:
+        raise source.damaged(f"model.safetensors: other parameters: {wrong[:3]}")
+
+
+def typed_node(schema: type, node: dict) -> Any:
+    """The dataclass `schema` with the values of a saved config node."""
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
+
+
+def preset_names() -> list[str]:
+    """Names of all model presets in conf/model."""
+    return sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
+
+
+def preset(name: str, arch: str | None = None, /, **changes) -> ModelConfig:
+    """The ModelConfig of conf/model/<name>.yaml over conf/arch/<arch>.yaml, with changes on top."""
+    if name not in preset_names():
+        raise ConfigError("unknown_option", group="model", got=name, options=", ".join(preset_names()))
+    shape = yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
+    wanted = [entry["override /arch"] for entry in shape.pop("defaults", []) if "override /arch" in entry]
+    recipe_file = ROOT / "conf" / "arch" / f"{arch or (wanted or ['modern'])[0]}.yaml"
+    recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8"))
+    # 与 Hydra 的次序相同：先 arch 后 model，最后是调用者的改动
+    config = replace(ModelConfig(), **{**recipe, **shape.get("model", shape), **changes})
+    check_model(config)
+    return config
+
+
+def create_model(name: str, *, vocab_size: int, seed: int = 1337, arch: str | None = None, **changes):
+    """A freshly initialised preset: create_model("tiny", vocab_size=65, dropout=0.1)."""
+    return build_model(preset(name, arch, vocab_size=vocab_size, **changes), seed)

@@ -1,0 +1,180 @@
+"""Hugging Face's format in both directions: pretrained weights in, `python -m nanogpt.huggingface export` out.
+
+GPT-2's architecture becomes a plain GPT2LMHeadModel; anything else brings its own modeling file along, and a model class of
+one's own (named with model=…) the module that it is in.
+"""
+
+import argparse
+import inspect
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from nanogpt.base.config import TRUSTED_TARGETS, ModelConfig
+from nanogpt.base.errors import Arguments, forgive_output, one_line_each
+from nanogpt.base.files import folder_aside, write_text
+from nanogpt.base.groups import sample_config
+from nanogpt.base.language import ConfigError, say, set_language
+from nanogpt.base.value_checks import check_path
+from nanogpt.data.tokenizer_files import END_WORDS, to_library_json
+from nanogpt.weights.pretrained import ACTIVATIONS, TRANSPOSED, Pretrained, build_pretrained, open_pretrained
+
+__all__ = ["Pretrained", "build_pretrained", "export", "open_pretrained"]
+
+# 自己的模型类要指名才执行
+NAMING = ("model=", "model._target_=")
+EPILOG = "A model class of your own is named behind these with model=NAME, as for training; its code is run only then."
+# 自带代码的文件夹里的模块名；transformers 按它动态导入
+MODULE, OWN_MODULE = "modeling_nanogpt", "modeling_own"
+
+
+def export(named: str, target: Path, which: str | None = None, *, code: str | None = None) -> Pretrained:
+    """Write the model that `named` means (a run folder, above all) as a folder for transformers; return what was written.
+
+    `code` is the model class that was typed; another one of a checkpoint is not run.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError("export_exists", target=target)
+    pretrained = open_pretrained(named, key="OUT_DIR", which=which, code=code)
+    own, plain = pretrained.config._target_ not in TRUSTED_TARGETS, is_gpt2(pretrained.config)
+    try:
+        if target.is_dir():
+            target.rmdir()
+        with folder_aside(target) as aside:
+            (write_own if own else write_gpt2 if plain else write_custom)(aside, pretrained)
+            write_tokenizer(aside, pretrained)
+    except OSError as error:
+        raise ConfigError("export_failed", target=target, reason=error.strerror or error) from None
+    return pretrained
+
+
+def is_gpt2(config: ModelConfig) -> bool:
+    """Whether transformers' own GPT2LMHeadModel computes the same."""
+    recipe = (config.position, config.norm, config.qk_norm, config.embed_norm, config.logit_softcap, list(config.ngrams))
+    same = recipe == ("learned", "layernorm", False, False, 0.0, []) and config.activation in ACTIVATIONS.values()
+    # 自己的类算什么，从配置看不出来
+    return same and config._target_ in TRUSTED_TARGETS
+
+
+def write_gpt2(folder: Path, pretrained: Pretrained) -> None:
+    """config.json and model.safetensors of a GPT2LMHeadModel."""
+    config, end = pretrained.config, pretrained.tokenizer.end_of_text
+    activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
+    write_json(folder / "config.json", {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": config.vocab_size, "n_positions": config.block_size,
+        "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "n_inner": config.mlp_ratio * config.n_embd,
+        "activation_function": activation, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": config.tie_embeddings,
+        "resid_pdrop": config.dropout, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout,
+        "bos_token_id": end, "eos_token_id": end, "dtype": "float32", **about_documents(pretrained),
+    })
+    tensors = {}
+    for name, tensor in pretrained.tensors.items():
+        theirs = name if name.startswith("lm_head") else f"transformer.{name}"
+        tensors[theirs] = tensor.t() if name.endswith(TRANSPOSED) else tensor
+        if not config.bias and name.startswith(("h.", "ln_f")):
+            # GPT2LMHeadModel 总有 bias：补零，结果不变
+            tensors[theirs.replace(".weight", ".bias")] = torch.zeros(tensor.size(0))
+    write_tensors(folder, tensors)
+
+
+def write_custom(folder: Path, pretrained: Pretrained) -> None:
+    """A folder whose modeling file holds the architecture; it does not need this package."""
+    config, end = pretrained.config, pretrained.tokenizer.end_of_text
+    fields = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "mlp_ratio", "bias", "position", "norm", "activation", "qk_norm",
+              "embed_norm", "tie_embeddings", "logit_softcap", "rope_base", "ngrams", "ngram_buckets")
+    write_json(folder / "config.json", {
+        "architectures": ["NanoGPTForCausalLM"], "model_type": "nanogpt", "dtype": "float32", "bos_token_id": end, "eos_token_id": end,
+        "auto_map": {"AutoConfig": f"{MODULE}.NanoGPTConfig", "AutoModelForCausalLM": f"{MODULE}.NanoGPTForCausalLM"},
+        **{field: getattr(config, field) for field in fields}, **about_documents(pretrained),
+    })
+    shutil.copyfile(Path(__file__).with_name(f"{MODULE}.py"), folder / f"{MODULE}.py")
+    write_tensors(folder, pretrained.tensors)
+
+
+def write_own(folder: Path, pretrained: Pretrained) -> None:
+    """A folder for a model class of one's own: its module, and a modeling file that wraps it and needs this package."""
+    config, end = pretrained.config, pretrained.tokenizer.end_of_text
+    module, _, name = config._target_.rpartition(".")
+    write_json(folder / "config.json", {
+        "architectures": ["OwnForCausalLM"], "model_type": "nanogpt_own", "dtype": "float32", "bos_token_id": end, "eos_token_id": end,
+        "auto_map": {"AutoConfig": f"{OWN_MODULE}.OwnConfig", "AutoModelForCausalLM": f"{OWN_MODULE}.OwnForCausalLM"},
+        "shape": asdict(config), **about_documents(pretrained),
+    })
+    source = Path(inspect.getsourcefile(import_module(module)))
+    if single := "." not in module:
+        # 单独一个文件的模块随文件夹走；包里的要另外安装
+        shutil.copyfile(source, folder / source.name)
+    wrapper = Path(__file__).with_name(f"{OWN_MODULE}.py").read_text(encoding="utf-8")
+    usual = "from nanogpt.core.model import GPT\n"
+    assert wrapper.count(usual) == 1
+    write_text(folder / f"{OWN_MODULE}.py", wrapper.replace(usual, f"from {'.' if single else ''}{module} import {name} as GPT\n"))
+    tensors = build_pretrained(pretrained).state_dict()
+    write_tensors(folder, {f"model.{name}": tensor for name, tensor in tensors.items()})
+
+
+def about_documents(pretrained: Pretrained) -> dict:
+    """What a model of documents is written with: its separator, and the names of its labels."""
+    names = {kind: list(listed) for kind, listed in pretrained.tokenizer.labels.items()}
+    separator = pretrained.config.separator
+    return {} if separator is None else {"document_separator": separator, "document_labels": names}
+
+
+def write_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """model.safetensors in float32; `format` is what transformers asks for."""
+    save_file({name: t.detach().float().contiguous().clone() for name, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_tokenizer(folder: Path, pretrained: Pretrained) -> None:
+    """tokenizer.json of the tokenizers library with the same ids, and what AutoTokenizer wants to know."""
+    described = to_library_json(pretrained.tokenizer)
+    write_json(folder / "tokenizer.json", described)
+    words = {token["content"]: token["id"] for token in described["added_tokens"]}
+    end = next((word for word in (*END_WORDS, *words) if words.get(word, -1) == pretrained.tokenizer.end_of_text), None)
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": pretrained.config.block_size, "clean_up_tokenization_spaces": False,
+        # 旧版 transformers 默认还会给 token_type_ids，GPT 不认
+        "model_input_names": ["input_ids", "attention_mask"],
+        **({"bos_token": end, "eos_token": end} if end else {}),
+    })
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line: export OUT_DIR TARGET [model=…] [--checkpoint best|last|iter_…]; exit code 2 on a mistake."""
+    forgive_output()
+    set_language("auto")
+    with one_line_each():
+        arguments = sys.argv[1:] if arguments is None else arguments
+        named = [word for word in arguments if word.startswith(NAMING)]
+        typed = parser().parse_args([word for word in arguments if word not in named])
+        set_language(typed.lang)
+        for key, value in (("OUT_DIR", typed.out_dir), ("TARGET", str(typed.target)), ("--checkpoint", typed.checkpoint or "best")):
+            check_path(key, value)
+        code = sample_config(named).model["_target_"] if named else None
+        pretrained = export(typed.out_dir, typed.target, typed.checkpoint, code=code)
+    trust = "" if is_gpt2(pretrained.config) else ", trust_remote_code=True"
+    say("exported", target=typed.target, command=f"transformers.AutoModelForCausalLM.from_pretrained({str(typed.target)!r}{trust})")
+
+
+def parser() -> argparse.ArgumentParser:
+    """export."""
+    top = Arguments(prog="python -m nanogpt.huggingface", description=__doc__.splitlines()[0])
+    commands = top.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("export", help="write a run as a folder that transformers loads", epilog=EPILOG)
+    command.add_argument("out_dir", metavar="OUT_DIR", help="run folder, latest, or anything that init_from takes")
+    command.add_argument("target", metavar="TARGET", type=Path, help="new or empty folder")
+    command.add_argument("--checkpoint", help="best (default), last or iter_…")
+    command.add_argument("--config-dir", help="folder with yamls of your own")
+    command.add_argument("--lang", default="auto", choices=("auto", "zh", "en"))
+    return top
+
+

@@ -1,0 +1,190 @@
+"""nanogpt's GPT for transformers, in one file that needs nothing else of nanogpt.
+
+`python -m nanogpt.huggingface export` copies this file beside the weights; AutoModelForCausalLM loads it with
+trust_remote_code=True. It keeps no key/value cache: every new token reads the whole context again.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+# 与 nanogpt.core.attention 中的同名常数一致
+RMS_EPS = 1e-6
+QK_NORM_MAX_LOGIT = 12.0
+
+
+class NanoGPTConfig(PretrainedConfig):
+    """The fields of nanogpt.base.config.ModelConfig that change the result."""
+
+    model_type = "nanogpt"
+    keys_to_ignore_at_inference = ()
+
+    def __init__(
+        self, vocab_size=256, block_size=128, n_layer=4, n_head=4, n_embd=256, mlp_ratio=4, bias=False, position="rope", norm="rmsnorm",
+        activation="relu2", qk_norm=True, embed_norm=True, tie_embeddings=False, logit_softcap=15.0, rope_base=10000.0, ngrams=(),
+        ngram_buckets=16384, **others,
+    ):
+        self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd = vocab_size, block_size, n_layer, n_head, n_embd
+        self.mlp_ratio, self.bias, self.position, self.norm, self.activation = mlp_ratio, bias, position, norm, activation
+        self.qk_norm, self.embed_norm, self.tie_embeddings, self.logit_softcap = qk_norm, embed_norm, tie_embeddings, logit_softcap
+        self.rope_base, self.ngrams, self.ngram_buckets = rope_base, list(ngrams), ngram_buckets
+        # transformers 的通用代码用这几个名字
+        self.max_position_embeddings, self.num_hidden_layers, self.hidden_size = block_size, n_layer, n_embd
+        others = {**others, "use_cache": False, "tie_word_embeddings": False}
+        super().__init__(**others)
+
+
+def rms_norm(x):
+    """RMSNorm without a gain over the last dimension."""
+    return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
+
+
+def rotate(x, base):
+    """Rotary position embedding of x (B, T, nh, hs); the pairs are (i, i + hs/2)."""
+    T, half = x.size(1), x.size(-1) // 2
+    # 每次现算：放进 buffer 的话，transformers 在 meta 设备上造模型时会丢掉它
+    frequency = base ** -(torch.arange(0, 2 * half, 2, dtype=torch.float32, device=x.device) / (2 * half))
+    angle = torch.outer(torch.arange(T, dtype=torch.float32, device=x.device), frequency)[:, None]
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Norm(nn.Module):
+    """RMSNorm without parameters, or LayerNorm."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.norm == "layernorm":
+            self.weight = nn.Parameter(torch.ones(config.n_embd))
+            self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+        self.kind = config.norm
+
+    def forward(self, x):
+        return rms_norm(x) if self.kind == "rmsnorm" else F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class Attention(nn.Module):
+    """Causal self-attention over x (B, T, C); visible (B, 1, T, T) is true where a key may be read."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x, visible):
+        B, T, C = x.shape
+        head_size = C // self.config.n_head
+        q, k, v = self.c_attn(x).view(B, T, 3, self.config.n_head, head_size).unbind(2)
+        if self.config.qk_norm:
+            q, k = rms_norm(q), rms_norm(k)
+        if self.config.position == "rope":
+            q, k = rotate(q, self.config.rope_base), rotate(k, self.config.rope_base)
+        scale = QK_NORM_MAX_LOGIT / head_size if self.config.qk_norm else head_size**-0.5
+        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=visible, scale=scale)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """Feed-forward layer C -> mlp_ratio * C -> C."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.mlp_ratio * config.n_embd
+        self.activation = config.activation
+        self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        x = self.c_fc(x)
+        x = x.relu().square() if self.activation == "relu2" else F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        return self.c_proj(x)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1, self.attn, self.ln_2, self.mlp = Norm(config), Attention(config), Norm(config), MLP(config)
+
+    def forward(self, x, visible):
+        x = x + self.attn(self.ln_1(x), visible)
+        return x + self.mlp(self.ln_2(x))
+
+
+class NgramEmbedding(nn.Module):
+    """Hashed embedding of the last n tokens at each position (arXiv:2501.16975)."""
+
+    def __init__(self, n, config):
+        super().__init__()
+        self.n = n
+        distinct = (config.vocab_size + 1) ** n
+        self.multiplier = config.vocab_size + 1 if distinct <= config.ngram_buckets else 1000003
+        self.table = nn.Embedding(min(distinct, config.ngram_buckets), config.n_embd)
+
+    def forward(self, idx, mask):
+        T = idx.size(1)
+        # id 整体加 1，序列开头之前与左侧填充都是 0
+        padded = F.pad((idx + 1) * mask, (self.n - 1, 0))
+        key = padded[:, self.n - 1 :]
+        for back in range(1, self.n):
+            key = key * self.multiplier + padded[:, self.n - 1 - back : self.n - 1 - back + T]
+        return self.table(key % self.table.num_embeddings)
+
+
+class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
+    """Decoder-only transformer; parameter names are those of nanogpt.core.model.GPT."""
+
+    config_class = NanoGPTConfig
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    main_input_name = "input_ids"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
+        self.ngrams = nn.ModuleList(NgramEmbedding(n, config) for n in config.ngrams)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = Norm(config)
+        # 共享时直接用 wte，不劳 transformers 的绑定机制
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.wte
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **unused):
+        """Logits (B, T, V) and, with labels (B, T), the mean loss of predicting labels[:, t + 1] at t.
+
+        attention_mask (B, T) is 0 at padding, which belongs on the left.
+        """
+        T = input_ids.size(1)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        # 每个位置至少看得见自己：整行被遮的填充位置会算出 NaN
+        visible = torch.ones(T, T, dtype=torch.bool, device=input_ids.device).tril() & mask.bool()[:, None, None]
+        visible = visible | torch.eye(T, dtype=torch.bool, device=input_ids.device)
+        x = self.wte(input_ids)
+        if self.wpe is not None:
+            x = x + self.wpe((mask.cumsum(1) - 1).clamp(min=0))
+        for ngram in self.ngrams:
+            x = x + ngram(input_ids, mask)
+        if self.config.embed_norm:
+            x = rms_norm(x)
+        for block in self.h:
+            x = block(x, visible)
+        logits = F.linear(self.ln_f(x), self.wte.weight if self.lm_head is None else self.lm_head.weight)
+        if self.config.logit_softcap:
+            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **unused):
+        """The newest block_size tokens: older ones are forgotten."""
+        newest = slice(-self.config.block_size, None)
+        return {"input_ids": input_ids[:, newest], "attention_mask": None if attention_mask is None else attention_mask[:, newest]}

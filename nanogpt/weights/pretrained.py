@@ -1,0 +1,197 @@
+"""Pretrained weights: GPT-2 in Hugging Face's format (folder or hub), a nanoGPT ckpt.pt, or a run of our own.
+
+Files are data: shapes are compared with the config before anything is used, and no code is run.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanogpt.base.config import ModelConfig
+from nanogpt.base.language import ConfigError, text
+from nanogpt.data import tokenizer as tokenizers
+from nanogpt.data.labels import LABEL_KINDS, with_labels
+from nanogpt.data.tokenizer import Tokenizer
+from nanogpt.data.tokenizer_files import read_tokenizer
+from nanogpt.run import rundir
+from nanogpt.run.health import first_not_finite, floating
+from nanogpt.weights import checkpoint, hub, nanogpt_checkpoint
+from nanogpt.weights.build import build_model, model_of, preset
+from nanogpt.weights.foreign_files import read_json, read_weights
+
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+# Hugging Face 的名字 -> 我们的；gelu_new 就是 tanh 近似
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
+# 会改变结果、而我们没有实现的设置：只接受这些值
+REQUIRED = {
+    "model_type": "gpt2", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
+    "layer_norm_epsilon": 1e-5,
+}
+# Hugging Face 的 Conv1D 存的是转置
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# 旧文件里的因果掩码不是参数
+MASKS = (".attn.bias", ".attn.masked_bias")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Weights by the names of nanogpt.core.model.GPT, the shape they belong to, and their tokenizer."""
+
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    tokenizer: Tokenizer
+
+
+def open_pretrained(named: str, key: str = "init_from", which: str | None = None, *, code: str | None = None) -> Pretrained:
+    """The model that a person named: gpt2 …, owner/name on the hub, a local folder, a run of ours, or nanoGPT's ckpt.pt.
+
+    `key` is what the person typed the name for; `which` is the checkpoint of a run, its best if None; `code` the model class that was typed.
+    """
+    path = Path(named)
+    # 本机的文件优先：断网的人把权重放在 ./gpt2 就能用
+    if path.is_file() and path.suffix == ".pt":
+        return checked(path, *nanogpt_checkpoint.read_checkpoint(path))
+    if (path / "config.json").is_file():
+        return read_folder(path)
+    if rundir.names_run(named):
+        return read_run(named, key, which, code)
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", named):
+        raise ConfigError("pretrained_missing", key=key, got=named)
+    return read_folder(hub.download(f"openai-community/{named}" if named in GPT2_NAMES else named, named, key), path.name)
+
+
+def build_pretrained(pretrained: Pretrained, seed: int = 0, weights: str = "fp32") -> torch.nn.Module:
+    """A model that holds these weights; `seed` only matters for weights that a subclass adds."""
+    model = build_model(pretrained.config, seed, weights)
+    model.load_state_dict(pretrained.tensors, strict=False)
+    return model
+
+
+def read_run(named: str, key: str, which: str | None, code: str | None) -> Pretrained:
+    """Weights of a run of ours: the checkpoint `which` (the last where none is the best), or the checkpoint folder named."""
+    run_dir, which = rundir.locate(named, key=key), rundir.checkpoint_in(named, which, "best")
+
+    def taken(source: checkpoint.Checkpoint) -> Pretrained:
+        model = model_of(source, code)
+        tensors = checkpoint.model_tensors(model)
+        if name := first_not_finite(floating(tensors)):
+            # 早先的版本会存下坏掉的权重
+            raise source.damaged(text("nan_weights", tensor=name))
+        return Pretrained(model.config, tensors, tokenizers.load(source.folder / "tokenizer.json"))
+
+    return checkpoint.use(run_dir, which, taken, key=key)
+
+
+# ---- 微调：与这次训练的配置对上 ----
+
+
+def adapted(pretrained: Pretrained, wanted: ModelConfig, typed: set[str], named: str) -> Pretrained:
+    """The same weights with the dropout, and if typed the shorter context, of `wanted`; ConfigError where `typed` fields contradict them."""
+    have = pretrained.config
+    for field in sorted(typed - {"dropout", "block_size", "name"}):
+        if getattr(wanted, field) != getattr(have, field):
+            raise ConfigError("init_from_shape", key=f"model.{field}", got=getattr(wanted, field), named=named, want=getattr(have, field))
+    block = wanted.block_size if "block_size" in typed else have.block_size
+    # RoPE 没有位置参数，可以加长；学出来的位置 embedding 只能截短
+    if block > have.block_size and have.position == "learned":
+        raise ConfigError("init_from_shape", key="model.block_size", got=block, named=named, want=f"<= {have.block_size}")
+    tensors = pretrained.tensors
+    if "wpe.weight" in tensors:
+        tensors = {**tensors, "wpe.weight": tensors["wpe.weight"][:block]}
+    return replace(pretrained, config=replace(have, dropout=wanted.dropout, block_size=block), tensors=tensors)
+
+
+def check_vocabulary(pretrained: Pretrained, other: Tokenizer, named: str) -> None:
+    """Refuse data whose ids mean something else than the model's."""
+    own = pretrained.tokenizer
+    # 名字不影响 id；标签是别的数据的也没关系
+    ignored = {"name": "", "labels": {}}
+    if own.to_dict() | ignored != other.to_dict() | ignored:
+        raise ConfigError(
+            "init_from_tokenizer", named=named, want=own.vocab_size, want_kind=own.kind, got=other.vocab_size, got_kind=other.kind
+        )
+
+
+# ---- Hugging Face 格式的文件夹 ----
+
+
+def read_folder(folder: Path, name: str | None = None) -> Pretrained:
+    """Config, weights and tokenizer of a folder with config.json."""
+    config = read_config(folder / "config.json", name or folder.resolve().name)
+    tensors = {}
+    for hf_name, tensor in read_weights(folder).items():
+        own = hf_name.removeprefix("transformer.")
+        if not own.endswith(MASKS):
+            tensors[own] = tensor.t() if own.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
+    config, tokenizer = with_documents(folder / "config.json", config, read_tokenizer(folder, config.vocab_size))
+    return checked(folder, config, tensors, tokenizer)
+
+
+def read_config(path: Path, name: str) -> ModelConfig:
+    """The ModelConfig of a GPT-2 config.json; ConfigError names a field that our model cannot follow."""
+    given = read_json(path)
+    for field, want in REQUIRED.items():
+        if field in given and given[field] != want:
+            raise ConfigError("pretrained_unsupported", file=path, field=field, got=given[field], want=want)
+    activation = given.get("activation_function", "gelu_new")
+    if activation not in ACTIVATIONS:
+        raise ConfigError("pretrained_unsupported", file=path, field="activation_function", got=activation, want=" | ".join(ACTIVATIONS))
+    # 旧的配置写 n_ctx 或省略默认值；GPT2Config 的默认值就是 124M 的形状
+    default = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
+    sizes = {field: given.get(field, value) for field, value in default.items()}
+    for field, got in sizes.items():
+        if type(got) is not int or not 0 < got < 2**31:
+            raise ConfigError("pretrained_unsupported", file=path, field=field, got=got, want="> 0")
+    width, inner = sizes["n_embd"], given.get("n_inner") or 4 * sizes["n_embd"]
+    if type(inner) is not int or inner % width or inner <= 0:
+        raise ConfigError("pretrained_unsupported", file=path, field="n_inner", got=inner, want=f"n x {width}")
+    return preset(
+        "gpt2", name=name, n_layer=sizes["n_layer"], n_head=sizes["n_head"], n_embd=width, block_size=sizes["n_positions"],
+        vocab_size=sizes["vocab_size"], mlp_ratio=inner // width, activation=ACTIVATIONS[activation],
+        tie_embeddings=bool(given.get("tie_word_embeddings", True)),
+    )
+
+
+def with_documents(path: Path, config: ModelConfig, tokenizer: Tokenizer) -> tuple[ModelConfig, Tokenizer]:
+    """The same for a model of documents, with its separator and labels: as config.json names them, else as its special tokens are called."""
+    given = read_json(path)
+    separator, names = given.get("document_separator"), given.get("document_labels", {})
+    if separator is None:
+        return (replace(config, separator=tokenizer.end_of_text) if tokenizer.labels else config), tokenizer
+    try:
+        assert type(separator) is int and 0 <= separator < config.vocab_size and set(names) <= set(LABEL_KINDS)
+        assert all(isinstance(name, str) for listed in names.values() for name in listed)
+        # 当普通文字写的标签（微调别人的词表）只有名字能带过来
+        return replace(config, separator=separator), with_labels(tokenizer, names, grow=False)
+    except ConfigError:
+        raise
+    except Exception as error:
+        # 名字来自陌生人，tokenizers 库又只抛裸 Exception
+        raise ConfigError("pretrained_damaged", file=path, reason=f"document_separator, document_labels: {type(error).__name__}") from None
+
+
+# ---- 核对 ----
+
+
+def checked(path: Path, config: ModelConfig, tensors: dict[str, Tensor], tokenizer: Tokenizer) -> Pretrained:
+    """The same as a Pretrained, after comparing every name and shape with the config and looking for NaN and Inf."""
+    # 先看层数，再造模型：配置里写着十亿层的文件不会把内存吃光
+    layers = {int(match[1]) for name in tensors if (match := re.match(r"h\.(\d{1,6})\.", str(name)))}
+    if len(layers) != config.n_layer or max(layers) != config.n_layer - 1:
+        raise ConfigError("pretrained_damaged", file=path, reason=f"{len(layers)} blocks, config says {config.n_layer}")
+    with torch.device("meta"):
+        expected = {name: tuple(p.shape) for name, p in build_model(replace(config, dropout=0.0), 0).state_dict().items()}
+    if config.tie_embeddings:
+        expected.pop("lm_head.weight")
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    for name in sorted(set(expected) | set(map(str, tensors))):
+        got = tensors.get(name)
+        if name not in expected or not isinstance(got, Tensor) or tuple(got.shape) != expected[name] or not got.is_floating_point():
+            found = "missing" if got is None else f"{got.dtype} {tuple(got.shape)}" if isinstance(got, Tensor) else type(got).__name__
+            raise ConfigError("pretrained_damaged", file=path, reason=f"{name}: {found}, wanted: {expected.get(name, 'nothing')}")
+    if name := first_not_finite(floating(tensors)):
+        raise ConfigError("pretrained_damaged", file=path, reason=text("nan_weights", tensor=name))
+    return Pretrained(config, tensors, tokenizer)

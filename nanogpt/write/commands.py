@@ -1,0 +1,331 @@
+"""Interactive writing without its surface: a session of settings, commands and texts; reads lines, writes text to stdout."""
+
+import difflib
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nanogpt.base.config import check_range
+from nanogpt.base.files import folders_around
+from nanogpt.base.groups import option, parsed
+from nanogpt.base.language import ConfigError, say, show, text
+from nanogpt.base.quoting import typed_override, word
+from nanogpt.base.sample_config import SAMPLE_CHOICES, SAMPLE_RANGES, SampleConfig
+from nanogpt.base.user_yaml import group_options
+from nanogpt.base.value_checks import unescaped
+from nanogpt.write.control import KINDS, build_control, read_form, takes_forms
+from nanogpt.write.engine import Result, Writer
+from nanogpt.write.loading import Model, Settings
+from nanogpt.write.samples import SEPARATOR, Records, in_order, recorded, settings_record
+
+# 换 sampler 时跟着走的设置：与怎么挑候选无关
+KEPT = ("repetition_penalty", "no_repeat_ngram")
+# 命令名 -> 配置里的键
+NUMBERS = {"tokens": "max_new_tokens", "seed": "seed", "samples": "num_samples"}
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text that was written: how it was asked for, and everything that was shown of it."""
+
+    typed: str
+    """The prompt with its form."""
+    number: int
+    """Added to the seed."""
+    shown: str
+    result: Result
+    settings: Settings
+
+
+class Session:
+    """What interactive mode remembers. `handle(line)` writes a text or obeys a command; mistakes change nothing."""
+
+    def __init__(self, cfg: SampleConfig, model: Model, *, piped: bool):
+        self.cfg, self.model = cfg, model
+        self.settings, self.samples = Settings.of(cfg), cfg.num_samples
+        self.temperature = cfg.temperature
+        self.chosen = {group: cfg.groups.get(group, "?") for group in ("sampler", "control")}
+        self.records = Records(cfg.output, model.name)
+        self.written: list[Written] = []
+        self.piped = piped
+        """A line stands between the texts of different prompts too, and Ctrl-C ends everything."""
+        self.printed = self.done = False
+        self.commands: dict[str, Callable[[str], None]] = {
+            **{name.removeprefix("_do_"): getattr(self, name) for name in dir(self) if name.startswith("_do_")},
+            **{name: partial(self._set_number, name) for name in NUMBERS},
+            **{kind: partial(self._set_wish, kind) for kind in KINDS},
+        }
+
+    # ---- 读一行 ----
+
+    def handle(self, line: str) -> None:
+        """A prompt, or /command value; // begins a prompt with a slash. ConfigError on a mistake."""
+        if line.startswith("／"):
+            line = "/" + line[1:]
+        if not line.startswith("/") or line.startswith("//"):
+            if line.strip():
+                self.write(line[1:] if line.startswith("//") else line)
+            return
+        name, _, value = line[1:].strip().partition(" ")
+        name, value = name.lower(), value.strip()
+        if name in self.commands:
+            self.commands[name](value)
+        elif name in self.sampler_keys():
+            self._set_sampler_key(name, value)
+        else:
+            close = difflib.get_close_matches(name, self.names(), n=1)
+            raise ConfigError("unknown_command", got=name, guess=text("did_you_mean", guess=f"/{close[0]}") if close else "")
+
+    def names(self) -> list[str]:
+        """All commands."""
+        return sorted({*self.commands, *self.sampler_keys()})
+
+    def sampler_keys(self) -> list[str]:
+        """Keys of the sampler in use; each is a command."""
+        return [key for key in self.settings.sampler if key != "_target_"]
+
+    def values(self, command: str) -> list[str]:
+        """Words that may follow a command."""
+        if command in ("sampler", "control"):
+            extra = [k for k in self.settings.control if k not in ("_target_", *KINDS) and not self._is_table(k)]
+            return group_options(command) + (extra if command == "control" else [])
+        if command == "unknown":
+            return list(SAMPLE_CHOICES["unknown"])
+        if command in KINDS and takes_forms(self.settings.control):
+            return build_control(self.settings.control).known(self.model.tokenizer)[command]
+        return []
+
+    # ---- 写作 ----
+
+    def write(self, typed: str, *, first: int = 0, samples: int | None = None, goes_on: bool = False) -> None:
+        """Write texts behind a prompt and print them; Ctrl-C ends the one that is being shown and drops those behind it."""
+        count = samples or self.samples
+        requests = [self.settings.request(typed, first + n) for n in range(count)]
+        writer = self.model.writer_of(requests, batch_size=self.cfg.batch_size, skip="/unknown skip")
+        opened = -1
+
+        def finished(result: Result) -> None:
+            self.written.append(Written(typed, first + opened, result.request.prompt + whole(result.text), result, self.settings))
+
+        try:
+            for piece in in_order(recorded(writer, self.records, self.settings, lambda done: None), count):
+                if piece.key != opened:
+                    opened = piece.key
+                    self._open("" if goes_on else piece.prompt)
+                self._print(whole(piece.text) if piece.result else piece.text, end="\n" if piece.result else "")
+                if piece.result:
+                    finished(piece.result)
+        except KeyboardInterrupt:
+            self._interrupted(writer, opened, finished)
+        except ConfigError:
+            if opened >= 0:
+                # 错误信息另起一行
+                self._print("", end="\n")
+            raise
+
+    def _interrupted(self, writer: Writer, key: int, finished: Callable[[Result], None]) -> None:
+        # 还没显示的（key 为 -1）和排在后面的不留
+        if key in writer.texts:
+            piece = writer.interrupt(key)
+            self._print(piece.text, end="\n")
+            self.records.add(piece.result, self.settings)
+            finished(piece.result)
+        say("sample_stopped")
+        if self.piped:
+            # 脚本里没有人接着打字：其余的也不写了
+            raise KeyboardInterrupt
+
+    def _open(self, prompt: str) -> None:
+        if self.printed:
+            self._print(SEPARATOR, end="\n")
+        self.printed = True
+        self._print(prompt)
+
+    def _print(self, piece: str, end: str = "") -> None:
+        show(piece, end=end)
+
+    def begin(self) -> None:
+        """A new line was read: on a terminal its texts stand for themselves."""
+        self.printed = self.printed and self.piped
+
+    def _last(self) -> Written:
+        if not self.written:
+            raise ConfigError("nothing_written")
+        return self.written[-1]
+
+    # ---- 设置 ----
+
+    def change(self, **fields: Any) -> None:
+        """Take settings over if a text could be written with them."""
+        changed = replace(self.settings, **fields)
+        changed.request("")
+        self.settings = changed
+
+    def _changed(self, key: str, value: Any) -> None:
+        say("setting", key=key, value=value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+    def _set_sampler_key(self, name: str, value: str) -> None:
+        number = parsed(f"sampler.{name}", value)
+        self.change(sampler={**self.settings.sampler, name: number})
+        if name == "temperature":
+            # 之后换上的 sampler 也用它
+            self.temperature = number
+        self._changed(f"sampler.{name}", number)
+
+    def _set_number(self, command: str, value: str) -> None:
+        key, number = NUMBERS[command], parsed(NUMBERS[command], value)
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise ConfigError("wrong_type", key=key, got=value, want="int")
+        check_range(key, number, *SAMPLE_RANGES[key])
+        if command == "samples":
+            self.samples = number
+        else:
+            self.change(**{key: number})
+        self._changed(key, number)
+
+    def _set_wish(self, kind: str, value: str) -> None:
+        if not takes_forms(self.settings.control):
+            raise ConfigError("control_off", kind=kind, name=self.chosen["control"])
+        self.change(control={**self.settings.control, kind: value or None})
+        self._changed(f"control.{kind}", value or None)
+
+    def _is_table(self, key: str) -> bool:
+        return isinstance(self.settings.control[key], dict | list)
+
+    # ---- 命令：_do_<名字>(其后的文字) ----
+
+    def _do_help(self, value: str) -> None:
+        say("interactive_help", sampler_keys=" ".join(f"/{key}" for key in self.sampler_keys()))
+
+    def _do_quit(self, value: str) -> None:
+        self.done = True
+
+    def _do_settings(self, value: str) -> None:
+        for line in self.overview():
+            show(line, file=sys.stderr)
+
+    def overview(self) -> list[str]:
+        """Every setting as key=value, as it would be typed on the command line."""
+        shown = {k: v for k, v in self.settings.control.items() if k != "_target_" and not self._is_table(k)}
+        control = [self._typed(f"control.{k}", v) for k, v in shown.items()]
+        return [
+            f"model: {self.model.name}",
+            " ".join([f"sampler={self.chosen['sampler']}", *(f"sampler.{k}={plain(self.settings.sampler[k])}" for k in self.sampler_keys())]),
+            " ".join([f"control={self.chosen['control']}", *control]),
+            f"max_new_tokens={self.settings.max_new_tokens} seed={self.settings.seed} num_samples={self.samples} "
+            f"{word('stop=' + json.dumps(self.settings.stop, ensure_ascii=False))} unknown={self.settings.unknown} "
+            + self._typed("output", self.cfg.output),
+        ]
+
+    def _typed(self, key: str, value: Any) -> str:
+        return typed_override(key, value if value is None else plain(value))
+
+    def _do_stop(self, value: str) -> None:
+        stops = parsed("stop", value) if value.startswith("[") else [value] if value else []
+        if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+            raise ConfigError("wrong_type", key="stop", got=value, want="[str]")
+        if "" in stops:
+            raise ConfigError("empty_stop")
+        self.change(stop=[unescaped(stop) for stop in stops])
+        self._changed("stop", self.settings.stop)
+
+    def _do_unknown(self, value: str) -> None:
+        if value not in SAMPLE_CHOICES["unknown"]:
+            raise ConfigError("not_a_choice", key="unknown", got=value, allowed=" | ".join(SAMPLE_CHOICES["unknown"]))
+        self.change(unknown=value)
+        self._changed("unknown", value)
+
+    def _do_control(self, value: str) -> None:
+        key, _, setting = value.partition(" ")
+        if not key:
+            for kind, names in build_control(self.settings.control).known(self.model.tokenizer).items():
+                say("control_knows", kind=kind, names=" ".join(names))
+        elif not setting:
+            node = option("control", key, self.temperature)
+            # 换一种控制方式，风格和情绪不变
+            kept = {kind: self.settings.control[kind] for kind in KINDS if kind in node and kind in self.settings.control}
+            self.change(control={**node, **kept})
+            self.chosen["control"] = key
+            self._changed("control", key)
+        elif key in KINDS:
+            self._set_wish(key, setting.strip())
+        elif key not in self.settings.control or key == "_target_" or self._is_table(key):
+            raise ConfigError("unknown_setting", group="control", got=key, known=" ".join(self.values("control")))
+        else:
+            self.change(control={**self.settings.control, key: parsed(f"control.{key}", setting)})
+            self._changed(f"control.{key}", self.settings.control[key])
+
+    def _do_sampler(self, value: str) -> None:
+        if not value:
+            raise ConfigError("unknown_option", group="sampler", got="", options=", ".join(group_options("sampler")))
+        if value == self.cfg.groups.get("sampler"):
+            # 命令行选的那个：连同当时写的值一起回来
+            node = dict(self.cfg.sampler)
+            if node.get("temperature") == self.cfg.temperature:
+                node["temperature"] = self.temperature
+        else:
+            node = option("sampler", value, self.temperature)
+        kept = {key: self.settings.sampler[key] for key in KEPT if key in node and key in self.settings.sampler}
+        self.change(sampler={**node, **kept})
+        self.chosen["sampler"] = value
+        self._changed("sampler", value)
+
+    def _do_again(self, value: str) -> None:
+        last = self._last()
+        self.write(last.typed, first=last.number + 1)
+
+    def _do_more(self, value: str) -> None:
+        last = self._last()
+        # 开头里的 style:…| 对续写也有效
+        head = last.typed[: len(last.typed) - len(read_form(last.typed).prompt)] if takes_forms(self.settings.control) else ""
+        before = len(self.written)
+        self.write(head + last.shown, first=last.number + 1, samples=1, goes_on=True)
+        for at in range(before, len(self.written)):
+            # /again 重写的仍是最初的开头
+            self.written[at] = replace(self.written[at], typed=last.typed)
+
+    def _do_save(self, value: str) -> None:
+        first, _, rest = value.partition(" ")
+        whole_session = first == "all"
+        path = Path((rest.strip() if whole_session else value) or "samples.txt")
+        if path.suffix not in (".txt", ".jsonl"):
+            raise ConfigError("save_suffix", got=path)
+        chosen = self.written if whole_session else [self._last()]
+        if not chosen:
+            raise ConfigError("nothing_written")
+        try:
+            with folders_around(path), path.open("a", encoding="utf-8", newline="\n") as file:
+                file.write("".join(map(saved_text if path.suffix == ".txt" else saved_record, chosen)))
+        except OSError as error:
+            raise ConfigError("save_not_writable", got=path, reason=error.strerror) from None
+        say("saved", count=len(chosen), path=path)
+
+
+def whole(piece: str) -> str:
+    """A text's last piece without the half character that max_new_tokens may have cut off."""
+    return piece.removesuffix("\ufffd")
+
+
+def saved_text(written: Written) -> str:
+    """A text and a separating line."""
+    return f"{written.shown}\n{SEPARATOR}\n"
+
+
+def saved_record(written: Written) -> str:
+    """A text as one json line."""
+    prompt = written.result.request.prompt
+    record = {
+        "prompt": prompt, "text": written.shown.removeprefix(prompt), "finish": written.result.finish, "seed": written.result.request.seed,
+        "settings": settings_record(written.result, written.settings), "saved": time.strftime("%Y-%m-%dT%H:%M:%S"),
+    }
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def plain(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

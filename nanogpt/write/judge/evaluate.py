@@ -1,0 +1,267 @@
+"""python -m nanogpt.control evaluate: does a model write what it is asked for, and what does that cost?
+
+Every label is written `samples` times, judged, and set beside real texts under the same judge. A hit is a text that the
+judge gives the label that was asked for; a text of the set that occurs twice counts once, and a poem that was cut off at
+max_new_tokens has no form.
+"""
+
+import dataclasses
+import re
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from nanogpt.base.console import Console
+from nanogpt.base.groups import option
+from nanogpt.base.language import ConfigError
+from nanogpt.base.sample_config import SampleConfig
+from nanogpt.data import corpus
+from nanogpt.data.documents import Document, DocumentData, open_data
+from nanogpt.data.labels import LABEL_KINDS
+from nanogpt.data.tokens import find_prepared
+from nanogpt.run.summary import device_name, versions
+from nanogpt.weights import checkpoint
+from nanogpt.write.control.prefixes import language_of
+from nanogpt.write.engine import Result
+from nanogpt.write.judge.judges import CI, Judge, Verdict, build_judge, lengths, read_judge_part
+from nanogpt.write.judge.measures import COPY, Seen, distinct, mean_share, share, without_space
+from nanogpt.write.judge.perplexity import guided_perplexity
+from nanogpt.write.loading import Model, Settings, open_model
+
+FORMAT = 1
+# 为什么不算命中；前几种由评判说，这两种由写作的结果定
+UNFINISHED, REPEATED = "unfinished", "repeated"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to measure: texts per label, the dials of control=codes, and whether to measure the baselines too."""
+
+    samples: int
+    guidance: Sequence[float]
+    baseline: bool = False
+    keep_texts: bool = False
+
+
+@dataclass
+class Ground:
+    """What all settings of an evaluation are held against: judge, training texts, tunes of real ci."""
+
+    kind: str
+    labels: list[str]
+    judge: Judge
+    accuracy: dict[str, dict]
+    """Per label: the judge on real texts that it has not seen (measures.share)."""
+    seen: Seen
+    tunes: set[tuple[int, ...]]
+    """Sequences of segment lengths of real ci, where 宋词 is a label."""
+
+
+# ---- 数据 ----
+
+
+def data_of_run(run_dir: Path, model: Model) -> DocumentData:
+    """The documents that the run was trained on: its own data/, else the data set folder that its config.yaml names."""
+    folder = run_dir / "data"
+    if not (folder / "meta.json").is_file():
+        folder = _named_folder(run_dir)
+    data = open_data(folder) if folder and (folder / "meta.json").is_file() else None
+    if data is None:
+        raise ConfigError("evaluate_no_data", path=run_dir, folder=folder or "-")
+    if not isinstance(data, DocumentData) or data.tokenizer.to_dict() != model.tokenizer.to_dict():
+        raise ConfigError("vocab_mismatch", name=data.name, reason="tokenizer.json")
+    return data
+
+
+def _named_folder(run_dir: Path) -> Path | None:
+    try:
+        dataset = dict(yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))["dataset"])
+        name, directory = dataset.pop("name"), dataset.pop("dir")
+        # 运行目录可能来自陌生人：名字里不许有路径
+        if not re.fullmatch(r"\w+", name):
+            return None
+        found = checkpoint.checkpoints(run_dir)
+        return (found and not directory and find_prepared(name, found[-1].data_fingerprint())) or corpus.folder_of(name, directory, dataset)
+    except (ConfigError, OSError, KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError):
+        return None
+
+
+def choose_kind(model: Model, wanted: str | None) -> str:
+    """The kind of labels to evaluate: the one asked for, else the first that the model has."""
+    have = [kind for kind in LABEL_KINDS if model.tokenizer.labels.get(kind)]
+    if not have:
+        raise ConfigError("evaluate_no_labels", model=model.name)
+    if wanted and wanted not in have:
+        raise ConfigError("evaluate_no_kind", got=wanted, have=", ".join(have))
+    return wanted or have[0]
+
+
+def lay_ground(data: DocumentData, kind: str, labels: list[str]) -> Ground:
+    """Train the judge and index the training texts."""
+    part = read_judge_part(data.folder)
+    judge, accuracy = build_judge(kind, labels, part)
+    trained_on = list(data.documents("train"))
+    tunes = {lengths(d.text) for d in [*trained_on, *part] if d.style == CI} if judge.name == "form" and CI in labels else set()
+    return Ground(kind, labels, judge, accuracy, Seen(d.text for d in trained_on), tunes)
+
+
+# ---- 写 ----
+
+
+def settings_of(ground: Ground, asked: Asked) -> Iterator[tuple[str, float | None, Callable[[str], dict]]]:
+    """(control, guidance, control node for a label) of everything to measure."""
+    for guidance in asked.guidance:
+        yield "codes", guidance, lambda label, g=guidance: {**_node("codes"), ground.kind: label, "guidance": g}
+    if asked.baseline:
+        yield "prefix", None, lambda label: in_words(ground, label)
+        yield "none", None, lambda label: _node("none")
+
+
+def in_words(ground: Ground, label: str) -> dict:
+    """control=prefix as a person types it: the label by its name in the language of the texts, nothing else changed."""
+    names = [label, *_node("codes")["aliases"][ground.kind].get(label, [])]
+    # 词表写不出的句子，命令行上会略去：这里也一样，另做一套就不是同一个东西的成绩
+    typed = next((name for name in names if (language_of(name) == "zh") == ground.seen.chinese), label)
+    return {**_node("prefix"), ground.kind: typed}
+
+
+@cache
+def _node(control: str) -> dict:
+    # 拼一次配置要零点几秒；只读，用时另抄一份再改
+    return option("control", control, temperature=1.0)
+
+
+def write(model: Model, cfg: SampleConfig, labels: list[str], node: Callable[[str], dict], samples: int) -> dict[str, list[Result]]:
+    """`samples` texts for each label, from nothing but the label; seeds from cfg.seed on, the same ones for every label."""
+    base, requests = Settings.of(cfg), []
+    # 不控制时各标签问的是同一件事：种子错开，才不是同样的文字
+    alike = node(labels[0]) == node(labels[-1])
+    for number, label in enumerate(labels):
+        settings = dataclasses.replace(base, control=node(label))
+        requests += [settings.request("", number * samples * alike + i) for i in range(samples)]
+    writer = model.writer_of(requests, batch_size=cfg.batch_size)
+    results: dict[int, Result] = {}
+    with Console(stream="stderr").progress(len(requests), 0, title="progress_writing") as advance:
+        for piece in writer.write():
+            if piece.result:
+                results[piece.key] = piece.result
+                advance(len(results))
+    return {label: [results[number * samples + i] for i in range(samples)] for number, label in enumerate(labels)}
+
+
+# ---- 量 ----
+
+
+def judged(judge: Judge, texts: list[str], finished: list[bool]) -> list[Verdict]:
+    """Verdicts on the texts written for one label: a repeated one has none, nor has a poem that was cut off."""
+    verdicts, before = [], set()
+    for verdict, text, is_finished in zip(judge.verdicts(texts), map(without_space, texts), finished):
+        if judge.name == "form" and not is_finished:
+            verdict = Verdict(None, UNFINISHED)
+        elif verdict.label and text in before:
+            # 总写同一首好诗，不能算一百次
+            verdict = Verdict(None, REPEATED)
+        before.add(text)
+        verdicts.append(verdict)
+    return verdicts
+
+
+def described(texts: list[str], seen: Seen) -> dict:
+    """What is measured of texts besides their label."""
+    known = [pairs for text in texts if (pairs := seen.known_pairs(text)) is not None]
+    return {
+        "distinct": [distinct(texts, n) for n in (1, 2, 3)],
+        "known_pairs": statistics.fmean(known) if known else None,
+        "copies": share(sum(map(seen.copies, texts)), len(texts)),
+        "length": statistics.fmean(len(without_space(text)) for text in texts) if texts else None,
+    }
+
+
+def measured(ground: Ground, written: dict[str, list[tuple[str, bool]]], verdicts: dict[str, list[Verdict]]) -> dict:
+    """The record of one setting from (text, finished) and the verdict on each text of each label."""
+    rows = {}
+    for label, pairs in written.items():
+        texts, finished = [text for text, _ in pairs], [done for _, done in pairs]
+        rows[label] = {
+            **share(sum(v.label == label for v in verdicts[label]), len(texts)),
+            "judged": dict(Counter(v.label or v.why for v in verdicts[label]).most_common()),
+            **described(texts, ground.seen), "finished": sum(finished) / len(finished),
+        }
+    together = [pair for pairs in written.values() for pair in pairs]
+    total = {
+        **mean_share(list(rows.values())), **described([text for text, _ in together], ground.seen),
+        "finished": sum(done for _, done in together) / len(together),
+    }
+    return {"labels": rows, "total": total, "tunes": tunes(ground, [text for text, _ in written.get(CI, [])])}
+
+
+def tunes(ground: Ground, ci: list[str]) -> dict | None:
+    """Share of ci whose segment lengths are exactly those of a real one; None where the question makes no sense."""
+    return share(sum(lengths(text) in ground.tunes for text in ci), len(ci)) if ground.tunes and ci else None
+
+
+def real_texts(ground: Ground, data: DocumentData, samples: int) -> dict:
+    """The same record of as many validation texts (fewer where there are fewer), with the judge's own accuracy for hits."""
+    by_label: dict[str, list[Document]] = {label: [] for label in ground.labels}
+    for document in data.documents("val"):
+        if (label := getattr(document, ground.kind)) in by_label:
+            by_label[label].append(document)
+    # 同样多篇才可比：不同 n 元的比例随篇数下降
+    chosen = {label: [found[i].text for i in np.linspace(0, len(found), min(samples, len(found)), endpoint=False).astype(int)]
+              for label, found in by_label.items()}
+    together = [text for texts in chosen.values() for text in texts]
+    rows = {label: {**ground.accuracy[label], **described(texts, ground.seen), "finished": None} for label, texts in chosen.items()}
+    total = {**mean_share(list(ground.accuracy.values())), **described(together, ground.seen), "finished": None}
+    return {"labels": rows, "total": total, "tunes": tunes(ground, [d.text for d in by_label.get(CI, [])])}
+
+
+# ---- 整个评估 ----
+
+
+def evaluate(cfg: SampleConfig, run_dir: Path, asked: Asked, kind: str | None, show: Callable[[str, dict], None]) -> dict:
+    """Measure a run; show(name, record so far) is called as soon as a part of it is there. Returns what --output holds."""
+    model = open_model(cfg, run_dir)
+    kind = choose_kind(model, kind)
+    data = data_of_run(run_dir, model)
+    labels = list(data.labels.get(kind, []))
+    ground = lay_ground(data, kind, labels)
+    record = {
+        "format": FORMAT, "run": str(run_dir), "checkpoint": Path(model.name).name, "kind": kind, "labels": labels,
+        "samples": asked.samples, "device": device_name(model.network.device), "versions": {**versions(), "scikit-learn": version("scikit-learn")},
+        "settings": _plain_settings(cfg), "copy_characters": COPY,
+        "judge": {"name": ground.judge.name, "accuracy": mean_share(list(ground.accuracy.values()))},
+        "real": real_texts(ground, data, asked.samples), "results": [],
+    }
+    show("real", record)
+    perplexity = guided_perplexity(model, data, [0.0, *asked.guidance])
+    record["perplexity_without_labels"] = perplexity[0]
+    by_guidance = dict(zip(asked.guidance, perplexity[1:]))
+    for control, guidance, node in settings_of(ground, asked):
+        written = write(model, cfg, labels, node, asked.samples)
+        pairs = {label: [(r.text, r.finish != "length") for r in results] for label, results in written.items()}
+        verdicts = {label: judged(ground.judge, *map(list, zip(*listed))) for label, listed in pairs.items()}
+        entry = {
+            "control": control, "guidance": guidance, "perplexity": by_guidance.get(guidance) if control == "codes" else None,
+            **measured(ground, pairs, verdicts),
+        }
+        if asked.keep_texts:
+            entry["texts"] = {label: list(map(_text_record, results, verdicts[label])) for label, results in written.items()}
+        record["results"].append(entry)
+        show("result", record)
+    return record
+
+
+def _plain_settings(cfg: SampleConfig) -> dict:
+    keys = ("checkpoint", "max_new_tokens", "stop", "stop_at_end_of_text", "seed", "batch_size")
+    return {**{key: getattr(cfg, key) for key in keys}, "precision": cfg.precision.dtype, "sampler": dict(cfg.sampler)}
+
+
+def _text_record(result: Result, verdict: Verdict) -> dict:
+    return {"text": result.text, "finish": result.finish, "seed": result.request.seed, "judged": verdict.label or verdict.why}

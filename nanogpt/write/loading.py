@@ -1,0 +1,196 @@
+"""From the sampling config to a model that is ready to write, and the settings of each text."""
+
+import contextlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanogpt.base.config import HardwareConfig
+from nanogpt.base.language import ConfigError
+from nanogpt.base.sample_config import FROM_FILE, SampleConfig, file_of
+from nanogpt.base.value_checks import unescaped
+from nanogpt.core import machine
+from nanogpt.core.precision import Precision
+from nanogpt.core.sampling import Sampler, build_sampler
+from nanogpt.data import tokenizer as tokenizers
+from nanogpt.data.source_text import iter_text, resolved
+from nanogpt.weights import checkpoint
+from nanogpt.weights.build import model_of
+from nanogpt.weights.pretrained import build_pretrained, open_pretrained
+from nanogpt.write.control import build_control, read_form, takes_forms
+from nanogpt.write.engine import Request, Writer, default_prompt
+from nanogpt.write.speed.acceleration import HALF, accelerate
+
+# 再大就不是开头，而是一份语料：不整个读进内存
+LARGEST_PROMPTS = 64 * 2**20
+
+
+@dataclass
+class Settings:
+    """How to write; everything here may change between two texts."""
+
+    sampler: dict[str, Any]
+    max_new_tokens: int
+    seed: int
+    stop: list[str]
+    stop_at_end_of_text: bool
+    control: dict[str, Any] = field(default_factory=dict)
+    unknown: str = "error"
+    """What happens to characters that the vocabulary lacks: error | skip."""
+
+    @classmethod
+    def of(cls, cfg: SampleConfig) -> "Settings":
+        """What conf/sample.yaml and the command line say."""
+        stop = [unescaped(s) for s in cfg.stop]
+        sampler, control = dict(cfg.sampler), dict(cfg.control)
+        return cls(sampler, cfg.max_new_tokens, cfg.seed, stop, cfg.stop_at_end_of_text, control, cfg.unknown)
+
+    def request(self, prompt: str, number: int = 0) -> Request:
+        """The request for the number-th text behind a prompt, which may begin with `style:…|` or `emotion:…|` of its own."""
+        control = self.control
+        if takes_forms(control):
+            wish = read_form(prompt)
+            control, prompt = {**control, **wish.asked}, wish.prompt
+        return Request(
+            prompt, _sampler(json.dumps(self.sampler)), self.max_new_tokens, self.seed + number,
+            stop=tuple(self.stop), stop_at_end_of_text=self.stop_at_end_of_text, control=build_control(control) if control else None,
+            skip_unknown=self.unknown == "skip",
+        )
+
+
+@lru_cache(maxsize=32)
+def _sampler(node: str) -> Sampler:
+    # 设置相同的文字共用一个采样器：Decoder 才能把它们的 logits 并在一起处理
+    return build_sampler(json.loads(node))
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model in evaluation mode on its device, with its tokenizer; `name` says where it came from."""
+
+    name: str
+    network: torch.nn.Module
+    tokenizer: tokenizers.Tokenizer
+    context: Callable[[], contextlib.AbstractContextManager]
+
+    @property
+    def id(self) -> str:
+        """What other programs call it: the name of its folder, the same whichever checkpoint is loaded."""
+        path = Path(self.name).resolve()
+        if checkpoint.NAME.fullmatch(path.name):
+            path = path.parent
+        return path.parent.name if path.name == "ckpt" else path.name
+
+    @property
+    def writes_documents(self) -> bool:
+        """Whether every text begins with a separator, so that nothing need stand before it."""
+        return self.network.config.separator is not None
+
+    @property
+    def default_prompt(self) -> str:
+        """What start=null means."""
+        return default_prompt(self.tokenizer, self.network.config.separator)
+
+    def writer(self, *, capacity: int, max_length: int | None = None) -> Writer:
+        """A Writer of `capacity` rows."""
+        return Writer(
+            self.network, self.tokenizer, capacity=capacity, max_length=max_length, context=self.context,
+        )
+
+    def writer_of(self, requests: list[Request], *, batch_size: int, skip: str | None = None) -> Writer:
+        """A Writer to which all requests are submitted, with no more rows and no longer a cache than they need.
+
+        `skip` is what a person would type to have unknown characters passed over.
+        """
+        writer = self.writer(capacity=min(batch_size, len(requests)))
+        try:
+            # 全部开头先编码：第 100 个里有词表没有的字，也在开写之前就说
+            for request in requests:
+                writer.submit(request)
+        except tokenizers.UnknownCharacters as error:
+            raise tokenizers.UnknownCharacters(error.characters, skip) from None
+        writer.max_length = max(text.prompt_tokens + text.request.max_new_tokens for text in writer.texts.values())
+        return writer
+
+
+def load(source: checkpoint.Checkpoint, device: torch.device, code: str | None = None):
+    """The model of a checkpoint in evaluation mode, and its tokenizer; `code` is the model class that was typed."""
+    return model_of(source, code).to(device).eval(), tokenizers.load(source.folder / "tokenizer.json")
+
+
+def open_model(cfg: SampleConfig, run_dir: Path | None) -> Model:
+    """The model of a run folder, or, where that is None, the pretrained one that init_from names."""
+    device = machine.choose_device(cfg.device, HardwareConfig())
+    machine.set_up(device, deterministic=False, hardware=HardwareConfig())
+    if run_dir is None:
+        pretrained = open_pretrained(cfg.init_from, which=cfg.checkpoint, code=cfg.model["_target_"])
+        return ready(cfg, cfg.init_from, build_pretrained(pretrained).to(device), pretrained.tokenizer)
+
+    def opened(source: checkpoint.Checkpoint):
+        return (source.name, *load(source, device, cfg.model["_target_"]))
+
+    named, network, tokenizer = checkpoint.use(run_dir, cfg.checkpoint, opened, key="out_dir")
+    return ready(cfg, f"{run_dir}/{named}", network, tokenizer)
+
+
+def ready(cfg: SampleConfig, name: str, network: torch.nn.Module, tokenizer: tokenizers.Tokenizer) -> Model:
+    """A loaded model in the wanted number format, on its fastest path."""
+    # CPU 上的 fp16、bf16 与训练时一样只做舍入；其余格式由权重自己的类型决定
+    rounded = network.device.type == "cpu" and cfg.precision.dtype in HALF
+    context = Precision(cfg.precision, network.device).context if rounded else contextlib.nullcontext
+    accelerate(network.eval(), cfg.precision.dtype, fast=cfg.fast and not rounded)
+    return Model(name, network, tokenizer, context)
+
+
+def prompt_text(start: str) -> str:
+    """The prompt itself, unescaped, or the content of the file that FILE:… names, without its last line break."""
+    if not start.startswith(FROM_FILE):
+        return unescaped(start)
+    # 编辑器总在文件末尾添一个换行：它不是要写下去的开头
+    return file_text(file_of(start), "start", start).removesuffix("\n")
+
+
+def file_text(path: Path, key: str, got: str) -> str:
+    """The content of a file of prompts; ConfigError where there is none or it is too large to be that."""
+    if not path.is_file():
+        raise ConfigError("missing_file", key=key, got=got)
+    if (size := path.stat().st_size) > LARGEST_PROMPTS:
+        raise ConfigError("large_prompts", key=key, got=got, size=size / 2**20, most=LARGEST_PROMPTS // 2**20)
+    return "".join(iter_text(*resolved([path], key=None)[0]))
+
+
+def prompt_list(cfg: SampleConfig, default: str) -> list[str]:
+    """All prompts that the config names, in order: those of prompts=FILE, of starts=[…], start=…, or the default."""
+    if cfg.prompts is not None:
+        return prompts_of_file(Path(cfg.prompts))
+    starts = cfg.starts or ([] if cfg.start is None else [cfg.start])
+    return [prompt_text(start) for start in starts] or [default]
+
+
+def prompts_of_file(path: Path) -> list[str]:
+    """One prompt per line of a text file (empty lines are passed over), per json line, or per item of a .json list: a string or {"prompt": …}."""
+    content, suffix = file_text(path, "prompts", str(path)), path.suffix.lower()
+    prompts, number = [], 0
+    try:
+        # 不用 splitlines：开头里可以有 U+2028、U+0085 之类
+        items = json.loads(content) if suffix == ".json" else content.split("\n")
+        # 一个字典、一串文字也能一项一项地取：那不是一列开头
+        for item in items if isinstance(items, list) else [None]:
+            number += 1
+            if isinstance(item, str) and not item.strip():
+                continue
+            record = json.loads(item) if suffix in (".jsonl", ".ndjson") else item
+            prompt = record if isinstance(record, str) else record["prompt"]
+            # 半个代理对（"\\ud800"）存不进文件，也编不成字节
+            prompt.encode("utf-8")
+            prompts.append(prompt)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ConfigError("bad_prompt_list" if suffix == ".json" else "bad_prompt_line", path=path, number=max(number, 1)) from None
+    if not prompts:
+        raise ConfigError("no_prompts", path=path)
+    return prompts

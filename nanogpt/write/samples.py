@@ -1,0 +1,103 @@
+"""One-shot and batch writing: texts on stdout in the order of the prompts, records in a jsonl file."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from nanogpt.base.console import Console
+from nanogpt.base.files import check_writable, folders_around
+from nanogpt.base.language import ConfigError, show
+from nanogpt.base.sample_config import SampleConfig
+from nanogpt.write.engine import Piece, Result, Writer
+from nanogpt.write.loading import Model, Settings, prompt_list
+
+# 与 nanoGPT 相近的分隔线；输出给程序读时请用 output=
+SEPARATOR = "-" * 40
+
+
+class Records:
+    """Appends one json line per finished text to a file; what is there stays. Without a path it does nothing."""
+
+    def __init__(self, path: str | None, model_name: str):
+        self.path = Path(path) if path else None
+        self.model_name = model_name
+        if self.path:
+            try:
+                # 写不进去要在开始写作之前就知道
+                check_writable(self.path)
+            except OSError as error:
+                raise ConfigError("output_not_writable", got=path, reason=error.strerror) from None
+
+    def add(self, result: Result, settings: Settings) -> None:
+        """Append one text, how it was written and how long it took."""
+        if not self.path:
+            return
+        writing = result.seconds - result.seconds_to_first_token
+        record = {
+            "prompt": result.request.prompt, "text": result.text, "finish": result.finish, "seed": result.request.seed,
+            "tokens": result.tokens, "prompt_tokens": result.prompt_tokens,
+            "seconds_to_first_token": round(result.seconds_to_first_token, 4), "seconds": round(result.seconds, 4),
+            "tokens_per_s": round((result.tokens - 1) / writing, 2) if result.tokens > 1 and writing > 0 else None,
+            "model": self.model_name, "settings": settings_record(result, settings),
+        }
+        with folders_around(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def settings_record(result: Result, settings: Settings) -> dict:
+    """The settings as json: of the control its plain values, with the style and emotion of this very text and the labels they became."""
+    record, control = dataclasses.asdict(settings), result.request.control
+    own = {"style": control.style, "emotion": control.emotion, "labels": result.request.labels} if control else {}
+    # 模板与词表几十行，不必每条记录都抄一遍
+    record["control"] = {key: value for key, value in record["control"].items() if not isinstance(value, dict | list)} | own
+    return record
+
+
+def in_order(pieces: Iterator[Piece], count: int) -> Iterator[Piece]:
+    """Pieces of texts 0, 1, …, count - 1 one text after the other; what comes early is held back."""
+    early: dict[int, list[Piece]] = {key: [] for key in range(count)}
+    current = 0
+    for piece in pieces:
+        early[piece.key].append(piece)
+        while current < count and early[current]:
+            ready, early[current] = early[current], []
+            yield from ready
+            if not ready[-1].result:
+                break
+            current += 1
+
+
+def write_samples(cfg: SampleConfig, model: Model) -> None:
+    """Print num_samples texts behind every prompt, in order; the first unfinished one is streamed."""
+    settings = Settings.of(cfg)
+    prompts = prompt_list(cfg, model.default_prompt)
+    requests = [settings.request(prompt, number) for prompt in prompts for number in range(cfg.num_samples)]
+    writer = model.writer_of(requests, batch_size=cfg.batch_size, skip="unknown=skip")
+    records = Records(cfg.output, model.name)
+    # 一个开头是在看它写，许多开头是在等它写完
+    bar = Console(stream="stderr", quiet=len(prompts) == 1)
+    with bar.progress(len(requests), 0, title="progress_writing") as advance:
+        _print(recorded(writer, records, settings, advance), len(requests))
+
+
+def recorded(writer: Writer, records: Records, settings: Settings, advance) -> Iterator[Piece]:
+    """The writer's pieces; every finished text is recorded and counted on the way."""
+    done = 0
+    for piece in writer.write():
+        if piece.result:
+            records.add(piece.result, settings)
+            done += 1
+            advance(done)
+        yield piece
+
+
+def _print(pieces: Iterator[Piece], count: int) -> None:
+    opened = -1
+    for piece in in_order(pieces, count):
+        if piece.key != opened:
+            if opened >= 0:
+                show(SEPARATOR)
+            opened = piece.key
+            show(piece.prompt, end="")
+        show(piece.text, end="\n" if piece.result else "")

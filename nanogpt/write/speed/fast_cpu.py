@@ -1,0 +1,251 @@
+"""One decoding step of a GPT on the CPU as a single compiled function (numba, extra `fast`).
+
+For some rows a token is bound by reading the weights once. Eager PyTorch reads them at half of the
+memory's speed and spends as long again between its many small operations; here all cores read
+disjoint parts of each matrix, float32 or int8, and nothing lies in between. Needs no C++ compiler;
+the compiled code is kept on disk.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from numba import config, njit, prange, set_num_threads
+
+from nanogpt.core.attention import RMS_EPS, CausalSelfAttention, KVCache
+from nanogpt.core.model import GPT, MLP, Block, NgramEmbedding, Norm
+from nanogpt.write.speed.int8 import Int8Linear
+
+# 只许重排加法（SIMD 需要）、合并乘加；不假设没有 NaN 与无穷
+REORDER = {"reassoc", "contract", "nsz"}
+# 成对实测（benchmarks/results/fast_rows.json）：fp32 到 16 行不慢于逐层的矩阵乘，32 行要 1.1 ~ 1.2 倍的时间；int8 到 48 行都快
+# 定死而不在启动时量：量出的选择随机器忙闲而变，同一个种子就写不出同样的字
+MAX_ROWS = {torch.float32: 16, torch.int8: 48}
+ACTIVATIONS = {"none": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3}
+
+
+@njit(inline="always")
+def _exp(x):
+    """e^x in float32 to about 2 ulp for x <= 88; arithmetic only, so that LLVM turns loops over it into SIMD."""
+    x = max(x, np.float32(-87.0))
+    n = np.float32(math.floor(x * np.float32(1.4426950408889634) + np.float32(0.5)))
+    # 分两段减去 n·ln2，余数才不丢位；多项式是 e^r 的泰勒展开，|r| <= ln2 / 2
+    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    p = np.float32(1 / 5040)
+    for c in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
+        p = p * r + np.float32(c)
+    # 直接写指数位：乘以 2^n
+    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@njit(inline="always")
+def _erf(x):
+    """erf in float32, absolute error below 5e-7 (Abramowitz & Stegun 7.1.26)."""
+    t = np.float32(1.0) / (np.float32(1.0) + np.float32(0.3275911) * abs(x))
+    p = np.float32(0.0)
+    for c in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        p = (p + np.float32(c)) * t
+    y = np.float32(1.0) - p * _exp(-x * x)
+    return y if x >= 0 else -y
+
+
+@njit(inline="always")
+def _activate(y, start, stop, kind):
+    """Apply the activation to y[start:stop] in place."""
+    if kind == 1:
+        for n in range(start, stop):
+            y[n] = max(y[n], np.float32(0.0)) ** 2
+    elif kind == 2:
+        for n in range(start, stop):
+            y[n] = np.float32(0.5) * y[n] * (np.float32(1.0) + _erf(y[n] * np.float32(0.7071067811865476)))
+    elif kind == 3:
+        for n in range(start, stop):
+            # (1 + tanh u) / 2 = 1 / (1 + e^-2u)
+            u = np.float32(0.7978845608028654) * (y[n] + np.float32(0.044715) * y[n] * y[n] * y[n])
+            y[n] = y[n] / (np.float32(1.0) + _exp(min(np.float32(-2.0) * u, np.float32(87.0))))
+
+
+@njit(parallel=True, fastmath=REORDER, cache=True)
+def _linear(weight, scale, bias, x, y, activation, add, pieces):
+    """y (B, N) = activation(x (B, K) weight^T (N, K) * scale + bias), or added to y."""
+    n_out, n_in = weight.shape
+    for piece in prange(pieces):
+        start, stop = n_out * piece // pieces, n_out * (piece + 1) // pieces
+        for n in range(start, stop):
+            for b in range(x.shape[0]):
+                total = np.float32(0.0)
+                for k in range(n_in):
+                    total += np.float32(weight[n, k]) * x[b, k]
+                total = total * scale[n] + bias[n]
+                y[b, n] = y[b, n] + total if add else total
+        for b in range(x.shape[0]):
+            _activate(y[b], start, stop, activation)
+
+
+@njit(fastmath=REORDER, cache=True)
+def _normalise(x, gain, bias, layernorm, y):
+    """LayerNorm or gainless RMSNorm of every row of x (B, C) into y."""
+    size = x.shape[1]
+    for b in range(x.shape[0]):
+        mean = np.float32(0.0)
+        if layernorm:
+            for c in range(size):
+                mean += x[b, c]
+            mean /= np.float32(size)
+        square = np.float32(0.0)
+        for c in range(size):
+            square += (x[b, c] - mean) ** 2
+        if layernorm:
+            r = np.float32(1.0) / np.sqrt(square / np.float32(size) + np.float32(1e-5))
+            for c in range(size):
+                y[b, c] = (x[b, c] - mean) * r * gain[c] + bias[c]
+        else:
+            r = np.float32(1.0) / np.sqrt(square / np.float32(size) + np.float32(RMS_EPS))
+            for c in range(size):
+                y[b, c] = x[b, c] * r
+
+
+@njit(fastmath=REORDER, cache=True)
+def _turn(x, cos, sin, qk_norm, out):
+    """QK-norm and rotary embedding of one head's vector x (hs,)."""
+    size = x.shape[0]
+    r = np.float32(1.0)
+    if qk_norm:
+        square = np.float32(0.0)
+        for i in range(size):
+            square += x[i] * x[i]
+        r = np.float32(1.0) / np.sqrt(square / np.float32(size) + np.float32(RMS_EPS))
+    half = size // 2
+    for i in range(size):
+        if cos.shape[0] > 0:
+            out[i] = r * (x[i] * cos[i] + x[i + half if i < half else i - half] * sin[i])
+        else:
+            out[i] = r * x[i]
+
+
+@njit(parallel=True, fastmath=REORDER, cache=True)
+def _attend(qkv, keys, values, lengths, cos, sin, n_head, scale, qk_norm, y):
+    """Write this token's key and value at lengths[b] of keys, values (B, nh, L, hs); attend into y (B, C)."""
+    head_size = keys.shape[3]
+    width = n_head * head_size
+    for job in prange(lengths.shape[0] * n_head):
+        b, h = job // n_head, job % n_head
+        at, last = h * head_size, lengths[b]
+        row = last if cos.shape[0] > 1 else 0
+        q = np.empty(head_size, np.float32)
+        _turn(qkv[b, at : at + head_size], cos[row], sin[row], qk_norm, q)
+        _turn(qkv[b, width + at : width + at + head_size], cos[row], sin[row], qk_norm, keys[b, h, last])
+        for i in range(head_size):
+            values[b, h, last, i] = qkv[b, 2 * width + at + i]
+        weights = np.empty(last + 1, np.float32)
+        highest = np.float32(-np.inf)
+        for t in range(last + 1):
+            score = np.float32(0.0)
+            for i in range(head_size):
+                score += q[i] * keys[b, h, t, i]
+            weights[t] = score * scale
+            highest = max(highest, weights[t])
+        total = np.float32(0.0)
+        out = np.zeros(head_size, np.float32)
+        for t in range(last + 1):
+            weight = _exp(weights[t] - highest)
+            total += weight
+            for i in range(head_size):
+                out[i] += weight * values[b, h, t, i]
+        for i in range(head_size):
+            y[b, at + i] = out[i] / total
+
+
+@njit(cache=True)
+def _step(x, norm_1, attn, proj, norm_2, fc, out, norm_f, head, settings, keys, values, lengths, cos, sin, pieces, logits):
+    """All blocks, the last norm and the head; x (B, C) is overwritten, logits (B, V) filled.
+
+    Each matrix is (weight, scale, bias) and each norm (gain, bias), stacked over the layers.
+    """
+    n_head, layernorm, qk_norm, activation, scale = settings
+    rows, width = x.shape
+    normed, qkv = np.empty((rows, width), np.float32), np.empty((rows, 3 * width), np.float32)
+    inner = np.empty((rows, fc[0].shape[1]), np.float32)
+    for i in range(attn[0].shape[0]):
+        _normalise(x, norm_1[0][i], norm_1[1][i], layernorm, normed)
+        _linear(attn[0][i], attn[1][i], attn[2][i], normed, qkv, 0, False, pieces)
+        _attend(qkv, keys[i], values[i], lengths, cos, sin, n_head, scale, qk_norm, normed)
+        _linear(proj[0][i], proj[1][i], proj[2][i], normed, x, 0, True, pieces)
+        _normalise(x, norm_2[0][i], norm_2[1][i], layernorm, normed)
+        _linear(fc[0][i], fc[1][i], fc[2][i], normed, inner, activation, False, pieces)
+        _linear(out[0][i], out[1][i], out[2][i], inner, x, 0, True, pieces)
+    _normalise(x, norm_f[0], norm_f[1], layernorm, normed)
+    _linear(head[0], head[1], head[2], normed, logits, 0, False, pieces)
+
+
+def fits(model) -> bool:
+    """Whether the model is made of the parts that are compiled here, in float32 or int8, on the CPU."""
+    if model.device.type != "cpu" or model.dtype != torch.float32:
+        return False
+    if any(getattr(type(model), name) is not getattr(GPT, name) for name in ("embed", "hidden", "logits")):
+        return False
+    blocks = all(type(b) is Block and type(b.attn) is CausalSelfAttention and type(b.mlp) is MLP for b in model.h)
+    known = (torch.nn.Linear, Int8Linear)
+    linears = all(type(m) in known for b in model.h for m in (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj))
+    return blocks and linears and type(model.lm_head) in known and all(type(n) is NgramEmbedding for n in model.ngrams)
+
+
+def is_compiled() -> bool:
+    """Whether an earlier run left the compiled code on disk; else the first step takes some seconds."""
+    return any(Path(_step.stats.cache_path).glob("fast_cpu._step-*.nbc"))
+
+
+class FastStep:
+    """Called as step(idx (B,), cache) -> logits (B, V); shares memory with the model's weights."""
+
+    def __init__(self, model):
+        c = model.config
+        self.max_rows = MAX_ROWS[model.lm_head.weight.dtype]
+        # 与 torch 用同样多的线程：它只数物理核，超线程抢的是同一条内存通道
+        self.model, self.pieces = model, min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
+        set_num_threads(self.pieces)
+        blocks = list(model.h)
+        self.parts = (
+            _norms([b.ln_1 for b in blocks]), _matrices([b.attn.c_attn for b in blocks]), _matrices([b.attn.c_proj for b in blocks]),
+            _norms([b.ln_2 for b in blocks]), _matrices([b.mlp.c_fc for b in blocks]), _matrices([b.mlp.c_proj for b in blocks]),
+            tuple(part[0] for part in _norms([model.ln_f])), tuple(part[0] for part in _matrices([model.lm_head])),
+        )
+        self.settings = (c.n_head, c.norm == "layernorm", c.qk_norm, ACTIVATIONS[c.activation], np.float32(blocks[0].attn.scale))
+        nothing = np.zeros((1, 0), np.float32)
+        rope = c.position == "rope"
+        self.cos = model.rope_cos.view(c.block_size, -1).numpy() if rope else nothing
+        self.sin = model.rope_sin.view(c.block_size, -1).numpy() if rope else nothing
+
+    def __call__(self, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Logits behind idx; writes the cache as the model itself would."""
+        x = self.model.embed(idx[:, None], cache)[:, 0].contiguous().numpy()
+        logits = np.empty((len(idx), self.model.config.vocab_size), np.float32)
+        lengths = np.array(cache.lengths)
+        _step(x, *self.parts, self.settings, cache.k.numpy(), cache.v.numpy(), lengths, self.cos, self.sin, self.pieces, logits)
+        cache.advance(idx[:, None])
+        return self.model.softcapped(torch.from_numpy(logits))
+
+
+def _norms(norms: list[Norm]) -> tuple[np.ndarray, np.ndarray]:
+    """Gains and biases (layers, C); without parameters (layers, 0)."""
+    if norms[0].kind == "rmsnorm":
+        return np.zeros((len(norms), 0), np.float32), np.zeros((len(norms), 0), np.float32)
+    gains = torch.stack([n.weight.detach() for n in norms])
+    biases = torch.stack([torch.zeros_like(n.weight) if n.bias is None else n.bias.detach() for n in norms])
+    return gains.numpy(), biases.numpy()
+
+
+def _matrices(linears: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weights (layers, N, K), scales and biases (layers, N); the linears' own weights become views of them."""
+    if len(linears) == 1:
+        weights = linears[0].weight.detach()[None]
+    else:
+        weights = torch.stack([m.weight.detach() for m in linears])
+        for linear, view in zip(linears, weights):
+            # 不留第二份：prefill 用的就是这块内存
+            linear.weight.data = view
+    ones, zeros = torch.ones(weights.shape[:2]), torch.zeros(weights.shape[:2])
+    scales = torch.stack([m.scale for m in linears]) if isinstance(linears[0], Int8Linear) else ones
+    biases = torch.stack([m.bias.detach() for m in linears]) if linears[0].bias is not None else zeros
+    return weights.numpy(), scales.numpy(), biases.numpy()

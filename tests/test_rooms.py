@@ -1,0 +1,11 @@
+# 房间的规则写在 pyproject.toml 里；这里让它随测试一起跑，谁往上导入就在这里知道
+"""The rooms of the package: each imports only those below it."""
+
+from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+
+from nanogpt.base.config import ROOT
+
+
+def test_a_room_imports_only_rooms_below_it(capsys):
+    status = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
+    assert status == EXIT_STATUS_SUCCESS, capsys.readouterr().out
