@@ -17,8 +17,7 @@ from nanogpt.core.sampling import sampler
 from nanogpt.data.documents import Document, open_data, write_documents
 from nanogpt.data.labels import label_tokens, with_labels
 from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer
-from nanogpt.serve.completions import ApiError, Reader
-from nanogpt.serve.openapi import request_schema
+from nanogpt.serve.completions import Reader
 from nanogpt.serve.server import announcement
 from nanogpt.weights.huggingface import export, open_pretrained
 from nanogpt.write import engine
@@ -204,23 +203,24 @@ def test_bad_settings_are_one_line_that_names_the_key(changes, message):
 def test_the_api_takes_guidance_and_for_documents_an_empty_prompt(model, plain):
     cfg = make_sample_config()
 
-    def read(one, control, **fields):
+    def reader(one, control):
         settings = dataclasses.replace(Settings.of(cfg), control=control)
-        return Reader("m", settings, cfg.server, one.writes_documents).read(json.dumps(fields).encode())
+        return Reader("m", settings, cfg.server, one.tokenizer, empty_prompts=one.writes_documents)
 
-    asked = read(model, node(), prompt="", style="词", guidance=2)
+    asked = reader(model, node()).read(b'{"prompt": "", "style": "\\u8bcd", "guidance": 2}')
     request = asked.requests[0].control.apply(asked.requests[0], model.tokenizer)
     assert request.labels == {"style": "宋词"} and request.guidance == 2
     for one, control, fields, code in (
         (model, node(), {"prompt": "a", "guidance": 21}, "out_of_range"), (model, node(), {"prompt": "a", "guidance": -0.1}, "out_of_range"),
-        (model, node(), {"prompt": "a", "guidance": "2"}, "wrong_type"), (model, node("control=prefix"), {"prompt": "a", "guidance": 2}, "no_guidance"),
+        (model, node(), {"prompt": "a", "guidance": "2"}, "wrong_type"), (model, node("control=prefix"), {"prompt": "a", "guidance": 2}, "unknown_field"),
         (plain, node(), {"prompt": ""}, "no_prompt"),
     ):
-        with pytest.raises(ApiError) as error:
-            read(one, control, **fields)
-        assert error.value.message == f"api_{code}" and error.value.param == ("prompt" if code == "no_prompt" else "guidance")
-    schema = request_schema(cfg.server, empty_prompts=True)["properties"]
-    assert (schema["guidance"]["minimum"], schema["guidance"]["maximum"]) == (0, 20) and schema["prompt"]["anyOf"][0]["minLength"] == 0
+        with pytest.raises(ConfigError) as error:
+            reader(one, control).read(json.dumps(fields).encode())
+        assert error.value.message == f"api_{code}" and error.value.values["field"] == ("prompt" if code == "no_prompt" else "guidance")
+    schema = reader(model, node()).form.model_json_schema()["properties"]
+    guidance = schema["guidance"]["anyOf"][0]
+    assert (guidance["minimum"], guidance["maximum"]) == (0, 20) and schema["prompt"]["anyOf"][0]["minLength"] == 0
 
 
 def test_the_page_is_told_the_labels_and_what_an_empty_text_means(model, plain):

@@ -17,7 +17,7 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", 
 ADDRESSES = ("/", "/health", "/openapi.json", "/v1/models", "/v1/completions")
 TRAVERSALS = (
     "/../setup.cfg", "/..%2fsetup.cfg", "/%2e%2e/setup.cfg", "/%2e%2e%2f%2e%2e%2fetc/passwd", "/..\\setup.cfg", "/..%5csetup.cfg", "/%252e%252e/setup.cfg",
-    "/page/index.html", "/page/../api.py", "/./index.html", "//etc/passwd", "/etc/passwd", "///", "/v1/../v1/../../conf/sample.yaml", "/outputs/", "/.env",
+    "/page/index.html", "/page/../api.py", "/docs", "/redoc", "/./index.html", "//etc/passwd", "/etc/passwd", "///", "/v1/../v1/../../conf/sample.yaml", "/outputs/", "/.env",
     "/.git/config", "/C:/Windows/win.ini", "/%00", "/index.html%00", "/health%00", "/health/", "/v1/models/..", "/v1/completions/../../api.py", "/%ff%fe",
     "/%zz", "/%", "/favicon.ico", "/v1", "/v1/", "/V1/models", "/nanogpt/serve/api.py", "/v1/models;x=1", "http://127.0.0.1/../setup.cfg", "file:///etc/passwd",
     "http://evil.example/", "evil.example:80", "*", "/" + "a" * 8000, "/" + "../" * 2000 + "etc/passwd", "/~root", "/con", "/NUL", "/\\\\server\\share",
@@ -150,7 +150,7 @@ def paths() -> Iterator[Case]:
             yield Case("path", method + b" " + path.encode() + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     for path in ADDRESSES:
         for method in METHODS:
-            taken = method in (("POST",) if path == "/v1/completions" else ("GET", "HEAD"))
+            taken = method in {"/v1/completions": ("POST",), "/v1/models": ("GET",)}.get(path, ("GET", "HEAD"))
             data = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
             yield Case("method", data, REFUSED if path == "/v1/completions" or not taken else OK, head_only=method == "HEAD", may_cut=False)
 

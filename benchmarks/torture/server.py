@@ -187,7 +187,7 @@ def overfull(ledger: Ledger, target: Target, size: int, random: Random) -> None:
 
 def _text(body: bytes) -> str:
     """All the text of an answer or a stream, still escaped."""
-    return "".join(re.findall(r'"text": "((?:[^"\\]|\\.)*)"', body.decode("utf-8")))
+    return "".join(re.findall(r'"text": ?"((?:[^"\\]|\\.)*)"', body.decode("utf-8")))
 
 
 def sequence(ledger: Ledger, target: Target, size: int, random: Random) -> None:

@@ -694,41 +694,22 @@ MESSAGES = {
         "正在用 {model} 写作；请在浏览器打开 {url}，或把 {url}v1 当作 OpenAI 兼容的 base URL（Ctrl-C 结束）",
     ),
     "api_not_json": ("the body is not a JSON object in UTF-8 ({reason})", "正文不是 UTF-8 的 JSON 对象（{reason}）"),
-    "api_long_head": ("the head of the request is longer than {limit} KiB", "请求头超过 {limit} KiB"),
     "api_two_lengths": (
         "the request names its length twice (Content-Length and Transfer-Encoding); send one of them",
         "请求用两种方式给出长度（Content-Length 与 Transfer-Encoding）；请只用一种",
     ),
     "api_content_type": ("the content type is {got}; send application/json", "内容类型是 {got}；请发送 application/json"),
     "api_unknown_field": (
-        "{field}: there is no such field; known fields: {known}",
-        "{field}：没有这个字段；可用的字段：{known}",
+        "{field}: there is no such field with the sampler and control that this server was started with; known fields: {known}",
+        "{field}：这个服务器启动时选的 sampler 与 control 没有这个字段；可用的字段：{known}",
     ),
-    "api_unsupported": ("{field} is not supported; leave it out", "不支持 {field}；请去掉它"),
-    "api_not_in_sampler": (
-        "{field} is not a setting of the sampler that this server was started with; its settings: {known}",
-        "启动时选的 sampler 没有 {field} 这个设置；它的设置：{known}",
-    ),
-    "api_wrong_type": ("{field} has the wrong type; {wanted} is wanted", "{field} 类型不对，应为 {wanted}"),
+    "api_wrong_type": ("{field} has the wrong type; it must be {wanted}", "{field} 类型不对，应为 {wanted}"),
     "api_out_of_range": ("{field}={got} is out of range; it must be {wanted}", "{field}={got} 超出范围，应为 {wanted}"),
     "api_unknown_characters": (
         'the vocabulary lacks {characters}; leave them out, or have them passed over ("unknown": "skip")',
         '词表里没有 {characters}；请去掉这些字符，或让它们被跳过（"unknown": "skip"）',
     ),
-    "api_no_prompt": ("prompt is missing or empty; give at least one character", "没有 prompt 或它是空的；请至少给一个字"),
-    "api_prompt_too_long": (
-        "prompt has {got} characters or token ids; at most {limit} are taken (server.max_prompt_chars)",
-        "prompt 有 {got} 个字或 token；最多 {limit} 个（server.max_prompt_chars）",
-    ),
-    "api_surrogate": ("{field} holds half a surrogate pair, which is no character", "{field} 里有半个代理对，不是合法的字符"),
-    "api_no_control": (
-        "style and emotion are switched off here (control=none); leave them out",
-        "这里关闭了风格与情绪（control=none）；请去掉这两个字段",
-    ),
-    "api_no_guidance": (
-        "guidance belongs to control=codes, which this server was not started with; leave it out",
-        "guidance 属于 control=codes，这个服务器启动时没有选它；请去掉这个字段",
-    ),
+    "api_no_prompt": ("prompt is missing, empty or wrong; it must be {wanted}", "没有 prompt、它是空的或写得不对；应为 {wanted}"),
     "api_too_many_texts": (
         "prompts x n = {got}; at most {limit} texts per request (server.max_texts)",
         "开头数 × n = {got}；一个请求最多 {limit} 段（server.max_texts）",
@@ -756,7 +737,8 @@ MESSAGES = {
     ),
     "api_time_limit": ("not finished within {seconds:g} s (server.request_seconds)", "没有在 {seconds:g} 秒内写完（server.request_seconds）"),
     "api_unread": (
-        "too much was left unread (server.max_unread_chars); the text was stopped", "积下太多没有取走的文字（server.max_unread_chars）；已停止写作",
+        "too much was left unread, or for too long (server.max_unread_chars, server.stall_seconds); the text was stopped",
+        "文字积下太多或太久没有取走（server.max_unread_chars、server.stall_seconds）；已停止写作",
     ),
     "api_stopping": ("the server is shutting down", "服务器正在关闭"),
     "api_internal": ("an error inside the server; its console says more", "服务器内部出错；详情见它的控制台"),

@@ -32,11 +32,11 @@ class ServerConfig:
     max_body_kib: int = 1024
     request_seconds: float = 600.0
     read_seconds: float = 10.0
-    """For the head of a request, and again for its body."""
+    """For the body of a request."""
     stall_seconds: float = 20.0
-    """A client that takes nothing for so long is cut off."""
+    """The text of a client that takes nothing for so long is stopped."""
     max_unread_chars: int = 20_000
-    """A client that leaves more than this unread is cut off."""
+    """The text of a client that leaves more than this unread is stopped."""
 
 
 @dataclass

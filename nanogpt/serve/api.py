@@ -1,4 +1,7 @@
-"""The ASGI app of serve=true: guards, six addresses, and one completion from its body to its last byte."""
+"""The FastAPI app of serve=true: who may come, its addresses, and one completion from its body to its last byte."""
+
+# FastAPI 管路由、依赖与 /openapi.json；这里只有本项目自己的规矩：谁可以来、正文多大多慢、错误怎么说、走掉的客户端让出位置
+# 一个请求依次经过 check_source、check_token、read、writing；writing 把它交给 worker，响应发完或断了再收回
 
 import asyncio
 import base64
@@ -9,276 +12,240 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from nanogpt import __version__
 from nanogpt.base.language import ConfigError
-from nanogpt.base.sample_config import ServerConfig, is_loopback
-from nanogpt.serve.completions import Answer, ApiError, Completion, Reader, as_api_error, error_body
-from nanogpt.serve.connections import HEADERS, MAX_HEAD
-from nanogpt.serve.openapi import document
+from nanogpt.base.sample_config import is_loopback
+from nanogpt.serve.completions import Answer, Completion, Reader, Refusal, TextCompletion, error_body, status_of
 from nanogpt.serve.worker import Job, Worker
 
 PAGE = Path(__file__).resolve().parent / "page" / "index.html"
-CLOSE = {"Connection": "close"}
 # 别的程序常先试的地址：说清楚这里该用哪个
-NO_CHAT = {"/v1/chat/completions": "api_no_chat", "/v1/responses": "api_no_chat"}
-# 正文超限后最多再读多少倍丢掉，好让对方读到回答而不是连接被重置
-DRAIN = 64
-
-
-class ClientGoneError(Exception):
-    """The client is no longer there: nothing is left to say."""
-
-
-@dataclass
-class Exchange:
-    """One request and its answer on the wire."""
-
-    scope: dict
-    receive: Callable
-    send: Callable
-    started: bool = False
-    streaming: bool = False
-
-    def header(self, name: str) -> str | None:
-        """A header of the request."""
-        return next((value.decode("latin-1") for key, value in self.scope["headers"] if key == name.encode("ascii")), None)
-
-    @property
-    def language(self) -> str | None:
-        """zh or en as the client asks for, None where it does not say."""
-        wanted = (self.header("accept-language") or "")[:2].lower()
-        return wanted if wanted in ("zh", "en") else None
-
-    async def start(self, status: int, content_type: str, headers: dict[str, str] | None = None) -> None:
-        """Send the head of the answer."""
-        self.started = True
-        fields = {**HEADERS, "Content-Type": content_type, **(headers or {})}
-        encoded = [(key.lower().encode("ascii"), value.encode("latin-1")) for key, value in fields.items()]
-        await self.send({"type": "http.response.start", "status": status, "headers": encoded})
-
-    async def answer(self, status: int, body: bytes, content_type: str, headers: dict[str, str] | None = None) -> None:
-        """Send a whole answer."""
-        await self.start(status, content_type, {"Content-Length": str(len(body)), **(headers or {})})
-        await self.send({"type": "http.response.body", "body": body})
-
-    async def json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        """Send a JSON answer."""
-        await self.answer(status, _encoded(value), "application/json", headers)
-
-    async def events(self, events: list[dict | str], *, last: bool = False) -> None:
-        """Send server-sent events."""
-        data = [event.encode("ascii") if isinstance(event, str) else _encoded(event) for event in events]
-        body = b"".join(b"data: %s\n\n" % line for line in data)
-        await self.send({"type": "http.response.body", "body": body, "more_body": not last})
-
-    async def body(self, limits: ServerConfig) -> bytes:
-        """The body of the request; ApiError when it is too large or too slow."""
-        limit, body, size = limits.max_body_kib * 2**10, bytearray(), 0
-        too_large = ApiError(413, "api_too_large", headers=CLOSE, limit=limits.max_body_kib)
-        # 先问能不能发的客户端（Expect: 100-continue），不必让它发完
-        if self.header("expect") and int(self.header("content-length") or 0) > limit:
-            raise too_large
-        try:
-            async with asyncio.timeout(limits.read_seconds):
-                more = True
-                while more and size <= DRAIN * limit:
-                    message = await self.receive()
-                    if message["type"] == "http.disconnect":
-                        raise ClientGoneError
-                    more, size = message.get("more_body", False), size + len(message["body"])
-                    if size <= limit:
-                        body += message["body"]
-                    else:
-                        body.clear()
-        except TimeoutError:
-            raise ApiError(408, "api_slow_body", headers=CLOSE, seconds=limits.read_seconds) from None
-        if size > limit:
-            raise too_large
-        return bytes(body)
-
-    async def disconnected(self) -> None:
-        """Return once the client has gone away; the body must have been read."""
-        while (await self.receive())["type"] != "http.disconnect":
-            pass
-
-
-def _encoded(value: Any) -> bytes:
-    # 错误里会照写请求的字段名，那里可能有半个代理对：UTF-8 里没有它
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", errors="replace")
+NO_CHAT = ("/v1/chat/completions", "/v1/responses")
+# 断开：后面的字节是不是下一个请求，已经说不准了
+HEADERS = {
+    "api_token": {"WWW-Authenticate": "Bearer"}, "api_slow_body": {"Connection": "close"},
+    "api_two_lengths": {"Connection": "close"}, 503: {"Retry-After": "5"},
+}
 
 
 def content_security_policy(page: str) -> str:
     """The page's own script and style by their hashes, requests to this server, nothing else."""
-    def hashes(tag: str) -> str:
-        found = re.findall(rf"<{tag}>(.*?)</{tag}>", page, flags=re.DOTALL)
-        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(code.encode('utf-8')).digest()).decode('ascii')}'" for code in found)
+    def own(tag: str) -> str:
+        code = re.search(rf"<{tag}>(.*?)</{tag}>", page, flags=re.DOTALL)[1]
+        return f"'sha256-{base64.b64encode(hashlib.sha256(code.encode('utf-8')).digest()).decode('ascii')}'"
 
     return (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+        f"default-src 'none'; script-src {own('script')}; style-src {own('style')}; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
     )
 
 
-class Api:
-    """The ASGI app. `announced` is what GET /v1/models tells about the one model."""
-
-    def __init__(self, worker: Worker, reader: Reader, announced: dict[str, Any]):
-        self.worker, self.reader, self.limits = worker, reader, reader.limits
-        self.announced = {"id": reader.model, "object": "model", "created": int(time.time()), "owned_by": "nanogpt", **announced}
-        page = PAGE.read_text(encoding="utf-8")
-        self.page_bytes, self.page_policy = page.encode("utf-8"), content_security_policy(page)
-        self.addresses = {
-            "/": {"GET": self.page}, "/health": {"GET": self.health}, "/openapi.json": {"GET": self.openapi},
-            "/v1/models": {"GET": self.models}, f"/v1/models/{reader.model}": {"GET": self.model}, "/v1/completions": {"POST": self.completions},
-        }
-
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        exchange = Exchange(scope, receive, send)
-        try:
-            await self.dispatch(exchange)
-        except ClientGoneError:
-            return
-        except ConfigError as error:
-            await self.refuse(exchange, as_api_error(error))
-        except Exception:
-            # 这是程序的错，不是请求的：控制台要看得到全部
-            traceback.print_exc(file=sys.stderr)
-            await self.refuse(exchange, ApiError(500, "api_internal"))
-
-    async def dispatch(self, exchange: Exchange) -> None:
-        """Guard, then hand over to the address."""
-        self.guard(exchange)
-        # 地址是写死的几个，请求里的路径不碰文件系统
-        path = exchange.scope["path"]
-        methods = self.addresses.get(path)
-        if methods is None and path.startswith("/v1/models/"):
-            raise ApiError(404, "api_no_model", got=path.removeprefix("/v1/models/")[:100], have=self.reader.model)
-        if methods is None:
-            raise ApiError(404, NO_CHAT.get(path, "api_not_found"))
-        method = exchange.scope["method"]
-        handler = methods.get("GET" if method == "HEAD" else method)
-        if handler is None:
-            raise ApiError(405, "api_method", headers={"Allow": ", ".join(methods)}, got=method[:20])
-        await handler(exchange)
-
-    async def refuse(self, exchange: Exchange, error: ApiError) -> None:
-        """Answer with an error; inside a stream it is the last event."""
-        body = error_body(error, exchange.language)
-        if not exchange.started:
-            await exchange.json(body, error.status, error.headers)
-        elif exchange.streaming:
-            await exchange.events([body], last=True)
-
-    # ---- 谁可以来 ----
-
-    def guard(self, exchange: Exchange) -> None:
-        """Refuse heads that are too long, bodies of two lengths, pages of other origins, names that are not this machine's, and missing tokens."""
-        # h11 的上限只管没收全的头：一次到齐的大得多也放行
-        if sum(len(name) + len(value) + 4 for name, value in exchange.scope["headers"]) + len(exchange.scope["raw_path"]) > MAX_HEAD:
-            raise ApiError(431, "api_long_head", headers=CLOSE, limit=MAX_HEAD // 2**10)
-        # 两种长度并存时，前面的代理与这里会把不同的字节当作下一个请求
-        if exchange.header("transfer-encoding") and exchange.header("content-length"):
-            raise ApiError(400, "api_two_lengths", headers=CLOSE)
-        host, origin = (exchange.header("host") or "").lower(), exchange.header("origin")
-        name = re.fullmatch(r"\[?([^\[\]]*?)\]?(:\d*)?", host)
-        # DNS rebinding：别人的域名解析到 127.0.0.1，浏览器就当它是同源；有口令时它也进不来
-        if self.limits.token is None and not (name and is_loopback(name[1])):
-            raise ApiError(403, "api_host", got=host[:100])
-        if origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):
-            raise ApiError(403, "api_origin")
-        if exchange.scope["path"].startswith("/v1/"):
-            # 浏览器自己写的头，网页改不了；curl 之类没有它
-            if exchange.header("sec-fetch-site") not in (None, "same-origin", "none"):
-                raise ApiError(403, "api_origin")
-            self.check_token(exchange.header("authorization") or "")
-
-    def check_token(self, authorization: str) -> None:
-        """Refuse a request without the token, if there is one."""
-        if self.limits.token is None:
-            return
-        scheme, _, given = authorization.partition(" ")
-        # 逐字节等时比较：从用时猜不出对了几个字符
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self.limits.token.encode("ascii")):
-            raise ApiError(401, "api_token", headers={"WWW-Authenticate": "Bearer"})
-
-    # ---- 几个地址 ----
-
-    async def page(self, exchange: Exchange) -> None:
-        """The page; it holds nothing secret and asks for the token itself."""
-        await exchange.answer(200, self.page_bytes, "text/html; charset=utf-8", {"Content-Security-Policy": self.page_policy})
-
-    async def health(self, exchange: Exchange) -> None:
-        """Whether it can write, and how much it has to do."""
-        if not self.worker.alive:
-            raise ConfigError("api_stopping")
-        await exchange.json({"status": "ok", "texts": self.worker.texts, "capacity": self.worker.capacity})
-
-    async def openapi(self, exchange: Exchange) -> None:
-        """The API's description for programs."""
-        reader = self.reader
-        await exchange.json(document(
-            self.limits, fields=reader.fields, empty_prompts=reader.empty_prompts, vocab_size=reader.tokenizer.vocab_size,
-        ))
-
-    async def models(self, exchange: Exchange) -> None:
-        """All models: the one that is loaded."""
-        await exchange.json({"object": "list", "data": [self.announced]})
-
-    async def model(self, exchange: Exchange) -> None:
-        """The one model that is loaded, alone."""
-        await exchange.json(self.announced)
-
-    async def completions(self, exchange: Exchange) -> None:
-        """Write; the rows are freed whatever happens to the client or the time limit."""
-        content_type = (exchange.header("content-type") or "").partition(";")[0].strip().lower()
-        if content_type != "application/json":
-            raise ApiError(415, "api_content_type", headers=CLOSE, got=content_type[:100] or "-")
-        asked = self.reader.read(await exchange.body(self.limits))
-        job = self.worker.start(asked.requests, max_unread_chars=self.limits.max_unread_chars if asked.stream else None)
-        try:
-            async with asyncio.timeout(self.limits.request_seconds):
-                await while_wanted((stream if asked.stream else whole)(exchange, asked, job, self.reader.model), exchange, job)
-        except TimeoutError:
-            raise ApiError(504, "api_time_limit", seconds=self.limits.request_seconds) from None
-        finally:
-            self.worker.stop(job)
+def create_app(worker: Worker, reader: Reader, announced: dict[str, Any]) -> FastAPI:
+    """The app; `announced` is what GET /v1/models tells about the one model."""
+    app = FastAPI(
+        title="nanogpt", version=__version__, dependencies=[Depends(check_source)],
+        # 它的说明网页要从 CDN 取脚本，末尾斜杠的转向会照抄请求里的 Host：都不要
+        docs_url=None, redoc_url=None, redirect_slashes=False,
+        responses={"default": {"model": Refusal, "description": "What is wrong, in OpenAI's form"}},
+        exception_handlers={
+            ConfigError: refuse, HTTPException: unrouted, ClientDisconnect: nobody, Exception: internal,
+        },
+    )
+    text = PAGE.read_text(encoding="utf-8")
+    app.state.page = HTMLResponse(text, headers={"Content-Security-Policy": content_security_policy(text)})
+    app.state.worker, app.state.reader = worker, reader
+    model = {"id": reader.model, "object": "model", "created": int(time.time()), "owned_by": "nanogpt", **announced}
+    app.state.announced = model
+    # 看护程序常用 HEAD 来问
+    app.add_api_route("/", page, methods=["GET", "HEAD"], include_in_schema=False)
+    app.add_api_route("/health", health, methods=["HEAD"], include_in_schema=False)
+    app.add_api_route("/health", health)
+    v1 = APIRouter(prefix="/v1", dependencies=[Depends(check_token)] if reader.limits.token else [])
+    v1.add_api_route("/models", models)
+    v1.add_api_route("/models/{name:path}", one_model)
+    form = {"required": True, "content": {"application/json": {"schema": reader.form.model_json_schema()}}}
+    v1.add_api_route(
+        "/completions", completions, methods=["POST"], openapi_extra={"requestBody": form},
+        # 一个事件一份 JSON，末尾是 [DONE]：schema 说不了一串事件
+        response_model=TextCompletion, responses={200: {"content": {"text/event-stream": {}}}},
+    )
+    app.include_router(v1)
+    return app
 
 
-async def whole(exchange: Exchange, asked: Completion, job: Job, model: str) -> None:
-    """Answer once everything is written."""
-    answer = Answer(asked, model, await job.accepted())
+# ---- 错误 ----
+
+
+def language_of(request: Request) -> str | None:
+    """zh or en as the client asks for, None where it does not say."""
+    wanted = request.headers.get("accept-language", "")[:2].lower()
+    return wanted if wanted in ("zh", "en") else None
+
+
+async def refuse(request: Request, error: ConfigError) -> JSONResponse:
+    """An error as an answer."""
+    status = status_of(error)
+    return JSONResponse(error_body(error, language_of(request)), status, HEADERS.get(error.message, HEADERS.get(status)))
+
+
+async def unrouted(request: Request, error: HTTPException) -> JSONResponse:
+    """No such address, or not this method."""
+    if error.status_code != 405:
+        return await refuse(request, ConfigError("api_no_chat" if request.url.path in NO_CHAT else "api_not_found"))
+    response = await refuse(request, ConfigError("api_method", got=request.method))
+    response.headers.update(error.headers)
+    return response
+
+
+async def nobody(request: Request, error: ClientDisconnect) -> Response:
+    """The client left while it was sending: nothing is left to say."""
+    return Response()
+
+
+async def internal(request: Request, error: Exception) -> JSONResponse:
+    """This program's own fault: all of it on the console, nothing of it in the answer."""
+    traceback.print_exception(error, file=sys.stderr)
+    return await refuse(request, ConfigError("api_internal"))
+
+
+# ---- 谁可以来 ----
+
+
+async def check_source(request: Request) -> None:
+    """Refuse pages of other origins, names that are not this machine's, and bodies of two lengths."""
+    headers, token = request.headers, request.app.state.reader.limits.token
+    host, origin = headers.get("host", "").lower(), headers.get("origin")
+    name = re.fullmatch(r"\[?([^\[\]]*?)\]?(:\d*)?", host)
+    # DNS rebinding：别人的域名解析到 127.0.0.1，浏览器就当它是同源；有口令时它也进不来
+    if token is None and not (name and is_loopback(name[1])):
+        raise ConfigError("api_host", got=host)
+    if origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):
+        raise ConfigError("api_origin")
+    # 浏览器自己写的头，网页改不了；curl 之类没有它
+    if request.url.path.startswith("/v1/") and headers.get("sec-fetch-site") not in (None, "same-origin", "none"):
+        raise ConfigError("api_origin")
+    # 两种长度并存时，前面的代理与这里会把不同的字节当作下一个请求
+    if "transfer-encoding" in headers and "content-length" in headers:
+        raise ConfigError("api_two_lengths")
+
+
+Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
+
+
+async def check_token(request: Request, given: Bearer) -> None:
+    """Refuse a request without the token."""
+    token = request.app.state.reader.limits.token
+    # 逐字节等时比较：从用时猜不出对了几个字符
+    if given is None or not hmac.compare_digest(given.credentials.encode("latin-1"), token.encode("ascii")):
+        raise ConfigError("api_token")
+
+
+# ---- 几个地址 ----
+
+
+async def page(request: Request) -> Response:
+    """The page; it holds nothing secret and asks for the token itself."""
+    return request.app.state.page
+
+
+async def health(request: Request) -> dict[str, Any]:
+    """Whether it can write, and how much it has to do."""
+    worker = request.app.state.worker
+    if not worker.alive:
+        raise ConfigError("api_stopping")
+    return {"status": "ok", "texts": worker.texts, "capacity": worker.capacity}
+
+
+async def models(request: Request) -> dict[str, Any]:
+    """All models: the one that is loaded."""
+    return {"object": "list", "data": [request.app.state.announced]}
+
+
+async def one_model(request: Request, name: str) -> dict[str, Any]:
+    """The one model that is loaded, alone."""
+    if name != (have := request.app.state.reader.model):
+        raise ConfigError("api_no_model", got=name, have=have)
+    return request.app.state.announced
+
+
+# ---- 写 ----
+
+
+async def read(request: Request) -> Completion:
+    """The checked body; it must be JSON, not too large, and come in time."""
+    reader, body = request.app.state.reader, bytearray()
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    # 别的网站的表单发得出 text/plain，发不出 application/json
+    if content_type != "application/json":
+        raise ConfigError("api_content_type", got=content_type or "-")
+    limit = reader.limits.max_body_kib * 2**10
+    too_large = ConfigError("api_too_large", limit=reader.limits.max_body_kib)
+    # 先问能不能发的客户端（Expect: 100-continue），不必让它发完
+    if int(request.headers.get("content-length", 0)) > limit:
+        raise too_large
+    try:
+        async with asyncio.timeout(reader.limits.read_seconds):
+            async for part in request.stream():
+                body += part
+                if len(body) > limit:
+                    raise too_large
+    except TimeoutError:
+        raise ConfigError("api_slow_body", seconds=reader.limits.read_seconds) from None
+    return reader.read(bytes(body))
+
+
+Asked = Annotated[Completion, Depends(read)]
+
+
+async def writing(request: Request, asked: Asked) -> AsyncIterator[tuple[Completion, Job]]:
+    """What was asked and its job, whose rows are freed whatever happens to the client."""
+    worker = request.app.state.worker
+    job = worker.start(asked.requests, request.app.state.reader.limits)
+    gone = asyncio.create_task(_until_gone(request, job))
+    try:
+        yield asked, job
+    finally:
+        gone.cancel()
+        worker.stop(job)
+
+
+async def _until_gone(request: Request, job: Job) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    job.fail(ConfigError("api_stopping"))
+
+
+async def completions(request: Request, work: Annotated[tuple[Completion, Job], Depends(writing)]) -> Response:
+    """Write behind a prompt."""
+    (asked, job), language = work, language_of(request)
+    # 开头里的错在这里就知道了：流式的请求也得到一个状态码，而不是一个事件
+    answer = Answer(asked, request.app.state.reader.model, await job.accepted())
+    if asked.stream:
+        return StreamingResponse(events(job, answer, language), media_type="text/event-stream")
     async for fresh in job.news():
         answer.add(fresh)
-    await exchange.json(answer.whole())
+    return JSONResponse(answer.whole())
 
 
-async def stream(exchange: Exchange, asked: Completion, job: Job, model: str) -> None:
-    """Answer as it is written, in server-sent events."""
-    answer = Answer(asked, model, await job.accepted())
-    await exchange.start(200, "text/event-stream; charset=utf-8")
-    exchange.streaming = True
-    async for fresh in job.news():
-        await exchange.events(answer.add(fresh))
-    await exchange.events([*([answer.usage_event()] if asked.usage else []), "[DONE]"], last=True)
+async def events(job: Job, answer: Answer, language: str | None) -> AsyncIterator[str]:
+    """The answer as it is written, in server-sent events; an error is the last one."""
+    def lines(listed: list[dict]) -> str:
+        return "".join(f"data: {json.dumps(one, ensure_ascii=False)}\n\n" for one in listed)
 
-
-async def while_wanted(work: Coroutine, exchange: Exchange, job: Job) -> None:
-    """Run `work` to its end; ClientGoneError when the client goes away first, the job's error when it fails first."""
-    working, gone, failed = tasks = [asyncio.ensure_future(c) for c in (work, exchange.disconnected(), job.failed.wait())]
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            working.result()
-        elif failed.done():
-            # work 可能正卡在送不出去的字节上，等不到它自己发现
-            raise job.error
-        elif gone.done():
-            raise ClientGoneError
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        async for fresh in job.news():
+            yield lines(answer.add(fresh))
+        yield lines([answer.usage_event()] if answer.asked.usage else []) + "data: [DONE]\n\n"
+    except ConfigError as error:
+        yield lines([error_body(error, language)])

@@ -1,18 +1,79 @@
-"""run_sample.py serve=true: a page to write with the model, and an OpenAI-compatible API, from one loaded model."""
+"""run_sample.py serve=true: the socket, uvicorn on it, and the one loaded model behind them."""
+
+# 端口在载入模型之前就占住：被占用要马上知道，载入时来的客户端等着；结束时先停写作，再等各个连接
 
 import asyncio
+import logging
 import socket
 import sys
 from pathlib import Path
 
-from nanogpt.base.language import say
-from nanogpt.base.sample_config import SampleConfig
-from nanogpt.serve.connections import Server, bind, url_of
+from nanogpt.base.language import ConfigError, say
+from nanogpt.base.sample_config import SampleConfig, ServerConfig
+
+try:
+    import fastapi
+    import uvicorn
+except ImportError as error:
+    raise ConfigError("missing_package", what="serve=true", package=error.name) from None
+
+MAX_HEAD = 2**14
+SHUTDOWN_SECONDS = 5
+# 没有 CORS 头：别的网站发得出请求，却读不到回答；check_source 连请求也拒绝
+HEADERS = {
+    "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """A socket that listens at host and port; ConfigError when the address cannot be had."""
+    try:
+        family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
+    except (OSError, UnicodeError) as error:
+        raise ConfigError("bad_host", got=config.host, reason=getattr(error, "strerror", None) or error) from None
+    try:
+        return socket.create_server((config.host, config.port), family=family)
+    except OSError as error:
+        # 它在原因后面又写了一遍地址
+        reason = str(error.strerror).partition(" (while")[0]
+        raise ConfigError("port_taken", got=config.port, host=config.host, reason=reason) from None
+
+
+def url_of(bound: socket.socket, host: str) -> str:
+    """What to type into a browser on this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{host}:{bound.getsockname()[1]}/"
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server that ends the writing before it waits for its connections, and exits with 0 on Ctrl-C."""
+
+    # uvicorn 关闭时只会等连接自己结束，而一个流可以写十分钟
+    def __init__(self, app: fastapi.FastAPI, limits: ServerConfig):
+        # 它的日志会混进控制台：自己的错误由 app 打印
+        logging.getLogger("uvicorn").setLevel(logging.CRITICAL + 1)
+        super().__init__(uvicorn.Config(
+            app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
+            proxy_headers=False, headers=list(HEADERS.items()), h11_max_incomplete_event_size=MAX_HEAD,
+            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+            # 它把刚连上的这一个也算在内
+            limit_concurrency=limits.max_connections + 1,
+        ))
+        self.worker = app.state.worker
+
+    def handle_exit(self, sig: int, frame) -> None:
+        # 原来的做法会记下信号，收尾之后再发一次，退出码就不是 0 了
+        self.should_exit, self.force_exit = True, self.should_exit
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.worker.begin_closing()
+        await super().shutdown(sockets)
 
 
 def serve(cfg: SampleConfig, run_dir: Path) -> None:
     """Load the model and serve it until Ctrl-C."""
-    # 端口被占要在载入模型之前就说；还没 listen，这时来的连接会被拒绝
     with bind(cfg.server) as bound:
         from nanogpt.write.loading import open_model
 
@@ -24,23 +85,18 @@ def serve(cfg: SampleConfig, run_dir: Path) -> None:
 
 
 async def run(cfg: SampleConfig, model, bound: socket.socket, *, on_start=None) -> None:
-    """Serve an open model on a bound socket; `on_start(server)` is called once it listens."""
-    from nanogpt.serve.api import Api
+    """Serve an open model on a socket; `on_start(server)` is called before it answers."""
+    from nanogpt.serve.api import create_app
     from nanogpt.serve.completions import Reader
     from nanogpt.serve.worker import Worker
     from nanogpt.write.loading import Settings
 
+    reader = Reader(model.id, Settings.of(cfg), cfg.server, model.tokenizer, empty_prompts=model.writes_documents)
     worker = Worker(model.writer(capacity=cfg.batch_size), max_waiting=cfg.server.max_waiting)
-    reader = Reader(model.id, Settings.of(cfg), cfg.server, model.writes_documents, model.tokenizer)
-    api = Api(worker, reader, announcement(cfg, model))
-    server = Server(api, cfg.server, on_shutdown=worker.begin_closing)
-
-    def started() -> None:
-        say("serving", model=model.name, url=url_of(bound, cfg.server.host))
-        if on_start:
-            on_start(server)
-
-    server.on_start = started
+    server = Server(create_app(worker, reader, announcement(cfg, model)), cfg.server)
+    say("serving", model=model.name, url=url_of(bound, cfg.server.host))
+    if on_start:
+        on_start(server)
     try:
         await server.serve([bound])
     finally:
@@ -56,17 +112,17 @@ def announcement(cfg: SampleConfig, model) -> dict:
     limits, sampler = cfg.server, {key: value for key, value in cfg.sampler.items() if key != "_target_"}
     known = build_control(dict(cfg.control)).known(model.tokenizer)
     labels = [label for listed in model.tokenizer.labels.values() for label in listed]
-    controls = {"controls": {"styles": known["style"], "emotions": known["emotion"], "labels": labels}} if any(known.values()) else {}
+    controls = {"styles": known["style"], "emotions": known["emotion"], "labels": labels}
     # 没有标签的模型拧不动它：页面不给这个旋钮
     guidance = {"guidance": cfg.control["guidance"]} if labels and "guidance" in cfg.control else {}
     return {
-        **controls,
+        **({"controls": controls} if any(known.values()) else {}),
         # 只报最后一段：本机的目录结构与访客无关
         "checkpoint": Path(model.name).name, "parameters": model.network.parameter_count(),
         "block_size": model.network.config.block_size, "vocab_size": model.tokenizer.vocab_size,
-        "limits": {"max_tokens": limits.max_tokens, "max_texts": limits.max_texts, "max_prompt_chars": limits.max_prompt_chars},
+        "limits": {name: getattr(limits, name) for name in ("max_tokens", "max_texts", "max_prompt_chars")},
         "defaults": {
-            **sampler, **guidance, "prompt": model.default_prompt, "max_tokens": min(cfg.max_new_tokens, limits.max_tokens), "seed": cfg.seed,
-            "stop": cfg.stop, "unknown": cfg.unknown,
+            **sampler, **guidance, "prompt": model.default_prompt, "seed": cfg.seed, "stop": cfg.stop,
+            "max_tokens": min(cfg.max_new_tokens, limits.max_tokens), "unknown": cfg.unknown,
         },
     }

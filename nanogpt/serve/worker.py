@@ -1,9 +1,13 @@
 """The one thread that owns the Writer: asyncio hands it jobs, it hands back news, and neither waits for a client."""
 
+# 两个线程：事件循环里的 Job 与 Worker 的前半，写作线程里的后半；中间只有两样东西，_orders 过去，_deliver 回来
+# 客户端走掉、超时、取得太慢、服务器关闭都只是 Job.fail：它让出位置，等着的人看到错误
+
 import asyncio
 import queue
 import sys
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -13,6 +17,7 @@ import torch
 
 from nanogpt.base.language import ConfigError
 from nanogpt.base.out_of_memory import is_out_of_memory
+from nanogpt.base.sample_config import ServerConfig
 from nanogpt.core.scoring import Score
 from nanogpt.write.engine import Piece, Request, Result, Writer
 
@@ -26,6 +31,8 @@ ORDERS_PER_STEP = 16
 class News:
     """Something new about one text of a job: whole characters, tokens so far, and at its end the result."""
 
+    # 写作线程只交出不再变的东西：两边不共用任何会变的对象
+
     index: int
     text: str
     tokens: int
@@ -36,15 +43,16 @@ class News:
 class Job:
     """The texts of one request with what was written and not yet fetched; used in the event loop's thread only."""
 
-    def __init__(self, requests: list[Request], max_unread_chars: int | None):
+    # 不给 asyncio 的队列：读得慢时多步并成一批，也知道积了多少字
+    def __init__(self, requests: list[Request], limits: ServerConfig | None, on_fail: Callable[["Job"], None]):
         self.requests = requests
-        self.max_unread_chars = max_unread_chars
+        self.limits = limits
         self.prompt_tokens: list[int] | None = None
         """Per text, once the prompts have been read."""
         self.error: ConfigError | None = None
-        self.failed = asyncio.Event()
+        self._on_fail = on_fail
         self._unread: deque[News] = deque()
-        self._unread_chars = 0
+        self._unread_chars, self._unread_since = 0, 0.0
         self._unfinished = len(requests)
         self._changed = asyncio.Event()
 
@@ -68,10 +76,11 @@ class Job:
             yield fresh
 
     def fail(self, error: ConfigError) -> None:
-        """End the job with an error; the first one counts."""
+        """End the job with an error, free its rows; the first error counts."""
         self.error = self.error or error
-        self.failed.set()
         self._changed.set()
+        # 读它的人可能正卡在送不出去的字节上，等不到他来收回
+        self._on_fail(self)
 
     def accept(self, prompt_tokens: list[int]) -> None:
         """The worker has read the prompts."""
@@ -80,12 +89,18 @@ class Job:
 
     def add(self, news: News) -> None:
         """The worker has written."""
+        now = time.monotonic()
+        if not self._unread:
+            self._unread_since = now
         self._unread.append(news)
         # 一个评分与一个字同样算：它们也要等人取走
         self._unread_chars += len(news.text) + len(news.scores)
         self._unfinished -= news.result is not None
         self._changed.set()
-        if self.max_unread_chars is not None and self._unread_chars > self.max_unread_chars:
+        # 送不出去的字节会让读它的人停下：于是这里积起来
+        if (most := self.limits) and (
+            self._unread_chars > most.max_unread_chars or now - self._unread_since > most.stall_seconds
+        ):
             self.fail(ConfigError("api_unread"))
 
     async def _next_change(self) -> None:
@@ -100,6 +115,8 @@ class Worker:
     goes on with fewer rows; once nothing is left to write it starts again with all of them.
     """
 
+    # 只有一个线程碰模型与 Writer，不需要锁；事件循环从不等它算完
+
     def __init__(self, writer: Writer, *, max_waiting: int):
         self.capacity = writer.capacity
         self.max_texts = writer.capacity + max_waiting
@@ -107,7 +124,8 @@ class Worker:
         """Texts that the worker has been given and has not let go."""
         self._writer = writer
         self._loop = asyncio.get_running_loop()
-        self._jobs: set[Job] = set()
+        # job -> 它的时限
+        self._jobs: dict[Job, asyncio.TimerHandle | None] = {}
         # 每个 job 至多一次开始、一次停止，再加一次关闭：放得下，put 不会等
         self._orders: queue.Queue = queue.Queue(maxsize=2 * self.max_texts + 1)
         self._undelivered = threading.Semaphore(UNDELIVERED)
@@ -126,15 +144,17 @@ class Worker:
         """Whether it can write at all."""
         return self._thread.is_alive() and not self._closing
 
-    def start(self, requests: list[Request], *, max_unread_chars: int | None = None) -> Job:
+    def start(self, requests: list[Request], limits: ServerConfig | None = None) -> Job:
         """Hand over the texts of one request; ConfigError when they do not fit into the queue."""
         if not self.alive:
             raise ConfigError("api_stopping")
         # 一个请求可以大过整个队列，但那时队列里不能有别人
         if self.texts and self.texts + len(requests) > self.max_texts:
             raise ConfigError("api_busy")
-        job = Job(requests, max_unread_chars)
-        self._jobs.add(job)
+        job = Job(requests, limits, on_fail=self.stop)
+        self._jobs[job] = limits and self._loop.call_later(
+            limits.request_seconds, job.fail, ConfigError("api_time_limit", seconds=limits.request_seconds)
+        )
         self.texts += len(requests)
         self._orders.put_nowait(("start", job))
         return job
@@ -142,7 +162,8 @@ class Worker:
     def stop(self, job: Job) -> None:
         """Forget a job, finished or not; its rows are free after the current step."""
         if job in self._jobs:
-            self._jobs.discard(job)
+            if limit := self._jobs.pop(job):
+                limit.cancel()
             self._orders.put_nowait(("stop", job))
 
     def begin_closing(self) -> None:
