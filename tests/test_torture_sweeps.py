@@ -75,7 +75,7 @@ def test_a_killed_sweep_keeps_what_it_measured_and_leaves_no_process(tmp_path, l
 @pytest.mark.skipif(sys.platform != "linux", reason="SIGIO on a closed pipe")
 def test_a_trial_that_is_stuck_in_c_ends_with_its_sweep(tmp_path):
     stuck = (
-        "import ctypes, subprocess, sys; sys.path.insert(0, sys.argv[1]); from nanogpt.fit import child; child._leave_with_parent()\n"
+        "import ctypes, subprocess, sys; sys.path.insert(0, sys.argv[1]); from nanogpt.sweep import child; child._leave_with_parent()\n"
         "other = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)'], stdin=subprocess.DEVNULL); print(other.pid, flush=True)\n"
         "ctypes.PyDLL(None).sleep(60)"
     )

@@ -206,7 +206,7 @@ def test_ctrl_c_ends_the_child_and_records_nothing(quick, monkeypatch):
 @POSIX
 def test_the_child_leaves_when_its_parent_is_killed(quick):
     _, folder = quick
-    code = f"import json, sys; sys.path.insert(0, {str(ROOT)!r}); from nanogpt.fit import child; child._leave_with_parent(); print('up', flush=True); import time; time.sleep(60)"
+    code = f"import json, sys; sys.path.insert(0, {str(ROOT)!r}); from nanogpt.sweep import child; child._leave_with_parent(); print('up', flush=True); import time; time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=folder)
     assert process.stdout.readline() == b"up\n"
     process.stdin.close()

@@ -55,7 +55,7 @@ note("done")
 # 换上假子进程的 run_train.py：产品里没有为测试留的口子
 FAKE = """
 import runpy, sys
-from nanogpt.fit import trial
+from nanogpt.sweep import trial
 trial.run_trial.__kwdefaults__["command"] = (sys.executable, "-S", "-c", CHILD)
 sys.argv = [SCRIPT, *sys.argv[1:]]
 runpy.run_path(SCRIPT, run_name="__main__")

@@ -92,7 +92,7 @@ def in_its_own(dataset: str, path: Path, prepared: Path, options: dict, during: 
         value in given.items())]
         # 先导入再换用户：解释器本身往往在 root 的家里
         become = f"import os; os.setgroups([]); os.setuid({user}); " if user else ""
-        code = f"from nanogpt import corpus; corpus._script({dataset!r}); {become}corpus.run_prepare({dataset!r})"
+        code = f"from nanogpt.data import corpus; corpus._script({dataset!r}); {become}corpus.run_prepare({dataset!r})"
     else:
         arguments, code = [dataset, str(path)], PROMPTS
     started, output = time.perf_counter(), prepared.with_name("output")
