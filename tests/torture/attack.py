@@ -6,25 +6,31 @@
 
 import contextlib
 import json
+import math
 import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import corpus_text
+from conftest import ROOT, corpus_text, tiny
 from hypothesis import settings
+from safetensors.torch import load_file
 
-import run_train
-from nanogpt.base.cli import run_script
+# fork 之前就导入：子进程不必各自再花几秒
+import nanogpt.run.session  # noqa: F401
+from nanogpt.base.language import ConfigError
+from nanogpt.run.health import floating
 from nanogpt.weights import checkpoint
 
 LONG = settings.get_current_profile_name() == "long"
@@ -81,16 +87,21 @@ class Ended:
         return self.code == 2 and len(lines) == 1 and not self.traced
 
 
+TRAIN = ("run_train.py",)
+
+
 class Running:
-    """`python run_train.py ARGUMENTS` in a folder; before() runs in the child first, which dies right before its n-th change of a file."""
+    """`python PROGRAM ARGUMENTS` in a folder; before() runs in the child first, which dies right before its n-th change of a file."""
 
     # 与命令行上的程序只差一点：torch 已经导入
-    def __init__(self, arguments, folder: Path, *, before: Callable[[], None] | None = None, kill_at_change: int | None = None):
+    def __init__(
+        self, arguments, folder: Path, *, program: tuple[str, ...] = TRAIN, before: Callable[[], None] | None = None, kill_at_change: int | None = None,
+    ):
         self.started = time.perf_counter()
         handle, named = tempfile.mkstemp(suffix=".log")
         os.close(handle)
         self.log = Path(named)
-        self.process = FORKS.Process(target=_child, args=(tuple(arguments), folder, self.log, before, kill_at_change))
+        self.process = FORKS.Process(target=_child, args=(program, list(arguments), folder, self.log, before, kill_at_change))
         self.process.start()
 
     @property
@@ -140,7 +151,7 @@ def train(arguments, folder: Path, *, kill_after_s: float | None = None, watch: 
     return running.wait()
 
 
-def _child(arguments: tuple, folder: Path, log: Path, before: Callable[[], None] | None, kill_at_change: int | None) -> None:
+def _child(program: tuple, arguments: list, folder: Path, log: Path, before: Callable[[], None] | None, kill_at_change: int | None) -> None:
     """What the fork does; never returns."""
     code = 70
     try:
@@ -150,14 +161,19 @@ def _child(arguments: tuple, folder: Path, log: Path, before: Callable[[], None]
         os.chdir(folder)
         # fork 出来的进程里线程池已不在：只用一个线程
         torch.set_num_threads(1)
-        sys.argv = ["run_train.py", *arguments]
+        warnings.simplefilter("ignore")
         if kill_at_change is not None:
             sys.addaudithook(_killer(folder, log.with_suffix(".changes"), kill_at_change))
         if before:
             before()
         # fork 来的那两个还记着原来的终端：照着现在的重新打开
         sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
-        run_script("train", run_train.main, run_train.before_sweep)
+        if program[0] == "-m":
+            sys.argv = [program[1], *program[2:], *arguments]
+            runpy.run_module(program[1], run_name="__main__")
+        else:
+            sys.argv = [str(ROOT / program[0]), *arguments]
+            runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
@@ -222,3 +238,58 @@ def outcome(run: Path) -> tuple:
 def finished(ended: Ended) -> bool:
     """Whether a run went to its end, now or before: killed behind its last save, it says so."""
     return not ended.traced and (ended.code == 0 or "already stands at iteration" in ended.output)
+
+
+# ---- 在这个进程里的训练 ----
+
+
+def quick(corpus_folder, *more: str) -> list[str]:
+    """Overrides of a training of 12 steps with three checkpoints."""
+    return [
+        *tiny(corpus_folder), "hardware.peak_tflops_fp32=1", "hardware.peak_tflops_half=1", "max_iters=12", "eval_interval=4", "log_interval=4",
+        "sample_tokens=0", *more,
+    ]
+
+
+def fit(trainer) -> ConfigError | None:
+    """Train to the end; the one line with which it ended otherwise."""
+    try:
+        trainer.fit()
+    except ConfigError as error:
+        assert "\n" not in str(error)
+        return error
+    return None
+
+
+def snapshot(trainer) -> dict[str, torch.Tensor]:
+    """Copies of every weight and optimizer state, 8-bit codes included."""
+    tensors = {name: t.detach().clone() for name, t in trainer.model.state_dict().items()}
+    for name, state in trainer.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{name}.{key}": t.detach().clone() for key, t in state.items()}
+    return tensors
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """Both hold the same tensors, bit for bit."""
+    assert set(a) == set(b) and not [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def assert_good_checkpoints(run_dir: Path) -> list[checkpoint.Checkpoint]:
+    """Its checkpoints: whole, every number in them finite, the best really the best."""
+    found = checkpoint.checkpoints(run_dir)
+    for one in found:
+        assert one.problem() is None and (one.val_loss is None or math.isfinite(one.val_loss))
+        for name, tensor in [*floating(load_file(one.folder / "model.safetensors")), *floating(one.load_state())]:
+            assert torch.isfinite(tensor).all(), f"{one.name}: {name} is not finite"
+    if losses := [one.val_loss for one in found if one.val_loss is not None]:
+        assert checkpoint.best_of(found).val_loss == min(losses)
+    return found
+
+
+def raising(error: BaseException) -> Callable:
+    """A function that raises."""
+
+    def raise_it(*_, **__):
+        raise error
+
+    return raise_it

@@ -1,19 +1,17 @@
-"""What a program does to the files below a folder, operation by operation, and the states that a loss of power may leave of it.
+"""What a program does to the files below a folder, operation by operation, and the states that a loss of power may leave of it."""
 
-A file system owes nothing but what was synced: fsync of a file keeps its content, fsync of a folder keeps the names in it. Of everything
-else any part may be there after the cut: names lost, kept in order or out of it, contents lost, zeroed or torn. Renaming within a
-folder is atomic. That is less than ext4, XFS, Btrfs or NTFS promise: what holds here holds on them.
-"""
+# 文件系统只保证同步过的：fsync 一个文件，内容在；fsync 一个文件夹，里面的名字在；其余随便怎样都可能，只有同一文件夹里的改名是原子的
+# 这比 ext4、XFS、Btrfs、NTFS 保证的都少：在这里成立的，在它们上面也成立
 
 import builtins
 import contextlib
 import io
 import os
-import random
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from unittest import mock
 
 # 一棵树：相对路径 -> 内容，文件夹是 None
@@ -25,31 +23,31 @@ KINDS = ("nothing unsynced", "names kept, contents lost", "names kept, contents 
 class Entry:
     """Names of a folder that change together; None takes a name away."""
 
+    # 改名是一去一来，一次做完
     folder: int
     names: tuple[tuple[str, int | None], ...]
 
 
 @dataclass(frozen=True)
 class Write:
-    """Bytes that come to stand at an offset."""
+    """Bytes that come to stand at an offset; None: the file is cut or grown to it."""
 
+    # 文件的内容由它们一个接一个拼出来
     file: int
     offset: int
-    content: bytes
+    content: bytes | None
 
-
-@dataclass(frozen=True)
-class Cut:
-    """A file gets this size."""
-
-    file: int
-    size: int
+    def applied(self, before: bytes) -> bytes:
+        """The content of the file afterwards."""
+        kept = before[: self.offset].ljust(self.offset, b"\0")
+        return kept if self.content is None else kept + self.content + before[self.offset + len(self.content) :]
 
 
 @dataclass(frozen=True)
 class Sync:
     """fsync of a file or folder."""
 
+    # 之前对它做的，从此掉电也在
     node: int
 
 
@@ -57,25 +55,18 @@ class Sync:
 class Mark:
     """Something that the program has reached, for the judge."""
 
-    reached: object
-
-
-def changed(content: bytes, operation: Write | Cut) -> bytes:
-    """The content of a file after an operation."""
-    if isinstance(operation, Cut):
-        return content[: operation.size].ljust(operation.size, b"\0")
-    end = operation.offset + len(operation.content)
-    return content[: operation.offset].ljust(operation.offset, b"\0") + operation.content + content[end:]
+    # 不改动文件，只标出时刻
+    reached: tuple
 
 
 class FileLog:
     """Records below `root` inside recording(); nothing there may be changed by other processes meanwhile."""
 
+    # 文件与文件夹都用号码记：名字会变，号码不变；0 是根
     def __init__(self, root: Path):
         self.root = str(root.resolve())
-        self.operations: list[Entry | Write | Cut | Sync | Mark] = []
+        self.operations: list[Entry | Write | Sync | Mark] = []
         self.entries: dict[int, dict[str, int]] = {0: {}}
-        """Names in each folder as they are now; 0 is the root."""
         self.descriptors: dict[int, int] = {}
         self.nodes = 0
         self.before: dict[int, bytes] = {}
@@ -88,23 +79,19 @@ class FileLog:
 
     # ---- 记录 ----
 
-    def mark(self, reached: object) -> None:
-        """Note that the program has got so far."""
-        self.operations.append(Mark(reached))
-
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Note every change of a file or folder below the root by this process (Python's own functions, without numpy's and C's)."""
         changes = {
-            "mkdir": self._made, "rmdir": self._removed, "unlink": self._removed, "remove": self._removed, "rename": self._renamed,
-            "replace": self._renamed,
+            "mkdir": lambda path, *_: self._named(path, lambda: self._node(folder=True)), "rename": self._renamed, "replace": self._renamed,
+            **dict.fromkeys(("rmdir", "unlink", "remove"), lambda path, *_: self._named(path, lambda: None)),
         }
         with contextlib.ExitStack() as patches:
             for name, noted in changes.items():
                 patches.enter_context(mock.patch.object(os, name, self._noting(getattr(os, name), noted)))
             for module, name, stand_in in (
                 (os, "open", self._opening(os.open)), (os, "fsync", self._synced), (builtins, "open", self._file(builtins.open)),
-                (io, "open", self._file(io.open)),
+                (io, "open", self._file(io.open)), (os, "write", self._written(os.write)), (os, "ftruncate", self._cut(os.ftruncate)),
                 # 这两条捷径绕过上面的函数
                 (shutil, "_use_fd_functions", False), (shutil, "_USE_CP_SENDFILE", False),
             ):
@@ -129,13 +116,6 @@ class FileLog:
             folder = self.entries[folder][part]
         return folder, name
 
-    def _at(self, path) -> int | None:
-        """The node of a path."""
-        if os.path.abspath(os.fsdecode(path)) == self.root:
-            return 0
-        place = self._place(path)
-        return place and self.entries[place[0]].get(place[1])
-
     def _rename(self, folder: int, *names: tuple[str, int | None]) -> None:
         self.operations.append(Entry(folder, names))
         for name, node in names:
@@ -143,20 +123,16 @@ class FileLog:
             if node is not None:
                 self.entries[folder][name] = node
 
+    def _named(self, path, node) -> None:
+        if place := self._place(path):
+            self._rename(place[0], (place[1], node()))
+
     def _noting(self, real, noted):
         def call(*arguments, **options):
             real(*arguments, **options)
             noted(*arguments)
 
         return call
-
-    def _made(self, path, *_) -> None:
-        if place := self._place(path):
-            self._rename(place[0], (place[1], self._node(folder=True)))
-
-    def _removed(self, path, *_) -> None:
-        if place := self._place(path):
-            self._rename(place[0], (place[1], None))
 
     def _renamed(self, old, new, *_) -> None:
         source, target = self._place(old), self._place(new)
@@ -168,9 +144,11 @@ class FileLog:
         def call(path, flags, *arguments, **options):
             descriptor = real(path, flags, *arguments, **options)
             self.descriptors.pop(descriptor, None)
-            if (place := self._place(path)) and flags & os.O_CREAT:
+            place = self._place(path)
+            if place and flags & os.O_CREAT:
                 self.created(place)
-            if (node := self._at(path)) is not None:
+            node = 0 if os.path.abspath(os.fsdecode(path)) == self.root else place and self.entries[place[0]].get(place[1])
+            if node is not None:
                 self.descriptors[descriptor] = node
             return descriptor
 
@@ -188,6 +166,25 @@ class FileLog:
         if (node := self.descriptors.get(descriptor)) is not None:
             self.operations.append(Sync(node))
 
+    def _written(self, real):
+        def call(descriptor, content):
+            node = self.descriptors.get(descriptor)
+            at = None if node is None else os.lseek(descriptor, 0, os.SEEK_CUR)
+            written = real(descriptor, content)
+            if node is not None:
+                self.operations.append(Write(node, at, bytes(content)[:written]))
+            return written
+
+        return call
+
+    def _cut(self, real):
+        def call(descriptor, size):
+            real(descriptor, size)
+            if (node := self.descriptors.get(descriptor)) is not None:
+                self.operations.append(Write(node, size, None))
+
+        return call
+
     def _file(self, real):
         def call(file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, closefd=True, opener=None):
             place = self._place(file) if isinstance(file, str | bytes | os.PathLike) else None
@@ -203,7 +200,7 @@ class FileLog:
 
     # ---- 断电 ----
 
-    def state(self, at: int, kind: str = "", chance: random.Random | None = None) -> Tree:
+    def state(self, at: int, kind: str = "", chance: Random | None = None) -> Tree:
         """What may be there when the power goes after the first `at` operations; without a kind everything is."""
         done = self.operations[:at]
         synced = {operation.node: number for number, operation in enumerate(done) if isinstance(operation, Sync)}
@@ -219,7 +216,7 @@ class FileLog:
         self._collect(0, "", entries, self._contents(done, kind, chance), found)
         return found
 
-    def _kept(self, done: list, synced: dict[int, int], kind: str, chance: random.Random | None) -> set[int]:
+    def _kept(self, done: list, synced: dict[int, int], kind: str, chance: Random | None) -> set[int]:
         """Which changes of names that were not synced are there all the same."""
         pending = [n for n, operation in enumerate(done) if isinstance(operation, Entry) and n > synced.get(operation.folder, -1)]
         if kind == "nothing unsynced":
@@ -227,25 +224,24 @@ class FileLog:
         if kind == "in order":
             return set(pending[: chance.randrange(len(pending) + 1)])
         if kind == "out of order":
-            return {number for number in pending if chance.random() < 0.5}
+            return {number for number in pending if chance.choice([False, True])}
         return set(pending)
 
-    def _contents(self, done: list, kind: str, chance: random.Random | None) -> dict[int, bytes]:
+    def _contents(self, done: list, kind: str, chance: Random | None) -> dict[int, bytes]:
         """What each file holds."""
         files = [node for node in range(1, self.nodes + 1) if node not in self.entries]
         now = {node: self.before.get(node, b"") for node in files}
         durable = dict(now)
         for operation in done:
-            if isinstance(operation, Write | Cut):
-                now[operation.file] = changed(now[operation.file], operation)
+            if isinstance(operation, Write):
+                now[operation.file] = operation.applied(now[operation.file])
             elif isinstance(operation, Sync) and operation.node in now:
                 durable[operation.node] = now[operation.node]
         ways = {"nothing unsynced": "lost", "contents lost": "lost", "contents zeroed": "zeroed", "contents torn": "torn"}
-        way = ways.get(kind.rpartition(", ")[2])
         for node in files:
             if kind and now[node] != durable[node]:
-                drawn = way or chance.choice(["lost", "zeroed", "torn", "kept"])
-                now[node] = damaged(durable[node], now[node], drawn, chance)
+                way = ways.get(kind.rpartition(", ")[2]) or chance.choice(["lost", "zeroed", "torn", "kept"])
+                now[node] = damaged(durable[node], now[node], way, chance)
         return now
 
     def _collect(self, folder: int, prefix: str, entries: dict, contents: dict[int, bytes], found: Tree) -> None:
@@ -258,12 +254,13 @@ class FileLog:
 class _Recorded(io.FileIO):
     """A file whose changes are noted."""
 
+    # 在缓冲之下：记的是真正交给系统的每一次写
     def __init__(self, log: FileLog, place: tuple[int, str], path, mode: str, opener):
         super().__init__(path, mode.replace("b", "").replace("t", ""), opener=opener)
         self.log, self.node, self.appends = log, log.created(place), "a" in mode
         log.descriptors[self.fileno()] = self.node
         if "w" in mode:
-            log.operations.append(Cut(self.node, 0))
+            log.operations.append(Write(self.node, 0, None))
 
     def write(self, content) -> int:
         at = os.fstat(self.fileno()).st_size if self.appends else self.tell()
@@ -273,11 +270,11 @@ class _Recorded(io.FileIO):
 
     def truncate(self, size: int | None = None) -> int:
         size = super().truncate(size)
-        self.log.operations.append(Cut(self.node, size))
+        self.log.operations.append(Write(self.node, size, None))
         return size
 
 
-def damaged(durable: bytes, now: bytes, way: str, chance: random.Random | None) -> bytes:
+def damaged(durable: bytes, now: bytes, way: str, chance: Random | None) -> bytes:
     """What a file may hold whose last changes were not synced."""
     if way == "lost":
         return durable
@@ -285,9 +282,7 @@ def damaged(durable: bytes, now: bytes, way: str, chance: random.Random | None) 
         # 没有变的开头还在；其余只有大小，没有内容
         same = next((at for at, (old, new) in enumerate(zip(durable, now, strict=False)) if old != new), min(len(durable), len(now)))
         return now[:same].ljust(len(now), b"\0")
-    if way == "torn":
-        return now[: chance.randrange(len(now))] if now else now
-    return now
+    return now[: chance.randrange(len(now))] if way == "torn" and now else now
 
 
 def tree_of(root: Path) -> Tree:

@@ -1,5 +1,8 @@
 """What libraries say when memory ran out, and what they say of other faults; as their sources and people's reports have them."""
 
+# 显存不足没有统一的异常：每个库说的都不一样，认错一句就要么白白退出，要么把真正的错误藏起来
+# 句子照抄各库的源码与人们贴出来的报错
+
 import errno
 
 import torch
