@@ -4,7 +4,6 @@ import contextlib
 import copy
 import functools
 import gc
-import importlib
 import json
 import os
 import shutil
@@ -275,10 +274,3 @@ def no_grad_eval(model):
     with torch.no_grad():
         yield model
     model.train()
-
-
-def torture(name: str):
-    """The program benchmarks/torture/<name>.py."""
-    folder = str(ROOT / "benchmarks" / "torture")
-    sys.path[:] = [folder, *(path for path in sys.path if path != folder)]
-    return importlib.import_module(name)

@@ -29,8 +29,8 @@ from hypothesis import strategies as st
 from test_server import Served
 from test_server import tiny as tiny_model
 
+from nanogpt.data.tokenizer import ByteTokenizer
 from nanogpt.serve.server import HEADERS
-from nanogpt.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.torture
 REFUSED = frozenset({400, 401, 403, 404, 405, 408, 413, 415, 431})
