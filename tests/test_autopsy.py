@@ -63,7 +63,11 @@ def test_a_failure_that_the_plan_did_not_expect_points_at_other_programs(capsys)
 
 def test_a_model_that_cannot_be_traced_still_gets_advice(capsys, monkeypatch):
     def fail(*_):
-        raise ConfigError("plan_untraceable", target="mine.Model", reason="RuntimeError: value needed")
+        raise ConfigError(
+            "model._target_={target} cannot be planned ({reason}); its step may not depend on values: measure it with "
+            "a small batch_size instead",
+            target="mine.Model", reason="RuntimeError: value needed",
+        )
 
     monkeypatch.setattr(autopsy, "_planned", fail)
     out = screen(capsys)
@@ -80,7 +84,11 @@ def raising(error):
 @pytest.fixture
 def quick_screen(monkeypatch):
     """The screen without its plan, which has tests of its own."""
-    monkeypatch.setattr(autopsy, "_planned", raising(ConfigError("plan_untraceable", target="-", reason="-")))
+    monkeypatch.setattr(autopsy, "_planned", raising(ConfigError(
+        "model._target_={target} cannot be planned ({reason}); its step may not depend on values: measure it with a "
+        "small batch_size instead",
+        target="-", reason="-",
+    )))
 
 
 def test_a_run_that_cannot_go_on_shows_the_screen_and_keeps_its_checkpoint(in_tmp, tiny_overrides, capsys, monkeypatch, quick_screen):

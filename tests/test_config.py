@@ -1,5 +1,6 @@
 """The config tree composes; every wrong value is one line that names the key."""
 
+import ast
 import re
 import string
 
@@ -161,19 +162,32 @@ def test_every_top_level_key_of_the_run_scripts_is_documented(script):
     assert keys and all("#" in line for line in keys)
 
 
-def test_both_languages_have_the_same_placeholders():
+SAYING = {"ConfigError": 0, "Diverged": 0, "say": 0, "say_once": 0, "text": 0, "line": 0, "text_in": 1}
+
+
+def sentences_said():
+    """First arguments, where they are literals, of everything that says a sentence."""
+    for path in [*(ROOT / "nanogpt").rglob("*.py"), *(ROOT / "data").glob("*/prepare.py"), *ROOT.glob("run_*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = getattr(node, "func", None) and (getattr(node.func, "attr", None) or getattr(node.func, "id", None))
+            if name in SAYING and len(node.args) > SAYING[name] and isinstance(node.args[SAYING[name]], ast.Constant):
+                yield node.args[SAYING[name]].value
+
+
+def test_every_sentence_has_its_chinese_with_the_same_placeholders_and_none_is_dead():
     def names(template):
         return {field for _, field, _, _ in string.Formatter().parse(template) if field}
 
-    assert all(names(en) == names(zh) for en, zh in language.MESSAGES.values())
+    said = {language.NAMED.get(sentence, sentence) for sentence in sentences_said()} | set(language.NAMED.values())
+    chinese = language.chinese()
+    assert said - {""} == set(chinese)
+    assert all(names(en) == names(zh) for en, zh in chinese.items())
 
 
-def test_every_message_that_the_code_uses_exists_and_none_is_dead():
-    package = [p for p in (ROOT / "nanogpt").rglob("*.*") if p.suffix in (".py", ".html") and p.name != "language.py"]
-    code = "".join(p.read_text(encoding="utf-8") for p in [*package, *(ROOT / "data").glob("*/prepare.py")])
-    used = set(re.findall(r'(?:ConfigError|StoppedError|\bsay|(?<!\.)\btext|console\.line)\(\s*"([a-z0-9_]+)"', code))
-    assert used <= set(language.MESSAGES)
-    assert not {name for name in language.MESSAGES if f'"{name}"' not in code}
+def test_every_named_sentence_is_said():
+    files = [*(ROOT / "nanogpt").rglob("*.py"), *(ROOT / "nanogpt").rglob("*.html"), *(ROOT / "data").glob("*/prepare.py")]
+    code = "".join(path.read_text(encoding="utf-8") for path in files if path.name != "language.py")
+    assert not {name for name in language.NAMED if f'"{name}"' not in code}
 
 
 def test_targets_of_strangers_are_found_wherever_they_hide():

@@ -165,10 +165,22 @@ def test_what_would_command_a_terminal_is_shown_visibly_there_and_goes_into_a_pi
 
     piece = dataclasses.replace(finished(0, STRANGE), prompt=STRANGE)
     assert printed("stdout", lambda: samples._print(iter([piece]), 1)) == wanted * 2 + "\n"
-    assert printed("stderr", lambda: language.say("started_from", named=STRANGE)) == language.text("started_from", named=wanted) + "\n"
-    line = printed("stdout", lambda: Console().line("started_from", named=STRANGE))
+    assert printed("stderr", lambda: language.say(
+        "starting from the weights of {named}",
+        named=STRANGE,
+    )) == language.text(
+        "starting from the weights of {named}",
+        named=wanted,
+    ) + "\n"
+    line = printed("stdout", lambda: Console().line("starting from the weights of {named}", named=STRANGE))
     # rich 把制表符展开成空格
-    assert line == (language.text("started_from", named=wanted).expandtabs(8) if stream is Terminal else language.text("started_from", named=wanted)) + "\n"
+    assert line == (language.text(
+        "starting from the weights of {named}",
+        named=wanted,
+    ).expandtabs(8) if stream is Terminal else language.text(
+        "starting from the weights of {named}",
+        named=wanted,
+    )) + "\n"
 
 
 def test_nothing_is_printed_past_the_one_function_that_watches_for_escape_sequences():

@@ -134,7 +134,10 @@ def test_errors_of_the_child_are_told_apart():
 
     assert child.verdict_of(MemoryError()) == child.verdict_of(RuntimeError("can't start new thread")) == child.verdict_of(OSError(12, "x")) == "oom"
     assert child.verdict_of(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")) == "oom"
-    assert child.verdict_of(ConfigError("compose", line="x")) == "invalid" and child.verdict_of(KeyError("x")) == "crashed"
+    assert child.verdict_of(ConfigError(
+        "{line}",
+        line="x",
+    )) == "invalid" and child.verdict_of(KeyError("x")) == "crashed"
 
 
 # ---- 各种结局，用假的子进程 ----

@@ -51,9 +51,17 @@ def sources(
     files = text_files(source, RECORD_SUFFIXES)
     size = sum(file.stat().st_size for file in files)
     if not size:
-        raise ConfigError("empty_labelled", got=path, kinds=" ".join(RECORD_SUFFIXES))
+        raise ConfigError(
+            "dataset.path={got}: no texts in it; give a file with texts, or a folder with some of: {kinds}",
+            got=path, kinds=" ".join(RECORD_SUFFIXES),
+        )
     if size * BYTES_EACH > (free := free_ram()):
-        raise ConfigError("labelled_memory", got=path, size=size / 2**20, need=size * BYTES_EACH / 2**30, have=free / 2**30)
+        raise ConfigError(
+            "dataset.path={got}: {size:,.0f} MiB of labelled texts are compared with each other in memory, which "
+            "takes over {need:.1f} GiB, and {have:.1f} are free: give fewer texts, or use dataset=text_file, which "
+            "needs no memory for them",
+            got=path, size=size / 2**20, need=size * BYTES_EACH / 2**30, have=free / 2**30,
+        )
     return files
 
 
@@ -70,7 +78,11 @@ def lines_of(file: Path, pieces: Iterable[str]) -> Iterator[str]:
         number += len(whole)
         if len(pending) > LONGEST_TEXT:
             # 多半是整个文件没有换行：再读下去只会吃光内存
-            raise ConfigError("labelled_long", file=file, line=number, most=LONGEST_TEXT)
+            raise ConfigError(
+                "{file}, line {line}: longer than {most:,} characters, which is no single text; put each text on a "
+                "line of its own",
+                file=file, line=number, most=LONGEST_TEXT,
+            )
     if pending:
         yield pending
 
@@ -88,7 +100,10 @@ def rows_of_json(file: Path, encoding: str) -> Iterator[tuple[int, dict]]:
         try:
             row = json.loads(line, object_pairs_hook=without_repeats)
         except (ValueError, RecursionError) as error:
-            raise ConfigError("labelled_json", file=file, line=number, reason=str(error).partition("\n")[0], example=EXAMPLE) from None
+            raise ConfigError(
+                "{file}, line {line}: this is no JSON object ({reason}); write one in each line, for example {example}",
+                file=file, line=number, reason=str(error).partition("\n")[0], example=EXAMPLE,
+            ) from None
         yield number, as_object(file, number, row)
 
 
@@ -110,7 +125,11 @@ def rows_of_list(file: Path, content: str) -> Iterator[tuple[int, dict]]:
             if content[at : at + 1] not in ("]", ","):
                 raise ValueError("no comma, no ]")
         except (ValueError, RecursionError) as error:
-            raise ConfigError("labelled_array", file=file, line=line, reason=getattr(error, "msg", error), example=EXAMPLE) from None
+            raise ConfigError(
+                "{file}, line {line}: the list of records breaks off here ({reason}); correct it, or write one object "
+                "in each line, for example {example}",
+                file=file, line=line, reason=getattr(error, "msg", error), example=EXAMPLE,
+            ) from None
         yield line, as_object(file, line, row)
         at += content[at] == ","
 
@@ -118,7 +137,10 @@ def rows_of_list(file: Path, content: str) -> Iterator[tuple[int, dict]]:
 def as_object(file: Path, line: int, row) -> dict:
     """The row, if it is an object."""
     if not isinstance(row, dict):
-        raise ConfigError("labelled_json", file=file, line=line, reason=f"a {type(row).__name__}", example=EXAMPLE)
+        raise ConfigError(
+            "{file}, line {line}: this is no JSON object ({reason}); write one in each line, for example {example}",
+            file=file, line=line, reason=f"a {type(row).__name__}", example=EXAMPLE,
+        )
     return row
 
 
@@ -145,16 +167,27 @@ def rows_of_table(file: Path, encoding: str) -> Iterator[tuple[int, dict]]:
     try:
         header = [name.strip().lower() for name in next(reader, [])]
         if "text" not in header:
-            raise ConfigError("labelled_header", file=file, line=before + 1, got=", ".join(header)[:80])
+            raise ConfigError(
+                "{file}, line {line}: the columns are {got}; the first line must name them, one of them text",
+                file=file, line=before + 1, got=", ".join(header)[:80],
+            )
         for fields in reader:
             if not any(field.strip() for field in fields):
                 continue
             number = before + reader.line_num
             if len(fields) != len(header):
-                raise ConfigError("labelled_columns", file=file, line=number, got=len(fields), want=len(header))
+                raise ConfigError(
+                    "{file}, line {line}: {got} fields where the first line names {want}; put a text with commas or "
+                    "line breaks in double quotes",
+                    file=file, line=number, got=len(fields), want=len(header),
+                )
             yield number, dict(zip(header, fields))
     except csv.Error as error:
-        raise ConfigError("labelled_csv", file=file, line=before + reader.line_num, reason=error) from None
+        raise ConfigError(
+            "{file}, line {line}: this is no table ({reason}); double the quotation marks inside of quoted fields, or "
+            "use .jsonl",
+            file=file, line=before + reader.line_num, reason=error,
+        ) from None
 
 
 def delimiter_of(header: str, delimiters: str) -> str:
@@ -181,16 +214,27 @@ def document(file: Path, line: int, row: dict) -> Document:
     if text is None and (chat := chat_of(row)):
         kind, fields, whole = chat
         example = json.dumps({"text": whole[:80]}, ensure_ascii=bool(HALF.search(whole)))
-        raise ConfigError("labelled_chat", file=file, line=line, kind=translated(kind), fields=", ".join(fields), example=example)
+        raise ConfigError(
+            "{file}, line {line}: this is a {kind} ({fields}), as chat models are tuned on, and a text is wanted; put "
+            "all of a record into its text, this one for example: {example}",
+            file=file, line=line, kind=translated(kind), fields=", ".join(fields), example=example,
+        )
     if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
-        raise ConfigError("labelled_text", file=file, line=line, got=_short(text), example=EXAMPLE)
+        raise ConfigError(
+            '{file}, line {line}: "text" is {got}, which is no text; write for example {example}',
+            file=file, line=line, got=_short(text), example=EXAMPLE,
+        )
     labels = {}
     for kind in LABEL_KINDS:
         label = row.get(kind)
         if label is None or (isinstance(label, str) and not label.strip()):
             continue
         if not isinstance(label, str) or len(label.strip()) > LONGEST_LABEL or re.search(r"[|\x00-\x1f\x7f\u2028\u2029\ud800-\udfff]", label.strip()):
-            raise ConfigError("labelled_label", file=file, line=line, kind=kind, got=_short(label), most=LONGEST_LABEL)
+            raise ConfigError(
+                '{file}, line {line}: "{kind}" is {got}, which is no label; write a string in quotes without | and '
+                "line breaks, at most {most} characters",
+                file=file, line=line, kind=kind, got=_short(label), most=LONGEST_LABEL,
+            )
         labels[kind] = label.strip()
     return Document(text.replace("\r\n", "\n").replace("\r", "\n").strip(), **labels)
 
@@ -208,7 +252,10 @@ def documents(files: list[Path], encoding: str = "auto") -> Iterator[Document]:
             unused.update(row)
             yield document(file, line, row)
     if unused := sorted(unused - {"text", *LABEL_KINDS}):
-        say("labelled_unused", fields=", ".join(unused[:10])[:200], kinds=", ".join(LABEL_KINDS))
+        say(
+            "not used: the fields {fields} (labels are {kinds})",
+            fields=", ".join(unused[:10])[:200], kinds=", ".join(LABEL_KINDS),
+        )
 
 
 def check_labels(listed: list[Document]) -> None:
@@ -216,7 +263,11 @@ def check_labels(listed: list[Document]) -> None:
     for kind, names in label_names(listed).items():
         labelled = sum(getattr(document, kind) is not None for document in listed)
         if len(names) > MOST_LABELS or (len(names) > FEW_LABELS and 2 * len(names) > labelled):
-            raise ConfigError("labelled_many", kind=kind, labels=len(names), documents=labelled, most=MOST_LABELS)
+            raise ConfigError(
+                "dataset.path: {labels} different values of {kind} for {documents} texts; a label is a word that many "
+                "texts share (at most {most}), not a title or a number: rename that field or choose fewer",
+                kind=kind, labels=len(names), documents=labelled, most=MOST_LABELS,
+            )
 
 
 def prepare(
@@ -229,12 +280,18 @@ def prepare(
         listed = list(documents(files, encoding))
         check()
     if not listed:
-        raise ConfigError("empty_labelled", got=path, kinds=" ".join(RECORD_SUFFIXES))
+        raise ConfigError(
+            "dataset.path={got}: no texts in it; give a file with texts, or a folder with some of: {kinds}",
+            got=path, kinds=" ".join(RECORD_SUFFIXES),
+        )
     check_labels(listed)
     parts = split_documents(listed, {"train": 1 - val_fraction - judge_fraction, "val": val_fraction, "judge": judge_fraction})
     for split in ("train", "val"):
         if not parts[split]:
-            raise ConfigError("no_documents", split=split, path=path)
+            raise ConfigError(
+                "{path} has no documents for {split}; give more texts or another dataset.val_fraction",
+                split=split, path=path,
+            )
     coder = tokenizer_for(tokenizer, lambda: (document.text for document in parts["train"]), vocab_size)
     write_documents(folder, name="labelled", source=Path(path).name, tokenizer=coder, parts=parts, grow=isinstance(tokenizer, str))
 

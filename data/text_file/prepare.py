@@ -23,9 +23,13 @@ def sources(path: str | None, tokenizer: str | Tokenizer, encoding: str, val_fra
         raise ConfigError("out_of_range", key="dataset.val_fraction", got=val_fraction, wanted="> 0, < 1")
     files = text_files(source)
     if records := files if source.suffix.lower() in RECORD_SUFFIXES and not source.is_dir() else [] if files else text_files(source, RECORD_SUFFIXES):
-        raise ConfigError("records_no_text", got=path, file=records[0].name)
+        raise ConfigError(
+            "dataset.path={got}: {file} holds records, no running text; type dataset=labelled dataset.path={got}, or "
+            "rename it to .txt to learn it as it stands",
+            got=path, file=records[0].name,
+        )
     if not any(file.stat().st_size for file in files):
-        raise ConfigError("empty_text", key="dataset.path", got=path)
+        raise ConfigError("{key}={got}: no text in it; give a file with text", key="dataset.path", got=path)
     return files
 
 
@@ -77,9 +81,13 @@ def write(
     total = sum(map(len, pieces(files))) if isinstance(coder, CharTokenizer) else sum(map(len, ids()))
     train = total - round(total * val_fraction)
     if not total:
-        raise ConfigError("empty_text", key="dataset.path", got=source)
+        raise ConfigError("{key}={got}: no text in it; give a file with text", key="dataset.path", got=source)
     if train < SHORTEST or total - train < SHORTEST:
-        raise ConfigError("text_too_short", got=source, tokens=total, val=total - train, least=SHORTEST)
+        raise ConfigError(
+            "dataset.path={got}: {tokens} tokens, {val} of them for validation, are too few (at least {least} each); "
+            "give more text or another dataset.val_fraction",
+            got=source, tokens=total, val=total - train, least=SHORTEST,
+        )
     write_tagged(folder, name="text_file", source=source.name, tokenizer=coder, stream=split_by_length(ids(), train))
 
 

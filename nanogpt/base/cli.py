@@ -75,7 +75,7 @@ def arranged(arguments: list[str]) -> tuple[list[str], list[str], bool]:
     parser = get_args_parser()
 
     def refuse(reason: str):
-        raise ConfigError("unreadable_flag", reason=reason)
+        raise ConfigError("{reason}; --help shows what there is", reason=reason)
 
     parser.error = refuse
     typed = parser.parse_intermixed_args(arguments)
@@ -85,7 +85,10 @@ def arranged(arguments: list[str]) -> tuple[list[str], list[str], bool]:
     for flag in ("config_dir", "config_path", "config_name"):
         if getattr(typed, flag) == "":
             # 空的 --config-dir 就是当前文件夹：多半是没有设好的变量
-            raise ConfigError("empty_flag", flag="--" + flag.replace("_", "-"))
+            raise ConfigError(
+                "{flag}= is empty; write what it names, or leave it out",
+                flag="--" + flag.replace("_", "-"),
+            )
     overrides = typed.overrides
     flags, left = [], list(overrides)
     for argument in arguments:
@@ -113,8 +116,14 @@ def refuse_glob_of_values(arguments: list[str]) -> None:
         key, _, value = argument.partition("=")
         if value.startswith("glob(") and key not in (*PATH_KEYS, *TEXT_KEYS) and not is_group(key):
             # 会得到零个任务：什么也不做就成功
-            remedy = text("remedy_one_by_one", key=key)
-            raise ConfigError("unreadable", argument=argument, reason=text("glob_of_a_value"), remedy=remedy)
+            remedy = text("write the values: {key}=a,b,c", key=key)
+            raise ConfigError(
+                "{argument}: this cannot be read ({reason}); {remedy}",
+                argument=argument, reason=text(
+                "only groups have options to go through",
+            ),
+                remedy=remedy,
+            )
 
 
 # ---- 运行 ----
@@ -130,12 +139,16 @@ def typed_config(cfg: DictConfig, config_name: str) -> TrainConfig | SampleConfi
     choices = {g: o for g, o in HydraConfig.get().runtime.choices.items() if o and not g.startswith("hydra/")}
     for group, option in choices.items():
         if not isinstance(option, str):
-            raise ConfigError("one_option", group=group, got=OmegaConf.to_container(option))
+            raise ConfigError(
+                "{group}={got}: one option is wanted here, not several; choose one, or put both into a yaml of your "
+                "own under conf/{group}",
+                group=group, got=OmegaConf.to_container(option),
+            )
     for typed_key in HydraConfig.get().overrides.task:
         key = typed_key.removeprefix("~").partition("=")[0]
         if typed_key.startswith("~") and re.match(r"(sampler|control|optimizer|dataset)\.|logger\.\w+\.", key):
             # 悄悄换成函数的默认值，会与 yaml 里写的不一样
-            raise ConfigError("removed_key", key=key)
+            raise ConfigError("~{key}: this key is always needed; write {key}=VALUE instead", key=key)
     typed.groups = choices
     at_home(typed)
     check_values(typed)
@@ -269,10 +282,16 @@ class _Script:
         if folder.resolve() in used:
             # 否则第一个训完，其余的才被拒绝
             if cfg.resume:
-                remedy = text("remedy_shared_resume", apart=typed_override("init_from", folder))
+                remedy = text("start each from its weights instead: {apart}", apart=typed_override("init_from", folder))
             else:
-                remedy = text("remedy_shared_out_dir", apart=word(override("out_dir", folder) + "-${hydra:job.num}"))
-            raise ConfigError("shared_folder", key="resume" if cfg.resume else "out_dir", path=folder, remedy=remedy)
+                remedy = text(
+                    "leave out_dir out, which gives each a folder of its own, or write {apart}",
+                    apart=word(override("out_dir", folder) + "-${hydra:job.num}"),
+                )
+            raise ConfigError(
+                "{key}={path}: several jobs of this sweep would train in this one folder; {remedy}",
+                key="resume" if cfg.resume else "out_dir", path=folder, remedy=remedy,
+            )
         used.add(folder.resolve())
 
     def composed(self, cfg: DictConfig, hydra_config: DictConfig) -> tuple[TrainConfig | SampleConfig, list[str]]:

@@ -83,20 +83,32 @@ def one_line(error: Exception, config_name: str) -> ConfigError:
             return found
     if isinstance(error, OverrideParseException):
         reason = next((line for line in message.splitlines() if line.strip()), "")
-        return ConfigError("unreadable", argument=error.override, reason=reason, remedy=_readable(error.override or ""))
+        return ConfigError(
+            "{argument}: this cannot be read ({reason}); {remedy}",
+            argument=error.override, reason=reason, remedy=_readable(error.override or ""),
+        )
     if several := re.search(r"Ambiguous value for argument '(.+)'\n|Sweep parameters '(.+)' requires", message):
         key, _, value = (argument := several[1] or several[2]).partition("=")
         listed, one = word(f"{key}=[{value}]"), word(f"{key}={in_quotes(value)}")
-        return ConfigError("sweep_without_m", argument=argument, listed=listed, typed=one)
+        return ConfigError(
+            "{argument}: this means several values; add -m to try each; a list is written {listed}, a text {typed}",
+            argument=argument, listed=listed, typed=one,
+        )
     unknown = re.search(r"Could not (?:override|append|delete)[^']*'([^'=@]+)", message)
     if unknown:
         key = unknown[1]
         guess = text("did_you_mean", guess=close) if (close := guess_of(key, config_name)) else ""
-        return ConfigError("unknown_key", key=key, guess=guess, config=config_name)
+        return ConfigError(
+            "{key}: there is no such key{guess}; see conf/{config}.yaml or run with --cfg job",
+            key=key, guess=guess, config=config_name,
+        )
     if found := _of_a_group(message):
         return found
     # 其余情形：后面的行是 Hydra 的内部细节，压成一行
-    return ConfigError("compose", line=" ".join(line.strip() for line in message.splitlines() if line.strip()) or type(error).__name__)
+    return ConfigError(
+        "{line}",
+        line=" ".join(line.strip() for line in message.splitlines() if line.strip()) or type(error).__name__,
+    )
 
 
 def _readable(argument: str) -> str:
@@ -107,17 +119,23 @@ def _readable(argument: str) -> str:
         OverridesParser.create().parse_override(typed)
     except HydraException:
         # 键就不对：给值加引号也没用
-        return text("remedy_key")
-    return text("remedy_quotes", typed=word(typed)) if equals else text("remedy_key")
+        return text("write key=value")
+    return text("put the value in quotes: {typed}", typed=word(typed)) if equals else text("write key=value")
 
 
 def _of_a_value(cause: OmegaConfBaseException, error: Exception, config_name: str) -> ConfigError | None:
     """The line for a value that does not fit its key."""
     key, first = cause.full_key or "?", str(cause).partition("\n")[0]
     if isinstance(cause, InterpolationKeyError | InterpolationResolutionError) or "ecursive interpolation" in first:
-        return ConfigError("interpolation", key=key, reason=first.removeprefix("ConfigError raised while resolving interpolation: "))
+        return ConfigError(
+            "{key}: {reason}; write the value itself",
+            key=key, reason=first.removeprefix("ConfigError raised while resolving interpolation: "),
+        )
     if isinstance(cause, MissingMandatoryValue):
-        return ConfigError("nothing_chosen", group=key, options=", ".join(group_options(key)))
+        return ConfigError(
+            "{group}: nothing is chosen; choose one of: {options}",
+            group=key, options=", ".join(group_options(key)),
+        )
     if "could not be converted" in first and cause.full_key:
         want = re.search(r"could not be converted to (\w+)", first)
         return ConfigError("wrong_type", key=key, got=cause.value, want=want[1] if want else "?")
@@ -159,7 +177,7 @@ def refuse_unknown_hydra_keys() -> None:
     def value_of(path: str = ""):
         missing = object()
         if not path or (found := OmegaConf.select(HydraConfig.get(), path, default=missing)) is missing:
-            raise ConfigError("no_hydra_key", key=path)
+            raise ConfigError("Hydra has no key {key}", key=path)
         return found
 
     OmegaConf.register_new_resolver("hydra", value_of, replace=True)
@@ -170,8 +188,11 @@ def check_whole(cfg: DictConfig, schema: type, prefix: str = "") -> None:
     for field in fields(schema):
         if field.name not in cfg:
             if is_group(field.name):
-                raise ConfigError("nothing_chosen", group=field.name, options=", ".join(group_options(field.name)))
+                raise ConfigError(
+                    "{group}: nothing is chosen; choose one of: {options}",
+                    group=field.name, options=", ".join(group_options(field.name)),
+                )
             # 悄悄换成 schema 的默认值，会与 yaml 里写的不一样
-            raise ConfigError("removed_key", key=prefix + field.name)
+            raise ConfigError("~{key}: this key is always needed; write {key}=VALUE instead", key=prefix + field.name)
         if is_dataclass(field.type):
             check_whole(cfg[field.name], field.type, f"{prefix}{field.name}.")

@@ -343,7 +343,11 @@ def check_checkpoint(cfg: Any) -> None:
     if not re.fullmatch(r"last|best|iter_\d+", cfg.checkpoint):
         raise ConfigError("not_a_choice", key="checkpoint", got=cfg.checkpoint, allowed="last | best | iter_00001000 …")
     if not cfg.resume and not cfg.init_from:
-        raise ConfigError("checkpoint_of_nothing", got=cfg.checkpoint)
+        raise ConfigError(
+            "checkpoint={got}: there is no run to take it from; add resume=<run folder> to go on from it, or "
+            "init_from=<run folder> to start from it",
+            got=cfg.checkpoint,
+        )
 
 
 def check_device(named: str) -> None:
@@ -355,7 +359,12 @@ def check_device(named: str) -> None:
 def check_start(init_from: str | None) -> None:
     """Refuse nanoGPT's words for where a model comes from: they are no weights."""
     if init_from in ("scratch", "resume") and not Path(init_from).exists():
-        raise ConfigError("init_from_scratch") if init_from == "scratch" else ConfigError("init_from_resume")
+        raise ConfigError(
+            "init_from=scratch: random weights need no key here; leave it out",
+        ) if init_from == "scratch" else ConfigError(
+            "init_from=resume: name the run: resume=outputs/my-run to train it on, out_dir=outputs/my-run to write "
+            "with it",
+        )
 
 
 def check_ranges(cfg: Any, ranges: dict[str, tuple[float, float | None]]) -> None:
@@ -376,9 +385,16 @@ def check_rates(cfg: Any) -> None:
 def check_model(model: Any) -> None:
     """Rules between the fields of a ModelConfig."""
     if model.n_embd % model.n_head:
-        raise ConfigError("not_divisible", key="model.n_embd", got=model.n_embd, other="model.n_head", by=model.n_head)
+        raise ConfigError(
+            "{key}={got} is not divisible by {other}={by}; choose a multiple of {by}",
+            key="model.n_embd", got=model.n_embd, other="model.n_head", by=model.n_head,
+        )
     if model.position == "rope" and (model.n_embd // model.n_head) % 2:
-        raise ConfigError("odd_head", n_embd=model.n_embd, n_head=model.n_head)
+        raise ConfigError(
+            "model.n_embd={n_embd} / model.n_head={n_head} is odd, and RoPE turns pairs; choose an even head size or "
+            "model.position=learned",
+            n_embd=model.n_embd, n_head=model.n_head,
+        )
     for n in model.ngrams:
         if not 2 <= n <= 8:
             raise ConfigError("out_of_range", key="model.ngrams", got=list(model.ngrams), wanted="2 … 8")
@@ -387,11 +403,17 @@ def check_model(model: Any) -> None:
 def check_schedule(cfg: Any) -> None:
     """Rules between learning rates and iteration counts."""
     if cfg.min_lr > cfg.learning_rate:
-        raise ConfigError("above", key="min_lr", got=cfg.min_lr, other="learning_rate", limit=cfg.learning_rate)
+        raise ConfigError(
+            "{key}={got} is above {other}={limit}; lower {key} or raise {other}",
+            key="min_lr", got=cfg.min_lr, other="learning_rate", limit=cfg.learning_rate,
+        )
     end = cfg.lr_decay_iters or cfg.max_iters
     if (cfg.warmup_iters or 0) >= end:
         other = "lr_decay_iters" if cfg.lr_decay_iters else "max_iters"
-        raise ConfigError("warmup_too_long", got=cfg.warmup_iters, other=other, limit=end)
+        raise ConfigError(
+            "warmup_iters={got} is not shorter than {other}={limit}; lower warmup_iters or train longer",
+            got=cfg.warmup_iters, other=other, limit=end,
+        )
 
 
 def check_batch(cfg: Any) -> None:
@@ -400,30 +422,52 @@ def check_batch(cfg: Any) -> None:
     if batch == "auto":
         # auto 自己决定累积几次：要有一个总数可凑
         if total is None:
-            raise ConfigError("auto_needs_total")
+            raise ConfigError(
+                "batch_size=auto needs global_batch_size: the rows of one optimizer step, for example "
+                "global_batch_size=64",
+            )
         return
     if not isinstance(batch, int):
         raise ConfigError("not_a_choice", key="batch_size", got=batch, allowed="1 2 3 … | auto")
     check_range("batch_size", batch, 1, 10**6)
     # 默认的 1 等于没写；写了就必须说的是同一件事
     if total is not None and accumulation != 1 and batch * accumulation != total:
-        raise ConfigError("two_totals", batch=batch, accum=accumulation, product=batch * accumulation, total=total)
+        raise ConfigError(
+            "global_batch_size={total} is not batch_size={batch} x gradient_accumulation_steps={accum} = {product}; "
+            "drop one of the two",
+            batch=batch, accum=accumulation, product=batch * accumulation, total=total,
+        )
 
 
 def check_memory(cfg: Any) -> None:
     """Rules between the parts of memory= and the rest."""
     memory = cfg.memory
     if (memory.activation_checkpointing == "budget") != (memory.activation_budget_mib is not None):
-        raise ConfigError("budget_pair", mode=memory.activation_checkpointing, budget=memory.activation_budget_mib)
+        raise ConfigError(
+            "memory.activation_checkpointing={mode} with memory.activation_budget_mib={budget}; set the budget if and "
+            "only if the mode is budget",
+            mode=memory.activation_checkpointing, budget=memory.activation_budget_mib,
+        )
     if memory.weights == "bf16" and cfg.precision.dtype.lower() not in ("auto", "bf16"):
-        raise ConfigError("bf16_weights_precision", got=cfg.precision.dtype)
+        raise ConfigError(
+            "precision.dtype={got}: memory.weights=bf16 computes in bf16; choose precision=bf16 or memory.weights=fp32",
+            got=cfg.precision.dtype,
+        )
     if memory.optimizer_in_backward:
         # 梯度一到就用掉：没有什么可以累积、还原或求和
         if cfg.precision.dtype.lower() == "fp16":
-            raise ConfigError("in_backward_fp16")
+            raise ConfigError(
+                "precision=fp16: memory.optimizer_in_backward=true has no loss scaling; choose precision=bf16, or "
+                "memory.optimizer_in_backward=false",
+            )
         rows = cfg.global_batch_size or (cfg.batch_size * cfg.gradient_accumulation_steps if isinstance(cfg.batch_size, int) else None)
         if isinstance(cfg.batch_size, int) and rows > cfg.batch_size:
-            raise ConfigError("in_backward_accumulation", rows=rows, batch=cfg.batch_size)
+            raise ConfigError(
+                "memory.optimizer_in_backward=true frees gradients at once and cannot accumulate {rows} rows in "
+                "pieces of batch_size={batch}; set gradient_accumulation_steps=1 and no global_batch_size, or "
+                "memory.optimizer_in_backward=false",
+                rows=rows, batch=cfg.batch_size,
+            )
 
 
 @dataclass(frozen=True)
@@ -478,7 +522,10 @@ def check(cfg: Any) -> None:
     name = str(cfg.dataset["name"])
     # 名字会拼成脚本路径：限制字符，配置文件就不能指向别处的代码
     if not re.fullmatch(r"[A-Za-z0-9_]+", name) or not (ROOT / "data" / name / "prepare.py").is_file():
-        raise ConfigError("no_prepare", got=name)
+        raise ConfigError(
+            "dataset.name={got}: there is no data/{got}/prepare.py; choose another dataset or write that script",
+            got=name,
+        )
 
 
 def targets(node: Any) -> set[str]:

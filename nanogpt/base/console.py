@@ -65,14 +65,19 @@ class Console:
 
     def iteration(self, iteration: int, record: dict[str, float], device_type: str) -> None:
         """The line of one log interval."""
-        val = text("iter_val", val_loss=record["val/loss"]) if "val/loss" in record else ""
+        val = text("val loss {val_loss:.4f}, ", val_loss=record["val/loss"]) if "val/loss" in record else ""
         memory = text(
             "vram" if device_type == "cuda" else "ram",
             **{name: record[f"memory/{name}_gib"] for name in ("allocated", "reserved", "peak")},
         )
-        speed = text("iter_speed", speed=record["tokens_per_s"], mfu=record["mfu"]) if "tokens_per_s" in record else ""
+        speed = text(
+            "{speed:.0f} tokens/s, MFU {mfu:.2%}, ",
+            speed=record["tokens_per_s"], mfu=record["mfu"],
+        ) if "tokens_per_s" in record else ""
         self.line(
-            "iter", iteration=iteration, train_loss=f"{record['train/loss']:.4f}", val=val, lr=record["learning_rate"], speed=speed, memory=memory,
+            "iter {iteration}: train loss {train_loss}, {val}lr {lr:.2e}, {speed}{memory}",
+            iteration=iteration, train_loss=f"{record['train/loss']:.4f}", val=val, lr=record["learning_rate"],
+            speed=speed, memory=memory,
         )
 
 

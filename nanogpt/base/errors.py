@@ -37,20 +37,33 @@ def explained(error: BaseException) -> ConfigError | None:
     if isinstance(error, ConfigError):
         return error
     if isinstance(error, OSError):
-        remedy = text(REMEDIES[error.errno]) if error.errno in REMEDIES else text("remedy_path")
+        remedy = text(REMEDIES[error.errno]) if error.errno in REMEDIES else text("check that path")
         path = next((os.fsdecode(p) for p in (error.filename, error.filename2) if isinstance(p, str | bytes | os.PathLike)), "-")
-        return ConfigError("system_refused", path=path, reason=error.strerror or str(error) or type(error).__name__, remedy=remedy)
+        return ConfigError(
+            "{path}: the system refuses ({reason}); {remedy}",
+            path=path, reason=error.strerror or str(error) or type(error).__name__, remedy=remedy,
+        )
     if isinstance(error, MemoryError):
-        return ConfigError("no_memory", reason=str(error) or "MemoryError")
+        return ConfigError(
+            "out of memory ({reason}); choose a smaller model, batch_size or text, or close other programs",
+            reason=str(error) or "MemoryError",
+        )
     # 没有导入 torch，就不会是它的错
     if "torch" in sys.modules:
         from nanogpt.base.out_of_memory import is_out_of_memory
 
         if is_out_of_memory(error):
-            return ConfigError("no_memory", reason=str(error).strip().partition("\n")[0])
+            return ConfigError(
+                "out of memory ({reason}); choose a smaller model, batch_size or text, or close other programs",
+                reason=str(error).strip().partition("\n")[0],
+            )
         # 自己的模型里的运算、attention 的某种反向：torch 没有确定性的写法
         if isinstance(error, RuntimeError) and NOT_DETERMINISTIC in str(error):
-            return ConfigError("not_deterministic", operation=str(error).partition(NOT_DETERMINISTIC)[0].strip())
+            return ConfigError(
+                "deterministic=true: {operation} has no deterministic implementation on this device; add "
+                "deterministic=false",
+                operation=str(error).partition(NOT_DETERMINISTIC)[0].strip(),
+            )
     return None
 
 
@@ -72,7 +85,7 @@ class Arguments(argparse.ArgumentParser):
     """A parser whose mistakes are one line instead of its whole usage."""
 
     def error(self, message: str):
-        raise ConfigError("unreadable_flag", reason=message)
+        raise ConfigError("{reason}; --help shows what there is", reason=message)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ def parsed(key: str, value: str) -> Any:
     try:
         return OmegaConf.to_container(OmegaConf.create(f"value: {value}"))["value"]
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, KeyError):
-        raise ConfigError("unreadable_value", key=key, got=value) from None
+        raise ConfigError("{key}={got!r} cannot be read; give one value, e.g. a number", key=key, got=value) from None
 
 
 def _composed(overrides: list[str]):

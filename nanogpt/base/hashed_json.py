@@ -42,7 +42,10 @@ def read_sealed(path: Path, newest: int) -> dict[str, Any]:
         raise DamagedError(f"{path.name}: no known format")
     # 先看版本：更新的格式怎么算摘要，这里并不知道
     if version > newest:
-        raise NewerError(text("newer_format", file=path.name, got=version, want=newest))
+        raise NewerError(text(
+            "{file}: has format {got}, this program reads up to {want}; update nanogpt",
+            file=path.name, got=version, want=newest,
+        ))
     if ("digest" in values or version > 1) and values.get("digest") != digest_of(values):
         raise DamagedError(f"{path.name}: SHA-256 differs")
     return {key: value for key, value in values.items() if key != "digest"}

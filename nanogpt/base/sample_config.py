@@ -112,16 +112,23 @@ def check_sample(cfg: SampleConfig) -> None:
     check_start(cfg.init_from)
     named = [key for key, value in (("start", cfg.start), ("starts", cfg.starts or None), ("prompts", cfg.prompts)) if value is not None]
     if len(named) > 1:
-        raise ConfigError("two_prompts", keys=" ".join(f"{key}=…" for key in named))
+        raise ConfigError(
+            "{keys} name prompts twice; leave one out: start=TEXT, starts='[TEXT,TEXT]' and prompts=FILE are three "
+            "ways to give them",
+            keys=" ".join(f"{key}=…" for key in named),
+        )
     if "" in cfg.stop:
-        raise ConfigError("empty_stop")
+        raise ConfigError("stop holds an empty string; give at least one character or leave it out")
     if cfg.serve:
         # 这些只属于命令行：悄悄忽略会让人以为写进了文件
         for key in ("interactive", "starts", "prompts", "output"):
             if getattr(cfg, key):
-                raise ConfigError("not_with_serve", key=key)
+                raise ConfigError("serve=true writes for a browser or a program; leave out {key}=…", key=key)
     if cfg.interactive and named:
-        raise ConfigError("interactive_prompts", key=named[0])
+        raise ConfigError(
+            "interactive=true reads its prompts from the terminal or a pipe; leave out {key}=…",
+            key=named[0],
+        )
     check_server(cfg.server)
     for key, node in {"sampler": cfg.sampler, "control": cfg.control}.items():
         if not isinstance(node, dict):
@@ -147,7 +154,10 @@ def check_files(cfg: SampleConfig) -> None:
         if not path.is_file():
             raise ConfigError("missing_file", key=key, got=got)
     if cfg.output and Path(cfg.output).is_dir():
-        raise ConfigError("output_not_writable", got=cfg.output, reason="a folder")
+        raise ConfigError(
+            "output={got} cannot be written ({reason}); choose another file",
+            got=cfg.output, reason="a folder",
+        )
 
 
 def is_loopback(host: str) -> bool:
@@ -162,9 +172,15 @@ def check_server(server: ServerConfig) -> None:
     """Rules of address and token."""
     # 值不进消息：错误行会留在终端记录里
     if server.token is not None and not re.fullmatch(r"[A-Za-z0-9._~+/-]{8,}", server.token):
-        raise ConfigError("bad_token")
+        raise ConfigError(
+            "server.token is too short or has other characters; give at least 8 of: A-Z a-z 0-9 . _ ~ + / -",
+        )
     if server.token is None and not is_loopback(server.host):
-        raise ConfigError("host_needs_token", got=server.host)
+        raise ConfigError(
+            "server.host={got} can be reached from other machines; set server.token=… (or the environment variable "
+            "NANOGPT_TOKEN), or use server.host=127.0.0.1",
+            got=server.host,
+        )
 
 
 def register_schemas() -> None:

@@ -49,7 +49,10 @@ def refuse_unnamed_code(saved: dict, typed: dict, source: Path, parts: tuple[str
         chosen = saved.get("groups")
         words = naming(saved, chosen if isinstance(chosen, dict) else {}, parts)
         naming_them = " ".join(map(word, words)) or f"{parts[0]}=…"
-        raise ConfigError("untrusted", path=source, targets=", ".join(foreign), typed=naming_them)
+        raise ConfigError(
+            "{path} names code of its own ({targets}); a checkpoint's code is run only when you name it: add {typed}",
+            path=source, targets=", ".join(foreign), typed=naming_them,
+        )
 
 
 def _refuse_lookups(node: Any) -> None:

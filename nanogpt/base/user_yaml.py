@@ -48,19 +48,19 @@ def check_yaml(path: Path) -> None:
     try:
         if isinstance(yaml.safe_load(path.read_bytes().decode("utf-8")), dict | None):
             return
-        reason = text("yaml_mapping")
+        reason = text("keys with values are wanted: key: value")
     except UnicodeDecodeError as error:
-        reason = text("yaml_encoding", offset=error.start)
+        reason = text("byte {offset} is not UTF-8; save it as UTF-8", offset=error.start)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = _reason(error)
-    raise ConfigError("bad_yaml", file=path, reason=reason)
+    raise ConfigError("{file}: this is no yaml that can be used ({reason}); correct it", file=path, reason=reason)
 
 
 def _reason(error: Exception) -> str:
     """What is wrong and in which line, in one line."""
     mark = getattr(error, "problem_mark", None)
     what = getattr(error, "problem", None) or str(error).partition("\n")[0]
-    return what if mark is None else text("yaml_line", line=mark.line + 1) + f": {what}"
+    return what if mark is None else text("line {line}", line=mark.line + 1) + f": {what}"
 
 
 def write_integers(node: DictConfig, prefix: str) -> None:

@@ -53,9 +53,9 @@ def check_lists(cfg: Any, prefix: str = "") -> None:
 def check_value(key: str, value: Any) -> None:
     """Refuse a value that cannot be right under any key."""
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError("not_finite", key=key, got=value)
+        raise ConfigError("{key}={got} is not a finite number; write one", key=key, got=value)
     if isinstance(value, int) and abs(value) > LARGEST:
-        raise ConfigError("large_number", key=key, got=value)
+        raise ConfigError("{key}={got} is too large; write a smaller number", key=key, got=value)
     if not isinstance(value, str):
         return
     for what, pattern in (("what_nul", "\0"), ("what_half", "[\ud800-\udfff]")):
@@ -64,14 +64,16 @@ def check_value(key: str, value: Any) -> None:
             raise ConfigError("unwritable_text", key=key, got=value, what=text(what))
     # 目录名里的转义序列会在屏幕上作怪；要写作的文字则由人
     if key in PATH_KEYS and re.search("[\x01-\x1f\x7f]", value):
-        raise ConfigError("unwritable_text", key=key, got=value, what=text("what_control"))
+        raise ConfigError("unwritable_text", key=key, got=value, what=text("a control character"))
     if key == "sample_prompt" and "${" in value:
         # 它要存进 config.yaml，在那里就成了引用
-        raise ConfigError("unwritable_text", key=key, got=value, what=text("what_reference"))
+        raise ConfigError("unwritable_text", key=key, got=value, what=text(
+            "${{, which a config file takes for a reference",
+        ))
     # 空值多半是没有展开的 shell 变量：resume=$RUN 不该变成从头训练；文字可以从空的写起
     needed = re.fullmatch(r"[a-z_]+|(dataset|model|server|precision|finetune|hardware)\.\w+", key)
     if needed and not value.strip() and key not in TEXT_KEYS:
-        raise ConfigError("empty_value", key=key)
+        raise ConfigError("{key} is empty; write a value, or {key}=null for none", key=key)
 
 
 def in_digits(number: str) -> str:
@@ -95,7 +97,7 @@ def check_path(key: str, typed: str) -> None:
     """Refuse an empty path, and one that no file of ours can hold."""
     check_value(key, typed)
     if not typed.strip():
-        raise ConfigError("empty_value", key=key)
+        raise ConfigError("{key} is empty; write a value, or {key}=null for none", key=key)
 
 
 def unread_keys(cfg: Any, prefix: str = "") -> Iterator[str]:

@@ -64,7 +64,7 @@ class Compiled:
                     raise
                 # 若是模型自己的错，下面普通执行时会原样再报一次
                 self.compiled, reason = None, first_line(error)[:LONGEST_REASON]
-            self.console.line("compile_failed", reason=reason)
+            self.console.line("torch.compile failed ({reason}); going on without it", reason=reason)
         return self.plain(*args)
 
 
@@ -81,9 +81,12 @@ def compile_hidden(model, asked: str, device: torch.device, console, *, obstacle
     reason = obstacle or unavailable(device) or _trial(device)
     if reason:
         if asked == "true":
-            console.line("compile_off", asked=asked, reason=reason)
+            console.line(
+                "compile={asked}: not available here ({reason}); going on without it",
+                asked=asked, reason=reason,
+            )
         return
-    console.line("compiling")
+    console.line("compiling the model, the first iteration takes longer …")
     model.compiled_hidden = Compiled(model.hidden, console)
     model.compiled_tail = Compiled(fusible_tail, console)
 

@@ -35,7 +35,11 @@ def choose_device(named: str, hardware: HardwareConfig) -> torch.device:
     # torchrun 下每个进程用自己的那张卡
     index = int(named[5:]) if ":" in named else int(os.environ.get("LOCAL_RANK", 0)) if distributed.world() > 1 else 0
     if f"cuda:{index}" not in have:
-        raise ConfigError("no_device", got=named, have=" | ".join(have) or "cpu")
+        raise ConfigError(
+            "device={got}: this machine offers {have}; choose device={have} or install the CUDA build of torch "
+            "(README)",
+            got=named, have=" | ".join(have) or "cpu",
+        )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -83,7 +87,10 @@ def cap_allocator(device: torch.device, hardware: HardwareConfig) -> None:
     # 与预测用同一个数：计划说放得下的，这里就真的给这么多
     if (cap := allocator_cap(hardware)) is not None:
         if total < (hardware.vram_gib - 0.05) * GIB:
-            say("card_is_smaller", vram=hardware.vram_gib, total=total / GIB)
+            say(
+                "hardware.vram_gib={vram}: this card has {total:.2f} GiB; the budget is that much less",
+                vram=hardware.vram_gib, total=total / GIB,
+            )
             cap -= int(hardware.vram_gib * GIB) - total
     elif sys.platform == "win32":
         cap = free - WINDOWS_MARGIN

@@ -33,7 +33,11 @@ def allocator_cap(hardware: HardwareConfig) -> int | None:
         return None
     cap = hardware.vram_gib - hardware.context_gib - hardware.desktop_gib
     if cap <= 0:
-        raise ConfigError("budget_spent", vram=hardware.vram_gib, context=hardware.context_gib, desktop=hardware.desktop_gib)
+        raise ConfigError(
+            "hardware.vram_gib={vram} leaves nothing after context_gib={context} and desktop_gib={desktop}; raise it "
+            "or lower those",
+            vram=hardware.vram_gib, context=hardware.context_gib, desktop=hardware.desktop_gib,
+        )
     return int(cap * GIB)
 
 

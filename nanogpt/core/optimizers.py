@@ -329,7 +329,11 @@ def configure(optimizer, memory: MemoryConfig, device_type: str = "cpu") -> None
     wanted = [key for key, wish in wishes.items() if wish]
     if wanted and not isinstance(optimizer, Optimizer):
         key = wanted[0]
-        raise ConfigError("foreign_optimizer", key=key, got=str(getattr(memory, key.split(".")[1])).lower(), kind=type(optimizer).__name__)
+        raise ConfigError(
+            "{key}={got} works with optimizer=adamw and optimizer=muon, not with {kind}; choose one of them or leave "
+            "{key} at its default",
+            key=key, got=str(getattr(memory, key.split(".")[1])).lower(), kind=type(optimizer).__name__,
+        )
     if wanted:
         optimizer.storage = Storage(memory, device_type)
         optimizer.frugal = True

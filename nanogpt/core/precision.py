@@ -68,7 +68,10 @@ class Precision:
         # bf16 的权重只能配 bf16 的运算，config.check 已拦下其余
         name = "bf16" if weights == "bf16" else config.dtype if config.dtype != "auto" else default_format(device, automatic)
         if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise ConfigError("no_bf16", device=torch.cuda.get_device_name(device))
+            raise ConfigError(
+                "precision.dtype=bf16: {device} has no bf16; use precision=fp16",
+                device=torch.cuda.get_device_name(device),
+            )
         self.name = name
         self.dtype = DTYPES[name]
         self.weights = DTYPES[weights]

@@ -150,8 +150,11 @@ def fetch(asset: Asset) -> Path:
     except OSError as error:
         # 缓存目录建不了、写不进
         reasons.append(_line(error))
-    hint = text("asset_hint", instead=asset.instead) if asset.instead else ""
-    raise ConfigError("asset_missing", name=asset.name, reasons="; ".join(reasons), hint=hint)
+    hint = text(", or use {instead}", instead=asset.instead) if asset.instead else ""
+    raise ConfigError(
+        "{name} could not be had: {reasons}; put the file into the folder named by NANOGPT_ASSETS{hint}",
+        name=asset.name, reasons="; ".join(reasons), hint=hint,
+    )
 
 
 def is_whole(asset: Asset, path: Path) -> bool:
@@ -176,7 +179,7 @@ def _found(asset: Asset, reasons: list[str]) -> Path | None:
             return path
     for url in _addresses(asset, reasons):
         place = without_password(url)
-        say("fetching", name=asset.name, place=place)
+        say("fetching {name} from {place} …", name=asset.name, place=place)
         if path := _accept(asset, lambda into, url=url: _download(url, into, asset.size), reasons, place):
             return path
     return None
@@ -350,7 +353,7 @@ def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
             nonlocal said
             if time.monotonic() - said > REPORT_S:
                 said = time.monotonic()
-                say("fetching_part", name=name, have=have / 1e6, total=total / 1e6)
+                say("{name}: {have:.1f} of {total:.1f} MB", name=name, have=have / 1e6, total=total / 1e6)
 
         yield line
         return

@@ -21,7 +21,7 @@ def train_bpe(pieces: Iterable[str], vocab_size: int) -> BPETokenizer:
         import tokenizers
     except ImportError:
         raise ConfigError("missing_package", what="dataset.tokenizer=bpe", package="tokenizers") from None
-    say("training_bpe", vocab=vocab_size)
+    say("training a vocabulary of {vocab:,} tokens …", vocab=vocab_size)
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(

@@ -60,7 +60,10 @@ def tokenizer_for(wanted: str | tokenizers.Tokenizer, pieces: Callable[[], Itera
 def check_tokenizer(wanted: str | tokenizers.Tokenizer, vocab_size: int | None = None) -> None:
     """ConfigError where dataset.tokenizer is not one that tokenizer_for() makes."""
     if isinstance(wanted, str) and wanted not in tokenizers.KINDS:
-        raise ConfigError("unknown_tokenizer", got=wanted, allowed=" | ".join(tokenizers.KINDS))
+        raise ConfigError(
+            "dataset.tokenizer={got} is not known; choose one of: {allowed}",
+            got=wanted, allowed=" | ".join(tokenizers.KINDS),
+        )
     if wanted == "bpe":
         check_vocab_size(vocab_size)
 
@@ -98,7 +101,10 @@ def write_tagged(folder: Path, *, name: str, source: str, tokenizer, stream: Ite
     with folder_aside(folder) as aside:
         dtype, counts = write_tokens(aside, tokenizer, stream)
         meta = write_meta(aside, name=name, source=source, tokenizer=tokenizer, dtype=dtype, tokens=counts)
-    say("prepared", name=name, train=meta["tokens"]["train"], val=meta["tokens"]["val"], vocab=tokenizer.vocab_size, path=folder)
+    say(
+        "{name}: {train:,} training and {val:,} validation tokens, vocabulary {vocab} -> {path}",
+        name=name, train=meta["tokens"]["train"], val=meta["tokens"]["val"], vocab=tokenizer.vocab_size, path=folder,
+    )
     return folder
 
 
@@ -215,12 +221,19 @@ def prepare(name: str, directory: str | None, options: dict) -> Path:
             return folder
         refuse_file(folder)
         # 同时启动的两次训练只准备一次：另一个等着，等到了就有
-        with folders_around(folder), only_one(lock, waiting=lambda: say("preparing_elsewhere", name=name)):
+        with folders_around(folder), only_one(lock, waiting=lambda: say(
+            "another process is preparing data set {name}; waiting for it",
+            name=name,
+        )):
             if not (folder / "meta.json").is_file():
                 _prepare_in(folder, name, module, options)
     except OSError as error:
         # 磁盘满、目录只读、原文读不出来
-        raise ConfigError("cannot_prepare", name=name, path=error.filename or folder, reason=error.strerror or error) from None
+        raise ConfigError(
+            "data set {name} could not be prepared: {path} ({reason}); mend that, or name another place with "
+            "dataset.dir=…",
+            name=name, path=error.filename or folder, reason=error.strerror or error,
+        ) from None
     return folder
 
 
@@ -239,19 +252,33 @@ def say_reused(name: str, folder: Path, wanted: str | None = None) -> None:
     except (DamagedError, KeyError, TypeError):
         # 打开它的一方会说坏在哪里
         return
-    say("reused", name=name, path=folder, **numbers)
+    say(
+        "{name}: uses {path} again, prepared from {source} ({train:,} training and {val:,} validation tokens)",
+        name=name, path=folder, **numbers,
+    )
     if wanted and meta.get("made_from", wanted) != wanted:
-        say("reused_other", path=folder)
+        say(
+            "the data in dataset.dir={path} was made from another text, with other options or by another version of "
+            "the script, and is used as it is; leave dataset.dir out to have prepared what the options say",
+            path=folder,
+        )
 
 
 def _prepare_in(folder: Path, name: str, module, options: dict) -> None:
     if folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError("not_a_dataset", path=folder, reason="meta.json is missing")
-    say("preparing", name=name)
+        raise ConfigError(
+            "{path} has no readable meta.json ({reason}); delete the folder and start again to prepare it anew",
+            path=folder, reason="meta.json is missing",
+        )
+    say("preparing the data set {name} …", name=name)
     before = home_of(name) / "prepared"
     if (before / "meta.json").is_file() and folder.parent == before.parent:
         # 早先的版本不论选项都放在这里
-        say("prepared_before", path=before)
+        say(
+            "{path} is from an earlier version, which did not note what it was prepared from, and is left alone; "
+            "dataset.dir={path} uses it all the same",
+            path=before,
+        )
     if folder.is_dir():
         folder.rmdir()
     # 只清这个数据集自己的：旁边可能是使用者的文件
@@ -269,7 +296,7 @@ def run_prepare(name: str) -> None:
         options = typed_options(name, sys.argv[1:])
         options.pop("name")
         folder = prepare(name, options.pop("dir"), options)
-        say("dataset_ready", path=folder)
+        say("ready: {path}", path=folder)
 
 
 def typed_options(name: str, arguments: list[str]) -> dict:
@@ -278,11 +305,17 @@ def typed_options(name: str, arguments: list[str]) -> dict:
     OmegaConf.set_struct(node, True)
     for argument in arguments:
         if "=" not in argument:
-            raise ConfigError("not_an_option", got=argument, options=" ".join(f"{key}=" for key in node if key != "name"))
+            raise ConfigError(
+                "{got}: there is no such option; choose from: {options}",
+                got=argument, options=" ".join(f"{key}=" for key in node if key != "name"),
+            )
         key, _, value = argument.partition("=")
         check_value(f"dataset.{key}", value or "-")
         if key not in node or key == "name":
-            raise ConfigError("not_an_option", got=argument, options=" ".join(f"{key}=" for key in node if key != "name"))
+            raise ConfigError(
+                "{got}: there is no such option; choose from: {options}",
+                got=argument, options=" ".join(f"{key}=" for key in node if key != "name"),
+            )
     # 路径照敲下的原文：yaml 会把 [、#、: 当成语法
     paths = [argument for argument in arguments if f"dataset.{argument.partition('=')[0]}" in PATH_KEYS]
     try:

@@ -74,8 +74,10 @@ def write_documents(folder: Path, *, name: str, source: str, tokenizer: Tokenize
             documents={part: len(listed) for part, listed in parts.items()}, labels=names,
         )
     say(
-        "prepared_documents", name=name, train=len(parts["train"]), val=len(parts["val"]), tokens=counts["train"],
-        vocab=tokenizer.vocab_size, path=folder,
+        "{name}: {train:,} documents for training ({tokens:,} tokens), {val:,} for validation, vocabulary {vocab} -> "
+        "{path}",
+        name=name, train=len(parts["train"]), val=len(parts["val"]), tokens=counts["train"], vocab=tokenizer.vocab_size,
+        path=folder,
     )
     return folder
 
@@ -222,9 +224,15 @@ class DocumentData(TokenData):
         """Refuse a context that holds hardly more than the labels, and splits without a document."""
         for split in SPLITS:
             if not len(self._index[split]):
-                raise ConfigError("no_documents", split=split, path=self.folder)
+                raise ConfigError(
+                    "{path} has no documents for {split}; give more texts or another dataset.val_fraction",
+                    split=split, path=self.folder,
+                )
         if block_size < 2 * self._header():
-            raise ConfigError("block_too_short", got=block_size, want=2 * self._header())
+            raise ConfigError(
+                "model.block_size={got} leaves hardly any room behind the labels; choose model.block_size>={want}",
+                got=block_size, want=2 * self._header(),
+            )
 
     def starts(self, seed: int, first: int, count: int, block_size: int, *, order: int = ORDER) -> np.ndarray:
         """(seed, epoch, row) of samples first … first + count - 1, (count, 3); documents have but one order."""

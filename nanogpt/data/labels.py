@@ -29,7 +29,11 @@ def with_labels(tokenizer: Tokenizer, names: dict[str, list[str]], *, grow: bool
         # 另做一个：模型自己的词表不因这份数据而变
         tokenizer = from_dict({**tokenizer.to_dict(), "labels": {}})
     if tokenizer.end_of_text is None:
-        raise ConfigError("documents_need_end", kind=tokenizer.kind)
+        raise ConfigError(
+            "dataset: documents need a vocabulary with an end of text, this one ({kind}) has none; choose "
+            "dataset.tokenizer=char, byte, gpt2 or bpe, or init_from a model that was trained on documents",
+            kind=tokenizer.kind,
+        )
     for kind, listed in names.items():
         tokenizer.labels[kind] = {name: _label_ids(tokenizer, kind, name) for name in listed}
     return tokenizer
@@ -45,7 +49,11 @@ def _label_ids(tokenizer: Tokenizer, kind: str, name: str) -> tuple[int, ...]:
     except ConfigError:
         # 字符词表里多半没有 < 与 |：只能用它已有的标签
         have = ", ".join(labels_in(special).get(kind, {})) or "-"
-        raise ConfigError("label_unwritable", kind=kind, got=name, have=have) from None
+        raise ConfigError(
+            "{kind}={got}: the model of init_from has no token for this label and no characters to write it with; use "
+            "its own labels ({have}), or train without init_from",
+            kind=kind, got=name, have=have,
+        ) from None
 
 
 def _grown(tokenizer: Tokenizer, words: list[str]) -> Tokenizer:

@@ -80,7 +80,7 @@ def detect_encoding(path: Path, *, key: str | None = "dataset.encoding") -> str:
     with naming(path), path.open("rb") as file:
         head = file.read(PIECE)
     if kind := next((kind for magic, kind in BINARY.items() if head.startswith(magic)), None):
-        raise ConfigError("binary_file", path=path, kind=kind)
+        raise ConfigError("{path} is a {kind} file, no text; save its text as UTF-8", path=path, kind=kind)
     if name := next((name for name, marks in MARKS.items() if head.startswith(marks)), None):
         # 以 NUL 开头的 UTF-16 也是这几个字节
         return "utf-16" if name == "utf-32" and not is_whole(path, name) else name
@@ -96,11 +96,22 @@ def detect_encoding(path: Path, *, key: str | None = "dataset.encoding") -> str:
         # 只差最后半个字，或只多出半个代理对（CESU-8）：是坏了的 UTF-8，不是碰巧能读通的别的编码
         damaged = is_cut_utf8(path, utf8_error) or is_whole(path, "utf-8", "surrogatepass")
         if not damaged and is_whole(path, "gb18030") and (line := stretch_of_utf8(path)):
-            raise ConfigError("mixed_encodings", path=path, line=line, offset=utf8_error.start) from None
+            raise ConfigError(
+                "{path}: the lines up to {line} hold UTF-8, but byte {offset} is none: the file mixes encodings; save "
+                "it whole as UTF-8",
+                path=path, line=line, offset=utf8_error.start,
+            ) from None
         if not damaged and (found := likely_encoding(path)):
             return found
-        remedy = text("name_encoding", key=key) if key else text("save_as_utf8")
-        raise ConfigError("unknown_bytes", path=path, offset=utf8_error.start, remedy=remedy) from None
+        remedy = text(
+            "save it as UTF-8, or name its encoding: {key}=…",
+            key=key,
+        ) if key else text("save it as UTF-8 to be sure")
+        raise ConfigError(
+            "{path}: byte {offset} is not UTF-8, and the file is not plausible in any other encoding that is known "
+            "here; {remedy}",
+            path=path, offset=utf8_error.start, remedy=remedy,
+        ) from None
 
 
 def likely_encoding(path: Path) -> str | None:
@@ -170,10 +181,13 @@ def resolved(files: list[Path], encoding: str = "auto", *, key: str | None = "da
     found = [(file, detect_encoding(file, key=key) if encoding == "auto" else encoding) for file in files]
     for name in dict.fromkeys(name for _, name in found if encoding == "auto" and not name.startswith("utf")):
         taken = [file for file, taken in found if taken == name]
-        more = text("and_more", count=len(taken) - 1) if len(taken) > 1 else ""
+        more = text(" and {count} more", count=len(taken) - 1) if len(taken) > 1 else ""
         label = next((label for candidate, label in OTHERS.items() if name in WIDER.get(candidate, (candidate,))), name)
-        remedy = text("other_encoding", key=key, got=name) if key else text("save_as_utf8")
-        say("encoding_taken", path=taken[0], more=more, name=label, remedy=remedy)
+        remedy = text(
+            "if that is wrong, name another encoding ({key}={got} is what was taken)",
+            key=key, got=name,
+        ) if key else text("save it as UTF-8 to be sure")
+        say("{path}{more}: not UTF-8, read as {name}; {remedy}", path=taken[0], more=more, name=label, remedy=remedy)
     return found
 
 
@@ -222,10 +236,16 @@ def check_encoding(encoding: str) -> None:
     try:
         found = codecs.lookup(encoding) if encoding != "auto" else None
     except (LookupError, ValueError):
-        raise ConfigError("unknown_encoding", got=encoding) from None
+        raise ConfigError(
+            "dataset.encoding={got} is not known; try utf-8, utf-16, gb18030, big5, cp1252 or auto",
+            got=encoding,
+        ) from None
     # base64、zlib、rot13 之类不是文字的编码；idna、punycode 等也解不出一篇文章
     if found and (not found._is_text_encoding or found.name in NO_TEXTS):
-        raise ConfigError("unknown_encoding", got=encoding)
+        raise ConfigError(
+            "dataset.encoding={got} is not known; try utf-8, utf-16, gb18030, big5, cp1252 or auto",
+            got=encoding,
+        )
 
 
 def decode_pieces(path: Path, encoding: str, errors: str = "strict") -> Iterator[str]:
@@ -259,7 +279,10 @@ def iter_text(path: Path, encoding: str) -> Iterator[str]:
         for piece in decode_pieces(path, encoding):
             if encoding not in WHOLE and HALF.search(piece):
                 # UTF-7 等能写出半个代理对，之后没有文件存得下它
-                raise ConfigError("half_character", path=path, encoding=encoding)
+                raise ConfigError(
+                    "{path}: as {encoding} it holds half a character; save the file as UTF-8 or set dataset.encoding",
+                    path=path, encoding=encoding,
+                )
             if first and piece:
                 piece, first = piece.removeprefix("\ufeff"), False
             pending += newlines.decode(piece)
@@ -274,10 +297,16 @@ def iter_text(path: Path, encoding: str) -> Iterator[str]:
         if pending := pending + newlines.decode("", final=True):
             yield pending
     except UnicodeDecodeError as error:
-        raise ConfigError("undecodable", path=path, offset=error.start, encoding=encoding) from None
+        raise ConfigError(
+            "{path}: byte {offset} is not {encoding}; save the file as UTF-8 or set dataset.encoding",
+            path=path, offset=error.start, encoding=encoding,
+        ) from None
     except UnicodeError as error:
         # UTF-16 之类的解码器有时不说位置
-        raise ConfigError("undecodable", path=path, offset="?", encoding=f"{encoding} ({error})") from None
+        raise ConfigError(
+            "{path}: byte {offset} is not {encoding}; save the file as UTF-8 or set dataset.encoding",
+            path=path, offset="?", encoding=f"{encoding} ({error})",
+        ) from None
 
 
 def own_source(path: str | None, *, unnamed: str) -> Path:
@@ -319,7 +348,7 @@ def unchanged(files: list[Path]) -> Iterator[Callable[[], None]]:
     def check() -> None:
         for file, then, now in zip(files, before, state_of(files)):
             if then != now:
-                raise ConfigError("text_changed", path=file)
+                raise ConfigError("{path} was changed while it was read; start again", path=file)
 
     try:
         yield check

@@ -32,7 +32,12 @@ def split_documents(documents: Iterable[Document], fractions: dict[str, float], 
     kept, texts = without_duplicates(documents)
     group = groups_of(texts)
     sizes = np.bincount(group) if len(group) else np.zeros(1, dtype=int)
-    say("split", documents=len(documents), dropped=len(documents) - len(kept), groups=int((sizes > 1).sum()), largest=int(sizes.max()))
+    say(
+        "{documents:,} texts: {dropped:,} duplicates dropped, {groups:,} groups with common passages kept together "
+        "(the largest: {largest:,})",
+        documents=len(documents), dropped=len(documents) - len(kept), groups=int((sizes > 1).sum()),
+        largest=int(sizes.max()),
+    )
     part = _parts_of(kept, texts, group, fractions, seed)
     return {name: [document for document, p in zip(kept, part) if p == name] for name in fractions}
 
@@ -179,5 +184,8 @@ def without_rare(parts: dict[str, list[Document]], least: int) -> dict[str, list
     known = {chr(code) for code in np.flatnonzero(seen)}
     train = [document for document, keep in zip(parts["train"], kept) if keep]
     fewer = {**parts, "train": train, "val": [document for document in parts["val"] if known.issuperset(document.text)]}
-    say("dropped_rare", dropped=sum(len(parts[name]) - len(fewer[name]) for name in parts), least=least)
+    say(
+        "{dropped:,} texts left out: a character in them occurs fewer than {least} times in the training texts",
+        dropped=sum(len(parts[name]) - len(fewer[name]) for name in parts), least=least,
+    )
     return fewer

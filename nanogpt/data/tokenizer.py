@@ -124,7 +124,10 @@ class UnknownCharacters(ConfigError):  # noqa: N818 - 与 Diverged 一样，名�
         """`skip` is what to type to have them passed over, None where nothing does."""
         self.characters = characters
         listed = " ".join(map(repr, characters[:20]))
-        super().__init__("unknown_characters", characters=listed, skip=text("way_to_skip", typed=skip) if skip else "")
+        super().__init__("unknown_characters", characters=listed, skip=text(
+            ", pass over them with {typed}",
+            typed=skip,
+        ) if skip else "")
 
 
 def as_word(spelled: bytes) -> str:
@@ -422,4 +425,7 @@ def load(path: Path) -> Tokenizer:
         raise
     except Exception as error:
         # 词表可能来自陌生人，tokenizers 库又只抛裸 Exception
-        raise ConfigError("damaged_tokenizer", file=path, reason=reason_of(error)) from None
+        raise ConfigError(
+            "{file} is no vocabulary ({reason}); get an undamaged copy or another model",
+            file=path, reason=reason_of(error),
+        ) from None

@@ -37,10 +37,18 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
         raise ConfigError("pretrained_damaged", file=folder / "tokenizer files", reason=reason_of(error)) from None
     if found is None:
         if vocab_size not in GPT2_SIZES:
-            raise ConfigError("pretrained_no_tokenizer", path=folder, vocab=vocab_size)
+            raise ConfigError(
+                "{path} has no tokenizer for its vocabulary of {vocab}; put the tokenizer.json of the model (or of a "
+                "run with the same characters) beside it",
+                path=folder, vocab=vocab_size,
+            )
         found = tokenizers.gpt2_tokenizer()
     if found.vocab_size > vocab_size:
-        raise ConfigError("pretrained_vocab", path=folder, tokens=found.vocab_size, rows=vocab_size)
+        raise ConfigError(
+            "{path}: the tokenizer has {tokens} tokens, the embedding only {rows} rows; put the model's own "
+            "tokenizer.json beside it",
+            path=folder, tokens=found.vocab_size, rows=vocab_size,
+        )
     return found
 
 

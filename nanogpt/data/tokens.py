@@ -36,7 +36,10 @@ def read_meta(folder: Path) -> dict:
         return meta
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         reason = str(error) if isinstance(error, DamagedError) else f"meta.json: {reason_of(error)}"
-        raise ConfigError("not_a_dataset", path=folder, reason=reason) from None
+        raise ConfigError(
+            "{path} has no readable meta.json ({reason}); delete the folder and start again to prepare it anew",
+            path=folder, reason=reason,
+        ) from None
 
 
 def fingerprint_of(meta: dict) -> str:
@@ -124,7 +127,11 @@ class TokenData:
         # 一条样本要 block_size + 1 个 token
         limit = len(self.tokens[split]) - 1
         if block_size > limit:
-            raise ConfigError("block_too_long", got=block_size, split=split, tokens=limit + 1, limit=max(limit, 0))
+            raise ConfigError(
+                "model.block_size={got} is longer than the {split} split ({tokens} tokens); choose "
+                "model.block_size<={limit} or give more text",
+                got=block_size, split=split, tokens=limit + 1, limit=max(limit, 0),
+            )
 
     def targets(self, starts: np.ndarray, block_size: int) -> np.ndarray:
         """How many targets each training sample has, (len(starts),)."""

@@ -31,24 +31,33 @@ def wanted_and_free(detail: str) -> tuple[float | None, float | None]:
 def show(error: OutOfMemory, cfg: TrainConfig, console: Console, *, resume: list[str]) -> None:
     """Print one screen about the failed step of cfg; `resume` is what to type to go on, empty when there is no checkpoint."""
     wanted, free = wanted_and_free(error.detail)
-    console.line("oom_title", phase=text(PHASES[error.phase]), rows=error.rows)
+    console.line(
+        "---- out of memory in the {phase}, with {rows} rows at a time: this cannot be divided further ----",
+        phase=text(PHASES[error.phase]), rows=error.rows,
+    )
     if wanted is not None:
         console.line("oom_wanted" if free is not None else "oom_wanted_only", wanted=wanted, free=free or 0.0)
     try:
         plan, way = _planned(cfg, error.rows)
     except Exception as reason:
         # 追踪不了的模型，或连追踪的内存也没有：少一张表，结局照说
-        console.line("oom_no_plan", reason=first_line(reason))
+        console.line(
+            "no prediction for this model ({reason}); try memory=lean, or a smaller model.block_size",
+            reason=first_line(reason),
+        )
         return
     for row in table(plan):
         console.plain(row)
     _judge(plan, console)
     if way:
-        console.line("oom_add", typed=way.typed, speed=way.speed, peak=way.plan.total / GIB)
+        console.line(
+            "add this (predicted peak {peak:.2f} GiB, {speed:.2f}x the speed): {typed}",
+            typed=way.typed, speed=way.speed, peak=way.plan.total / GIB,
+        )
         if resume:
             console.plain(f"  {command('run_train.py', *resume, *way.typed.split())}")
     else:
-        console.line("oom_nothing")
+        console.line("no memory=… that was tried makes it fit: choose a smaller model or model.block_size")
 
 
 def _planned(cfg: TrainConfig, rows: int) -> tuple[Plan, Advice | None]:
@@ -71,9 +80,16 @@ def _judge(plan: Plan, console: Console) -> None:
     """Name the largest part, and say by how much the prediction is above the budget or that it is not."""
     parts = {key: size for key, size in asdict(plan.parts).items() if key not in ("context", "desktop", "rounding")}
     largest = max(parts, key=parts.get)
-    console.line("oom_largest", part=text(f"plan_{largest}"), gib=parts[largest] / GIB)
+    console.line("largest part: {part}, {gib:.2f} GiB", part=text(f"plan_{largest}"), gib=parts[largest] / GIB)
     if plan.total > UNEXPECTED * plan.budget.total:
-        console.line("oom_above", total=plan.total / GIB, budget=plan.budget.total / GIB, over=max(0.0, plan.total - plan.budget.total) / GIB)
+        console.line(
+            "predicted peak {total:.2f} GiB, budget {budget:.2f} GiB: {over:.2f} GiB too much",
+            total=plan.total / GIB, budget=plan.budget.total / GIB, over=max(0.0, plan.total - plan.budget.total) / GIB,
+        )
     else:
         # 按预测放得下却失败了：预算里被别人占走一块
-        console.line("oom_unexpected", total=plan.total / GIB, budget=plan.budget.total / GIB)
+        console.line(
+            "predicted peak {total:.2f} GiB of {budget:.2f} GiB: it should fit; other programs seem to hold memory "
+            "(close them, or say so with hardware.desktop_gib=…)",
+            total=plan.total / GIB, budget=plan.budget.total / GIB,
+        )

@@ -29,7 +29,11 @@ def run_plan(cfg: TrainConfig, overrides: list[str]) -> None:
     plan = planner.predict(cfg, overrides)
     show(plan, console)
     if cfg.batch_size == "auto":
-        console.line("plan_auto_batch", batch=plan.batch_size)
+        console.line(
+            "batch_size=auto: {batch} is the largest that fits by the model; the training itself measures which is "
+            "fastest",
+            batch=plan.batch_size,
+        )
     if plan.verdict == "does_not_fit":
         advice.show(plan, planner, console)
         # -m 时别的设置还要接着看：退出码只对单个设置有意义

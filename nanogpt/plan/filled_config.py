@@ -22,9 +22,9 @@ OTHER_CHARACTERS = 6000
 def settled(cfg: TrainConfig, overrides: list[str] | None = None) -> tuple[TrainConfig, str]:
     """(a copy of cfg whose model has its final shape and vocabulary, where the vocabulary comes from)."""
     if cfg.init_from:
-        return replace(cfg, model=_pretrained_model(cfg, overrides or [])), text("plan_vocab_init")
+        return replace(cfg, model=_pretrained_model(cfg, overrides or [])), text("init_from")
     if cfg.model.vocab_size is not None:
-        return cfg, text("plan_vocab_model")
+        return cfg, text("model.vocab_size")
     vocab, separator, source = vocabulary(cfg)
     return replace(cfg, model=replace(cfg.model, vocab_size=vocab, separator=separator)), source
 
@@ -37,11 +37,13 @@ def vocabulary(cfg: TrainConfig) -> tuple[int, int | None, str]:
     if (folder / "meta.json").is_file():
         data = tokenizers.load(folder / "tokenizer.json")
         # 成篇的数据多一张“谁看得见谁”的表，注意力也换一个 kernel
-        return data.vocab_size, data.end_of_text if "documents" in read_meta(folder) else None, text("plan_vocab_data")
+        return data.vocab_size, data.end_of_text if "documents" in read_meta(folder) else None, text(
+            "the prepared data set",
+        )
     if tokenizer in ("gpt2", "byte"):
-        return GPT2_VOCAB if tokenizer == "gpt2" else BYTE_VOCAB, None, text("plan_vocab_tokenizer")
+        return GPT2_VOCAB if tokenizer == "gpt2" else BYTE_VOCAB, None, text("the tokenizer")
     if tokenizer == "bpe":
-        return cfg.dataset["vocab_size"], None, text("plan_vocab_tokenizer")
+        return cfg.dataset["vocab_size"], None, text("the tokenizer")
     if name in ("plays_char", "shakespeare_char"):
         return ENGLISH_CHARACTERS, None, text("plan_vocab_assumed")
     if tokenizer in ("auto", "char"):
@@ -73,4 +75,8 @@ def _shape_of(named: str, code: str) -> ModelConfig:
         return open_pretrained(named).config
     if named in GPT2_NAMES:
         return preset(named.replace("-", "_"), vocab_size=GPT2_VOCAB)
-    raise ConfigError("plan_init_from", got=named)
+    raise ConfigError(
+        "init_from={got}: the plan needs a local copy or gpt2, gpt2-medium, gpt2-large, gpt2-xl; download it, or plan "
+        "with model=… of its shape",
+        got=named,
+    )

@@ -54,7 +54,7 @@ def rows(cfg: TrainConfig) -> Iterator[tuple[str, str, str, dict[str, int | None
                 # fp16 与 bf16 的每个张量同样大（有测试）：只追踪一次
                 same = "fp32" if precision == "fp32" else "16"
                 if same not in known:
-                    say("plan_tracing", what=f"{model} {precision} memory={memory}")
+                    say("tracing {what} …", what=f"{model} {precision} memory={memory}")
                     candidate = replace(
                         cfg, model=preset(model, vocab_size=GPT2_VOCAB), precision=PrecisionConfig(dtype=precision), memory=node,
                         gradient_accumulation_steps=1, global_batch_size=None, init_from=None,
@@ -72,7 +72,11 @@ def show(cfg: TrainConfig, console: Console) -> None:
     """Print the matrix as a Markdown table."""
     names = list(chosen_cards(cfg.hardware))
     optimizer = str(cfg.optimizer["_target_"]).rpartition(".")[2]
-    console.line("plan_matrix_title", optimizer=f"optimizer={optimizer}", vocab=GPT2_VOCAB)
+    console.line(
+        "largest batch_size that fits, at the model's block_size, {optimizer}, vocabulary {vocab}; - : not even one "
+        "row, + : more was not tried",
+        optimizer=f"optimizer={optimizer}", vocab=GPT2_VOCAB,
+    )
     console.plain("")
     console.plain(f"| model | memory | precision | {' | '.join(names)} |")
     console.plain("|---|---|---|" + "--:|" * len(names))

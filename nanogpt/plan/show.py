@@ -21,23 +21,32 @@ def show(plan: Plan, console: Console) -> None:
     """Print the table, the verdict and the speed of a plan."""
     cfg, line = plan.cfg, console.line
     line(
-        "plan_title", model=cfg.model.name, parameters=f"{plan.parameters / 1e6:.1f}M", precision=plan.precision,
-        memory=cfg.groups.get("memory", "default"), batch=plan.batch_size, accum=plan.accumulation, block=cfg.model.block_size,
-        device=plan.budget.name,
+        "plan: {model}, {parameters}, {precision}, memory={memory}, batch {batch} x {accum} x {block} tokens -> "
+        "{device}",
+        model=cfg.model.name, parameters=f"{plan.parameters / 1e6:.1f}M", precision=plan.precision,
+        memory=cfg.groups.get("memory", "default"), batch=plan.batch_size, accum=plan.accumulation,
+        block=cfg.model.block_size, device=plan.budget.name,
     )
-    line("plan_vocab", vocab=cfg.model.vocab_size, source=plan.vocab_source)
+    line("vocabulary {vocab} ({source})", vocab=cfg.model.vocab_size, source=plan.vocab_source)
     for row in table(plan):
         console.plain(row)
     if plan.ram:
-        line("plan_ram", gib=plan.ram / GIB)
-    line("plan_verdict", verdict=text(VERDICTS[plan.verdict]), total=plan.total / GIB, budget=plan.budget.total / GIB)
+        line("optimizer state in RAM: {gib:.2f} GiB", gib=plan.ram / GIB)
     line(
-        "plan_speed", speed=plan.tokens_per_s, step=duration(plan.step_s), wall=duration(plan.train_s), iters=cfg.max_iters,
+        "{verdict}: {total:.2f} GiB of {budget:.2f} GiB (fits: within 95% of what the allocator may reserve)",
+        verdict=text(VERDICTS[plan.verdict]), total=plan.total / GIB, budget=plan.budget.total / GIB,
+    )
+    line(
+        "about {speed:,.0f} tokens/s, {step} per step, {wall} for {iters} iterations with evaluation",
+        speed=plan.tokens_per_s, step=duration(plan.step_s), wall=duration(plan.train_s), iters=cfg.max_iters,
     )
     rates, kind = plan.rates, plan.budget.device_type
     line(
-        "plan_assumptions", half=rates.half_flops / 1e12, fp32=rates.fp32_flops / 1e12, bandwidth=rates.bandwidth / 1e9, source=rates.source,
-        products=PRODUCT_EFFICIENCY[kind], passes=BANDWIDTH_EFFICIENCY[kind], launch=LAUNCH_S[kind] * 1e6,
+        "roofline: {half:.1f} (16-bit) and {fp32:.1f} (fp32) TFLOP/s, {bandwidth:.0f} GB/s [{source}], of which "
+        "{products:.0%} and {passes:.0%} are reached, {launch:.0f} us per operation; without torch.compile",
+        half=rates.half_flops / 1e12, fp32=rates.fp32_flops / 1e12, bandwidth=rates.bandwidth / 1e9,
+        source=rates.source, products=PRODUCT_EFFICIENCY[kind], passes=BANDWIDTH_EFFICIENCY[kind],
+        launch=LAUNCH_S[kind] * 1e6,
     )
 
 
@@ -48,14 +57,14 @@ def table(plan: Plan) -> list[str]:
     # CPU 上没有分配器的取整、工作区与桌面
     hidden = ("rounding", "workspace", "desktop") if on_cpu else ()
     rows = [(text(names[key]), size) for key, size in asdict(plan.parts).items() if key not in hidden]
-    rows += [(text("plan_total"), plan.total), (text("plan_budget"), plan.budget.total)]
+    rows += [(text("predicted peak"), plan.total), (text("budget"), plan.budget.total)]
     cells = []
     for name, size in rows:
         share = size / plan.budget.total
         # 超出预算的部分用另一种字符，一眼看出差多少
         bar = "#" * round(min(share, 1) * BAR) + "!" * min(BAR, round(max(0.0, share - 1) * BAR))
         cells.append((name, f"{size / GIB:7.2f}", f"{share:6.1%} {bar}"))
-    return aligned((text("plan_part"), "GiB", text("plan_share")), cells, sides="lrl")
+    return aligned((text("part"), "GiB", text("of the budget")), cells, sides="lrl")
 
 
 def duration(seconds: float) -> str:

@@ -111,7 +111,11 @@ def trace(cfg: TrainConfig, shape: Shape) -> Trace:
     except Exception as error:
         # 使用者自己的模型可能读取数值、调用不认识的 kernel：一行说明，不是崩溃
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        raise ConfigError("plan_untraceable", target=cfg.model._target_, reason=reason[:200]) from error
+        raise ConfigError(
+            "model._target_={target} cannot be planned ({reason}); its step may not depend on values: measure it with "
+            "a small batch_size instead",
+            target=cfg.model._target_, reason=reason[:200],
+        ) from error
 
 
 def fake_tensors() -> FakeTensorMode:

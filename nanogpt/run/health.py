@@ -75,7 +75,11 @@ class Health:
         """Refuse to train from weights or states that are not finite."""
         # 旧版本存下的、别人给的权重都可能已经坏了
         if tensor := broken_tensor(self.trainer.model, self.trainer.optimizer):
-            raise Diverged("broken_start", tensor=tensor)
+            raise Diverged(
+                "{tensor} is not finite in what this run starts from; choose another checkpoint=… (best, or an older "
+                "iter_…) or another init_from",
+                tensor=tensor,
+            )
 
     def before_save(self) -> None:
         """Refuse to write a checkpoint with weights or optimizer states that are not finite: they never heal."""
@@ -83,7 +87,11 @@ class Health:
 
     def _require_finite(self, iteration: int) -> None:
         if tensor := broken_tensor(self.trainer.model, self.trainer.optimizer):
-            raise Diverged("broken", iteration=iteration, tensor=tensor, remedy=self._remedy())
+            raise Diverged(
+                "iter {iteration}: {tensor} is not finite any more and cannot recover; this state is not saved; "
+                "{remedy}",
+                iteration=iteration, tensor=tensor, remedy=self._remedy(),
+            )
 
     def after_update(self, loss: float, norm: float, *, iteration: int, healing: bool) -> None:
         """Count a step (`iteration`, from 1) that was skipped because its loss or gradient norm is not finite, and stop at too many in a row.
@@ -107,7 +115,10 @@ class Health:
         line = "nonfinite_partly" if partly else "nonfinite"
         trainer.console.line(line, iteration=iteration, what=what, count=progress.nonfinite_in_a_row)
         if progress.nonfinite_in_a_row >= trainer.cfg.max_nonfinite_steps:
-            raise Diverged("diverged", count=progress.nonfinite_in_a_row, remedy=self._remedy())
+            raise Diverged(
+                "{count} steps in a row were not finite; {remedy}",
+                count=progress.nonfinite_in_a_row, remedy=self._remedy(),
+            )
 
     def after_evaluation(self, loss: float) -> bool:
         """Whether a validation loss is a number; one that is not counts as no evaluation."""
@@ -115,7 +126,11 @@ class Health:
             return True
         iteration = self.trainer.progress.iteration
         self._require_finite(iteration)
-        self.trainer.console.line("nonfinite_evaluation", iteration=iteration)
+        self.trainer.console.line(
+            "iter {iteration}: the validation loss is not finite although every weight is; this evaluation does not "
+            "count",
+            iteration=iteration,
+        )
         return False
 
     def _compare_with_guessing(self, loss: float) -> None:
@@ -129,7 +144,10 @@ class Health:
         self.absurd.append(loss > max(self.uniform, known) + RUNAWAY_MARGIN)
         if sum(self.absurd) > RUNAWAY_STEPS // 2:
             raise Diverged(
-                "runaway", loss=loss, count=sum(self.absurd), steps=RUNAWAY_STEPS, uniform=self.uniform, remedy=self._remedy(best=True),
+                "{count} of the last {steps} steps had a training loss above that of guessing ({uniform:.2f}; now "
+                "{loss:.2f}), which had been lower before: the run has diverged; {remedy}",
+                loss=loss, count=sum(self.absurd), steps=RUNAWAY_STEPS, uniform=self.uniform,
+                remedy=self._remedy(best=True),
             )
 
     def _remedy(self, *, best: bool = False) -> str:
@@ -138,7 +156,10 @@ class Health:
         found = checkpoint.checkpoints(trainer.run_dir)
         rate = trainer.cfg.learning_rate / 3
         if not found:
-            return text("remedy_again", rate=rate)
+            return text(
+                "nothing has been saved yet; start again with a lower rate: learning_rate={rate:.1e}",
+                rate=rate,
+            )
         chosen = (checkpoint.best_of(found) if best else None) or found[-1]
         which = "" if chosen.iteration == found[-1].iteration else f" checkpoint={chosen.name}"
         remedy = "remedy_best" if best else "remedy_last"

@@ -176,7 +176,11 @@ class Loggers:
                 # metrics.jsonl 写不了就是训练目录写不了；别人的库各抛各的
                 if isinstance(error, ConfigError) or isinstance(backend, JsonlLogger):
                     raise
-                raise ConfigError("logger_refused", name=type(backend).__name__, reason=reason_of(error)) from None
+                raise ConfigError(
+                    "logger: {name} refuses to begin ({reason}); mend that, or choose another: logger=tensorboard, "
+                    "logger=none",
+                    name=type(backend).__name__, reason=reason_of(error),
+                ) from None
 
     def log(self, iteration: int, metrics: dict[str, float]) -> None:
         self._each("log", iteration, metrics)
@@ -195,4 +199,7 @@ class Loggers:
                 # 写不下曲线，不值得停下训练，无论那个库抛出什么；说一次就够
                 if backend not in self._failed:
                     self._failed.append(backend)
-                    say("logger_failed", name=type(backend).__name__, reason=reason_of(error))
+                    say(
+                        "{name} cannot write ({reason}); training goes on, metrics may be missing",
+                        name=type(backend).__name__, reason=reason_of(error),
+                    )

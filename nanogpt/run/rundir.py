@@ -77,7 +77,7 @@ def refuse_contents(path: Path, *, overwrite: bool) -> None:
     """ConfigError when a run may not begin in this folder, which need not be there yet."""
     there = {p.name for p in path.iterdir() if not _left_behind(p)} if path.is_dir() else set()
     if there - RUN_FILES:
-        raise ConfigError("out_dir_foreign", path=path)
+        raise ConfigError("out_dir={path} holds files that are not a run's; choose an empty or new folder", path=path)
     if there and not overwrite:
         raise ConfigError("out_dir_exists", path=path, resume=typed_override("resume", path))
 
@@ -92,7 +92,11 @@ def hold(path: Path) -> Lock:
     """The lock of a run folder; ConfigError while another process trains in it. What a killed process left half-written is removed."""
     # 陌生人的目录里，链接可以指向你的任何文件；整个目录是链接（放到别的盘上）则是你自己定的
     if links := sorted(name for name in (*WRITTEN, LOCK) if (path / name).is_symlink()):
-        raise ConfigError("run_links", path=path, name=links[0])
+        raise ConfigError(
+            "{path}: {name} in it is a link, through which a run would write elsewhere; put what it points at in its "
+            "place (the run folder itself may be a link)",
+            path=path, name=links[0],
+        )
     lock = Lock(path / LOCK)
     try:
         if not lock.take():
@@ -176,10 +180,13 @@ def read_record(path: Path) -> RunRecord | None:
     try:
         return recorded(path)
     except NewerError as error:
-        raise ConfigError("damaged_checkpoint", file=file, reason=error, remedy=text("update_program")) from None
+        raise ConfigError("damaged_checkpoint", file=file, reason=error, remedy=text("update nanogpt")) from None
     except DamagedError as error:
         # 里面的编号与配置别处都有：不必为它停下
-        say("record_damaged", file=file, reason=error)
+        say(
+            "{file} is damaged ({reason}); what it held is taken from the rest of the folder, and it is written anew",
+            file=file, reason=error,
+        )
         return None
 
 
@@ -193,7 +200,11 @@ def begun_with(path: Path, record: RunRecord | None) -> tuple[str, Path]:
         read_saved(content)
         return content, file
     except (OSError, ValueError) as error:
-        raise ConfigError("nothing_begun", path=path, reason=reason_of(error)) from None
+        raise ConfigError(
+            "resume={path}: there is no checkpoint and no config that could be read ({reason}), so nothing trained "
+            "can be lost; begin anew: type the first command again with out_dir={path} overwrite=true",
+            path=path, reason=reason_of(error),
+        ) from None
 
 
 def remember(path: Path) -> None:
@@ -248,7 +259,10 @@ def checkpoint_in(named: str, which: str | None, usual: str) -> str:
     if is_latest(named) or _inside(folder) == folder or folder.name == "ckpt":
         return which or usual
     if which not in (None, usual, folder.name):
-        raise ConfigError("two_checkpoints", named=named, got=which)
+        raise ConfigError(
+            "checkpoint={got} is not the checkpoint {named} that was named; type one of them",
+            named=named, got=which,
+        )
     return folder.name
 
 
@@ -265,7 +279,7 @@ def resumed_config(saved_text: str, typed: TrainConfig, overrides: list[str], so
         OmegaConf.merge(OmegaConf.structured(TrainConfig), saved)
     except (OmegaConfBaseException, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         # 摘要对得上、内容却合不上：另一个版本写的，或者有人改过
-        reason, remedy = f"config.yaml: {reason_of(error)}", text("no_older_checkpoint")
+        reason, remedy = f"config.yaml: {reason_of(error)}", text("there is no older good one; start a new run")
         raise ConfigError("damaged_checkpoint", file=source, reason=reason, remedy=remedy) from None
     try:
         return _with_typed(saved, typed, overrides, source)
@@ -288,7 +302,10 @@ def _with_typed(saved: dict, typed: TrainConfig, overrides: list[str], source: P
     for override in OverridesParser.create().parse_overrides(overrides):
         if override.key_or_group == "experiment":
             # 一套配方会改动许多键，说不清哪些该变
-            raise ConfigError("resume_changes", key="experiment", old="-", new=override.value())
+            raise ConfigError(
+                "{key} cannot change on resume ({old} -> {new}); leave it out or start a new run",
+                key="experiment", old="-", new=override.value(),
+            )
         _lay(merged, override, saved, typed_node)
     if merged.model.vocab_size is None:
         # 重新写出的 model=… 没有词表大小，它由数据决定，沿用原来的
@@ -347,4 +364,7 @@ def refuse_change(key: str, old, new) -> None:
         parent = key
     for name in sorted(set(old) | set(new)):
         if old.get(name) != new.get(name) and (parent, name) not in CHANGEABLE:
-            raise ConfigError("resume_changes", key=f"{parent}.{name}".strip("."), old=old.get(name), new=new.get(name))
+            raise ConfigError(
+                "{key} cannot change on resume ({old} -> {new}); leave it out or start a new run",
+                key=f"{parent}.{name}".strip("."), old=old.get(name), new=new.get(name),
+            )

@@ -69,9 +69,17 @@ def save(trainer, *, final: bool) -> None:
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
         if final:
             older = trainer.saved.name if trainer.saved else "-"
-            raise ConfigError("never_saved", reason=reason, resume=trainer.resuming, checkpoint=older) from None
+            raise ConfigError(
+                "the last checkpoint could not be saved ({reason}); the newest one is {checkpoint}; free some disk "
+                "space and continue with {resume}",
+                reason=reason, resume=trainer.resuming, checkpoint=older,
+            ) from None
         trainer.retry_at = time.monotonic() + RETRY_S
-        trainer.console.line("save_failed", reason=reason, seconds=RETRY_S)
+        trainer.console.line(
+            "could not save a checkpoint ({reason}); the older ones are kept, trying again in {seconds} s; free some "
+            "disk space",
+            reason=reason, seconds=RETRY_S,
+        )
 
 
 def overdue(trainer) -> bool:
@@ -84,7 +92,11 @@ def restore(trainer, source: checkpoint.Checkpoint) -> None:
     state = source.load_state()
     try:
         if state["fingerprint"] != trainer.data.fingerprint:
-            raise ConfigError("vocab_mismatch", name=trainer.data.name, reason="fingerprint")
+            raise ConfigError(
+                "dataset {name}: its data differs from what the checkpoint was trained on ({reason}); use the run's "
+                "own data or start a new run",
+                name=trainer.data.name, reason="fingerprint",
+            )
         source.load_model(trainer.model)
         # 先装权重：状态的格式要看参数是 fp32 还是 bf16
         trainer.optimizer.load_state_dict(state["optimizer"])

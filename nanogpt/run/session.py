@@ -122,7 +122,11 @@ class Session:
         check(cfg)
         check_weights(source, cfg.model, cfg.finetune)
         if source.iteration >= cfg.max_iters:
-            raise ConfigError("already_done", iteration=source.iteration, max_iters=cfg.max_iters, more=2 * source.iteration)
+            raise ConfigError(
+                "the run already stands at iteration {iteration} of max_iters={max_iters}; add max_iters={more} to "
+                "train on",
+                iteration=source.iteration, max_iters=cfg.max_iters, more=2 * source.iteration,
+            )
         bundled = run_dir / "data"
         # 试的是同一个形状：权重是什么不影响快慢与内存
         trial = replace(cfg, resume=None, init_from=None, dataset={**cfg.dataset, "dir": str(bundled)} if bundled.is_dir() else cfg.dataset)
@@ -159,7 +163,11 @@ class Session:
         if model.vocab_size is None:
             model.vocab_size = data.vocab_size
         elif model.vocab_size < data.vocab_size:
-            raise ConfigError("vocab_too_small", got=model.vocab_size, need=data.vocab_size)
+            raise ConfigError(
+                "model.vocab_size={got} is smaller than the data set's vocabulary of {need}; leave it null or choose "
+                "at least {need}",
+                got=model.vocab_size, need=data.vocab_size,
+            )
         if self.cfg.sample_prompt is not None:
             # 词表里没有的字现在就说，不要等到第一次评估
             data.tokenizer.encode(unescaped(self.cfg.sample_prompt))
@@ -272,28 +280,43 @@ class Session:
     def _announce(self, trainer: Trainer) -> None:
         cfg, line = self.cfg, self.console.line
         if not self.source and self.begun_again:
-            line("begun_again", path=self.run_dir)
+            line("{path} has no checkpoint yet: beginning again from iteration 0", path=self.run_dir)
         if self.source:
-            line("resumed", path=self.run_dir, iteration=trainer.progress.iteration)
+            line("continuing {path} at iteration {iteration}", path=self.run_dir, iteration=trainer.progress.iteration)
         elif cfg.init_from:
-            line("started_from", named=cfg.init_from)
+            line("starting from the weights of {named}", named=cfg.init_from)
             if cfg.finetune.method == "full" and cfg.learning_rate > HIGH_FINETUNE_RATE:
-                line("high_rate", rate=cfg.learning_rate)
+                line(
+                    "learning_rate={rate:g} is high for trained weights and may wipe out what they know; "
+                    "experiment=finetune_gpt2 uses 5e-5 with adamw",
+                    rate=cfg.learning_rate,
+                )
         if cfg.finetune.method == "lora":
             trained = sum(p.numel() for p in trainer.parameters)
-            line("lora", trained=trained, total=trainer.model.parameter_count())
+            line(
+                "LoRA: {trained:,} of {total:,} parameters are trained, the others are frozen",
+                trained=trained, total=trainer.model.parameter_count(),
+            )
             if not cfg.init_from:
-                line("lora_scratch")
+                line(
+                    "finetune=lora without init_from: the frozen weights are random; type init_from=gpt2 (or a "
+                    "folder, or a run) to start from trained ones",
+                )
         world = distributed.world()
         line(
-            "start", model=cfg.model.name, parameters=f"{trainer.model.parameter_count() / 1e6:.2f}M", arch=cfg.model.arch,
+            "{model}: {parameters} parameters ({arch}), {precision} on {device}, {tokens:,} tokens per iteration "
+            "({batch} x {accum} x {block}{world})",
+            model=cfg.model.name, parameters=f"{trainer.model.parameter_count() / 1e6:.2f}M", arch=cfg.model.arch,
             precision=trainer.precision.label, device=self.device, tokens=trainer.global_rows * trainer.block_size,
-            batch=trainer.micro_batch, accum=math.ceil(trainer.local_rows / trainer.micro_batch), block=trainer.block_size,
-            world=f" x {world}" if world > 1 else "",
+            batch=trainer.micro_batch, accum=math.ceil(trainer.local_rows / trainer.micro_batch),
+            block=trainer.block_size, world=f" x {world}" if world > 1 else "",
         )
-        line("peak", source=trainer.peak_source, tflops=trainer.peak)
+        line("MFU against {source}: {tflops:.2f} TFLOP/s", source=trainer.peak_source, tflops=trainer.peak)
         every = self.data.val_windows(trainer.block_size, None)
-        line("eval_part", tokens=self.data.val_targets(trainer.windows), total=self.data.val_targets(every))
+        line(
+            "validation: {tokens:,} of {total:,} tokens, the same ones every time",
+            tokens=self.data.val_targets(trainer.windows), total=self.data.val_targets(every),
+        )
 
     def _autopsy(self, error: OutOfMemory, *, has_checkpoint: bool) -> None:
         """One screen about what did not fit and what to type instead."""
@@ -310,7 +333,7 @@ class Session:
             if trainer.stop_requested:
                 os._exit(128 + number)
             trainer.stop_requested = True
-            self.console.line("interrupted")
+            self.console.line("interrupted: saving after this step; once more to exit at once")
 
         def stop() -> None:
             trainer.stop_requested = True
@@ -333,19 +356,27 @@ class Session:
         console, path = self.console, self.run_dir
         if summary["stopped_by"] == "interrupted":
             again = command("run_train.py", *self._named("train"), override("resume", path))
-            console.line("stopped", iteration=summary["iters"], command=again)
+            console.line(
+                "stopped at iteration {iteration}, saved; continue with: {command}",
+                iteration=summary["iters"], command=again,
+            )
             return
         if trainer.last_sample:
-            console.line("sample_title")
+            console.line("what it writes now:")
             console.plain("  | " + trainer.last_sample.strip("\n").replace("\n", "\n  | "))
         minutes, seconds = divmod(round(summary["wall_s"]), 60)
         console.line(
-            "finished", val_loss=summary["val_loss"], best=summary["best_val_loss"], iteration=summary["iters"],
+            "done: val loss {val_loss:.4f} (best {best:.4f}) after {iteration} iterations in {wall}, {speed:.0f} "
+            "tokens/s",
+            val_loss=summary["val_loss"], best=summary["best_val_loss"], iteration=summary["iters"],
             wall=f"{minutes}:{seconds:02d}", speed=summary["tokens_per_s"],
         )
         curves = any((path / "logs").glob("events.*"))
-        console.line("where", path=path, logs=text("where_logs") if curves else "")
-        console.line("next")
+        console.line(
+            "everything is in {path}: ckpt/ (weights), metrics.jsonl, {logs}config.yaml, summary.json",
+            path=path, logs=text("logs/ (TensorBoard), ") if curves else "",
+        )
+        console.line("next:")
         for what, typed in self._next(summary, curves=curves).items():
             # 说明另起一行：cmd 与 zsh 不认行末的 #
             console.plain(f"  {text(what)}:\n    {typed}")

@@ -238,7 +238,11 @@ class Trainer:
             raise OutOfMemory("forward", rows=self.micro_batch, detail=detail)
         old, self.micro_batch = self.micro_batch, (self.micro_batch + 1) // 2
         accumulation = math.ceil(self.local_rows / self.micro_batch) * distributed.world()
-        self.console.line("oom_shrink", iteration=self.progress.iteration + 1, old=old, new=self.micro_batch, accum=accumulation)
+        self.console.line(
+            "iter {iteration}: out of memory; micro-batch {old} -> {new}, accumulation {accum}, same step again with "
+            "the same data",
+            iteration=self.progress.iteration + 1, old=old, new=self.micro_batch, accum=accumulation,
+        )
 
     def _drop_gradients(self) -> None:
         # 不靠优化器：它可能只管一部分参数，剩下的半份梯度会混进下一步
@@ -454,11 +458,19 @@ class Trainer:
 def share_batch(cfg: TrainConfig, world: int) -> tuple[int, int]:
     """(rows per process and step, rows per micro-batch) for the same effective batch with any number of processes."""
     if cfg.memory.optimizer_in_backward and world > 1:
-        raise ConfigError("in_backward_world", world=world)
+        raise ConfigError(
+            "memory.optimizer_in_backward=true uses each gradient before {world} processes could add them up; start "
+            "one process, or memory.optimizer_in_backward=false",
+            world=world,
+        )
     batch, accumulation = cfg.batch_size, cfg.gradient_accumulation_steps
     if total := cfg.global_batch_size:
         if total % world:
-            raise ConfigError("world_batch", batch=total, accum=1, world=world)
+            raise ConfigError(
+                "batch_size={batch} x gradient_accumulation_steps={accum} cannot be shared by {world} processes; make "
+                "one of them a multiple of {world}",
+                batch=total, accum=1, world=world,
+            )
         # 除不尽也没关系：最后一个微批短一些，等效批量仍然精确
         return total // world, min(batch, total // world)
     if accumulation % world == 0:
@@ -466,4 +478,8 @@ def share_batch(cfg: TrainConfig, world: int) -> tuple[int, int]:
     if batch % world == 0:
         # 累积次数分不开就把微批分开，等效批量不变
         return batch * accumulation // world, batch // world
-    raise ConfigError("world_batch", batch=batch, accum=accumulation, world=world)
+    raise ConfigError(
+        "batch_size={batch} x gradient_accumulation_steps={accum} cannot be shared by {world} processes; make one of "
+        "them a multiple of {world}",
+        batch=batch, accum=accumulation, world=world,
+    )

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 # Python 3.11 的 TypedDict，pydantic 读不全
 from typing_extensions import TypedDict
 
-from nanogpt.base.language import ConfigError, presentable, text_in
+from nanogpt.base.language import NAMED, ConfigError, presentable, text_in
 from nanogpt.base.sample_config import SAMPLE_CHOICES, SAMPLE_RANGES, ServerConfig
 from nanogpt.core.sampling import SETTINGS
 from nanogpt.core.scoring import Score
@@ -112,7 +112,8 @@ def error_body(error: ConfigError, language: str | None) -> Refusal:
     return {"error": {
         "message": text_in(language, name, **values),
         "type": "server_error" if status_of(error) >= 500 else "invalid_request_error",
-        "param": values.get("field", "prompt" if name in OF_PROMPT else None), "code": name.removeprefix("api_"),
+        "param": values.get("field", "prompt" if name in OF_PROMPT else None),
+        "code": name.removeprefix("api_") if name in NAMED else "invalid_value",
     }}
 
 
@@ -225,9 +226,15 @@ class Reader:
         # 一列整数是一个开头，而不是许多个
         prompts = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
         if (texts := len(prompts) * n) > (limit := self.limits.max_texts):
-            raise ConfigError("api_too_many_texts", field="n" if n > 1 else "prompt", got=texts, limit=limit)
+            raise ConfigError(
+                "prompts x n = {got}; at most {limit} texts per request (server.max_texts)",
+                field="n" if n > 1 else "prompt", got=texts, limit=limit,
+            )
         if given.get("best_of", n) != n:
-            raise ConfigError("api_best_of", field="best_of", got=given["best_of"], n=n)
+            raise ConfigError(
+                "best_of={got}: texts are not chosen among here, so best_of must equal n ({n}) or be left out",
+                field="best_of", got=given["best_of"], n=n,
+            )
         if given.get("max_tokens") == 0 and not echo:
             wanted = f"an integer, 1 … {self.limits.max_tokens} (0 with echo=true)"
             raise ConfigError("api_out_of_range", field="max_tokens", got=0, wanted=wanted)
@@ -240,13 +247,20 @@ class Reader:
     def _refused(self, error: dict[str, Any]) -> ConfigError:
         """The first complaint of pydantic in this project's words."""
         if not error["loc"]:
-            return ConfigError("api_not_json", reason=error["msg"])
+            return ConfigError("the body is not a JSON object in UTF-8 ({reason})", reason=error["msg"])
         field, fields = str(error["loc"][0]), self.form.model_fields
         if error["type"] == "extra_forbidden":
-            return ConfigError("api_unknown_field", field=field, known=", ".join(fields))
+            return ConfigError(
+                "{field}: there is no such field with the sampler and control that this server was started with; "
+                "known fields: {known}",
+                field=field, known=", ".join(fields),
+            )
         if field == "prompt":
             # 它有四种写法，pydantic 对每一种各有一句话：说清楚要什么，比挑其中一句好
-            return ConfigError("api_no_prompt", field=field, wanted=fields[field].description)
+            return ConfigError(
+                "prompt is missing, empty or wrong; it must be {wanted}",
+                field=field, wanted=fields[field].description,
+            )
         name = "api_wrong_type" if error["type"].endswith("_type") else "api_out_of_range"
         return ConfigError(name, field=field, got=str(error["input"])[:40], wanted=fields[field].description)
 

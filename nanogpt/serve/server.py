@@ -32,13 +32,21 @@ def bind(config: ServerConfig) -> socket.socket:
     try:
         family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
     except (OSError, UnicodeError) as error:
-        raise ConfigError("bad_host", got=config.host, reason=getattr(error, "strerror", None) or error) from None
+        raise ConfigError(
+            "server.host={got} is not an address of this machine ({reason}); use 127.0.0.1, or 0.0.0.0 for every "
+            "address",
+            got=config.host, reason=getattr(error, "strerror", None) or error,
+        ) from None
     try:
         return socket.create_server((config.host, config.port), family=family)
     except OSError as error:
         # 它在原因后面又写了一遍地址
         reason = str(error.strerror).partition(" (while")[0]
-        raise ConfigError("port_taken", got=config.port, host=config.host, reason=reason) from None
+        raise ConfigError(
+            "server.port={got} cannot be used on {host} ({reason}); choose another port, or server.port=0 for a free "
+            "one",
+            got=config.port, host=config.host, reason=reason,
+        ) from None
 
 
 def url_of(bound: socket.socket, host: str) -> str:
@@ -94,7 +102,10 @@ async def run(cfg: SampleConfig, model, bound: socket.socket, *, on_start=None) 
     reader = Reader(model.id, Settings.of(cfg), cfg.server, model.tokenizer, empty_prompts=model.writes_documents)
     worker = Worker(model.writer(capacity=cfg.batch_size), max_waiting=cfg.server.max_waiting)
     server = Server(create_app(worker, reader, announcement(cfg, model)), cfg.server)
-    say("serving", model=model.name, url=url_of(bound, cfg.server.host))
+    say(
+        "writing with {model}; open {url} in a browser, or use {url}v1 as an OpenAI-compatible base URL (Ctrl-C stops)",
+        model=model.name, url=url_of(bound, cfg.server.host),
+    )
     if on_start:
         on_start(server)
     try:

@@ -68,7 +68,11 @@ def choose(cfg: TrainConfig, overrides: list[str], *, processes: int, console: C
     rows = cfg.global_batch_size // processes
     memory_file = FOLDER / f"{known_results.key_of(cfg)}.json"
     if not cfg.trial.again and (known := _remembered(memory_file)):
-        console.line("auto_known", batch=known["batch_size"], speed=known["tokens_per_s"], file=memory_file)
+        console.line(
+            "batch_size=auto: {batch}, measured before at {speed:.0f} tokens/s ({file}; trial.again=true measures "
+            "anew)",
+            batch=known["batch_size"], speed=known["tokens_per_s"], file=memory_file,
+        )
         return known["batch_size"]
 
     def trial_config(size: int) -> TrainConfig:
@@ -81,11 +85,17 @@ def choose(cfg: TrainConfig, overrides: list[str], *, processes: int, console: C
     def measure(size: int) -> TrialResult:
         result = run_trial(trial_config(size), overrides, memory_file.with_suffix("") / f"batch_{size}")
         what = f"{result.tokens_per_s:.0f} tokens/s" if result.status == "ok" else result.reason
-        console.line("auto_trial", batch=size, pieces=math.ceil(rows / size), status=result.status, what=what, peak=result.held_gib or 0.0)
+        console.line(
+            "  {batch} x {pieces}: {status}, {what}, peak {peak:.2f} GiB",
+            batch=size, pieces=math.ceil(rows / size), status=result.status, what=what, peak=result.held_gib or 0.0,
+        )
         return result
 
     sizes = candidates(rows, whole=cfg.memory.optimizer_in_backward)
-    console.line("auto_start", rows=rows, sizes=", ".join(map(str, sizes)))
+    console.line(
+        "batch_size=auto: looking for the fastest micro-batch for {rows} rows per step; candidates: {sizes}",
+        rows=rows, sizes=", ".join(map(str, sizes)),
+    )
     plans: dict[int, Plan] = {}
 
     def promising(size: int) -> bool:
@@ -95,10 +105,18 @@ def choose(cfg: TrainConfig, overrides: list[str], *, processes: int, console: C
     best = fastest(worth_trying(sizes, promising), measure, cfg.trial.margin)
     if best is None:
         smallest = plans.get(sizes[-1]) or predict(trial_config(sizes[-1]), overrides)
-        raise ConfigError("auto_nothing_fits", size=sizes[-1], need=smallest.total / GIB, budget=smallest.budget.total / GIB)
+        raise ConfigError(
+            "batch_size=auto: not even {size} rows fit (predicted {need:.1f} GiB, budget {budget:.1f} GiB); run the "
+            "same with plan=true batch_size={size} for what to change",
+            size=sizes[-1], need=smallest.total / GIB, budget=smallest.budget.total / GIB,
+        )
     memory_file.parent.mkdir(parents=True, exist_ok=True)
     write_text(memory_file, json.dumps({"batch_size": best.micro_batch, "tokens_per_s": best.tokens_per_s, "peak_gib": best.held_gib}) + "\n")
-    console.line("auto_chosen", batch=best.micro_batch, pieces=math.ceil(rows / best.micro_batch), rows=rows, speed=best.tokens_per_s)
+    console.line(
+        "batch_size={batch}, {pieces} micro-batches for {rows} rows, {speed:.0f} tokens/s; remembered "
+        "(trial.again=true measures anew)",
+        batch=best.micro_batch, pieces=math.ceil(rows / best.micro_batch), rows=rows, speed=best.tokens_per_s,
+    )
     return best.micro_batch
 
 

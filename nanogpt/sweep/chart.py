@@ -100,7 +100,7 @@ def memory_chart(found: Sequence[TrialResult], best: TrialResult | None, languag
     cuda = any(result.reserved_gib is not None for result in found)
     return Chart(
         x_label=text_in(language, "chart_vram" if cuda else "chart_ram"), y_label="tokens/s", points=points,
-        series=series, limit=limit, limit_label=text_in(language, "chart_budget", gib=limit) if limit else "",
+        series=series, limit=limit, limit_label=text_in(language, "budget {gib:.1f} GiB", gib=limit) if limit else "",
         front=pareto([(p.x, p.y) for p in points if p.kind in ("ok", "best")]),
     )
 
@@ -115,7 +115,7 @@ def loss_chart(found: Sequence[TrialResult], best: TrialResult | None, language:
     ]
     if len(points) < 2:
         return None
-    return Chart("tokens/s", text_in(language, "chart_loss"), points, series, from_zero=False)
+    return Chart("tokens/s", text_in(language, "validation loss"), points, series, from_zero=False)
 
 
 # ---- 画 ----

@@ -189,7 +189,10 @@ def measure(cfg: TrainConfig, overrides: list[str], folder: Path, emit: Emit, *,
     if plan:
         emit(predicted_gib=plan.predicted_gib, predicted_tokens_per_s=plan.tokens_per_s)
         if cfg.trial.skip_predicted and not plan.fits:
-            emit(status="skipped", reason=text("trial_predicted", predicted=plan.predicted_gib, budget=plan.budget_gib))
+            emit(status="skipped", reason=text(
+                "predicted {predicted:.1f} GiB > {budget:.1f}",
+                predicted=plan.predicted_gib, budget=plan.budget_gib,
+            ))
             return
     if device.type == "cpu":
         # 显存由分配器封顶；内存由操作系统封顶，父进程再看一道

@@ -31,7 +31,7 @@ def trial_job(cfg: TrainConfig, overrides: list[str]) -> float:
         result = run_trial(cfg, overrides, folder)
         results.write(result, folder / "trial.json")
     except KeyboardInterrupt:
-        say("trial_interrupted")
+        say("interrupted; what is finished is kept, the same command goes on from there")
         sys.exit(EXIT_INTERRUPTED)
     except OSError as error:
         raise ConfigError("not_writable", path=folder, reason=error.strerror) from None
@@ -47,10 +47,16 @@ def line_of(result: TrialResult) -> str:
     # 敲下时就已写死的，每个任务都一样，不必重复
     what = " ".join([o for o in typed if o not in sys.argv] or typed) or text("trial_defaults")
     if result.status == "ok":
-        line = text("trial_ok", what=what, speed=result.tokens_per_s, held=result.held_gib or 0.0, budget=result.budget_gib or 0.0)
+        line = text(
+            "trial {what}: {speed:,.0f} tokens/s, {held:.2f} of {budget:.2f} GiB",
+            what=what, speed=result.tokens_per_s, held=result.held_gib or 0.0, budget=result.budget_gib or 0.0,
+        )
     else:
-        line = text("trial_not_ok", what=what, status=text(STATUS_MESSAGES[result.status]), reason=result.reason)
-    return line + (text("trial_known") if result.known else "")
+        line = text(
+            "trial {what}: {status}: {reason}",
+            what=what, status=text(STATUS_MESSAGES[result.status]), reason=result.reason,
+        )
+    return line + (text(" (known from before)") if result.known else "")
 
 
 def shown_overrides(result: TrialResult) -> list[str]:

@@ -32,7 +32,10 @@ def recipe(result: TrialResult) -> str:
         # 没有敲过的也写明：换了默认值，这份设置仍是测过的那个
         values["batch_size"] = result.micro_batch
     # 设备名里若有换行，注释就断成了配置
-    header = " ".join(text("best_header", speed=result.tokens_per_s or 0.0, held=result.held_gib or 0.0, device=result.device or "-").split())
+    header = " ".join(text(
+        "The fastest setting of a sweep: {speed:,.0f} tokens/s, {held:.2f} GiB on {device}",
+        speed=result.tokens_per_s or 0.0, held=result.held_gib or 0.0, device=result.device or "-",
+    ).split())
     body = yaml.safe_dump({**({"defaults": groups} if groups else {}), **values}, allow_unicode=True, sort_keys=False)
     return f"# @package _global_\n# {header}\n{body}"
 

@@ -39,9 +39,17 @@ def write_report(found: Sequence[TrialResult], folder: Path, *, margin: float) -
     drawn = write_pictures(order, best, folder)
     known = sum(result.known for result in found)
     for line in (
-        text("report_known", known=known, count=len(found)) if known else "",
-        text("report_where", path=folder, pictures="".join(f", {name}" for name in drawn)),
-        text("report_best", command=use) if use else text("report_none"),
+        text(
+            "{known} of {count} trials known from before; trial.again=true measures anew",
+            known=known, count=len(found),
+        ) if known else "",
+        text(
+            "the report is in {path}: report.html, trials.jsonl{pictures}",
+            path=folder, pictures="".join(f", {name}" for name in drawn),
+        ),
+        text("train with the fastest setting:\n  {command}", command=use) if use else text(
+            "no setting fits; try a smaller batch_size, memory=lean or a smaller model",
+        ),
     ):
         if line:
             show(line)
@@ -77,7 +85,10 @@ def page(found: Sequence[TrialResult], *, margin: float, command: str | None, cr
     return templates.get_template("report.html").render(
         text=text, formatted=formatted, language=current_language(), variables=chart.VARIABLES,
         statuses=STATUS_MESSAGES,
-        subtitle=text("report_subtitle", device=device, created=created, known=known, count=len(found)),
+        subtitle=text(
+            "{device} · {created} · {count} trials, {known} of them known from before",
+            device=device, created=created, known=known, count=len(found),
+        ),
         tiles=tiles(found, best), command=command, margin=margin, order=named, best=best,
         charts=[(*TITLES[name], chart.svg(one, text(TITLES[name][0])))
                 for name, one in charts_of(order, best, current_language()).items()],
@@ -112,9 +123,11 @@ def print_table(order: Sequence[TrialResult], margin: float) -> None:
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else PLAIN_WIDTH, **plain)
     # 窄终端上少后三列：report.html 里都有，而设置与原因要看得全
     count = 8 if console.width >= WIDE else 5
-    heads = ("#", text("column_setting"), text("column_status"), "tokens/s", text("column_peak"), text("column_step"),
-             text("column_predicted"), text("column_batch"))
-    table = Table(title=text("report_title"), title_justify="left", box=None, padding=(0, 2, 0, 0))
+    heads = ("#", text("column_setting"), text("status"), "tokens/s", text("peak / budget GiB"), text("step ms"),
+             text("predicted GiB"), text("effective batch"))
+    table = Table(title=text(
+        "Which setting is the fastest that fits",
+    ), title_justify="left", box=None, padding=(0, 2, 0, 0))
     for index, head in enumerate(heads[:count]):
         # 数字列不许折行
         text_column = index in (1, 2)
@@ -138,4 +151,7 @@ def peak_of_budget(result: TrialResult) -> str:
 def why(result: TrialResult, margin: float) -> str:
     """The reason of a failure, or what keeps a success from being the best."""
     tight = result.status == "ok" and not result.fits(margin)
-    return text("report_tight", margin=margin * 100) if tight else result.reason
+    return text(
+        "leaves less than {margin:.0f}% of the budget free (trial.margin)",
+        margin=margin * 100,
+    ) if tight else result.reason

@@ -25,14 +25,25 @@ def spill_reason(
     `smaller_tokens_per_s` is the fastest of the smaller micro-batches with otherwise equal settings.
     """
     if held_gib is not None and free_gib is not None and held_gib > free_gib:
-        return text("spill_free", held=held_gib, free=free_gib)
+        return text(
+            "held {held:.1f} GiB, but only {free:.1f} were free before the run: the driver paged VRAM to RAM",
+            held=held_gib, free=free_gib,
+        )
     peak = max((value for value in (held_gib, predicted_gib) if value is not None), default=None)
     if tokens_per_s is None or peak is None or budget_gib is None or peak <= NEARLY_FULL * budget_gib:
         return None
     if predicted_tokens_per_s and tokens_per_s < SLOW_AGAINST_PREDICTION * predicted_tokens_per_s:
-        return text("spill_slow", speed=tokens_per_s, predicted=predicted_tokens_per_s)
+        return text(
+            "{speed:,.0f} tokens/s with nearly all VRAM in use, {predicted:,.0f} were predicted: the driver paged "
+            "VRAM to RAM",
+            speed=tokens_per_s, predicted=predicted_tokens_per_s,
+        )
     if smaller_tokens_per_s and tokens_per_s < SLOW_AGAINST_SMALLER * smaller_tokens_per_s:
-        return text("spill_cliff", speed=tokens_per_s, smaller=smaller_tokens_per_s)
+        return text(
+            "{speed:,.0f} tokens/s with nearly all VRAM in use, a smaller micro-batch made {smaller:,.0f}: the driver "
+            "paged VRAM to RAM",
+            speed=tokens_per_s, smaller=smaller_tokens_per_s,
+        )
     return None
 
 

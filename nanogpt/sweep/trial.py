@@ -67,9 +67,12 @@ def run_trial(cfg: TrainConfig, overrides: list[str], folder: Path, *, command: 
 def refuse(cfg: TrainConfig) -> None:
     """Refuse what a trial cannot try."""
     if cfg.resume:
-        raise ConfigError("trial_not_with", key="resume", got=cfg.resume)
+        raise ConfigError("{key}={got} cannot be tried; leave it out, or give a number", key="resume", got=cfg.resume)
     if not isinstance(cfg.batch_size, int):
-        raise ConfigError("trial_not_with", key="batch_size", got=cfg.batch_size)
+        raise ConfigError(
+            "{key}={got} cannot be tried; leave it out, or give a number",
+            key="batch_size", got=cfg.batch_size,
+        )
 
 
 def _recipe(cfg: TrainConfig) -> str | None:
@@ -92,18 +95,28 @@ def classified(ended: Ended, timeout_s: float) -> tuple[str, str]:
         return said, str(ended.values.get("reason", ""))
     phase = ended.values.get("phase", "start")
     if ended.killed == "timeout":
-        return "timeout", text("trial_timeout", seconds=timeout_s, phase=phase)
+        return "timeout", text(
+            "not done after {seconds:.0f} s (during: {phase}); raise trial.timeout_s if it was only slow",
+            seconds=timeout_s, phase=phase,
+        )
     if ended.killed == "memory":
-        return "oom", text("trial_watched", rss=ended.rss_gib, phase=phase)
+        return "oom", text("ended at {rss:.2f} GiB, above the budget (during: {phase})", rss=ended.rss_gib, phase=phase)
     if says_out_of_memory(ended.log) or any(phrase in ended.log for phrase in ABORT_PHRASES):
         return "oom", ended.last_line
     if ended.returncode == -9 and ended.oom_kills != 0:
         # 不是我们杀的 SIGKILL：内核的 OOM killer
-        return "oom", text("trial_killed", phase=phase)
+        return "oom", text("killed by the system, which was out of memory (during: {phase})", phase=phase)
     if ended.returncode == -9:
         # 内核没有为内存杀过谁：是人或别的程序，不能当成结论记下来
-        return "crashed", text("trial_ended", phase=phase)
-    return "crashed", text("trial_crashed", how=_how(ended.returncode), phase=phase, line=ended.last_line or "-")
+        return "crashed", text(
+            "SIGKILL (during: {phase}): ended by someone, or by a program that guards the memory; the system itself "
+            "ended nothing for want of memory",
+            phase=phase,
+        )
+    return "crashed", text(
+        "{how} (during: {phase}): {line}",
+        how=_how(ended.returncode), phase=phase, line=ended.last_line or "-",
+    )
 
 
 def _how(returncode: int) -> str:
@@ -114,7 +127,7 @@ def _how(returncode: int) -> str:
         except ValueError:
             # 实时信号没有名字
             return f"signal {-returncode}"
-    return text("trial_exit_code", code=returncode)
+    return text("exit code {code}", code=returncode)
 
 
 @contextlib.contextmanager
@@ -126,7 +139,11 @@ def _turn(device: str) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             held.enter_context(only_one(path))
         except OSError as error:
-            raise ConfigError("trial_lock", path=path, reason=error.strerror) from None
+            raise ConfigError(
+                "the lock of trials {path} cannot be taken ({reason}); name a folder of your own with the environment "
+                "variable NANOGPT_CACHE",
+                path=path, reason=error.strerror,
+            ) from None
         yield
 
 

@@ -33,7 +33,10 @@ def locate_class(target: str, key: str) -> Any:
         found = getattr(import_module(module), name)
     except Exception as error:
         # 使用者自己的模块在导入时可能抛出任何异常
-        raise ConfigError("no_such_class", key=key, got=target, reason=f"{type(error).__name__}: {error}") from None
+        raise ConfigError(
+            "{key}={got} cannot be imported ({reason}); put its module beside run_train.py or correct the name",
+            key=key, got=target, reason=f"{type(error).__name__}: {error}",
+        ) from None
     if not callable(found) or inspect.isbuiltin(found):
         raise ConfigError("not_a_part", key=key, got=target, want=key.removesuffix("._target_"))
     return found
@@ -71,7 +74,11 @@ def check_memory_for(config: ModelConfig, bytes_each: int) -> None:
     parameters = parameters_at_least(config)
     need, have = parameters * bytes_each, free_ram()
     if need > have:
-        raise ConfigError("model_too_large", need=need / GIB, parameters=float(parameters), have=have / GIB)
+        raise ConfigError(
+            "model: its weights alone are {need:.1f} GiB ({parameters:.3g} parameters), {have:.1f} GiB are free; "
+            "lower model.n_layer, model.n_embd or model.vocab_size, or use memory.weights=bf16",
+            need=need / GIB, parameters=float(parameters), have=have / GIB,
+        )
 
 
 def parameters_at_least(config: ModelConfig) -> int:
@@ -125,7 +132,10 @@ def model_of(source, named: str | None = None):
         saved = read_saved(source.config_text())
         refuse_unnamed_code(saved, {"_target_": named}, source.folder, ("model",))
         if named not in (None, have := saved["model"].get("_target_", ModelConfig._target_)):
-            raise ConfigError("other_code", got=named, path=source.folder, have=have)
+            raise ConfigError(
+                "model: {got} was typed, but the model of {path} is {have}; leave model=… out or name that one",
+                got=named, path=source.folder, have=have,
+            )
         # 早于 LoRA 的训练没有 finetune 一节
         config, finetune = typed_node(ModelConfig, saved["model"]), typed_node(FinetuneConfig, saved.get("finetune", {}))
     except (DamagedError, OmegaConfBaseException, TypeError) as error:

@@ -150,7 +150,7 @@ def _looked_at(run_dir: Path) -> Listing:
     own = _own_run(run_dir, found.good)
     for strange in [c for c in found.good if c.run not in (None, own)]:
         found.good.remove(strange)
-        found.bad[strange.folder] = text("other_run")
+        found.bad[strange.folder] = text("it belongs to another run")
     return found
 
 
@@ -206,7 +206,10 @@ def find(run_dir: Path, which: str, *, key: str = "resume") -> Checkpoint:
             raise _unusable(folder, reason, found.good, best=which == "best")
     chosen = found.good[-1] if which == "last" else best_of(found.good) if which == "best" else by_name.get(which)
     if chosen is None:
-        raise ConfigError("no_such_checkpoint", got=which, path=run_dir, have=", ".join(["last", "best", *by_name]))
+        raise ConfigError(
+            "checkpoint={got}: {path} has no such checkpoint; choose one of: {have}",
+            got=which, path=run_dir, have=", ".join(["last", "best", *by_name]),
+        )
     if problem := chosen.problem():
         if not chosen.folder.is_dir():
             # 正在训练的那一方刚把它删了：再找一次
@@ -221,7 +224,9 @@ def _unusable(folder: Path, reason: str, good: list[Checkpoint], *, best: bool =
     # 逐个核对要读完所有文件：找到一个完好的就停
     offered = [*_by_loss(newest_first), *newest_first] if best else newest_first
     instead = next((c for c in offered if c.problem() is None), None)
-    remedy = text("other_checkpoint" if best else "older_checkpoint", name=instead.name) if instead else text("no_older_checkpoint")
+    remedy = text("other_checkpoint" if best else "older_checkpoint", name=instead.name) if instead else text(
+        "there is no older good one; start a new run",
+    )
     return ConfigError("damaged_checkpoint", file=folder, reason=reason, remedy=remedy)
 
 

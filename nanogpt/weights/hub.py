@@ -19,14 +19,23 @@ def download(name: str, named: str, key: str) -> Path:
         import huggingface_hub
         from huggingface_hub import constants
     except ImportError:
-        raise ConfigError("hub_package", key=key, got=named) from None
+        raise ConfigError(
+            "{key}={got}: there is no such folder here, and the hub needs the package huggingface_hub (pip install "
+            "huggingface_hub; HF_ENDPOINT names a mirror); or give a local folder: {key}=FOLDER with config.json and "
+            "model.safetensors",
+            key=key, got=named,
+        ) from None
     parts = urlsplit(constants.ENDPOINT)
     if parts.scheme != "https" and parts.hostname not in ("localhost", "127.0.0.1"):
         # 这里没有事先知道的 SHA-256：路上不被改动全靠 TLS
-        raise ConfigError("hub_not_https", key=key, got=named, endpoint=without_password(constants.ENDPOINT))
+        raise ConfigError(
+            "{key}={got}: HF_ENDPOINT={endpoint} is not https, and weights have no hash known beforehand; name a "
+            "mirror with https, or give a local folder: {key}=FOLDER",
+            key=key, got=named, endpoint=without_password(constants.ENDPOINT),
+        )
     # 断网时库自己会反复重试并打印警告，下面的一行已说明一切
     huggingface_hub.logging.set_verbosity_error()
-    say("fetching", name=name, place=without_password(constants.ENDPOINT))
+    say("fetching {name} from {place} …", name=name, place=without_password(constants.ENDPOINT))
     try:
         folder = Path(huggingface_hub.hf_hub_download(name, "config.json")).parent
         weights = next((file for file in WEIGHTS if _optional(huggingface_hub, name, file)), None)
@@ -43,7 +52,12 @@ def download(name: str, named: str, key: str) -> Path:
         # 网络库的错误类型随版本变，但都意味着没有取到；连不上时起因比外层的套话有用
         cause = (error.__cause__ or error) if isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError) else error
         reason = " ".join(str(cause).split())[:160] or type(cause).__name__
-        raise ConfigError("hub_failed", key=key, got=named, endpoint=without_password(constants.ENDPOINT), reason=reason) from None
+        raise ConfigError(
+            "{key}={got}: there is no such folder here, and {endpoint} did not give it ({reason}); check the name and "
+            "the network, set the environment variable HF_ENDPOINT to a mirror, or give a local folder: {key}=FOLDER "
+            "with config.json and model.safetensors",
+            key=key, got=named, endpoint=without_password(constants.ENDPOINT), reason=reason,
+        ) from None
     return folder
 
 

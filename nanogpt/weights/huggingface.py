@@ -40,7 +40,7 @@ def export(named: str, target: Path, which: str | None = None, *, code: str | No
     `code` is the model class that was typed; another one of a checkpoint is not run.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError("export_exists", target=target)
+        raise ConfigError("TARGET={target} already holds something; choose an empty or new folder", target=target)
     pretrained = open_pretrained(named, key="OUT_DIR", which=which, code=code)
     own, plain = pretrained.config._target_ not in TRUSTED_TARGETS, is_gpt2(pretrained.config)
     try:
@@ -50,7 +50,10 @@ def export(named: str, target: Path, which: str | None = None, *, code: str | No
             (write_own if own else write_gpt2 if plain else write_custom)(aside, pretrained)
             write_tokenizer(aside, pretrained)
     except OSError as error:
-        raise ConfigError("export_failed", target=target, reason=error.strerror or error) from None
+        raise ConfigError(
+            "TARGET={target} cannot be written ({reason}); choose another folder",
+            target=target, reason=error.strerror or error,
+        ) from None
     return pretrained
 
 
@@ -162,7 +165,10 @@ def main(arguments: list[str] | None = None) -> None:
         code = sample_config(named).model["_target_"] if named else None
         pretrained = export(typed.out_dir, typed.target, typed.checkpoint, code=code)
     trust = "" if is_gpt2(pretrained.config) else ", trust_remote_code=True"
-    say("exported", target=typed.target, command=f"transformers.AutoModelForCausalLM.from_pretrained({str(typed.target)!r}{trust})")
+    say(
+        "written: {target}; load it with {command}",
+        target=typed.target, command=f"transformers.AutoModelForCausalLM.from_pretrained({str(typed.target)!r}{trust})",
+    )
 
 
 def parser() -> argparse.ArgumentParser:

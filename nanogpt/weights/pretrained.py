@@ -59,7 +59,12 @@ def open_pretrained(named: str, key: str = "init_from", which: str | None = None
     if rundir.names_run(named):
         return read_run(named, key, which, code)
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", named):
-        raise ConfigError("pretrained_missing", key=key, got=named)
+        raise ConfigError(
+            "{key}={got}: there is no such folder or file here, and it is no name on the hub; give gpt2, gpt2-medium, "
+            "gpt2-large, gpt2-xl, owner/name, a folder with config.json and model.safetensors, a run folder, or a "
+            "nanoGPT ckpt.pt",
+            key=key, got=named,
+        )
     return read_folder(hub.download(f"openai-community/{named}" if named in GPT2_NAMES else named, named, key), path.name)
 
 
@@ -79,7 +84,7 @@ def read_run(named: str, key: str, which: str | None, code: str | None) -> Pretr
         tensors = checkpoint.model_tensors(model)
         if name := first_not_finite(floating(tensors)):
             # 早先的版本会存下坏掉的权重
-            raise source.damaged(text("nan_weights", tensor=name))
+            raise source.damaged(text("{tensor} holds NaN or Inf", tensor=name))
         return Pretrained(model.config, tensors, tokenizers.load(source.folder / "tokenizer.json"))
 
     return checkpoint.use(run_dir, which, taken, key=key)
@@ -93,11 +98,19 @@ def adapted(pretrained: Pretrained, wanted: ModelConfig, typed: set[str], named:
     have = pretrained.config
     for field in sorted(typed - {"dropout", "block_size", "name"}):
         if getattr(wanted, field) != getattr(have, field):
-            raise ConfigError("init_from_shape", key=f"model.{field}", got=getattr(wanted, field), named=named, want=getattr(have, field))
+            raise ConfigError(
+                "{key}={got} contradicts init_from={named}, whose weights have {want}; leave {key} out, or train "
+                "without init_from",
+                key=f"model.{field}", got=getattr(wanted, field), named=named, want=getattr(have, field),
+            )
     block = wanted.block_size if "block_size" in typed else have.block_size
     # RoPE 没有位置参数，可以加长；学出来的位置 embedding 只能截短
     if block > have.block_size and have.position == "learned":
-        raise ConfigError("init_from_shape", key="model.block_size", got=block, named=named, want=f"<= {have.block_size}")
+        raise ConfigError(
+            "{key}={got} contradicts init_from={named}, whose weights have {want}; leave {key} out, or train without "
+            "init_from",
+            key="model.block_size", got=block, named=named, want=f"<= {have.block_size}",
+        )
     tensors = pretrained.tensors
     if "wpe.weight" in tensors:
         tensors = {**tensors, "wpe.weight": tensors["wpe.weight"][:block]}
@@ -111,7 +124,10 @@ def check_vocabulary(pretrained: Pretrained, other: Tokenizer, named: str) -> No
     ignored = {"name": "", "labels": {}}
     if own.to_dict() | ignored != other.to_dict() | ignored:
         raise ConfigError(
-            "init_from_tokenizer", named=named, want=own.vocab_size, want_kind=own.kind, got=other.vocab_size, got_kind=other.kind
+            "init_from={named}: its vocabulary ({want} tokens, {want_kind}) is not that of the data ({got} tokens, "
+            "{got_kind}); use dataset=text_file, labelled, plays_char, chinese_poetry or chinese_reviews with "
+            "dataset.tokenizer=auto, which takes the model's own",
+            named=named, want=own.vocab_size, want_kind=own.kind, got=other.vocab_size, got_kind=other.kind,
         )
 
 
@@ -193,5 +209,5 @@ def checked(path: Path, config: ModelConfig, tensors: dict[str, Tensor], tokeniz
             found = "missing" if got is None else f"{got.dtype} {tuple(got.shape)}" if isinstance(got, Tensor) else type(got).__name__
             raise ConfigError("pretrained_damaged", file=path, reason=f"{name}: {found}, wanted: {expected.get(name, 'nothing')}")
     if name := first_not_finite(floating(tensors)):
-        raise ConfigError("pretrained_damaged", file=path, reason=text("nan_weights", tensor=name))
+        raise ConfigError("pretrained_damaged", file=path, reason=text("{tensor} holds NaN or Inf", tensor=name))
     return Pretrained(config, tensors, tokenizer)

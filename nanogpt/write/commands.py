@@ -79,7 +79,10 @@ class Session:
             self._set_sampler_key(name, value)
         else:
             close = difflib.get_close_matches(name, self.names(), n=1)
-            raise ConfigError("unknown_command", got=name, guess=text("did_you_mean", guess=f"/{close[0]}") if close else "")
+            raise ConfigError(
+                "/{got}: there is no such command{guess}; /help shows them all",
+                got=name, guess=text("did_you_mean", guess=f"/{close[0]}") if close else "",
+            )
 
     def names(self) -> list[str]:
         """All commands."""
@@ -135,7 +138,7 @@ class Session:
             self._print(piece.text, end="\n")
             self.records.add(piece.result, self.settings)
             finished(piece.result)
-        say("sample_stopped")
+        say("[stopped]")
         if self.piped:
             # 脚本里没有人接着打字：其余的也不写了
             raise KeyboardInterrupt
@@ -155,7 +158,7 @@ class Session:
 
     def _last(self) -> Written:
         if not self.written:
-            raise ConfigError("nothing_written")
+            raise ConfigError("no text has been written yet; type a beginning first")
         return self.written[-1]
 
     # ---- 设置 ----
@@ -167,7 +170,7 @@ class Session:
         self.settings = changed
 
     def _changed(self, key: str, value: Any) -> None:
-        say("setting", key=key, value=value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        say("{key}={value}", key=key, value=value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
     def _set_sampler_key(self, name: str, value: str) -> None:
         number = parsed(f"sampler.{name}", value)
@@ -190,7 +193,10 @@ class Session:
 
     def _set_wish(self, kind: str, value: str) -> None:
         if not takes_forms(self.settings.control):
-            raise ConfigError("control_off", kind=kind, name=self.chosen["control"])
+            raise ConfigError(
+                "control={name} has no {kind}; type /control codes first",
+                kind=kind, name=self.chosen["control"],
+            )
         self.change(control={**self.settings.control, kind: value or None})
         self._changed(f"control.{kind}", value or None)
 
@@ -200,7 +206,18 @@ class Session:
     # ---- 命令：_do_<名字>(其后的文字) ----
 
     def _do_help(self, value: str) -> None:
-        say("interactive_help", sampler_keys=" ".join(f"/{key}" for key in self.sampler_keys()))
+        say(
+            "  /temperature 0.5           lower is safer, 0 is greedy; other keys of the sampler: {sampler_keys}\n  "
+            "/sampler top_p             another strategy; /tokens 200 /samples 3 /seed 7 /stop \\n\n  /style poetic  "
+            "/emotion happy   for all texts from now on; nothing behind it clears it\n  style:poetic| emotion:happy| "
+            "It was     for this text only\n  /control                   styles and emotions, the model's labels "
+            "first; /control guidance 2, /control strength 3, /control none\n  /again  /more              the same "
+            "beginning with the next seed; go on from the last text\n  /unknown skip              pass over "
+            "characters that the vocabulary lacks; /unknown error names them\n  /save [all] FILE.txt|.jsonl     "
+            "append the last text, or all texts, to a file\n  /settings  /help  /quit    Alt-Enter starts a new line, "
+            "// begins a text with a slash",
+            sampler_keys=" ".join(f"/{key}" for key in self.sampler_keys()),
+        )
 
     def _do_quit(self, value: str) -> None:
         self.done = True
@@ -230,7 +247,7 @@ class Session:
         if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
             raise ConfigError("wrong_type", key="stop", got=value, want="[str]")
         if "" in stops:
-            raise ConfigError("empty_stop")
+            raise ConfigError("stop holds an empty string; give at least one character or leave it out")
         self.change(stop=[unescaped(stop) for stop in stops])
         self._changed("stop", self.settings.stop)
 
@@ -244,7 +261,7 @@ class Session:
         key, _, setting = value.partition(" ")
         if not key:
             for kind, names in build_control(self.settings.control).known(self.model.tokenizer).items():
-                say("control_knows", kind=kind, names=" ".join(names))
+                say("{kind}: {names} — or any other words", kind=kind, names=" ".join(names))
         elif not setting:
             node = option("control", key, self.temperature)
             # 换一种控制方式，风格和情绪不变
@@ -255,7 +272,10 @@ class Session:
         elif key in KINDS:
             self._set_wish(key, setting.strip())
         elif key not in self.settings.control or key == "_target_" or self._is_table(key):
-            raise ConfigError("unknown_setting", group="control", got=key, known=" ".join(self.values("control")))
+            raise ConfigError(
+                "{group}.{got}: there is no such setting; choose one of: {known}",
+                group="control", got=key, known=" ".join(self.values("control")),
+            )
         else:
             self.change(control={**self.settings.control, key: parsed(f"control.{key}", setting)})
             self._changed(f"control.{key}", self.settings.control[key])
@@ -294,16 +314,19 @@ class Session:
         whole_session = first == "all"
         path = Path((rest.strip() if whole_session else value) or "samples.txt")
         if path.suffix not in (".txt", ".jsonl"):
-            raise ConfigError("save_suffix", got=path)
+            raise ConfigError("/save {got}: the file's name must end in .txt or .jsonl", got=path)
         chosen = self.written if whole_session else [self._last()]
         if not chosen:
-            raise ConfigError("nothing_written")
+            raise ConfigError("no text has been written yet; type a beginning first")
         try:
             with folders_around(path), path.open("a", encoding="utf-8", newline="\n") as file:
                 file.write("".join(map(saved_text if path.suffix == ".txt" else saved_record, chosen)))
         except OSError as error:
-            raise ConfigError("save_not_writable", got=path, reason=error.strerror) from None
-        say("saved", count=len(chosen), path=path)
+            raise ConfigError(
+                "/save {got}: cannot be written ({reason}); choose another file",
+                got=path, reason=error.strerror,
+            ) from None
+        say("{count} text(s) appended to {path}", count=len(chosen), path=path)
 
 
 def whole(piece: str) -> str:

@@ -160,7 +160,10 @@ def file_text(path: Path, key: str, got: str) -> str:
     if not path.is_file():
         raise ConfigError("missing_file", key=key, got=got)
     if (size := path.stat().st_size) > LARGEST_PROMPTS:
-        raise ConfigError("large_prompts", key=key, got=got, size=size / 2**20, most=LARGEST_PROMPTS // 2**20)
+        raise ConfigError(
+            "{key}={got}: {size:,.0f} MiB are too many for prompts (at most {most}); give a smaller file",
+            key=key, got=got, size=size / 2**20, most=LARGEST_PROMPTS // 2**20,
+        )
     return "".join(iter_text(*resolved([path], key=None)[0]))
 
 
@@ -192,5 +195,5 @@ def prompts_of_file(path: Path) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError("bad_prompt_list" if suffix == ".json" else "bad_prompt_line", path=path, number=max(number, 1)) from None
     if not prompts:
-        raise ConfigError("no_prompts", path=path)
+        raise ConfigError("prompts={path} holds no prompt; give one per line", path=path)
     return prompts

@@ -63,7 +63,10 @@ def decoded(raw: bytes) -> str:
 
 def at_the_terminal(session: Session, prompt) -> int:
     """Ask for lines until /quit or Ctrl-D; Ctrl-C only clears the line."""
-    say("interactive_welcome", model=session.model.name)
+    say(
+        "{model}\ntype a beginning and press Enter; /help shows the commands, Ctrl-C stops a text, Ctrl-D leaves",
+        model=session.model.name,
+    )
     while not session.done:
         try:
             line = prompt.prompt()
@@ -138,4 +141,4 @@ def toolbar(session: Session) -> str:
     parts += [f"samples={session.samples}"] if session.samples > 1 else []
     parts += [f"{kind}={plain(control[kind])}" for kind in ("style", "emotion") if control.get(kind)]
     parts += [f"guidance={control['guidance']}"] if control.get("guidance", 1) != 1 else []
-    return " " + " · ".join([*parts, text("toolbar_keys")])
+    return " " + " · ".join([*parts, text("/help")])

@@ -45,7 +45,10 @@ def add_adapters(model: nn.Module, config: FinetuneConfig) -> None:
     inside = {name: m for name, m in model.h.named_modules() if isinstance(m, nn.Linear)}
     have = sorted({name.rpartition(".")[2] for name in inside})
     if not config.linears or set(config.linears) - set(have):
-        raise ConfigError("lora_linears", got=list(config.linears), have=", ".join(have))
+        raise ConfigError(
+            "finetune.linears={got} does not fit the model; choose from: {have}",
+            got=list(config.linears), have=", ".join(have),
+        )
     model.requires_grad_(False)
     for name, linear in inside.items():
         if name.rpartition(".")[2] in config.linears:

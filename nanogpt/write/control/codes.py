@@ -70,14 +70,28 @@ class CodesControl:
                 continue
             asked = replace(rest, **{other: None for other in KINDS if other != kind}).apply(request, tokenizer)
             if asked.prefix or asked.sampler is not request.sampler:
-                say_once("control_no_label", kind=kind, got=typed, known=known)
+                say_once(
+                    "control.{kind}={got} is no label of this model (it knows {known}); a sentence and words ask for "
+                    "it as with control=prefix",
+                    kind=kind, got=typed, known=known,
+                )
             else:
-                say_once("control_no_label_no_words", kind=kind, got=typed, known=known)
+                say_once(
+                    "control.{kind}={got} is no label of this model (it knows {known}), whose vocabulary cannot write "
+                    "it either; left out",
+                    kind=kind, got=typed, known=known,
+                )
         if self.guidance != 1 and not labels:
             if known:
-                say_once("guidance_without_label", got=self.guidance, known=known)
+                say_once(
+                    "control.guidance={got} has no effect on a text without a label; the model knows {known}",
+                    got=self.guidance, known=known,
+                )
             else:
-                say_once("guidance_without_labels", got=self.guidance)
+                say_once(
+                    "control.guidance={got} has no effect: the model was trained without labels",
+                    got=self.guidance,
+                )
 
 
 def codes(*, guidance: float = 1.0, aliases: dict | None = None, **settings) -> CodesControl:

@@ -125,7 +125,10 @@ class PrefixControl:
             missing.append(lacking)
         if missing and self.tells:
             # 说差得最少的那种语言缺什么：中文词表只缺换行，不必数英文字母
-            say_once("control_no_sentence", kind=kind, got=typed, characters=min(missing, key=len))
+            say_once(
+                "control.{kind}={got}: the vocabulary lacks {characters} of its sentence, which is left out",
+                kind=kind, got=typed, characters=min(missing, key=len),
+            )
         return ""
 
     def _words(self, kind: str, typed: str, languages: tuple[str, str], tokenizer: Tokenizer) -> WordBias | None:
@@ -135,13 +138,17 @@ class PrefixControl:
         if not label or not any(label.words.values()):
             known = ", ".join(n for n in self.known(tokenizer)[kind] if (found := self.label(kind, n)) and any(found.words.values()))
             if self.tells:
-                say_once("control_no_words", kind=kind, got=typed, known=known)
+                say_once(
+                    "control.{kind}={got} is used as it is written, without words to lead the text to; those with "
+                    "words: {known}",
+                    kind=kind, got=typed, known=known,
+                )
             return None
         for language in languages:
             if words := [w for w in label.words[language] if ids_of(w, tokenizer)]:
                 return word_bias(tokenizer, tuple(words), float(self.strength))
         if self.tells:
-            say_once("control_unwritable", kind=kind, got=typed)
+            say_once("control.{kind}={got}: the vocabulary can write none of its words; no bias", kind=kind, got=typed)
         return None
 
 
@@ -211,9 +218,15 @@ def _labels(key: str, node: dict | None) -> list[Label]:
             names = {language: [str(n) for n in entry[language]] for language in ("zh", "en")}
             words = {language: [str(w) for w in (entry.get("words") or {}).get(language) or []] for language in ("zh", "en")}
         except (KeyError, TypeError, AttributeError):
-            raise ConfigError("bad_label", key=f"control.{key}.{name}") from None
+            raise ConfigError(
+                "{key} needs zh: [names], en: [names] and may have words: {{zh: [...], en: [...]}}",
+                key=f"control.{key}.{name}",
+            ) from None
         if not all(names.values()):
-            raise ConfigError("bad_label", key=f"control.{key}.{name}")
+            raise ConfigError(
+                "{key} needs zh: [names], en: [names] and may have words: {{zh: [...], en: [...]}}",
+                key=f"control.{key}.{name}",
+            )
         labels.append(Label(str(name), names, words))
     return labels
 
@@ -251,7 +264,6 @@ def say_once(message: str, **values) -> None:
     # 服务器上谁都可以写新词：说满就不再说，内存不涨，没人读的管道也不会被写满而卡住写作
     if key not in _said and len(_said) < MOST_SAID:
         _said.add(key)
-        # 消息名在 messages.py 里按 "control_no_sentence" 等逐条登记
         say(message, **values)
 
 

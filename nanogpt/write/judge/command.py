@@ -85,7 +85,7 @@ def config_of(overrides: list[str]) -> SampleConfig:
     typed = [o.lstrip("+~").partition("=")[0] for o in overrides]
     for key in typed:
         if key.split(".")[0] in OWN_KEYS:
-            raise ConfigError("evaluate_own_key", key=key)
+            raise ConfigError("{key}=… is set by the evaluation itself; leave it out", key=key)
     cfg = sample_config([*(f"{key}={value}" for key, value in DEFAULTS.items() if key not in typed), *map(quoted, overrides)])
     check_sample(cfg)
     return cfg
@@ -124,13 +124,13 @@ def run_evaluate(typed: argparse.Namespace, overrides: list[str]) -> None:
         _picture().draw(record, typed.plot)
     for path in (typed.output, typed.plot):
         if path:
-            show(text("evaluate_written", path=path))
+            show(text("written: {path}", path=path))
 
 
 def run_plot(typed: argparse.Namespace, overrides: list[str]) -> None:
     """Draw a record anew."""
     if overrides:
-        raise ConfigError("evaluate_own_key", key=overrides[0].partition("=")[0])
+        raise ConfigError("{key}=… is set by the evaluation itself; leave it out", key=overrides[0].partition("=")[0])
     _picture().check_picture(typed.target)
     check_target(typed.target, "plot")
     try:
@@ -138,8 +138,12 @@ def run_plot(typed: argparse.Namespace, overrides: list[str]) -> None:
         _picture().draw(record, typed.target)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason, source = type(error).__name__, word(str(typed.source))
-        raise ConfigError("not_an_evaluation", got=typed.source, reason=reason, typed=source) from None
-    show(text("evaluate_written", path=typed.target))
+        raise ConfigError(
+            "{got} is not what --output writes ({reason}); make it with: python -m nanogpt.control evaluate OUT_DIR "
+            "--output {typed}",
+            got=typed.source, reason=reason, typed=source,
+        ) from None
+    show(text("written: {path}", path=typed.target))
 
 
 def check_target(path: Path, key: str) -> None:
@@ -147,7 +151,10 @@ def check_target(path: Path, key: str) -> None:
     try:
         check_writable(path)
     except OSError as error:
-        raise ConfigError("file_not_writable", key=key, got=path, reason=error.strerror) from None
+        raise ConfigError(
+            "{key} {got}: cannot be written ({reason}); choose another file",
+            key=key, got=path, reason=error.strerror,
+        ) from None
 
 
 def _picture():

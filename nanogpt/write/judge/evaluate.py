@@ -74,9 +74,17 @@ def data_of_run(run_dir: Path, model: Model) -> DocumentData:
         folder = _named_folder(run_dir)
     data = open_data(folder) if folder and (folder / "meta.json").is_file() else None
     if data is None:
-        raise ConfigError("evaluate_no_data", path=run_dir, folder=folder or "-")
+        raise ConfigError(
+            "OUT_DIR={path}: its texts are neither in its data/ nor in {folder}; put the data set folder there, or "
+            "train with a larger bundle_data_mib",
+            path=run_dir, folder=folder or "-",
+        )
     if not isinstance(data, DocumentData) or data.tokenizer.to_dict() != model.tokenizer.to_dict():
-        raise ConfigError("vocab_mismatch", name=data.name, reason="tokenizer.json")
+        raise ConfigError(
+            "dataset {name}: its data differs from what the checkpoint was trained on ({reason}); use the run's own "
+            "data or start a new run",
+            name=data.name, reason="tokenizer.json",
+        )
     return data
 
 
@@ -97,9 +105,16 @@ def choose_kind(model: Model, wanted: str | None) -> str:
     """The kind of labels to evaluate: the one asked for, else the first that the model has."""
     have = [kind for kind in LABEL_KINDS if model.tokenizer.labels.get(kind)]
     if not have:
-        raise ConfigError("evaluate_no_labels", model=model.name)
+        raise ConfigError(
+            "{model} knows no labels of style or emotion; train with dataset=chinese_poetry, chinese_reviews or "
+            "labelled",
+            model=model.name,
+        )
     if wanted and wanted not in have:
-        raise ConfigError("evaluate_no_kind", got=wanted, have=", ".join(have))
+        raise ConfigError(
+            "--kind {got}: the model has labels for {have} only; choose that",
+            got=wanted, have=", ".join(have),
+        )
     return wanted or have[0]
 
 

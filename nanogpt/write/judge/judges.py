@@ -266,7 +266,11 @@ def build_judge(kind: str, labels: Sequence[str], documents: Sequence[Document])
     for label in labels:
         count = sum(getattr(d, kind) == label for d in documents)
         if count < FEWEST:
-            raise ConfigError("judge_lacks_label", label=label, count=count, need=FEWEST)
+            raise ConfigError(
+                "judge.jsonl of the data set has {count} texts labelled {label}, a judge needs {need}; prepare it "
+                "with more texts or a larger judge part",
+                label=label, count=count, need=FEWEST,
+            )
     check_package()
     learned, test = parted(documents, kind)
     judge = FormJudge(learned) if kind == "style" and set(labels) <= POETRY else TextJudge(learned, kind)

@@ -26,7 +26,7 @@ MOST_INTERVALS = 3
 def check_picture(path: Path) -> None:
     """Refuse what cannot be drawn before hours of writing."""
     if path.suffix.lower() not in SUFFIXES:
-        raise ConfigError("picture_suffix", got=path)
+        raise ConfigError("--plot {got}: the file's name must end in .png or .svg", got=path)
 
 
 def draw(record: dict, path: Path) -> None:

@@ -20,9 +20,18 @@ def heading(record: dict) -> list[str]:
     sampler = ", ".join(f"{key}={value:g}" for key, value in numbers.items())
     said, real = {key: record[key] for key in ("run", "checkpoint", "kind", "samples", "device")}, record["real"]
     return [
-        text("evaluate_title", seed=settings["seed"], sampler=sampler, **said), text(judge),
-        text("judge_accuracy", **interval(record["judge"]["accuracy"])),
-        "", text("evaluate_real"), *rows(real, real), *tune_line(real["tunes"], real["tunes"]),
+        text(
+            "{run} ({checkpoint}) on {device}: {samples} texts for each {kind}, seeds from {seed}, {sampler}",
+            seed=settings["seed"], sampler=sampler, **said,
+        ), text(judge),
+        text(
+            "the judge itself is right on {rate:.1%} of real held-out texts (95%: {low:.1%} to {high:.1%}; mean over "
+            "labels, {n:,} texts)",
+            **interval(record["judge"]["accuracy"]),
+        ),
+        "", text(
+            "real texts (hits: the judge on its held-out texts; the rest: validation texts)",
+        ), *rows(real, real), *tune_line(real["tunes"], real["tunes"]),
     ]
 
 
@@ -36,11 +45,15 @@ def result(record: dict) -> list[str]:
         missed = {name: count for name, count in row["judged"].items() if name != label}
         if missed:
             found = ", ".join(f"{why(name)} {count}" for name, count in missed.items())
-            lines.append("  " + text("evaluate_missed", label=label, found=found))
+            lines.append("  " + text("{label} missed: {found}", label=label, found=found))
     lines += tune_line(entry["tunes"], real["tunes"])
     if entry["perplexity"] is not None:
         without = record["perplexity_without_labels"]
-        lines.append("  " + text("evaluate_perplexity", value=entry["perplexity"], without=without))
+        lines.append("  " + text(
+            "perplexity of real validation texts at this guidance: {value:.2f} per token (without labels: "
+            "{without:.2f})",
+            value=entry["perplexity"], without=without,
+        ))
     return lines
 
 
@@ -68,7 +81,7 @@ def rows(part: dict, real: dict) -> list[str]:
     for label, row in [*part["labels"].items(), (None, part["total"])]:
         accuracy = real["labels"][label] if label else real["total"]
         table.append([
-            label or text("row_total"), f"{row['hits']}/{row['n']}", percent(row["rate"]), between(row),
+            label or text("mean"), f"{row['hits']}/{row['n']}", percent(row["rate"]), between(row),
             percent(accuracy["rate"]), distinct(row), percent(row["known_pairs"]), percent(row["copies"]["rate"]),
             "-" if row["length"] is None else f"{row['length']:.1f}", percent(row["finished"]),
         ])
@@ -77,7 +90,11 @@ def rows(part: dict, real: dict) -> list[str]:
 
 def tune_line(found: dict | None, real: dict | None) -> list[str]:
     """How many ci have the exact lengths of a real one."""
-    return ["  " + text("evaluate_tunes", **interval(found), real=real["rate"] if real else 0.0)] if found else []
+    return ["  " + text(
+        "ci with exactly the segment lengths of a real one: {hits} of {n}, {rate:.1%} (95%: {low:.1%} to {high:.1%}; "
+        "real validation ci: {real:.1%})",
+        **interval(found), real=real["rate"] if real else 0.0,
+    )] if found else []
 
 
 def why(name: str) -> str:

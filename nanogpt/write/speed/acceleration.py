@@ -40,7 +40,7 @@ def install_cpu_step(model) -> None:
 
         if fast_cpu.fits(model):
             if not fast_cpu.is_compiled():
-                say("compiling_step")
+                say("compiling the fast decoder for this processor, once …")
             model.fast_step = fast_cpu.FastStep(model)
             # 编译或载入机器码就在这里做完，第一个字不必等
             with torch.inference_mode():

@@ -100,7 +100,10 @@ class GraphStep:
             self._compare(inputs, replay, logits, plain, idx, cache)
         except RuntimeError as error:
             # 录不了只是慢一些，不该让写作失败；显存不足也在其内
-            say("no_graph", reason=first_line(error))
+            say(
+                "this card records no CUDA graph ({reason}); writing goes on step by step, more slowly",
+                reason=first_line(error),
+            )
             self.model.fast_step = None
             self.recorded.clear()
             return False
