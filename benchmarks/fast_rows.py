@@ -20,7 +20,7 @@ os.environ["NUMBA_NUM_THREADS"] = "1"
 
 import torch  # noqa: E402 - 线程数要在载入之前定下
 
-from nanogpt.core.attention import KVCache  # noqa: E402
+from nanogpt.core.kv_cache import KVCache  # noqa: E402
 from nanogpt.run.metrics import processor_name  # noqa: E402
 from nanogpt.weights.build import build_model, preset  # noqa: E402
 from nanogpt.write.speed import fast_cpu  # noqa: E402

@@ -80,7 +80,7 @@ def config(model: str, precision: str, memory: str, rows: int, *, cuda: bool) ->
 
 def run_steps(cfg: TrainConfig, device: torch.device) -> None:
     """Two optimizer steps of two micro-batches, an evaluation and the reading of one long prompt."""
-    from nanogpt.core.attention import KVCache
+    from nanogpt.core.kv_cache import KVCache
 
     model = build_model(cfg.model, cfg.seed, cfg.memory.weights).to(device)
     step = build_step(cfg, model, Precision(cfg.precision, device, cfg.memory.weights))

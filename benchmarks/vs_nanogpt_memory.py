@@ -22,10 +22,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from nanogpt.base.sample_config import register_schemas
-from nanogpt.core import planned_device
 from nanogpt.core.precision import Precision
 from nanogpt.core.step import build_step
-from nanogpt.plan.substitutes import LikeCuda
+from nanogpt.plan.substitutes import LikeCuda, substituted
 from nanogpt.plan.trace import Shape, fake_tensors, trace
 from nanogpt.plan.tracker import Tracker
 from nanogpt.weights.build import build_model
@@ -70,7 +69,7 @@ def traced_nanogpt(path: Path) -> int:
     def context():
         return torch.autocast("cpu", dtype=torch.bfloat16)
 
-    with fake_tensors() as mode, planned_device.planning_for("cuda"), Tracker(mode) as tracker:
+    with fake_tensors() as mode, substituted("cuda"), Tracker(mode) as tracker:
         model, make_optimizer = nanogpt_parts(path, "cuda")
         optimizer = make_optimizer()
         x = torch.empty(ROWS, BLOCK, dtype=torch.long)

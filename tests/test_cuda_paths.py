@@ -15,11 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanogpt.base.config import HardwareConfig, MemoryConfig
 from nanogpt.base.console import Console
 from nanogpt.base.errors import explained
-from nanogpt.core import compilation, distributed, machine, planned_device
+from nanogpt.core import compilation, distributed, kernels, machine
 from nanogpt.core.compilation import compile_hidden, compile_updates, pays
-from nanogpt.core.loss import chunked_cross_entropy, even, fusible_tail, head
+from nanogpt.core.loss import chunked_cross_entropy, even, fusible_tail
 from nanogpt.core.memory.lean_optimizers import Storage, adamw_update, fusible_adamw
 from nanogpt.core.memory.lowbit import SMALL
+from nanogpt.plan.substitutes import substituted
 from nanogpt.run import trainer as trainers
 from nanogpt.weights.build import build_model
 
@@ -306,7 +307,7 @@ def loss_and_gradients(V, dtype, *, softcap, tail=None, card=False, chunk_mib=1,
     targets = torch.randint(0, V, (2, rows))
     if ignoring:
         targets[:, ::3] = -1
-    with planned_device.planning_for("cuda") if card else contextlib.nullcontext(), torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+    with substituted("cuda") if card else contextlib.nullcontext(), torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         loss = chunked_cross_entropy(hidden, weight, targets, softcap=softcap, chunk_mib=chunk_mib, ignoring=ignoring, tail=tail)
     loss.backward()
     return loss.detach(), hidden.grad, weight.grad
@@ -330,11 +331,11 @@ def test_chunks_on_a_card_are_of_one_size_where_the_tokens_allow_it():
 
 def test_the_head_is_padded_only_where_it_is_copied_anyway():
     weight = torch.ones(501, 4)
-    with planned_device.planning_for("cuda"):
-        assert head(weight, torch.bfloat16).shape == (512, 4) and head(weight, torch.bfloat16)[501:].eq(0).all()
-        assert head(weight, torch.float32) is weight and head(weight.bfloat16(), torch.bfloat16).shape == (501, 4)
-        assert head(torch.ones(504, 4), torch.bfloat16).shape == (504, 4)
-    assert head(weight, torch.bfloat16).shape == (501, 4)
+    with substituted("cuda"):
+        assert kernels.aligned(weight, torch.bfloat16).shape == (512, 4) and kernels.aligned(weight, torch.bfloat16)[501:].eq(0).all()
+        assert kernels.aligned(weight, torch.float32) is weight and kernels.aligned(weight.bfloat16(), torch.bfloat16).shape == (501, 4)
+        assert kernels.aligned(torch.ones(504, 4), torch.bfloat16).shape == (504, 4)
+    assert kernels.aligned(weight, torch.bfloat16).shape == (501, 4)
 
 
 # ---- 时间 ----

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from conftest import GPT2_RECIPE, no_grad_eval, tiny_model_config
 
 import nanogpt
-from nanogpt.core.attention import CausalSelfAttention, KVCache
+from nanogpt.core.attention import CausalSelfAttention
+from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.loss import chunked_cross_entropy
 from nanogpt.core.model import GPT
 from nanogpt.weights.build import build_model, preset

@@ -8,7 +8,8 @@ import torch
 from conftest import TINY, make_config
 
 from nanogpt.base.language import ConfigError
-from nanogpt.core import planned_device
+from nanogpt.core import kernels
+from nanogpt.core.memory import lean_optimizers, lowbit
 from nanogpt.core.model import GPT
 from nanogpt.core.precision import Precision
 from nanogpt.core.step import build_step
@@ -134,12 +135,12 @@ def test_products_are_counted_in_full():
 
 def test_a_card_is_planned_without_one_and_the_plan_leaves_no_trace():
     cfg = small("precision=bf16")
-    before = torch.random.get_rng_state()
+    before, real = torch.random.get_rng_state(), (kernels.device_type, lowbit.spans, lean_optimizers.Storage.start)
     on_card, on_cpu = trace(cfg, Shape(2, device_type="cuda")), traced_once(Shape(2), "precision=bf16")
     # CPU 上短的注意力存概率矩阵，取整的乘积用 fp32：两条路不同
     assert on_card.activations != on_cpu.activations
-    assert planned_device.planned() is None and torch.equal(before, torch.random.get_rng_state())
-    assert planned_device.device_type(torch.zeros(1)) == "cpu"
+    assert real == (kernels.device_type, lowbit.spans, lean_optimizers.Storage.start) and torch.equal(before, torch.random.get_rng_state())
+    assert kernels.device_type(torch.zeros(1)) == "cpu"
 
 
 def test_nothing_is_allocated():
@@ -174,8 +175,8 @@ def test_a_users_own_model_is_traced_and_one_that_reads_values_is_refused_in_one
     plain, wide = traced_once(Shape(2)), traced_once(Shape(2), "model._target_=test_trace.Wide")
     assert wide.weight_bytes - plain.weight_bytes == 32 * 32 * 4 and wide.optimizer_bytes > plain.optimizer_bytes
     with pytest.raises(ConfigError, match="test_trace.Peeking") as error:
-        trace(small("model._target_=test_trace.Peeking"), Shape(2))
-    assert "\n" not in str(error.value) and planned_device.planned() is None
+        trace(small("model._target_=test_trace.Peeking"), Shape(2, device_type="cuda"))
+    assert "\n" not in str(error.value) and kernels.device_type(torch.zeros(1)) == "cpu"
 
 
 def test_adapters_are_traced_with_their_own_gradients_only():
@@ -185,45 +186,10 @@ def test_adapters_are_traced_with_their_own_gradients_only():
 
 
 def test_storages_in_host_memory_are_counted_apart():
-    cfg = small()
-    cfg.optimizer = {"_target_": "test_trace.offloaded"}
-    traced = trace(cfg, Shape(2, 1, 2, "cuda"))
-    assert traced.optimizer_bytes == 0 and traced.ram == 4 * traced.parameters
-    assert sum(over for (*_, over), n in traced.ops["steady_update"].items()) > 0
-
-
-class _Offloaded:
-    """Momentum in RAM, copied to the card for each update."""
-
-    def __init__(self, model):
-        self.param_groups = [{"params": list(model.parameters())}]
-        self.state = {}
-
-    def state_dict(self):
-        return {"state": self.state}
-
-    def load_state_dict(self, state):
-        self.state = state["state"]
-
-    def zero_grad(self):
-        for p in self.param_groups[0]["params"]:
-            p.grad = None
-
-    @torch.no_grad()
-    def step(self):
-        for p in self.param_groups[0]["params"]:
-            if p not in self.state:
-                with planned_device.host_memory():
-                    self.state[p] = torch.zeros_like(p)
-            near = torch.empty_like(p)
-            near.copy_(self.state[p])
-            p.sub_(near.add_(p.grad))
-            self.state[p].copy_(near)
-
-
-def offloaded(model):
-    """Built from a config, as any optimizer."""
-    return _Offloaded(model)
+    near, apart = (traced_once(Shape(2, 1, 2, "cuda"), "optimizer=adamw", *more) for more in ((), ("memory.offload_optimizer=true",)))
+    # 步数是标量，留在卡上
+    assert apart.ram == 8 * apart.parameters and apart.optimizer_bytes < near.optimizer_bytes - 8 * apart.parameters + 1000
+    assert sum(over for (*_, over), n in apart.ops["steady_update"].items()) > 0 == sum(over for (*_, over) in near.ops["steady_update"])
 
 
 def test_tiny_models_and_single_tokens_are_traced():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanogpt.core.attention import KVCache, on_device
+from nanogpt.core.kv_cache import KVCache, on_device
 from nanogpt.core.sampling import Sampler, draw
 from nanogpt.core.scoring import Likely
 

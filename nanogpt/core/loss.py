@@ -1,14 +1,11 @@
 """Cross-entropy of a linear head without ever holding all (N, V) logits."""
 
-import functools
 from collections.abc import Callable
 
 import torch
 
-from nanogpt.core import planned_device
+from nanogpt.core import kernels
 from nanogpt.core.machine import any_kernels
-
-KNOWN_TO_TRACES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 
 def plain_tail(logits: torch.Tensor, expected: torch.Tensor, V: int, softcap: float, need_grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -22,7 +19,7 @@ def plain_tail(logits: torch.Tensor, expected: torch.Tensor, V: int, softcap: fl
     if softcap:
         squashed = (logits.to(wide) / softcap).tanh_()
         logits = squashed * softcap
-    if planned_device.device_type(logits) == "cuda":
+    if kernels.device_type(logits) == "cuda":
         # 显卡上一个 kernel 就得出 log-probs；logsumexp 要把词表那么宽的内存走五遍
         log_p, logits = torch.log_softmax(logits, dim=-1, dtype=wide), None
         losses = -log_p.gather(1, expected)
@@ -60,41 +57,6 @@ def fusible_tail(logits: torch.Tensor, expected: torch.Tensor, V: int, softcap: 
     return losses
 
 
-def head(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The weight in `dtype`; on a card, where that is a copy anyway, with rows of zeros up to a multiple of 64."""
-    V = weight.size(0)
-    if planned_device.device_type(weight) != "cuda" or weight.dtype == dtype or V % 8 == 0:
-        return weight.to(dtype)
-    # GPT-2 的 50257 行对不齐 16 字节，张量核心的乘法要慢得多
-    w = torch.empty(V + -V % 64, weight.size(1), dtype=dtype, device=weight.device)
-    w[:V].copy_(weight)
-    w[V:].zero_()
-    return w
-
-
-def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Add a @ b (n, m) to `total` (n, m), which may be float32 beside factors in 16 bits."""
-    # 规划时的假张量自称在 CPU 上：2.13 起才认得这个运算
-    if total.dtype != a.dtype and (sums_in_product(total.device) if type(total) is torch.Tensor else KNOWN_TO_TRACES):
-        # 乘法自己累加进 fp32：省去与词表同大的临时张量，以及读写它的三遍
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.add_(torch.mm(a, b))
-
-
-@functools.cache
-def sums_in_product(device: torch.device) -> bool:
-    """Whether products of 16-bit matrices can be added to a float32 matrix in place on this device (torch >= 2.8)."""
-    if device.type != "cuda":
-        return False
-    a, total = torch.ones(16, 16, dtype=torch.float16, device=device), torch.ones(16, 16, device=device)
-    try:
-        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
-    except (RuntimeError, TypeError):
-        return False
-    return bool((total == 17).all())
-
-
 def even(total: int, most: int) -> int:
     """The largest size, at most `most` but at least half of it, of which `total` is a multiple; else `most`."""
     # 各块一样大：编译的尾巴只编一次，行数也对得齐张量核心
@@ -112,7 +74,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, softcap, rows, dtype, need_grad, need_weight, ignoring, tail):
         # 只数要算的目标；全都不算的一批，损失为 0
         N = (targets >= 0).sum().clamp(min=1) if ignoring else hidden.size(0)
-        w, V = head(weight, dtype), weight.size(0)
+        w, V = kernels.aligned(weight, dtype), weight.size(0)
         wide = torch.promote_types(dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_grad else None
@@ -140,7 +102,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_hidden[start : start + rows] *= counts
                 h = h * counts
             if need_weight:
-                add_product(grad_weight, grad.t()[:V], h)
+                kernels.add_product(grad_weight, grad.t()[:V], h)
 
         for start in range(0, hidden.size(0), rows):
             # 写成函数：上一块的 logits 随返回释放，不与下一块同时占着

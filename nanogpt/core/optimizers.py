@@ -11,7 +11,7 @@ from torch.optim.adamw import adamw as adamw_kernel
 
 from nanogpt.base.config import MemoryConfig
 from nanogpt.base.language import ConfigError
-from nanogpt.core import planned_device
+from nanogpt.core.kernels import orthogonalize
 from nanogpt.core.memory.lean_optimizers import COMPENSATION, SCALE, Storage, adamw_update, muon_apply, muon_direction
 
 # 同形状的矩阵一起正交化：小模型快数倍，大模型不为此多占显存
@@ -20,8 +20,6 @@ STACK_BYTES = 64 * 2**20
 STACK_BYTES_SPARE = 512 * 2**20
 # AdamW 与 Muon 各自的状态
 ADAMW_STATES = ("step", "exp_avg", "exp_avg_sq")
-# NS 五步的系数：让奇异值尽快靠近 1，不求精确收敛（Keller Jordan, 2024）
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 class Optimizer:
@@ -138,25 +136,6 @@ class Optimizer:
         """
         for group in self.param_groups:
             group["update"](group, self._present(group), skip=skip, factor=factor)
-
-
-def orthogonalize(matrices: torch.Tensor, steps: int) -> torch.Tensor:
-    """Push the singular values of each matrix in (n, rows, cols) towards 1 by Newton-Schulz iteration."""
-    # CPU 没有 bf16 矩阵单元，fp32 反而快；GPU 用 bf16
-    x = matrices.bfloat16() if planned_device.device_type(matrices) == "cuda" else matrices.float()
-    # 始终让行数较少：Gram 矩阵取小的那一边
-    wide = x.size(1) <= x.size(2)
-    x = x if wide else x.mT
-    # Frobenius 范数 ≥ 谱范数，除以它保证迭代收敛
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    a, b, c = NEWTON_SCHULZ
-    for _ in range(steps):
-        gram = torch.bmm(x, x.mT)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    x = x if wide else x.mT
-    # 转置过来的要排成权重的样子，foreach 才能一次启动
-    return x.to(matrices.dtype, memory_format=torch.contiguous_format) if x.dtype != matrices.dtype else x
 
 
 class Muon(Optimizer):

@@ -1,15 +1,25 @@
+# 追踪用的是没有存储的张量，它们自称在 CPU 上，也没有值：训练步里凡是问设备、问数值、搬内存的几个小函数，在这里换成替身
+# 训练那边不知道有规划这回事：substituted() 里的一张表就是全部的替换，出来时原样放回
 """Stand-ins that a trace needs where the real part asks for a device or for a value."""
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import is_fake
 from torch.overrides import TorchFunctionMode
 
+from nanogpt.core import kernels
+from nanogpt.core.memory import lean_optimizers, lowbit
 from nanogpt.core.precision import DTYPES, RoundedProducts
+from nanogpt.plan.tracker import Tracker
+from nanogpt.weights import build
 
 # CUDA 的 autocast 提到 fp32 算、CPU 的不提的运算（torch 文档 “Autocast Op Reference”）
 FLOAT32_ON_CUDA = (F.layer_norm, F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, torch.Tensor.softmax, F.cross_entropy, F.nll_loss)
+# 假张量从这一版起才认得带 out_dtype 的 addmm
+ADDMM_IS_TRACED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 # 对称的 scale：只有形状和类型要紧
 SCALE = 1.0
 
@@ -80,3 +90,63 @@ class PlannedPrecision:
     def backward_context(self):
         """Wrap the backward pass, so that what is computed again takes the card's path."""
         return LikeCuda() if self.device_type == "cuda" else contextlib.nullcontext()
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """Allocates and saves what the CUDA kernel behind F.rms_norm does (torch >= 2.9): its input and one float32 per row."""
+
+    @staticmethod
+    def forward(ctx, x):
+        # kernel 只认连续的输入；q、k 是切片，会临时抄一份
+        r = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+        y = torch.mul(x.contiguous(), 1.0)
+        ctx.save_for_backward(x, r)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, _ = ctx.saved_tensors
+        return torch.mul(grad.contiguous(), x.contiguous())
+
+
+@contextlib.contextmanager
+def substituted(device_type: str, tracker: Tracker | None = None) -> Iterator[None]:
+    """Let the training step compute as on a device of this type; what lies in RAM and what counts several times is told to `tracker`."""
+
+    def counted_spans(numel: int, piece: int) -> Iterator[slice]:
+        # 大小相同的几块只追踪第一块
+        pieces = list(spans(numel, piece))
+        if len(pieces) > 2:
+            tracker.times *= len(pieces) - 1
+            yield pieces[0]
+            tracker.times //= len(pieces) - 1
+            del pieces[:-1]
+        yield from pieces
+
+    def start_apart(storage, state: dict, key: str, p: torch.Tensor) -> None:
+        before, tracker.in_ram = tracker.in_ram, storage.in_ram(p)
+        try:
+            start(storage, state, key, p)
+        finally:
+            tracker.in_ram = before
+
+    spans, start, sums = lowbit.spans, lean_optimizers.Storage.start, kernels.sums_in_product
+    table = [
+        (kernels, "device_type", lambda x: device_type),
+        (kernels, "fused_rms_norm", FusedRMSNorm.apply),
+        # 测试也拿真的张量来算：那时照实
+        (kernels, "sums_in_product", lambda total: ADDMM_IS_TRACED if is_fake(total) else sums(total)),
+        (lowbit, "spans", counted_spans),
+        (lean_optimizers, "pinned", lambda tensor: tensor),
+        (lean_optimizers.Storage, "start", start_apart),
+        # 没有存储的模型再大也放得下
+        (build, "check_memory_for", lambda *_: None),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in table]
+    for owner, name, substitute in table:
+        setattr(owner, name, substitute)
+    try:
+        yield
+    finally:
+        for owner, name, original in before:
+            setattr(owner, name, original)

@@ -15,12 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanogpt.base.config import TrainConfig
 from nanogpt.base.language import ConfigError
-from nanogpt.core import planned_device
-from nanogpt.core.attention import KVCache
+from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.memory.lora import add_adapters
 from nanogpt.core.precision import default_format
 from nanogpt.core.step import Step, build_step
-from nanogpt.plan.substitutes import PlannedPrecision
+from nanogpt.plan.substitutes import PlannedPrecision, substituted
 from nanogpt.plan.tracker import Tracker
 from nanogpt.weights.build import build_model
 
@@ -104,7 +103,7 @@ def trace(cfg: TrainConfig, shape: Shape) -> Trace:
     """Trace set-up, two steps, an evaluation and a sample of cfg, whose batch_size and vocabulary are settled."""
     try:
         # 追踪中收走循环引用会改变释放的时刻：结果要每次相同
-        with _no_collector(), torch.random.fork_rng(devices=[]), planned_device.planning_for(shape.device_type), fake_tensors() as mode:
+        with _no_collector(), torch.random.fork_rng(devices=[]), fake_tensors() as mode:
             return _Run(cfg, shape, mode).all()
     except ConfigError:
         raise
@@ -152,7 +151,7 @@ class _Run:
         self.before_forward: set[int] = set()
 
     def all(self) -> Trace:
-        with self.tracker:
+        with substituted(self.shape.device_type, self.tracker), self.tracker:
             step = self._set_up()
             step.prepare()
             self._optimizer_step(step, "first", micro_batches=1)

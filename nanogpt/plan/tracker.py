@@ -7,7 +7,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanogpt.core import planned_device
 from nanogpt.plan.costs import flops_of, is_free, traffic_of, workspace_of
 
 # (运算, 参数的形状) -> 结果的形状；与模型、设备无关，各次追踪共用
@@ -25,6 +24,10 @@ class Tracker(TorchDispatchMode):
         self.ids: dict[int, tuple[weakref.ref, int, int]] = {}
         self.host: set[int] = set()
         self.count = 0
+        # 同样的活只追踪一遍，按这么多遍计
+        self.times = 1
+        # 此刻新出现的 storage 是否在显卡旁边的 RAM 里
+        self.in_ram = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.prim.device.default:
@@ -43,7 +46,7 @@ class Tracker(TorchDispatchMode):
             self.events += [(self.count, workspace), (self.count, -workspace)]
         over_pcie = self._over_pcie(inputs)
         flops, half = flops_of(func, args, out)
-        self.ops[(flops, 0 if over_pcie else traffic_of(func, inputs, outputs), half, over_pcie)] += planned_device.count()
+        self.ops[(flops, 0 if over_pcie else traffic_of(func, inputs, outputs), half, over_pcie)] += self.times
         return out
 
     def _compute(self, func, args, kwargs):
@@ -84,7 +87,7 @@ class Tracker(TorchDispatchMode):
         self.count += 1
         number, size = self.count, storage.nbytes()
         self.ids[key] = (weakref.ref(storage, lambda _, key=key, number=number: self._freed(key, number)), number, size)
-        if planned_device.in_host_memory():
+        if self.in_ram:
             self.host.add(number)
         elif size:
             self.events.append((number, size))

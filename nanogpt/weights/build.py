@@ -66,10 +66,8 @@ def check_memory_for(config: ModelConfig, bytes_each: int) -> None:
     """Refuse a model whose weights alone are more than the memory that is free, before the system kills something for it."""
     import torch
 
-    from nanogpt.core import planned_device
-
-    # 预测用的是没有存储的张量，核对形状用的是 meta
-    if planned_device.planned() or torch.get_default_device().type == "meta":
+    # 核对形状用的是 meta：什么也不占
+    if torch.get_default_device().type == "meta":
         return
     parameters = parameters_at_least(config)
     need, have = parameters * bytes_each, free_ram()

@@ -11,8 +11,9 @@ import torch
 from torch.optim.adamw import adamw as adamw_kernel
 
 from nanogpt.base.config import MemoryConfig
-from nanogpt.core import planned_device
-from nanogpt.core.memory.lowbit import BLOCK, PIECE, SMALL, Codec, round_stochastically, scale_of, spans, zero_code
+from nanogpt.core import kernels
+from nanogpt.core.memory import lowbit
+from nanogpt.core.memory.lowbit import BLOCK, PIECE, SMALL, Codec, round_stochastically, scale_of, zero_code
 
 # 二阶矩非负，整个码表都给正数
 UNSIGNED = ("exp_avg_sq",)
@@ -49,14 +50,11 @@ class Storage:
 
     def place(self, tensor: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
         """The tensor where states of p belong."""
-        if not self._in_ram(p) or planned_device.planned():
-            return tensor.to(p.device)
-        # 锁页内存：拷贝不经中转，主机也不必等它；与计算同在一条流上，并不重叠
-        return tensor.cpu().pin_memory()
+        return pinned(tensor) if self.in_ram(p) else tensor.to(p.device)
 
-    def _in_ram(self, p: torch.Tensor) -> bool:
+    def in_ram(self, p: torch.Tensor) -> bool:
         """Whether states of p stay in RAM while p is on a card."""
-        return self.offload and planned_device.device_type(p) == "cuda"
+        return self.offload and kernels.device_type(p) == "cuda"
 
     def keeps_codes(self, key: str, p: torch.Tensor) -> bool:
         """Whether this state of p is stored in 8 bits."""
@@ -64,14 +62,13 @@ class Storage:
 
     def start(self, state: dict, key: str, p: torch.Tensor) -> None:
         """Add a state of zeros under `key`."""
-        device = "cpu" if self._in_ram(p) else p.device
-        with planned_device.host_memory() if self._in_ram(p) else contextlib.nullcontext():
-            if self.keeps_codes(key, p):
-                state[key] = self.place(torch.full(p.shape, zero_code(key not in UNSIGNED), dtype=torch.uint8, device=device), p)
-                state[key + SCALE] = self.place(torch.zeros(math.ceil(p.numel() / BLOCK), device=device), p)
-            else:
-                dtype = torch.bfloat16 if key == COMPENSATION else torch.float32
-                state[key] = self.place(torch.zeros(p.shape, dtype=dtype, device=device), p)
+        device = "cpu" if self.in_ram(p) else p.device
+        if self.keeps_codes(key, p):
+            state[key] = self.place(torch.full(p.shape, zero_code(key not in UNSIGNED), dtype=torch.uint8, device=device), p)
+            state[key + SCALE] = self.place(torch.zeros(math.ceil(p.numel() / BLOCK), device=device), p)
+        else:
+            dtype = torch.bfloat16 if key == COMPENSATION else torch.float32
+            state[key] = self.place(torch.zeros(p.shape, dtype=dtype, device=device), p)
 
     def read(self, state: dict, key: str, span: slice, device: torch.device) -> torch.Tensor:
         """Float32 values (n,) of a piece on `device`; a view of the state itself where that is possible."""
@@ -104,7 +101,7 @@ class Storage:
                 state |= {k: self.place(saved[k], p) for k in (key, key + SCALE) if k in saved}
             else:
                 self.start(state, key, p)
-                for span in spans(p.numel(), self.piece):
+                for span in lowbit.spans(p.numel(), self.piece):
                     self._store(state, key, span, self.read(saved, key, span, tensor.device))
         return state
 
@@ -149,6 +146,12 @@ class Storage:
             piece.copy_(round_stochastically(values))
 
 
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in RAM that a card copies from and to without the host's help."""
+    # 锁页内存：拷贝不经中转，主机也不必等它；与计算同在一条流上，并不重叠
+    return tensor.cpu().pin_memory()
+
+
 def _blocks(span: slice) -> slice:
     return slice(span.start // BLOCK, math.ceil(span.stop / BLOCK))
 
@@ -163,7 +166,7 @@ def adamw_update(
         _fused_adamw_update(storage, state, group, p, grad, whole, skip=skip, factor=factor)
     step, count = state["step"], None
     # 有融合的更新时，只剩最后不满一块的几个值
-    for span in [slice(whole, p.numel())] * (whole < p.numel()) if whole else spans(p.numel(), storage.piece):
+    for span in [slice(whole, p.numel())] * (whole < p.numel()) if whole else lowbit.spans(p.numel(), storage.piece):
         weights = storage.read_weights(state, p, span)
         first, second = (storage.read(state, key, span, p.device) for key in ("exp_avg", "exp_avg_sq"))
         # kernel 自己把步数加一：每块都从同一个数起
@@ -186,16 +189,16 @@ def muon_direction(
     skip: torch.Tensor | None = None, factor: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Nesterov momentum (rows, cols) to be orthogonalised, bf16 on a GPU, where the products take no more."""
-    direction = torch.empty(p.shape, dtype=torch.bfloat16 if planned_device.device_type(p) == "cuda" else torch.float32, device=p.device)
+    direction = torch.empty(p.shape, dtype=torch.bfloat16 if kernels.device_type(p) == "cuda" else torch.float32, device=p.device)
     if storage.fused_momentum and p.numel() % BLOCK == 0 and _in_blocks(storage, state, "momentum", p):
         numbers = [storage.number(value, p.device) for value in (1 - group["momentum"], *_GUARD)]
         guard = [given if given is not None else number for given, number in zip((skip, factor), numbers[1:], strict=True)]
         tables = storage.codec.tables(True, p.device)
-        for span in spans(p.numel(), _fused_piece(state["momentum"], p)):
+        for span in lowbit.spans(p.numel(), _fused_piece(state["momentum"], p)):
             with _blocks_here(state, ("momentum",), span, p.device) as states:
                 storage.fused_momentum(_in_rows(direction, span), _in_rows(grad, span), *states, tables, numbers[0], *guard)
         return direction
-    for span in spans(p.numel(), storage.piece):
+    for span in lowbit.spans(p.numel(), storage.piece):
         g, old = _gradient(grad, span, factor), storage.read(state, "momentum", span, p.device)
         momentum = old.lerp(g, 1 - group["momentum"])
         direction.view(-1)[span].copy_(g.lerp(momentum, group["momentum"]))
@@ -209,7 +212,7 @@ def muon_apply(
     storage: Storage, state: dict, group: dict, p: torch.Tensor, update: torch.Tensor, *, scale: float, skip: torch.Tensor | None = None
 ) -> None:
     """p <- p * (1 - lr * decay) - scale * update, update (rows, cols)."""
-    for span in spans(p.numel(), storage.piece):
+    for span in lowbit.spans(p.numel(), storage.piece):
         old = storage.read_weights(state, p, span)
         new = old.mul(1 - group["lr"] * group["weight_decay"]).add_(update.view(-1)[span].float(), alpha=-scale)
         old.copy_(new if skip is None else torch.where(skip > 0, old, new))
@@ -257,7 +260,7 @@ def _fused_adamw_update(storage: Storage, state: dict, group: dict, p: torch.Ten
     skip = numbers[-2] if skip is None else skip
     factor = numbers[-1] if factor is None else factor
     tables = (storage.codec.tables(True, p.device), storage.codec.tables(False, p.device))
-    for span in spans(numel, _fused_piece(state["exp_avg"], p)):
+    for span in lowbit.spans(numel, _fused_piece(state["exp_avg"], p)):
         with _blocks_here(state, ("exp_avg", "exp_avg_sq"), span, p.device) as states:
             storage.fused_adamw(_in_rows(p, span), _in_rows(grad, span), *states, tables, state["step"], numbers[:-2], skip, factor)
 

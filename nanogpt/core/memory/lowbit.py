@@ -14,8 +14,6 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from nanogpt.core import planned_device
-
 # 一块共用一个 scale：异常值只连累自己这一块
 BLOCK = 256
 # bias 与归一化的增益省不了多少字节，却最怕误差
@@ -111,14 +109,8 @@ def round_stochastically(x: torch.Tensor) -> torch.Tensor:
 
 
 def spans(numel: int, piece: int) -> Iterator[slice]:
-    """Slices that cover 0 … numel in pieces of at most `piece`; a trace gets one of the whole pieces and counts it for all."""
-    pieces = [slice(start, min(start + piece, numel)) for start in range(0, numel, piece)]
-    if planned_device.planned() and len(pieces) > 2:
-        with planned_device.counted(len(pieces) - 1):
-            yield pieces[0]
-        yield pieces[-1]
-    else:
-        yield from pieces
+    """Slices that cover 0 … numel in pieces of at most `piece`."""
+    return (slice(start, min(start + piece, numel)) for start in range(0, numel, piece))
 
 
 def norm(x: torch.Tensor, piece: int) -> torch.Tensor:

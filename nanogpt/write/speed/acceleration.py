@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import torch
 
 from nanogpt.base.language import say
-from nanogpt.core.attention import KVCache
+from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.precision import default_format
 from nanogpt.write.speed.cuda_graph import GraphStep
 from nanogpt.write.speed.int8 import quantize_model

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from numba import config, njit, prange, set_num_threads
 
-from nanogpt.core.attention import RMS_EPS, CausalSelfAttention, KVCache
+from nanogpt.core.attention import CausalSelfAttention
+from nanogpt.core.kernels import RMS_EPS
+from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.model import GPT, MLP, Block, NgramEmbedding, Norm
 from nanogpt.write.speed.int8 import Int8Linear
 

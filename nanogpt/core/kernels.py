@@ -1,0 +1,206 @@
+# 核心里所有“怎么算才快”的小算子：每个都有一句话的数学定义，读模型时可以跳过这里
+# PyTorch 逐个运算地做，一串逐元素的小运算要读写内存三到七遍，CPU 上与矩阵乘一样贵，所以自己写前向与反向
+# 要按设备选算法的，只问张量自己（device_type）；规划显存时由 plan/substitutes 从外面换掉其中几个函数
+"""Small operations that the model, the loss and the optimizers are made of, each written for speed."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+# 两种写法都给同样的 rms_norm，显式写出才不随 dtype 变
+RMS_EPS = 1e-6
+# CPU 上 T 不超过它时，存下整个 T x T 概率矩阵比 flash 重算更快
+SHORT_CONTEXT = 128
+# NS 五步的系数：让奇异值尽快靠近 1，不求精确收敛（Keller Jordan, 2024）
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def device_type(x: torch.Tensor) -> str:
+    """cpu | cuda: where x is computed with."""
+    return x.device.type
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = x * r with r = (mean(x^2) + eps)^-1/2; dx = r * (g - y * mean(g * y))."""
+
+    @staticmethod
+    def forward(ctx, x):
+        # 半精度的平方和会丢位，在 fp32 里求
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).square_()
+        r = square.div_(x.size(-1)).add_(RMS_EPS).rsqrt_()
+        y = (x * r).to(x.dtype)
+        # y 本来就要留给后面的线性层，存它不多占内存
+        ctx.save_for_backward(y, r)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, r = ctx.saved_tensors
+        mean = (grad * y).sum(-1, keepdim=True, dtype=r.dtype).div_(y.size(-1))
+        return torch.addcmul(grad, y, mean.to(y.dtype), value=-1).mul_(r.to(y.dtype))
+
+
+def rms_norm(x: torch.Tensor) -> torch.Tensor:
+    """RMSNorm without a gain over the last dimension (arXiv:1910.07467)."""
+    # GPU 与 torch.compile 自带融合的实现
+    if device_type(x) == "cpu" and not torch.compiler.is_compiling():
+        return _RMSNorm.apply(x)
+    return fused_rms_norm(x)
+
+
+def fused_rms_norm(x: torch.Tensor) -> torch.Tensor:
+    """The same in one kernel of PyTorch's."""
+    # 有的版本的 autocast 会把它提到 fp32：q、k 跟着变宽，就用不上 flash 了
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """relu(x)^2; eager autograd would keep x and relu(x) and pass over them four times more."""
+
+    @staticmethod
+    def forward(ctx, x):
+        r = x.relu()
+        ctx.save_for_backward(r)
+        return r * r
+
+    @staticmethod
+    def backward(ctx, grad):
+        (r,) = ctx.saved_tensors
+        return (grad * r).mul_(2)
+
+
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """relu(x)^2, which keeps one tensor for the backward pass."""
+    return _SquaredReLU.apply(x)
+
+
+def _swap_halves(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((second, first), dim=-1)
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation is orthogonal: its backward is the rotation by the negative angle."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return torch.addcmul(x * cos, _swap_halves(x), sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return torch.addcmul(grad * cos, _swap_halves(grad), sin, value=-1), None, None
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate x (B, T, ..., hs) by position; the pairs are (i, i + hs/2)."""
+    # 前后两半配对，内存连续，比奇偶交错配对快；表转成 x 的类型，免得半精度激活被悄悄提升
+    return _Rotate.apply(x, cos.to(x.dtype), sin.to(x.dtype))
+
+
+class _ShortAttention(torch.autograd.Function):
+    """softmax(scale * q k^T) v for a short causal context, in two batched products and four backward."""
+
+    @staticmethod
+    def forward(ctx, scale, visible, *parts):
+        # parts 沿第 2 维拼起来是 q、k、v，(B, T, 3, nh, hs)；拼接与换轴一次做完
+        packed = torch.cat([part.permute(2, 0, 3, 1, 4) for part in parts])
+        _, B, nh, T, hs = packed.shape
+        q, k, v = packed.view(3, B * nh, T, hs)
+        mask = torch.full((T, T), float("-inf"), dtype=q.dtype).triu_(1)
+        # 缩放与掩码都并进矩阵乘，不再各走一遍内存
+        p = torch.baddbmm(mask, q, k.mT, alpha=scale)
+        if visible is not None:
+            # 每行的文章边界不同，只好再走一遍；因果部分已经遮好
+            p.view(B, nh, T, T).masked_fill_(~visible, float("-inf"))
+        p = p.softmax(dim=-1)
+        ctx.save_for_backward(q, k, v, p)
+        ctx.scale = scale
+        ctx.sizes = [part.size(2) for part in parts]
+        return torch.bmm(p, v).view(B, nh, T, hs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, p = ctx.saved_tensors
+        B, nh, T, hs = grad.shape
+        grad = grad.reshape(B * nh, T, hs)
+        grad_s = torch._softmax_backward_data(torch.bmm(grad, v.mT), p, -1, p.dtype)
+        # 直接写进同一块内存，缩放也并进乘法
+        packed = torch.empty((3, B * nh, T, hs), dtype=q.dtype)
+        packed[0].baddbmm_(grad_s, k, beta=0, alpha=ctx.scale)
+        packed[1].baddbmm_(grad_s.mT, q, beta=0, alpha=ctx.scale)
+        torch.bmm(p.mT, grad, out=packed[2])
+        grads = packed.view(3, B, nh, T, hs).permute(1, 3, 0, 2, 4).split(ctx.sizes, dim=2)
+        return None, None, *grads
+
+
+def is_short(qkv: torch.Tensor, dropout: float) -> bool:
+    """Whether short_attention() beats SDPA on qkv (B, T, 3, nh, hs): on a CPU, in float32, with a short context."""
+    # CPU 的 bf16、fp16 小矩阵乘很慢，半精度仍交给 SDPA
+    on_cpu = device_type(qkv) == "cpu" and qkv.dtype in (torch.float32, torch.float64)
+    return on_cpu and not dropout and qkv.size(1) <= SHORT_CONTEXT and not torch.compiler.is_compiling()
+
+
+def short_attention(scale: float, visible: torch.Tensor | None, *parts: torch.Tensor) -> torch.Tensor:
+    """Causal attention (B, nh, T, hs) of parts that are q, k, v (B, T, 3, nh, hs) when put together along dimension 2."""
+    return _ShortAttention.apply(scale, visible, *parts)
+
+
+def aligned(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The weight in `dtype`; on a card, where that is a copy anyway, with rows of zeros up to a multiple of 64."""
+    V = weight.size(0)
+    if device_type(weight) != "cuda" or weight.dtype == dtype or V % 8 == 0:
+        return weight.to(dtype)
+    # GPT-2 的 50257 行对不齐 16 字节，张量核心的乘法要慢得多
+    w = torch.empty(V + -V % 64, weight.size(1), dtype=dtype, device=weight.device)
+    w[:V].copy_(weight)
+    w[V:].zero_()
+    return w
+
+
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Add a @ b (n, m) to `total` (n, m), which may be float32 beside factors in 16 bits."""
+    if total.dtype != a.dtype and sums_in_product(total):
+        # 乘法自己累加进 fp32：省去与词表同大的临时张量，以及读写它的三遍
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(torch.mm(a, b))
+
+
+def sums_in_product(total: torch.Tensor) -> bool:
+    """Whether products of 16-bit matrices can be added to `total` in float32 in place, where it lies (torch >= 2.8)."""
+    return _sums_in_product(total.device)
+
+
+@functools.cache
+def _sums_in_product(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    a, total = torch.ones(16, 16, dtype=torch.float16, device=device), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17).all())
+
+
+def orthogonalize(matrices: torch.Tensor, steps: int) -> torch.Tensor:
+    """Push the singular values of each matrix in (n, rows, cols) towards 1 by Newton-Schulz iteration."""
+    # CPU 没有 bf16 矩阵单元，fp32 反而快；GPU 用 bf16
+    x = matrices.bfloat16() if device_type(matrices) == "cuda" else matrices.float()
+    # 始终让行数较少：Gram 矩阵取小的那一边
+    wide = x.size(1) <= x.size(2)
+    x = x if wide else x.mT
+    # Frobenius 范数 ≥ 谱范数，除以它保证迭代收敛
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(steps):
+        gram = torch.bmm(x, x.mT)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    x = x if wide else x.mT
+    # 转置过来的要排成权重的样子，foreach 才能一次启动
+    return x.to(matrices.dtype, memory_format=torch.contiguous_format) if x.dtype != matrices.dtype else x
