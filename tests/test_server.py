@@ -584,13 +584,6 @@ def test_a_body_that_trickles_is_cut_off(serve):
     body.close()
 
 
-def test_heads_that_are_too_long_or_no_http_are_refused(shared):
-    for text in ("GET / HTTP/1.1\r\nHost: localhost\r\nX: " + "x" * 40_000, "nonsense\r\n\r\n", "GET / HTTP/1.1\r\n\r\n"):
-        client = shared.raw(text)
-        assert b" 400 " in client.recv(4096)
-        client.close()
-
-
 def test_connections_are_counted(serve):
     server = serve(tiny(), max_connections=3)
     held = [server.raw("GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") for _ in range(3)]
@@ -732,4 +725,4 @@ def test_the_command_serves_a_trained_model_until_ctrl_c(own_run):
 def test_a_missing_server_library_is_one_line(in_tmp):
     code = "import sys; sys.modules['uvicorn'] = None; import nanogpt.serve.server"
     done = subprocess.run([sys.executable, "-c", code], env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, encoding="utf-8")
-    assert "ConfigError: serve=true needs the package uvicorn; install it with: pip install uvicorn" in done.stderr
+    assert "ConfigError: serve=true needs the package fastapi uvicorn; install it with: pip install fastapi uvicorn" in done.stderr

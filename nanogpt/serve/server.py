@@ -14,8 +14,9 @@ from nanogpt.base.sample_config import SampleConfig, ServerConfig
 try:
     import fastapi
     import uvicorn
-except ImportError as error:
-    raise ConfigError("missing_package", what="serve=true", package=error.name) from None
+except ImportError:
+    # 两个一起说：装好一个又缺一个，就要试两次
+    raise ConfigError("missing_package", what="serve=true", package="fastapi uvicorn") from None
 
 MAX_HEAD = 2**14
 SHUTDOWN_SECONDS = 5
@@ -37,8 +38,10 @@ def bind(config: ServerConfig) -> socket.socket:
             "address",
             got=config.host, reason=getattr(error, "strerror", None) or error,
         ) from None
+    # "::" 在能同时接 IPv4 的系统上两种都接
+    both = config.host == "::" and socket.has_dualstack_ipv6()
     try:
-        return socket.create_server((config.host, config.port), family=family)
+        return socket.create_server((config.host, config.port), family=family, dualstack_ipv6=both)
     except OSError as error:
         # 它在原因后面又写了一遍地址
         reason = str(error.strerror).partition(" (while")[0]
