@@ -442,6 +442,14 @@ def test_mistakes_are_answered_in_openais_form(shared, body, status, param, word
     assert got == status and re.search("[一-鿿]", answer["error"]["message"]) and answer["error"]["code"] == error["code"]
 
 
+@pytest.mark.parametrize(("body", "code"), [
+    (b"{", "not_json"), ({}, "no_prompt"), ({"prompt": "a", "x": 1}, "unknown_field"), ({"prompt": "a", "n": "1"}, "wrong_type"), ({"prompt": "a", "n": 0}, "out_of_range"),
+    ({"prompt": "a", "best_of": 2}, "best_of"), ({"prompt": ["a", "b"], "n": 9}, "too_many_texts"),
+])
+def test_programs_know_a_mistake_by_its_code(shared, body, code):
+    assert shared.post(body)[1]["error"]["code"] == code
+
+
 def test_a_mistake_in_a_streaming_request_is_a_status_not_an_event(shared):
     assert shared.post({"prompt": "春", "stream": True})[0] == 400
 

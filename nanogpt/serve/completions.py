@@ -109,11 +109,11 @@ def error_body(error: ConfigError, language: str | None) -> Refusal:
     # 怎样跳过词表没有的字，这里有这里的写法
     name = "api_unknown_characters" if isinstance(error, UnknownCharacters) else error.message
     values = {key: presentable(value) for key, value in error.values.items()}
+    code = name.removeprefix("api_") if name in NAMED else "invalid_value"
     return {"error": {
         "message": text_in(language, name, **values),
         "type": "server_error" if status_of(error) >= 500 else "invalid_request_error",
-        "param": values.get("field", "prompt" if name in OF_PROMPT else None),
-        "code": name.removeprefix("api_") if name in NAMED else "invalid_value",
+        "param": values.get("field", "prompt" if name in OF_PROMPT else None), "code": values.get("code", code),
     }}
 
 
@@ -228,12 +228,12 @@ class Reader:
         if (texts := len(prompts) * n) > (limit := self.limits.max_texts):
             raise ConfigError(
                 "prompts x n = {got}; at most {limit} texts per request (server.max_texts)",
-                field="n" if n > 1 else "prompt", got=texts, limit=limit,
+                code="too_many_texts", field="n" if n > 1 else "prompt", got=texts, limit=limit,
             )
         if given.get("best_of", n) != n:
             raise ConfigError(
                 "best_of={got}: texts are not chosen among here, so best_of must equal n ({n}) or be left out",
-                field="best_of", got=given["best_of"], n=n,
+                code="best_of", field="best_of", got=given["best_of"], n=n,
             )
         if given.get("max_tokens") == 0 and not echo:
             wanted = f"an integer, 1 … {self.limits.max_tokens} (0 with echo=true)"
@@ -247,19 +247,19 @@ class Reader:
     def _refused(self, error: dict[str, Any]) -> ConfigError:
         """The first complaint of pydantic in this project's words."""
         if not error["loc"]:
-            return ConfigError("the body is not a JSON object in UTF-8 ({reason})", reason=error["msg"])
+            return ConfigError("the body is not a JSON object in UTF-8 ({reason})", code="not_json", reason=error["msg"])
         field, fields = str(error["loc"][0]), self.form.model_fields
         if error["type"] == "extra_forbidden":
             return ConfigError(
                 "{field}: there is no such field with the sampler and control that this server was started with; "
                 "known fields: {known}",
-                field=field, known=", ".join(fields),
+                code="unknown_field", field=field, known=", ".join(fields),
             )
         if field == "prompt":
             # 它有四种写法，pydantic 对每一种各有一句话：说清楚要什么，比挑其中一句好
             return ConfigError(
                 "prompt is missing, empty or wrong; it must be {wanted}",
-                field=field, wanted=fields[field].description,
+                code="no_prompt", field=field, wanted=fields[field].description,
             )
         name = "api_wrong_type" if error["type"].endswith("_type") else "api_out_of_range"
         return ConfigError(name, field=field, got=str(error["input"])[:40], wanted=fields[field].description)
