@@ -17,7 +17,7 @@ from nanogpt.core.sampling import sampler
 from nanogpt.data.documents import Document, open_data, write_documents
 from nanogpt.data.labels import label_tokens, with_labels
 from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer
-from nanogpt.serve.completions import Reader
+from nanogpt.serve.completions import Reader, error_body
 from nanogpt.serve.server import announcement
 from nanogpt.weights.huggingface import export, open_pretrained
 from nanogpt.write import engine
@@ -217,7 +217,8 @@ def test_the_api_takes_guidance_and_for_documents_an_empty_prompt(model, plain):
     ):
         with pytest.raises(ConfigError) as error:
             reader(one, control).read(json.dumps(fields).encode())
-        assert error.value.message == f"api_{code}" and error.value.values["field"] == ("prompt" if code == "no_prompt" else "guidance")
+        told = error_body(error.value, "en")["error"]
+        assert told["code"] == code and told["param"] == ("prompt" if code == "no_prompt" else "guidance")
     schema = reader(model, node()).form.model_json_schema()["properties"]
     guidance = schema["guidance"]["anyOf"][0]
     assert (guidance["minimum"], guidance["maximum"]) == (0, 20) and schema["prompt"]["anyOf"][0]["minLength"] == 0
