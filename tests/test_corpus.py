@@ -32,7 +32,7 @@ def read(path, encoding="auto"):
 def text_root(tmp_path, monkeypatch):
     """text_file with its prepared folders below tmp_path."""
     module = script("text_file")
-    monkeypatch.setattr(corpus, "ROOT", tmp_path)
+    monkeypatch.setattr("nanogpt.base.config.ROOT", tmp_path)
     monkeypatch.setattr(corpus, "_script", lambda name: module)
 
     def prepare(path, **options):

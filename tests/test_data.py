@@ -221,7 +221,7 @@ def mine(tmp_path, monkeypatch):
     script = tmp_path / "data" / "mine" / "prepare.py"
     script.parent.mkdir(parents=True)
     script.write_text(SCRIPT, encoding="utf-8")
-    monkeypatch.setattr(corpus, "ROOT", tmp_path)
+    monkeypatch.setattr("nanogpt.base.config.ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
 
     def prepare(source, directory=None, **options):

@@ -81,7 +81,7 @@ def test_the_documented_dataset_works(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "prepare.py").write_text(blocks("docs/extend.md", "python")[0], encoding="utf-8")
     (tmp_path / "songs.txt").write_text(TEXT, encoding="utf-8")
-    monkeypatch.setattr(corpus, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
     data = TokenData(corpus.prepare("my_songs", None, {"source": str(tmp_path / "songs.txt")}))
     assert data.tokenizer.decode(data.tokens["train"][:19]) == TEXT[:19]
 

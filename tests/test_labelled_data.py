@@ -46,7 +46,7 @@ def as_jsonl(rows=ROWS):
 @pytest.fixture
 def prepared(tmp_path, monkeypatch):
     """prepare(file, **options) -> the data set; its folder lies below tmp_path."""
-    monkeypatch.setattr(corpus, "ROOT", tmp_path)
+    monkeypatch.setattr("nanogpt.base.config.ROOT", tmp_path)
     monkeypatch.setattr(corpus, "_script", script)
 
     def prepare(path, **options):

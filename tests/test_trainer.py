@@ -362,7 +362,7 @@ def test_a_run_without_data_of_its_own_goes_on_with_what_it_was_trained_on(in_tm
     script = in_tmp / "data/text_file/prepare.py"
     script.parent.mkdir(parents=True)
     shutil.copy(corpus.home_of("text_file") / "prepare.py", script)
-    monkeypatch.setattr(corpus, "ROOT", in_tmp)
+    monkeypatch.setattr("nanogpt.base.config.ROOT", in_tmp)
     (in_tmp / "songs.txt").write_text("to be or not to be\n" * 50, encoding="utf-8")
     own = [o for o in tiny_overrides if not o.startswith(("dataset.dir=", "dataset.path="))]
     trained = train(own, "dataset.path=songs.txt", "bundle_data_mib=0", "max_iters=3").data

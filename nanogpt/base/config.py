@@ -13,8 +13,10 @@ from omegaconf import MISSING
 from nanogpt.base.language import ConfigError
 from nanogpt.base.moved import present_name
 
-# conf/ 与 data/ 所在的仓库根目录；从任何工作目录启动都找得到
-ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).resolve().parents[1]
+# conf/、data/*/prepare.py 与两个脚本所在之处：在仓库里（含可编辑安装）是仓库根目录，装成 wheel 后在包内（setup.py 放进去的）
+INSTALLED = (PACKAGE / "shipped").is_dir()
+ROOT = PACKAGE / "shipped" if INSTALLED else PACKAGE.parent
 
 # 运行目录里保存的配置可能来自陌生人：只有这些 _target_ 允许被直接执行
 TRUSTED_TARGETS = {
@@ -521,11 +523,17 @@ def check(cfg: Any) -> None:
         raise ConfigError("missing_key", key=f"dataset.{min(missing)}")
     name = str(cfg.dataset["name"])
     # 名字会拼成脚本路径：限制字符，配置文件就不能指向别处的代码
-    if not re.fullmatch(r"[A-Za-z0-9_]+", name) or not (ROOT / "data" / name / "prepare.py").is_file():
+    if not re.fullmatch(r"[A-Za-z0-9_]+", name) or not prepare_script(name).is_file():
         raise ConfigError(
             "dataset.name={got}: there is no data/{got}/prepare.py; choose another dataset or write that script",
             got=name,
         )
+
+
+def prepare_script(name: str) -> Path:
+    """data/<name>/prepare.py of the program, else the one in the current folder, whether or not it is there."""
+    shipped = ROOT / "data" / name / "prepare.py"
+    return shipped if shipped.is_file() else Path("data", name, "prepare.py")
 
 
 def targets(node: Any) -> set[str]:

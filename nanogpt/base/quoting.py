@@ -5,6 +5,7 @@ Needs no torch and no Hydra.
 
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -74,8 +75,24 @@ def literal(value: str) -> str:
 
 
 def command(name: str, *words: str) -> str:
-    """`python run_train.py …` of these words, to be pasted into the shell in use; overrides come from `override`."""
-    return " ".join(["python", *map(word, (script(name), *words))])
+    """`python run_train.py …` of these words, to be pasted into the shell in use; overrides come from `override`.
+
+    `nanogpt train …` or `python -m nanogpt train …` where this process was started so.
+    """
+    return " ".join(map(word, (*started(name), *words)))
+
+
+def started(name: str) -> list[str]:
+    """The words that start a run script the way in which this process was started."""
+    typed, program = Path(sys.argv[0]), name.removeprefix("run_").removesuffix(".py")
+    if typed.stem == "nanogpt":
+        found = shutil.which("nanogpt")
+        # 不在 PATH 上的要写全；Windows 的启动器时有 .exe、时无
+        named = "nanogpt" if found and Path(found).with_suffix("") == typed.with_suffix("") else str(typed)
+        return [named, program]
+    if typed.parts[-2:] == ("nanogpt", "__main__.py"):
+        return ["python", "-m", "nanogpt", program]
+    return ["python", script(name)]
 
 
 def script(name: str) -> str:

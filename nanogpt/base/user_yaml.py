@@ -12,13 +12,13 @@ from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
-from nanogpt.base.config import TrainConfig
+from nanogpt.base.config import ROOT, TrainConfig
 from nanogpt.base.language import ConfigError, text
 from nanogpt.base.sample_config import SampleConfig
 from nanogpt.base.value_checks import wanted_type
 
 # 自带的 yaml 不必再查：少解析一遍
-OWN = Path(__file__).resolve().parents[2] / "conf"
+OWN = ROOT / "conf"
 
 
 def conf_folders() -> list[Path]:

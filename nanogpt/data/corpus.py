@@ -19,7 +19,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nanogpt.base.config import PATH_KEYS, ROOT
+from nanogpt.base.config import INSTALLED, PATH_KEYS, ROOT, prepare_script
 from nanogpt.base.errors import forgive_output, one_line_each
 from nanogpt.base.files import folder_aside, folders_around, refuse_file, remove_leftovers, sha256
 from nanogpt.base.hashed_json import DamagedError, read_sealed, write_sealed
@@ -145,7 +145,7 @@ def split_by_length(stream: Iterable[np.ndarray], train_tokens: int) -> Iterator
 
 def _script(name: str):
     """data/<name>/prepare.py as a module."""
-    spec = importlib.util.spec_from_file_location(f"prepare_{name}", home_of(name) / "prepare.py")
+    spec = importlib.util.spec_from_file_location(f"prepare_{name}", prepare_script(name))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -166,8 +166,9 @@ def check_options(prepare: Callable, options: dict) -> None:
 
 
 def home_of(name: str) -> Path:
-    """Where the script of data set `name` lies, and what it prepares."""
-    return ROOT / "data" / name
+    """The folder for what data set `name` prepares: beside its script, or in the current folder if the script is installed."""
+    # 不往 site-packages 里写：那里可能只读，升级时也会被清掉
+    return Path("data", name) if INSTALLED else prepare_script(name).parent
 
 
 def folder_of(name: str, directory: str | None, options: dict, module=None) -> Path:
@@ -301,7 +302,10 @@ def run_prepare(name: str) -> None:
 
 def typed_options(name: str, arguments: list[str]) -> dict:
     """The options of conf/dataset/<name>.yaml with key=value arguments laid over them."""
-    node = OmegaConf.load(ROOT / "conf" / "dataset" / f"{name}.yaml")
+    if not (file := ROOT / "conf" / "dataset" / f"{name}.yaml").is_file():
+        options = sorted(path.stem for path in file.parent.glob("*.yaml"))
+        raise ConfigError("unknown_option", group="dataset", got=name, options=", ".join(options))
+    node = OmegaConf.load(file)
     OmegaConf.set_struct(node, True)
     for argument in arguments:
         if "=" not in argument:

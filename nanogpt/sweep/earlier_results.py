@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import nanogpt
-from nanogpt.base.config import ROOT, TrainConfig, targets
+from nanogpt.base.config import PACKAGE, TrainConfig, targets
 from nanogpt.base.files import remove_leftovers
 from nanogpt.sweep import result as results
 from nanogpt.sweep.result import LASTING, TrialResult
@@ -81,7 +81,7 @@ def versions() -> dict[str, str]:
     except PackageNotFoundError:
         torch_version = "?"
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "nanogpt").rglob("*.py")):
+    for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(path.read_bytes())
     return {"torch": torch_version, "nanogpt": nanogpt.__version__, "code": digest.hexdigest()[:16], "python": platform.python_version()}
 

@@ -1,0 +1,59 @@
+# nanogpt 与 python -m nanogpt 的入口：train、sample 就是两个脚本，prepare 是 data/<名字>/prepare.py
+# 脚本仍在仓库顶层，人们在那里读；装成 wheel 后它们在包内的 shipped/
+"""nanogpt train | sample | prepare …: the run scripts from any folder."""
+
+import importlib.util
+import os
+import sys
+
+from nanogpt import __version__
+from nanogpt.base.cli import run_script
+from nanogpt.base.config import ROOT
+from nanogpt.base.errors import EXIT_USER_ERROR, forgive_output
+from nanogpt.base.language import language_from_arguments, say, set_language, show
+
+SCRIPTS = ("train", "sample")
+
+
+def main() -> None:
+    """Run the program that the first argument names with the other arguments, as its script would."""
+    program, sys.argv[1:] = "".join(sys.argv[1:2]), sys.argv[2:]
+    # 自己的模型类在当前文件夹里也找得到；放在最后，不会遮住装好的包
+    sys.path.append(os.getcwd())
+    if program in SCRIPTS:
+        wiring = _wiring(program)
+        run_script(program, wiring.main, wiring.before_sweep)
+    elif program == "prepare" and len(sys.argv) > 1:
+        from nanogpt.data.corpus import run_prepare
+
+        run_prepare(sys.argv.pop(1))
+    else:
+        _explain(program)
+
+
+def _wiring(program: str):
+    """run_<program>.py as a module."""
+    spec = importlib.util.spec_from_file_location(f"run_{program}", ROOT / f"run_{program}.py")
+    module = importlib.util.module_from_spec(spec)
+    # 不进 sys.modules：launcher 把任务交给别的进程时，cloudpickle 就连代码一起送去
+    spec.loader.exec_module(module)
+    return module
+
+
+def _explain(program: str) -> None:
+    """How to call it; exit code 2 unless that was asked for."""
+    forgive_output()
+    if program == "--version":
+        show(__version__)
+        return
+    set_language(language_from_arguments(sys.argv))
+    say(
+        "nanogpt train model=small …: train (conf/train.yaml) | nanogpt sample start=…: write (conf/sample.yaml) | "
+        "nanogpt prepare NAME …: prepare a data set; train and sample have --help"
+    )
+    if program not in ("--help", "-h"):
+        sys.exit(EXIT_USER_ERROR)
+
+
+if __name__ == "__main__":
+    main()
