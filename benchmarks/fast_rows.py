@@ -24,6 +24,7 @@ from nanogpt.core.kv_cache import KVCache  # noqa: E402
 from nanogpt.run.metrics import processor_name  # noqa: E402
 from nanogpt.weights.build import build_model, preset  # noqa: E402
 from nanogpt.write.speed import fast_cpu  # noqa: E402
+from nanogpt.write.speed.acceleration import install  # noqa: E402
 from nanogpt.write.speed.int8 import quantize_model  # noqa: E402
 from nanogpt.write.speed.weight_layout import pack  # noqa: E402
 
@@ -46,7 +47,7 @@ def models(shape: str, precision: str) -> dict:
         if precision == "int8":
             quantize_model(model)
         if kind == "compiled":
-            model.fast_step = fast_cpu.FastStep(model)
+            install(model, fast_cpu.FastStep(model))
             model.fast_step.max_rows = max(ROWS)
         elif kind == "packed":
             pack(model)

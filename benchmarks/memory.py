@@ -37,11 +37,10 @@ from nanogpt.base.out_of_memory import is_out_of_memory
 from nanogpt.base.sample_config import register_schemas
 from nanogpt.core import machine
 from nanogpt.core.precision import Precision
-from nanogpt.core.step import build_step
 from nanogpt.plan.plan import Planner
 from nanogpt.plan.trace import Shape, trace
 from nanogpt.run.metrics import peak_resident
-from nanogpt.weights.build import build_model
+from nanogpt.weights.build import build_model, build_step
 
 VOCAB = 50257
 # CPU 上要跑得动，又要大到常驻内存的增长盖过零碎开销

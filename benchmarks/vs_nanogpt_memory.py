@@ -23,11 +23,10 @@ from omegaconf import OmegaConf
 
 from nanogpt.base.sample_config import register_schemas
 from nanogpt.core.precision import Precision
-from nanogpt.core.step import build_step
 from nanogpt.plan.substitutes import LikeCuda, substituted
 from nanogpt.plan.trace import Shape, fake_tensors, trace
 from nanogpt.plan.tracker import Tracker
-from nanogpt.weights.build import build_model
+from nanogpt.weights.build import build_model, build_step
 
 ROWS, BLOCK, VOCAB = 8, 1024, 50257
 STEPS = 10

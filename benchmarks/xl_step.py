@@ -48,8 +48,7 @@ def build(arguments: argparse.Namespace):
 
     from nanogpt.base.config import MemoryConfig, TrainConfig, check_memory
     from nanogpt.core.precision import Precision
-    from nanogpt.core.step import build_step
-    from nanogpt.weights.build import build_model, preset
+    from nanogpt.weights.build import build_model, build_step, preset
 
     def read(group: str, name: str) -> dict:
         node = yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text(encoding="utf-8"))

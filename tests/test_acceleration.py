@@ -12,7 +12,7 @@ from nanogpt.core.generate import Decoder
 from nanogpt.core.model import GPT, MLP
 from nanogpt.core.sampling import sampler
 from nanogpt.write.speed import acceleration
-from nanogpt.write.speed.acceleration import accelerate
+from nanogpt.write.speed.acceleration import accelerate, install
 from nanogpt.write.speed.cuda_graph import GraphStep
 from nanogpt.write.speed.int8 import Int8Embedding, Int8Linear, quantize
 from nanogpt.write.speed.weight_layout import PackedLinear, pack
@@ -41,7 +41,7 @@ def test_the_compiled_step_equals_the_plain_path(recipe, precision):
             if isinstance(module, Int8Linear):
                 module.forward = lambda x, m=module: torch.nn.functional.linear(x, m.weight.float() * m.scale[:, None], m.bias)
     plain = decode(model, rows, 40)
-    model.fast_step = fast_cpu.FastStep(model)
+    install(model, fast_cpu.FastStep(model))
     assert torch.equal(decode(model, rows, 40), plain)
 
 
@@ -51,7 +51,7 @@ def test_the_compiled_step_gives_the_same_logits(recipe):
     model = wild_model(**RECIPES[recipe])
     idx = torch.tensor(prompts(12))
     expected = logits_of(model, idx)[0]
-    model.fast_step = fast_cpu.FastStep(model)
+    install(model, fast_cpu.FastStep(model))
     cache = fast_cpu.KVCache(model, 1)
     with torch.inference_mode():
         for position in range(12):
@@ -64,7 +64,7 @@ def test_more_rows_than_the_compiled_step_takes_go_the_plain_way():
     fast_cpu = pytest.importorskip("nanogpt.write.speed.fast_cpu")
     model, rows = wild_model(), prompts(*range(1, 8))
     plain = decode(model, rows, 20)
-    model.fast_step = fast_cpu.FastStep(model)
+    install(model, fast_cpu.FastStep(model))
     for most in (32, 4):
         # 写着写着行数减少，也可能从普通路换到快路
         model.fast_step.max_rows = most
@@ -82,7 +82,7 @@ def test_a_model_of_ones_own_is_not_compiled():
             return Mine(self.config)
 
     model = Other(tiny_model_config()).eval()
-    assert not fast_cpu.fits(model) and accelerate(model, "fp32").fast_step is None
+    assert not fast_cpu.fits(model) and not hasattr(accelerate(model, "fp32"), "fast_step")
     assert isinstance(model.h[0].mlp.c_fc, PackedLinear)
 
 
@@ -104,7 +104,7 @@ def test_writing_is_packed_where_numba_is_missing(monkeypatch):
     model, rows = wild_model(), prompts(5, 1, 9)
     plain = decode(model, rows, 20)
     accelerate(model, "fp32")
-    assert isinstance(model.lm_head, PackedLinear) and model.fast_step is None and torch.equal(decode(model, rows, 20), plain)
+    assert isinstance(model.lm_head, PackedLinear) and not hasattr(model, "fast_step") and torch.equal(decode(model, rows, 20), plain)
 
 
 def test_int8_rounds_each_row_to_half_a_step():
@@ -163,7 +163,7 @@ class Replayed(GraphStep):
 def test_a_recorded_step_equals_the_plain_one_for_rows_of_any_number_and_length(recipe):
     model, rows = wild_model(**RECIPES[recipe]), prompts(5, 1, 9)
     plain = decode(model, rows, 40)
-    model.fast_step = Replayed(model)
+    install(model, Replayed(model))
     assert torch.equal(decode(model, rows, 40), plain)
 
 
@@ -181,7 +181,8 @@ def test_rows_that_end_one_by_one_take_the_graphs_of_powers_of_two_and_free_them
         yield decoder
 
     *plain, _ = drawn()
-    model.fast_step = step = Replayed(model)
+    step = Replayed(model)
+    install(model, step)
     # 七行用八行的图算，多出来的空行不影响结果
     *fast, decoder = drawn()
     assert fast == plain
@@ -196,7 +197,7 @@ def test_a_card_that_records_nothing_or_nothing_useful_goes_on_without(capsys, m
     for broken in (lambda model: Replayed(model, replays=False), GraphStep):
         model = wild_model()
         plain = decode(model, rows, 20)
-        model.fast_step = broken(model)
+        install(model, broken(model))
         if broken is GraphStep:
             # 没有 CUDA 的 torch 在录制时报错，与不支持的显卡一样
             monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())

@@ -20,6 +20,7 @@ from nanogpt.core.compilation import compile_hidden, compile_updates, pays
 from nanogpt.core.loss import chunked_cross_entropy, even, fusible_tail
 from nanogpt.core.memory.lean_optimizers import Storage, adamw_update, fusible_adamw
 from nanogpt.core.memory.lowbit import SMALL
+from nanogpt.core.memory.recompute import keep_last, recompute_blocks
 from nanogpt.plan.substitutes import substituted
 from nanogpt.run import trainer as trainers
 from nanogpt.weights.build import build_model
@@ -256,7 +257,9 @@ MODERN = {"ngrams": [2], "ngram_buckets": 97}
 @pytest.mark.parametrize(("recipe", "mode"), [(MODERN, "budget"), (GPT2_RECIPE, "selective"), ({"separator": 0}, "every_block")], ids=["modern", "gpt2", "documents"])
 def test_a_training_step_is_one_graph_a_shape_and_an_evaluation_none(eager_backend, recipe, mode):
     model = build_model(tiny_model_config(n_layer=2 if mode == "budget" else 1, **recipe), 0)
-    model.activation_checkpointing, model.kept_blocks = mode, 1
+    recompute_blocks(model, mode)
+    if mode == "budget":
+        keep_last(model, 1)
     compile_hidden(model, "true", torch.device("cpu"), Console(quiet=True))
     for rows in (4, 3, 4, 3):
         idx = torch.randint(0, 11, (rows, 16))
@@ -277,7 +280,8 @@ def test_a_compiler_that_fails_is_one_line_and_the_run_goes_on(monkeypatch, caps
     monkeypatch.setattr(torch, "compile", failing)
     model = build_model(tiny_model_config(), 0)
     plain = copy.deepcopy(model)
-    model.compiled_hidden = compilation.Compiled(model.hidden, Console())
+    compilation.use_compiled(model, Console())
+    del model.cross_entropy
     idx = torch.randint(0, 11, (2, 16))
     assert [model.loss(idx, idx), model.loss(idx, idx)] == [plain.loss(idx, idx)] * 2
     assert capsys.readouterr().out == "torch.compile failed (backend='inductor' raised:); going on without it\n"
@@ -294,7 +298,7 @@ def test_auto_compiles_where_the_whole_training_is_long_enough():
 
 def test_rounded_products_with_recomputation_are_not_compiled(in_tmp, tiny_overrides, capsys):
     trainer = new_trainer(tiny_overrides, "precision=bf16", "memory=lean", "compile=true")
-    assert trainer.model.compiled_hidden is None and "activation_checkpointing=every_block" in capsys.readouterr().out
+    assert not trainer.compiles and "activation_checkpointing=every_block" in capsys.readouterr().out
 
 
 # ---- 损失 ----
@@ -343,7 +347,7 @@ def test_the_head_is_padded_only_where_it_is_copied_anyway():
 
 def test_the_first_step_of_each_shape_is_not_timed_where_it_compiles(in_tmp, tiny_overrides, capsys, monkeypatch):
     trainer = new_trainer(tiny_overrides, "max_iters=6", "log_interval=1", "eval_interval=6", "sample_tokens=0")
-    trainer.model.compiled_hidden = trainer.model.hidden
+    trainer.compiles = True
     summary = trainer.fit()
     timed = trainer.progress.tokens_trained - trainer.progress.untimed_tokens
     assert trainer.progress.untimed_tokens == 64 and timed == 5 * 64 and summary["tokens_per_s"] == pytest.approx(timed / trainer.progress.train_s)

@@ -21,15 +21,14 @@ from nanogpt.base import language
 from nanogpt.base.config import ROOT, check
 from nanogpt.base.language import ConfigError
 from nanogpt.core import distributed
-from nanogpt.core.memory.lean_optimizers import Storage
+from nanogpt.core.memory.lean_optimizers import Storage, configure
 from nanogpt.core.memory.lora import add_adapters
 from nanogpt.core.memory.lowbit import BLOCK, PIECE, SMALL, Codec, dynamic_map, norm, round_stochastically, zero_code
-from nanogpt.core.memory.recompute import fit_budget, saved_bytes
-from nanogpt.core.optimizers import adamw, configure
+from nanogpt.core.memory.recompute import fit_budget, keep_last, recompute_blocks, saved_bytes
+from nanogpt.core.optimizers import adamw
 from nanogpt.core.precision import Precision
-from nanogpt.core.step import build_step
 from nanogpt.run.session import Session
-from nanogpt.weights.build import build_model, model_of
+from nanogpt.weights.build import build_model, build_step, model_of
 from nanogpt.weights.checkpoint import find
 
 # 宽到每个矩阵都超过 SMALL，8 位状态才真的用上
@@ -405,13 +404,18 @@ def test_less_is_kept_for_the_backward_pass_the_more_is_recomputed(recipe):
     kept = {}
     for mode, parts in MODES.items():
         _, step = step_of(*recipe, **parts)
-        step.model.kept_blocks = 1
+        if mode == "budget":
+            keep_last(step.model, 1)
         idx = torch.randint(0, 30, (4, 32))
         with Alive() as alive:
             loss = step.forward(idx, idx, 1.0)
             kept[mode] = alive.bytes()
         del loss
     assert kept["none"] > kept["selective"] > kept["every_block"] and kept["none"] > kept["budget"] > kept["every_block"]
+
+
+def kept_blocks(model):
+    return sum(block.kept for block in model.h)
 
 
 def test_a_budget_keeps_as_many_blocks_as_fit():
@@ -421,13 +425,13 @@ def test_a_budget_keeps_as_many_blocks_as_fit():
     rope = (model.rope_cos[:T], model.rope_sin[:T])
     one, inputs = saved_bytes(lambda: model.h[0](x, rope, None), [*model.parameters(), *model.buffers()]), x.nbytes
     assert one > 4 * inputs
-    model.activation_checkpointing = "budget"
+    recompute_blocks(model, "budget")
     for kept in range(4):
         # 其余 block 的输入也算在预算里；预算以 MiB 计，故放大行数
         rows = 4 * 64
         budget = math.ceil((kept * one + (3 - kept) * inputs) * 64 / 2**20)
         fit_budget(model, rows, budget, contextlib.nullcontext)
-        assert model.kept_blocks == kept
+        assert kept_blocks(model) == kept
     assert cfg.memory.activation_checkpointing == "none"
 
 
@@ -435,11 +439,11 @@ def test_the_budget_is_spent_anew_when_the_micro_batch_shrinks(in_tmp, wide):
     parts = ["memory.activation_checkpointing=budget", "memory.activation_budget_mib=1", "batch_size=16"]
     calm, hit = (new_trainer(wide, *parts, out=f"outputs/{n}") for n in "ab")
     fail_above(hit, 5, torch.OutOfMemoryError("CUDA out of memory"))
-    before = hit.model.kept_blocks
+    before = kept_blocks(hit.model)
     for _ in range(2):
         calm.step()
         hit.step()
-    assert hit.micro_batch == 4 and hit.model.kept_blocks > before
+    assert hit.micro_batch == 4 and kept_blocks(hit.model) > before
     torch.testing.assert_close(weights(hit.model), weights(calm.model), atol=2e-4, rtol=1e-3)
 
 
@@ -478,7 +482,7 @@ def test_a_run_goes_on_under_other_settings_and_back(in_tmp, wide):
     for end, memory in ((8, ["memory=minimal"]), (12, ["memory=offload", "memory.bf16_rounding=kahan"]), (16, ["memory=default"])):
         trainer = resumed_trainer("outputs/half", f"max_iters={end}", *memory)
         trainer.fit()
-    assert trainer.model.dtype == torch.float32 and not trainer.optimizer.frugal
+    assert trainer.model.dtype == torch.float32 and not trainer.optimizer.takes_factor
     assert not any(k.endswith("_scale") or k == "compensation" for tensors in states(trainer).values() for k in tensors)
     assert trainer.progress.val_loss == pytest.approx(whole.progress.val_loss, rel=0.02)
 

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from conftest import make_config, tiny_model_config
 
 from nanogpt.core.precision import Precision, RoundedProducts
-from nanogpt.core.step import build_step
-from nanogpt.weights.build import build_model
+from nanogpt.weights.build import build_model, build_step
 
 CPU = torch.device("cpu")
 

@@ -12,10 +12,9 @@ from nanogpt.core import kernels
 from nanogpt.core.memory import lean_optimizers, lowbit
 from nanogpt.core.model import GPT
 from nanogpt.core.precision import Precision
-from nanogpt.core.step import build_step
 from nanogpt.plan.estimate import Estimate
 from nanogpt.plan.trace import Shape, trace
-from nanogpt.weights.build import build_model
+from nanogpt.weights.build import build_model, build_step
 
 SMALL = ("model.n_layer=2", "model.n_head=2", "model.n_embd=32", "model.block_size=32", "model.vocab_size=211", "model.ngram_buckets=97")
 

@@ -150,7 +150,7 @@ def phases(lab: Lab, trainer) -> dict[str, float]:
 
     def hidden():
         with step.precision.context():
-            (model.compiled_hidden or model.hidden)(x)
+            model.hidden(x)
 
     def whole():
         step.update()

@@ -12,6 +12,7 @@ from nanogpt.base.language import first_line
 from nanogpt.base.out_of_memory import is_out_of_memory
 from nanogpt.core.loss import fusible_tail
 from nanogpt.core.memory.lean_optimizers import fusible_adamw, fusible_momentum
+from nanogpt.core.wrapping import mix_in
 
 # 编译的时间大致随层数涨：2 核 CPU 上 tiny 的训练图 14 秒，每多一层多两三秒
 COMPILE_S, COMPILE_S_PER_LAYER = 10.0, 2.5
@@ -68,15 +69,30 @@ class Compiled:
         return self.plain(*args)
 
 
-def compile_hidden(model, asked: str, device: torch.device, console, *, obstacle: str | None = None, pays: bool = True) -> None:
-    """Compile model.hidden and the loss's tail for training steps as compile=auto|true|false asks, where that works.
+class CompiledTraining:
+    """Put before a model's own class: training steps go through `compiled_hidden`."""
+
+    # 只编译训练用的这一条路：评估还要再编三张图（整批、零头、短窗口），解码的形状每步都变
+    def hidden(self, idx: torch.Tensor, cache=None) -> torch.Tensor:
+        return self.compiled_hidden(idx) if self.training and cache is None else super().hidden(idx, cache)
+
+
+def use_compiled(model, console) -> None:
+    """Let a model's training steps run compiled."""
+    model.compiled_hidden = Compiled(model.hidden, console)
+    mix_in(model, CompiledTraining)
+    model.cross_entropy = functools.partial(model.cross_entropy, tail=Compiled(fusible_tail, console))
+
+
+def compile_hidden(model, asked: str, device: torch.device, console, *, obstacle: str | None = None, pays: bool = True) -> bool:
+    """Compile model.hidden and the loss's tail for training steps as compile=auto|true|false asks, where that works; whether it does.
 
     obstacle: what speaks against it, or None; pays: whether auto may do it on a card.
     """
     asked = asked.lower()
     # CPU 上编译要一分钟，小模型短训练赚不回来；auto 只在 GPU 上开
     if asked == "false" or (asked == "auto" and (device.type == "cpu" or not pays)):
-        return
+        return False
     _keep_quiet()
     reason = obstacle or unavailable(device) or _trial(device)
     if reason:
@@ -85,10 +101,10 @@ def compile_hidden(model, asked: str, device: torch.device, console, *, obstacle
                 "compile={asked}: not available here ({reason}); going on without it",
                 asked=asked, reason=reason,
             )
-        return
+        return False
     console.line("compiling the model, the first iteration takes longer …")
-    model.compiled_hidden = Compiled(model.hidden, console)
-    model.compiled_tail = Compiled(fusible_tail, console)
+    use_compiled(model, console)
+    return True
 
 
 def compile_updates(optimizer, asked: str, device: torch.device, console) -> None:

@@ -1,3 +1,5 @@
+# 词表大时 logits 比整个模型还占地方：一次只算一块 token，当场求出损失与梯度，用完就丢
+# GPT.loss 是唯一的入口；块的大小与编译好的尾巴由 weights.build 与 compilation 从外面给定
 """Cross-entropy of a linear head without ever holding all (N, V) logits."""
 
 from collections.abc import Callable
@@ -121,7 +123,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def chunked_cross_entropy(
-    hidden, weight, targets, *, softcap: float, chunk_mib: int, ignoring: bool = False, tail: Callable[..., torch.Tensor] | None = None
+    hidden, weight, targets, *, softcap: float, chunk_mib: int = 256, ignoring: bool = False, tail: Callable[..., torch.Tensor] | None = None
 ) -> torch.Tensor:
     """Mean cross-entropy of `softcap(hidden @ weight.T)` against targets, shape ().
 

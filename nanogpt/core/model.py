@@ -1,10 +1,11 @@
+# 模型本身，从 token 到 logits 与损失，一页读完；小算子在 kernels，注意力在 attention，损失的分块在 loss
+# 省显存的重算、torch.compile、写作的快路都从外面包上来（wrapping），这里没有为它们留的分支
 """The GPT model: embeddings, blocks, head; forward gives logits, loss never holds all of them.
 
 `arch=gpt2` is GPT-2 (Radford et al. 2019), parameter names included. `arch=modern` swaps in RoPE,
 RMSNorm, QK-norm, squared ReLU and zero-initialised output projections.
 """
 
-import contextlib
 import math
 
 import torch
@@ -16,7 +17,6 @@ from nanogpt.core.attention import CausalSelfAttention, rope_table
 from nanogpt.core.kernels import rms_norm, squared_relu
 from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.loss import chunked_cross_entropy
-from nanogpt.core.memory.recompute import run_block
 
 
 class Norm(nn.Module):
@@ -128,19 +128,12 @@ class GPT(nn.Module):
     the model yaml's `_target_`.
     """
 
+    cross_entropy = staticmethod(chunked_cross_entropy)
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         assert config.vocab_size, "vocab_size comes from the data set"
         self.config = config
-        # 由训练器按 memory=... 设置，不属于模型结构，故不进 checkpoint
-        self.activation_checkpointing = "none"
-        # 只对 budget 有效：最后这么多个 block 保留激活
-        self.kept_blocks = 0
-        self.recompute_context = contextlib.nullcontext
-        self.loss_chunk_mib = 256
-        self.compiled_hidden = self.compiled_tail = None
-        # 逐 token 解码的专用快路，由 acceleration 按设备装上
-        self.fast_step = None
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.ngrams = nn.ModuleList(NgramEmbedding(n, config) for n in config.ngrams)
@@ -246,8 +239,8 @@ class GPT(nn.Module):
         visible = self.visible(idx) if cache is None else None
         at = cache.position if cache is not None else slice(0, idx.size(1))
         rope = (self.rope_cos[at], self.rope_sin[at]) if self.config.position == "rope" else None
-        for layer, block in enumerate(self.h):
-            x = run_block(self, layer, block, x, rope, cache, visible)
+        for block in self.h:
+            x = block(x, rope, cache, visible)
         if cache is not None:
             cache.advance(idx)
         return self.ln_f(x)
@@ -264,8 +257,6 @@ class GPT(nn.Module):
 
     def next_logits(self, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Logits (B, V) behind one more id per row, idx (B,)."""
-        if self.fast_step is not None and len(idx) <= self.fast_step.max_rows:
-            return self.fast_step(idx, cache)
         return self.logits(self.hidden(idx[:, None], cache)[:, -1])
 
     def forward(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
@@ -277,12 +268,8 @@ class GPT(nn.Module):
 
         With data of documents, targets of -1 (labels, unfilled ends of rows) do not count.
         """
-        # 只编译训练用的这一条路：评估还要再编三张图（整批、零头、短窗口），解码的形状每步都变
-        hidden = self.compiled_hidden if self.compiled_hidden and self.training else self.hidden
-        return chunked_cross_entropy(
-            hidden(idx), self.lm_head.weight, targets, softcap=self.config.logit_softcap, chunk_mib=self.loss_chunk_mib,
-            ignoring=self.config.separator is not None, tail=self.compiled_tail,
-        )
+        ignoring = self.config.separator is not None
+        return self.cross_entropy(self.hidden(idx), self.lm_head.weight, targets, softcap=self.config.logit_softcap, ignoring=ignoring)
 
     def parameter_count(self) -> int:
         """Number of distinct parameters (tied weights count once), frozen ones included."""

@@ -1,41 +1,36 @@
-"""Optimizers: AdamW and Muon over named parameters, and the learning-rate schedules.
-
-An optimizer is anything with `param_groups`, `step`, `zero_grad`, `state_dict` and
-`load_state_dict`; torch.optim's own fit as well. A group's `lr_scale` multiplies the run's rate.
-"""
+# AdamW 与 Muon：一个类，两条更新公式；哪些参数归哪条，由 adamw() 与 muon() 分组时定下（rule）
+# 状态按参数的名字存，checkpoint 打开就能读懂；8 位、放在 RAM 里的状态由 core/memory 从外面包上来
+# 凡有 param_groups、step、zero_grad、state_dict、load_state_dict 的都能当优化器，torch.optim 的也行；组里的 lr_scale 乘在学习率上
+"""Optimizers: AdamW and Muon over named parameters, and the learning-rate schedules."""
 
 import math
 
 import torch
 from torch.optim.adamw import adamw as adamw_kernel
 
-from nanogpt.base.config import MemoryConfig
-from nanogpt.base.language import ConfigError
 from nanogpt.core.kernels import orthogonalize
-from nanogpt.core.memory.lean_optimizers import COMPENSATION, SCALE, Storage, adamw_update, muon_apply, muon_direction
 
 # 同形状的矩阵一起正交化：小模型快数倍，大模型不为此多占显存
 STACK_BYTES = 64 * 2**20
-# 保留全部激活的显卡上，更新时激活都已释放：堆得多，启动得少，也不抬高峰值
-STACK_BYTES_SPARE = 512 * 2**20
-# AdamW 与 Muon 各自的状态
+# 8 位的状态另有一份 scale，名字是状态的名字加上它
+SCALE = "_scale"
 ADAMW_STATES = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Optimizer:
     """Base of ours: groups of named parameters, state kept by name, so that a checkpoint is readable.
 
-    Not a torch.optim.Optimizer: its first use imports torch._dynamo, 3 s of start-up on a slow CPU.
+    A group's `rule` is adamw or muon. Not a torch.optim.Optimizer: its first use imports torch._dynamo, 3 s of start-up on a slow CPU.
     """
 
+    takes_factor = False
+    """Whether step() takes a factor for the gradients."""
+    stack_bytes = STACK_BYTES
+
     def __init__(self, groups: list[dict]):
-        # 每组：params、names、states、lr、lr_scale、weight_decay，余下由子类定义
+        # 每组：params、names、rule、states、lr、lr_scale、weight_decay，余下由各个 rule 定义
         self.param_groups = [group for group in groups if group["params"]]
         self.state: dict[str, dict[str, torch.Tensor]] = {}
-        self.storage = Storage(MemoryConfig())
-        # 默认格式走融合 kernel 的整批更新，最快；其余逐块更新
-        self.frugal = False
-        self.stack_bytes = STACK_BYTES
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -46,13 +41,10 @@ class Optimizer:
 
     def state_dict(self) -> dict:
         """State tensors by parameter name (not copies)."""
-        if self.storage.offload and torch.cuda.is_available():
-            # 拷回内存是异步的：读之前要等它到
-            torch.cuda.synchronize()
         return {"state": self.state}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what state_dict returned, under any memory= settings, converting each tensor to the present ones."""
+        """Restore what state_dict returned."""
         by_name = {name: p for g in self.param_groups for name, p in zip(g["names"], g["params"], strict=True)}
         if set(state["state"]) - set(by_name):
             raise ValueError("optimizer: the checkpoint's state belongs to other parameters; resume with the same model and optimizer")
@@ -61,22 +53,24 @@ class Optimizer:
                 # 形状不对的状态要到更新时才出事，那时参数已改了一半
                 if not key.endswith(SCALE) and tensor.numel() != (1 if key == "step" else by_name[name].numel()):
                     raise ValueError(f"optimizer: {key} of {name} has {tensor.numel()} values")
-        self.state = {name: self.storage.converted(tensors, by_name[name]) for name, tensors in state["state"].items()}
+        self.state = {name: self.converted(tensors, by_name[name]) for name, tensors in state["state"].items()}
+
+    def converted(self, saved: dict[str, torch.Tensor], p: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A checkpoint's states of p where p lies."""
+        return {key: tensor.to(p.device) for key, tensor in saved.items()}
+
+    def start(self, state: dict[str, torch.Tensor], key: str, p: torch.Tensor) -> None:
+        """Add a state of zeros of p under `key`."""
+        state[key] = torch.zeros_like(p)
 
     def started(self, name: str, p: torch.Tensor, group: dict) -> dict[str, torch.Tensor]:
         """The states of a parameter, zeros at first."""
         state = self.state.setdefault(name, {})
         for key in group["states"]:
-            if key in state:
-                continue
-            if key == "step":
+            if key not in state and key == "step":
                 state[key] = torch.zeros((), dtype=torch.float32, device=p.device)
-            elif self.frugal:
-                self.storage.start(state, key, p)
-            else:
-                state[key] = torch.zeros_like(p)
-        if self.storage.compensates(p) and COMPENSATION not in state:
-            self.storage.start(state, COMPENSATION, p)
+            elif key not in state:
+                self.start(state, key, p)
         return state
 
     @torch.no_grad()
@@ -88,71 +82,43 @@ class Optimizer:
         for group in self.param_groups:
             for name, p in zip(group["names"], group["params"], strict=True):
                 self.started(name, p, group)
-            if self.storage.fused_adamw:
-                self._compile_update(group)
-
-    def _compile_update(self, group: dict) -> None:
-        """Run an update that changes nothing: it is compiled here, and not by a thread of the first backward pass."""
-        pairs = [(name, p) for name, p in zip(group["names"], group["params"], strict=True) if self.storage.keeps_codes("", p)]
-        if not pairs:
-            return
-        name, p = min(pairs, key=lambda pair: pair[1].numel())
-        one = torch.ones((), device=p.device)
-        before, p.grad = p.grad, torch.zeros_like(p)
-        self.update_one(name, p, group, skip=one, factor=one)
-        p.grad = before
-
-    def _present(self, group: dict) -> list[tuple[str, torch.Tensor]]:
-        """(name, parameter) pairs that have a gradient."""
-        return [(n, p) for n, p in zip(group["names"], group["params"], strict=True) if p.grad is not None]
-
-    def _adamw_step(self, group: dict, present: list[tuple[str, torch.Tensor]], *, skip=None, factor=None) -> None:
-        """One AdamW update (Loshchilov & Hutter, arXiv:1711.05101) of (name, parameter) pairs through torch's fused kernel."""
-        if self.frugal:
-            for name, p in present:
-                adamw_update(self.storage, self.started(name, p, group), group, p, p.grad, skip=skip, factor=factor)
-            return
-        states = [self.started(name, p, group) for name, p in present]
-        if states:
-            # fused：一个 kernel 更新全部张量，CPU 与 CUDA 都有
-            adamw_kernel(
-                [p for _, p in present], [p.grad for _, p in present],
-                [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
-                [s["step"] for s in states],
-                fused=True, amsgrad=False, found_inf=skip, beta1=group["betas"][0], beta2=group["betas"][1],
-                lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
-            )
-
-    @torch.no_grad()
-    def update_one(self, name: str, p: torch.Tensor, group: dict, *, skip: torch.Tensor, factor: torch.Tensor | None) -> None:
-        """Update one parameter from its gradient times `factor` (), unless `skip` () is 1.0."""
-        group["update"](group, [(name, p)], skip=skip, factor=factor)
 
     @torch.no_grad()
     def step(self, *, skip: torch.Tensor | None = None, factor: torch.Tensor | None = None) -> None:
         """Update every parameter that has a gradient.
 
-        skip () is 1.0 where nothing may change, in weights or states; only where `frugal`, factor () multiplies the gradients.
+        skip () is 1.0 where nothing may change, in weights or states; only where `takes_factor`, factor () multiplies the gradients.
         """
         for group in self.param_groups:
-            group["update"](group, self._present(group), skip=skip, factor=factor)
+            named = zip(group["names"], group["params"], strict=True)
+            self.update(group, [(name, p) for name, p in named if p.grad is not None], skip=skip, factor=factor)
 
+    def update(self, group: dict, named: list[tuple[str, torch.Tensor]], *, skip=None, factor=None) -> None:
+        """Update (name, parameter) pairs of a group from their gradients."""
+        if group["rule"] == "adamw":
+            self.adamw(group, named, skip=skip, factor=factor)
+            return
+        for portion in portions(named, self.stack_bytes):
+            self.muon(group, portion, skip=skip, factor=factor)
 
-class Muon(Optimizer):
-    """Muon for matrices (Jordan 2024; scaled as in Moonlight, arXiv:2502.16982), AdamW for the rest.
+    def adamw(self, group: dict, named: list[tuple[str, torch.Tensor]], *, skip=None, factor=None) -> None:
+        """One AdamW update (Loshchilov & Hutter, arXiv:1711.05101) through torch's fused kernel."""
+        states = [self.started(name, p, group) for name, p in named]
+        if states:
+            # fused：一个 kernel 更新全部张量，CPU 与 CUDA 都有
+            adamw_kernel(
+                [p for _, p in named], [p.grad for _, p in named],
+                [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states],
+                fused=True, amsgrad=False, found_inf=skip, beta1=group["betas"][0], beta2=group["betas"][1],
+                lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+            )
 
-    The update is orthogonalised Nesterov momentum times 0.2 * sqrt(max(rows, cols)), whose RMS is
-    that of an AdamW update, so one learning rate serves both.
-    """
+    def muon(self, group: dict, named: list[tuple[str, torch.Tensor]], *, skip=None, factor=None) -> None:
+        """One Muon update (Jordan 2024; scaled as in Moonlight, arXiv:2502.16982) of matrices.
 
-    def _muon_step(self, group: dict, present: list[tuple[str, torch.Tensor]], *, skip=None, factor=None) -> None:
-        for portion in portions(present, self.stack_bytes):
-            if self.frugal:
-                self._frugal_muon(group, portion, skip=skip, factor=factor)
-            else:
-                self._plain_muon(group, portion, skip=skip)
-
-    def _plain_muon(self, group: dict, named: list[tuple[str, torch.Tensor]], *, skip=None) -> None:
+        It is orthogonalised Nesterov momentum times 0.2 * sqrt(max(rows, cols)), whose RMS is that of an AdamW update, so one
+        learning rate serves both.
+        """
         momenta = [self.started(name, p, group)["momentum"] for name, p in named]
         gradients = [p.grad for _, p in named]
         if skip is not None:
@@ -180,19 +146,6 @@ class Muon(Optimizer):
             by_scale.setdefault(group["lr"] * update_scale(part.shape), []).append(i)
         for scale, indices in by_scale.items():
             torch._foreach_add_([weights[i] for i in indices], [updates[i] for i in indices], alpha=-scale)
-
-    def _frugal_muon(self, group: dict, named: list[tuple[str, torch.Tensor]], skip=None, factor=None) -> None:
-        states = [self.started(name, p, group) for name, p in named]
-        directions = [
-            muon_direction(self.storage, state, group, p, p.grad, skip=skip, factor=factor) for (_, p), state in zip(named, states, strict=True)
-        ]
-        splits = [d.chunk(group["splits"].get(name, 1)) for (name, _), d in zip(named, directions, strict=True)]
-        parts = [part for chunks in splits for part in chunks]
-        for part, update in zip(parts, orthogonalized(parts, group["ns_steps"]), strict=True):
-            # 写回原处：一份方向、一份结果之外不再有第三份
-            part.copy_(update)
-        for (_, p), state, update, chunks in zip(named, states, directions, splits, strict=True):
-            muon_apply(self.storage, state, group, p, update, scale=group["lr"] * update_scale(chunks[0].shape), skip=skip)
 
 
 def portions(named: list[tuple[str, torch.Tensor]], most_bytes: int) -> list[list[tuple[str, torch.Tensor]]]:
@@ -258,12 +211,10 @@ def adamw(model: torch.nn.Module, *, weight_decay: float, beta1: float, beta2: f
     _check("weight_decay", weight_decay, 0, 10)
     _check("eps", eps, 0, 1)
     matrices, tables, vectors = split_parameters(model)
-    optimizer = Optimizer([])
-    shared = {"betas": (beta1, beta2), "eps": eps, "lr_scale": 1.0, "states": ADAMW_STATES, "update": optimizer._adamw_step}
+    shared = {"betas": (beta1, beta2), "eps": eps, "lr_scale": 1.0, "rule": "adamw", "states": ADAMW_STATES}
     # bias 与归一化的增益不衰减：它们不参与矩阵乘，缩小没有正则意义
     groups = [_group(matrices + tables, weight_decay=weight_decay, **shared), _group(vectors, weight_decay=0.0, **shared)]
-    optimizer.param_groups = [g for g in groups if g["params"]]
-    return optimizer
+    return Optimizer(groups)
 
 
 def muon(
@@ -279,15 +230,14 @@ def muon(
     for key, value in {"embedding_lr_scale": embedding_lr_scale, "head_lr_scale": head_lr_scale, "ngram_lr_scale": ngram_lr_scale}.items():
         _check(key, value, 0, 1e6)
     matrices, tables, vectors = split_parameters(model)
-    optimizer = Muon([])
-    shared = {"betas": (beta1, beta2), "eps": eps, "weight_decay": 0.0, "states": ADAMW_STATES, "update": optimizer._adamw_step}
+    shared = {"betas": (beta1, beta2), "eps": eps, "weight_decay": 0.0, "rule": "adamw", "states": ADAMW_STATES}
     head = [(n, p) for n, p in tables if n.startswith("lm_head")]
     ngrams = [(n, p) for n, p in tables if n.startswith("ngrams")]
     embeddings = [(n, p) for n, p in tables if not n.startswith(("lm_head", "ngrams"))]
     groups = [
         _group(
             matrices, states=("momentum",), lr_scale=1.0, weight_decay=weight_decay, momentum=momentum, ns_steps=ns_steps,
-            splits={n: 3 for n, _ in matrices if n.endswith("attn.c_attn.weight")}, update=optimizer._muon_step,
+            splits={n: 3 for n, _ in matrices if n.endswith("attn.c_attn.weight")}, rule="muon",
         ),
         # 每步只有少数行有梯度，查表参数要更大的步长
         _group(embeddings, lr_scale=embedding_lr_scale, **shared),
@@ -295,29 +245,7 @@ def muon(
         _group(head, lr_scale=head_lr_scale, **shared),
         _group(vectors, lr_scale=1.0, **shared),
     ]
-    optimizer.param_groups = [g for g in groups if g["params"]]
-    return optimizer
-
-
-def configure(optimizer, memory: MemoryConfig, device_type: str = "cpu") -> None:
-    """Make an optimizer store its states and update as memory= says; ConfigError where it is not one of ours."""
-    wishes = {
-        "memory.weights": memory.weights == "bf16", "memory.optimizer_state": memory.optimizer_state == "int8",
-        "memory.offload_optimizer": memory.offload_optimizer, "memory.optimizer_in_backward": memory.optimizer_in_backward,
-    }
-    wanted = [key for key, wish in wishes.items() if wish]
-    if wanted and not isinstance(optimizer, Optimizer):
-        key = wanted[0]
-        raise ConfigError(
-            "{key}={got} works with optimizer=adamw and optimizer=muon, not with {kind}; choose one of them or leave "
-            "{key} at its default",
-            key=key, got=str(getattr(memory, key.split(".")[1])).lower(), kind=type(optimizer).__name__,
-        )
-    if wanted:
-        optimizer.storage = Storage(memory, device_type)
-        optimizer.frugal = True
-    elif device_type == "cuda" and memory.activation_checkpointing == "none":
-        optimizer.stack_bytes = STACK_BYTES_SPARE
+    return Optimizer(groups)
 
 
 def learning_rate_at(iteration: int, schedule) -> float:

@@ -1,56 +1,32 @@
-"""The computation of one training step: forward, backward, clip, update; no data, no time, no files.
-
-The trainer decides on values (is it finite?), the planner traces the same functions without any.
-"""
+# 一步训练的计算：前向、反向、裁剪、更新；不管数据、时间与文件
+# 何时看数值由 Trainer 决定；规划显存时追踪的也是这里的同一段代码，所以除 Reading 之外不看任何数值
+"""The computation of one training step: forward, backward, clip, update."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
-from nanogpt.base.config import MemoryConfig, TrainConfig
-from nanogpt.core.memory.in_backward import InBackward
-from nanogpt.core.memory.recompute import fit_budget
-from nanogpt.core.optimizers import Optimizer, configure
-from nanogpt.core.precision import Precision
-from nanogpt.weights.build import build_part
-
-
-def build_step(cfg: TrainConfig, model, precision: Precision) -> "Step":
-    """The step of a model as cfg.memory and cfg.optimizer want it; the trainer and the planner take the same one."""
-    model.activation_checkpointing = cfg.memory.activation_checkpointing
-    model.loss_chunk_mib = cfg.memory.loss_chunk_mib
-    if precision.rounded:
-        # 反向里外层的函数模式不起作用，重算时要自己再舍入；autocast 则由 checkpoint 恢复
-        model.recompute_context = precision.context
-    optimizer = build_part(cfg.optimizer, "optimizer", model)
-    configure(optimizer, cfg.memory, precision.device_type)
-    step = Step(model, optimizer, precision, cfg.memory, cfg.grad_clip)
-    if isinstance(cfg.batch_size, int):
-        step.expect(cfg.batch_size)
-    return step
+from nanogpt.core.optimizers import Optimizer
 
 
 class Step:
     """One model, its optimizer and its number format."""
 
-    def __init__(self, model, optimizer, precision, memory: MemoryConfig, grad_clip: float = 0.0):
+    def __init__(self, model, optimizer, precision, *, in_backward=None, expect: Callable[[int], None] | None = None):
+        """in_backward updates parameters while the backward pass runs; expect() is told how many rows micro-batches will have."""
         self.model = model
         self.optimizer = optimizer
         self.precision = precision
-        self.memory = memory
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.in_backward = InBackward(optimizer, grad_clip) if memory.optimizer_in_backward else None
+        self.in_backward = in_backward
+        self.expect = expect or (lambda rows: None)
 
     def prepare(self) -> None:
         """Allocate what the optimizer keeps, before the first step."""
         # torch.optim 的没有这一步：它们在第一次更新时才分配
         if isinstance(self.optimizer, Optimizer):
             self.optimizer.prepare()
-
-    def expect(self, rows: int) -> None:
-        """Prepare for micro-batches of `rows` rows: under activation_checkpointing=budget, say how many blocks are kept."""
-        if self.memory.activation_checkpointing == "budget":
-            fit_budget(self.model, rows, self.memory.activation_budget_mib, self.precision.context)
 
     def micro_batch(self, x: torch.Tensor, y: torch.Tensor, share: float) -> torch.Tensor:
         """Forward and backward of rows x, y (B, T) that are `share` of the step; returns share * mean loss, shape ().
@@ -98,7 +74,7 @@ class Step:
         """Clip to norm `limit` and update() unless loss () or the gradients' norm () is not finite, without waiting for either."""
         if not self.in_backward:
             skip = (~(torch.isfinite(loss) & torch.isfinite(norm))).float()
-            if self.optimizer.frugal:
+            if self.optimizer.takes_factor:
                 # 逐块更新本来就要读一遍梯度：顺手乘上，不必先写回去
                 self.optimizer.step(skip=skip, factor=(limit / (norm + 1e-6)).clamp(max=1.0))
             else:

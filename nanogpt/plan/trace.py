@@ -18,10 +18,10 @@ from nanogpt.base.language import ConfigError
 from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.memory.lora import add_adapters
 from nanogpt.core.precision import default_format
-from nanogpt.core.step import Step, build_step
+from nanogpt.core.step import Step
 from nanogpt.plan.substitutes import PlannedPrecision, substituted
 from nanogpt.plan.tracker import Tracker
-from nanogpt.weights.build import build_model
+from nanogpt.weights.build import build_model, build_step
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "temporaries")
 

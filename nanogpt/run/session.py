@@ -23,7 +23,6 @@ from nanogpt.base.value_checks import unescaped
 from nanogpt.core import distributed, machine
 from nanogpt.core.memory.lora import add_adapters
 from nanogpt.core.precision import Precision
-from nanogpt.core.step import build_step
 from nanogpt.data import corpus
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.documents import open_data
@@ -32,7 +31,7 @@ from nanogpt.run import rundir, saving
 from nanogpt.run.loggers import JsonlLogger, Loggers
 from nanogpt.run.trainer import Trainer, share_batch
 from nanogpt.weights import checkpoint
-from nanogpt.weights.build import build_model, build_part, check_weights
+from nanogpt.weights.build import build_model, build_part, build_step, check_weights
 from nanogpt.weights.pretrained import Pretrained, adapted, build_pretrained, check_vocabulary, open_pretrained
 
 # 大于它的学习率几步之内就会冲掉预训练学到的东西

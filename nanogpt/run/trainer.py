@@ -112,7 +112,7 @@ class Trainer:
         self.last_sample = ""
         self.health = Health(self)
         self.expected_rows: int | None = None
-        compile_hidden(self.model, cfg.compile, device, console, obstacle=self._no_compile(), pays=self._compiling_pays())
+        self.compiles = compile_hidden(self.model, cfg.compile, device, console, obstacle=self._no_compile(), pays=self._compiling_pays())
         compile_updates(self.optimizer, cfg.compile, device, console)
 
     def _no_compile(self) -> str | None:
@@ -344,7 +344,7 @@ class Trainer:
         """Whether the step just taken was the first with its micro-batch where that costs time: on a card, and compiled."""
         known = self.micro_batch in self.shapes_met
         self.shapes_met.add(self.micro_batch)
-        return not known and (self.device.type == "cuda" or self.model.compiled_hidden is not None)
+        return not known and (self.device.type == "cuda" or self.compiles)
 
     def _due(self) -> bool:
         """Whether the latest step is followed by something that shows or keeps what it came to."""

@@ -10,7 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nanogpt.base.config import ROOT, FinetuneConfig, ModelConfig, check_model
+from nanogpt.base.config import ROOT, FinetuneConfig, ModelConfig, TrainConfig, check_model
 from nanogpt.base.hashed_json import DamagedError, reason_of
 from nanogpt.base.language import ConfigError
 from nanogpt.base.moved import present_name
@@ -107,6 +107,33 @@ def build_part(node: dict, key: str, *arguments) -> Any:
         raise ConfigError("bad_part", key=key, reason=error) from None
     check_part(built, part, key, node["_target_"])
     return built
+
+
+def build_step(cfg: TrainConfig, model, precision):
+    """The core.step.Step of a model as cfg.memory and cfg.optimizer want it; training and planning take the same one."""
+    from functools import partial
+
+    from nanogpt.core.loss import chunked_cross_entropy
+    from nanogpt.core.memory.in_backward import InBackward
+    from nanogpt.core.memory.lean_optimizers import configure
+    from nanogpt.core.memory.recompute import fit_budget, recompute_blocks
+    from nanogpt.core.step import Step
+
+    memory, expect = cfg.memory, None
+    model.cross_entropy = partial(chunked_cross_entropy, chunk_mib=memory.loss_chunk_mib)
+    if memory.activation_checkpointing != "none":
+        # 反向里外层的函数模式不起作用，重算时要自己再舍入；autocast 则由 checkpoint 恢复
+        recompute_blocks(model, memory.activation_checkpointing, second_in=precision.context if precision.rounded else None)
+    if memory.activation_checkpointing == "budget":
+        expect = partial(fit_budget, model, budget_mib=memory.activation_budget_mib, context=precision.context)
+    optimizer = build_part(cfg.optimizer, "optimizer", model)
+    configure(optimizer, memory, precision.device_type)
+    step = Step(
+        model, optimizer, precision, in_backward=InBackward(optimizer, cfg.grad_clip) if memory.optimizer_in_backward else None, expect=expect
+    )
+    if isinstance(cfg.batch_size, int):
+        step.expect(cfg.batch_size)
+    return step
 
 
 def check_part(made: Any, part: str, key: str, named: str) -> None:

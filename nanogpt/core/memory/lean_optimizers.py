@@ -1,3 +1,5 @@
+# 省显存的优化器：状态压成 8 位或放进 RAM，权重存成 bf16；公式与 core/optimizers 相同，都在 fp32 里算
+# 每个参数切成小块更新，临时张量就小；Storage 管两步之间怎么存，Lean 包在优化器外面，configure 决定要不要包
 """The optimizers' updates with states in 8 bits or in RAM and weights in bf16, one piece of a parameter at a time.
 
 The arithmetic is that of nanogpt.core.optimizers, in float32; only what is stored between steps differs.
@@ -11,14 +13,18 @@ import torch
 from torch.optim.adamw import adamw as adamw_kernel
 
 from nanogpt.base.config import MemoryConfig
+from nanogpt.base.language import ConfigError
 from nanogpt.core import kernels
 from nanogpt.core.memory import lowbit
 from nanogpt.core.memory.lowbit import BLOCK, PIECE, SMALL, Codec, round_stochastically, scale_of, zero_code
+from nanogpt.core.optimizers import SCALE, Optimizer, orthogonalized, update_scale
+from nanogpt.core.wrapping import mix_in
 
 # 二阶矩非负，整个码表都给正数
 UNSIGNED = ("exp_avg_sq",)
-SCALE = "_scale"
 COMPENSATION = "compensation"
+# 保留全部激活的显卡上，更新时激活都已释放：堆得多，启动得少，也不抬高峰值
+STACK_BYTES_SPARE = 512 * 2**20
 # 融合的更新没有临时张量，一次可以处理多得多，启动就少；状态在 RAM 时要先搬上卡，仍用小块
 FUSED_PIECE, FUSED_PIECE_MOVED = 2**24, 2**22
 
@@ -312,3 +318,97 @@ def _encode_into(codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, tabl
         new = torch.maximum(new, (x > 0).int())
     codes.copy_(torch.where(kept, codes, new.to(torch.uint8)))
     scale.copy_(torch.where(kept, scale, new_scale))
+
+
+class Stored:
+    """Put before an optimizer's class: takes the states of a checkpoint over, in whatever format they were saved."""
+
+    storage: Storage
+
+    def converted(self, saved: dict[str, torch.Tensor], p: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.storage.converted(saved, p)
+
+
+class Lean(Stored):
+    """Put before an optimizer's class: states and weights in the storage's formats, one parameter updated at a time."""
+
+    # 逐块更新本来就要读一遍梯度：裁剪的系数顺手乘上
+    takes_factor = True
+
+    def state_dict(self) -> dict:
+        if self.storage.offload and torch.cuda.is_available():
+            # 拷回内存是异步的：读之前要等它到
+            torch.cuda.synchronize()
+        return super().state_dict()
+
+    def start(self, state: dict[str, torch.Tensor], key: str, p: torch.Tensor) -> None:
+        self.storage.start(state, key, p)
+
+    def started(self, name: str, p: torch.Tensor, group: dict) -> dict[str, torch.Tensor]:
+        state = super().started(name, p, group)
+        if self.storage.compensates(p) and COMPENSATION not in state:
+            self.storage.start(state, COMPENSATION, p)
+        return state
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        for group in self.param_groups:
+            for name, p in zip(group["names"], group["params"], strict=True):
+                self.started(name, p, group)
+            if self.storage.fused_adamw:
+                self._compile_update(group)
+
+    def _compile_update(self, group: dict) -> None:
+        """Run an update that changes nothing: it is compiled here, and not by a thread of the first backward pass."""
+        pairs = [(name, p) for name, p in zip(group["names"], group["params"], strict=True) if self.storage.keeps_codes("", p)]
+        if not pairs:
+            return
+        name, p = min(pairs, key=lambda pair: pair[1].numel())
+        one = torch.ones((), device=p.device)
+        before, p.grad = p.grad, torch.zeros_like(p)
+        self.update_one(name, p, group, skip=one, factor=one)
+        p.grad = before
+
+    @torch.no_grad()
+    def update_one(self, name: str, p: torch.Tensor, group: dict, *, skip: torch.Tensor, factor: torch.Tensor | None) -> None:
+        """Update one parameter from its gradient times `factor` (), unless `skip` () is 1.0."""
+        self.update(group, [(name, p)], skip=skip, factor=factor)
+
+    def adamw(self, group: dict, named: list[tuple[str, torch.Tensor]], *, skip=None, factor=None) -> None:
+        for name, p in named:
+            adamw_update(self.storage, self.started(name, p, group), group, p, p.grad, skip=skip, factor=factor)
+
+    def muon(self, group: dict, named: list[tuple[str, torch.Tensor]], *, skip=None, factor=None) -> None:
+        states = [self.started(name, p, group) for name, p in named]
+        directions = [
+            muon_direction(self.storage, state, group, p, p.grad, skip=skip, factor=factor) for (_, p), state in zip(named, states, strict=True)
+        ]
+        splits = [d.chunk(group["splits"].get(name, 1)) for (name, _), d in zip(named, directions, strict=True)]
+        parts = [part for chunks in splits for part in chunks]
+        for part, update in zip(parts, orthogonalized(parts, group["ns_steps"]), strict=True):
+            # 写回原处：一份方向、一份结果之外不再有第三份
+            part.copy_(update)
+        for (_, p), state, update, chunks in zip(named, states, directions, splits, strict=True):
+            muon_apply(self.storage, state, group, p, update, scale=group["lr"] * update_scale(chunks[0].shape), skip=skip)
+
+
+def configure(optimizer, memory: MemoryConfig, device_type: str = "cpu") -> None:
+    """Make an optimizer store its states and update as memory= says; ConfigError where it is not one of ours."""
+    wishes = {
+        "memory.weights": memory.weights == "bf16", "memory.optimizer_state": memory.optimizer_state == "int8",
+        "memory.offload_optimizer": memory.offload_optimizer, "memory.optimizer_in_backward": memory.optimizer_in_backward,
+    }
+    wanted = [key for key, wish in wishes.items() if wish]
+    if wanted and not isinstance(optimizer, Optimizer):
+        key = wanted[0]
+        raise ConfigError(
+            "{key}={got} works with optimizer=adamw and optimizer=muon, not with {kind}; choose one of them or leave "
+            "{key} at its default",
+            key=key, got=str(getattr(memory, key.split(".")[1])).lower(), kind=type(optimizer).__name__,
+        )
+    if not isinstance(optimizer, Optimizer):
+        return
+    mix_in(optimizer, Lean if wanted else Stored)
+    optimizer.storage = Storage(memory, device_type)
+    if not wanted and device_type == "cuda" and memory.activation_checkpointing == "none":
+        optimizer.stack_bytes = STACK_BYTES_SPARE

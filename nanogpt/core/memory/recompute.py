@@ -1,3 +1,5 @@
+# 用时间换显存：block 的激活不留到反向，反向时再算一遍
+# 从外面给每个 block 包一层；budget 先量一个 block 留下多少字节，再决定最后几个不必重算
 """Which activations of the blocks are kept for the backward pass and which are computed again.
 
 `every_block` keeps each block's input only; `selective` also keeps the results of matrix products and attention, so that only
@@ -10,6 +12,8 @@ import functools
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from nanogpt.core.wrapping import mix_in
+
 aten = torch.ops.aten
 PRODUCTS = [aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default]
 ATTENTION = [
@@ -18,19 +22,36 @@ ATTENTION = [
 ]
 
 
-def run_block(model, layer: int, block, x: torch.Tensor, rope, cache, visible=None) -> torch.Tensor:
-    """block(x, rope, cache, visible), with its activations kept as model.activation_checkpointing says."""
-    mode = model.activation_checkpointing
-    if mode == "none" or not (model.training and torch.is_grad_enabled()):
-        return block(x, rope, cache, visible)
-    # 保留靠后的 block：反向最先用到，用完就释放，不与前面的重算同时占内存
-    if mode == "budget" and layer >= len(model.h) - model.kept_blocks:
-        return block(x, rope, cache, visible)
-    # 只留每个 block 的输入，反向时重算一遍：以约三成时间换激活显存
-    contexts = _selective(model.config.dropout) if mode == "selective" else _nothing
-    if model.recompute_context is not contextlib.nullcontext:
-        contexts = functools.partial(_second_in, model.recompute_context, contexts)
-    return checkpoint(block, x, rope, None, visible, use_reentrant=False, **({} if contexts is _nothing else {"context_fn": contexts}))
+class Recomputed:
+    """Put before a block's own class: unless `kept`, its activations are computed again in the backward pass."""
+
+    kept = False
+    # 给 checkpoint 的 context_fn：留下哪些结果，重算时包上什么；None 是什么也不留
+    contexts = None
+
+    def forward(self, x: torch.Tensor, rope=None, cache=None, visible=None) -> torch.Tensor:
+        if self.kept or not (self.training and torch.is_grad_enabled()):
+            return super().forward(x, rope, cache, visible)
+        # 只留每个 block 的输入，反向时重算一遍：以约三成时间换激活显存
+        options = {} if self.contexts is None else {"context_fn": self.contexts}
+        return checkpoint(super().forward, x, rope, None, visible, use_reentrant=False, **options)
+
+
+def recompute_blocks(model, mode: str, *, second_in=None) -> None:
+    """Wrap the blocks of a model for activation_checkpointing=mode; `second_in` () is a context to compute again in."""
+    contexts = _selective(model.config.dropout) if mode == "selective" else None
+    if second_in is not None:
+        contexts = functools.partial(_second_in, second_in, contexts or _nothing)
+    for block in model.h:
+        mix_in(block, Recomputed)
+        block.contexts = contexts
+
+
+def keep_last(model, count: int) -> None:
+    """Let the last `count` blocks keep their activations."""
+    # 靠后的 block 反向最先用到，用完就释放，不与前面的重算同时占内存
+    for layer, block in enumerate(model.h):
+        block.kept = layer >= len(model.h) - count
 
 
 def _nothing() -> tuple:
@@ -74,7 +95,7 @@ def saved_bytes(function, parameters: list[torch.Tensor]) -> int:
 
 
 def fit_budget(model, rows: int, budget_mib: int, context) -> None:
-    """Set model.kept_blocks to as many as budget_mib allows with micro-batches of `rows` rows of block_size tokens.
+    """Keep the activations of as many recomputed blocks as budget_mib allows with micro-batches of `rows` rows of block_size tokens.
 
     The inputs of the recomputed blocks count as well. `context` () wraps the forward pass, as in training.
     """
@@ -87,9 +108,10 @@ def fit_budget(model, rows: int, budget_mib: int, context) -> None:
     fixed = [*model.parameters(), *model.buffers(), *([] if visible is None else [visible])]
     was_training = model.training
     model.train()
+    keep_last(model, len(model.h))
     with context(), torch.enable_grad():
         whole = saved_bytes(lambda: model.h[0](x, rope, None, visible), fixed)
     model.train(was_training)
     inputs = x.nbytes
     spare = budget_mib * 2**20 - len(model.h) * inputs
-    model.kept_blocks = max(0, min(len(model.h), spare // max(1, whole - inputs)))
+    keep_last(model, max(0, min(len(model.h), spare // max(1, whole - inputs))))

@@ -13,6 +13,8 @@ from nanogpt.write.loading import Model
 MOST_TOKENS = 50_000
 # 一次前向的 token 数
 AT_ONCE = 8192
+# 一次算出的 logits
+CHUNK_BYTES = 2**28
 
 
 @torch.inference_mode()
@@ -38,7 +40,7 @@ def _logits(model: Model, data: DocumentData, limit: int | None) -> Iterator[tup
     rows = [start for start, _ in data.val_windows(T, limit)]
     batch = max(1, AT_ONCE // T)
     # 全部 logits 可能有几 GB：一次只算这么多个位置的
-    piece = max(1, network.loss_chunk_mib * 2**20 // (4 * V))
+    piece = max(1, CHUNK_BYTES // (4 * V))
     for first in range(0, len(rows), batch):
         starts = np.array(rows[first : first + batch])
         hidden = []

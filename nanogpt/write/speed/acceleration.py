@@ -7,6 +7,7 @@ import torch
 from nanogpt.base.language import say
 from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.precision import default_format
+from nanogpt.core.wrapping import mix_in
 from nanogpt.write.speed.cuda_graph import GraphStep
 from nanogpt.write.speed.int8 import quantize_model
 from nanogpt.write.speed.weight_layout import pack
@@ -29,8 +30,25 @@ def accelerate(model, precision: str, *, fast: bool = True):
     if fast and model.device.type == "cpu":
         install_cpu_step(model)
     elif fast:
-        model.fast_step = GraphStep(model)
+        install(model, GraphStep(model))
     return model
+
+
+class FastSteps:
+    """Put before a model's own class: up to fast_step.max_rows rows at once go through `fast_step`, unless it is None."""
+
+    fast_step = None
+
+    def next_logits(self, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        if self.fast_step is not None and len(idx) <= self.fast_step.max_rows:
+            return self.fast_step(idx, cache)
+        return super().next_logits(idx, cache)
+
+
+def install(model, step) -> None:
+    """Let a model decode through `step`, called as step(idx (B,), cache) -> logits (B, V)."""
+    mix_in(model, FastSteps)
+    model.fast_step = step
 
 
 def install_cpu_step(model) -> None:
@@ -41,7 +59,7 @@ def install_cpu_step(model) -> None:
         if fast_cpu.fits(model):
             if not fast_cpu.is_compiled():
                 say("compiling the fast decoder for this processor, once …")
-            model.fast_step = fast_cpu.FastStep(model)
+            install(model, fast_cpu.FastStep(model))
             # 编译或载入机器码就在这里做完，第一个字不必等
             with torch.inference_mode():
                 model.fast_step(torch.zeros(1, dtype=torch.long), KVCache(model, 1, 1))
