@@ -1,3 +1,6 @@
+# 写作的循环：每步给每行抽一个 id；行随时来去，各有各的上下文、采样器与种子
+# 一步的路：_next_logits（读还没读的，或所有行一起走一格）-> 引导 -> 采样器 -> 抽
+# 一行文字占模型的一条 lane；有引导的再占一条“影子”，只差没有标签
 """The decode loop: rows of ids in, one more id per row and step out."""
 
 from collections.abc import Sequence
@@ -24,17 +27,20 @@ class Row:
     labels: torch.Tensor
     """Ids (n,) that stand in front of whatever part of the text is read."""
     guidance: float
+    earlier: torch.Tensor
+    """Ids (n,) of the text that the model reads no more; the rest of it lies in the cache."""
 
 
 @dataclass(eq=False)
 class Lane:
     """One row of the model's batch and of the cache: what it reads of a text. The shadow of a guided text lacks the labels.
 
-    `unread` are ids that the model has not read yet, None once only the newest is left.
+    `unread` are ids that the model has not read yet, None once only the newest is left; the first `front` of them are no text.
     """
 
     row: Row
     unread: torch.Tensor | None
+    front: int
     shadow: bool = False
 
 
@@ -87,9 +93,6 @@ class Decoder:
         # 每条 lane 下一个要读的 id
         self.newest = torch.zeros(capacity, dtype=torch.long, device=self.device)
         self.uniforms = torch.zeros(capacity, UNIFORMS, device=self.device)
-        # 整篇文字（不只是上下文里的），按行靠左；只有惩罚重复的采样器才读它
-        self.history = torch.full((capacity, 64), -1, dtype=torch.long, device=self.device)
-        self.written = [0] * capacity
 
     @torch.inference_mode()
     def add(
@@ -110,27 +113,26 @@ class Decoder:
             self.uniforms[slot] = on_device(torch.rand(UNIFORMS, generator=randoms), self.device)
         else:
             torch.rand(count, generator=randoms)
-        row = Row(key, sampler, randoms, count, torch.tensor(list(labels), dtype=torch.long, device=self.device), float(guidance))
+        labels = torch.tensor(list(labels), dtype=torch.long, device=self.device)
+        row = Row(key, sampler, randoms, count, labels, float(guidance), ids[:0].to(self.device))
         self.rows.append(row)
         self._open_lanes(row, ids)
-        self._reserve_history(len(ids))
-        self.history[slot] = -1
-        self.history[slot, : len(ids)] = ids.to(self.device)
-        self.written[slot] = len(ids)
 
     def _open_lanes(self, row: Row, ids: torch.Tensor) -> None:
         """Where the model begins to read a text."""
+        start = 0
         if len(self.separator):
             # 一次只读一篇：与训练时一样，看不到分隔符之前的
             ends = (ids == self.separator).nonzero()
-            ids = ids[ends[-1, 0] + 1 :] if len(ends) else ids
+            start = int(ends[-1, 0]) + 1 if len(ends) else 0
         room = max(1, self.cache.max_length - len(row.labels))
         # 放不下的长文从中间读起，前面没有分隔符
-        opening = self.separator if len(self.separator) + len(ids) <= room else self.separator[:0]
-        opening, text = opening.to(self.device), ids[-room:].to(self.device)
-        lanes = [Lane(row, torch.cat((opening, row.labels, text)))]
+        opening = (self.separator if len(self.separator) + len(ids) - start <= room else self.separator[:0]).to(self.device)
+        start = max(start, len(ids) - room)
+        row.earlier, text = ids[:start].to(self.device), ids[start:].to(self.device)
+        lanes = [Lane(row, torch.cat((opening, row.labels, text)), len(opening) + len(row.labels))]
         if row.guidance != 1 and len(row.labels):
-            lanes.append(Lane(row, torch.cat((opening, text)), shadow=True))
+            lanes.append(Lane(row, torch.cat((opening, text)), len(opening), shadow=True))
         self._reserve_lanes(len(self.lanes) + len(lanes))
         self.lanes += lanes
         self.cache.lengths += [0] * len(lanes)
@@ -158,7 +160,6 @@ class Decoder:
         ids = drawn.clamp(min=0)
         self.likely = None if logprobs is None else Likely.of(logprobs, ids, self.top)
         self.newest[: len(self.lanes)] = ids if order is None else ids[order.owner]
-        self._note(ids)
         for row in self.rows:
             row.count += 1
         return drawn
@@ -180,9 +181,7 @@ class Decoder:
             self.lanes[slot] = self.lanes[-1]
             self.lanes.pop()
         slot, last = next(slot for slot, row in enumerate(self.rows) if row.key == key), len(self.rows) - 1
-        for tensor in (self.uniforms, self.history):
-            tensor[slot] = tensor[last]
-        self.written[slot] = self.written[last]
+        self.uniforms[slot] = self.uniforms[last]
         self.rows[slot] = self.rows[last]
         self.rows.pop()
         self._order_is_known = False
@@ -228,10 +227,13 @@ class Decoder:
             labels = lane.row.labels
             keep = max(1, min(self.cache.max_length // 2, self.cache.max_length - len(labels)))
             # 较新的一半，加上刚写出、还没读的那个
-            kept = torch.cat((self.cache.tokens[slot, self.cache.max_length - (keep - 1) :], self.newest[slot : slot + 1]))
+            text = self.cache.tokens[slot, lane.front :]
+            forgotten = len(text) - (keep - 1)
+            lane.row.earlier = torch.cat((lane.row.earlier, text[:forgotten]))
+            kept = torch.cat((text[forgotten:], self.newest[slot : slot + 1]))
             for own in self.lanes:
                 if own.row is lane.row:
-                    own.unread = kept if own.shadow else torch.cat((labels, kept))
+                    own.unread, own.front = (kept, 0) if own.shadow else (torch.cat((labels, kept)), len(labels))
 
     def _next_logits(self) -> torch.Tensor:
         """Logits (lanes, V) behind the newest id of every lane."""
@@ -286,34 +288,15 @@ class Decoder:
             return self.uniforms[:n, columns[0]]
         return self.uniforms[torch.arange(n, device=self.device), on_device(columns, self.device)]
 
-    # ---- 全文 ----
-
-    def _reserve_history(self, length: int) -> None:
-        if length > self.history.size(1):
-            # 成倍增长，搬动的总代价与长度成正比
-            longer = torch.full((self.capacity, max(length, 2 * self.history.size(1))), -1, dtype=torch.long, device=self.device)
-            longer[:, : self.history.size(1)] = self.history
-            self.history = longer
-
-    def _note(self, ids: torch.Tensor) -> None:
-        """Append the newest ids (rows,) to the history."""
-        n = len(ids)
-        written = self.written[:n]
-        self._reserve_history(max(written) + 1)
-        if len(set(written)) == 1:
-            self.history[:n, written[0]] = ids
-        else:
-            self.history[:n].scatter_(1, on_device(written, self.device)[:, None], ids[:, None])
-        for slot in range(n):
-            self.written[slot] += 1
-
     def _tokens(self) -> torch.Tensor:
         """Texts so far, (rows, T), the newest last, -1 before the start; T >= 1."""
-        n = len(self.rows)
-        written = self.written[:n]
-        longest = max(1, *written)
-        if min(written) == longest:
-            return self.history[:n, :longest]
-        # 靠左存、靠右读：每行的最后一个 token 都在最后一列
-        at = torch.arange(longest, device=self.device) - longest + on_device(written, self.device)[:, None]
-        return self.history[:n].gather(1, at.clamp(min=0)).masked_fill(at < 0, -1)
+        # 整篇文字，不只是上下文里的；只有惩罚重复的采样器才读它，平时不必另存一份
+        slots = {id(lane.row): slot for slot, lane in enumerate(self.lanes) if not lane.shadow}
+        texts = []
+        for row in self.rows:
+            slot = slots[id(row)]
+            read = self.cache.tokens[slot, self.lanes[slot].front : self.cache.lengths[slot]]
+            texts.append(torch.cat((row.earlier, read)) if len(row.earlier) else read)
+        # 每行的最后一个 token 都在最后一列
+        tokens = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=-1, padding_side="left")
+        return tokens if tokens.size(1) else tokens.new_full((len(texts), 1), -1)
