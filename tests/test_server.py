@@ -461,6 +461,10 @@ def test_addresses_and_methods(shared):
     assert status == 405 and headers["Allow"] == "POST" and json.loads(body)["error"]["code"] == "method"
     assert shared.post({"prompt": "a"}, {"Content-Type": "text/plain"})[0] == 415
     assert shared.post({"prompt": "a"}, path="/v1/models")[0] == 405
+    for path in ("/", "/health"):
+        connection, response = shared.send("HEAD", path)
+        assert response.status == 200 and response.read() == b""
+        connection.close()
 
 
 def test_a_sampler_of_the_users_own_has_its_own_settings_only(poet):

@@ -69,8 +69,8 @@ def create_app(worker: Worker, reader: Reader, announced: dict[str, Any]) -> Fas
     app.state.announced = model
     # 看护程序常用 HEAD 来问
     app.add_api_route("/", page, methods=["GET", "HEAD"], include_in_schema=False)
-    app.add_api_route("/health", health, methods=["HEAD"], include_in_schema=False)
     app.add_api_route("/health", health)
+    app.add_api_route("/health", health, methods=["HEAD"], include_in_schema=False)
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(check_token)] if reader.limits.token else [])
     v1.add_api_route("/models", models)
     v1.add_api_route("/models/{name:path}", one_model)
