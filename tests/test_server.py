@@ -632,6 +632,9 @@ def test_many_requests_at_once_are_all_answered(serve):
 ])
 def test_other_origins_and_rebound_names_are_refused(shared, headers, status):
     assert shared.get("/v1/models", headers)[0] == status
+    # 地址不在 /v1/ 下的，只看 Host 与 Origin：浏览器里的链接可以指向它们
+    for path in ("/", "/health", "/openapi.json"):
+        assert shared.get(path, headers)[0] == (200 if "Sec-Fetch-Site" in headers else status)
     assert shared.post({"prompt": "a", "max_tokens": 1}, headers)[0] == status
 
 

@@ -55,8 +55,8 @@ def create_app(worker: Worker, reader: Reader, announced: dict[str, Any]) -> Fas
     """The app; `announced` is what GET /v1/models tells about the one model."""
     app = FastAPI(
         title="nanogpt", version=__version__, dependencies=[Depends(check_source)],
-        # 它的说明网页要从 CDN 取脚本，末尾斜杠的转向会照抄请求里的 Host：都不要
-        docs_url=None, redoc_url=None, redirect_slashes=False,
+        # 没有 openapi_url 就没有它的说明网页，那些网页从 CDN 取脚本；末尾斜杠的转向会照抄请求里的 Host：也不要
+        openapi_url=None, redirect_slashes=False,
         responses={"default": {"model": Refusal, "description": "What is wrong, in OpenAI's form"}},
         exception_handlers={
             ConfigError: refuse, HTTPException: unrouted, ClientDisconnect: nobody, Exception: internal,
@@ -69,6 +69,7 @@ def create_app(worker: Worker, reader: Reader, announced: dict[str, Any]) -> Fas
     app.state.announced = model
     # 看护程序常用 HEAD 来问
     app.add_api_route("/", page, methods=["GET", "HEAD"], include_in_schema=False)
+    app.add_api_route("/openapi.json", description, include_in_schema=False)
     app.add_api_route("/health", health)
     app.add_api_route("/health", health, methods=["HEAD"], include_in_schema=False)
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(check_token)] if reader.limits.token else [])
@@ -157,6 +158,12 @@ async def check_token(request: Request, given: Bearer) -> None:
 async def page(request: Request) -> Response:
     """The page; it holds nothing secret and asks for the token itself."""
     return request.app.state.page
+
+
+async def description(request: Request) -> dict[str, Any]:
+    """The API's description for programs."""
+    # 不用 FastAPI 自带的那个地址：它不经过 check_source
+    return request.app.openapi()
 
 
 async def health(request: Request) -> dict[str, Any]:
