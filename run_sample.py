@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
+from nanogpt.base import run_names
 from nanogpt.base.cli import run_script
 from nanogpt.base.sample_config import SampleConfig, check_sample
-from nanogpt.run import rundir
 
 
 def checked(cfg: SampleConfig) -> Path | None:
@@ -13,7 +13,7 @@ def checked(cfg: SampleConfig) -> Path | None:
     check_sample(cfg)
     if cfg.init_from:
         return None
-    run_dir, cfg.checkpoint = rundir.locate(cfg.out_dir, key="out_dir"), rundir.checkpoint_in(cfg.out_dir, cfg.checkpoint, "best")
+    run_dir, cfg.checkpoint = run_names.locate(cfg.out_dir, key="out_dir"), run_names.checkpoint_in(cfg.out_dir, cfg.checkpoint, "best")
     return run_dir
 
 

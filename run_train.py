@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from nanogpt.base import run_names
 from nanogpt.base.cli import run_script
 from nanogpt.base.config import TrainConfig, check
 from nanogpt.run import rundir
@@ -10,12 +11,12 @@ from nanogpt.run import rundir
 def run_folder(cfg: TrainConfig) -> Path:
     """The folder to train in, after every check that takes no time: a mistake is answered before torch is imported."""
     if cfg.resume:
-        run_dir, cfg.checkpoint = rundir.locate(cfg.resume), rundir.checkpoint_in(cfg.resume, cfg.checkpoint, "last")
+        run_dir, cfg.checkpoint = run_names.locate(cfg.resume), run_names.checkpoint_in(cfg.resume, cfg.checkpoint, "last")
         return run_dir
     check(cfg)
-    if cfg.init_from and rundir.is_latest(cfg.init_from):
+    if cfg.init_from and run_names.is_latest(cfg.init_from):
         # 记下真正的目录：latest 马上就指向这一次了
-        cfg.init_from = str(rundir.locate(cfg.init_from, key="init_from"))
+        cfg.init_from = str(run_names.locate(cfg.init_from, key="init_from"))
     return rundir.choose(cfg)
 
 
@@ -35,7 +36,7 @@ def before_sweep(cfg: TrainConfig) -> Path | None:
 
 def main(cfg: TrainConfig, overrides: list[str]) -> float | None:
     if cfg.plan.lower() != "false":
-        from nanogpt.plan.command import run_plan
+        from nanogpt.plan.show import run_plan
 
         run_plan(cfg, overrides)
         return None
@@ -48,9 +49,32 @@ def main(cfg: TrainConfig, overrides: list[str]) -> float | None:
 
     from nanogpt.run.session import Session
 
-    session = Session.resume(cfg, overrides, run_dir) if cfg.resume else Session.new(cfg, run_dir, overrides)
+    session = Session.resume(cfg, overrides, run_dir, hooks()) if cfg.resume else Session.new(cfg, run_dir, overrides, hooks())
     session.run()
     return None
+
+
+def hooks():
+    """What a training asks of the rooms above it."""
+    from nanogpt.run.session import Hooks
+    from nanogpt.write.engine import write_sample
+
+    return Hooks(choose_batch=choose_batch, explain=explain, write_sample=write_sample)
+
+
+def choose_batch(*asked, **how) -> int:
+    """The micro-batch for batch_size=auto."""
+    # 试跑与预测都不小：要用时才导入
+    from nanogpt.sweep.auto_batch import choose
+
+    return choose(*asked, **how)
+
+
+def explain(*failed, **how) -> None:
+    """One screen about what did not fit and what to type instead."""
+    from nanogpt.plan import autopsy
+
+    autopsy.show(*failed, **how)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,8 @@ from nanogpt.core.kv_cache import KVCache  # noqa: E402
 from nanogpt.run.metrics import processor_name  # noqa: E402
 from nanogpt.weights.build import build_model, preset  # noqa: E402
 from nanogpt.write.speed import fast_cpu  # noqa: E402
-from nanogpt.write.speed.acceleration import install  # noqa: E402
+from nanogpt.write.speed.acceleration import install, pack  # noqa: E402
 from nanogpt.write.speed.int8 import quantize_model  # noqa: E402
-from nanogpt.write.speed.weight_layout import pack  # noqa: E402
 
 SHAPES = {
     "gpt2_124m": {"vocab_size": 50257},

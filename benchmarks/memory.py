@@ -32,8 +32,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from nanogpt.base.config import TrainConfig, check
+from nanogpt.base.errors import is_out_of_memory
 from nanogpt.base.files import write_text
-from nanogpt.base.out_of_memory import is_out_of_memory
 from nanogpt.base.sample_config import register_schemas
 from nanogpt.core import machine
 from nanogpt.core.precision import Precision

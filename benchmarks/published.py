@@ -21,7 +21,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from nanogpt import __version__
-from nanogpt.base.ram import GIB
+from nanogpt.base.hardware import GIB
 from nanogpt.base.sample_config import register_schemas
 from nanogpt.plan.plan import predict
 

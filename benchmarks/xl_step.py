@@ -26,7 +26,7 @@ RATES = {"adamw": 5e-5, "muon": 5e-4}
 
 def peak_gib() -> float:
     """Largest resident memory of this process so far."""
-    from nanogpt.base.ram import GIB
+    from nanogpt.base.hardware import GIB
     from nanogpt.run.metrics import peak_resident
 
     return peak_resident() / GIB

@@ -31,6 +31,9 @@ from nanogpt.data.corpus import build_char_tokenizer, write_dataset
 from nanogpt.weights.build import build_model
 from nanogpt.write.control import prefixes
 
+sys.path.append(str(ROOT))
+from run_train import hooks
+
 register_schemas()
 
 # 张量极小：多线程只有等待；机器忙时 OpenMP 的自旋会慢上百倍
@@ -220,7 +223,7 @@ def new_session(overrides, *more, out="outputs/run"):
     cfg = make_config(*overrides, *more)
     # 目录名不经 Hydra：同一组 overrides 只拼一次
     cfg.out_dir = str(out)
-    return Session.new(cfg, Path(out), [*overrides, *more])
+    return Session.new(cfg, Path(out), [*overrides, *more], hooks())
 
 
 def new_trainer(overrides, *more, out="outputs/run"):
@@ -240,7 +243,7 @@ def resume(out, *overrides):
     from nanogpt.run.session import Session
 
     typed = [f"resume={out}", *overrides]
-    return Session.resume(make_config(*typed, *remembered_groups(typed), checked=False), list(overrides), Path(out))
+    return Session.resume(make_config(*typed, *remembered_groups(typed), checked=False), list(overrides), Path(out), hooks())
 
 
 def resumed_trainer(out, *overrides):

@@ -12,10 +12,9 @@ from nanogpt.core.generate import Decoder
 from nanogpt.core.model import GPT, MLP
 from nanogpt.core.sampling import sampler
 from nanogpt.write.speed import acceleration
-from nanogpt.write.speed.acceleration import accelerate, install
+from nanogpt.write.speed.acceleration import PackedLinear, accelerate, install, pack
 from nanogpt.write.speed.cuda_graph import GraphStep
 from nanogpt.write.speed.int8 import Int8Embedding, Int8Linear, quantize
-from nanogpt.write.speed.weight_layout import PackedLinear, pack
 
 RECIPES = {
     "modern": {"ngrams": [2, 3], "ngram_buckets": 99}, "gpt2": GPT2_RECIPE, "gelu": {**GPT2_RECIPE, "activation": "gelu", "bias": False},

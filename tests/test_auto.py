@@ -2,15 +2,13 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import make_config
+from conftest import make_config, resume, train
 
 from nanogpt.base.console import Console
 from nanogpt.base.language import ConfigError
-from nanogpt.run.session import Session
 from nanogpt.sweep import auto_batch
 from nanogpt.sweep.trial import TrialResult
 
@@ -137,17 +135,13 @@ def test_contradictions_between_the_keys_are_one_line(overrides, message):
 
 def test_a_run_trains_with_what_auto_found_and_resumes_with_it(machine, tiny_overrides):
     overrides = [o for o in tiny_overrides if not o.startswith("batch_size")]
-    cfg = make_config(*overrides, "batch_size=auto", "global_batch_size=32", "out_dir=outputs/run")
-    trainer = Session.new(cfg, Path("outputs/run"))._build()
-    trainer.fit()
+    trainer = train(overrides, "batch_size=auto", "global_batch_size=32")
     assert trainer.micro_batch == 16 and trainer.local_rows == 32 and trainer.progress.samples_seen == 6 * 32
     # 记下的是找到的数，不是 auto
-    typed = ["resume=outputs/run", "max_iters=8"]
-    again = Session.resume(make_config(*typed, checked=False), typed[1:], Path("outputs/run"))
+    again = resume("outputs/run", "max_iters=8")
     assert again.cfg.batch_size == 16 and again.cfg.global_batch_size == 32 and len(machine) == 3
     again.lock.release()
     # 接着训时另写 auto：重新找，形状与数据都来自那次训练
-    typed = ["resume=outputs/run", "max_iters=8", "batch_size=auto", "global_batch_size=8"]
-    other = Session.resume(make_config(*typed, checked=False), typed[1:], Path("outputs/run"))
+    other = resume("outputs/run", "max_iters=8", "batch_size=auto", "global_batch_size=8")
     assert other.cfg.batch_size == 8
     assert machine[-1].resume is None and machine[-1].model.n_embd == 16 and machine[-1].dataset["dir"].endswith("data")

@@ -8,11 +8,10 @@ from conftest import make_config, new_session, new_trainer
 
 from nanogpt.base import language as messages
 from nanogpt.base.console import Console
+from nanogpt.base.errors import OutOfMemory
 from nanogpt.base.language import ConfigError
-from nanogpt.base.out_of_memory import OutOfMemory
 from nanogpt.core.model import GPT
 from nanogpt.plan import autopsy
-from nanogpt.run import trainer
 from nanogpt.weights import checkpoint
 
 CUDA_SAYS = (
@@ -125,9 +124,9 @@ def test_out_of_memory_in_the_evaluation_of_one_row_is_said(in_tmp, tiny_overrid
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError(CUDA_SAYS), ConfigError("sample_oom"), MemoryError()])
-def test_a_sample_without_memory_is_left_out_and_training_goes_on(in_tmp, tiny_overrides, capsys, monkeypatch, error):
-    monkeypatch.setattr(trainer, "write_sample", raising(error))
+def test_a_sample_without_memory_is_left_out_and_training_goes_on(in_tmp, tiny_overrides, capsys, error):
     run = new_trainer(tiny_overrides)
+    run.write_sample = raising(error)
     assert run.fit()["stopped_by"] == "finished" and "not enough memory to write a sample" in capsys.readouterr().out
 
 

@@ -15,7 +15,8 @@ from nanogpt.base.files import sha256
 from nanogpt.base.hashed_json import DamagedError
 from nanogpt.base.language import ConfigError
 from nanogpt.base.saved_config import read_saved
-from nanogpt.weights import checkpoint, state_json, tensor_file
+from nanogpt.weights import checkpoint
+from nanogpt.weights import tensors as tensor_files
 from nanogpt.weights.build import build_model, model_of
 from nanogpt.weights.foreign_files import read_safetensors
 
@@ -161,14 +162,14 @@ def test_code_in_a_state_file_is_never_run(tmp_path, saver):
 def test_any_nested_state_comes_back_and_nothing_else_is_taken():
     state = {"a": [1, 2.5, None, True, "x"], 3: (torch.zeros(0), torch.tensor(1.0, dtype=torch.bfloat16)), "n": math.nan, "i": [-math.inf, {}]}
     tensors = {}
-    back = state_json.restore(json.loads(json.dumps(state_json.flatten(state, tensors), allow_nan=False)), tensors)
+    back = tensor_files.restore(json.loads(json.dumps(tensor_files.flatten(state, tensors), allow_nan=False)), tensors)
     assert back["a"] == state["a"] and math.isnan(back["n"]) and back["i"] == state["i"] and isinstance(back[3], tuple)
     assert back[3][0].shape == (0,) and torch.equal(back[3][1], state[3][1]) and back[3][1].dtype == torch.bfloat16
     with pytest.raises(TypeError, match="a set cannot be saved"):
-        state_json.flatten({"x": {1}}, {})
+        tensor_files.flatten({"x": {1}}, {})
     for node in ({"call": 1}, {"tensor": "9"}, {"float": "1e9"}, {}, {"dict": [[1]]}):
         with pytest.raises((ValueError, KeyError)):
-            state_json.restore(node, {})
+            tensor_files.restore(node, {})
 
 
 def test_tensor_files_are_what_the_library_reads_and_their_hash_is_the_files(tmp_path):
@@ -177,10 +178,10 @@ def test_tensor_files_are_what_the_library_reads_and_their_hash_is_the_files(tmp
         "half": torch.randn(7).half(), "b16": torch.randn(2, 2).bfloat16(), "码": torch.arange(5, dtype=torch.uint8), "view": torch.randn(9)[::2],
     }
     path = tmp_path / "x.safetensors"
-    assert tensor_file.write_tensors(path, tensors) == sha256(path)
+    assert tensor_files.write_tensors(path, tensors) == sha256(path)
     read = load_file(path)
     assert read.keys() == tensors.keys() and all(torch.equal(read[k], v) and read[k].dtype == v.dtype for k, v in tensors.items())
-    assert tensor_file.shapes_in(path) == {name: tuple(t.shape) for name, t in tensors.items()}
+    assert tensor_files.shapes_in(path) == {name: tuple(t.shape) for name, t in tensors.items()}
 
 
 @pytest.mark.parametrize("version", [7, 0, -1, 1.5, True, None, "2", [2]])

@@ -23,8 +23,9 @@ from nanogpt.weights.huggingface import export, open_pretrained
 from nanogpt.write import engine
 from nanogpt.write.commands import Session
 from nanogpt.write.control import build_control, prefixes
-from nanogpt.write.engine import Request, Writer, write_sample
+from nanogpt.write.engine import Writer, write_sample
 from nanogpt.write.loading import Model, Settings
+from nanogpt.write.request import Request
 from nanogpt.write.samples import write_samples
 from nanogpt.write.terminal import from_a_pipe, toolbar
 

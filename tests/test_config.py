@@ -7,7 +7,7 @@ import string
 import pytest
 from conftest import TINY, make_config, make_sample_config, shipped_options
 
-from nanogpt.base import language
+from nanogpt.base import language, parts
 from nanogpt.base.cli import with_integers
 from nanogpt.base.composing import OTHER_NAMES, guess_of, known_keys
 from nanogpt.base.config import CHOICES, RANGES, ROOT, TRUSTED_TARGETS, TrainConfig, check, lookup, untrusted_targets
@@ -28,7 +28,7 @@ OPTIONS = [(group, option) for group, options in GROUPS.items() for option in op
 def test_every_yaml_composes_and_passes_the_checks(group, option):
     cfg = make_config(f"{group}={option}")
     for name, node in {"optimizer": cfg.optimizer, **{f"logger.{k}": v for k, v in cfg.logger.items()}}.items():
-        assert callable(build.locate_class(node["_target_"], name))
+        assert callable(parts.locate_class(node["_target_"], name))
 
 
 @pytest.mark.parametrize(("group", "option"), SAMPLE_OPTIONS)
@@ -42,7 +42,7 @@ def test_every_optimizer_yaml_is_built(optimizer):
     cfg = make_config(f"optimizer={optimizer}", *TINY)
     cfg.model.vocab_size = 11
     model = build.build_model(cfg.model, 0)
-    built = build.build_part(cfg.optimizer, "optimizer", model)
+    built = parts.build_part(cfg.optimizer, "optimizer", model)
     in_groups = [p for g in built.param_groups for p in g["params"]]
     assert len(in_groups) == len({id(p) for p in in_groups}) == len(list(model.parameters()))
 
@@ -50,7 +50,7 @@ def test_every_optimizer_yaml_is_built(optimizer):
 @pytest.mark.parametrize("logger", [name for name in GROUPS["logger"] if name not in ("none", "jsonl")])
 def test_every_logger_yaml_is_built(logger):
     cfg = make_config(f"logger={logger}")
-    assert [build.build_part(node, name) for name, node in cfg.logger.items()]
+    assert [parts.build_part(node, name) for name, node in cfg.logger.items()]
 
 
 def test_presets_have_the_promised_shapes():

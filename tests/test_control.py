@@ -16,8 +16,9 @@ from nanogpt.data import tokenizer
 from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer
 from nanogpt.write.control import build_control, language_of, prefix, read_form, words
 from nanogpt.write.control.words import word_bias
-from nanogpt.write.engine import Request, Writer
+from nanogpt.write.engine import Writer
 from nanogpt.write.loading import Model, Settings
+from nanogpt.write.request import Request
 from nanogpt.write.samples import write_samples
 
 LETTERS = "\n !',.:|ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-"

@@ -13,9 +13,8 @@ from nanogpt.base.config import ModelConfig
 from nanogpt.base.language import ConfigError
 from nanogpt.core.loss import chunked_cross_entropy
 from nanogpt.data import tokenizer as tokenizers
-from nanogpt.data.bins import pack
 from nanogpt.data.corpus import build_char_tokenizer
-from nanogpt.data.documents import Document, open_data, write_documents
+from nanogpt.data.documents import Document, open_data, pack, write_documents
 from nanogpt.data.labels import with_labels
 from nanogpt.data.tokenizer import GPT2_PATTERN, BPETokenizer, ByteTokenizer, CharTokenizer
 from nanogpt.data.tokens import TokenData, copy_dataset

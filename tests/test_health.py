@@ -9,17 +9,16 @@ import torch
 from conftest import new_trainer, resumed_trainer, tiny_model_config
 
 from nanogpt.base import language as messages
-from nanogpt.base.errors import explained
+from nanogpt.base.errors import OutOfMemory, explained
 from nanogpt.base.language import ConfigError
-from nanogpt.base.out_of_memory import OutOfMemory
 from nanogpt.core.loss import chunked_cross_entropy
 from nanogpt.core.precision import settle_scale
 from nanogpt.run import health
-from nanogpt.run import trainer as trainers
-from nanogpt.run.health import Diverged, Health, broken_tensor, first_not_finite
+from nanogpt.run.health import Diverged, Health, broken_tensor
 from nanogpt.sweep.child import verdict_of
 from nanogpt.weights import checkpoint
 from nanogpt.weights.build import build_model
+from nanogpt.weights.tensors import first_not_finite
 
 
 def optimizer_with(**state):
@@ -156,12 +155,13 @@ def test_a_checkpoint_between_two_evaluations_is_never_the_best(in_tmp, tiny_ove
     assert [(c.iteration, c.val_loss is not None) for c in found] == [(2, False), (4, True), (6, False), (8, True)]
 
 
-def test_a_sample_of_logits_that_are_not_finite_is_left_out(in_tmp, tiny_overrides, capsys, monkeypatch):
+def test_a_sample_of_logits_that_are_not_finite_is_left_out(in_tmp, tiny_overrides, capsys):
     def fail(*_, **__):
         raise ConfigError("nonfinite_logits")
 
-    monkeypatch.setattr(trainers, "write_sample", fail)
-    assert new_trainer(tiny_overrides).fit()["stopped_by"] == "finished" and "no sample is written" in capsys.readouterr().out
+    trainer = new_trainer(tiny_overrides)
+    trainer.write_sample = fail
+    assert trainer.fit()["stopped_by"] == "finished" and "no sample is written" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

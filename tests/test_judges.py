@@ -13,10 +13,9 @@ from nanogpt.base.language import ConfigError
 from nanogpt.data.corpus import build_char_tokenizer
 from nanogpt.data.documents import Document, DocumentData, write_documents
 from nanogpt.write.judge import judges, measures
-from nanogpt.write.judge.evaluate import judged
+from nanogpt.write.judge.evaluate import guided_perplexity, judged
 from nanogpt.write.judge.judges import FormJudge, TextJudge, Verdict, build_judge, form_of, lengths, problem, segments
 from nanogpt.write.judge.measures import Seen, distinct, mean_share, share, wilson
-from nanogpt.write.judge.perplexity import guided_perplexity
 from nanogpt.write.loading import Model
 
 QUATRAIN = "春眠不觉晓，处处闻啼鸟。\n夜来风雨声，花落知多少？"

@@ -10,9 +10,9 @@ import torch
 from conftest import GPT2_RECIPE, make_config, tiny_model_config
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanogpt.base.cards import cards, known_card, peak_tflops_of, reference
 from nanogpt.base.config import FinetuneConfig, HardwareConfig
-from nanogpt.base.out_of_memory import is_out_of_memory
+from nanogpt.base.errors import is_out_of_memory
+from nanogpt.base.hardware import cards, known_card, peak_tflops_of, reference
 from nanogpt.core.machine import cap_allocator
 from nanogpt.core.memory.lora import add_adapters
 from nanogpt.core.precision import Precision, default_format

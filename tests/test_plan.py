@@ -8,16 +8,15 @@ from conftest import make_config
 from rich.cells import cell_len
 from typed import typed
 
-from nanogpt.base import language, ram
+from nanogpt.base import hardware, language
+from nanogpt.base.hardware import GIB, allocator_cap
 from nanogpt.base.language import ConfigError
-from nanogpt.base.ram import GIB
-from nanogpt.core.memory_budget import allocator_cap, target_of
 from nanogpt.plan import advice, filled_config, matrix
 from nanogpt.plan.allocator import replay
-from nanogpt.plan.command import run_plan
+from nanogpt.plan.budget import budget_for
 from nanogpt.plan.plan import TIGHT, Planner, predict, with_workspace
 from nanogpt.plan.roofline import rates_of, step_seconds
-from nanogpt.plan.show import duration, table
+from nanogpt.plan.show import duration, run_plan, table
 
 SMALL = (
     "model.n_layer=1", "model.n_head=2", "model.n_embd=64", "model.block_size=64", "model.vocab_size=300", "model.ngrams=[]", "precision=bf16",
@@ -64,7 +63,7 @@ def test_fits_means_that_the_replay_succeeds_under_the_capacity(plan):
 
 def test_the_allocators_cap_is_the_capacity_of_the_plan():
     cfg = small()
-    assert target_of(cfg).capacity == allocator_cap(cfg.hardware) == int((7.7 - 0.4 - 0.4) * GIB)
+    assert budget_for(cfg).capacity == allocator_cap(cfg.hardware) == int((7.7 - 0.4 - 0.4) * GIB)
     assert allocator_cap(make_config().hardware) is None
     with pytest.raises(ConfigError, match="hardware.vram_gib=0.5"):
         allocator_cap(make_config("hardware=rtx3060_8gb", "hardware.vram_gib=0.5").hardware)
@@ -74,7 +73,7 @@ def test_the_allocators_cap_is_the_capacity_of_the_plan():
     (("hardware=cpu",), "cpu"), (("hardware=rtx3060_12gb", "device=cpu"), "cpu"), (("hardware=rtx3060_12gb",), "cuda"), (("hardware.vram_gib=8",), "cuda"),
 ])
 def test_the_stated_hardware_decides_what_is_planned_for(overrides, kind):
-    assert target_of(make_config(*overrides)).device_type == kind
+    assert budget_for(make_config(*overrides)).device_type == kind
 
 
 def test_a_cpu_is_planned_with_its_ram():
@@ -192,13 +191,13 @@ def test_durations_are_short():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="cgroups")
 def test_a_container_that_allows_less_than_the_machine_has_is_planned_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(ram, "CGROUP", tmp_path)
+    monkeypatch.setattr(hardware, "CGROUP", tmp_path)
     cpu = small("hardware=cpu", "device=cpu")
     for name, content in (("memory.max", "max\n"), ("memory.current", f"{GIB}\n"), ("memory.stat", f"anon 5\ninactive_file {GIB // 2}\n")):
         (tmp_path / name).write_text(content, encoding="ascii")
-    most = target_of(cpu).capacity
+    most = budget_for(cpu).capacity
     (tmp_path / "memory.max").write_text(f"{GIB + GIB // 4}\n", encoding="ascii")
     # 读过的文件还留在内存里：内核随时可以让出来
-    assert target_of(cpu).capacity == GIB * 3 // 4 < most
+    assert budget_for(cpu).capacity == GIB * 3 // 4 < most
     (tmp_path / "memory.stat").unlink()
-    assert target_of(cpu).capacity == GIB // 4
+    assert budget_for(cpu).capacity == GIB // 4

@@ -14,10 +14,8 @@ from conftest import composed, make_config
 from nanogpt.base import language as messages
 from nanogpt.base.config import check
 from nanogpt.sweep.chart import figure, loss_chart, memory_chart, save, svg
-from nanogpt.sweep.ranking import best_of, names, pareto, ranked
-from nanogpt.sweep.recipe import command, recipe
-from nanogpt.sweep.report import page, print_table, write_report
-from nanogpt.sweep.result import TrialResult
+from nanogpt.sweep.report import command, page, print_table, recipe, write_report
+from nanogpt.sweep.result import TrialResult, best_of, names, pareto, ranked
 
 NASTY = "<script>alert('x')</script> & \"quotes\" [/b]"
 

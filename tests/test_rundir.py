@@ -13,7 +13,7 @@ import pytest
 from conftest import make_config, new_session, new_trainer, resume, resumed_trainer, train
 from test_trainer import records, weights
 
-from nanogpt.base import console, files
+from nanogpt.base import console, files, run_names
 from nanogpt.base.config import ROOT
 from nanogpt.base.language import ConfigError
 from nanogpt.base.lock import Lock, only_one, remove_stale
@@ -184,18 +184,18 @@ def test_a_run_without_checkpoint_and_record_begins_again_and_has_one_way_out(in
 
 
 def test_a_run_is_named_by_its_folder_by_what_is_in_it_and_by_latest(own_run):
-    rundir.remember(Path("outputs/run"))
+    run_names.remember(Path("outputs/run"))
     for named, which in (
-        ("outputs/run", "last"), ("outputs/run/ckpt", "last"), ("latest", "last"), ("outputs/latest", "last"), (str(rundir.LATEST.absolute()), "last"),
+        ("outputs/run", "last"), ("outputs/run/ckpt", "last"), ("latest", "last"), ("outputs/latest", "last"), (str(run_names.LATEST.absolute()), "last"),
         ("outputs/run/ckpt/iter_00000003", "iter_00000003"), ("outputs/run/ckpt/iter_00000003/", "iter_00000003"),
     ):
-        assert rundir.names_run(named) and rundir.locate(named).absolute() == Path("outputs/run").absolute(), named
-        assert rundir.checkpoint_in(named, None, "last") == which
-    assert rundir.checkpoint_in("outputs/run", "best", "last") == "best"
+        assert run_names.names_run(named) and run_names.locate(named).absolute() == Path("outputs/run").absolute(), named
+        assert run_names.checkpoint_in(named, None, "last") == which
+    assert run_names.checkpoint_in("outputs/run", "best", "last") == "best"
     with pytest.raises(ConfigError, match="checkpoint=best is not the checkpoint outputs/run/ckpt/iter_00000003"):
-        rundir.checkpoint_in("outputs/run/ckpt/iter_00000003", "best", "last")
+        run_names.checkpoint_in("outputs/run/ckpt/iter_00000003", "best", "last")
     with contextlib.chdir("outputs/run/ckpt"):
-        assert rundir.locate("iter_00000003") == own_run / "outputs/run"
+        assert run_names.locate("iter_00000003") == own_run / "outputs/run"
 
 
 def test_groups_and_recipes_of_ones_own_folder_are_read_on_resume_and_for_fine_tuning(own_run, monkeypatch):
@@ -243,9 +243,9 @@ def test_latest_that_says_nothing_useful_is_one_line(in_tmp):
     # 空的名字就是当前文件夹：它恰好是训练目录，也不是 latest 的意思
     Path("ckpt").mkdir()
     for content in (b"", b"\0" * 40, b"\xff\xfe", b"nowhere\n"):
-        rundir.LATEST.write_bytes(content)
+        run_names.LATEST.write_bytes(content)
         with pytest.raises(ConfigError, match="there is no checkpoint in it"):
-            rundir.locate("latest")
+            run_names.locate("latest")
 
 
 def test_leftovers_of_killed_starts_do_not_keep_anyone_out(in_tmp, tiny_overrides):
@@ -293,7 +293,7 @@ def test_a_data_set_that_cannot_be_written_is_one_line_and_leaves_nothing(in_tmp
     assert not (in_tmp / "made").exists()
 
 
-@pytest.mark.parametrize("target", [(rundir, "write_sealed"), (rundir, "remember"), (loggers.JsonlLogger, "open")])
+@pytest.mark.parametrize("target", [(run_names, "write_sealed"), (run_names, "remember"), (loggers.JsonlLogger, "open")])
 def test_a_run_that_cannot_begin_leaves_nothing(in_tmp, tiny_overrides, monkeypatch, target):
     monkeypatch.setattr(*target, fail)
     with pytest.raises(ConfigError, match=r"out_dir=outputs/run cannot be written .*No space left"):
@@ -314,7 +314,7 @@ def test_a_run_whose_logger_refuses_leaves_nothing_and_a_resumed_one_as_it_was(o
     monkeypatch.setattr(loggers.TensorBoardLogger, "open", refuse)
     others = [o for o in tiny_overrides if o != "logger=none"]
     kept = {path.name for path in Path("outputs/run/ckpt").iterdir()}
-    latest = rundir.LATEST.read_text(encoding="utf-8")
+    latest = run_names.LATEST.read_text(encoding="utf-8")
     older = ("checkpoint=iter_00000003", "max_iters=9")
     for attempt in (
         lambda: new_session(others, "logger=tensorboard", out="a/b/c"),
@@ -323,7 +323,7 @@ def test_a_run_whose_logger_refuses_leaves_nothing_and_a_resumed_one_as_it_was(o
         with pytest.raises(ConfigError, match=r"TensorBoardLogger refuses to begin \(RuntimeError: no key here\); .*=none"):
             attempt().run()
     assert not Path("a").exists() and {path.name for path in Path("outputs/run/ckpt").iterdir()} == kept
-    assert rundir.LATEST.read_text(encoding="utf-8") == latest
+    assert run_names.LATEST.read_text(encoding="utf-8") == latest
     assert resumed_trainer("outputs/run", "max_iters=7").fit()["iters"] == 7
 
 

@@ -20,7 +20,7 @@ from nanogpt.base.console import Console
 from nanogpt.base.language import ConfigError
 from nanogpt.weights import pretrained
 from nanogpt.write import loading, samples
-from nanogpt.write.engine import Piece, Request, Result
+from nanogpt.write.request import Piece, Request, Result
 
 
 def finished(key, text):

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from test_writing import sample
 from typed import typed
 
-from nanogpt.run.sweep_folder import SweepFolder, tidy_latest
+from nanogpt.base.sweep_folder import SweepFolder, tidy_latest
 
 REFUSED = ("-m", "dataset=text_file", "dataset.path=nope.txt", "logger=none", "lang=en")
 

@@ -12,7 +12,7 @@ from nanogpt.core import kernels
 from nanogpt.core.memory import lean_optimizers, lowbit
 from nanogpt.core.model import GPT
 from nanogpt.core.precision import Precision
-from nanogpt.plan.estimate import Estimate
+from nanogpt.plan.plan import Estimate
 from nanogpt.plan.trace import Shape, trace
 from nanogpt.weights.build import build_model, build_step
 

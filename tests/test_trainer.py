@@ -419,6 +419,6 @@ def test_a_sample_that_cannot_be_written_never_ends_a_training(in_tmp, tiny_over
     def broken(*_, **__):
         raise KeyError("a bug")
 
-    monkeypatch.setattr("nanogpt.run.trainer.write_sample", broken)
+    monkeypatch.setattr("nanogpt.write.engine.write_sample", broken)
     trainer = train(tiny_overrides, "max_iters=3", "eval_interval=1", "sample_tokens=3")
     assert trainer.progress.iteration == 3 and "iter 1: the sample could not be written (KeyError: 'a bug')" in capsys.readouterr().out

@@ -11,7 +11,8 @@ from nanogpt.core.sampling import sampler
 from nanogpt.data.labels import with_labels
 from nanogpt.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 from nanogpt.write import engine
-from nanogpt.write.engine import Request, Writer, default_prompt, encode_prompt, longest_beginning, write_sample
+from nanogpt.write.engine import Writer, longest_beginning, write_sample
+from nanogpt.write.request import Piece, Request, default_prompt, encode_prompt
 
 GREEDY = sampler(temperature=0.0)
 TOKENIZER = CharTokenizer("abcdefghijk")
@@ -222,7 +223,7 @@ def test_a_sample_leaves_the_training_state_as_it_was(model):
 def test_results_count_tokens_and_seconds(model):
     result = [p.result for p in Writer(model, TOKENIZER).write([Request("abc", GREEDY, 8, seed=0)])][-1]
     assert (result.tokens, result.prompt_tokens, result.finish) == (8, 3, "length") and 0 < result.seconds_to_first_token <= result.seconds
-    assert engine.Piece(0, "a", "b").result is None
+    assert Piece(0, "a", "b").result is None
 
 
 # ---- 成篇的模型 ----

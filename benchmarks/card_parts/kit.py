@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 
 # 先 nanogpt 后 torch：它可能要在 torch 读环境变量之前设好分配器
 from nanogpt.base.config import ROOT, TrainConfig, check  # isort: skip
-from nanogpt.base.out_of_memory import is_out_of_memory
+from nanogpt.base.errors import is_out_of_memory
 from nanogpt.base.sample_config import SampleConfig, check_sample, register_schemas
 from nanogpt.data.corpus import write_dataset
 from nanogpt.data.documents import Document, write_documents

@@ -12,7 +12,7 @@ from card_parts.kit import GIB, Case, Lab, profile
 from safetensors.torch import load_file
 
 from nanogpt.base.config import TrainConfig
-from nanogpt.base.out_of_memory import OutOfMemory
+from nanogpt.base.errors import OutOfMemory
 from nanogpt.run.session import Session
 from nanogpt.weights import checkpoint
 

@@ -10,14 +10,14 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from nanogpt.base.config import check_range
+from nanogpt.base.config import RECORD_SUFFIXES, check_range
+from nanogpt.base.hardware import free_ram
 from nanogpt.base.language import ConfigError, say
 from nanogpt.base.language import text as translated
-from nanogpt.base.ram import free_ram
 from nanogpt.data.corpus import check_tokenizer, tokenizer_for
 from nanogpt.data.documents import Document, label_names, write_documents
 from nanogpt.data.labels import LABEL_KINDS
-from nanogpt.data.source_text import HALF, RECORD_SUFFIXES, check_encoding, iter_text, own_source, resolved, text_files, unchanged
+from nanogpt.data.source_text import HALF, check_encoding, iter_text, own_source, resolved, text_files, unchanged
 from nanogpt.data.splitting import split_documents
 from nanogpt.data.tokenizer import Tokenizer
 

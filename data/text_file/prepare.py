@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from nanogpt.base.config import RECORD_SUFFIXES
 from nanogpt.base.language import ConfigError
 from nanogpt.data.corpus import check_tokenizer, split_by_length, tokenizer_for, write_tagged
-from nanogpt.data.source_text import RECORD_SUFFIXES, check_encoding, iter_text, own_source, resolved, text_files, unchanged
+from nanogpt.data.source_text import check_encoding, iter_text, own_source, resolved, text_files, unchanged
 from nanogpt.data.tokenizer import CharTokenizer, Tokenizer
 
 # 一个输入加一个目标：再少就没有可学、可验证的

@@ -17,17 +17,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from nanogpt.base import run_names
 from nanogpt.base.composing import SCHEMAS, check_whole, composing, one_line, refuse_unknown_hydra_keys
-from nanogpt.base.config import PATH_KEYS, ROOT, TEXT_KEYS, TrainConfig
+from nanogpt.base.config import PATH_KEYS, RECORD_SUFFIXES, ROOT, TEXT_KEYS, TrainConfig
 from nanogpt.base.errors import EXIT_USER_ERROR, explained, forgive_output, leave_quietly, one_line_each
 from nanogpt.base.language import ConfigError, language_from_arguments, say, set_language, text
 from nanogpt.base.quoting import QUOTED, override, quoted, typed_override, word
 from nanogpt.base.sample_config import SampleConfig, register_schemas
+from nanogpt.base.sweep_folder import tidy_latest
 from nanogpt.base.user_yaml import checked_yaml, group_options, is_group
 from nanogpt.base.value_checks import check_values, expanded, in_digits, wanted_type
-from nanogpt.data.source_text import RECORD_SUFFIXES
-from nanogpt.run import rundir
-from nanogpt.run.sweep_folder import tidy_latest
 
 # 写得出整数的浮点数；1e-3、1.5e3 里未必是整数，换算时再看
 EXPONENT = r"(?<![\w.])[+-]?\d[\d_]*(?:\.\d*)?[eE]\+?\d{1,3}(?![\w.])"
@@ -48,7 +47,7 @@ def remembered_groups(arguments: list[str]) -> list[str]:
     if not named or named[-1] in ("null", ""):
         return []
     try:
-        saved = yaml.safe_load((rundir.locate(named[-1]) / "config.yaml").read_text(encoding="utf-8"))["groups"]
+        saved = yaml.safe_load((run_names.locate(named[-1]) / "config.yaml").read_text(encoding="utf-8"))["groups"]
         typed = {a.split("=")[0] for a in arguments}
         # 只认自己的 yaml 里确实有的选项：运行目录可能来自陌生人
         return [f"{g}={saved[g]}" for g in SWAPPABLE if g not in typed and saved[g] in group_options(g)]

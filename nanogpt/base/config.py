@@ -238,6 +238,8 @@ PATH_KEYS = (
     "out_dir", "resume", "init_from", "dataset.path", "dataset.dir", "dataset.source", "prompts", "output", "hydra.sweep.dir",
 )
 TEXT_KEYS = ("sample_prompt", "start", "control.style", "control.emotion")
+# 这些后缀的 dataset.path 是一条条记录，不是连着的文字
+RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 
 CHOICES = {
     "lang": ("auto", "zh", "en"),

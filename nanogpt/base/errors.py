@@ -1,9 +1,16 @@
-"""What stops a program from outside of its own checks - the system, the memory, the keyboard - as one line and an exit code."""
+# 自己的检查之外还有三种结局：系统不肯、内存不够、人按了 Ctrl-C；都要变成一行话和一个退出码
+# 内存不足各库说法不一，认出来才能减半重来；这里不导入 torch，查配置的命令不必等它
+"""What stops a program from outside of its own checks - the system, the memory, the keyboard - as one line and an exit code.
+
+Also how errors of memory are recognised, whichever library raised them.
+"""
 
 import argparse
 import contextlib
 import errno
+import gc
 import os
+import re
 import sys
 from collections.abc import Iterator
 
@@ -50,8 +57,6 @@ def explained(error: BaseException) -> ConfigError | None:
         )
     # 没有导入 torch，就不会是它的错
     if "torch" in sys.modules:
-        from nanogpt.base.out_of_memory import is_out_of_memory
-
         if is_out_of_memory(error):
             return ConfigError(
                 "out of memory ({reason}); choose a smaller model, batch_size or text, or close other programs",
@@ -101,3 +106,86 @@ def one_line_each() -> Iterator[None]:
         if (line := explained(error)) is None:
             raise
         leave(line)
+
+
+# ---- 内存不足 ----
+
+
+# 各库的说法不同，都不分大小写；说法取自各库的源码与报错记录
+PHRASES = (
+    # CUDA、HIP、XPU、MPS 的分配器与驱动：CUDA out of memory、CUDA_ERROR_OUT_OF_MEMORY、UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY
+    r"out[ _]of[ _]((device|host|gpu|system|pinned)[ _])?memory",
+    # hipErrorOutOfMemory、kIOGPUCommandBufferCallbackErrorOutOfMemory、cudaErrorMemoryAllocation
+    r"outofmemory|errormemoryallocation",
+    # Linux 与 Windows 的 CPU 分配器、oneMKL、页面文件
+    r"(not enough|insufficient) memory|paging file is too small",
+    r"(can'?t|cannot|could not|failed to|unable to) alloc(ate)? ((\w+ ){0,3}memory\b|[\d.]+ ?([kmgt]i?)?b)",
+    # std::bad_alloc；MSVC 写作 bad allocation
+    r"bad[_ ]alloc",
+    # cuBLAS、cuBLASLt、cuDNN、cuSOLVER、cuSPARSE、cuFFT、cuRAND、hipBLAS、MIOpen、OpenCL
+    r"_alloc(ation)?_fail(ed|ure)|statusallocfailed|rocblas_status_memory_error",
+    # 显存满时这些库连句柄都建不出来，却只说没有初始化
+    r"status_(not_initialized|internal_error)\b.*\b(cu|hip|roc)(blas|blaslt|solver|solverdn|sparse|rand)_?create",
+    r"cudnn_status_not_initialized",
+    # 要报显存不足时连显存用量也查不到：MIG、Jetson 上常见
+    r"nvml_success == r internal assert failed",
+    # NCCL 与 RCCL 自己的缓冲
+    r"failed to cuda (\w+ )?[cm]?alloc",
+    r"(ur_result|pi|ze_result|hsa_status)_error_out_of_resources",
+    # MPS：一块缓冲就超过了上限
+    r"invalid buffer size: ",
+)
+SAYS = re.compile("|".join(PHRASES), re.IGNORECASE)
+# Windows：ERROR_NOT_ENOUGH_MEMORY、ERROR_OUTOFMEMORY、ERROR_COMMITMENT_LIMIT；文字随系统语言变，只认编号
+WINDOWS_CODES = (8, 14, 1455)
+
+# 在哪里发生的 -> 屏幕上的说法
+PHASES = {
+    "forward": "oom_in_forward", "sum": "oom_in_sum", "update": "oom_in_update", "evaluation": "oom_in_evaluation", "training": "oom_in_training",
+}
+
+
+def says_out_of_memory(words: str) -> bool:
+    """Whether these words of some library mean that memory ran out."""
+    return SAYS.search(words) is not None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for torch.OutOfMemoryError, MemoryError, and RuntimeErrors and OSErrors that say the same."""
+    # 没有导入过 torch，就不会是它的错误；试跑的父进程不必为此等它
+    known = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
+    if isinstance(error, (MemoryError, known)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM or getattr(error, "winerror", None) in WINDOWS_CODES
+    return isinstance(error, RuntimeError) and says_out_of_memory(str(error))
+
+
+def release(device) -> None:
+    """Give back what a failed attempt has left: cycles first, then the allocator's cache; call it outside of `except`."""
+    import torch
+
+    # 重算与 hook 会连成环，等垃圾回收才放开张量
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+class OutOfMemory(ConfigError):  # noqa: N818 - 与 torch.OutOfMemoryError 区分
+    """A part of training that cannot be divided further does not fit; `detail` is what the library said."""
+
+    def __init__(self, phase: str, *, rows: int, detail: str):
+        """phase: one of PHASES."""
+        super().__init__("oom_final", phase=text(PHASES[phase]), rows=rows)
+        self.phase, self.rows, self.detail = phase, rows, detail
+
+
+@contextlib.contextmanager
+def not_divisible(phase: str, *, rows: int) -> Iterator[None]:
+    """Turn running out of memory inside into OutOfMemory: nothing can be halved there, and nothing repeated."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(phase, rows=rows, detail=str(error)) from None

@@ -29,7 +29,7 @@ MODULES = {
     "nanogpt.sampling": "nanogpt.core.sampling",
     "nanogpt.source_text": "nanogpt.data.source_text",
     "nanogpt.splitting": "nanogpt.data.splitting",
-    "nanogpt.sweep_folder": "nanogpt.run.sweep_folder",
+    "nanogpt.sweep_folder": "nanogpt.base.sweep_folder",
     "nanogpt.tokenizer": "nanogpt.data.tokenizer",
 }
 """What docs/extend.md named and what a yaml could: modules, the old name first."""

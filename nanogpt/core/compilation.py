@@ -8,8 +8,8 @@ import warnings
 
 import torch
 
+from nanogpt.base.errors import is_out_of_memory
 from nanogpt.base.language import first_line
-from nanogpt.base.out_of_memory import is_out_of_memory
 from nanogpt.core.loss import fusible_tail
 from nanogpt.core.memory.lean_optimizers import fusible_adamw, fusible_momentum
 from nanogpt.core.wrapping import mix_in

@@ -5,7 +5,7 @@ from collections import defaultdict
 import numpy as np
 import torch
 
-from nanogpt.base.out_of_memory import OutOfMemory, is_out_of_memory, release
+from nanogpt.base.errors import OutOfMemory, is_out_of_memory, release
 from nanogpt.core import distributed
 
 

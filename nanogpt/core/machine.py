@@ -10,10 +10,9 @@ from collections.abc import Iterator
 import torch
 
 from nanogpt.base.config import HardwareConfig
+from nanogpt.base.hardware import GIB, allocator_cap
 from nanogpt.base.language import ConfigError, say
-from nanogpt.base.ram import GIB
 from nanogpt.core import distributed
-from nanogpt.core.memory_budget import allocator_cap
 
 WINDOWS_MARGIN = 2**28
 """VRAM that stays free on Windows, where memory beyond the card is paged instead of refused."""

@@ -14,7 +14,7 @@ import torch
 
 from nanogpt.base.config import check_range
 from nanogpt.base.language import ConfigError
-from nanogpt.weights.build import locate_class
+from nanogpt.base.parts import locate_class
 
 Stage = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # `sampler` 的设置 -> (类型, 下限, 上限)；API 的字段也由它得出

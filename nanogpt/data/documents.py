@@ -20,7 +20,6 @@ import torch
 from nanogpt.base.files import folder_aside
 from nanogpt.base.hashed_json import reason_of
 from nanogpt.base.language import ConfigError, say
-from nanogpt.data.bins import pack
 from nanogpt.data.corpus import write_meta, write_tokens
 from nanogpt.data.labels import LABEL_KINDS, with_labels
 from nanogpt.data.tokenizer import Tokenizer
@@ -289,3 +288,34 @@ class DocumentData(TokenData):
         count = len(self.pieces("val", block_size).rows)
         wanted = count if limit is None else max(1, min(count, limit // block_size))
         return [(int(row), block_size) for row in np.linspace(0, count, wanted, endpoint=False).astype(int)]
+
+
+# ---- 装箱 ----
+
+
+def pack(lengths: np.ndarray, opens: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """(row of each slot, place of each slot, number of rows) for pieces of `lengths` <= capacity.
+
+    Slots are in the order of descending length, those that `opens` marks first: they begin a row each. The result depends
+    on the multiset of (opens, length) alone, so that pieces of equal length can trade slots without packing anew.
+    """
+    order = np.lexsort((-lengths, ~opens))
+    ordered, opening = lengths[order].tolist(), opens[order].tolist()
+    row, place = np.empty(len(ordered), dtype=np.int64), np.empty(len(ordered), dtype=np.int64)
+    # 剩余空间 -> 还剩这么多的行；位图的第 n 位说明剩 n 的行有没有
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    bitmap, rows = 0, 0
+    for slot, length in enumerate(ordered):
+        # 位图右移之后的最低位，就是放得下的行里剩得最少的
+        candidates = 0 if opening[slot] else bitmap >> length
+        if candidates:
+            room = length + (candidates & -candidates).bit_length() - 1
+            into = with_room[room].pop()
+            if not with_room[room]:
+                bitmap &= ~(1 << room)
+        else:
+            into, room, rows = rows, capacity, rows + 1
+        row[slot], place[slot] = into, capacity - room
+        with_room[room - length].append(into)
+        bitmap |= 1 << (room - length)
+    return row, place, rows

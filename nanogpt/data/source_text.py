@@ -14,8 +14,6 @@ from nanogpt.base.language import ConfigError, say, text
 # 每次读这么多字节：大文件不进内存
 PIECE = 4 * 2**20
 TEXT_SUFFIXES = (".txt", ".md", ".text")
-# 一条条记录，不是连着的文字
-RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 # 常被当成文本给进来的文件，按开头几个字节认
 BINARY = {
     b"%PDF-": "PDF", b"PK\x03\x04": "ZIP / DOCX / EPUB", b"\xd0\xcf\x11\xe0": "DOC", b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF",

@@ -5,10 +5,10 @@ from dataclasses import asdict, replace
 
 from nanogpt.base.config import TrainConfig
 from nanogpt.base.console import Console
+from nanogpt.base.errors import PHASES, OutOfMemory
+from nanogpt.base.hardware import GIB
 from nanogpt.base.language import first_line, text
-from nanogpt.base.out_of_memory import PHASES, OutOfMemory
 from nanogpt.base.quoting import command
-from nanogpt.base.ram import GIB
 from nanogpt.plan.advice import Advice, changed, presets
 from nanogpt.plan.plan import Plan, Planner
 from nanogpt.plan.show import table

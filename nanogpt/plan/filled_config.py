@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from nanogpt.base import run_names
 from nanogpt.base.config import ModelConfig, TrainConfig
 from nanogpt.base.language import ConfigError, text
 from nanogpt.base.saved_config import read_saved, refuse_unnamed_code
@@ -66,8 +67,8 @@ def _shape_of(named: str, code: str) -> ModelConfig:
     if (path / "config.json").is_file():
         # 只读形状：几百 MB 的权重用不着
         return read_config(path / "config.json", path.resolve().name)
-    if rundir.names_run(named):
-        content, file = rundir.saved_settings(rundir.locate(named, key="init_from"))
+    if run_names.names_run(named):
+        content, file = rundir.saved_settings(run_names.locate(named, key="init_from"))
         saved = read_saved(content)
         refuse_unnamed_code(saved, {"_target_": code}, file, ("model",))
         return typed_node(ModelConfig, saved["model"])

@@ -6,9 +6,9 @@ from itertools import groupby
 
 import yaml
 
-from nanogpt.base.cards import REFERENCE, cards
 from nanogpt.base.config import ROOT, HardwareConfig, MemoryConfig, PrecisionConfig, TrainConfig
 from nanogpt.base.console import Console
+from nanogpt.base.hardware import REFERENCE, cards
 from nanogpt.base.language import say
 from nanogpt.plan.filled_config import GPT2_VOCAB
 from nanogpt.plan.plan import BATCHES, Planner

@@ -4,9 +4,9 @@ import functools
 from collections import Counter
 from dataclasses import dataclass
 
-from nanogpt.base.cards import peak_tflops_of, present_card, reference
 from nanogpt.base.config import HardwareConfig
-from nanogpt.core.memory_budget import Budget
+from nanogpt.base.hardware import peak_tflops_of, present_card, reference
+from nanogpt.plan.budget import Budget
 from nanogpt.plan.trace import Trace
 from nanogpt.run.metrics import measured_peak
 

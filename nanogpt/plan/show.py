@@ -1,12 +1,21 @@
-"""A plan as a person reads it: one table, the verdict, the speed, and what to type when it does not fit."""
+# plan=true 与 plan=matrix 从这里进来：只打印，什么也不写
+"""plan=true: a plan as a person reads it, in one table, with the verdict, the speed, and what to type when it does not fit."""
 
+import sys
 from dataclasses import asdict
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from nanogpt.base import run_names
+from nanogpt.base.config import TrainConfig, check
 from nanogpt.base.console import Console, aligned
+from nanogpt.base.hardware import GIB
 from nanogpt.base.language import text
-from nanogpt.base.ram import GIB
-from nanogpt.plan.plan import Plan
+from nanogpt.plan import advice, matrix
+from nanogpt.plan.plan import Plan, Planner
 from nanogpt.plan.roofline import BANDWIDTH_EFFICIENCY, LAUNCH_S, PRODUCT_EFFICIENCY
+from nanogpt.run import rundir
 
 BAR = 30
 NAMES = {
@@ -78,3 +87,32 @@ def duration(seconds: float) -> str:
         return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours / 24:.1f} d"
+
+
+EXIT_DOES_NOT_FIT = 1
+
+
+def run_plan(cfg: TrainConfig, overrides: list[str]) -> None:
+    """Print what cfg.plan asks for; exit code 1 when the setting does not fit."""
+    if cfg.resume:
+        saved, file = rundir.saved_settings(run_names.locate(cfg.resume))
+        cfg = rundir.resumed_config(saved, cfg, overrides, file)
+    check(cfg)
+    console = Console()
+    if cfg.plan.lower() == "matrix":
+        matrix.show(cfg, console)
+        return
+    planner = Planner(cfg)
+    plan = planner.predict(cfg, overrides)
+    show(plan, console)
+    if cfg.batch_size == "auto":
+        console.line(
+            "batch_size=auto: {batch} is the largest that fits by the model; the training itself measures which is "
+            "fastest",
+            batch=plan.batch_size,
+        )
+    if plan.verdict == "does_not_fit":
+        advice.show(plan, planner, console)
+        # -m 时别的设置还要接着看：退出码只对单个设置有意义
+        if not (HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN):
+            sys.exit(EXIT_DOES_NOT_FIT)

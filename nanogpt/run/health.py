@@ -4,13 +4,11 @@ Each of them ends the run with one line before anything bad reaches a checkpoint
 """
 
 import math
-from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
-
-import torch
+from collections import deque
 
 from nanogpt.base.language import ConfigError, text
 from nanogpt.weights import checkpoint
+from nanogpt.weights.tensors import first_not_finite, floating
 
 # 最近这么多步里，多半的训练损失高于“乱猜”才算发散：偏高的学习率开头也会冲上去十几步，但会自己下来
 RUNAWAY_STEPS = 100
@@ -22,41 +20,10 @@ class Diverged(ConfigError):  # noqa: N818 - 与 OutOfMemory 一样，是一种�
     """The training has come to nothing; the line says where to go on from and how."""
 
 
-def floating(state, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """(dotted name, tensor) of every floating tensor with elements in nested dicts and lists."""
-    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
-    for key, value in items:
-        if isinstance(value, torch.Tensor):
-            if value.is_floating_point() and value.numel():
-                yield f"{prefix}{key}", value.detach()
-        else:
-            yield from floating(value, f"{prefix}{key}.")
-
-
 def broken_tensor(model, optimizer) -> str | None:
     """Name of the first weight or optimizer state that holds NaN or Inf, None when all are finite."""
     state = optimizer.state_dict()
     return first_not_finite([*floating(model.state_dict()), *floating(state.get("state", state), "optimizer.")])
-
-
-def first_not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """Name of the first tensor that holds NaN or Inf, None when all are finite.
-
-    Takes no memory to speak of and waits for each device once.
-    """
-    by_device = defaultdict(list)
-    for name, tensor in named:
-        # 八位浮点没有 aminmax；这样的权重只从别人的文件来
-        low, high = torch.aminmax(tensor.float() if tensor.element_size() == 1 else tensor)
-        # NaN 会传过 aminmax；Inf 减自己得 NaN，有限数得 0
-        by_device[tensor.device].append((name, ((low - low) + (high - high)).float()))
-    for pairs in by_device.values():
-        names, values = zip(*pairs, strict=True)
-        # 一次取回：逐个张量去问，GPU 要停几百次
-        for name, finite in zip(names, torch.stack(values).isfinite().tolist(), strict=True):
-            if not finite:
-                return name
-    return None
 
 
 class Health:

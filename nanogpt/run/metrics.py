@@ -13,10 +13,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from nanogpt.base.cards import peak_tflops_of, present_card
 from nanogpt.base.files import write_text
+from nanogpt.base.hardware import GIB, peak_tflops_of, present_card
 from nanogpt.base.language import text
-from nanogpt.base.ram import GIB
 from nanogpt.data.assets import cache_folder
 
 # 在缓存文件夹里：每种处理器、torch 版本、数字格式见过的最快一次

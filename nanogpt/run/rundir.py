@@ -9,8 +9,6 @@ import os
 import re
 import shutil
 import time
-import uuid
-from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -20,25 +18,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.base.composing import one_line
 from nanogpt.base.config import TRUSTED_TARGETS, ModelConfig, TrainConfig, targets
-from nanogpt.base.files import folders_around, make_folder, numbered, remove_leftovers, sync, write_text
+from nanogpt.base.files import folders_around, make_folder, numbered, remove_leftovers, sync
 from nanogpt.base.groups import keys_of
-from nanogpt.base.hashed_json import DamagedError, NewerError, read_sealed, reason_of, write_sealed
+from nanogpt.base.hashed_json import DamagedError, NewerError, reason_of
 from nanogpt.base.language import ConfigError, say, text
 from nanogpt.base.lock import Lock
 from nanogpt.base.quoting import typed_override
+from nanogpt.base.run_names import OUTPUTS, RunRecord, recorded
 from nanogpt.base.saved_config import read_saved, refuse_unnamed_code
 from nanogpt.base.user_yaml import is_group
 
-OUTPUTS = Path("outputs")
-# 文件而不是符号链接：Windows 建链接要特权
-LATEST = OUTPUTS / "latest"
 # 属于一次训练的名字；清空目录时只认这些
 RUN_FILES = {"run.json", "config.yaml", "tokenizer.json", "metrics.jsonl", "summary.json", "logs", "ckpt", "data", "wandb"}
 LOCK = "lock"
 # 其中训练会往里写的：data 只读
 WRITTEN = RUN_FILES - {"data"}
-# 从 2 起带摘要
-FORMAT = 2
 # 继续训练时不可改：改了就不再是同一次训练
 FIXED_ON_RESUME = ("model", "dataset", "seed", "init_from", "finetune")
 # 其中这些例外：不影响参数的形状
@@ -147,31 +141,6 @@ def abandon(path: Path, lock: Lock) -> None:
         path.rmdir()
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """run.json: what a run is from its first moment on."""
-
-    id: str
-    """Stands in every checkpoint of the run, so that those of two runs cannot be mixed up."""
-    config_text: str
-    """The resolved config that it began with."""
-
-
-def write_record(path: Path, config_text: str, known: str | None = None) -> RunRecord:
-    """Write run.json, with a new id where none is known."""
-    record = RunRecord(known or uuid.uuid4().hex, config_text)
-    write_sealed(path / "run.json", {"format": FORMAT, "id": record.id, "config": record.config_text})
-    return record
-
-
-def recorded(path: Path) -> RunRecord:
-    """run.json of a run folder; DamagedError where it is missing or cannot be used."""
-    values = read_sealed(path / "run.json", FORMAT)
-    if not all(isinstance(values.get(key), str) for key in ("id", "config")):
-        raise DamagedError("no id, no config")
-    return RunRecord(values["id"], values["config"])
-
-
 def read_record(path: Path) -> RunRecord | None:
     """run.json of a run folder; None in one of an earlier version, and, after a word about it, where it is damaged."""
     file = path / "run.json"
@@ -205,65 +174,6 @@ def begun_with(path: Path, record: RunRecord | None) -> tuple[str, Path]:
             "can be lost; begin anew: type the first command again with out_dir={path} overwrite=true",
             path=path, reason=reason_of(error),
         ) from None
-
-
-def remember(path: Path) -> None:
-    """Make `path` the run that resume=latest means."""
-    make_folder(OUTPUTS)
-    # 被杀时留下的，不能越积越多
-    remove_leftovers(OUTPUTS, LATEST.name)
-    with contextlib.suppress(FileNotFoundError):
-        # 同时启动的另一次训练把没写完的当成了剩下的：latest 会是它的
-        write_text(LATEST, str(path.absolute()) + "\n")
-    sync(OUTPUTS)
-
-
-def is_latest(named: str) -> bool:
-    """Whether a person means the latest run: `latest`, or the file that says which one it is."""
-    return named == "latest" or (Path(named).name == LATEST.name and Path(named).is_file())
-
-
-def names_run(named: str) -> bool:
-    """Whether a person named a run of ours, not weights of another kind: its folder, ckpt/, a checkpoint, or the latest."""
-    path = Path(named)
-    return is_latest(named) or (path / "ckpt").is_dir() or _inside(path) != path or (path / "manifest.json").is_file()
-
-
-def _inside(path: Path) -> Path:
-    """The run folder that a path lies in, if it is its ckpt/ or a checkpoint; else the path."""
-    if re.fullmatch(r"iter_\d+", path.name) and path.absolute().parent.name == "ckpt" and path.is_dir():
-        # 在 ckpt/ 里敲的只有一截
-        return (path if len(path.parts) > 1 else path.absolute()).parent.parent
-    return path.parent if path.name == "ckpt" and path.is_dir() and not (path / "ckpt").is_dir() else path
-
-
-def locate(named: str, key: str = "resume") -> Path:
-    """The run folder that a person named: `latest`, or a path to it, to its ckpt/ or to one of its checkpoints."""
-    if is_latest(named):
-        file = LATEST if named == "latest" else Path(named)
-        if not file.is_file():
-            raise ConfigError("no_run", key=key, path=file)
-        # 早先的版本没有同步它：断电后可能是空的，或者一串 NUL；空的名字就是当前文件夹
-        named = file.read_text(encoding="utf-8", errors="replace").strip().replace("\0", "?")
-        if not named:
-            raise ConfigError("no_run", key=key, path=file)
-    path = _inside(Path(named))
-    if not (path / "ckpt").is_dir() and not any((path / file).is_file() for file in ("run.json", "config.yaml")):
-        raise ConfigError("no_run", key=key, path=path)
-    return path
-
-
-def checkpoint_in(named: str, which: str | None, usual: str) -> str:
-    """The checkpoint to use: the one whose folder was named, else `which`, else the usual one."""
-    folder = Path(named)
-    if is_latest(named) or _inside(folder) == folder or folder.name == "ckpt":
-        return which or usual
-    if which not in (None, usual, folder.name):
-        raise ConfigError(
-            "checkpoint={got} is not the checkpoint {named} that was named; type one of them",
-            named=named, got=which,
-        )
-    return folder.name
 
 
 def saved_settings(path: Path) -> tuple[str, Path]:

@@ -5,9 +5,9 @@ import math
 import time
 from dataclasses import dataclass
 
+from nanogpt.base.errors import is_out_of_memory
 from nanogpt.base.hashed_json import reason_of
 from nanogpt.base.language import ConfigError
-from nanogpt.base.out_of_memory import is_out_of_memory
 from nanogpt.core import distributed
 from nanogpt.data.tokens import ORDERS
 from nanogpt.weights import checkpoint

@@ -4,20 +4,24 @@ import contextlib
 import math
 import os
 import signal
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from nanogpt.base import run_names
 from nanogpt.base.config import TrainConfig, check
 from nanogpt.base.console import Console
+from nanogpt.base.errors import OutOfMemory
 from nanogpt.base.files import folders_around, sync_names, write_text
 from nanogpt.base.groups import naming
 from nanogpt.base.hashed_json import reason_of
 from nanogpt.base.language import ConfigError, text
 from nanogpt.base.lock import Lock
-from nanogpt.base.out_of_memory import OutOfMemory
+from nanogpt.base.parts import build_part
 from nanogpt.base.quoting import command, override, word
+from nanogpt.base.run_names import RunRecord
 from nanogpt.base.saved_config import PARTS
 from nanogpt.base.value_checks import unescaped
 from nanogpt.core import distributed, machine
@@ -31,20 +35,33 @@ from nanogpt.run import rundir, saving
 from nanogpt.run.loggers import JsonlLogger, Loggers
 from nanogpt.run.trainer import Trainer, share_batch
 from nanogpt.weights import checkpoint
-from nanogpt.weights.build import build_model, build_part, build_step, check_weights
+from nanogpt.weights.build import build_model, build_step, check_weights
 from nanogpt.weights.pretrained import Pretrained, adapted, build_pretrained, check_vocabulary, open_pretrained
 
 # 大于它的学习率几步之内就会冲掉预训练学到的东西
 HIGH_FINETUNE_RATE = 1e-3
 
 
-def _settle_batch(cfg: TrainConfig, overrides: list[str]) -> int | str:
-    """Measure batch_size=auto (first process only) and put the outcome into cfg; returns it."""
-    if cfg.batch_size == "auto" and distributed.rank() == 0:
-        from nanogpt.sweep.auto_batch import choose
+@dataclass(frozen=True)
+class Hooks:
+    """What a run asks of the rooms above it; run_train.py hands them in."""
 
-        cfg.batch_size = choose(cfg, overrides, processes=distributed.world(), console=Console())
-    return cfg.batch_size
+    # run 不导入 plan、sweep、write：要它们做的事从这里交进来，没有交的就不做
+    choose_batch: Callable[..., int] | None = None
+    """nanogpt.sweep.auto_batch.choose: the micro-batch for batch_size=auto."""
+    explain: Callable[..., None] | None = None
+    """nanogpt.plan.autopsy.show: what did not fit, and what to type."""
+    write_sample: Callable[..., str] | None = None
+    """nanogpt.write.engine.write_sample: the text that is shown after an evaluation."""
+
+    def measure_batch(self, cfg: TrainConfig, overrides: list[str]) -> int | str:
+        """Measure batch_size=auto (first process only) and put the outcome into cfg; returns it."""
+        if cfg.batch_size == "auto" and distributed.rank() == 0:
+            cfg.batch_size = self.choose_batch(cfg, overrides, processes=distributed.world(), console=Console())
+        return cfg.batch_size
+
+
+NO_HOOKS = Hooks()
 
 
 class Session:
@@ -52,11 +69,12 @@ class Session:
 
     def __init__(
         self, cfg: TrainConfig, run_dir: Path, source: checkpoint.Checkpoint | None, *, other_data: bool = False,
-        pretrained: Pretrained | None = None, lock: Lock | None = None, record: rundir.RunRecord | None = None,
+        pretrained: Pretrained | None = None, lock: Lock | None = None, record: RunRecord | None = None,
+        hooks: Hooks = NO_HOOKS,
     ):
         """`lock` and `record` are those of a run that goes on, or begins again because it has no checkpoint yet."""
         self.cfg, self.source, self.other_data, self.pretrained = cfg, source, other_data, pretrained
-        self.lock, self.record = lock, record
+        self.lock, self.record, self.hooks = lock, record, hooks
         # 锁在手里却没有 checkpoint：同一次训练重新开始
         self.begun_again = source is None and lock is not None
         self.console = Console(quiet=distributed.rank() > 0)
@@ -71,7 +89,7 @@ class Session:
         self._check_against_data()
 
     @classmethod
-    def new(cls, cfg: TrainConfig, run_dir: Path, overrides: list[str] | None = None) -> "Session":
+    def new(cls, cfg: TrainConfig, run_dir: Path, overrides: list[str] | None = None, hooks: Hooks = NO_HOOKS) -> "Session":
         """A run from iteration 0 in run_dir, from random or from pretrained weights."""
         pretrained = None
         if cfg.init_from:
@@ -79,11 +97,11 @@ class Session:
             opened = open_pretrained(cfg.init_from, which=cfg.checkpoint, code=cfg.model._target_)
             pretrained = adapted(opened, cfg.model, typed, cfg.init_from)
             cfg.model = pretrained.config
-        _settle_batch(cfg, overrides or [])
-        return cls(cfg, run_dir, None, pretrained=pretrained)
+        hooks.measure_batch(cfg, overrides or [])
+        return cls(cfg, run_dir, None, pretrained=pretrained, hooks=hooks)
 
     @classmethod
-    def resume(cls, typed: TrainConfig, overrides: list[str], run_dir: Path) -> "Session":
+    def resume(cls, typed: TrainConfig, overrides: list[str], run_dir: Path, hooks: Hooks = NO_HOOKS) -> "Session":
         """The run in run_dir, from the checkpoint that typed.checkpoint names, with what was typed laid over.
 
         A run that was killed before its first checkpoint begins again.
@@ -94,15 +112,17 @@ class Session:
             record = rundir.read_record(run_dir)
             found = checkpoint.listed(run_dir)
             if not found.good and not found.bad:
-                return cls._again(typed, overrides, run_dir, record, lock)
-            return cls._going_on(typed, overrides, run_dir, record, lock)
+                return cls._again(typed, overrides, run_dir, record, lock, hooks)
+            return cls._going_on(typed, overrides, run_dir, record, lock, hooks)
         except BaseException:
             if lock:
                 lock.release(remove=lock.made)
             raise
 
     @classmethod
-    def _again(cls, typed: TrainConfig, overrides: list[str], run_dir: Path, record: rundir.RunRecord | None, lock: Lock | None) -> "Session":
+    def _again(
+        cls, typed: TrainConfig, overrides: list[str], run_dir: Path, record: RunRecord | None, lock: Lock | None, hooks: Hooks,
+    ) -> "Session":
         content, file = rundir.begun_with(run_dir, record)
         cfg = replace(rundir.resumed_config(content, typed, overrides, file), resume=str(run_dir))
         check(cfg)
@@ -111,11 +131,13 @@ class Session:
             # 形状早已对好；dropout 与上下文长度取当时写下的
             opened = open_pretrained(cfg.init_from, which=cfg.checkpoint, code=cfg.model._target_)
             pretrained = adapted(opened, cfg.model, {"dropout", "block_size"}, cfg.init_from)
-        cfg.batch_size = _settle_batch(replace(cfg, resume=None), [])
-        return cls(cfg, run_dir, None, pretrained=pretrained, lock=lock, record=record)
+        cfg.batch_size = hooks.measure_batch(replace(cfg, resume=None), [])
+        return cls(cfg, run_dir, None, pretrained=pretrained, lock=lock, record=record, hooks=hooks)
 
     @classmethod
-    def _going_on(cls, typed: TrainConfig, overrides: list[str], run_dir: Path, record: rundir.RunRecord | None, lock: Lock | None) -> "Session":
+    def _going_on(
+        cls, typed: TrainConfig, overrides: list[str], run_dir: Path, record: RunRecord | None, lock: Lock | None, hooks: Hooks,
+    ) -> "Session":
         source = checkpoint.find(run_dir, typed.checkpoint or "last")
         cfg = replace(rundir.resumed_config(source.config_text(), typed, overrides, source.folder), resume=str(run_dir))
         check(cfg)
@@ -129,9 +151,9 @@ class Session:
         bundled = run_dir / "data"
         # 试的是同一个形状：权重是什么不影响快慢与内存
         trial = replace(cfg, resume=None, init_from=None, dataset={**cfg.dataset, "dir": str(bundled)} if bundled.is_dir() else cfg.dataset)
-        cfg.batch_size = _settle_batch(trial, [])
+        cfg.batch_size = hooks.measure_batch(trial, [])
         other_data = any(o.startswith("dataset.dir=") for o in overrides)
-        return cls(cfg, run_dir, source, other_data=other_data, lock=lock, record=record)
+        return cls(cfg, run_dir, source, other_data=other_data, lock=lock, record=record, hooks=hooks)
 
     # ---- 数据 ----
 
@@ -182,7 +204,7 @@ class Session:
             try:
                 summary = trainer.fit()
             except OutOfMemory as error:
-                self._autopsy(error, has_checkpoint=trainer.saved is not None)
+                self._explain(error, has_checkpoint=trainer.saved is not None)
                 raise
             finally:
                 distributed.stop()
@@ -218,7 +240,7 @@ class Session:
                 loggers.open(self.run_dir, config, iteration)
                 if self.source:
                     checkpoint.set_aside_newer(self.run_dir, self.source.iteration)
-                rundir.remember(self.run_dir)
+                run_names.remember(self.run_dir)
             except BaseException as error:
                 if fresh and self.lock:
                     # 一步都还没训：不留下半个训练目录
@@ -234,7 +256,7 @@ class Session:
         computation = build_step(self.cfg, model, precision)
         return kind(
             self.cfg, computation=computation, data=self.data, device=self.device, loggers=loggers,
-            run_dir=self.run_dir, console=self.console,
+            run_dir=self.run_dir, console=self.console, write_sample=self.hooks.write_sample,
         )
 
     def _build_model(self):
@@ -255,7 +277,7 @@ class Session:
         if not self.source or not self.record:
             # 早先版本的训练没有编号：从这里起有；run.json 被删掉的，编号还在 checkpoint 里
             known = self.record.id if self.record else self.source.run if self.source else None
-            self.record = rundir.write_record(self.run_dir, config_text, known)
+            self.record = run_names.write_record(self.run_dir, config_text, known)
         (self.run_dir / "ckpt").mkdir(exist_ok=True)
         # checkpoint 自己落了盘，它上面的名字也要在：断电后才找得到；上级可能是 Hydra 建的，没有同步
         sync_names(self.run_dir)
@@ -317,13 +339,11 @@ class Session:
             tokens=self.data.val_targets(trainer.windows), total=self.data.val_targets(every),
         )
 
-    def _autopsy(self, error: OutOfMemory, *, has_checkpoint: bool) -> None:
+    def _explain(self, error: OutOfMemory, *, has_checkpoint: bool) -> None:
         """One screen about what did not fit and what to type instead."""
-        from nanogpt.plan import autopsy
-
-        if distributed.rank() == 0:
+        if self.hooks.explain and distributed.rank() == 0:
             resume = [*self._named("train"), override("resume", self.run_dir)] if has_checkpoint else []
-            autopsy.show(error, self.cfg, self.console, resume=resume)
+            self.hooks.explain(error, self.cfg, self.console, resume=resume)
 
     def _catch_signals(self, trainer: Trainer) -> None:
         """First Ctrl-C, SIGTERM or closed terminal: finish the step, save, leave; second: leave at once."""
@@ -396,7 +416,7 @@ class Session:
         }
         if curves:
             # outputs/ 里的几次训练画在一起比
-            folder = rundir.OUTPUTS if path.parent == rundir.OUTPUTS else path
+            folder = run_names.OUTPUTS if path.parent == run_names.OUTPUTS else path
             commands["next_curves"] = f"tensorboard --logdir {word(str(folder))}"
         if not {"path", "source"} & set(dataset):
             # 用的是现成的文本

@@ -3,18 +3,19 @@
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from nanogpt.base.cards import peak_tflops_of, reference
 from nanogpt.base.config import TrainConfig, schedule_of
 from nanogpt.base.console import Console
+from nanogpt.base.errors import OutOfMemory, is_out_of_memory, not_divisible, release
+from nanogpt.base.hardware import peak_tflops_of, reference
 from nanogpt.base.hashed_json import reason_of
 from nanogpt.base.language import ConfigError
-from nanogpt.base.out_of_memory import OutOfMemory, is_out_of_memory, not_divisible, release
 from nanogpt.base.value_checks import unescaped
 from nanogpt.core import distributed, evaluation
 from nanogpt.core.compilation import compile_hidden, compile_updates, pays
@@ -31,7 +32,6 @@ from nanogpt.run.metrics import Stopwatch, memory_gib, peak_tflops
 from nanogpt.run.saving import Progress
 from nanogpt.run.summary import write_summary
 from nanogpt.weights import checkpoint
-from nanogpt.write.engine import default_prompt, write_sample
 
 # 评估取样、生成样本各用自己的种子流，互不干扰
 SAMPLE_STREAM = 1_000_003
@@ -75,8 +75,10 @@ class Trainer:
     """Trains one model on one data set in one process (of several under torchrun)."""
 
     def __init__(
-        self, cfg: TrainConfig, *, computation: Step, data: TokenData, device: torch.device, loggers: Loggers, run_dir: Path, console: Console
+        self, cfg: TrainConfig, *, computation: Step, data: TokenData, device: torch.device, loggers: Loggers, run_dir: Path, console: Console,
+        write_sample: Callable[..., str] | None = None,
     ):
+        """`write_sample` is that of nanogpt.write.engine; without it no samples are written."""
         self.cfg = cfg
         self.computation = computation
         self.model, self.optimizer, self.precision = computation.model, computation.optimizer, computation.precision
@@ -85,6 +87,8 @@ class Trainer:
         self.loggers = loggers
         self.run_dir = run_dir
         self.console = console
+        # 写作在训练之上：由 run_train.py 交进来
+        self.write_sample = write_sample
         self.config_text = ""
         self.run_id: str | None = None
         # 说“接着训”时写给人敲的
@@ -367,7 +371,7 @@ class Trainer:
         save_due = iteration % cfg.save_interval == 0 if cfg.save_interval else evaluated
         if save_due or reason or saving.overdue(self):
             self._save(final=bool(reason) or last)
-        if evaluated and cfg.sample_tokens and reason != "interrupted":
+        if evaluated and cfg.sample_tokens and self.write_sample and reason != "interrupted":
             self._write_sample()
         return reason
 
@@ -436,7 +440,7 @@ class Trainer:
             seed = (self.cfg.seed * SAMPLE_STREAM + self.progress.iteration) % LARGEST_SEED
             # 按累积概率抽字没有确定性的 kernel；样本写成怎样不影响训练
             with any_kernels():
-                sample = write_sample(
+                sample = self.write_sample(
                     self.model, self.data.tokenizer, self.sample_prompt(), self.cfg.sample_tokens,
                     sampler=sampler(temperature=self.cfg.sample_temperature), seed=seed,
                 )
@@ -449,10 +453,10 @@ class Trainer:
         self.last_sample = sample
         self.loggers.text(self.progress.iteration, sample)
 
-    def sample_prompt(self) -> str:
-        """The configured prompt, else the one with which writing begins."""
+    def sample_prompt(self) -> str | None:
+        """The configured prompt; None: the one with which writing begins."""
         given = self.cfg.sample_prompt
-        return default_prompt(self.data.tokenizer, self.data.separator) if given is None else unescaped(given)
+        return None if given is None else unescaped(given)
 
 
 def share_batch(cfg: TrainConfig, world: int) -> tuple[int, int]:

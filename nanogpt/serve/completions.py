@@ -22,8 +22,8 @@ from nanogpt.core.scoring import Score
 from nanogpt.data.tokenizer import Tokenizer, UnknownCharacters
 from nanogpt.serve.worker import News
 from nanogpt.write.control import GUIDANCE, KINDS, takes_forms
-from nanogpt.write.engine import Request
 from nanogpt.write.loading import Settings
+from nanogpt.write.request import Request
 
 # 命令行不限的，网上来的要有上限
 HIGHEST = {"top_k": 2**31, "no_repeat_ngram": 100}

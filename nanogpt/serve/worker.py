@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 import torch
 
+from nanogpt.base.errors import is_out_of_memory
 from nanogpt.base.language import ConfigError
-from nanogpt.base.out_of_memory import is_out_of_memory
 from nanogpt.base.sample_config import ServerConfig
 from nanogpt.core.scoring import Score
-from nanogpt.write.engine import Piece, Request, Result, Writer
+from nanogpt.write.engine import Writer
+from nanogpt.write.request import Piece, Request, Result
 
 # 还没送达 asyncio 一侧的消息批数：事件循环忙不过来时，写作等它，内存不涨
 UNDELIVERED = 64

@@ -9,8 +9,8 @@ from pathlib import Path
 from nanogpt.base.config import TrainConfig
 from nanogpt.base.console import Console
 from nanogpt.base.files import write_text
+from nanogpt.base.hardware import GIB
 from nanogpt.base.language import ConfigError
-from nanogpt.base.ram import GIB
 from nanogpt.plan.plan import Plan, predict
 from nanogpt.sweep import earlier_results as known_results
 from nanogpt.sweep.trial import TrialResult, run_trial

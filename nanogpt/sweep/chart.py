@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanogpt.base.language import text_in
-from nanogpt.sweep.ranking import key_of_override, names, pareto, series_name
-from nanogpt.sweep.result import TrialResult
+from nanogpt.sweep.result import TrialResult, key_of_override, names, pareto, series_name
 
 # 浅色一套；网页里换成同名的 CSS 变量，才能随系统变深色
 BAD = "#dc2626"

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.base.config import TrainConfig
+from nanogpt.base.hardware import GIB, allocator_cap, free_ram
 from nanogpt.base.language import ConfigError, set_language, text
-from nanogpt.base.ram import GIB, free_ram
-from nanogpt.core.memory_budget import allocator_cap, process_bytes
-from nanogpt.sweep.memory_limit import limit_memory
+from nanogpt.plan.budget import process_bytes
+from nanogpt.sweep.process import limit_memory
 from nanogpt.sweep.result import STEPS_FOR_LOSS
 
 # 够量出采样的峰值，又不花时间
@@ -146,7 +146,7 @@ def _end_group_with_pipe(descriptor: int) -> None:
 
 def verdict_of(error: BaseException) -> str:
     """oom, invalid or crashed."""
-    from nanogpt.base.out_of_memory import OutOfMemory, is_out_of_memory, says_out_of_memory
+    from nanogpt.base.errors import OutOfMemory, is_out_of_memory, says_out_of_memory
     from nanogpt.run.health import Diverged
 
     if isinstance(error, ConfigError):

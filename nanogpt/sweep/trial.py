@@ -13,13 +13,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanogpt.base import language
+from nanogpt.base import language, run_names
 from nanogpt.base.config import TrainConfig, check
+from nanogpt.base.errors import says_out_of_memory
 from nanogpt.base.language import ConfigError, text
 from nanogpt.base.lock import only_one
-from nanogpt.base.out_of_memory import says_out_of_memory
 from nanogpt.data.assets import cache_folder
-from nanogpt.run import rundir
 from nanogpt.sweep import earlier_results
 from nanogpt.sweep.process import CHILD, Ended, run_child
 from nanogpt.sweep.result import TrialResult, made
@@ -38,9 +37,9 @@ def run_trial(cfg: TrainConfig, overrides: list[str], folder: Path, *, command: 
     try:
         check(cfg)
         refuse(cfg)
-        if cfg.init_from and rundir.is_latest(cfg.init_from):
+        if cfg.init_from and run_names.is_latest(cfg.init_from):
             # 记下真正的目录，结果才认得是哪些权重
-            cfg.init_from = str(rundir.locate(cfg.init_from, key="init_from"))
+            cfg.init_from = str(run_names.locate(cfg.init_from, key="init_from"))
     except ConfigError as error:
         return made({**common, "status": "invalid", "reason": str(error)})
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,7 @@
 """From configuration nodes to objects: models, optimizers, loggers."""
 
-import inspect
 import math
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import yaml
@@ -11,35 +9,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.base.config import ROOT, FinetuneConfig, ModelConfig, TrainConfig, check_model
+from nanogpt.base.hardware import GIB, free_ram
 from nanogpt.base.hashed_json import DamagedError, reason_of
 from nanogpt.base.language import ConfigError
-from nanogpt.base.moved import present_name
-from nanogpt.base.ram import GIB, free_ram
+from nanogpt.base.parts import build_part, locate_class
 from nanogpt.base.saved_config import read_saved, refuse_unnamed_code
-from nanogpt.base.value_checks import check_types
 
 # 极小的模型也可以有长上下文：位置表至少允许这么多个数
 LEAST_TABLE = 2**20
-# 各部分必须会做的事；不会的在执行之前就拒绝，os.system 之类不会被当作优化器来调用
-METHODS = {
-    "optimizer": ("step", "zero_grad", "state_dict", "load_state_dict"), "logger": ("open", "log", "text", "close"), "control": ("apply", "known"),
-}
-
-
-def locate_class(target: str, key: str) -> Any:
-    """The class or function of a dotted name."""
-    module, _, name = present_name(target).rpartition(".")
-    try:
-        found = getattr(import_module(module), name)
-    except Exception as error:
-        # 使用者自己的模块在导入时可能抛出任何异常
-        raise ConfigError(
-            "{key}={got} cannot be imported ({reason}); put its module beside run_train.py or correct the name",
-            key=key, got=target, reason=f"{type(error).__name__}: {error}",
-        ) from None
-    if not callable(found) or inspect.isbuiltin(found):
-        raise ConfigError("not_a_part", key=key, got=target, want=key.removesuffix("._target_"))
-    return found
 
 
 def build_model(config: ModelConfig, seed: int, weights: str = "fp32"):
@@ -87,28 +64,6 @@ def parameters_at_least(config: ModelConfig) -> int:
     return width * tables + config.n_layer * (4 + 2 * config.mlp_ratio) * width**2
 
 
-def build_part(node: dict, key: str, *arguments) -> Any:
-    """Call a node's `_target_` with the given arguments and the node's other keys."""
-    if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
-        raise ConfigError("missing_key", key=f"{key}._target_")
-    kind = locate_class(node["_target_"], f"{key}._target_")
-    settings = {name: value for name, value in node.items() if name != "_target_"}
-    part = key.partition(".")[0]
-    if isinstance(kind, type):
-        check_part(kind, part, key, node["_target_"])
-    elif part == "logger":
-        raise ConfigError("not_a_part", key=f"{key}._target_", got=node["_target_"], want=_wanted(part))
-    try:
-        check_types(kind, key, settings)
-        built = kind(*arguments, **settings)
-    except ConfigError:
-        raise
-    except (TypeError, ValueError, NameError) as error:
-        raise ConfigError("bad_part", key=key, reason=error) from None
-    check_part(built, part, key, node["_target_"])
-    return built
-
-
 def build_step(cfg: TrainConfig, model, precision):
     """The core.step.Step of a model as cfg.memory and cfg.optimizer want it; training and planning take the same one."""
     from functools import partial
@@ -134,16 +89,6 @@ def build_step(cfg: TrainConfig, model, precision):
     if isinstance(cfg.batch_size, int):
         step.expect(cfg.batch_size)
     return step
-
-
-def check_part(made: Any, part: str, key: str, named: str) -> None:
-    """Refuse a class or object that cannot do what its part of the program must do."""
-    if not all(callable(getattr(made, method, None)) for method in METHODS.get(part, ())):
-        raise ConfigError("not_a_part", key=f"{key}._target_", got=named, want=_wanted(part))
-
-
-def _wanted(part: str) -> str:
-    return f"{part}: {' '.join(METHODS[part])}"
 
 
 def model_of(source, named: str | None = None):

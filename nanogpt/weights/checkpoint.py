@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 
+from nanogpt.base import run_names
 from nanogpt.base.files import folder_aside, remove_leftovers, sha256, sync, write_text
 from nanogpt.base.hashed_json import DamagedError, read_sealed, reason_of, write_sealed
 from nanogpt.base.language import ConfigError, text
-from nanogpt.run import rundir
 from nanogpt.weights.foreign_files import load_plain
-from nanogpt.weights.state_json import flatten, restore
-from nanogpt.weights.tensor_file import UNREADABLE, read_tensors, shapes_in, write_tensors
+from nanogpt.weights.tensors import UNREADABLE, flatten, read_tensors, restore, shapes_in, write_tensors
 
 # 1：优化器等在 state.pt 里，只以 weights_only 读；manifest 没有自己的摘要，也没有训练的编号；到 2 为止状态里没有样本的次序
 FORMAT = 3
@@ -157,7 +156,7 @@ def _looked_at(run_dir: Path) -> Listing:
 def _own_run(run_dir: Path, found: list[Checkpoint]) -> str | None:
     """The id that the checkpoints of this run carry."""
     try:
-        return rundir.recorded(run_dir).id
+        return run_names.recorded(run_dir).id
     except DamagedError:
         # 早先的训练没有 run.json；没有它或它坏了，就看最早的那一个
         return next((c.run for c in found if c.run), None)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanogpt.base.hashed_json import reason_of
 from nanogpt.base.language import ConfigError
-from nanogpt.weights.tensor_file import UNREADABLE
+from nanogpt.weights.tensors import UNREADABLE
 
 # 依次尝试；safetensors 在前：不含代码，读得也快
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

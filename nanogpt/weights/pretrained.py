@@ -10,17 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nanogpt.base import run_names
 from nanogpt.base.config import ModelConfig
 from nanogpt.base.language import ConfigError, text
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.labels import LABEL_KINDS, with_labels
 from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.data.tokenizer_files import read_tokenizer
-from nanogpt.run import rundir
-from nanogpt.run.health import first_not_finite, floating
 from nanogpt.weights import checkpoint, hub, nanogpt_checkpoint
 from nanogpt.weights.build import build_model, model_of, preset
 from nanogpt.weights.foreign_files import read_json, read_weights
+from nanogpt.weights.tensors import first_not_finite, floating
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 # Hugging Face 的名字 -> 我们的；gelu_new 就是 tanh 近似
@@ -56,7 +56,7 @@ def open_pretrained(named: str, key: str = "init_from", which: str | None = None
         return checked(path, *nanogpt_checkpoint.read_checkpoint(path))
     if (path / "config.json").is_file():
         return read_folder(path)
-    if rundir.names_run(named):
+    if run_names.names_run(named):
         return read_run(named, key, which, code)
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", named):
         raise ConfigError(
@@ -77,7 +77,7 @@ def build_pretrained(pretrained: Pretrained, seed: int = 0, weights: str = "fp32
 
 def read_run(named: str, key: str, which: str | None, code: str | None) -> Pretrained:
     """Weights of a run of ours: the checkpoint `which` (the last where none is the best), or the checkpoint folder named."""
-    run_dir, which = rundir.locate(named, key=key), rundir.checkpoint_in(named, which, "best")
+    run_dir, which = run_names.locate(named, key=key), run_names.checkpoint_in(named, which, "best")
 
     def taken(source: checkpoint.Checkpoint) -> Pretrained:
         model = model_of(source, code)

@@ -19,8 +19,9 @@ from nanogpt.base.sample_config import SAMPLE_CHOICES, SAMPLE_RANGES, SampleConf
 from nanogpt.base.user_yaml import group_options
 from nanogpt.base.value_checks import unescaped
 from nanogpt.write.control import KINDS, build_control, read_form, takes_forms
-from nanogpt.write.engine import Result, Writer
+from nanogpt.write.engine import Writer
 from nanogpt.write.loading import Model, Settings
+from nanogpt.write.request import Result
 from nanogpt.write.samples import SEPARATOR, Records, in_order, recorded, settings_record
 
 # 换 sampler 时跟着走的设置：与怎么挑候选无关

@@ -10,83 +10,22 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from nanogpt.base.errors import is_out_of_memory, release
 from nanogpt.base.language import ConfigError
-from nanogpt.base.out_of_memory import is_out_of_memory, release
 from nanogpt.core import scoring
 from nanogpt.core.generate import Decoder
 from nanogpt.core.sampling import Sampler
 from nanogpt.core.scoring import Likely, Score
 from nanogpt.data.labels import label_tokens
-from nanogpt.data.tokenizer import END_OF_TEXT, LibraryStream, TextStream, Tokenizer
-
-if TYPE_CHECKING:
-    from nanogpt.write.control import Control
+from nanogpt.data.tokenizer import LibraryStream, TextStream, Tokenizer
+from nanogpt.write.request import Piece, Request, Result, default_prompt, encode_prompt, labels_of
 
 # 训练中给人看的样本最多写几种标签
 SAMPLED_LABELS = 6
-
-
-@dataclass(frozen=True)
-class Request:
-    """One text to write behind a prompt."""
-
-    prompt: str
-    sampler: Sampler
-    max_new_tokens: int
-    seed: int
-    prefix: str = ""
-    """Read before the prompt and never shown: where style and emotion go in words."""
-    prefix_ids: tuple[int, ...] = ()
-    """Read before the prefix: the labels of a model of documents (whose separator the Writer puts in front by itself)."""
-    labels: dict[str, str] = field(default_factory=dict)
-    """What these ids mean: kind -> name of the label."""
-    guidance: float = 1.0
-    """How far prefix_ids push the text: 0 not at all, 1 as the model learned it, more of it above (Decoder)."""
-    stop: tuple[str, ...] = ()
-    """The text ends before the first of these."""
-    stop_at_end_of_text: bool = True
-    skip_unknown: bool = False
-    """Whether characters that the vocabulary lacks are passed over."""
-    control: "Control | None" = None
-    """Style and emotion: fills in the prefixes and wraps the sampler when the request is submitted."""
-    ids: tuple[int, ...] | None = None
-    """The prompt as ids, where it was given so; `prompt` is their text."""
-    logprobs: int | None = None
-    """How many of the most likely tokens are told at every place, beside the drawn one; None: no scores."""
-    score_prompt: bool = False
-    """Whether the tokens of the prompt are scored too, behind the labels; guidance does not count there."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished text; seconds count from submit()."""
-
-    request: Request
-    text: str
-    finish: str
-    """length | stop | end_of_text | interrupted"""
-    tokens: int
-    prompt_tokens: int
-    seconds_to_first_token: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Piece:
-    """News of one request: whole characters, and at its end the result, or the error that ended it."""
-
-    key: int
-    prompt: str
-    text: str
-    result: Result | None = None
-    error: ConfigError | None = None
-    scores: tuple[Score, ...] = ()
-    """Of the tokens since the last piece, if the request asks for them."""
 
 
 @dataclass
@@ -111,32 +50,6 @@ class _Text:
         """The scores that were not taken yet."""
         taken, self.scores = tuple(self.scores or ()), []
         return taken
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: str, *, skip_unknown: bool = False) -> np.ndarray:
-    """Ids of a prompt, in which <|endoftext|> means the token of that name if the vocabulary has one."""
-    if tokenizer.end_of_text is None:
-        return tokenizer.encode(prompt, skip_unknown=skip_unknown)
-    parts = [tokenizer.encode(part, skip_unknown=skip_unknown) for part in prompt.split(END_OF_TEXT)]
-    marks = [np.array([tokenizer.end_of_text], dtype=np.int64)] * len(parts)
-    return np.concatenate([piece for pair in zip(marks, parts) for piece in pair][1:])
-
-
-# 一段话最可能在它们后面开始；词表里有哪个就用哪个
-BEGINNINGS = ("\n", " ", "。", ".")
-
-
-def default_prompt(tokenizer: Tokenizer, separator: int | None) -> str:
-    """The prompt where none is given: nothing for a model of documents, else a line break, or what else the vocabulary can spell."""
-    if separator is not None:
-        return ""
-    alone = (tokenizer.decode([i]) for i in range(tokenizer.vocab_size))
-    return next((text for text in itertools.chain(BEGINNINGS, alone) if _spells(tokenizer, text)), "\n")
-
-
-def _spells(tokenizer: Tokenizer, text: str) -> bool:
-    # BERT 式词表没有换行与空格，不认识的字又都写成同一个 token：读得回来的才算
-    return bool(text) and "\ufffd" not in text and text in tokenizer.decode(tokenizer.encode(text, skip_unknown=True))
 
 
 class Writer:
@@ -373,22 +286,18 @@ class Writer:
         return Piece(key, text.request.prompt, last, result, scores=scores)
 
 
-def labels_of(request: Request) -> tuple[int, ...]:
-    """The label ids that are read: none with guidance 0, which is the model without them."""
-    return request.prefix_ids if request.guidance else ()
-
-
 def longest_beginning(text: str, stops: tuple[str, ...]) -> int:
     """Length of the longest end of `text` with which one of `stops` begins."""
     return max((n for stop in stops for n in range(1, min(len(stop), len(text)) + 1) if text.endswith(stop[:n])), default=0)
 
 
-def write_sample(model, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, *, sampler: Sampler, seed: int) -> str:
-    """The prompt and max_new_tokens tokens behind it; leaves the model's mode and the global generators as they were.
+def write_sample(model, tokenizer: Tokenizer, prompt: str | None, max_new_tokens: int, *, sampler: Sampler, seed: int) -> str:
+    """The prompt (None: the usual one) and max_new_tokens tokens behind it; leaves the model's mode and the global generators as they were.
 
     A model of documents writes one for each of up to SAMPLED_LABELS labels of one kind, "[label] text", each up to its end.
     """
     documents = model.config.separator is not None
+    prompt = default_prompt(tokenizer, model.config.separator) if prompt is None else prompt
     listed = next(iter(tokenizer.labels.values()), {}) if documents else {}
     # 同一个种子：几段的不同只来自标签
     base = Request(prompt, sampler, max_new_tokens, seed, stop_at_end_of_text=documents)

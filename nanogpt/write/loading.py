@@ -23,7 +23,8 @@ from nanogpt.weights import checkpoint
 from nanogpt.weights.build import model_of
 from nanogpt.weights.pretrained import build_pretrained, open_pretrained
 from nanogpt.write.control import build_control, read_form, takes_forms
-from nanogpt.write.engine import Request, Writer, default_prompt
+from nanogpt.write.engine import Writer
+from nanogpt.write.request import Request, default_prompt
 from nanogpt.write.speed.acceleration import HALF, accelerate
 
 # 再大就不是开头，而是一份语料：不整个读进内存

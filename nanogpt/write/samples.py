@@ -9,8 +9,9 @@ from nanogpt.base.console import Console
 from nanogpt.base.files import check_writable, folders_around
 from nanogpt.base.language import ConfigError, show
 from nanogpt.base.sample_config import SampleConfig
-from nanogpt.write.engine import Piece, Result, Writer
+from nanogpt.write.engine import Writer
 from nanogpt.write.loading import Model, Settings, prompt_list
+from nanogpt.write.request import Piece, Result
 
 # 与 nanoGPT 相近的分隔线；输出给程序读时请用 output=
 SEPARATOR = "-" * 40

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_config, make_sample_config
+from conftest import make_sample_config, resumed_trainer
 
-from nanogpt.base.cli import remembered_groups
-from nanogpt.run.session import Session
 from nanogpt.write.loading import open_model
 from nanogpt.write.samples import write_samples
 
@@ -25,10 +23,7 @@ def kernels() -> dict[str, str]:
 
 def resumed_losses(folder: str) -> list[float]:
     """Train four more iterations; training losses, gradient norms and validation losses, in order."""
-    typed = [f"resume={folder}", "max_iters=44", "eval_interval=2", "log_interval=1"]
-    groups = remembered_groups(typed)
-    trainer = Session.resume(make_config(*typed, *groups, checked=False), typed[1:], Path(folder))._build()
-    trainer.fit()
+    resumed_trainer(folder, "max_iters=44", "eval_interval=2", "log_interval=1").fit()
     lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [record for record in map(json.loads, lines) if record["iteration"] > 40]
     return [record[key] for record in records for key in ("train/loss", "gradient_norm", "val/loss") if key in record]

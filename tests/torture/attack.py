@@ -30,8 +30,8 @@ from safetensors.torch import load_file
 # fork 之前就导入：子进程不必各自再花几秒
 import nanogpt.run.session  # noqa: F401
 from nanogpt.base.language import ConfigError
-from nanogpt.run.health import floating
 from nanogpt.weights import checkpoint
+from nanogpt.weights.tensors import floating
 
 LONG = settings.get_current_profile_name() == "long"
 POSIX = pytest.mark.skipif(os.name == "nt", reason="the attack forks")

@@ -21,15 +21,16 @@ from hypothesis import strategies as st
 from memory_messages import memory_errors, other_errors
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanogpt.base.errors import OutOfMemory, is_out_of_memory
 from nanogpt.base.language import ConfigError
-from nanogpt.base.out_of_memory import OutOfMemory, is_out_of_memory
 from nanogpt.core import distributed, generate
 from nanogpt.core.sampling import sampler
 from nanogpt.data.documents import Document, write_documents
 from nanogpt.data.tokenizer import CharTokenizer
 from nanogpt.serve.worker import Worker
 from nanogpt.weights import checkpoint
-from nanogpt.write.engine import Request, Writer
+from nanogpt.write.engine import Writer
+from nanogpt.write.request import Request
 
 pytestmark = pytest.mark.torture
 PLACES = ("forward", "late in the forward", "backward", "copy to the device", "reading the rows")

@@ -19,7 +19,7 @@ from filelog import KINDS, FileLog, Mark, write_tree
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt.base import files
+from nanogpt.base import files, run_names
 from nanogpt.base.language import ConfigError
 from nanogpt.run import rundir
 from nanogpt.run.session import Session
@@ -114,11 +114,11 @@ class Recorded:
 
 def check_latest(reached: Reached, *, other: bool) -> None:
     """outputs/latest names this run or the one before, and this one once it has begun."""
-    if not rundir.LATEST.is_file():
+    if not run_names.LATEST.is_file():
         assert not reached.begun and not other, "latest is lost"
         return
     # 正要被盖掉的那一份还没重新开始：名字是对的，里面可以是空的
-    path = rundir.locate("latest") if reached.begun else Path(rundir.LATEST.read_text(encoding="utf-8").strip())
+    path = run_names.locate("latest") if reached.begun else Path(run_names.LATEST.read_text(encoding="utf-8").strip())
     assert path.resolve() in {RUN.resolve(), *([] if reached.begun else [Path("outputs/other").resolve()])}
 
 
@@ -162,9 +162,9 @@ def recorded(scenario: Scenario, base: list[str], root: Path) -> Recorded:
         fit(started(base, *scenario.before))
     if scenario.other:
         Path("outputs/other").mkdir(parents=True)
-        rundir.remember(Path("outputs/other"))
+        run_names.remember(Path("outputs/other"))
     before = {one.iteration: held(one) for one in checkpoint.checkpoints(RUN)} if RUN.is_dir() else {}
-    log, hold, real_save, real_remember = FileLog(root), dict(before), checkpoint.save, rundir.remember
+    log, hold, real_save, real_remember = FileLog(root), dict(before), checkpoint.save, run_names.remember
 
     def save(*arguments, iteration: int, **options) -> checkpoint.Checkpoint:
         log.operations.append(Mark(("saving", iteration)))
@@ -177,7 +177,7 @@ def recorded(scenario: Scenario, base: list[str], root: Path) -> Recorded:
         real_remember(path)
         log.operations.append(Mark(("begun",)))
 
-    with log.recording(), mock.patch.object(checkpoint, "save", save), mock.patch.object(rundir, "remember", remember):
+    with log.recording(), mock.patch.object(checkpoint, "save", save), mock.patch.object(run_names, "remember", remember):
         if scenario.other:
             # 扫描的目录由 Hydra 建好，没有同步
             RUN.parent.mkdir(parents=True)

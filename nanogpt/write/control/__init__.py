@@ -5,18 +5,8 @@ raises the logits of words; nothing is trained in.
 """
 
 from nanogpt.write.control.codes import GUIDANCE, CodesControl, codes
-from nanogpt.write.control.prefixes import (
-    KINDS,
-    Control,
-    NoControl,
-    PrefixControl,
-    Wish,
-    build_control,
-    language_of,
-    prefix,
-    read_form,
-    takes_forms,
-)
+from nanogpt.write.control.prefixes import KINDS, NoControl, PrefixControl, Wish, build_control, language_of, prefix, read_form, takes_forms
+from nanogpt.write.request import Control
 
 __all__ = [
     "GUIDANCE", "KINDS", "CodesControl", "Control", "NoControl", "PrefixControl", "Wish", "build_control", "codes", "language_of", "prefix",

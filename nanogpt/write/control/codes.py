@@ -6,7 +6,7 @@ from nanogpt.base.config import check_range
 from nanogpt.base.language import ConfigError
 from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.write.control.prefixes import KINDS, PrefixControl, distinct, prefix, say_once, table
-from nanogpt.write.engine import Request
+from nanogpt.write.request import Request
 
 # 再大就只剩下标签，文字散了
 GUIDANCE = (0, 20)

@@ -7,15 +7,15 @@ belong to the emotion (`nanogpt.write.control.words`). Both depend on a model th
 
 import re
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from nanogpt.base.config import check_range
 from nanogpt.base.language import ConfigError, say
+from nanogpt.base.parts import build_part
 from nanogpt.data.labels import LABEL_KINDS as KINDS
 from nanogpt.data.tokenizer import Tokenizer
-from nanogpt.weights.build import build_part
 from nanogpt.write.control.words import CJK, WordBias, ids_of, word_bias
-from nanogpt.write.engine import Request
+from nanogpt.write.request import Control, Request
 
 # 用户手写的两种标记，全角半角都收；值里不能有竖线和换行
 FORM = re.compile(r"\s*(style|emotion|风格|情绪|情感|心情)\s*[:：]([^|｜\n]*)[|｜]", re.IGNORECASE)
@@ -25,19 +25,6 @@ TRAILING = " \t\u3000,，.。;；、"
 # 同一句话整个进程只说一次：一批一百个开头不该说一百遍
 _said: set[tuple] = set()
 MOST_SAID = 50
-
-
-class Control(Protocol):
-    """What conf/control yamls build."""
-
-    style: str | None
-    emotion: str | None
-
-    def apply(self, request: Request, tokenizer: Tokenizer) -> Request:
-        """The request that writes in this style and emotion; the prompt stays as it is."""
-
-    def known(self, tokenizer: Tokenizer) -> dict[str, list[str]]:
-        """Names that can be typed for "style" and "emotion", the model's labels first; other words may be allowed too."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+from nanogpt.base import run_names
 from nanogpt.base.config import check_range
 from nanogpt.base.errors import Arguments, forgive_output, one_line_each
 from nanogpt.base.files import check_writable, folders_around, write_text
@@ -15,7 +16,6 @@ from nanogpt.base.quoting import quoted, word
 from nanogpt.base.sample_config import SampleConfig, check_sample
 from nanogpt.base.value_checks import check_path
 from nanogpt.data.labels import LABEL_KINDS
-from nanogpt.run import rundir
 from nanogpt.write.control.codes import GUIDANCE
 
 # 评估自己决定的键
@@ -99,7 +99,7 @@ def run_evaluate(typed: argparse.Namespace, overrides: list[str]) -> None:
         check_path(key, value)
     for value in guidance:
         check_range("--guidance", value, *GUIDANCE)
-    cfg, run_dir = config_of(overrides), rundir.locate(typed.out_dir, key="OUT_DIR")
+    cfg, run_dir = config_of(overrides), run_names.locate(typed.out_dir, key="OUT_DIR")
     if typed.plot:
         check_target(typed.plot, "--plot")
         _picture().check_picture(typed.plot)

@@ -3,9 +3,8 @@
 import functools
 from dataclasses import dataclass
 
-from nanogpt.base.config import HardwareConfig, TrainConfig
-from nanogpt.base.language import ConfigError
-from nanogpt.base.ram import GIB, free_ram
+from nanogpt.base.config import TrainConfig
+from nanogpt.base.hardware import GIB, allocator_cap, free_ram
 
 
 @dataclass(frozen=True)
@@ -27,21 +26,7 @@ class Budget:
     """Whether the device is in this machine, so that it can be measured."""
 
 
-def allocator_cap(hardware: HardwareConfig) -> int | None:
-    """Bytes that the CUDA allocator may reserve under a stated hardware.vram_gib; None leaves it alone."""
-    if hardware.vram_gib is None:
-        return None
-    cap = hardware.vram_gib - hardware.context_gib - hardware.desktop_gib
-    if cap <= 0:
-        raise ConfigError(
-            "hardware.vram_gib={vram} leaves nothing after context_gib={context} and desktop_gib={desktop}; raise it "
-            "or lower those",
-            vram=hardware.vram_gib, context=hardware.context_gib, desktop=hardware.desktop_gib,
-        )
-    return int(cap * GIB)
-
-
-def target_of(cfg: TrainConfig) -> Budget:
+def budget_for(cfg: TrainConfig) -> Budget:
     """The device and the memory that cfg is for; a card that is stated by hardware= need not be here."""
     import torch
 

@@ -1,0 +1,105 @@
+# 机器上有什么：进程还能用多少内存，显卡叫什么、有多快、许给训练多少显存
+# 全都不需要 torch：查配置、做预测的命令不必等它
+"""What this machine and the cards known by name offer: memory, peaks, the budget that hardware= states. Needs no torch."""
+
+import contextlib
+import functools
+from pathlib import Path
+
+import yaml
+
+from nanogpt.base.config import ROOT, HardwareConfig
+from nanogpt.base.language import ConfigError
+
+GIB = 2**30
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_ram() -> int:
+    """Bytes that are free on this machine, or fewer where a container or ulimit allows this process fewer."""
+    import psutil
+
+    used = psutil.Process().memory_info()
+    limits = [psutil.virtual_memory().available]
+    with contextlib.suppress(OSError, ValueError):
+        # 容器（cgroup v2）里看到的空闲是整台机器的；没有上限时写着 max
+        most, taken = (int((CGROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+        limits.append(most - taken + _reclaimable())
+    with contextlib.suppress(ImportError):
+        # Windows 没有 ulimit
+        import resource
+
+        for name, taken in (("RLIMIT_AS", used.vms), ("RLIMIT_DATA", used.data)):
+            most = resource.getrlimit(getattr(resource, name))[0]
+            limits += [] if most == resource.RLIM_INFINITY else [most - taken]
+    return max(0, min(limits))
+
+
+def _reclaimable() -> int:
+    """Bytes of files that the container's kernel keeps in memory and gives up when asked: data read once counts as taken."""
+    with contextlib.suppress(OSError, ValueError):
+        counts = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
+        return int(counts.get("inactive_file", 0))
+    return 0
+
+
+# ---- 显卡 ----
+
+REFERENCE = "rtx3060_12gb"
+"""The card that any machine is compared with."""
+
+
+@functools.cache
+def cards() -> dict[str, HardwareConfig]:
+    """The options of hardware= that are a card, the largest memory first."""
+    # 一张卡只在 conf/hardware 里写一次：加一个 yaml，自动识别、计划与 MFU 就都认识它
+    files = sorted((ROOT / "conf" / "hardware").glob("*.yaml"))
+    nodes = [HardwareConfig(**(yaml.safe_load(path.read_text(encoding="utf-8")) or {})) for path in files]
+    found = sorted((node for node in nodes if node.device_names), key=lambda node: -node.vram_gib)
+    return {node.name: node for node in found}
+
+
+def reference() -> HardwareConfig:
+    """The reference card."""
+    return cards()[REFERENCE]
+
+
+def known_card(device_name: str, memory_gib: float) -> HardwareConfig | None:
+    """The card that a driver calls `device_name`; of several with this name the one nearest in memory.
+
+    Laptop, Ti and SUPER variants are other cards with other names: unless listed they are unknown, and measured.
+    """
+    named = [card for card in cards().values() if device_name.casefold() in map(str.casefold, card.device_names)]
+    return min(named, key=lambda card: abs(card.vram_gib - memory_gib), default=None)
+
+
+def present_card(device) -> HardwareConfig | None:
+    """The known card that a CUDA device is."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
+    return known_card(properties.name, properties.total_memory / GIB)
+
+
+def peak_tflops_of(card: HardwareConfig, *, half: bool, tf32: bool) -> float | None:
+    """Dense peak of a card in the number format that products run in."""
+    if half:
+        return card.peak_tflops_half
+    # Ampere 以后的 TF32 恰是 16 位峰值的一半；消费级卡上与 fp32 几乎相同，A100 上是它的八倍
+    if tf32 and card.dtype == "bf16" and card.peak_tflops_half:
+        return max(card.peak_tflops_half / 2, card.peak_tflops_fp32 or 0.0)
+    return card.peak_tflops_fp32
+
+
+def allocator_cap(hardware: HardwareConfig) -> int | None:
+    """Bytes that the CUDA allocator may reserve under a stated hardware.vram_gib; None leaves it alone."""
+    if hardware.vram_gib is None:
+        return None
+    cap = hardware.vram_gib - hardware.context_gib - hardware.desktop_gib
+    if cap <= 0:
+        raise ConfigError(
+            "hardware.vram_gib={vram} leaves nothing after context_gib={context} and desktop_gib={desktop}; raise it "
+            "or lower those",
+            vram=hardware.vram_gib, context=hardware.context_gib, desktop=hardware.desktop_gib,
+        )
+    return int(cap * GIB)

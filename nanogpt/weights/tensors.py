@@ -1,0 +1,150 @@
+# 我们自己的张量文件：权重与优化器状态逐个张量写，边写边算摘要；读由 safetensors 库来
+# 优化器状态是嵌套的字典与列表：拆成 json 与一张张量表，不用 pickle，文件里就没有代码
+"""Tensors on disk and in nested states: safetensors files, state <-> json, whether all are finite.
+
+safetensors' own save_file wants every tensor in RAM at once: beside a card, twice what the optimizer holds. So files are
+written one tensor at a time and hashed on the way. Format: https://github.com/huggingface/safetensors#format
+
+In the json of a state every object has one key that says what it stands for: {"dict": [[key, value], …]}, {"tuple": […]},
+{"tensor": name} or {"float": "nan" | "inf" | "-inf"}; lists, strings, numbers, true, false and null stand for themselves.
+"""
+
+import hashlib
+import json
+import math
+import struct
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
+    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}
+# 读不了时会抛出的：大小说谎的文件头，到 torch 里才出错
+UNREADABLE = (SafetensorError, OSError, RuntimeError, TypeError, ValueError, OverflowError)
+# 分块写：大张量不必再复制一整份
+PIECE = 2**24
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
+    """Write a safetensors file and return its hex SHA-256, of what was meant to be written."""
+    # 元素大的在前：每个张量都落在自己的对齐位置上
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+        size = tensors[name].numel() * tensors[name].element_size()
+        header[name] = {"dtype": NAMES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [at, at + size]}
+        at += size
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    head += b" " * (-len(head) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for piece in (struct.pack("<Q", len(head)), head):
+            file.write(piece)
+            digest.update(piece)
+        for name in names:
+            for piece in _pieces(tensors[name]):
+                file.write(piece)
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(tensor: torch.Tensor) -> Iterable[memoryview]:
+    # 逐个取到 CPU：显存里的优化器状态不必同时在内存里也有一份
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    for start in range(0, len(content), PIECE):
+        yield memoryview(np.ascontiguousarray(content[start : start + PIECE]))
+
+
+def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a safetensors file, from its header; UNREADABLE where it is none."""
+    with safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, in memory of their own; UNREADABLE where it is none."""
+    with safe_open(path, framework="pt") as file:
+        # 抄出来：映射着的文件 Windows 上改不了名，别处被改动又会变进来
+        return {name: file.get_tensor(name).clone() for name in file.keys()}
+
+
+# ---- 嵌套的状态 ----
+
+
+def flatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """What json can hold of `value`; its tensors are added to `tensors`. TypeError at anything else."""
+    if isinstance(value, torch.Tensor):
+        name = f"{len(tensors):06d}"
+        tensors[name] = value.detach()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        # 键可以是整数：torch.optim 按编号存
+        return {"dict": [[flatten(k, tensors), flatten(v, tensors)] for k, v in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [flatten(v, tensors) for v in value]}
+    if isinstance(value, list):
+        return [flatten(v, tensors) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a {type(value).__name__} cannot be saved")
+
+
+def restore(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """What flatten() was given; ValueError, KeyError or TypeError where `node` is nothing that it writes."""
+    if isinstance(node, list):
+        return [restore(item, tensors) for item in node]
+    if not isinstance(node, dict):
+        return node
+    ((kind, content),) = node.items()
+    if kind == "dict":
+        return {restore(key, tensors): restore(value, tensors) for key, value in content}
+    if kind == "tuple":
+        return tuple(restore(item, tensors) for item in content)
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "float" and content in ("nan", "inf", "-inf"):
+        return float(content)
+    raise ValueError(f"unknown kind {kind!r}")
+
+
+# ---- 是不是有限数 ----
+
+
+def floating(state, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """(dotted name, tensor) of every floating tensor with elements in nested dicts and lists."""
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
+    for key, value in items:
+        if isinstance(value, torch.Tensor):
+            if value.is_floating_point() and value.numel():
+                yield f"{prefix}{key}", value.detach()
+        else:
+            yield from floating(value, f"{prefix}{key}.")
+
+
+def first_not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """Name of the first tensor that holds NaN or Inf, None when all are finite.
+
+    Takes no memory to speak of and waits for each device once.
+    """
+    by_device = defaultdict(list)
+    for name, tensor in named:
+        # 八位浮点没有 aminmax；这样的权重只从别人的文件来
+        low, high = torch.aminmax(tensor.float() if tensor.element_size() == 1 else tensor)
+        # NaN 会传过 aminmax；Inf 减自己得 NaN，有限数得 0
+        by_device[tensor.device].append((name, ((low - low) + (high - high)).float()))
+    for pairs in by_device.values():
+        names, values = zip(*pairs, strict=True)
+        # 一次取回：逐个张量去问，GPU 要停几百次
+        for name, finite in zip(names, torch.stack(values).isfinite().tolist(), strict=True):
+            if not finite:
+                return name
+    return None
