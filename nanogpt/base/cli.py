@@ -1,4 +1,9 @@
-"""Between the command line and the run scripts: compose with Hydra, turn mistakes into one line."""
+"""The run scripts' command line: composes each job with Hydra and reports a mistake in one line."""
+
+# 两个运行脚本的入口：命令行交给 Hydra 拼成配置，逐个任务去跑，错误压成一行
+# 敲下的先整理（arranged、with_integers、quoting），再由 hydra.main 拼；查过值之后才交给 run_train 或 run_sample
+# 扫描（-m）先查完所有任务再跑第一个，免得半夜里第三个才说写错了
+# 这里不导入 torch：写错一个键，一秒内就有回答
 
 import contextlib
 import copy
@@ -57,7 +62,7 @@ def remembered_groups(arguments: list[str]) -> list[str]:
 
 
 def implied_dataset(arguments: list[str]) -> list[str]:
-    """The data set that dataset.path=… means where none is named: labelled for files of records, text_file for all else."""
+    """The data set that dataset.path=… implies when none is named: labelled for files of records, else text_file."""
     typed = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     # 配方与旧的训练自己定了数据集
     if "dataset.path" not in typed or typed.keys() & {"dataset", "experiment", "resume"}:
@@ -66,7 +71,7 @@ def implied_dataset(arguments: list[str]) -> list[str]:
 
 
 def arranged(arguments: list[str]) -> tuple[list[str], list[str], bool]:
-    """(flags with their values, overrides, whether it is a sweep); refuses what cannot be read.
+    """Return (flags with their values, overrides, whether it is a sweep); refuse what cannot be read.
 
     Hydra wants the flags together, people write them anywhere.
     """
@@ -99,7 +104,7 @@ def arranged(arguments: list[str]) -> tuple[list[str], list[str], bool]:
 
 
 def with_integers(argument: str, schema: type) -> str:
-    """The argument with whole numbers such as 1e3 written as 1000 where the key takes integers, or may."""
+    """The argument with whole numbers such as 1e3 written as 1000 where the key takes, or may take, integers."""
     key, equals, value = argument.partition("=")
     wanted = wanted_type(schema, key.lstrip("+"))
     if key.lstrip("+") in (*PATH_KEYS, *TEXT_KEYS) or (wanted and not re.search(r"\bint\b", wanted)):
@@ -110,7 +115,7 @@ def with_integers(argument: str, schema: type) -> str:
 
 
 def refuse_glob_of_values(arguments: list[str]) -> None:
-    """Refuse glob(…) of a key that is no config group: only groups have options to go through."""
+    """Refuse glob(…) as the value of a key that is not a config group: only groups have options to go through."""
     for argument in arguments:
         key, _, value = argument.partition("=")
         if value.startswith("glob(") and key not in (*PATH_KEYS, *TEXT_KEYS) and not is_group(key):
@@ -129,7 +134,10 @@ def refuse_glob_of_values(arguments: list[str]) -> None:
 
 
 def typed_config(cfg: DictConfig, config_name: str) -> TrainConfig | SampleConfig:
-    """The typed configuration of a composed one, with the option chosen in each group; refuses keys taken away and values that cannot be right."""
+    """The typed form of a composed configuration, with the option chosen in each group.
+
+    Refuses keys that were taken away and values that cannot be right.
+    """
     check_whole(cfg, SCHEMAS[config_name])
     typed = OmegaConf.to_object(cfg)
     for name in typed.groups:
@@ -155,7 +163,7 @@ def typed_config(cfg: DictConfig, config_name: str) -> TrainConfig | SampleConfi
 
 
 def at_home(cfg: TrainConfig | SampleConfig) -> None:
-    """Put the home folder for the ~ of every path: a shell does that at the beginning of a word only."""
+    """Expand the ~ of every path to the home folder; a shell does so only at the beginning of a word."""
     for key in PATH_KEYS:
         group, _, name = key.rpartition(".")
         node = getattr(cfg, group, None) if group else vars(cfg)
@@ -169,8 +177,8 @@ def run_script(
 ) -> None:
     """Compose conf/<config_name>.yaml with the command line and call task(cfg, overrides); exit 2 on a mistake.
 
-    before_sweep(cfg) is called for every job of a sweep before its first: it refuses mistakes and returns the folder that
-    the job alone may use.
+    before_sweep(cfg) is called for every job of a sweep before the first one runs: it refuses mistakes and returns
+    the folder that only this job may use.
     """
     forgive_output()
     set_language(language_from_arguments(sys.argv))
@@ -186,11 +194,14 @@ def run_script(
 class _Script:
     """One run of hydra.main: the job, and what has been said about its mistakes."""
 
+    # Hydra 只认一个函数，又在几处回调它：命令行、任务与已报过的错误放在一个对象里，同一个错误只说一次
+
     def __init__(self, config_name: str, task: Callable, before_sweep: Callable, overrides: list[str], *, sweep: bool):
         self.config_name, self.task, self.before_sweep = config_name, task, before_sweep
         self.remembered = remembered_groups(overrides)
-        exact = [with_integers(typed, SCHEMAS[config_name]) for typed in overrides]
-        self.overrides = [*(quoted(typed, sweep=sweep) for typed in exact), *self.remembered, *implied_dataset(overrides)]
+        exact = [with_integers(argument, SCHEMAS[config_name]) for argument in overrides]
+        typed = [quoted(argument, sweep=sweep) for argument in exact]
+        self.overrides = [*typed, *self.remembered, *implied_dataset(overrides)]
         self.started = False
         self.reported: list[Exception] = []
 
@@ -200,7 +211,8 @@ class _Script:
         try:
             with checked_yaml(), self.checked_sweeps():
                 # Hydra 会看函数定义在哪个文件：要给它一个函数，而不是方法
-                hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=self.config_name)(lambda cfg: self.job(cfg))()
+                main = hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=self.config_name)
+                main(lambda cfg: self.job(cfg))()
         except Exception as error:
             if error in self.reported:
                 sys.exit(EXIT_USER_ERROR)
@@ -213,7 +225,7 @@ class _Script:
             tidy_latest()
 
     def job(self, cfg: DictConfig) -> float | None:
-        """One job, or the only one."""
+        """Run one job of a sweep, or the only one."""
         self.started = True
         hydra_config = HydraConfig.get()
         # hydra.job.chdir=true 会换目录：写下的相对路径仍从敲命令的地方算起，运行目录自有 out_dir
@@ -238,7 +250,8 @@ class _Script:
 
     @contextlib.contextmanager
     def checked_sweeps(self) -> Iterator[None]:
-        """Have all jobs of a sweep checked where Hydra itself only composes them, before the first is launched."""
+        """Check all jobs of a sweep before the first one is launched, where Hydra itself only composes them."""
+        # Hydra 没有留下插口，只在这里逐个拼一遍：换下这个函数，离开时放回去
         composes = Sweeper.validate_batch_is_legal
         Sweeper.validate_batch_is_legal = lambda sweeper, batch: self.check_jobs(sweeper, batch)
         try:
@@ -247,7 +260,7 @@ class _Script:
             Sweeper.validate_batch_is_legal = composes
 
     def check_jobs(self, sweeper: Sweeper, batch: Sequence[Sequence[str]]) -> None:
-        """Say every mistake of the jobs, each once, and raise if there was one; no two may use one folder."""
+        """Print every mistake of the jobs once, and raise if there was one; no two jobs may use the same folder."""
         loader, known = sweeper.hydra_context.config_loader, HydraConfig.instance().cfg
         said: set[str] = set()
         used: set[Path] = set()
@@ -271,7 +284,7 @@ class _Script:
             raise self.reported[-1]
 
     def check_job(self, composed: DictConfig, used: set[Path]) -> None:
-        """ConfigError for a mistake of one job and where an earlier one uses its folder; adds that to `used`."""
+        """Add the folder of a job to `used`; ConfigError for a mistake, and where an earlier job uses that folder."""
         with read_write(composed), open_dict(composed):
             del composed["hydra"]
         with composing(self.config_name):
@@ -297,7 +310,8 @@ class _Script:
         """(typed configuration, the overrides that were typed) of a job."""
         refuse_unknown_hydra_keys()
         # 不解析：override 里的 ${…} 属于配置，不属于这张清单
-        overrides = [o for o in OmegaConf.to_container(hydra_config.overrides.task, resolve=False) if o not in self.remembered]
+        typed_words = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+        overrides = [argument for argument in typed_words if argument not in self.remembered]
         # 先定语言：下面的错误才用它说
         lang = cfg.get("lang")
         set_language(lang if lang in ("zh", "en") else "auto")

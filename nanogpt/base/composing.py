@@ -1,4 +1,9 @@
-"""What Hydra and OmegaConf say while a configuration is composed, as one line that names the key."""
+"""Turns what Hydra and OmegaConf raise while composing a configuration into one line that names the key."""
+
+# Hydra 与 OmegaConf 拼配置时的各种异常，翻成一行：哪个键、写了什么、该怎么写
+# 它们的异常类型不够细，只好认消息里的字样（见 one_line）；换 Hydra 版本时先看这里
+# cli 与 groups 把拼配置的那一段放进 composing()；不认得的消息也压成一行，从不让 traceback 出来
+# OTHER_NAMES 是别的程序里的键名，敲错时猜得出他想要什么
 
 import contextlib
 import difflib
@@ -25,8 +30,8 @@ SCHEMAS = {"train": TrainConfig, "sample": SampleConfig}
 # 别的程序（先是 nanoGPT）里的名字 -> 这里该写的
 OTHER_NAMES = {
     "train": {
-        "dtype": "precision=bf16", "fp16": "precision=fp16", "bf16": "precision=bf16", "weight_decay": "optimizer.weight_decay",
-        "lr": "learning_rate", "decay_lr": "lr_schedule=constant", "warmup_steps": "warmup_iters",
+        "dtype": "precision=bf16", "fp16": "precision=fp16", "bf16": "precision=bf16", "lr": "learning_rate",
+        "weight_decay": "optimizer.weight_decay", "decay_lr": "lr_schedule=constant", "warmup_steps": "warmup_iters",
         "beta1": "optimizer.beta1", "beta2": "optimizer.beta2", "wandb_log": "logger=wandb",
         "wandb_project": "logger.wandb.project", "wandb_run_name": "out_dir", "output_dir": "out_dir",
         **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs", "max_steps", "steps", "iters"), "max_iters"),
@@ -59,7 +64,7 @@ def known_keys(config_name: str) -> list[str]:
 
 
 def guess_of(key: str, config_name: str) -> str | None:
-    """What a key that there is not may mean: the name elsewhere, the last part of a key, or nearly a key."""
+    """What an unknown key may mean: its name here if another program has it, a key ending in it, or a similar one."""
     known = known_keys(config_name)
     if elsewhere := OTHER_NAMES[config_name].get(key.lower()):
         return elsewhere
@@ -77,6 +82,7 @@ def one_line(error: Exception, config_name: str) -> ConfigError:
     # Hydra 的“找不到配置”也是一种 OSError
     if not isinstance(error, HydraException) and (found := explained(error)):
         return found
+    # Hydra 把 OmegaConf 的异常包了一层，键名在里层
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, OmegaConfBaseException):
         if found := _of_a_value(cause, error, config_name):
@@ -148,7 +154,8 @@ def _of_a_value(cause: OmegaConfBaseException, error: Exception, config_name: st
 
 
 def _of_a_group(message: str) -> ConfigError | None:
-    """The line for what Hydra says of a group without naming it."""
+    """The line for what Hydra says about a group without naming it."""
+    # 消息里没有组名：从命令行里找出那个选项不存在的组
     if "Config group override must be" not in message:
         return None
     for argument in sys.argv[1:]:
@@ -172,7 +179,7 @@ def composing(config_name: str) -> Iterator[None]:
 
 
 def refuse_unknown_hydra_keys() -> None:
-    """Make ${hydra:…} an error where Hydra's config has no such key; Hydra itself takes it for null."""
+    """Make ${hydra:…} an error when Hydra's config has no such key; Hydra itself reads it as null."""
 
     def value_of(path: str = ""):
         missing = object()
@@ -184,7 +191,7 @@ def refuse_unknown_hydra_keys() -> None:
 
 
 def check_whole(cfg: DictConfig, schema: type, prefix: str = "") -> None:
-    """Refuse a configuration from which ~key took a part of the schema."""
+    """Refuse a configuration from which ~key removed a part of the schema."""
     for field in fields(schema):
         if field.name not in cfg:
             if is_group(field.name):

@@ -3,6 +3,11 @@
 `check(cfg)` runs before torch is imported, so that a typing mistake answers within a second.
 """
 
+# 训练配置的形状（dataclass）与不需要 torch 的全部检查：默认值、允许的词、范围、键与键之间的规矩
+# conf/*.yaml 由 Hydra 按这里的 schema 拼；写错的键在拼的时候就报，写错的值由 check(cfg) 报，都在导入 torch 之前
+# 几乎每个房间都从这里取 dataclass；core 只拿普通参数与其中小的几个，从不拿整个 cfg
+# 旧的训练目录里存着全部键：改名、删键要先想到它们还得能 resume
+
 import re
 from dataclasses import dataclass, field
 from pathlib import Path

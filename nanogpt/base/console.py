@@ -1,7 +1,9 @@
-"""What a person sees while the program works: a progress bar on a terminal, plain lines and tables elsewhere."""
+"""What a person sees while the program works: lines, a progress bar on a terminal, and aligned tables."""
 
-# 训练、预测、评估的每一行都经过这里：Console 管屏幕与进度条，aligned 把表排成行
+# 屏幕上看到的：一行行文字、终端里的进度条、对齐的表
+# 训练、预测、评估的每一行都经过 Console；aligned 把表排成行
 # rich 知道汉字占两列；没有终端、也没有表时不导入它，启动更快
+# 读的人走了（… | head）或磁盘满了，训练都不能因此丢：见 plain
 
 import contextlib
 import io
@@ -12,14 +14,19 @@ from nanogpt.base.language import show, shown, text
 
 
 class Console:
-    """Prints to stdout (or stderr, where stdout belongs to the texts); silent on processes other than the first."""
+    """Prints to stdout (or to stderr, if stdout belongs to the texts written); can be silent.
+
+    Processes other than the first are made with quiet=True.
+    """
+
+    # 多进程训练时每个进程都跑同样的代码：只有第一个说话，调用的地方不必判断
 
     def __init__(self, *, quiet: bool = False, stream: str = "stdout"):
         self.quiet = quiet
         self._file = getattr(sys, stream)
         self._rich = None
         self.gone = False
-        """Whether nobody reads any more."""
+        """Whether nobody reads the output any more."""
         self.on_gone: Callable[[], None] = lambda: None
         if not quiet and self._file.isatty():
             # 没有终端时不导入 rich，启动更快
@@ -56,7 +63,10 @@ class Console:
             return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"),
+            TimeRemainingColumn(),
+        )
         # 正文走管道时不许进度条接管 stdout
         options = {"redirect_stdout": sys.stdout.isatty(), "transient": True, "refresh_per_second": 4}
         with Progress(*columns, console=self._rich, **options) as bar:
@@ -82,9 +92,10 @@ class Console:
 
 
 def aligned(heads: Sequence[str], rows: Sequence[Sequence[str]], *, sides: str = "lr") -> list[str]:
-    """A table as lines; `sides` has l or r for each column, the last of them for all further ones.
+    """A table as lines; `sides` has l or r for each column, and its last letter holds for all further ones.
 
-    On a terminal that is too narrow the columns go on below, behind the first one again; elsewhere nothing is cut.
+    On a terminal that is too narrow, the remaining columns follow below, with the first one repeated; elsewhere
+    nothing is cut.
     """
     from rich.cells import cell_len
     from rich.console import Console as RichConsole
@@ -93,6 +104,7 @@ def aligned(heads: Sequence[str], rows: Sequence[Sequence[str]], *, sides: str =
     found = io.StringIO()
     plain = {"markup": False, "highlight": False, "emoji": False, "color_system": None}
     console = RichConsole(file=found, width=None if sys.stdout.isatty() else 10**4, **plain)
+    # rich 遇到窄终端会把格子截断：先按宽度分成几段，每段都从第一列（行名）开始
     widths = [max(map(cell_len, column)) + 2 for column in zip(heads, *rows)]
     parts: list[list[int]] = [[0]]
     for index in range(1, len(heads)):

@@ -1,9 +1,12 @@
-# 自己的检查之外还有三种结局：系统不肯、内存不够、人按了 Ctrl-C；都要变成一行话和一个退出码
-# 内存不足各库说法不一，认出来才能减半重来；这里不导入 torch，查配置的命令不必等它
-"""What stops a program from outside of its own checks - the system, the memory, the keyboard - as one line and an exit code.
+"""Turns what the system, the memory or the keyboard does to a program into one line and an exit code.
 
-Also how errors of memory are recognised, whichever library raised them.
+It also recognises an out-of-memory error, whichever library raised it.
 """
+
+# 自己的检查之外还有三种结局：系统不肯、内存不够、人按了 Ctrl-C；都变成一行话和一个退出码
+# 各个主程序都包在 one_line_each() 里；explained() 认得的才压成一行，认不得的是缺陷，留着 traceback
+# 内存不足各库说法不一，认出来（is_out_of_memory）训练与写作才能减半重来
+# 这里不导入 torch，查配置的命令不必等它
 
 import argparse
 import contextlib
@@ -24,9 +27,10 @@ EXIT_PIPE_CLOSED = 141
 
 # errno -> 该怎么办；Windows 没有 EDQUOT
 REMEDIES = {
-    errno.ENOSPC: "remedy_space", getattr(errno, "EDQUOT", errno.ENOSPC): "remedy_space", errno.EROFS: "remedy_access", errno.EACCES: "remedy_access",
-    errno.EPERM: "remedy_access", errno.EMFILE: "remedy_files", errno.ENFILE: "remedy_files", errno.ENAMETOOLONG: "remedy_name",
-    errno.ENOMEM: "remedy_memory", errno.EIO: "remedy_disk",
+    errno.ENOSPC: "remedy_space", getattr(errno, "EDQUOT", errno.ENOSPC): "remedy_space", errno.EROFS: "remedy_access",
+    errno.EACCES: "remedy_access", errno.EPERM: "remedy_access", errno.EMFILE: "remedy_files",
+    errno.ENFILE: "remedy_files", errno.ENAMETOOLONG: "remedy_name", errno.ENOMEM: "remedy_memory",
+    errno.EIO: "remedy_disk",
 }
 
 NOT_DETERMINISTIC = " does not have a deterministic implementation"
@@ -40,12 +44,13 @@ def forgive_output() -> None:
 
 
 def explained(error: BaseException) -> ConfigError | None:
-    """The one line for what the system refused or for memory that ran out; None for anything else."""
+    """The one line for a refusal of the system or for running out of memory; None for anything else."""
     if isinstance(error, ConfigError):
         return error
     if isinstance(error, OSError):
         remedy = text(REMEDIES[error.errno]) if error.errno in REMEDIES else text("check that path")
-        path = next((os.fsdecode(p) for p in (error.filename, error.filename2) if isinstance(p, str | bytes | os.PathLike)), "-")
+        named = [p for p in (error.filename, error.filename2) if isinstance(p, str | bytes | os.PathLike)]
+        path = os.fsdecode(named[0]) if named else "-"
         return ConfigError(
             "{path}: the system refuses ({reason}); {remedy}",
             path=path, reason=error.strerror or str(error) or type(error).__name__, remedy=remedy,
@@ -87,7 +92,9 @@ def leave_quietly() -> None:
 
 
 class Arguments(argparse.ArgumentParser):
-    """A parser whose mistakes are one line instead of its whole usage."""
+    """An argument parser that reports a mistake in one line instead of printing its whole usage."""
+
+    # argparse 自己会打印用法并退出；抛出来，才和别的错误同一条路、同一种语言
 
     def error(self, message: str):
         raise ConfigError("{reason}; --help shows what there is", reason=message)
@@ -95,7 +102,10 @@ class Arguments(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def one_line_each() -> Iterator[None]:
-    """Around a main program: mistakes, the system's refusals and Ctrl-C end it with one line at most; a bug keeps its traceback."""
+    """Around a main program: a mistake, a refusal of the system or Ctrl-C ends it with at most one line.
+
+    A bug keeps its traceback.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -113,7 +123,8 @@ def one_line_each() -> Iterator[None]:
 
 # 各库的说法不同，都不分大小写；说法取自各库的源码与报错记录
 PHRASES = (
-    # CUDA、HIP、XPU、MPS 的分配器与驱动：CUDA out of memory、CUDA_ERROR_OUT_OF_MEMORY、UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY
+    # CUDA、HIP、XPU、MPS 的分配器与驱动：CUDA out of memory、CUDA_ERROR_OUT_OF_MEMORY
+    # Level Zero（XPU）：UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY
     r"out[ _]of[ _]((device|host|gpu|system|pinned)[ _])?memory",
     # hipErrorOutOfMemory、kIOGPUCommandBufferCallbackErrorOutOfMemory、cudaErrorMemoryAllocation
     r"outofmemory|errormemoryallocation",
@@ -141,7 +152,8 @@ WINDOWS_CODES = (8, 14, 1455)
 
 # 在哪里发生的 -> 屏幕上的说法
 PHASES = {
-    "forward": "oom_in_forward", "sum": "oom_in_sum", "update": "oom_in_update", "evaluation": "oom_in_evaluation", "training": "oom_in_training",
+    "forward": "oom_in_forward", "sum": "oom_in_sum", "update": "oom_in_update", "evaluation": "oom_in_evaluation",
+    "training": "oom_in_training",
 }
 
 
@@ -162,17 +174,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release(device) -> None:
-    """Give back what a failed attempt has left: cycles first, then the allocator's cache; call it outside of `except`."""
+    """Free what a failed attempt has left: cycles first, then the allocator's cache. Call it outside of `except`."""
     import torch
 
-    # 重算与 hook 会连成环，等垃圾回收才放开张量
+    # 重算与 hook 会连成环，等垃圾回收才放开张量；在 except 里，异常还牵着那一帧的张量，收不走
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 class OutOfMemory(ConfigError):  # noqa: N818 - 与 torch.OutOfMemoryError 区分
-    """A part of training that cannot be divided further does not fit; `detail` is what the library said."""
+    """Raised when a part of training that cannot be divided further does not fit; `detail` is what the library said."""
+
+    # 是 ConfigError：没有设错键，但要的也是一行话和补救，而不是 traceback
 
     def __init__(self, phase: str, *, rows: int, detail: str):
         """phase: one of PHASES."""
@@ -182,7 +196,7 @@ class OutOfMemory(ConfigError):  # noqa: N818 - 与 torch.OutOfMemoryError 区�
 
 @contextlib.contextmanager
 def not_divisible(phase: str, *, rows: int) -> Iterator[None]:
-    """Turn running out of memory inside into OutOfMemory: nothing can be halved there, and nothing repeated."""
+    """Turn running out of memory inside into OutOfMemory, where nothing can be halved or repeated."""
     try:
         yield
     except Exception as error:

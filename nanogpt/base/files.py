@@ -1,4 +1,9 @@
-"""Writing files so that a crash leaves the old or the new content, never half of it."""
+"""Writes files and folders so that a crash leaves the old or the new content, never half of it."""
+
+# 写文件与文件夹的规矩：断电、被杀、磁盘满，留下的不是旧的就是新的，没有半截
+# 做法都一样：写在旁边的临时名字下，fsync，再用 os.replace 换上去；名字记在上一级文件夹里，也要 fsync
+# checkpoint、数据集、下载、run.json、sweep 的结果都经过这里；被杀留下的 .名字.*.tmp 由 remove_leftovers 清
+# 这里只抛 OSError，怎样对人说由 errors.explained 决定
 
 import contextlib
 import errno
@@ -13,7 +18,7 @@ from pathlib import Path
 
 
 def sha256(path: Path, each: Callable[[bytes], None] | None = None) -> str:
-    """Hex SHA-256 of a file, read in pieces of 4 MiB; each(piece) sees them too, so that nothing large is read twice."""
+    """Hex SHA-256 of a file, read in pieces of 4 MiB; each(piece) sees them too, so that a large file is read once."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(2**22):
@@ -42,7 +47,7 @@ def sync(path: Path) -> None:
 
 
 def sync_names(path: Path) -> None:
-    """Flush the names by which a folder is found, its own and those of the folders around it, and the names in it."""
+    """Flush the names in a folder, and those by which it is found: its own and its parents'."""
     for folder in (path, *path.absolute().parents):
         if not os.access(folder, os.W_OK):
             # 这里的名字不是这个人建的，再往上也不是
@@ -51,7 +56,7 @@ def sync_names(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those around it, each of which is there after a loss of power too."""
+    """Make a folder and its missing parents, so that each is still there after a loss of power."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in reversed(missing):
@@ -78,7 +83,7 @@ def _aside(path: Path) -> Iterator[Path]:
 
 
 def own_content(path: Path) -> None:
-    """Give a file that is to be changed in place a content of its own where hard links share it; they keep theirs."""
+    """Separate a file that is to be changed in place from its hard links, which keep the old content."""
     if path.is_file() and path.stat().st_nlink > 1:
         with _aside(path) as aside:
             shutil.copyfile(path, aside)
@@ -92,7 +97,7 @@ def numbered(path: Path) -> Iterator[Path]:
 
 
 def refuse_file(folder: Path) -> None:
-    """OSError where something that is no folder, a link to nowhere included, has the name that a folder is to get."""
+    """Raise OSError if the name that a folder is to get is taken by anything else, a dangling link included."""
     if os.path.lexists(folder) and not folder.is_dir():
         # 换上新文件夹时，它会被当成旧的那一份删掉
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
@@ -100,7 +105,7 @@ def refuse_file(folder: Path) -> None:
 
 @contextlib.contextmanager
 def folders_around(path: Path) -> Iterator[None]:
-    """Make the folders around `path`; those of them that are empty at the end are taken away again."""
+    """Make the parent folders of `path`; those that were made and are empty at the end are removed again."""
     # 不解析就会先造出 nope/../x 里的 nope
     around = path.parent.resolve()
     made = [folder for folder in (around, *around.parents) if not folder.exists()]
@@ -114,7 +119,7 @@ def folders_around(path: Path) -> Iterator[None]:
 
 
 def check_writable(path: Path) -> None:
-    """OSError where nothing could be written to `path`; what was there stays, what was not is not made."""
+    """Raise OSError if `path` cannot be written; neither changes what is there nor leaves anything behind."""
     # 断了的链接：试写的是它所指的，删的也不能是链接
     path = path.resolve()
     existed = path.exists()
@@ -126,7 +131,10 @@ def check_writable(path: Path) -> None:
 
 @contextlib.contextmanager
 def folder_aside(final: Path) -> Iterator[Path]:
-    """Yield a temporary sibling folder; on success it becomes `final`, on failure it is removed. OSError where `final` is a file."""
+    """Yield a temporary sibling folder; on success it becomes `final`, on failure it is removed.
+
+    Raises OSError if `final` is a file.
+    """
     refuse_file(final)
     make_folder(final.parent)
     aside = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -148,7 +156,7 @@ def folder_aside(final: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
-    """Delete the temporary files and folders that a killed process left in `folder`, only those of `name` if given."""
+    """Delete the temporary files and folders that a killed process left in `folder`: all, or those of `name`."""
     for path in folder.glob(f".{glob.escape(name)}.*.tmp" if name else ".*.tmp"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

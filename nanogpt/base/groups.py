@@ -1,4 +1,8 @@
-"""Config groups and values while the program runs: what the command line would have made of them."""
+"""Config groups and values while the program runs, read as the command line would read them."""
+
+# 程序跑起来之后还要读配置组：互动写作里换 sampler，resume 时看敲下的组管哪些键，告诉人怎样指名自己的类
+# 做法是照命令行再拼一次（_composed），或只问 Hydra 这一项带来了哪些 yaml（_brought）
+# 用者是 run/、write/、导出与 saved_config；它们与命令行因此永远一致，没有第二份规则
 
 import difflib
 import re
@@ -43,7 +47,7 @@ def _composed(overrides: list[str]):
 
 
 def sample_config(overrides: list[str]) -> SampleConfig:
-    """The config that run_sample.py would see for these overrides, for other programs that write; not checked."""
+    """The config that run_sample.py would see for these overrides; combinations of values are not checked."""
     with composing("sample"):
         composed = _composed(overrides)
         check_whole(composed, SampleConfig)
@@ -66,9 +70,9 @@ def option(group: str, name: str, temperature: float) -> dict[str, Any]:
 
 
 def keys_of(override: Override) -> set[str]:
-    """Dotted keys of conf/train.yaml that a typed group decides: those of its yaml and of what it brings along.
+    """Dotted keys of conf/train.yaml that a typed group decides: those of its yaml and of the yamls it brings along.
 
-    Where it chooses an option of another group, that whole group.
+    If one of them chooses an option of another group, that whole group counts.
     """
     keys = set()
     for package, content, chosen in _brought(override.input_line):
@@ -77,9 +81,9 @@ def keys_of(override: Override) -> set[str]:
 
 
 def naming(nodes: dict[str, Any], chosen: dict[str, str], parts: tuple[str, ...]) -> list[str]:
-    """What a command needs that runs one's own classes of these nodes of a config: --config-dir=conf model=gated.
+    """The words that a command needs to run a user's own classes in these nodes, e.g. --config-dir=conf model=gated.
 
-    A checkpoint's code is run only where it is named. `chosen` is the option of each group.
+    A checkpoint's code is run only if it is named. `chosen` is the option of each group.
     """
     words, shipped = [], conf_folders()[0]
     for part in parts:
@@ -98,7 +102,7 @@ def naming(nodes: dict[str, Any], chosen: dict[str, str], parts: tuple[str, ...]
 
 
 def _named_by(group: str, option: str) -> set[str]:
-    """The classes that a yaml and what it brings along name."""
+    """The classes named by a yaml and by the yamls that it brings along."""
     return {target for _, content, _ in _brought(f"{group}={option}") for target in targets(content)}
 
 
@@ -110,6 +114,7 @@ def _brought(typed: str) -> list[tuple[str, dict[str, Any], list[str]]]:
         path.append("command-line", f"file://{folder.absolute()}")
     loader = ConfigLoaderImpl(config_search_path=path)
     group, _, option = typed.lstrip("+").partition("=")
+    # 敲与不敲各算一遍 defaults list，多出来的就是它带来的
     untyped = loader.compute_defaults_list("train", [], RunMode.RUN).defaults
     usual = {(entry.config_path, entry.package) for entry in untyped}
     brought = []

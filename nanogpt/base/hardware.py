@@ -1,6 +1,9 @@
+"""What this machine and the known cards offer: free memory, peak speeds, the memory budget of hardware=."""
+
 # 机器上有什么：进程还能用多少内存，显卡叫什么、有多快、许给训练多少显存
-# 全都不需要 torch：查配置、做预测的命令不必等它
-"""What this machine and the cards known by name offer: memory, peaks, the budget that hardware= states. Needs no torch."""
+# 卡的数据只写在 conf/hardware/*.yaml；自动识别、plan 的预测、MFU 与显存上限都从这里取
+# 除了 present_card 都不需要 torch：查配置、做预测的命令不必等它
+# 容器与 ulimit 给的内存可能比整台机器的少，free_ram 取最小的一个
 
 import contextlib
 import functools
@@ -16,7 +19,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_ram() -> int:
-    """Bytes that are free on this machine, or fewer where a container or ulimit allows this process fewer."""
+    """Bytes of RAM that this process can still take: what is free, or less where a container or ulimit says so."""
     import psutil
 
     used = psutil.Process().memory_info()
@@ -36,7 +39,7 @@ def free_ram() -> int:
 
 
 def _reclaimable() -> int:
-    """Bytes of files that the container's kernel keeps in memory and gives up when asked: data read once counts as taken."""
+    """Bytes of cached files that the container counts as taken but gives up on demand."""
     with contextlib.suppress(OSError, ValueError):
         counts = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
         return int(counts.get("inactive_file", 0))
@@ -46,12 +49,12 @@ def _reclaimable() -> int:
 # ---- 显卡 ----
 
 REFERENCE = "rtx3060_12gb"
-"""The card that any machine is compared with."""
+"""The card that other machines are compared with."""
 
 
 @functools.cache
 def cards() -> dict[str, HardwareConfig]:
-    """The options of hardware= that are a card, the largest memory first."""
+    """The options of hardware= that are cards, the one with most memory first."""
     # 一张卡只在 conf/hardware 里写一次：加一个 yaml，自动识别、计划与 MFU 就都认识它
     files = sorted((ROOT / "conf" / "hardware").glob("*.yaml"))
     nodes = [HardwareConfig(**(yaml.safe_load(path.read_text(encoding="utf-8")) or {})) for path in files]
@@ -65,16 +68,16 @@ def reference() -> HardwareConfig:
 
 
 def known_card(device_name: str, memory_gib: float) -> HardwareConfig | None:
-    """The card that a driver calls `device_name`; of several with this name the one nearest in memory.
+    """The card that a driver calls `device_name`; of several with this name, the one nearest in memory.
 
-    Laptop, Ti and SUPER variants are other cards with other names: unless listed they are unknown, and measured.
+    Laptop, Ti and SUPER variants have other names and are other cards: unless listed they are unknown and are measured.
     """
     named = [card for card in cards().values() if device_name.casefold() in map(str.casefold, card.device_names)]
     return min(named, key=lambda card: abs(card.vram_gib - memory_gib), default=None)
 
 
 def present_card(device) -> HardwareConfig | None:
-    """The known card that a CUDA device is."""
+    """The known card behind a CUDA device, if it is one."""
     import torch
 
     properties = torch.cuda.get_device_properties(device)
@@ -92,7 +95,7 @@ def peak_tflops_of(card: HardwareConfig, *, half: bool, tf32: bool) -> float | N
 
 
 def allocator_cap(hardware: HardwareConfig) -> int | None:
-    """Bytes that the CUDA allocator may reserve under a stated hardware.vram_gib; None leaves it alone."""
+    """Bytes that the CUDA allocator may reserve under hardware.vram_gib; None sets no limit."""
     if hardware.vram_gib is None:
         return None
     cap = hardware.vram_gib - hardware.context_gib - hardware.desktop_gib

@@ -1,4 +1,8 @@
-"""Small json files that carry a SHA-256 of themselves: a changed digit is noticed before anything is made of it."""
+"""Small json files that carry their own SHA-256, so that a changed digit is noticed before the file is used."""
+
+# 自带 SHA-256 的小 json：改了一个数字、断电写坏了，读的时候就知道
+# manifest.json、run.json、meta.json、sweep 的结果都这样写；大文件的摘要记在里面，由它们自己的读者去核对
+# 摘要按排好序的键算，与缩进、换行无关；读不了统一抛 DamagedError，怎么补救由读的一方说
 
 import hashlib
 import json
@@ -15,14 +19,19 @@ MOST_BYTES = 16 * 2**20
 class DamagedError(ValueError):
     """Why a file cannot be used, in a few words."""
 
+    # 不是 ConfigError：只有读的一方知道它是谁的文件、还能用什么代替
+
 
 class NewerError(DamagedError):
-    """The file is of a format that this version does not know yet."""
+    """The file has a format that this version does not know yet."""
+
+    # 单独一类：文件没有坏，该更新的是程序，不能说“删掉重来”
 
 
 def digest_of(values: dict[str, Any]) -> str:
     """Hex SHA-256 of the values, however a file spells them."""
-    canonical = json.dumps({key: value for key, value in values.items() if key != "digest"}, sort_keys=True, separators=(",", ":"))
+    told = {key: value for key, value in values.items() if key != "digest"}
+    canonical = json.dumps(told, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 

@@ -1,4 +1,9 @@
-"""Every line that a person reads on the console, in English and Chinese."""
+"""The sentences that a person reads on the console, in English and Chinese, and the error class ConfigError."""
+
+# 屏幕上的每一句话都从这里出去，英文或中文；错误也是一句话（ConfigError）
+# 英文就写在说它的地方，中文在旁边的 zh.json，以英文句子为键；几处都说的、由数据挑出来说的，在 NAMED 里起名
+# show 是唯一的打印：文件里来的控制字符写成转义，指挥不了终端
+# ConfigError 存的是句子与值，到 str() 时才译：语言可以在抛出之后才定下来
 
 import functools
 import json
@@ -48,7 +53,7 @@ def text(message: str, **values) -> str:
 
 
 def text_in(language: str | None, message: str, **values) -> str:
-    """The same in a language of its own, None for the console's: a visitor of the page need not speak that."""
+    """Like text(), in the given language or, for None, the console's: a visitor of the page may speak another one."""
     line = NAMED.get(message, message)
     if (language or _language) == "zh":
         # 没有译文的就用英文：别人写的数据准备、自己的 logger 也可以抛 ConfigError
@@ -63,7 +68,7 @@ def chinese() -> dict[str, str]:
 
 
 class _Nothing:
-    """None as a line shows it: a value that there is not has no decimals either."""
+    """How None is shown in a sentence: as -, whatever number format the sentence asks for."""
 
     def __format__(self, form: str) -> str:
         return "-" if form else "None"
@@ -81,7 +86,7 @@ COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud
 
 
 def shown(written: str, file: TextIO) -> str:
-    """A text as `file` may have it: on a terminal, what would command the terminal stands there as an escape; elsewhere unchanged."""
+    """A text as it may be printed to `file`: escaped where it would command a terminal; unchanged elsewhere."""
     return COMMANDS.sub(_escaped, written) if file.isatty() else written
 
 
@@ -90,7 +95,8 @@ def _escaped(found: re.Match) -> str:
 
 
 def show(written: str, *, file: TextIO | None = None, end: str = "\n") -> None:
-    """Print, to stdout if no file is named: the one way to the screen, since most texts hold something from a file of a stranger."""
+    """Print to `file`, stdout by default; every other function prints through this one."""
+    # 大多数句子里都有别人文件里的东西：只有一个出口，才不会漏了转义
     file = file or sys.stdout
     print(shown(written, file), file=file, end=end, flush=True)
 
@@ -101,12 +107,14 @@ def say(message: str, **values) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind where it says nothing."""
+    """The first line of an error's message, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class ConfigError(ValueError):
     """A user's mistake; its text is one line in the console's language."""
+
+    # 只存句子与值：译文、截短、转义都等到要显示时
 
     def __init__(self, message: str, **values):
         super().__init__(message, values)
@@ -121,7 +129,7 @@ LONGEST = 500
 
 
 def presentable(value):
-    """A value for one line of a terminal: numbers as they are; text without control characters, its middle left out where it is long."""
+    """A value for one line of a terminal: numbers as they are, text without control characters, shortened if long."""
     if isinstance(value, bool | float | None):
         return value
     try:
@@ -134,7 +142,8 @@ def presentable(value):
     if len(line) > LONGEST:
         line = f"{line[: LONGEST - 100]} … {line[-60:]} ({len(line):,})"
     # 换行、ESC、NUL、半个代理对：写成转义，一行仍是一行；全角空格照旧
-    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode("ascii") for c in line)
+    plain = (c.isprintable() or unicodedata.category(c) == "Zs" for c in line)
+    return "".join(c if ok else c.encode("unicode_escape").decode("ascii") for c, ok in zip(line, plain))
 
 
 # 几处都要说的、由数据挑出来说的，在这里起个名字；其余的英文就写在说它的地方
@@ -261,8 +270,8 @@ NAMED = {
     "next_curves": "see the curves",
     "next_own": "your own text",
     "judge_form": (
-        "judge: the form. Segments and their lengths decide, exactly for the four regular forms; 宋词, 元曲 or neither by "
-        "a regression on them"
+        "judge: the form. Segments and their lengths decide, exactly for the four regular forms; 宋词, 元曲 or neither "
+        "by a regression on them"
     ),
     "judge_text": (
         "judge: TF-IDF of 1 to 3 characters and logistic regression, trained on texts that the model has never seen"

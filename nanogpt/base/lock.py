@@ -1,7 +1,9 @@
-"""Locks on a file, from filelock: they go with the process, however that ends, so that none is ever left behind."""
+"""Locks on a file that end with the process however it ends, so that no stale lock is ever left behind."""
 
+# 文件上的锁：进程怎么死都会放开，不会有人被上次留下的锁挡住
 # 操作系统的锁由 filelock 拿（Windows 与 Unix 各一套）；这里只加三样：文件里写着谁拿了锁，
-# 锁着的时候就能删掉文件，以及等别人时先说一声。训练目录、准备数据、轮流试跑都用它
+# 锁着的时候就能删掉文件，以及等别人时先说一声
+# 训练目录、准备数据、轮流试跑都用它
 
 import contextlib
 import os
@@ -13,7 +15,7 @@ POLL_S = 0.1
 
 
 class Lock:
-    """A lock on the file `path`, which is made where it is missing and names the process that took it last.
+    """A lock on the file `path`, which is made if missing and names the process that took it last.
 
     The file stays unless release() is told to remove it.
     """
@@ -40,7 +42,7 @@ class Lock:
         return True
 
     def release(self, *, remove: bool = False) -> None:
-        """Let others have it; nothing happens where it is not held."""
+        """Release the lock; does nothing if it is not held."""
         if self._held:
             held, self._held = self._held, None
             if remove and os.name != "nt":
@@ -49,7 +51,7 @@ class Lock:
             held.release()
 
     def holder(self) -> str:
-        """The process id in the file, ? where there is none."""
+        """The process id in the file, or ? if there is none."""
         try:
             with self.path.open("rb") as file:
                 file.seek(1)
@@ -71,7 +73,7 @@ def _sign(descriptor: int) -> None:
 
 @contextlib.contextmanager
 def only_one(path: Path, *, waiting=None) -> Iterator[None]:
-    """Hold the lock on `path` inside, and remove the file behind it; waits for whoever holds it, after calling waiting() once."""
+    """Hold the lock on `path` inside and remove the file afterwards; call waiting() once if another holds it."""
     lock = Lock(path)
     while not lock.take():
         if waiting:

@@ -1,6 +1,8 @@
-# 模块搬进各个房间之前的名字：旧的训练目录、自己的 yaml、自己的类与导出的模型里还写着它们
+"""Maps module and class names of earlier versions to where they are now."""
+
+# 模块搬进各个房间之前的名字 -> 现在的：旧的训练目录、自己的 yaml、自己的类与导出的模型里还写着它们
+# 读配置时由 present_name 换；`from nanogpt.model import …` 由挂在 sys.meta_path 末尾的查找器接住
 # 表是写死的：名字来自文件，只能换成这里列出的，不会因此执行别处的代码
-"""Names of an earlier version: where what they stood for is now."""
 
 import sys
 from importlib import import_module
@@ -32,12 +34,12 @@ MODULES = {
     "nanogpt.sweep_folder": "nanogpt.base.sweep_folder",
     "nanogpt.tokenizer": "nanogpt.data.tokenizer",
 }
-"""What docs/extend.md named and what a yaml could: modules, the old name first."""
+"""Modules that docs/extend.md or a yaml could name: old name -> new name."""
 OBJECTS = {f"nanogpt.control.{name}": f"nanogpt.write.control.{name}" for name in ("NoControl", "codes", "prefix")}
 
 
 def present_name(target: str) -> str:
-    """The dotted name of a class or function today; one that is not in the table is given back."""
+    """The present dotted name of a class or function; one that is not in the table is returned as it is."""
     if target in OBJECTS:
         return OBJECTS[target]
     module, _, name = target.rpartition(".")
@@ -45,13 +47,14 @@ def present_name(target: str) -> str:
 
 
 class _EarlierModules(MetaPathFinder, Loader):
-    """Lets `from nanogpt.model import GPT` of one's own classes, and of exported models, find what it found before."""
+    """Import hook that lets `from nanogpt.model import GPT` in users' classes and exported models work as before."""
 
     # 接在 sys.meta_path 末尾：别处都找不到时才问到这里，平常的导入不会变慢
     def find_spec(self, fullname, path=None, target=None):
         return ModuleSpec(fullname, self) if fullname in MODULES else None
 
     def exec_module(self, module: ModuleType) -> None:
+        # 用到哪个名字才导入真正的模块：旧名字本身不占时间
         module.__getattr__ = lambda name: getattr(import_module(MODULES[module.__name__]), name)
 
 

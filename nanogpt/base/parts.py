@@ -1,6 +1,8 @@
+"""Builds the object that a yaml node with `_target_` describes: an optimizer, a logger, a control, a sampler."""
+
 # 可换的部分（优化器、记录、控制、采样）由 yaml 里的 _target_ 指名，在这里变成对象
-# 名字来自配置：先看它是不是该做的那种东西，再去调用
-"""From a yaml node with `_target_` to the object that it describes."""
+# 名字来自配置：先看它是不是该做的那种东西，再去调用；调用之后再看一遍，函数也可能返回别的
+# 加一个自己的部分不必登记：写一个类或函数，再写一个指名它的 yaml
 
 import inspect
 from importlib import import_module
@@ -12,12 +14,13 @@ from nanogpt.base.value_checks import check_types
 
 # 各部分必须会做的事；不会的在执行之前就拒绝，os.system 之类不会被当作优化器来调用
 METHODS = {
-    "optimizer": ("step", "zero_grad", "state_dict", "load_state_dict"), "logger": ("open", "log", "text", "close"), "control": ("apply", "known"),
+    "optimizer": ("step", "zero_grad", "state_dict", "load_state_dict"), "logger": ("open", "log", "text", "close"),
+    "control": ("apply", "known"),
 }
 
 
 def locate_class(target: str, key: str) -> Any:
-    """The class or function of a dotted name."""
+    """The class or function that a dotted name refers to."""
     module, _, name = present_name(target).rpartition(".")
     try:
         found = getattr(import_module(module), name)

@@ -1,7 +1,12 @@
-"""Words of a command line: typed ones as Hydra's grammar reads them, printed ones as the shell in use takes them.
+"""Quoting for command lines: typed words for Hydra's grammar, and printed commands for the shell in use.
 
 Needs no torch and no Hydra.
 """
+
+# 命令行的两头：敲下的字怎样原样过 Hydra 的语法，打印的命令怎样粘贴进 shell 就能跑
+# Hydra 把反斜杠当转义、逗号当扫描、引号吃掉，词法只认 ASCII：路径与文字在交给它之前由 quoted 加引号
+# 反过来，补救与“下一步”里的命令由 command、override 写，再由 word 按 sh、PowerShell、cmd 各自的规矩加引号
+# 两头要对得上：打印的再敲回去，得到同一个值（有测试）
 
 import os
 import re
@@ -32,8 +37,8 @@ SCRIPTS = ("run_train.py", "run_sample.py")
 def quoted(argument: str, *, sweep: bool = False) -> str:
     """A command-line argument as Hydra's grammar reads it, so that paths and texts arrive as they were typed.
 
-    Unquoted, its lexer knows ASCII only, takes commas for a sweep and backslashes for escapes. A path that was typed in
-    quotes is left to it; in a sweep, commas separate paths. A text never is a sweep, and its quotes belong to it.
+    Unquoted, its lexer knows ASCII only, and takes commas for a sweep and backslashes for escapes. A path typed in
+    quotes is left to it; in a sweep, commas separate paths. A text is never a sweep, and its quotes belong to it.
     """
     key, _, value = argument.partition("=")
     name = key.lstrip("+")
@@ -62,7 +67,7 @@ def in_quotes(value: str) -> str:
 
 
 def _escape(found: re.Match) -> str:
-    """Backslashes and the quote behind them, if there is one, as they stand between quotes of that kind."""
+    """Backslashes and the quote that may follow them, as they are written between quotes of that kind."""
     return found[1] * 2 + (f"\\{found[2]}" if found[2] else "")
 
 
@@ -75,15 +80,15 @@ def literal(value: str) -> str:
 
 
 def command(name: str, *words: str) -> str:
-    """`python run_train.py …` of these words, to be pasted into the shell in use; overrides come from `override`.
+    """`python run_train.py …` with these words, to be pasted into the shell in use; overrides come from `override`.
 
-    `nanogpt train …` or `python -m nanogpt train …` where this process was started so.
+    `nanogpt train …` or `python -m nanogpt train …` if this process was started that way.
     """
     return " ".join(map(word, (*started(name), *words)))
 
 
 def started(name: str) -> list[str]:
-    """The words that start a run script the way in which this process was started."""
+    """The words that start a run script in the way this process was started."""
     typed, program = Path(sys.argv[0]), name.removeprefix("run_").removesuffix(".py")
     if typed.stem == "nanogpt":
         found = shutil.which("nanogpt")
@@ -96,14 +101,14 @@ def started(name: str) -> list[str]:
 
 
 def script(name: str) -> str:
-    """A run script as it has to be named here: beside the one that was typed, where one was."""
+    """The path of a run script from here: beside the one that was typed, if one was."""
     if (typed := Path(sys.argv[0])).name in SCRIPTS:
         return str(typed.with_name(name))
     return name if Path(name).is_file() else str(ROOT / name)
 
 
 def override(key: str, value: object) -> str:
-    """key=value that is read as this value when it is typed, before any shell has a say."""
+    """key=value as it has to be typed to mean this value, not yet quoted for a shell."""
     if value is None:
         return f"{key}=null"
     typed = str(value)

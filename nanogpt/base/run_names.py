@@ -1,6 +1,8 @@
+"""How a run is named: `latest` or a path as people type it, and the id in run.json."""
+
 # 人怎样指一次训练：latest、目录、里面的 ckpt/ 或某个 checkpoint；程序怎样认出它：run.json 里的编号
 # 命令行、权重与训练都要用，所以放在最底下；目录里的其余内容见 run/rundir.py
-"""What names a run: `latest` or a path, as people type it, and the id in run.json."""
+# outputs/latest 是写着路径的文件；编号写在每个 checkpoint 里，两次训练的混在一起时认得出来
 
 import contextlib
 import re
@@ -25,13 +27,13 @@ def is_latest(named: str) -> bool:
 
 
 def names_run(named: str) -> bool:
-    """Whether a person named a run of ours, not weights of another kind: its folder, ckpt/, a checkpoint, or the latest."""
+    """Whether a name means a run of ours (its folder, ckpt/, a checkpoint, or latest), not weights of another kind."""
     path = Path(named)
     return is_latest(named) or (path / "ckpt").is_dir() or _inside(path) != path or (path / "manifest.json").is_file()
 
 
 def _inside(path: Path) -> Path:
-    """The run folder that a path lies in, if it is its ckpt/ or a checkpoint; else the path."""
+    """The run folder around a path that is its ckpt/ or one of its checkpoints; else the path."""
     if re.fullmatch(r"iter_\d+", path.name) and path.absolute().parent.name == "ckpt" and path.is_dir():
         # 在 ckpt/ 里敲的只有一截
         return (path if len(path.parts) > 1 else path.absolute()).parent.parent
@@ -85,10 +87,12 @@ def remember(path: Path) -> None:
 class RunRecord:
     """run.json: what a run is from its first moment on."""
 
+    # 比第一个 checkpoint 早：训练还没存过就被杀，目录也认得出是谁、按什么配置开始
+
     id: str
     """Stands in every checkpoint of the run, so that those of two runs cannot be mixed up."""
     config_text: str
-    """The resolved config that it began with."""
+    """The resolved config that the run began with."""
 
 
 def write_record(path: Path, config_text: str, known: str | None = None) -> RunRecord:
@@ -99,7 +103,7 @@ def write_record(path: Path, config_text: str, known: str | None = None) -> RunR
 
 
 def recorded(path: Path) -> RunRecord:
-    """run.json of a run folder; DamagedError where it is missing or cannot be used."""
+    """Read run.json of a run folder; DamagedError if it is missing or cannot be used."""
     values = read_sealed(path / "run.json", FORMAT)
     if not all(isinstance(values.get(key), str) for key in ("id", "config")):
         raise DamagedError("no id, no config")

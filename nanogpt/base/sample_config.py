@@ -1,4 +1,9 @@
-"""Schema and checks of run_sample.py's configuration; needs no torch."""
+"""Schema and checks of run_sample.py's configuration: writing with a model and serving it."""
+
+# 写作（run_sample.py）的配置：形状、默认值、范围，与不需要 torch 的检查
+# conf/sample.yaml 按 SampleConfig 拼；check_sample 在载入模型之前跑，写错的键一秒内就说
+# server 一节同时是 API 每个请求的上限；监听本机之外的地址必须有 token
+# 两个 schema 由 register_schemas 交给 Hydra：拼写错的键、不对的类型在拼的时候就报
 
 import ipaddress
 import re
@@ -110,7 +115,8 @@ def check_sample(cfg: SampleConfig) -> None:
     check_ranges(cfg, SAMPLE_RANGES)
     check_device(cfg.device)
     check_start(cfg.init_from)
-    named = [key for key, value in (("start", cfg.start), ("starts", cfg.starts or None), ("prompts", cfg.prompts)) if value is not None]
+    prompts = {"start": cfg.start, "starts": cfg.starts or None, "prompts": cfg.prompts}
+    named = [key for key, value in prompts.items() if value is not None]
     if len(named) > 1:
         raise ConfigError(
             "{keys} name prompts twice; leave one out: start=TEXT, starts='[TEXT,TEXT]' and prompts=FILE are three "
@@ -142,12 +148,12 @@ FROM_FILE = "FILE:"
 
 
 def file_of(start: str) -> Path:
-    """The file that a prompt FILE:… names."""
+    """The file named by a prompt FILE:…"""
     return Path(expanded(start.removeprefix(FROM_FILE)))
 
 
 def check_files(cfg: SampleConfig) -> None:
-    """Refuse files of prompts that are not there, and an output that is a folder or lies in none."""
+    """Refuse missing files of prompts, and an output that is a folder."""
     starts = [("starts", start) for start in cfg.starts] + ([("start", cfg.start)] if cfg.start is not None else [])
     named = [(key, start, file_of(start)) for key, start in starts if start.startswith(FROM_FILE)]
     for key, got, path in [*named, *([("prompts", cfg.prompts, Path(cfg.prompts))] if cfg.prompts is not None else [])]:
@@ -169,7 +175,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_server(server: ServerConfig) -> None:
-    """Rules of address and token."""
+    """Rules for the server's address and token."""
     # 值不进消息：错误行会留在终端记录里
     if server.token is not None and not re.fullmatch(r"[A-Za-z0-9._~+/-]{8,}", server.token):
         raise ConfigError(

@@ -1,4 +1,8 @@
-"""config.yaml of a run as plain values: it may come from a stranger, so that nothing in it is looked up, expanded or built."""
+"""Reads a run's config.yaml as plain values: nothing in it is looked up, expanded or built."""
+
+# 读训练目录里的 config.yaml：它可能来自陌生人，只当普通的值读，不展开引用，不造对象
+# 读出来的先换成现在的类名（moved）；里面自己的类，要在命令行指名才执行（refuse_unnamed_code）
+# resume、写作、服务、导出都经过这里：旧版本写的目录也要读得懂
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,9 @@ MOST_CHARS = 2**20
 
 
 class _NoAliases(yaml.SafeLoader):
-    """Refuses *aliases: a few lines of them stand for billions of values."""
+    """A yaml loader that refuses *aliases: a few lines of them can stand for billions of values."""
+
+    # SafeLoader 不执行代码，却照样展开别名：几行就能吃光内存
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.events.AliasEvent):
@@ -28,7 +34,7 @@ class _NoAliases(yaml.SafeLoader):
 
 
 def read_saved(content: str) -> dict[str, Any]:
-    """The resolved config that a run wrote; DamagedError says why it is none."""
+    """The resolved config that a run wrote; DamagedError says why it cannot be read."""
     try:
         if len(content) > MOST_CHARS:
             raise ValueError(f"longer than {MOST_CHARS} characters")
@@ -43,7 +49,7 @@ def read_saved(content: str) -> dict[str, Any]:
 
 
 def refuse_unnamed_code(saved: dict, typed: dict, source: Path, parts: tuple[str, ...] = PARTS) -> None:
-    """ConfigError, which says what to type, when a saved config names classes not the program's own and not typed."""
+    """Refuse a saved config that names classes which are neither the program's own nor typed; says what to type."""
     nodes = saved if parts == PARTS else {part: saved.get(part) for part in parts}
     if foreign := untrusted_targets(nodes, typed):
         chosen = saved.get("groups")

@@ -1,4 +1,8 @@
-"""The folder that Hydra makes for a sweep: one of its own for each, and none where nothing came to lie in it."""
+"""The folder that Hydra makes for a sweep: one for each sweep, removed again if nothing was put into it."""
+
+# 一次扫描（-m）的文件夹：同一秒开始的两次各有各的，什么也没写下的不留
+# conf/ 把 SweepFolder 登记为 Hydra 的回调，开始时记下原来有什么；结束由 cli 调 tidy_latest 清掉 Hydra 造的空壳
+# 只删空文件夹与 Hydra 自己的 multirun.yaml：有任何别的东西就一个也不动
 
 import contextlib
 import itertools
@@ -16,7 +20,10 @@ KEY = "hydra.sweep.dir"
 
 
 class SweepFolder(Callback):
-    """Hydra callback: gives a sweep a folder of its own, and remembers what lay there before, so that `tidy` can tell what Hydra made."""
+    """Hydra callback that gives a sweep a folder of its own.
+
+    It remembers what was there before, so that `tidy` knows what Hydra made.
+    """
 
     # Hydra 自己造回调，又不交出来：结束时只能从这里找
     latest: ClassVar["SweepFolder | None"] = None
@@ -39,7 +46,7 @@ class SweepFolder(Callback):
         self.before = set(self.folder.iterdir()) if self.folder.is_dir() else set()
 
     def _choose(self, config: DictConfig) -> None:
-        """Make the folder, under another name where a sweep that started in the same second has made it."""
+        """Make the folder, under another name if a sweep that started in the same second has made it."""
         named = self.folder
         for self.folder in numbered(named):
             with contextlib.suppress(FileExistsError):
@@ -53,7 +60,7 @@ class SweepFolder(Callback):
                 config.hydra.overrides.hydra.append(f"{KEY}='{self.folder.as_posix()}'")
 
     def tidy(self) -> None:
-        """Take away empty job folders, multirun.yaml and the folders around it, if the sweep left nothing else."""
+        """Remove empty job folders, multirun.yaml and the folders around them, if the sweep left nothing else."""
         made = set(self.folder.iterdir()) - self.before if self.folder.is_dir() else set()
         if any(any(path.iterdir()) if path.is_dir() else path.name != OWN for path in made):
             return

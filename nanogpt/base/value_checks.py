@@ -1,4 +1,9 @@
-"""What no key of a configuration may hold, whatever its meaning: keys that nothing reads, text that no file can hold, numbers that are none."""
+"""Checks that hold for every key of a configuration: unknown keys, wrong types, unwritable text, NaN."""
+
+# 任何键都不许有的值：没人读的键、类型不对的项、存不进文件的文字、NaN 与大得离谱的数
+# 与键的意义无关，所以和 config 的范围检查分开；命令行、数据集的选项与可换部分的参数都经过这里
+# 值最终要存进 config.yaml：写不进 UTF-8 的、会变成引用的，现在就拒绝，免得以后 resume 不了
+# wanted_type 说一个键要什么类型，给错误消息用，也决定 1e3 该不该换成 1000
 
 import math
 import os
@@ -19,9 +24,10 @@ PLAIN = (int, float, str, bool, type(None))
 
 def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of everything in nested dataclasses, dicts and lists."""
-    inner = ((f.name, getattr(node, f.name)) for f in fields(node)) if is_dataclass(node) else node.items() if isinstance(node, dict) else None
-    if inner is not None:
-        for name, value in inner:
+    if is_dataclass(node):
+        node = {f.name: getattr(node, f.name) for f in fields(node)}
+    if isinstance(node, dict):
+        for name, value in node.items():
             yield from leaves(value, f"{key}.{name}" if key else str(name))
     elif isinstance(node, list):
         for i, value in enumerate(node):
@@ -40,7 +46,7 @@ def check_values(cfg: Any) -> None:
 
 
 def check_lists(cfg: Any, prefix: str = "") -> None:
-    """Refuse a list in which an item is not of the type that its field names: OmegaConf lets lists and tables in."""
+    """Refuse a list with an item of another type than its field names: OmegaConf lets lists and tables in."""
     hints = typing.get_type_hints(type(cfg))
     for field in fields(cfg):
         value, key, hint = getattr(cfg, field.name), f"{prefix}{field.name}", hints[field.name]
@@ -77,7 +83,7 @@ def check_value(key: str, value: Any) -> None:
 
 
 def in_digits(number: str) -> str:
-    """A number such as 1e3 as an integer is written, one that is not whole as it is."""
+    """A whole number such as 1e3 written as an integer; any other number unchanged."""
     value = Decimal(number.replace("_", ""))
     return str(int(value)) if value == value.to_integral_value() else number
 
@@ -94,7 +100,7 @@ def unescaped(typed: str) -> str:
 
 
 def check_path(key: str, typed: str) -> None:
-    """Refuse an empty path, and one that no file of ours can hold."""
+    """Refuse an empty path, and one that no file of the program can hold."""
     check_value(key, typed)
     if not typed.strip():
         raise ConfigError("{key} is empty; write a value, or {key}=null for none", key=key)
@@ -111,7 +117,7 @@ def unread_keys(cfg: Any, prefix: str = "") -> Iterator[str]:
 
 
 def check_types(function: Callable, prefix: str, values: dict[str, Any]) -> None:
-    """Refuse values whose type is not that of the function's parameter of this name; those without a simple type are left to it."""
+    """Refuse values whose type is not that of the function's parameter, unless that has no simple type."""
     hints = typing.get_type_hints(function.__init__ if isinstance(function, type) else function)
     for name, got in values.items():
         kinds = typing.get_args(hints.get(name)) or (hints.get(name),)
@@ -135,4 +141,5 @@ def wanted_type(schema: type, key: str) -> str | None:
         return "{…}"
     if kind is Any:
         return None
-    return (kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)).replace("None", "null").replace("typing.", "")
+    named = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+    return named.replace("None", "null").replace("typing.", "")
