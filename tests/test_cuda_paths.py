@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanogpt.base.config import HardwareConfig, MemoryConfig
 from nanogpt.base.console import Console
 from nanogpt.base.errors import explained
+from nanogpt.base.language import ConfigError
 from nanogpt.core import compilation, distributed, kernels, machine
 from nanogpt.core.compilation import compile_hidden, compile_updates, pays
 from nanogpt.core.loss import chunked_cross_entropy, even, fusible_tail
@@ -22,7 +23,6 @@ from nanogpt.core.memory.lean_optimizers import Storage, adamw_update, fusible_a
 from nanogpt.core.memory.lowbit import SMALL
 from nanogpt.core.memory.recompute import keep_last, recompute_blocks
 from nanogpt.plan.substitutes import substituted
-from nanogpt.run import trainer as trainers
 from nanogpt.weights.build import build_model
 
 
@@ -124,7 +124,7 @@ def test_a_run_whose_numbers_are_read_late_equals_one_that_waits_for_each(in_tmp
 
 def test_a_run_that_is_read_late_still_stops_at_too_many_bad_steps(in_tmp, tiny_overrides):
     trainer = poisoned(late(new_trainer(tiny_overrides, "max_iters=30", "eval_interval=30", "log_interval=30", "max_nonfinite_steps=4")), *range(3, 30))
-    with pytest.raises(trainers.ConfigError, match="4 steps in a row"):
+    with pytest.raises(ConfigError, match="4 steps in a row"):
         trainer.fit()
     # 第 4 个坏步是第 7 步：晚一步才看见
     assert trainer.progress.nonfinite_in_a_row == 4 and trainer.progress.iteration <= 8

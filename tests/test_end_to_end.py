@@ -17,7 +17,7 @@ from typed import ENVIRONMENT, typed
 
 from nanogpt.base import quoting
 from nanogpt.base.config import ROOT
-from nanogpt.run.trainer import Trainer
+from nanogpt.run.loop import Training
 
 RUN = [sys.executable, str(ROOT / "run_train.py")]
 QUICK = [*TINY, "max_iters=4", "eval_interval=2", "eval_tokens=200", "log_interval=1", "sample_tokens=5", "logger=none", "device=cpu", "hardware.peak_tflops_fp32=0.1"]
@@ -97,14 +97,14 @@ def check_interrupted(folder, out):
 
 def test_ctrl_c_saves_and_exits_cleanly_and_resume_goes_on(own_text, monkeypatch):
     folder, overrides = own_text
-    step = Trainer.step
+    step = Training.step
 
     def interrupted(trainer):
         if trainer.progress.iteration == 3 and trainer.cfg.resume is None:
             signal.raise_signal(signal.SIGINT)
         return step(trainer)
 
-    monkeypatch.setattr(Trainer, "step", interrupted)
+    monkeypatch.setattr(Training, "step", interrupted)
     check_interrupted(folder, run(folder, *overrides, "out_dir=outputs/a", "max_iters=100000", "eval_interval=100000").stdout)
 
 

@@ -117,7 +117,7 @@ def test_a_measured_peak_only_rises_and_is_kept_for_the_next_process(monkeypatch
 
 def test_a_run_looks_at_its_peak_again_at_every_evaluation(in_tmp, tiny_overrides, monkeypatch):
     peaks = iter(range(1, 9))
-    monkeypatch.setattr("nanogpt.run.trainer.peak_tflops", lambda *_: ("somewhere", next(peaks)))
+    monkeypatch.setattr("nanogpt.run.loop.peak_tflops", lambda *_: ("somewhere", next(peaks)))
     trainer = Session.new(make_config(*tiny_overrides, "out_dir=run", "sample_tokens=0"), in_tmp / "run")._build()
     assert trainer.peak == 1
     trainer.fit()

@@ -10,7 +10,7 @@ from conftest import make_config, new_trainer, reseal, resume, resumed_trainer, 
 
 from nanogpt.base.language import ConfigError
 from nanogpt.base.lock import Lock
-from nanogpt.run.trainer import share_batch
+from nanogpt.run.loop import share_batch
 from nanogpt.weights import checkpoint
 
 

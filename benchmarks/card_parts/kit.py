@@ -29,8 +29,8 @@ from nanogpt.data.corpus import write_dataset
 from nanogpt.data.documents import Document, write_documents
 from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer
 from nanogpt.run.loggers import Loggers
+from nanogpt.run.loop import Training
 from nanogpt.run.session import Session
-from nanogpt.run.trainer import Trainer
 
 import torch  # isort: skip
 
@@ -116,7 +116,7 @@ class Lab:
         self._runs += 1
         return self.folder / f"run{self._runs}-{time.monotonic_ns()}"
 
-    def trainer(self, cfg: TrainConfig, kind: type[Trainer] = Trainer, *, drawn_on: str | None = None) -> Trainer:
+    def trainer(self, cfg: TrainConfig, kind: type[Training] = Training, *, drawn_on: str | None = None) -> Training:
         """A trainer that writes nothing; weights are drawn on its device or, the same for all devices, on the CPU."""
         session = Session.new(cfg, self.run_folder(), [])
         # 15 亿个随机数在 CPU 上要十几秒，在卡上一瞬间

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from nanogpt.core.optimizers import Optimizer
+from nanogpt.core.precision import settle_scale
 
 
 class Step:
@@ -64,6 +65,44 @@ class Step:
         """Apply the gradients and drop them; nothing is left to do after a backward that did."""
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def drop_gradients(self) -> None:
+        """Forget all gradients, also of parameters that the optimizer does not know."""
+        # 不靠优化器：它可能只管一部分参数，剩下的半份梯度会混进下一步
+        for p in self.parameters:
+            p.grad = None
+
+    def finish(self, loss: torch.Tensor, limit: float, *, late: bool) -> tuple["Reading", bool]:
+        """Clip the gradients to norm `limit` and apply them unless something is not finite, decided on the device where `late`.
+
+        Returns (loss, norm before clipping) and whether an fp16 overflow has lowered the loss scale.
+        """
+        # 先还原再裁剪，否则阈值会被 loss scale 放大
+        if self.precision.scaler.is_enabled():
+            self.precision.scaler.unscale_(self.optimizer)
+        norm, healing = self.gradient_norm(), False
+        reading = Reading(loss, norm)
+        if late:
+            self.update_if_finite(loss, norm, limit)
+        else:
+            healing = self._update_if_read_finite(reading, norm, limit)
+        self.drop_gradients()
+        return reading, healing
+
+    def _update_if_read_finite(self, reading: "Reading", norm: torch.Tensor, limit: float) -> bool:
+        """update_if_finite() decided by the host; returns whether an fp16 overflow has lowered the loss scale."""
+        loss_is_finite, norm_is_finite = map(math.isfinite, reading.read())
+        finite = loss_is_finite and norm_is_finite
+        if finite and reading.read()[1] > limit:
+            # 没超过阈值就不必把全部梯度再读写一遍
+            self.clip(norm, limit)
+        if finite:
+            # 范数有限，梯度就没有溢出：不必让 scaler.step 再问一次设备
+            self.update()
+        if not self.precision.scaler.is_enabled():
+            return False
+        # 梯度溢出是 fp16 的日常：跳过这一步并减半 scale，下一步就好了
+        return settle_scale(self.precision.scaler, skipped=not finite, overflow=not norm_is_finite) and loss_is_finite
 
     @property
     def decides_on_device(self) -> bool:

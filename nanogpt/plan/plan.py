@@ -11,7 +11,7 @@ from nanogpt.plan.budget import Budget, budget_for
 from nanogpt.plan.filled_config import settled
 from nanogpt.plan.roofline import Rates, rates_of, step_seconds
 from nanogpt.plan.trace import Shape, Trace, trace
-from nanogpt.run.trainer import share_batch
+from nanogpt.run.loop import share_batch
 
 # ---- 粗略的峰值 ----
 

@@ -1,41 +1,18 @@
 """What of a training goes into its checkpoints, and how it goes on from one."""
 
 import json
-import math
 import time
-from dataclasses import dataclass
 
 from nanogpt.base.errors import is_out_of_memory
 from nanogpt.base.hashed_json import reason_of
 from nanogpt.base.language import ConfigError
 from nanogpt.core import distributed
+from nanogpt.core.trainer import Progress
 from nanogpt.data.tokens import ORDERS
 from nanogpt.weights import checkpoint
 
 # 存不下时过这么久再试：磁盘腾出来就存上，又不至于每步都卡在写盘上
 RETRY_S = 60
-
-
-@dataclass
-class Progress:
-    """Everything that changes during training besides tensors; goes into the checkpoint."""
-
-    iteration: int = 0
-    """Optimizer steps tried so far."""
-    samples_seen: int = 0
-    """Sequences drawn so far, all processes together."""
-    best_val_loss: float = math.inf
-    evals_without_gain: int = 0
-    nonfinite_steps: int = 0
-    """Steps skipped in all."""
-    nonfinite_in_a_row: int = 0
-    val_loss: float | None = None
-    """Of the latest evaluation."""
-    train_s: float = 0.0
-    """Seconds in steps, without evaluation and saving, and without the first step of each shape where that compiles."""
-    tokens_trained: int = 0
-    untimed_tokens: int = 0
-    """Those of tokens_trained whose seconds are not in train_s."""
 
 
 def state_of(trainer) -> dict:

@@ -33,7 +33,7 @@ from nanogpt.data.documents import open_data
 from nanogpt.data.tokens import TokenData, copy_dataset, dataset_bytes, find_prepared
 from nanogpt.run import rundir, saving
 from nanogpt.run.loggers import JsonlLogger, Loggers
-from nanogpt.run.trainer import Trainer, share_batch
+from nanogpt.run.loop import Training, share_batch
 from nanogpt.weights import checkpoint
 from nanogpt.weights.build import build_model, build_step, check_weights
 from nanogpt.weights.pretrained import Pretrained, adapted, build_pretrained, check_vocabulary, open_pretrained
@@ -217,7 +217,7 @@ class Session:
             # 读的一方先走了：该存的都存了，再照常结束
             raise BrokenPipeError
 
-    def _build(self) -> Trainer:
+    def _build(self) -> Training:
         backends = [build_part(node, f"logger.{name}") for name, node in (self.cfg.logger or {}).items()]
         loggers = Loggers([JsonlLogger(), *backends] if distributed.rank() == 0 else [])
         trainer = self.build_trainer(loggers)
@@ -249,13 +249,13 @@ class Session:
                     raise ConfigError("not_writable", path=self.run_dir, reason=reason_of(error)) from None
                 raise
 
-    def build_trainer(self, loggers: Loggers, kind: type[Trainer] = Trainer) -> Trainer:
+    def build_trainer(self, loggers: Loggers, kind: type[Training] = Training) -> Training:
         """Model, step and trainer, on the device; writes nothing, so that a trial builds what a run would."""
         model = self._build_model().to(self.device)
         precision = Precision(self.cfg.precision, self.device, self.cfg.memory.weights, automatic=self.cfg.hardware.dtype)
         computation = build_step(self.cfg, model, precision)
         return kind(
-            self.cfg, computation=computation, data=self.data, device=self.device, loggers=loggers,
+            self.cfg, computation=computation, data=self.data, loggers=loggers,
             run_dir=self.run_dir, console=self.console, write_sample=self.hooks.write_sample,
         )
 
@@ -298,7 +298,7 @@ class Session:
                 # 同一秒启动的两次训练选了同一个名字
                 self.run_dir = rundir.choose(self.cfg)
 
-    def _announce(self, trainer: Trainer) -> None:
+    def _announce(self, trainer: Training) -> None:
         cfg, line = self.cfg, self.console.line
         if not self.source and self.begun_again:
             line("{path} has no checkpoint yet: beginning again from iteration 0", path=self.run_dir)
@@ -345,7 +345,7 @@ class Session:
             resume = [*self._named("train"), override("resume", self.run_dir)] if has_checkpoint else []
             self.hooks.explain(error, self.cfg, self.console, resume=resume)
 
-    def _catch_signals(self, trainer: Trainer) -> None:
+    def _catch_signals(self, trainer: Training) -> None:
         """First Ctrl-C, SIGTERM or closed terminal: finish the step, save, leave; second: leave at once."""
 
         def handle(number, _frame):
@@ -371,7 +371,7 @@ class Session:
         nodes = {"model": {"_target_": cfg.model._target_}, "optimizer": cfg.optimizer, "logger": cfg.logger}
         return naming(nodes, cfg.groups, PARTS if script == "train" else ("model",))
 
-    def _finish(self, trainer: Trainer, summary: dict) -> None:
+    def _finish(self, trainer: Training, summary: dict) -> None:
         console, path = self.console, self.run_dir
         if summary["stopped_by"] == "interrupted":
             again = command("run_train.py", *self._named("train"), override("resume", path))

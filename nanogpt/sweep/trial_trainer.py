@@ -2,14 +2,14 @@
 
 from nanogpt.core.machine import any_kernels
 from nanogpt.core.sampling import sampler
-from nanogpt.run.trainer import Trainer
+from nanogpt.run.loop import Training
 from nanogpt.write.engine import write_sample
 
 
-class TrialTrainer(Trainer):
-    """A Trainer that never takes smaller micro-batches than it was asked to."""
+class TrialTrainer(Training):
+    """A Training that never takes smaller micro-batches than it was asked to."""
 
-    def _shrink(self, detail: str) -> None:
+    def shrink(self, detail: str) -> None:
         # 缩小后再量，量到的就不是问的那个设置了
         raise MemoryError(detail)
 

@@ -1,0 +1,238 @@
+# 训练的计算：走一步、评一次；取数、累积、显存不足时减半重来、各进程合起来，都在这里
+# 什么时候评估、打印、保存、停下，由 run/loop 决定：它继承 Trainer，只在 prepare 与 judge 两处插话
+# 一批的路：step() -> data.rows -> Step.micro_batch（前向、反向）-> Step.finish（裁剪、更新）
+"""Trainer: step computes, evaluate measures."""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nanogpt.base.errors import OutOfMemory, is_out_of_memory, not_divisible, release
+from nanogpt.core import distributed
+from nanogpt.core.optimizers import learning_rate_at
+from nanogpt.core.step import Reading, Step
+from nanogpt.data.tokens import ORDER, TokenData
+
+# torch 的种子是 64 位有符号整数：合法的大种子乘出来会超过它
+LARGEST_SEED = 2**63
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports; a card may still be computing loss and gradient_norm, and asking for one waits for it."""
+
+    iteration: int
+    """1 for the first."""
+    reading: Reading
+    learning_rate: float
+    stop_requested: bool
+    healing: bool = False
+    """Whether an fp16 overflow has lowered the loss scale."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over the effective batch, nats per token."""
+        return self.reading.read()[0]
+
+    @property
+    def gradient_norm(self) -> float:
+        """Before clipping."""
+        return self.reading.read()[1]
+
+
+@dataclass
+class Progress:
+    """Everything that changes during training besides tensors; goes into the checkpoint."""
+
+    iteration: int = 0
+    """Optimizer steps tried so far."""
+    samples_seen: int = 0
+    """Sequences drawn so far, all processes together."""
+    best_val_loss: float = math.inf
+    evals_without_gain: int = 0
+    nonfinite_steps: int = 0
+    """Steps skipped in all."""
+    nonfinite_in_a_row: int = 0
+    val_loss: float | None = None
+    """Of the latest evaluation."""
+    train_s: float = 0.0
+    """Seconds in steps, without evaluation and saving, and without the first step of each shape where that compiles."""
+    tokens_trained: int = 0
+    untimed_tokens: int = 0
+    """Those of tokens_trained whose seconds are not in train_s."""
+
+
+class Trainer:
+    """Trains one model on one data set in one process (of several under torchrun)."""
+
+    def __init__(
+        self, computation: Step, data: TokenData, *, schedule, seed: int, rows: int, micro_batch: int | None = None, eval_batch: int | None = None,
+        eval_tokens: int | None = None, grad_clip: float = 0.0,
+    ):
+        """rows: sequences per step and process, taken in micro-batches; schedule: see learning_rate_at().
+
+        eval_tokens: of the validation part, None for all; grad_clip: 0 for none.
+        """
+        self.computation = computation
+        self.model, self.optimizer, self.precision = computation.model, computation.optimizer, computation.precision
+        self.parameters = computation.parameters
+        self.device = self.parameters[0].device
+        self.data, self.order = data, ORDER
+        self.schedule, self.seed, self.limit = schedule, seed, grad_clip or math.inf
+        self.local_rows, self.micro_batch = rows, micro_batch or rows
+        self.eval_batch = eval_batch or self.micro_batch
+        self.block_size = self.model.config.block_size
+        self.windows = data.val_windows(self.block_size, eval_tokens)
+        self.progress = Progress()
+        self.stop_requested = False
+        # 显卡上由设备自己决定跳不跳过，数值晚一步再看：主机不必每步停下来等它
+        self.reads_late = self.device.type == "cuda" and computation.decides_on_device
+        self.prepared = False
+        self.expected_rows: int | None = None
+
+    @property
+    def global_rows(self) -> int:
+        """Sequences per optimizer step, all processes together."""
+        return self.local_rows * distributed.world()
+
+    def prepare(self) -> None:
+        """Allocate the optimizer's states, behind a restore and before the first step."""
+        with not_divisible("update", rows=self.micro_batch):
+            self.computation.prepare()
+        self.prepared = True
+
+    def judge(self, result: StepResult) -> None:
+        """Called with each step before it is counted."""
+
+    def step(self) -> StepResult:
+        """One optimizer step on the next global_rows sequences; skipped when it is not finite.
+
+        A step that runs out of memory is repeated with half the micro-batch on the same data.
+        """
+        if not self.prepared:
+            self.prepare()
+        progress = self.progress
+        rate = learning_rate_at(progress.iteration, self.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        starts = self.data.starts(self.seed, progress.samples_seen, self.global_rows, self.block_size, order=self.order)
+        # 装箱的行填得有多有少：每行按它的目标数计权，切成多少微批、几个进程，梯度都相同
+        targets = self.data.targets(starts, self.block_size)
+        mine = slice(distributed.rank() * self.local_rows, (distributed.rank() + 1) * self.local_rows)
+        while True:
+            loss, detail = self._accumulate(starts[mine], targets[mine], int(targets.sum()))
+            loss = distributed.total(loss)
+            failed, stop = (bool(flag) for flag in distributed.largest([detail is not None, self.stop_requested], self.device))
+            if not failed:
+                break
+            self.shrink(detail or "")
+        # 各进程的求和必须步调一致：一个进程失败，谁也不能单独重做
+        with not_divisible("sum", rows=self.micro_batch):
+            distributed.sum_gradients(self.parameters)
+        # 更新到一半停下的参数退不回去：不能重做，已存的 checkpoint 还在
+        with not_divisible("update", rows=self.micro_batch):
+            reading, healing = self.computation.finish(loss, self.limit, late=self.reads_late)
+        result = StepResult(progress.iteration + 1, reading, rate, stop, healing)
+        self.judge(result)
+        progress.iteration += 1
+        progress.samples_seen += self.global_rows
+        progress.tokens_trained += self.global_rows * self.block_size
+        return result
+
+    def _accumulate(self, starts: np.ndarray, targets: np.ndarray, total: int) -> tuple[torch.Tensor, str | None]:
+        """Accumulate gradients over rows `starts` with so many targets each, of `total` in the step.
+
+        Returns this process's share of the mean loss, shape (), and what the library said where memory ran out, else None.
+        """
+        try:
+            if self.expected_rows != self.micro_batch:
+                # 在能减半的地方做：它自己也要跑一个 block 的前向，也会显存不足
+                self.computation.expect(self.micro_batch)
+                self.expected_rows = self.micro_batch
+            # 每步由 (seed, iteration, rank) 重新播种：续训、重做都得到同样的 dropout，不必保存随机状态
+            torch.manual_seed(((self.seed * 1_000_003 + self.progress.iteration) * 1009 + distributed.rank()) % LARGEST_SEED)
+            self.model.train()
+            loss = torch.zeros((), device=self.device)
+            for first in range(0, len(starts), self.micro_batch):
+                rows = slice(first, first + self.micro_batch)
+                x, y = self.to_device(*self.data.rows("train", starts[rows], self.block_size))
+                loss += self.computation.micro_batch(x, y, float(targets[rows].sum() / total))
+            return loss, None
+        except Exception as error:
+            # 只接住显存不足，其余原样抛出
+            if not is_out_of_memory(error):
+                raise
+            detail = str(error)
+        # 出了 except 才清理：异常对象的 traceback 还引用着那些张量
+        self.computation.drop_gradients()
+        release(self.device)
+        return torch.zeros((), device=self.device), detail
+
+    def shrink(self, detail: str) -> None:
+        """Halve the micro-batch after an out-of-memory error, or give up at one row; `detail` is what the library said."""
+        # 别的进程失败时，这里没有失败，但也要从头来
+        self.computation.drop_gradients()
+        # 反向里已更新过的参数退不回去，没更新过也不能分几次累积
+        if self.micro_batch == 1 or self.computation.in_backward:
+            raise OutOfMemory("forward", rows=self.micro_batch, detail=detail)
+        self.micro_batch = (self.micro_batch + 1) // 2
+
+    def to_device(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows x, y (B, T) where the model is."""
+        if self.device.type == "cpu":
+            return x, y
+        # 锁页内存加异步拷贝：与上一个微批的反向重叠
+        return tuple(t.pin_memory().to(self.device, non_blocking=True) for t in (x, y))
+
+    # ---- 评估 ----
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean cross-entropy over the fixed validation windows, shared among the processes; batches shrink where memory runs out."""
+        self.model.eval()
+        by_length = defaultdict(list)
+        for start, length in self.windows[distributed.rank() :: distributed.world()]:
+            # 末尾的窗口可能短一截：同样长的才能拼成一批
+            by_length[length].append(start)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for length, starts in by_length.items():
+            sums += self._sums(starts, length)
+        loss_sum, count = distributed.total(sums).tolist()
+        return loss_sum / count
+
+    def _sums(self, starts: list[int], length: int) -> torch.Tensor:
+        """(sum of losses, number of targets) of windows of one length, in batches of self.eval_batch or fewer."""
+        # 累加留在设备上：每批取回一次，GPU 就要停一次
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        again = False
+        while starts:
+            batch, said = np.array(starts[: self.eval_batch]), None
+            try:
+                total += self._loss_sum(batch, length)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                said = str(error)
+            if said is None:
+                starts, again = starts[len(batch) :], False
+                continue
+            release(self.device)
+            if len(batch) > 1:
+                self.eval_batch = (len(batch) + 1) // 2
+            elif again:
+                raise OutOfMemory("evaluation", rows=1, detail=said)
+            else:
+                # 单独一条也失败：清理之后再试一次，可能只是碎片
+                again = True
+        return total
+
+    def _loss_sum(self, starts: np.ndarray, length: int) -> torch.Tensor:
+        x, y = self.to_device(*self.data.rows("val", starts, length))
+        with self.precision.context():
+            loss = self.model.loss(x, y)
+        # 标签与行尾的空位（-1）不算
+        count = (y >= 0).sum().double()
+        return torch.stack((loss.double() * count, count))

@@ -1,0 +1,302 @@
+# 一次训练什么时候做什么：走步、评估、打印、保存、写样本、停下；怎么算一步在 core/trainer
+# fit() 里就是整个循环；每一项到期才做，做之前先等显卡把最近一步的数交出来（settle）
+# 坏步由 health 计数，checkpoint 由 saving 存取，总结由 summary 写；写样本的函数由 run_train.py 交进来
+"""One training run: when to evaluate, log, save, sample and stop."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nanogpt.base.config import TrainConfig, schedule_of
+from nanogpt.base.console import Console
+from nanogpt.base.errors import is_out_of_memory, not_divisible
+from nanogpt.base.hardware import peak_tflops_of, reference
+from nanogpt.base.hashed_json import reason_of
+from nanogpt.base.language import ConfigError
+from nanogpt.base.value_checks import unescaped
+from nanogpt.core import distributed
+from nanogpt.core.compilation import compile_hidden, compile_updates, pays
+from nanogpt.core.machine import any_kernels
+from nanogpt.core.sampling import sampler
+from nanogpt.core.step import Step
+from nanogpt.core.trainer import LARGEST_SEED, StepResult, Trainer
+from nanogpt.data.tokens import TokenData
+from nanogpt.run import saving
+from nanogpt.run.health import Health
+from nanogpt.run.loggers import Loggers
+from nanogpt.run.metrics import Stopwatch, memory_gib, peak_tflops
+from nanogpt.run.summary import write_summary
+from nanogpt.weights import checkpoint
+
+# 评估取样、生成样本各用自己的种子流，互不干扰
+SAMPLE_STREAM = 1_000_003
+
+
+@dataclass
+class Interval:
+    """What the next log line is about."""
+
+    # 一行日志说的是一段，不是一步：中间各步的损失都算进平均
+    results: list[StepResult] = field(default_factory=list)
+    tokens: int = 0
+    """Of the steps that were timed."""
+
+
+class Training(Trainer):
+    """A Trainer with a run around it: its folder, its console and loggers, its health."""
+
+    # 继承而不是另拿一个 trainer：走一步的两处插话（prepare、judge）要在计数之前发生
+
+    def __init__(
+        self, cfg: TrainConfig, *, computation: Step, data: TokenData, loggers: Loggers, run_dir: Path, console: Console,
+        write_sample: Callable[..., str] | None = None,
+    ):
+        """`write_sample` is that of nanogpt.write.engine; without it no samples are written."""
+        rows, micro_batch = share_batch(cfg, distributed.world())
+        super().__init__(
+            computation, data, schedule=schedule_of(cfg), seed=cfg.seed, rows=rows, micro_batch=micro_batch,
+            eval_batch=cfg.eval_batch_size, eval_tokens=cfg.eval_tokens, grad_clip=cfg.grad_clip,
+        )
+        self.cfg, self.loggers, self.run_dir, self.console = cfg, loggers, run_dir, console
+        # 写作在训练之上：由 run_train.py 交进来
+        self.write_sample = write_sample
+        self.config_text = ""
+        self.run_id: str | None = None
+        # 说“接着训”时写给人敲的
+        self.resuming = f"resume={run_dir}"
+        self.retry_at: float | None = None
+        self.evaluated_at: int | None = None
+        self.saved: checkpoint.Checkpoint | None = None
+        self.last_sample = ""
+        self.peak_source, self.peak = peak_tflops(cfg.hardware, self.device, self.precision)
+        self.stopwatch, self.interval = Stopwatch(), Interval()
+        self.unjudged: StepResult | None = None
+        self.shapes_met: set[int] = set()
+        self.health = Health(self)
+        obstacle, worth = self._no_compile(), self._compiling_pays()
+        self.compiles = compile_hidden(self.model, cfg.compile, self.device, console, obstacle=obstacle, pays=worth)
+        compile_updates(self.optimizer, cfg.compile, self.device, console)
+
+    def _no_compile(self) -> str | None:
+        """What speaks against torch.compile in these settings, or None."""
+        # 编译后的反向一次交出全部梯度，逐个释放就落空了
+        if self.computation.in_backward:
+            return "memory.optimizer_in_backward=true"
+        # 重算时再舍入靠 TorchFunctionMode，编译器不认
+        if self.precision.rounded and self.cfg.memory.activation_checkpointing != "none":
+            return f"precision={self.precision.name} on a CPU with memory.activation_checkpointing={self.cfg.memory.activation_checkpointing}"
+        return None
+
+    def _compiling_pays(self) -> bool:
+        # 每次试跑都是新进程，编译比要量的几步还久
+        if self.cfg.trial.enabled:
+            return False
+        micro_batches = math.ceil(self.local_rows / self.micro_batch)
+        return pays(self.model, self.local_rows * self.block_size, micro_batches, self.cfg.max_iters, self.peak)
+
+    # ---- 一步前后 ----
+
+    def prepare(self) -> None:
+        """Allocate the optimizer's states; refuse to begin with weights or states that are not finite."""
+        self.health.before_start()
+        super().prepare()
+
+    def judge(self, result: StepResult) -> None:
+        """Count a step that was skipped, stop a run that has come to nothing; on a card one step later, or at settle()."""
+        self.settle()
+        self.unjudged = result
+        if not self.reads_late:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the latest step and judge it: before anything that is shown or kept."""
+        result, self.unjudged = self.unjudged, None
+        if result is not None:
+            self.health.after_update(result.loss, result.gradient_norm, iteration=result.iteration, healing=result.healing)
+
+    def shrink(self, detail: str) -> None:
+        """Halve the micro-batch after an out-of-memory error, and say so."""
+        old = self.micro_batch
+        super().shrink(detail)
+        accumulation = math.ceil(self.local_rows / self.micro_batch) * distributed.world()
+        self.console.line(
+            "iter {iteration}: out of memory; micro-batch {old} -> {new}, accumulation {accum}, same step again with "
+            "the same data",
+            iteration=self.progress.iteration + 1, old=old, new=self.micro_batch, accum=accumulation,
+        )
+
+    # ---- 整个训练 ----
+
+    def fit(self) -> dict:
+        """Train to max_iters or until something asks to stop; return the summary."""
+        cfg, progress, started, reason = self.cfg, self.progress, time.perf_counter(), None
+        try:
+            with self.console.progress(cfg.max_iters, progress.iteration) as advance:
+                while progress.iteration < cfg.max_iters and reason is None:
+                    # 能分小的都分过了：还有别处的内存不足，也是一种结局
+                    with not_divisible("training", rows=self.micro_batch):
+                        result = self._timed_step()
+                        advance(progress.iteration)
+                        last = progress.iteration == cfg.max_iters
+                        evaluated = last or self._every(cfg.eval_interval)
+                        if result.stop_requested:
+                            reason = "interrupted"
+                        elif evaluated:
+                            reason = self._evaluate_and_judge()
+                        if evaluated or reason or self._every(cfg.log_interval):
+                            self._log(result, evaluated and progress.val_loss is not None)
+                        save_due = self._every(cfg.save_interval) if cfg.save_interval else evaluated
+                        if save_due or reason or saving.overdue(self):
+                            self._save(final=bool(reason) or last)
+                        if evaluated and cfg.sample_tokens and self.write_sample and reason != "interrupted":
+                            self._write_sample()
+            if self.saved is None or self.saved.iteration < progress.iteration:
+                self._save(final=True)
+        except BaseException:
+            # 出事前的曲线最有用，TensorBoard 攒着的也要写出；关不上也不能盖住真正的原因
+            with contextlib.suppress(Exception):
+                self.loggers.close()
+            raise
+        self.loggers.close()
+        return write_summary(self, reason or "finished", time.perf_counter() - started)
+
+    def _every(self, interval: int | None) -> bool:
+        return bool(interval) and self.progress.iteration % interval == 0
+
+    def _timed_step(self) -> StepResult:
+        """One step, on the stopwatch unless it was the first with its micro-batch where that costs time: on a card, and compiled."""
+        cfg, tokens = self.cfg, self.global_rows * self.block_size
+        self.stopwatch.start()
+        result = self.step()
+        self.interval.results.append(result)
+        if self.micro_batch not in self.shapes_met and (self.device.type == "cuda" or self.compiles):
+            # 编译、加载 kernel 要几十秒：算进速度，短训练就只剩零头；要等它做完，才不拖到下一步里
+            self.settle()
+            self.stopwatch.cancel()
+            self.progress.untimed_tokens += tokens
+        else:
+            # 接着要显示、保存它的结果：等它做完的时间也算这一步的
+            if self.progress.iteration == cfg.max_iters or any(map(self._every, (cfg.eval_interval, cfg.log_interval, cfg.save_interval))):
+                self.settle()
+            self.stopwatch.stop()
+            self.interval.tokens += tokens
+        self.shapes_met.add(self.micro_batch)
+        return result
+
+    def _save(self, *, final: bool) -> None:
+        # 最后一步的好坏也要记进去
+        self.settle()
+        # 坏掉的权重宁可不存：它会把完好的旧 checkpoint 挤掉
+        self.health.before_save()
+        saving.save(self, final=final)
+
+    def _evaluate_and_judge(self) -> str | None:
+        progress, loss = self.progress, self.evaluate()
+        # 开始时机器忙，峰值可能偏低：不计时的间隙里再量，只升不降
+        self.peak_source, self.peak = peak_tflops(self.cfg.hardware, self.device, self.precision)
+        if not self.health.after_evaluation(loss):
+            # 这份 checkpoint 没有验证损失，就不会被当成最好的
+            progress.val_loss = None
+            return None
+        progress.val_loss, self.evaluated_at = loss, progress.iteration
+        if progress.val_loss < progress.best_val_loss:
+            progress.best_val_loss, progress.evals_without_gain = progress.val_loss, 0
+        else:
+            progress.evals_without_gain += 1
+        if self.cfg.target_val_loss is not None and progress.val_loss <= self.cfg.target_val_loss:
+            self.console.line("target_reached", loss=progress.val_loss, target=self.cfg.target_val_loss)
+            return "target_reached"
+        if self.cfg.early_stop_evals and progress.evals_without_gain >= self.cfg.early_stop_evals:
+            self.console.line("early_stop", count=progress.evals_without_gain)
+            return "early_stop"
+        return None
+
+    def metrics(self, tokens: int, seconds: float) -> dict[str, float]:
+        """Speed, utilisation and memory of `tokens` trained in `seconds`."""
+        speed = tokens / seconds if seconds else 0.0
+        flops = speed * self.model.flops_per_token() / distributed.world()
+        of_reference = peak_tflops_of(reference(), half=self.precision.half, tf32=False)
+        memory = {f"memory/{name}_gib": value for name, value in memory_gib(self.device).items()}
+        return {"tokens_per_s": speed, "mfu": flops / self.peak / 1e12, "mfu_rtx3060": flops / of_reference / 1e12, **memory}
+
+    def _log(self, result: StepResult, evaluated: bool) -> None:
+        seconds = self.stopwatch.take()
+        self.progress.train_s += seconds
+        self.settle()
+        finite = [result.loss for result in self.interval.results if math.isfinite(result.loss)]
+        record = {
+            "train/loss": sum(finite) / len(finite) if finite else math.nan,
+            "learning_rate": result.learning_rate,
+            "gradient_norm": result.gradient_norm,
+            "tokens": self.progress.tokens_trained,
+            **self.metrics(self.interval.tokens, seconds),
+        }
+        if not self.interval.tokens:
+            # 这一段只有编译的那一步：没有速度可言
+            del record["tokens_per_s"], record["mfu"], record["mfu_rtx3060"]
+        if evaluated:
+            record["val/loss"] = self.progress.val_loss
+        if self.precision.scaler.is_enabled():
+            record["loss_scale"] = self.precision.scaler.get_scale()
+        self.interval = Interval()
+        # NaN 不是合法的 JSON，也画不成曲线
+        self.loggers.log(self.progress.iteration, {k: v for k, v in record.items() if math.isfinite(v)})
+        self.console.iteration(self.progress.iteration, record, self.device.type)
+
+    def _write_sample(self) -> None:
+        if distributed.rank():
+            return
+        try:
+            seed = (self.cfg.seed * SAMPLE_STREAM + self.progress.iteration) % LARGEST_SEED
+            # 按累积概率抽字没有确定性的 kernel；样本写成怎样不影响训练
+            with any_kernels():
+                sample = self.write_sample(
+                    self.model, self.data.tokenizer, self.sample_prompt(), self.cfg.sample_tokens,
+                    sampler=sampler(temperature=self.cfg.sample_temperature), seed=seed,
+                )
+        except Exception as error:
+            # 样本只是给人看的：无论为什么写不成，训练照常
+            known = {"sample_oom": "sample_skipped", "nonfinite_logits": "sample_nonfinite"}
+            line = "sample_skipped" if is_out_of_memory(error) else known.get(getattr(error, "message", None), "sample_failed")
+            self.console.line(line, iteration=self.progress.iteration, reason=reason_of(error))
+            return
+        self.last_sample = sample
+        self.loggers.text(self.progress.iteration, sample)
+
+    def sample_prompt(self) -> str | None:
+        """The configured prompt; None: the one with which writing begins."""
+        given = self.cfg.sample_prompt
+        return None if given is None else unescaped(given)
+
+
+def share_batch(cfg: TrainConfig, world: int) -> tuple[int, int]:
+    """(rows per process and step, rows per micro-batch) for the same effective batch with any number of processes."""
+    if cfg.memory.optimizer_in_backward and world > 1:
+        raise ConfigError(
+            "memory.optimizer_in_backward=true uses each gradient before {world} processes could add them up; start "
+            "one process, or memory.optimizer_in_backward=false",
+            world=world,
+        )
+    batch, accumulation = cfg.batch_size, cfg.gradient_accumulation_steps
+    if total := cfg.global_batch_size:
+        if total % world:
+            raise ConfigError(
+                "batch_size={batch} x gradient_accumulation_steps={accum} cannot be shared by {world} processes; make "
+                "one of them a multiple of {world}",
+                batch=total, accum=1, world=world,
+            )
+        # 除不尽也没关系：最后一个微批短一些，等效批量仍然精确
+        return total // world, min(batch, total // world)
+    if accumulation % world == 0:
+        return batch * accumulation // world, batch
+    if batch % world == 0:
+        # 累积次数分不开就把微批分开，等效批量不变
+        return batch * accumulation // world, batch // world
+    raise ConfigError(
+        "batch_size={batch} x gradient_accumulation_steps={accum} cannot be shared by {world} processes; make one of "
+        "them a multiple of {world}",
+        batch=batch, accum=accumulation, world=world,
+    )
