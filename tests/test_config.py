@@ -14,8 +14,8 @@ from nanogpt.base.config import CHOICES, RANGES, ROOT, TRUSTED_TARGETS, TrainCon
 from nanogpt.base.language import ConfigError
 from nanogpt.base.sample_config import SAMPLE_CHOICES, SAMPLE_RANGES
 from nanogpt.base.value_checks import check_value
-from nanogpt.core.sampling import build_sampler
 from nanogpt.weights import build
+from nanogpt.weights.build import build_sampler
 
 GROUPS = shipped_options()
 # 只属于 run_sample.py 的配置组与选项

@@ -17,12 +17,13 @@ from nanogpt.base.console import Console
 from nanogpt.base.errors import explained
 from nanogpt.base.language import ConfigError
 from nanogpt.core import compilation, distributed, kernels, machine
-from nanogpt.core.compilation import compile_hidden, compile_updates, pays
-from nanogpt.core.loss import chunked_cross_entropy, even, fusible_tail
+from nanogpt.core.compilation import compile_hidden, compile_updates, fusible_tail, pays
+from nanogpt.core.loss import chunked_cross_entropy, even
 from nanogpt.core.memory.lean_optimizers import Storage, adamw_update, fusible_adamw
 from nanogpt.core.memory.lowbit import SMALL
 from nanogpt.core.memory.recompute import keep_last, recompute_blocks
 from nanogpt.plan.substitutes import substituted
+from nanogpt.run.metrics import flops_per_token
 from nanogpt.weights.build import build_model
 
 
@@ -293,7 +294,8 @@ def test_a_compiler_that_fails_is_one_line_and_the_run_goes_on(monkeypatch, caps
 
 def test_auto_compiles_where_the_whole_training_is_long_enough():
     model = build_model(tiny_model_config(n_layer=4, n_head=4, n_embd=256, block_size=128, vocab_size=65), 0)
-    assert not pays(model, 2048, 1, 250, 25.5) and pays(model, 2048, 1, 250_000, 25.5)
+    flops = flops_per_token(model)
+    assert not pays(4, flops, 2048, 1, 250, 25.5) and pays(4, flops, 2048, 1, 250_000, 25.5)
 
 
 def test_rounded_products_with_recomputation_are_not_compiled(in_tmp, tiny_overrides, capsys):

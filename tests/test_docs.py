@@ -15,10 +15,10 @@ from typed import typed
 import nanogpt
 from nanogpt.base.config import ROOT
 from nanogpt.base.language import ConfigError
-from nanogpt.core.sampling import build_sampler
 from nanogpt.data import corpus
 from nanogpt.data.tokens import TokenData
 from nanogpt.weights import build
+from nanogpt.weights.build import build_sampler
 
 PAIRS = [("README.md", "README.zh-CN.md"), ("docs/extend.md", "docs/extend.zh-CN.md"), ("docs/architecture.md", "docs/architecture.zh-CN.md"),
          ("docs/interactive.md", "docs/interactive.zh-CN.md"), ("docs/sweeps.md", "docs/sweeps.zh-CN.md"),

@@ -8,7 +8,9 @@ import torch
 from conftest import tiny_model_config
 
 from nanogpt.base.config import ROOT
-from nanogpt.core.optimizers import adamw, learning_rate_at, muon, orthogonalize
+from nanogpt.core.kernels import orthogonalize
+from nanogpt.core.optimizers import adamw, muon
+from nanogpt.core.schedule import learning_rate_at
 from nanogpt.weights.build import build_model
 
 

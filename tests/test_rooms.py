@@ -9,3 +9,9 @@ from nanogpt.base.config import ROOT
 def test_a_room_imports_only_rooms_below_it(capsys):
     status = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
     assert status == EXIT_STATUS_SUCCESS, capsys.readouterr().out
+
+
+def test_the_core_can_be_read_in_one_sitting():
+    files = ("model", "attention", "kv_cache", "loss", "sampling", "generate", "optimizers", "step", "trainer")
+    texts = {name: (ROOT / "nanogpt" / "core" / f"{name}.py").read_text(encoding="utf-8") for name in files}
+    assert sum(text.count("\n") for text in texts.values()) < 1500

@@ -481,7 +481,7 @@ def check_memory(cfg: Any) -> None:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning-rate schedule with every default filled in; see optimizers.learning_rate_at."""
+    """Learning-rate schedule with every default filled in; see core.schedule.learning_rate_at."""
 
     learning_rate: float
     min_lr: float

@@ -39,7 +39,9 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, rope=None, cache: KVCache | None = None, visible: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, rope=None, cache: KVCache | None = None, visible: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         dropout = self.dropout if self.training else 0.0
@@ -60,8 +62,8 @@ class CausalSelfAttention(nn.Module):
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
-    def _attend(self, qk: torch.Tensor, v: torch.Tensor, cache: KVCache | None, dropout: float, visible: torch.Tensor | None) -> torch.Tensor:
-        """Scaled dot-product attention through PyTorch's kernel, (B, nh, T, hs)."""
+    def _attend(self, qk, v, cache: KVCache | None, dropout: float, visible: torch.Tensor | None) -> torch.Tensor:
+        """Scaled dot-product attention through PyTorch's kernel, of qk (B, T, 2, nh, hs) and v (B, T, 1, nh, hs)."""
         T = qk.size(1)
         q, k, v = (t.transpose(1, 2) for t in (*qk.unbind(2), v.squeeze(2)))
         if cache is not None:

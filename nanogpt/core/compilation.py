@@ -1,3 +1,5 @@
+# torch.compile：只在能用、也赚得回编译时间的地方用；编译器出了任何毛病，一行说明，照常训练
+# 从外面包住模型的 hidden、损失的尾巴与 8 位状态的更新，核心不知道有它
 """torch.compile where it works and pays; never a reason for a run to fail."""
 
 import functools
@@ -10,7 +12,6 @@ import torch
 
 from nanogpt.base.errors import is_out_of_memory
 from nanogpt.base.language import first_line
-from nanogpt.core.loss import fusible_tail
 from nanogpt.core.memory.lean_optimizers import fusible_adamw, fusible_momentum
 from nanogpt.core.wrapping import mix_in
 
@@ -37,13 +38,12 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def pays(model, tokens_per_step: int, micro_batches: int, steps: int, peak_tflops: float) -> bool:
+def pays(layers: int, flops_per_token: float, tokens_per_step: int, micro_batches: int, steps: int, peak_tflops: float) -> bool:
     """Whether compiling saves more time than it takes, by a rough estimate from the whole length of the training.
 
     It must not depend on how far the training is: a resumed run takes the same way as an uninterrupted one.
     """
-    layers = model.config.n_layer
-    products_s = model.flops_per_token() * tokens_per_step / (REACHED * peak_tflops * 1e12)
+    products_s = flops_per_token * tokens_per_step / (REACHED * peak_tflops * 1e12)
     planned_s = steps * max(products_s, layers * LAUNCH_S_PER_LAYER * micro_batches)
     return planned_s * GAIN > COMPILE_S + COMPILE_S_PER_LAYER * layers
 
@@ -67,6 +67,19 @@ class Compiled:
                 self.compiled, reason = None, first_line(error)[:LONGEST_REASON]
             self.console.line("torch.compile failed ({reason}); going on without it", reason=reason)
         return self.plain(*args)
+
+
+def fusible_tail(logits: torch.Tensor, expected: torch.Tensor, V: int, softcap: float) -> torch.Tensor:
+    """The losses of kernels.cross_entropy() for a compiler that fuses it into two passes over the logits; the gradient is left in the logits."""
+    wide = logits[:, :V].to(torch.promote_types(logits.dtype, torch.float32))
+    squashed = torch.tanh(wide / softcap) if softcap else None
+    capped = squashed * softcap if softcap else wide
+    log_z = torch.logsumexp(capped, dim=-1, keepdim=True)
+    losses = log_z - capped.gather(1, expected)
+    # 比较代替 scatter：融进同一个 kernel，也没有不确定的写
+    grad = torch.exp(capped - log_z) - (torch.arange(V, device=logits.device) == expected).to(capped.dtype)
+    logits[:, :V].copy_(grad * (1 - squashed.square()) if softcap else grad)
+    return losses
 
 
 class CompiledTraining:

@@ -1,3 +1,5 @@
+# torchrun 下的几个进程：编号、求和、广播；只有一个进程时全是空操作
+# 不用 DistributedDataParallel：微批都做完再一次求和，显存不足时各进程才能一起重来
 """Several processes under torchrun: rank, sums and broadcasts; without torchrun all of it is a no-op.
 
 Gradients are summed once after all micro-batches instead of through DistributedDataParallel: every

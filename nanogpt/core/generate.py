@@ -4,58 +4,17 @@
 """The decode loop: rows of ids in, one more id per row and step out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from nanogpt.core.kv_cache import KVCache, on_device
+from nanogpt.core.kv_cache import KVCache
+from nanogpt.core.lanes import Lane, Order, Row, guided, order_of
+from nanogpt.core.machine import on_device
 from nanogpt.core.sampling import Sampler, draw
 from nanogpt.core.scoring import Likely
 
 # 每行一次取这么多个随机数，免得每个 token 都往 GPU 送一次
 UNIFORMS = 64
-
-
-@dataclass(eq=False)
-class Row:
-    """One text that grows; `count` ids of it were drawn."""
-
-    key: int
-    sampler: Sampler
-    randoms: torch.Generator
-    count: int
-    labels: torch.Tensor
-    """Ids (n,) that stand in front of whatever part of the text is read."""
-    guidance: float
-    earlier: torch.Tensor
-    """Ids (n,) of the text that the model reads no more; the rest of it lies in the cache."""
-
-
-@dataclass(eq=False)
-class Lane:
-    """One row of the model's batch and of the cache: what it reads of a text. The shadow of a guided text lacks the labels.
-
-    `unread` are ids that the model has not read yet, None once only the newest is left; the first `front` of them are no text.
-    """
-
-    row: Row
-    unread: torch.Tensor | None
-    front: int
-    shadow: bool = False
-
-
-@dataclass
-class Order:
-    """Which lanes belong to which row, as indices on the device."""
-
-    read: torch.Tensor
-    """Lane of each row, (rows,)."""
-    shadow: torch.Tensor
-    """Lane without the labels of each row, (rows,); the same one where the row is not guided."""
-    guidance: torch.Tensor
-    """(rows, 1)"""
-    owner: torch.Tensor
-    """Row of each lane, (lanes,)."""
 
 
 class Decoder:
@@ -66,12 +25,15 @@ class Decoder:
     and costs one reading per block_size // 2 ids. A prompt longer than block_size starts with its end.
 
     A model of documents reads [separator, labels …, prompt …]; a part that is read again, and the end of a long prompt,
-    stand behind the labels alone, as in training. Guidance g draws from u + g (c - u), where c are the logits behind the
-    labels and u those without them (Sanchez et al. 2023, arXiv:2306.17806); both are lanes of one batch. Taken of logits
-    instead of log-probabilities this differs by a constant per row, which the softmax does not see.
+    stand behind the labels alone, as in training. Guidance g draws from u + g (c - u), where c are the logits behind
+    the labels and u those without them (Sanchez et al. 2023, arXiv:2306.17806); both are lanes of one batch. Taken of
+    logits instead of log-probabilities this differs by a constant per row, which the softmax does not see.
     """
 
-    def __init__(self, model, *, capacity: int, max_length: int | None = None, vocab_size: int | None = None, never: Sequence[int] = ()):
+    def __init__(
+        self, model, *, capacity: int, max_length: int | None = None, vocab_size: int | None = None,
+        never: Sequence[int] = (),
+    ):
         self.model = model
         # 模型的词表可能补齐到整数：tokenizer 没有的 id 一律不抽
         self.vocab_size = vocab_size
@@ -86,7 +48,6 @@ class Decoder:
         self.rows: list[Row] = []
         self.lanes: list[Lane] = []
         self._order: Order | None = None
-        self._order_is_known = True
         self.top: int | None = None
         """How many of the most likely ids step() notes in `likely`, beside the drawn ones; None: it notes nothing."""
         self.likely: Likely | None = None
@@ -96,11 +57,13 @@ class Decoder:
 
     @torch.inference_mode()
     def add(
-        self, key: int, prompt: Sequence[int], sampler: Sampler, seed: int, *, count: int = 0, labels: Sequence[int] = (), guidance: float = 1.0,
+        self, key: int, prompt: Sequence[int], sampler: Sampler, seed: int, *,
+        count: int = 0, labels: Sequence[int] = (), guidance: float = 1.0,
     ) -> None:
-        """Add a row, read at the next step(). `count` ids of the prompt were drawn before; only a model of documents takes an empty one.
+        """Add a row, read at the next step(); `count` ids of its prompt were drawn before.
 
-        With labels and guidance != 1 the row takes a second lane. Labels count neither as text nor as repetitions.
+        Only a model of documents takes an empty prompt. With labels and guidance != 1 the row takes a second lane.
+        Labels count neither as text nor as repetitions.
         """
         assert len(self.rows) < self.capacity and (len(prompt) or len(self.separator))
         slot = len(self.rows)
@@ -127,29 +90,26 @@ class Decoder:
             start = int(ends[-1, 0]) + 1 if len(ends) else 0
         room = max(1, self.cache.max_length - len(row.labels))
         # 放不下的长文从中间读起，前面没有分隔符
-        opening = (self.separator if len(self.separator) + len(ids) - start <= room else self.separator[:0]).to(self.device)
+        fits = len(self.separator) + len(ids) - start <= room
+        opening = (self.separator if fits else self.separator[:0]).to(self.device)
         start = max(start, len(ids) - room)
         row.earlier, text = ids[:start].to(self.device), ids[start:].to(self.device)
         lanes = [Lane(row, torch.cat((opening, row.labels, text)), len(opening) + len(row.labels))]
         if row.guidance != 1 and len(row.labels):
             lanes.append(Lane(row, torch.cat((opening, text)), len(opening), shadow=True))
-        self._reserve_lanes(len(self.lanes) + len(lanes))
-        self.lanes += lanes
-        self.cache.lengths += [0] * len(lanes)
-        self._order_is_known = False
-
-    def _reserve_lanes(self, count: int) -> None:
-        if count > len(self.newest):
+        if len(self.lanes) + len(lanes) > len(self.newest):
             # 有人要引导才多占一倍：不用它的人不付显存
             self.cache = self.cache.widened(2 * self.capacity)
             self.newest = torch.cat((self.newest, torch.zeros_like(self.newest)))
+        self.lanes += lanes
+        self.cache.lengths += [0] * len(lanes)
+        self._settle_order()
 
     @torch.inference_mode()
     def step(self) -> torch.Tensor:
         """Draw the next id of every row, (rows,) in the order of `rows`; -1 where the logits were not finite."""
         self._reread_full_rows()
-        order = self._lane_order()
-        logits = self._guided(self._next_logits().float()[:, : self.vocab_size], order)
+        logits = guided(self._next_logits().float()[:, : self.vocab_size], self._order)
         # 一次求和就能看出 NaN 与无穷：贪心与筛选都会把它们盖住；两遍之中有一遍坏了，合起来也是坏的
         finite = logits.sum(-1).isfinite()
         if self.never is not None:
@@ -159,7 +119,7 @@ class Decoder:
         drawn = torch.where(finite, draw(self._shaped(logits), self._next_uniforms()), -1)
         ids = drawn.clamp(min=0)
         self.likely = None if logprobs is None else Likely.of(logprobs, ids, self.top)
-        self.newest[: len(self.lanes)] = ids if order is None else ids[order.owner]
+        self.newest[: len(self.lanes)] = ids if self._order is None else ids[self._order.owner]
         for row in self.rows:
             row.count += 1
         return drawn
@@ -184,7 +144,7 @@ class Decoder:
         self.uniforms[slot] = self.uniforms[last]
         self.rows[slot] = self.rows[last]
         self.rows.pop()
-        self._order_is_known = False
+        self._settle_order()
 
     # ---- 哪条 lane 是谁的 ----
 
@@ -192,30 +152,10 @@ class Decoder:
         """The lanes of a row."""
         return [slot for slot, lane in enumerate(self.lanes) if lane.row.key == key]
 
-    def _lane_order(self) -> Order | None:
-        """Which lane is whose; None where lanes are rows, one by one: without guidance a step pays nothing for it."""
-        if not self._order_is_known:
-            self._order = None if [lane.row for lane in self.lanes] == self.rows else self._new_order()
-            self._order_is_known = True
-        return self._order
-
-    def _new_order(self) -> Order:
-        slots = [self._slots(row.key) for row in self.rows]
-        read = [next(slot for slot in own if not self.lanes[slot].shadow) for own in slots]
-        shadow = [next((slot for slot in own if self.lanes[slot].shadow), lane) for own, lane in zip(slots, read)]
-        number = {row.key: at for at, row in enumerate(self.rows)}
-
-        owner = [number[lane.row.key] for lane in self.lanes]
-        guidance = [[row.guidance] for row in self.rows]
-        return Order(*(on_device(values, self.device) for values in (read, shadow, guidance, owner)))
-
-    def _guided(self, logits: torch.Tensor, order: Order | None) -> torch.Tensor:
-        """Logits of the lanes (lanes, V) -> of the rows (rows, V)."""
-        if order is None:
-            return logits
-        read, shadow = logits[order.read], logits[order.shadow]
-        # 没有影子的行 read - shadow 恰为 0：与独自写时逐位相同
-        return shadow + order.guidance * (read - shadow)
+    def _settle_order(self) -> None:
+        """Note which lane is whose; None where lanes are rows, so that a step without guidance pays nothing for it."""
+        same = [lane.row for lane in self.lanes] == self.rows
+        self._order = None if same else order_of(self.rows, self.lanes, self.device)
 
     # ---- 读 ----
 
@@ -269,7 +209,8 @@ class Decoder:
     def _shaped(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits after each row's own sampler."""
         samplers = {id(row.sampler): row.sampler for row in self.rows}
-        tokens = self._tokens() if any(s.reads_tokens for s in samplers.values()) else self.newest[: len(self.rows), None]
+        reads = any(s.reads_tokens for s in samplers.values())
+        tokens = self._tokens() if reads else self.newest[: len(self.rows), None]
         if len(samplers) == 1:
             return self.rows[0].sampler(logits, tokens)
         shaped = torch.empty_like(logits)

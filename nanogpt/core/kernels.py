@@ -8,6 +8,8 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from nanogpt.core.machine import any_kernels
+
 # 两种写法都给同样的 rms_norm，显式写出才不随 dtype 变
 RMS_EPS = 1e-6
 # CPU 上 T 不超过它时，存下整个 T x T 概率矩阵比 flash 重算更快
@@ -59,6 +61,8 @@ def fused_rms_norm(x: torch.Tensor) -> torch.Tensor:
 class _SquaredReLU(torch.autograd.Function):
     """relu(x)^2; eager autograd would keep x and relu(x) and pass over them four times more."""
 
+    # 只留 relu(x)：反向一次乘法就得出 2·relu(x)·grad
+
     @staticmethod
     def forward(ctx, x):
         r = x.relu()
@@ -83,6 +87,8 @@ def _swap_halves(x: torch.Tensor) -> torch.Tensor:
 
 class _Rotate(torch.autograd.Function):
     """A rotation is orthogonal: its backward is the rotation by the negative angle."""
+
+    # 存下 cos、sin 就够了，不必留输入
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -149,6 +155,44 @@ def short_attention(scale: float, visible: torch.Tensor | None, *parts: torch.Te
     return _ShortAttention.apply(scale, visible, *parts)
 
 
+def cross_entropy(
+    logits: torch.Tensor, expected: torch.Tensor, V: int, softcap: float, need_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(losses (rows, 1), d(sum of losses)/d(logits) in their dtype) of logits (rows, >= V), of which the first V columns count.
+
+    The gradient lies where the logits lay if there are further columns, which stay as they are.
+    """
+    dtype, buffer, logits = logits.dtype, logits if logits.size(1) > V else None, logits[:, :V]
+    # 半精度的指数和会丢小概率：softmax 与求和至少用 fp32
+    wide = torch.promote_types(dtype, torch.float32)
+    if softcap:
+        squashed = (logits.to(wide) / softcap).tanh_()
+        logits = squashed * softcap
+    if device_type(logits) == "cuda":
+        # 显卡上一个 kernel 就得出 log-probs；logsumexp 要把词表那么宽的内存走五遍
+        log_p, logits = torch.log_softmax(logits, dim=-1, dtype=wide), None
+        losses = -log_p.gather(1, expected)
+    else:
+        logits = logits.to(wide)
+        log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
+        losses = log_z - logits.gather(1, expected)
+        log_p = logits.sub_(log_z) if need_grad else None
+    if not need_grad:
+        return losses, None
+    # softmax - onehot，量级为 1：半精度里也不下溢，1/N 留到反向再乘
+    grad = log_p.exp_()
+    with any_kernels():
+        # 每行只有一个下标，怎么加都一样；deterministic=true 却会为它排序，每块多十几个 kernel
+        grad.scatter_add_(1, expected, torch.full_like(expected, -1, dtype=grad.dtype))
+    if softcap:
+        # 就地算 1 - squashed²：词表那么宽的临时张量，每个都是一整块
+        grad *= squashed.square_().neg_().add_(1)
+    if buffer is None:
+        return losses, grad.to(dtype)
+    buffer[:, :V].copy_(grad)
+    return losses, buffer
+
+
 def aligned(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The weight in `dtype`; on a card, where that is a copy anyway, with rows of zeros up to a multiple of 64."""
     V = weight.size(0)
@@ -204,3 +248,18 @@ def orthogonalize(matrices: torch.Tensor, steps: int) -> torch.Tensor:
     x = x if wide else x.mT
     # 转置过来的要排成权重的样子，foreach 才能一次启动
     return x.to(matrices.dtype, memory_format=torch.contiguous_format) if x.dtype != matrices.dtype else x
+
+
+def orthogonalized(matrices: list[torch.Tensor], steps: int) -> list[torch.Tensor]:
+    """Each matrix (rows, cols) with its singular values pushed towards 1; those of one shape are batched."""
+    by_shape: dict[tuple, list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        # qkv 三块各自正交化，合在一起会互相牵制
+        by_shape.setdefault(tuple(matrix.shape), []).append(i)
+    results: list[torch.Tensor] = list(matrices)
+    for indices in by_shape.values():
+        # 同形状的矩阵堆在一起做批量乘法，小模型上快数倍
+        batch = torch.stack([matrices[i] for i in indices]) if len(indices) > 1 else matrices[indices[0]][None]
+        for i, update in zip(indices, orthogonalize(batch, steps), strict=True):
+            results[i] = update
+    return results

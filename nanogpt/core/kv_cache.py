@@ -6,12 +6,7 @@
 import torch
 import torch.nn.functional as F
 
-
-def on_device(values, device: torch.device) -> torch.Tensor:
-    """Numbers or a tensor of the host on a device, without making the host wait for what a card has queued."""
-    host = torch.as_tensor(values)
-    # 只有锁页内存的拷贝是异步的；普通内存的要等卡上排着的一切做完，提前排下一步就白排了
-    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+from nanogpt.core.machine import on_device
 
 
 class KVCache:
@@ -38,7 +33,7 @@ class KVCache:
         self.fixed: tuple[torch.Tensor, int] | None = None
 
     def part(self, start: int, stop: int) -> "KVCache":
-        """Rows start … stop as an empty cache that shares this one's memory: reading a prompt writes straight into place."""
+        """Rows start … stop as an empty cache in this one's memory: a prompt that is read lands in its place."""
         part = object.__new__(KVCache)
         part.max_length = self.max_length
         part.k, part.v, part.tokens = self.k[:, start:stop], self.v[:, start:stop], self.tokens[start:stop]
@@ -79,7 +74,7 @@ class KVCache:
         return self.position
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write k, v (B, nh, T, hs) at the positions of begin(); return keys and values (B, nh, end, hs), `mask` hides the unfilled."""
+        """Write k, v (B, nh, T, hs) where begin() said; return all (B, nh, end, hs), the unfilled behind `mask`."""
         rows = len(self.lengths)
         if self.mask is None:
             self.k[layer, :rows, :, self.position] = k

@@ -7,56 +7,6 @@ from collections.abc import Callable
 import torch
 
 from nanogpt.core import kernels
-from nanogpt.core.machine import any_kernels
-
-
-def plain_tail(logits: torch.Tensor, expected: torch.Tensor, V: int, softcap: float, need_grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(losses (rows, 1), d(sum of losses)/d(logits) in their dtype) of logits (rows, >= V), of which the first V columns count.
-
-    The gradient lies where the logits lay if there are further columns, which stay as they are.
-    """
-    dtype, buffer, logits = logits.dtype, logits if logits.size(1) > V else None, logits[:, :V]
-    # 半精度的指数和会丢小概率：softmax 与求和至少用 fp32
-    wide = torch.promote_types(dtype, torch.float32)
-    if softcap:
-        squashed = (logits.to(wide) / softcap).tanh_()
-        logits = squashed * softcap
-    if kernels.device_type(logits) == "cuda":
-        # 显卡上一个 kernel 就得出 log-probs；logsumexp 要把词表那么宽的内存走五遍
-        log_p, logits = torch.log_softmax(logits, dim=-1, dtype=wide), None
-        losses = -log_p.gather(1, expected)
-    else:
-        logits = logits.to(wide)
-        log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
-        losses = log_z - logits.gather(1, expected)
-        log_p = logits.sub_(log_z) if need_grad else None
-    if not need_grad:
-        return losses, None
-    # softmax - onehot，量级为 1：半精度里也不下溢，1/N 留到反向再乘
-    grad = log_p.exp_()
-    with any_kernels():
-        # 每行只有一个下标，怎么加都一样；deterministic=true 却会为它排序，每块多十几个 kernel
-        grad.scatter_add_(1, expected, torch.full_like(expected, -1, dtype=grad.dtype))
-    if softcap:
-        # 就地算 1 - squashed²：词表那么宽的临时张量，每个都是一整块
-        grad *= squashed.square_().neg_().add_(1)
-    if buffer is None:
-        return losses, grad.to(dtype)
-    buffer[:, :V].copy_(grad)
-    return losses, buffer
-
-
-def fusible_tail(logits: torch.Tensor, expected: torch.Tensor, V: int, softcap: float) -> torch.Tensor:
-    """The losses of plain_tail() for a compiler that fuses it into two passes over the logits; the gradient is left in the logits."""
-    wide = logits[:, :V].to(torch.promote_types(logits.dtype, torch.float32))
-    squashed = torch.tanh(wide / softcap) if softcap else None
-    capped = squashed * softcap if softcap else wide
-    log_z = torch.logsumexp(capped, dim=-1, keepdim=True)
-    losses = log_z - capped.gather(1, expected)
-    # 比较代替 scatter：融进同一个 kernel，也没有不确定的写
-    grad = torch.exp(capped - log_z) - (torch.arange(V, device=logits.device) == expected).to(capped.dtype)
-    logits[:, :V].copy_(grad * (1 - squashed.square()) if softcap else grad)
-    return losses
 
 
 def even(total: int, most: int) -> int:
@@ -94,7 +44,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad = torch.nn.functional.linear(h, w)
                 losses = tail(grad, expected, V, softcap)
             else:
-                losses, grad = plain_tail(torch.nn.functional.linear(h, w), expected, V, softcap, need_grad)
+                losses, grad = kernels.cross_entropy(torch.nn.functional.linear(h, w), expected, V, softcap, need_grad)
             total.add_((losses * counts.to(wide) if ignoring else losses).sum())
             if not need_grad:
                 return
@@ -123,13 +73,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def chunked_cross_entropy(
-    hidden, weight, targets, *, softcap: float, chunk_mib: int = 256, ignoring: bool = False, tail: Callable[..., torch.Tensor] | None = None
+    hidden, weight, targets, *, softcap: float, chunk_mib: int = 256, ignoring: bool = False,
+    tail: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Mean cross-entropy of `softcap(hidden @ weight.T)` against targets, shape ().
 
     hidden (B, T, C), weight (V, C), targets (B, T); with `ignoring`, targets of -1 are left out of the mean.
     At most chunk_mib MiB of float32 logits exist at a time. Under autocast the products run in its dtype.
-    tail: fusible_tail(), compiled; used where gradients are wanted.
+    tail: compilation.fusible_tail(), compiled; used where gradients are wanted.
     """
     device_type = hidden.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype

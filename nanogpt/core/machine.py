@@ -1,3 +1,4 @@
+# 训练之前把机器摆好：选设备、确定性、CPU 与 CUDA 的分配器；以及主机与显卡之间怎样搬数而不互相等
 """The machine under a run: device, threads, allocator, reproducibility."""
 
 import contextlib
@@ -135,3 +136,33 @@ def _mallopt(*, mmap_threshold: int, trim_threshold: int) -> None:
     if mallopt:
         mallopt(M_MMAP_THRESHOLD, mmap_threshold)
         mallopt(M_TRIM_THRESHOLD, trim_threshold)
+
+
+def on_device(values, device: torch.device) -> torch.Tensor:
+    """Numbers or a tensor of the host on a device, without making the host wait for what a card has queued."""
+    host = torch.as_tensor(values)
+    # 只有锁页内存的拷贝是异步的；普通内存的要等卡上排着的一切做完，提前排下一步就白排了
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+
+
+class Reading:
+    """Numbers that the device may still be computing; read() waits for these only, not for what was launched after them."""
+
+    def __init__(self, *scalars: torch.Tensor):
+        self._tensor = torch.stack([scalar.detach().double() for scalar in scalars])
+        self._arrived: torch.cuda.Event | None = None
+        self._numbers: list[float] | None = None
+        if self._tensor.is_cuda:
+            # 锁页内存加事件：读上一步的数，不等后面排着的下一步
+            pinned = torch.empty(self._tensor.shape, dtype=torch.float64, pin_memory=True)
+            self._tensor = pinned.copy_(self._tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        """The numbers."""
+        if self._numbers is None:
+            if self._arrived is not None:
+                self._arrived.synchronize()
+            self._numbers, self._tensor = self._tensor.tolist(), None
+        return self._numbers

@@ -6,17 +6,17 @@
 RMSNorm, QK-norm, squared ReLU and zero-initialised output projections.
 """
 
-import math
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from nanogpt.base.config import ModelConfig
 from nanogpt.core.attention import CausalSelfAttention, rope_table
+from nanogpt.core.initialize import initialize
 from nanogpt.core.kernels import rms_norm, squared_relu
 from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.loss import chunked_cross_entropy
+from nanogpt.core.ngrams import NgramEmbedding
 
 
 class Norm(nn.Module):
@@ -68,57 +68,13 @@ class Block(nn.Module):
         self.ln_2 = Norm(config)
         self.mlp = mlp
 
-    def forward(self, x: torch.Tensor, rope=None, cache: KVCache | None = None, visible: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, rope=None, cache: KVCache | None = None, visible: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         # 只有成篇的数据才有 visible：使用者自己的注意力不必认识它
         seen = {} if visible is None else {"visible": visible}
         x = x + self.attn(self.ln_1(x), rope, cache, **seen)
         return x + self.mlp(self.ln_2(x))
-
-
-class NgramEmbedding(nn.Module):
-    """Hashed embedding of the last n tokens at each position, (B, T) -> (B, T, C).
-
-    A table look-up that costs no matrix product (Over-Tokenized Transformer, arXiv:2501.16975).
-    """
-
-    def __init__(self, n: int, config: ModelConfig):
-        super().__init__()
-        self.n = n
-        # 全部 n-gram 都放得下时逐一编号，没有冲突，表也更小；否则用大奇数做滚动哈希
-        distinct = (config.vocab_size + 1) ** n
-        self.multiplier = config.vocab_size + 1 if distinct <= config.ngram_buckets else 1000003
-        self.table = nn.Embedding(min(distinct, config.ngram_buckets), config.n_embd)
-
-    def forward(self, idx: torch.Tensor, history: torch.Tensor | None = None, inside: torch.Tensor | None = None) -> torch.Tensor:
-        """history (B, >= n - 1) holds the ids before idx, -1 where there are none.
-
-        inside (B, T) says how many ids before each one belong to the same document; None: all of them.
-        """
-        T = idx.size(1)
-        if history is None:
-            history = idx.new_full((), -1).expand(idx.size(0), self.n - 1)
-        # 逐 token 解码时，n-gram 的前几个字在缓存里；开头没有前文，记作 -1
-        # id 整体加 1，空位成为 0，与任何真 token 区分
-        padded = torch.cat((history[:, history.size(1) - (self.n - 1) :], idx), dim=1) + 1
-        key = padded[:, padded.size(1) - T :]
-        for back in range(1, self.n):
-            start = padded.size(1) - T - back
-            before = padded[:, start : start + T]
-            if inside is not None:
-                # 别的文章的字与没有前文一样，都是 0
-                before = before * (inside >= back)
-            # int64 溢出时自然回绕，不影响哈希
-            key = key * self.multiplier + before
-        return self.table(key % self.table.num_embeddings)
-
-
-def draw_normal(weight: torch.Tensor, std: float) -> None:
-    """Fill with normal values drawn in float32, so that a 16-bit model starts from the rounded weights of a float32 one."""
-    if weight.dtype == torch.float32:
-        nn.init.normal_(weight, std=std)
-    else:
-        # bf16 的均匀分布只有 8 位，由它得出的正态分布又粗又缺尾巴；逐个张量转，不多占整份内存
-        weight.copy_(torch.empty(weight.shape, dtype=torch.float32, device=weight.device).normal_(std=std))
 
 
 class GPT(nn.Module):
@@ -153,41 +109,16 @@ class GPT(nn.Module):
         self.reset_parameters()
 
     def make_attention(self, layer: int) -> nn.Module:
-        """Build the attention of block `layer`; called as attn(x, rope, cache), and with visible= for data of documents."""
+        """Build the attention of block `layer`; called as attn(x, rope, cache), for documents with visible=."""
         return CausalSelfAttention(self.config, layer)
 
     def make_mlp(self, layer: int) -> nn.Module:
         """Build the feed-forward part of block `layer`; called as mlp(x)."""
         return MLP(self.config)
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw all weights anew from torch's global generator."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                # gpt2 固定 0.02；modern 按输入宽度缩放，每层输出方差约为 1
-                std = 0.02 if self.config.init == "gpt2" else 1.0 / math.sqrt(module.in_features)
-                draw_normal(module.weight, std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                draw_normal(module.weight, 0.02)
-        for block in self.h:
-            for projection in (getattr(block.attn, "c_proj", None), getattr(block.mlp, "c_proj", None)):
-                if projection is None:
-                    continue  # 使用者自己的模块可以没有 c_proj
-                if self.config.init == "gpt2":
-                    # 残差相加 2L 次，按 1/sqrt(2L) 缩小，方差不随深度增长
-                    draw_normal(projection.weight, 0.02 / math.sqrt(2 * self.config.n_layer))
-                else:
-                    # 从恒等映射出发：开始时每个 block 都不改动残差流
-                    nn.init.zeros_(projection.weight)
-        for ngram in self.ngrams:
-            # 从零开始，没见过的 n-gram 不带噪声
-            nn.init.zeros_(ngram.table.weight)
-        if self.config.init == "modern" and not self.config.tie_embeddings:
-            draw_normal(self.wte.weight, 1.0)
-            nn.init.zeros_(self.lm_head.weight)
+        initialize(self)
 
     @property
     def device(self) -> torch.device:
@@ -226,7 +157,7 @@ class GPT(nn.Module):
         return at - torch.where(idx == self.config.separator, at, 0).cummax(dim=1).values
 
     def visible(self, idx: torch.Tensor) -> torch.Tensor | None:
-        """Which positions each position attends to, (B, 1, T, T) bool: earlier ones of its own document; None: all earlier ones."""
+        """What each position attends to, (B, 1, T, T) bool: earlier ones of its document; None: all earlier ones."""
         if self.config.separator is None:
             return None
         document = (idx == self.config.separator).cumsum(dim=1)
@@ -268,30 +199,10 @@ class GPT(nn.Module):
 
         With data of documents, targets of -1 (labels, unfilled ends of rows) do not count.
         """
-        ignoring = self.config.separator is not None
-        return self.cross_entropy(self.hidden(idx), self.lm_head.weight, targets, softcap=self.config.logit_softcap, ignoring=ignoring)
+        c, hidden = self.config, self.hidden(idx)
+        ignoring = c.separator is not None
+        return self.cross_entropy(hidden, self.lm_head.weight, targets, softcap=c.logit_softcap, ignoring=ignoring)
 
     def parameter_count(self) -> int:
         """Number of distinct parameters (tied weights count once), frozen ones included."""
         return sum(p.numel() for p in self.parameters())
-
-    def flops_per_token(self) -> int:
-        """FLOPs of the matrix products that training takes per token, forward and backward (PaLM, arXiv:2204.02311, appendix B).
-
-        Attention counts as if it saw the whole context. Look-ups are free, and what is computed again to save memory does not count.
-        """
-        c = self.config
-        tables = {f"{name}.weight" for name, m in self.named_modules() if isinstance(m, nn.Embedding)}
-        linears = [[name for name, m in block.attn.named_modules() if isinstance(m, nn.Linear)] for block in self.h]
-        outputs = {f"h.{layer}.attn.{names[-1]}.weight" for layer, names in enumerate(linears) if names}
-        flops, trained = 0, False
-        # 参数按计算的次序登记；共享的矩阵在每个用它的地方各算一次
-        for name, p in self.named_parameters(remove_duplicate=False):
-            if name in outputs:
-                # 注意力的乘积在输出投影之前；反向恰是前向的两倍
-                flops += (4 + 8 * trained) * c.n_embd * c.block_size
-            if p.dim() > 1 and name not in tables:
-                # 前向、自己的梯度、往回传的梯度各两次；LoRA 冻结的矩阵没有第二项，第一个 adapter 之前没有第三项
-                flops += (2 + 2 * p.requires_grad + 2 * trained) * p.numel()
-            trained = trained or p.requires_grad
-        return flops

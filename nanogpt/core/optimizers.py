@@ -1,26 +1,30 @@
 # AdamW 与 Muon：一个类，两条更新公式；哪些参数归哪条，由 adamw() 与 muon() 分组时定下（rule）
 # 状态按参数的名字存，checkpoint 打开就能读懂；8 位、放在 RAM 里的状态由 core/memory 从外面包上来
 # 凡有 param_groups、step、zero_grad、state_dict、load_state_dict 的都能当优化器，torch.optim 的也行；组里的 lr_scale 乘在学习率上
-"""Optimizers: AdamW and Muon over named parameters, and the learning-rate schedules."""
+"""Optimizers: AdamW and Muon over named parameters, and which parameters go where."""
 
 import math
 
 import torch
 from torch.optim.adamw import adamw as adamw_kernel
 
-from nanogpt.core.kernels import orthogonalize
+from nanogpt.core.kernels import orthogonalized
 
 # 同形状的矩阵一起正交化：小模型快数倍，大模型不为此多占显存
 STACK_BYTES = 64 * 2**20
 # 8 位的状态另有一份 scale，名字是状态的名字加上它
 SCALE = "_scale"
+RANGES = {
+    "beta1": (0, 0.99999), "beta2": (0, 0.99999), "momentum": (0, 0.99999), "weight_decay": (0, 10), "eps": (0, 1),
+    "ns_steps": (1, 20), "embedding_lr_scale": (0, 1e6), "head_lr_scale": (0, 1e6), "ngram_lr_scale": (0, 1e6),
+}
 ADAMW_STATES = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Optimizer:
     """Base of ours: groups of named parameters, state kept by name, so that a checkpoint is readable.
 
-    A group's `rule` is adamw or muon. Not a torch.optim.Optimizer: its first use imports torch._dynamo, 3 s of start-up on a slow CPU.
+    A group's `rule` is adamw or muon. Not a torch.optim.Optimizer, whose first use imports torch._dynamo (3 s).
     """
 
     takes_factor = False
@@ -47,7 +51,10 @@ class Optimizer:
         """Restore what state_dict returned."""
         by_name = {name: p for g in self.param_groups for name, p in zip(g["names"], g["params"], strict=True)}
         if set(state["state"]) - set(by_name):
-            raise ValueError("optimizer: the checkpoint's state belongs to other parameters; resume with the same model and optimizer")
+            raise ValueError(
+                "optimizer: the checkpoint's state belongs to other parameters; "
+                "resume with the same model and optimizer"
+            )
         for name, tensors in state["state"].items():
             for key, tensor in tensors.items():
                 # 形状不对的状态要到更新时才出事，那时参数已改了一半
@@ -77,7 +84,7 @@ class Optimizer:
     def prepare(self) -> None:
         """Allocate every state that is not there yet, before the first step.
 
-        Allocated one by one between the temporaries of the first update they would tear the card's memory to pieces for good.
+        Allocated between the temporaries of the first update they would tear the card's memory to pieces for good.
         """
         for group in self.param_groups:
             for name, p in zip(group["names"], group["params"], strict=True):
@@ -87,7 +94,7 @@ class Optimizer:
     def step(self, *, skip: torch.Tensor | None = None, factor: torch.Tensor | None = None) -> None:
         """Update every parameter that has a gradient.
 
-        skip () is 1.0 where nothing may change, in weights or states; only where `takes_factor`, factor () multiplies the gradients.
+        skip () is 1.0 where nothing may change; factor () multiplies the gradients, only where `takes_factor`.
         """
         for group in self.param_groups:
             named = zip(group["names"], group["params"], strict=True)
@@ -116,8 +123,8 @@ class Optimizer:
     def muon(self, group: dict, named: list[tuple[str, torch.Tensor]], *, skip=None, factor=None) -> None:
         """One Muon update (Jordan 2024; scaled as in Moonlight, arXiv:2502.16982) of matrices.
 
-        It is orthogonalised Nesterov momentum times 0.2 * sqrt(max(rows, cols)), whose RMS is that of an AdamW update, so one
-        learning rate serves both.
+        It is orthogonalised Nesterov momentum times 0.2 * sqrt(max(rows, cols)), whose RMS is that of an AdamW update,
+        so one learning rate serves both.
         """
         momenta = [self.started(name, p, group)["momentum"] for name, p in named]
         gradients = [p.grad for _, p in named]
@@ -152,27 +159,12 @@ def portions(named: list[tuple[str, torch.Tensor]], most_bytes: int) -> list[lis
     """The pairs in order, in lists of at most most_bytes of float32 matrices, but at least one."""
     lists, size = [], most_bytes
     for name, p in named:
-        if size + 4 * p.numel() > most_bytes:
-            lists.append([])
-            size = 0
-        lists[-1].append((name, p))
         size += 4 * p.numel()
+        if size > most_bytes:
+            lists.append([])
+            size = 4 * p.numel()
+        lists[-1].append((name, p))
     return lists
-
-
-def orthogonalized(matrices: list[torch.Tensor], steps: int) -> list[torch.Tensor]:
-    """Each matrix (rows, cols) with its singular values pushed towards 1; those of one shape are batched."""
-    by_shape: dict[tuple, list[int]] = {}
-    for i, matrix in enumerate(matrices):
-        # qkv 三块各自正交化，合在一起会互相牵制
-        by_shape.setdefault(tuple(matrix.shape), []).append(i)
-    results: list[torch.Tensor] = list(matrices)
-    for indices in by_shape.values():
-        # 同形状的矩阵堆在一起做批量乘法，小模型上快数倍
-        batch = torch.stack([matrices[i] for i in indices]) if len(indices) > 1 else matrices[indices[0]][None]
-        for i, update in zip(indices, orthogonalize(batch, steps), strict=True):
-            results[i] = update
-    return results
 
 
 def update_scale(shape: torch.Size) -> float:
@@ -182,39 +174,31 @@ def update_scale(shape: torch.Size) -> float:
 
 def split_parameters(model: torch.nn.Module) -> tuple[list, list, list]:
     """Return (matrices inside blocks, embeddings and head, vectors), each a list of (name, parameter)."""
-    matrices, tables, vectors = [], [], []
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        if p.dim() < 2:
-            vectors.append((name, p))
-        elif p.dim() == 2 and name.startswith("h."):
-            matrices.append((name, p))
-        else:
-            tables.append((name, p))
-    return matrices, tables, vectors
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [(name, p) for name, p in trained if p.dim() == 2 and name.startswith("h.")]
+    tables = [(name, p) for name, p in trained if p.dim() > 2 or (p.dim() == 2 and not name.startswith("h."))]
+    return matrices, tables, [(name, p) for name, p in trained if p.dim() < 2]
 
 
 def _group(named: list, **settings) -> dict:
     return {"names": [n for n, _ in named], "params": [p for _, p in named], "lr": 0.0, **settings}
 
 
-def _check(key: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"optimizer.{key}={value} is out of range; choose a value from {low:g} to {high:g}")
+def _check(**values: float) -> None:
+    for key, value in values.items():
+        low, high = RANGES[key]
+        if not low <= value <= high:
+            raise ValueError(f"optimizer.{key}={value} is out of range; choose a value from {low:g} to {high:g}")
 
 
 def adamw(model: torch.nn.Module, *, weight_decay: float, beta1: float, beta2: float, eps: float) -> Optimizer:
     """AdamW on everything; only matrices and embeddings are decayed."""
-    for key, value in {"beta1": beta1, "beta2": beta2}.items():
-        _check(key, value, 0, 0.99999)
-    _check("weight_decay", weight_decay, 0, 10)
-    _check("eps", eps, 0, 1)
+    _check(beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps)
     matrices, tables, vectors = split_parameters(model)
     shared = {"betas": (beta1, beta2), "eps": eps, "lr_scale": 1.0, "rule": "adamw", "states": ADAMW_STATES}
     # bias 与归一化的增益不衰减：它们不参与矩阵乘，缩小没有正则意义
-    groups = [_group(matrices + tables, weight_decay=weight_decay, **shared), _group(vectors, weight_decay=0.0, **shared)]
-    return Optimizer(groups)
+    decayed = _group(matrices + tables, weight_decay=weight_decay, **shared)
+    return Optimizer([decayed, _group(vectors, weight_decay=0.0, **shared)])
 
 
 def muon(
@@ -222,13 +206,10 @@ def muon(
     embedding_lr_scale: float, head_lr_scale: float, ngram_lr_scale: float, beta1: float, beta2: float, eps: float,
 ) -> Optimizer:
     """Muon on the blocks' matrices, AdamW without decay on embeddings, head and vectors."""
-    for key, value in {"beta1": beta1, "beta2": beta2, "momentum": momentum}.items():
-        _check(key, value, 0, 0.99999)
-    _check("weight_decay", weight_decay, 0, 10)
-    _check("ns_steps", ns_steps, 1, 20)
-    _check("eps", eps, 0, 1)
-    for key, value in {"embedding_lr_scale": embedding_lr_scale, "head_lr_scale": head_lr_scale, "ngram_lr_scale": ngram_lr_scale}.items():
-        _check(key, value, 0, 1e6)
+    _check(
+        beta1=beta1, beta2=beta2, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps, eps=eps,
+        embedding_lr_scale=embedding_lr_scale, head_lr_scale=head_lr_scale, ngram_lr_scale=ngram_lr_scale,
+    )
     matrices, tables, vectors = split_parameters(model)
     shared = {"betas": (beta1, beta2), "eps": eps, "weight_decay": 0.0, "rule": "adamw", "states": ADAMW_STATES}
     head = [(n, p) for n, p in tables if n.startswith("lm_head")]
@@ -236,8 +217,8 @@ def muon(
     embeddings = [(n, p) for n, p in tables if not n.startswith(("lm_head", "ngrams"))]
     groups = [
         _group(
-            matrices, states=("momentum",), lr_scale=1.0, weight_decay=weight_decay, momentum=momentum, ns_steps=ns_steps,
-            splits={n: 3 for n, _ in matrices if n.endswith("attn.c_attn.weight")}, rule="muon",
+            matrices, rule="muon", states=("momentum",), lr_scale=1.0, weight_decay=weight_decay, momentum=momentum,
+            ns_steps=ns_steps, splits={n: 3 for n, _ in matrices if n.endswith("attn.c_attn.weight")},
         ),
         # 每步只有少数行有梯度，查表参数要更大的步长
         _group(embeddings, lr_scale=embedding_lr_scale, **shared),
@@ -246,23 +227,3 @@ def muon(
         _group(vectors, lr_scale=1.0, **shared),
     ]
     return Optimizer(groups)
-
-
-def learning_rate_at(iteration: int, schedule) -> float:
-    """Learning rate of a 0-based iteration under a ScheduleConfig-like object."""
-    s = schedule
-    if iteration < s.warmup_iters:
-        # 从 1 而不是 0 起步，第一步不白跑；nanoGPT 除以 warmup_iters + 1，改成那样，旧的训练接着跑就不再逐位一致
-        return s.learning_rate * (iteration + 1) / s.warmup_iters
-    if s.lr_schedule == "constant":
-        return s.learning_rate
-    end = s.lr_decay_iters
-    # wsd：平台期之后只在最后一段下降，中途的 checkpoint 可以接着训
-    start = s.warmup_iters if s.lr_schedule in ("cosine", "linear") else max(s.warmup_iters, round(end * (1 - s.decay_fraction)))
-    if iteration >= end:
-        return s.min_lr
-    if iteration < start:
-        return s.learning_rate
-    progress = (iteration - start) / max(1, end - start)
-    weight = 0.5 * (1 + math.cos(math.pi * progress)) if s.lr_schedule == "cosine" else 1 - progress
-    return s.min_lr + weight * (s.learning_rate - s.min_lr)

@@ -1,3 +1,5 @@
+# 数字格式：显卡上是 autocast 与 loss scale，CPU 上把乘积按 16 位如实舍入，结果与显卡一致
+# Precision 由 session 造好，Step 在前向外面套上它的 context()
 """Number formats: autocast and loss scaling on a GPU, faithful rounding on a CPU."""
 
 import contextlib

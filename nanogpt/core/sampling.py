@@ -1,3 +1,5 @@
+# 采样：把 logits 里不许抽的设成 -inf，再用一个随机数按累积概率抽一个
+# 每种办法是一个小类，sampler() 按固定的次序串起来；贪心也只是“只留最大的”，写作的循环里没有它的分支
 """Sampling strategies: logits (B, V) -> logits (B, V), what must not be drawn set to -inf.
 
 Each strategy is a small frozen dataclass called as stage(logits, tokens); tokens (B, T) are the ids of
@@ -6,7 +8,6 @@ repetition penalty, no-repeat n-gram, temperature, top-k, top-p, min-p, typical.
 Ties are settled in favour of the lower id everywhere.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,13 +15,12 @@ import torch
 
 from nanogpt.base.config import check_range
 from nanogpt.base.language import ConfigError
-from nanogpt.base.parts import locate_class
 
 Stage = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # `sampler` 的设置 -> (类型, 下限, 上限)；API 的字段也由它得出
 SETTINGS = {
-    "temperature": (float, 0, 100), "top_k": (int, 0, None), "top_p": (float, 0, 1), "min_p": (float, 0, 1), "typical": (float, 0, 1),
-    "repetition_penalty": (float, 0.01, 100), "no_repeat_ngram": (int, 0, None),
+    "temperature": (float, 0, 100), "top_k": (int, 0, None), "top_p": (float, 0, 1), "min_p": (float, 0, 1),
+    "typical": (float, 0, 1), "repetition_penalty": (float, 0.01, 100), "no_repeat_ngram": (int, 0, None),
 }
 
 
@@ -51,7 +51,8 @@ class NoRepeatNgram:
         windows = tokens.unfold(1, n, 1)
         # 占位的 -1 不会与真正的后缀相等；后缀本身不足 n-1 个时也不禁
         suffix = tokens[:, tokens.size(1) - (n - 1) :]
-        repeats = (windows[..., : n - 1] == suffix[:, None]).all(-1) & (suffix >= 0).all(-1)[:, None] & (windows[..., -1] >= 0)
+        repeats = (windows[..., : n - 1] == suffix[:, None]).all(-1)
+        repeats &= (suffix >= 0).all(-1)[:, None] & (windows[..., -1] >= 0)
         banned = torch.zeros(logits.size(0), logits.size(1) + 1, dtype=torch.bool, device=logits.device)
         banned.scatter_(1, torch.where(repeats, windows[..., -1], logits.size(1)), True)
         left = logits.masked_fill(banned[:, :-1], -torch.inf)
@@ -61,22 +62,17 @@ class NoRepeatNgram:
 
 @dataclass(frozen=True)
 class Temperature:
-    """Divide by the temperature; towards 0 only the most likely id is left."""
+    """Divide by the temperature; towards 0 only the most likely id is left, the lowest of equals."""
 
     temperature: float
 
     def __call__(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         # 小到 float32 里成了 0 的也算 0，否则 0 / 0
         if self.temperature < 1e-30:
-            return greedy(logits)
+            best = logits.argmax(-1, keepdim=True)
+            return torch.full_like(logits, -torch.inf).scatter_(1, best, 0.0)
         # 先减最大值：温度再小也不会出现 inf - inf
         return (logits - logits.amax(-1, keepdim=True)) / self.temperature
-
-
-def greedy(logits: torch.Tensor) -> torch.Tensor:
-    """Keep only the most likely id, the lowest of equals."""
-    best = logits.argmax(-1, keepdim=True)
-    return torch.full_like(logits, -torch.inf).scatter_(1, best, 0.0)
 
 
 @dataclass(frozen=True)
@@ -101,6 +97,7 @@ class TopP:
 
     p: float
 
+    # 候选的多少随分布而变：拿不准时多留，有把握时少留
     def __call__(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         if self.p >= 1:
             return logits
@@ -152,6 +149,7 @@ class Sampler:
     stages: tuple[Stage, ...]
     reads_tokens: bool = False
     """Whether a stage looks at the text so far."""
+    # 多半的采样器不看：那样就不必每步把整篇文字拼出来
 
     def __call__(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         for stage in self.stages:
@@ -171,14 +169,10 @@ def sampler(
         if isinstance(got, bool) or not isinstance(got, (int, kind)):
             raise ConfigError("wrong_type", key=f"sampler.{name}", got=got, want=kind.__name__)
         check_range(f"sampler.{name}", got, low, high)
-    stages: list[Stage] = []
-    if repetition_penalty != 1:
-        stages.append(RepetitionPenalty(repetition_penalty))
-    if no_repeat_ngram:
-        stages.append(NoRepeatNgram(no_repeat_ngram))
+    stages: list[Stage] = [RepetitionPenalty(repetition_penalty)] if repetition_penalty != 1 else []
+    stages += [NoRepeatNgram(no_repeat_ngram)] if no_repeat_ngram else []
     reads_tokens = bool(stages)
-    if temperature != 1:
-        stages.append(Temperature(temperature))
+    stages += [Temperature(temperature)] if temperature != 1 else []
     # 贪心只剩一个候选，后面的筛选都不再起作用
     if temperature != 0:
         stages += [TopK(top_k)] if top_k else []
@@ -186,42 +180,6 @@ def sampler(
         stages += [MinP(min_p)] if min_p else []
         stages += [Typical(typical)] if typical < 1 else []
     return Sampler(tuple(stages), reads_tokens)
-
-
-def build_sampler(node: dict) -> Sampler:
-    """The sampler of a conf/sampler yaml.
-
-    `_target_` is a factory (or class) that takes the other keys and returns a callable, or itself a
-    function whose first parameter is `logits`: then the other keys are passed with every call. A second
-    positional parameter receives the tokens so far.
-    """
-    target = locate_class(node["_target_"], "sampler._target_")
-    settings = {key: value for key, value in node.items() if key != "_target_"}
-    try:
-        signature = inspect.signature(target)
-        if next(iter(signature.parameters), None) == "logits":
-            # 普通函数：设置在这里就核对，拼错的键名不会拖到第一次采样
-            signature.bind(*[None] * _positional(signature), **settings)
-            return _wrapped(lambda *inputs: target(*inputs, **settings), _positional(signature))
-        built = target(**settings)
-        if not callable(built):
-            raise ConfigError("not_a_part", key="sampler._target_", got=node["_target_"], want="sampler: __call__")
-    except ConfigError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise ConfigError("bad_part", key="sampler", reason=error) from None
-    return built if isinstance(built, Sampler) else _wrapped(built, _positional(inspect.signature(built)))
-
-
-def _positional(signature: inspect.Signature) -> int:
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return min(2, sum(p.kind in kinds and p.default is p.empty for p in signature.parameters.values()))
-
-
-def _wrapped(stage: Callable, inputs: int) -> Sampler:
-    if inputs == 2:
-        return Sampler((stage,), True)
-    return Sampler((lambda logits, tokens: stage(logits),))
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

@@ -1,3 +1,4 @@
+# 模型觉得一段文字有多可能：整段一次前向（read），或写作时每步顺手记下（Likely）
 """How likely a model finds the tokens of a text: of a prompt in one pass, of drawn tokens at every step of decoding."""
 
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ POSITIONS = 256
 class Score:
     """One token with its natural logarithm of probability, and the most likely tokens at its place, itself among them."""
 
+    # API 的 logprobs 要的就是这些
+
     token: str
     logprob: float | None
     """None where nothing stands before it."""
@@ -24,6 +27,7 @@ class Score:
 class Likely:
     """Log-probabilities at n positions, before any sampler: of the id that stands there (n,), and of the k most likely ids (n, k)."""
 
+    # 留在设备上，要看时才取回
     own: torch.Tensor
     top: torch.Tensor
     top_ids: torch.Tensor

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from nanogpt.core.machine import Reading
 from nanogpt.core.optimizers import Optimizer
 from nanogpt.core.precision import settle_scale
 
@@ -15,7 +16,7 @@ class Step:
     """One model, its optimizer and its number format."""
 
     def __init__(self, model, optimizer, precision, *, in_backward=None, expect: Callable[[int], None] | None = None):
-        """in_backward updates parameters while the backward pass runs; expect() is told how many rows micro-batches will have."""
+        """in_backward updates parameters during the backward pass; expect() is told the rows of micro-batches."""
         self.model = model
         self.optimizer = optimizer
         self.precision = precision
@@ -32,7 +33,7 @@ class Step:
     def micro_batch(self, x: torch.Tensor, y: torch.Tensor, share: float) -> torch.Tensor:
         """Forward and backward of rows x, y (B, T) that are `share` of the step; returns share * mean loss, shape ().
 
-        With memory.optimizer_in_backward the parameters have been updated when this returns.
+        With in_backward the parameters have been updated when this returns.
         """
         loss = self.forward(x, y, share)
         self.backward(loss)
@@ -45,7 +46,7 @@ class Step:
             return self.model.loss(x, y) * share
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of a forward() loss; or with memory.optimizer_in_backward apply those that are finite, none if the loss is not."""
+        """Add the gradients of a forward() loss; in_backward applies those that are finite, none if the loss is not."""
         if self.in_backward:
             self.in_backward.begin(loss.detach())
         self.precision.scaler.scale(loss).backward()
@@ -72,8 +73,8 @@ class Step:
         for p in self.parameters:
             p.grad = None
 
-    def finish(self, loss: torch.Tensor, limit: float, *, late: bool) -> tuple["Reading", bool]:
-        """Clip the gradients to norm `limit` and apply them unless something is not finite, decided on the device where `late`.
+    def finish(self, loss: torch.Tensor, limit: float, *, late: bool) -> tuple[Reading, bool]:
+        """Clip the gradients to norm `limit` and apply them unless one is not finite; `late`: decided on the device.
 
         Returns (loss, norm before clipping) and whether an fp16 overflow has lowered the loss scale.
         """
@@ -89,7 +90,7 @@ class Step:
         self.drop_gradients()
         return reading, healing
 
-    def _update_if_read_finite(self, reading: "Reading", norm: torch.Tensor, limit: float) -> bool:
+    def _update_if_read_finite(self, reading: Reading, norm: torch.Tensor, limit: float) -> bool:
         """update_if_finite() decided by the host; returns whether an fp16 overflow has lowered the loss scale."""
         loss_is_finite, norm_is_finite = map(math.isfinite, reading.read())
         finite = loss_is_finite and norm_is_finite
@@ -106,11 +107,11 @@ class Step:
 
     @property
     def decides_on_device(self) -> bool:
-        """Whether update_if_finite() may be called: fp16's loss scale and optimizers of other makes want an answer from the host."""
+        """Whether update_if_finite() may be called: fp16's loss scale and other optimizers ask the host."""
         return isinstance(self.optimizer, Optimizer) and not self.precision.scaler.is_enabled()
 
     def update_if_finite(self, loss: torch.Tensor, norm: torch.Tensor, limit: float) -> None:
-        """Clip to norm `limit` and update() unless loss () or the gradients' norm () is not finite, without waiting for either."""
+        """Clip to norm `limit` and update() unless loss () or norm () is not finite, without waiting for either."""
         if not self.in_backward:
             skip = (~(torch.isfinite(loss) & torch.isfinite(norm))).float()
             if self.optimizer.takes_factor:
@@ -121,26 +122,3 @@ class Step:
                     self.clip(norm, limit)
                 self.optimizer.step(skip=skip)
         self.optimizer.zero_grad()
-
-
-class Reading:
-    """Numbers that the device may still be computing; read() waits for these only, not for what was launched after them."""
-
-    def __init__(self, *scalars: torch.Tensor):
-        self._tensor = torch.stack([scalar.detach().double() for scalar in scalars])
-        self._arrived: torch.cuda.Event | None = None
-        self._numbers: list[float] | None = None
-        if self._tensor.is_cuda:
-            # 锁页内存加事件：读上一步的数，不等后面排着的下一步
-            pinned = torch.empty(self._tensor.shape, dtype=torch.float64, pin_memory=True)
-            self._tensor = pinned.copy_(self._tensor, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-
-    def read(self) -> list[float]:
-        """The numbers."""
-        if self._numbers is None:
-            if self._arrived is not None:
-                self._arrived.synchronize()
-            self._numbers, self._tensor = self._tensor.tolist(), None
-        return self._numbers

@@ -5,77 +5,32 @@
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from nanogpt.base.config import Schedule
 from nanogpt.base.errors import OutOfMemory, is_out_of_memory, not_divisible, release
 from nanogpt.core import distributed
-from nanogpt.core.optimizers import learning_rate_at
-from nanogpt.core.step import Reading, Step
+from nanogpt.core.machine import on_device
+from nanogpt.core.progress import Progress, StepResult
+from nanogpt.core.schedule import learning_rate_at
+from nanogpt.core.step import Step
 from nanogpt.data.tokens import ORDER, TokenData
 
 # torch 的种子是 64 位有符号整数：合法的大种子乘出来会超过它
 LARGEST_SEED = 2**63
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step reports; a card may still be computing loss and gradient_norm, and asking for one waits for it."""
-
-    iteration: int
-    """1 for the first."""
-    reading: Reading
-    learning_rate: float
-    stop_requested: bool
-    healing: bool = False
-    """Whether an fp16 overflow has lowered the loss scale."""
-
-    @property
-    def loss(self) -> float:
-        """Mean over the effective batch, nats per token."""
-        return self.reading.read()[0]
-
-    @property
-    def gradient_norm(self) -> float:
-        """Before clipping."""
-        return self.reading.read()[1]
-
-
-@dataclass
-class Progress:
-    """Everything that changes during training besides tensors; goes into the checkpoint."""
-
-    iteration: int = 0
-    """Optimizer steps tried so far."""
-    samples_seen: int = 0
-    """Sequences drawn so far, all processes together."""
-    best_val_loss: float = math.inf
-    evals_without_gain: int = 0
-    nonfinite_steps: int = 0
-    """Steps skipped in all."""
-    nonfinite_in_a_row: int = 0
-    val_loss: float | None = None
-    """Of the latest evaluation."""
-    train_s: float = 0.0
-    """Seconds in steps, without evaluation and saving, and without the first step of each shape where that compiles."""
-    tokens_trained: int = 0
-    untimed_tokens: int = 0
-    """Those of tokens_trained whose seconds are not in train_s."""
-
-
 class Trainer:
     """Trains one model on one data set in one process (of several under torchrun)."""
 
     def __init__(
-        self, computation: Step, data: TokenData, *, schedule, seed: int, rows: int, micro_batch: int | None = None, eval_batch: int | None = None,
-        eval_tokens: int | None = None, grad_clip: float = 0.0,
+        self, computation: Step, data: TokenData, *, schedule: Schedule, seed: int, rows: int,
+        micro_batch: int | None = None, eval_batch: int | None = None, eval_tokens: int | None = None,
+        grad_clip: float = 0.0,
     ):
-        """rows: sequences per step and process, taken in micro-batches; schedule: see learning_rate_at().
-
-        eval_tokens: of the validation part, None for all; grad_clip: 0 for none.
-        """
+        """rows: sequences per step and process; eval_tokens: of the validation part, None for all."""
         self.computation = computation
         self.model, self.optimizer, self.precision = computation.model, computation.optimizer, computation.precision
         self.parameters = computation.parameters
@@ -90,8 +45,7 @@ class Trainer:
         self.stop_requested = False
         # 显卡上由设备自己决定跳不跳过，数值晚一步再看：主机不必每步停下来等它
         self.reads_late = self.device.type == "cuda" and computation.decides_on_device
-        self.prepared = False
-        self.expected_rows: int | None = None
+        self.prepared, self.expected_rows = False, 0
 
     @property
     def global_rows(self) -> int:
@@ -125,7 +79,8 @@ class Trainer:
         while True:
             loss, detail = self._accumulate(starts[mine], targets[mine], int(targets.sum()))
             loss = distributed.total(loss)
-            failed, stop = (bool(flag) for flag in distributed.largest([detail is not None, self.stop_requested], self.device))
+            flags = distributed.largest([detail is not None, self.stop_requested], self.device)
+            failed, stop = map(bool, flags)
             if not failed:
                 break
             self.shrink(detail or "")
@@ -145,7 +100,7 @@ class Trainer:
     def _accumulate(self, starts: np.ndarray, targets: np.ndarray, total: int) -> tuple[torch.Tensor, str | None]:
         """Accumulate gradients over rows `starts` with so many targets each, of `total` in the step.
 
-        Returns this process's share of the mean loss, shape (), and what the library said where memory ran out, else None.
+        Returns this process's share of the mean loss, shape (), and what was said where memory ran out, else None.
         """
         try:
             if self.expected_rows != self.micro_batch:
@@ -153,7 +108,8 @@ class Trainer:
                 self.computation.expect(self.micro_batch)
                 self.expected_rows = self.micro_batch
             # 每步由 (seed, iteration, rank) 重新播种：续训、重做都得到同样的 dropout，不必保存随机状态
-            torch.manual_seed(((self.seed * 1_000_003 + self.progress.iteration) * 1009 + distributed.rank()) % LARGEST_SEED)
+            seed = (self.seed * 1_000_003 + self.progress.iteration) * 1009 + distributed.rank()
+            torch.manual_seed(seed % LARGEST_SEED)
             self.model.train()
             loss = torch.zeros((), device=self.device)
             for first in range(0, len(starts), self.micro_batch):
@@ -172,7 +128,7 @@ class Trainer:
         return torch.zeros((), device=self.device), detail
 
     def shrink(self, detail: str) -> None:
-        """Halve the micro-batch after an out-of-memory error, or give up at one row; `detail` is what the library said."""
+        """Halve the micro-batch after an out-of-memory error that said `detail`, or give up at one row."""
         # 别的进程失败时，这里没有失败，但也要从头来
         self.computation.drop_gradients()
         # 反向里已更新过的参数退不回去，没更新过也不能分几次累积
@@ -180,18 +136,16 @@ class Trainer:
             raise OutOfMemory("forward", rows=self.micro_batch, detail=detail)
         self.micro_batch = (self.micro_batch + 1) // 2
 
-    def to_device(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows x, y (B, T) where the model is."""
-        if self.device.type == "cpu":
-            return x, y
-        # 锁页内存加异步拷贝：与上一个微批的反向重叠
-        return tuple(t.pin_memory().to(self.device, non_blocking=True) for t in (x, y))
+    def to_device(self, *rows: torch.Tensor) -> list[torch.Tensor]:
+        """Rows (B, T) where the model is."""
+        # 异步拷贝：与上一个微批的反向重叠
+        return [on_device(t, self.device) for t in rows]
 
     # ---- 评估 ----
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Mean cross-entropy over the fixed validation windows, shared among the processes; batches shrink where memory runs out."""
+        """Mean cross-entropy over the fixed validation windows; batches shrink where memory runs out."""
         self.model.eval()
         by_length = defaultdict(list)
         for start, length in self.windows[distributed.rank() :: distributed.world()]:
@@ -211,7 +165,12 @@ class Trainer:
         while starts:
             batch, said = np.array(starts[: self.eval_batch]), None
             try:
-                total += self._loss_sum(batch, length)
+                x, y = self.to_device(*self.data.rows("val", batch, length))
+                with self.precision.context():
+                    loss = self.model.loss(x, y)
+                # 标签与行尾的空位（-1）不算
+                count = (y >= 0).sum().double()
+                total += torch.stack((loss.double() * count, count))
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -228,11 +187,3 @@ class Trainer:
                 # 单独一条也失败：清理之后再试一次，可能只是碎片
                 again = True
         return total
-
-    def _loss_sum(self, starts: np.ndarray, length: int) -> torch.Tensor:
-        x, y = self.to_device(*self.data.rows("val", starts, length))
-        with self.precision.context():
-            loss = self.model.loss(x, y)
-        # 标签与行尾的空位（-1）不算
-        count = (y >= 0).sum().double()
-        return torch.stack((loss.double() * count, count))

@@ -1,3 +1,5 @@
+# 训练还有没有意义：跳过的坏步、坏掉的张量、比乱猜还差的损失
+# 坏了的在写进 checkpoint 之前就停下，并说从哪里接着训
 """Whether a training still makes sense: steps that had to be skipped, tensors that stopped being numbers, a loss worse than guessing.
 
 Each of them ends the run with one line before anything bad reaches a checkpoint, and names where to go on from.

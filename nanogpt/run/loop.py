@@ -20,14 +20,15 @@ from nanogpt.base.value_checks import unescaped
 from nanogpt.core import distributed
 from nanogpt.core.compilation import compile_hidden, compile_updates, pays
 from nanogpt.core.machine import any_kernels
+from nanogpt.core.progress import StepResult
 from nanogpt.core.sampling import sampler
 from nanogpt.core.step import Step
-from nanogpt.core.trainer import LARGEST_SEED, StepResult, Trainer
+from nanogpt.core.trainer import LARGEST_SEED, Trainer
 from nanogpt.data.tokens import TokenData
 from nanogpt.run import saving
 from nanogpt.run.health import Health
 from nanogpt.run.loggers import Loggers
-from nanogpt.run.metrics import Stopwatch, memory_gib, peak_tflops
+from nanogpt.run.metrics import Stopwatch, flops_per_token, memory_gib, peak_tflops
 from nanogpt.run.summary import write_summary
 from nanogpt.weights import checkpoint
 
@@ -95,7 +96,8 @@ class Training(Trainer):
         if self.cfg.trial.enabled:
             return False
         micro_batches = math.ceil(self.local_rows / self.micro_batch)
-        return pays(self.model, self.local_rows * self.block_size, micro_batches, self.cfg.max_iters, self.peak)
+        flops = flops_per_token(self.model)
+        return pays(self.model.config.n_layer, flops, self.local_rows * self.block_size, micro_batches, self.cfg.max_iters, self.peak)
 
     # ---- 一步前后 ----
 
@@ -217,7 +219,7 @@ class Training(Trainer):
     def metrics(self, tokens: int, seconds: float) -> dict[str, float]:
         """Speed, utilisation and memory of `tokens` trained in `seconds`."""
         speed = tokens / seconds if seconds else 0.0
-        flops = speed * self.model.flops_per_token() / distributed.world()
+        flops = speed * flops_per_token(self.model) / distributed.world()
         of_reference = peak_tflops_of(reference(), half=self.precision.half, tf32=False)
         memory = {f"memory/{name}_gib": value for name, value in memory_gib(self.device).items()}
         return {"tokens_per_s": speed, "mfu": flops / self.peak / 1e12, "mfu_rtx3060": flops / of_reference / 1e12, **memory}

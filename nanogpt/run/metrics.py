@@ -136,6 +136,28 @@ def peak_resident(info=None) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def flops_per_token(model) -> int:
+    """FLOPs of the matrix products that training takes per token, forward and backward (PaLM, arXiv:2204.02311, appendix B).
+
+    Attention counts as if it saw the whole context. Look-ups are free, and what is computed again to save memory does not count.
+    """
+    c = model.config
+    tables = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
+    linears = [[name for name, m in block.attn.named_modules() if isinstance(m, torch.nn.Linear)] for block in model.h]
+    outputs = {f"h.{layer}.attn.{names[-1]}.weight" for layer, names in enumerate(linears) if names}
+    flops, trained = 0, False
+    # 参数按计算的次序登记；共享的矩阵在每个用它的地方各算一次
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if name in outputs:
+            # 注意力的乘积在输出投影之前；反向恰是前向的两倍
+            flops += (4 + 8 * trained) * c.n_embd * c.block_size
+        if p.dim() > 1 and name not in tables:
+            # 前向、自己的梯度、往回传的梯度各两次；LoRA 冻结的矩阵没有第二项，第一个 adapter 之前没有第三项
+            flops += (2 + 2 * p.requires_grad + 2 * trained) * p.numel()
+        trained = trained or p.requires_grad
+    return flops
+
+
 class Stopwatch:
     """Adds up the seconds between start and stop; used to time steps without evaluation and saving."""
 

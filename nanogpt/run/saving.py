@@ -1,3 +1,4 @@
+# checkpoint 里除权重之外还有什么，怎样存、怎样接着训；文件怎么写由 weights/checkpoint 管
 """What of a training goes into its checkpoints, and how it goes on from one."""
 
 import json
@@ -7,7 +8,7 @@ from nanogpt.base.errors import is_out_of_memory
 from nanogpt.base.hashed_json import reason_of
 from nanogpt.base.language import ConfigError
 from nanogpt.core import distributed
-from nanogpt.core.trainer import Progress
+from nanogpt.core.progress import Progress
 from nanogpt.data.tokens import ORDERS
 from nanogpt.weights import checkpoint
 

@@ -1,6 +1,8 @@
 """From configuration nodes to objects: models, optimizers, loggers."""
 
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -62,6 +64,46 @@ def parameters_at_least(config: ModelConfig) -> int:
     tables = vocab * (1 if config.tie_embeddings else 2) + (config.block_size if config.position == "learned" else 0)
     tables += sum(min((vocab + 1) ** n, config.ngram_buckets) for n in config.ngrams)
     return width * tables + config.n_layer * (4 + 2 * config.mlp_ratio) * width**2
+
+
+def build_sampler(node: dict):
+    """The sampler of a conf/sampler yaml.
+
+    `_target_` is a factory (or class) that takes the other keys and returns a callable, or itself a
+    function whose first parameter is `logits`: then the other keys are passed with every call. A second
+    positional parameter receives the tokens so far.
+    """
+    from nanogpt.core.sampling import Sampler
+
+    target = locate_class(node["_target_"], "sampler._target_")
+    settings = {key: value for key, value in node.items() if key != "_target_"}
+    try:
+        signature = inspect.signature(target)
+        if next(iter(signature.parameters), None) == "logits":
+            # 普通函数：设置在这里就核对，拼错的键名不会拖到第一次采样
+            signature.bind(*[None] * _positional(signature), **settings)
+            return _wrapped(lambda *inputs: target(*inputs, **settings), _positional(signature))
+        built = target(**settings)
+        if not callable(built):
+            raise ConfigError("not_a_part", key="sampler._target_", got=node["_target_"], want="sampler: __call__")
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError("bad_part", key="sampler", reason=error) from None
+    return built if isinstance(built, Sampler) else _wrapped(built, _positional(inspect.signature(built)))
+
+
+def _positional(signature: inspect.Signature) -> int:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return min(2, sum(p.kind in kinds and p.default is p.empty for p in signature.parameters.values()))
+
+
+def _wrapped(stage: Callable, inputs: int):
+    from nanogpt.core.sampling import Sampler
+
+    if inputs == 2:
+        return Sampler((stage,), True)
+    return Sampler((lambda logits, tokens: stage(logits),))
 
 
 def build_step(cfg: TrainConfig, model, precision):

@@ -16,11 +16,11 @@ from nanogpt.base.sample_config import FROM_FILE, SampleConfig, file_of
 from nanogpt.base.value_checks import unescaped
 from nanogpt.core import machine
 from nanogpt.core.precision import Precision
-from nanogpt.core.sampling import Sampler, build_sampler
+from nanogpt.core.sampling import Sampler
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.source_text import iter_text, resolved
 from nanogpt.weights import checkpoint
-from nanogpt.weights.build import model_of
+from nanogpt.weights.build import build_sampler, model_of
 from nanogpt.weights.pretrained import build_pretrained, open_pretrained
 from nanogpt.write.control import build_control, read_form, takes_forms
 from nanogpt.write.engine import Writer

@@ -1,3 +1,5 @@
+# 反向里边走边更新：一个参数的梯度一到就用掉、放掉，显存里不再同时有全部梯度
+# 由 weights.build 接到 Step 上；hook 只拿弱引用，训练器一放，权重与状态就跟着放
 """The optimizer's step inside the backward pass: each gradient is used and freed as soon as it is complete.
 
 Lomo (Lv et al., arXiv:2306.09782) showed the memory this saves. Nobody sees all gradients at once, so each parameter is clipped by

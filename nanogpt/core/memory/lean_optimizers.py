@@ -15,9 +15,10 @@ from torch.optim.adamw import adamw as adamw_kernel
 from nanogpt.base.config import MemoryConfig
 from nanogpt.base.language import ConfigError
 from nanogpt.core import kernels
+from nanogpt.core.kernels import orthogonalized
 from nanogpt.core.memory import lowbit
 from nanogpt.core.memory.lowbit import BLOCK, PIECE, SMALL, Codec, round_stochastically, scale_of, zero_code
-from nanogpt.core.optimizers import SCALE, Optimizer, orthogonalized, update_scale
+from nanogpt.core.optimizers import SCALE, Optimizer, update_scale
 from nanogpt.core.wrapping import mix_in
 
 # 二阶矩非负，整个码表都给正数
@@ -322,6 +323,8 @@ def _encode_into(codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, tabl
 
 class Stored:
     """Put before an optimizer's class: takes the states of a checkpoint over, in whatever format they were saved."""
+
+    # 默认格式的优化器也要它：可以从 8 位的 checkpoint 接着训
 
     storage: Storage
 

@@ -1,3 +1,5 @@
+# LoRA：原来的权重冻住，旁边加两块小矩阵来训；合并之后就是普通的模型
+# add_adapters 在造好的模型上换线性层，merge 换回来；其余代码不知道有它
 """LoRA: frozen linears with trained low-rank updates beside them (Hu et al., arXiv:2106.09685)."""
 
 import math

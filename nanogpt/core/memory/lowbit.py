@@ -1,3 +1,5 @@
+# 8 位的优化器状态与 16 位的权重，纯 PyTorch：分块编码、随机舍入、切块更新
+# lean_optimizers 决定什么时候用；这里只有数值的编码与还原
 """8-bit optimizer states and 16-bit weights, in plain PyTorch.
 
 Our own instead of bitsandbytes or torchao, because it has to combine with bf16 weights and stochastic rounding, updates

@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 
 from nanogpt.base.language import first_line, say
-from nanogpt.core.kv_cache import KVCache, on_device
+from nanogpt.core.kv_cache import KVCache
+from nanogpt.core.machine import on_device
 
 # 位置与行数都按 2 的幂分档：多看的空位、多算的空行不到一倍，而一次录制抵得上几十步
 FIRST_BUCKET = 128

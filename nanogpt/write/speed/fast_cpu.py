@@ -16,7 +16,8 @@ from numba import config, njit, prange, set_num_threads
 from nanogpt.core.attention import CausalSelfAttention
 from nanogpt.core.kernels import RMS_EPS
 from nanogpt.core.kv_cache import KVCache
-from nanogpt.core.model import GPT, MLP, Block, NgramEmbedding, Norm
+from nanogpt.core.model import GPT, MLP, Block, Norm
+from nanogpt.core.ngrams import NgramEmbedding
 from nanogpt.write.speed.int8 import Int8Linear
 
 # 只许重排加法（SIMD 需要）、合并乘加；不假设没有 NaN 与无穷

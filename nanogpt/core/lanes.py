@@ -1,0 +1,76 @@
+# 一行文字在模型里占一条 lane；有引导的占两条：一条带标签，影子那条不带，两条的 logits 合成一份
+# 没有引导时 lane 就是行，什么也不必算
+"""Which of the model's rows belong to which text, and how the logits of a guided text come together."""
+
+from dataclasses import dataclass
+
+import torch
+
+from nanogpt.core.machine import on_device
+from nanogpt.core.sampling import Sampler
+
+
+@dataclass(eq=False)
+class Row:
+    """One text that grows; `count` ids of it were drawn."""
+
+    # 随机数归各行自己：旁边是谁、何时来，都不影响写出什么
+
+    key: int
+    sampler: Sampler
+    randoms: torch.Generator
+    count: int
+    labels: torch.Tensor
+    """Ids (n,) that stand in front of whatever part of the text is read."""
+    guidance: float
+    earlier: torch.Tensor
+    """Ids (n,) of the text that the model reads no more; the rest of it lies in the cache."""
+
+
+@dataclass(eq=False)
+class Lane:
+    """One row of the model's batch and of the cache: what it reads of a text. The shadow of a guided text lacks the labels.
+
+    `unread` are ids that the model has not read yet, None once only the newest is left; the first `front` of them are no text.
+    """
+
+    # 影子总比带标签的短：重读时一起重读，看到的是同一段
+    row: Row
+    unread: torch.Tensor | None
+    front: int
+    shadow: bool = False
+
+
+@dataclass
+class Order:
+    """Which lanes belong to which row, as indices on the device."""
+
+    # 只在行来去时算一次，每一步直接用
+
+    read: torch.Tensor
+    """Lane of each row, (rows,)."""
+    shadow: torch.Tensor
+    """Lane without the labels of each row, (rows,); the same one where the row is not guided."""
+    guidance: torch.Tensor
+    """(rows, 1)"""
+    owner: torch.Tensor
+    """Row of each lane, (lanes,)."""
+
+
+def order_of(rows: list[Row], lanes: list[Lane], device: torch.device) -> Order:
+    """Who is whose, for lanes in any order."""
+    own = [[slot for slot, lane in enumerate(lanes) if lane.row is row] for row in rows]
+    read = [next(slot for slot in slots if not lanes[slot].shadow) for slots in own]
+    shadow = [next((slot for slot in slots if lanes[slot].shadow), lane) for slots, lane in zip(own, read, strict=True)]
+    number = {id(row): at for at, row in enumerate(rows)}
+    owner, guidance = [number[id(lane.row)] for lane in lanes], [[row.guidance] for row in rows]
+    return Order(*(on_device(values, device) for values in (read, shadow, guidance, owner)))
+
+
+def guided(logits: torch.Tensor, order: Order | None) -> torch.Tensor:
+    """Logits of the lanes (lanes, V) -> of the rows (rows, V); an order of None says that they are the same."""
+    if order is None:
+        return logits
+    read, shadow = logits[order.read], logits[order.shadow]
+    # 没有影子的行 read - shadow 恰为 0：与独自写时逐位相同
+    return shadow + order.guidance * (read - shadow)

@@ -1,0 +1,56 @@
+# 训练走到了哪里：一步的结果，和存进 checkpoint 的计数
+"""What a step reports, and the counters of a training."""
+
+import math
+from dataclasses import dataclass
+
+from nanogpt.core.machine import Reading
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports; a card may still be computing its numbers, and asking for one waits for it."""
+
+    # 数值先不取：主机问一次，GPU 就停一次
+
+    iteration: int
+    """1 for the first."""
+    reading: Reading
+    learning_rate: float
+    stop_requested: bool
+    healing: bool = False
+    """Whether an fp16 overflow has lowered the loss scale."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over the effective batch, nats per token."""
+        return self.reading.read()[0]
+
+    @property
+    def gradient_norm(self) -> float:
+        """Before clipping."""
+        return self.reading.read()[1]
+
+
+@dataclass
+class Progress:
+    """Everything that changes during training besides tensors; goes into the checkpoint."""
+
+    # 字段的名字写在 checkpoint 里：改了名，旧的训练就接不上
+
+    iteration: int = 0
+    """Optimizer steps tried so far."""
+    samples_seen: int = 0
+    """Sequences drawn so far, all processes together."""
+    best_val_loss: float = math.inf
+    evals_without_gain: int = 0
+    nonfinite_steps: int = 0
+    """Steps skipped in all."""
+    nonfinite_in_a_row: int = 0
+    val_loss: float | None = None
+    """Of the latest evaluation."""
+    train_s: float = 0.0
+    """Seconds in steps, without evaluation and saving, and without the first step of each shape where that compiles."""
+    tokens_trained: int = 0
+    untimed_tokens: int = 0
+    """Those of tokens_trained whose seconds are not in train_s."""
