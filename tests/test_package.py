@@ -39,7 +39,7 @@ def test_the_wheel_holds_what_the_repository_has_at_its_top_level(installed):
     shipped = installed / "nanogpt" / "shipped"
     for file in [*ROOT.glob("conf/**/*.yaml"), *ROOT.glob("data/*/prepare.py"), ROOT / "run_train.py", ROOT / "run_sample.py"]:
         assert (shipped / file.relative_to(ROOT)).read_bytes() == file.read_bytes()
-    for file in (file for file in (ROOT / "nanogpt").rglob("*.*") if file.suffix != ".pyc"):
+    for file in (file for file in (ROOT / "nanogpt").rglob("*.*") if file.parent.name != "__pycache__"):
         assert (installed / file.relative_to(ROOT)).is_file(), file
     assert not (installed / "conf").exists() and not (installed / "run_train.py").exists()
 

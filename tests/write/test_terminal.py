@@ -7,7 +7,7 @@ import re
 
 import pytest
 from conftest import make_sample_config, wild_model
-from test_writer import Scripted
+from test_engine import Scripted
 from typed import typed
 
 from nanogpt.base import language as messages

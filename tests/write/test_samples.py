@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 from conftest import make_sample_config
+from test_loading import sample
 from test_pretrained import bpe_json, hf_folder  # noqa: F401 - bpe_json is a fixture
-from test_writing import sample
 from typed import ENVIRONMENT
 
 from nanogpt.base import language

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hydra.core.utils import setup_globals
 from omegaconf import OmegaConf
-from test_writing import sample
+from test_loading import sample
 from typed import typed
 
 from nanogpt.base.sweep_folder import SweepFolder, tidy_latest
