@@ -241,7 +241,7 @@ def test_a_bad_weight_or_state_is_never_saved_and_the_last_checkpoint_goes_on(co
     trainer.step = step
     ended = fit(trainer)
     found = assert_good_checkpoints(trainer.run_dir)
-    assert isinstance(ended, Diverged) and ended.message == "broken" and all(one.iteration <= at for one in found)
+    assert isinstance(ended, Diverged) and "cannot recover" in str(ended) and all(one.iteration <= at for one in found)
     if found:
         assert found[-1].name in str(ended)
         again = resumed_trainer(trainer.run_dir)
@@ -288,5 +288,5 @@ def test_an_absurd_learning_rate_ends_with_a_good_checkpoint_and_one_line(corpus
     if ended is None:
         return assert_strict_json(trainer.run_dir)
     assert isinstance(ended, Diverged) and "learning_rate=" in str(ended)
-    named = checkpoint.best_of(found) if ended.message == "runaway" else None
+    named = checkpoint.best_of(found) if "the run has diverged" in str(ended) else None
     assert not found or (named or found[-1]).name in str(ended)
