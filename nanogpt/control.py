@@ -6,5 +6,8 @@ from nanogpt.write.judge.command import main
 
 __all__ = ["NoControl", "codes", "main", "prefix"]
 
+# 早先这里是一个包：import nanogpt.control.codes 由 base/moved.py 接住
+__path__: list[str] = []
+
 if __name__ == "__main__":
     main()

@@ -18,6 +18,7 @@ MODULES = {
     "nanogpt.control.prefixes": "nanogpt.write.control.prefixes",
     "nanogpt.corpus": "nanogpt.data.corpus",
     "nanogpt.documents": "nanogpt.data.documents",
+    "nanogpt.fit": "nanogpt.plan",
     "nanogpt.fit.sweep": "nanogpt.sweep.jobs",
     "nanogpt.generate": "nanogpt.core.generate",
     "nanogpt.labels": "nanogpt.data.labels",
@@ -51,7 +52,7 @@ class _EarlierModules(MetaPathFinder, Loader):
 
     # 接在 sys.meta_path 末尾：别处都找不到时才问到这里，平常的导入不会变慢
     def find_spec(self, fullname, path=None, target=None):
-        return ModuleSpec(fullname, self) if fullname in MODULES else None
+        return ModuleSpec(fullname, self, is_package=True) if fullname in MODULES else None
 
     def exec_module(self, module: ModuleType) -> None:
         # 用到哪个名字才导入真正的模块：旧名字本身不占时间
