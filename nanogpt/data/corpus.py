@@ -1,8 +1,13 @@
-"""From text to a data set folder: read text in any common encoding, tokenise, write it atomically.
+"""Turns text into a data set folder: chooses the tokenizer, writes the token files, prepares each data set once.
 
-A data set folder is train.bin + val.bin + tokenizer.json + meta.json. The scripts data/<name>/prepare.py
-use what is here; so does a script of your own.
+A data set folder holds train.bin, val.bin, tokenizer.json and meta.json. The scripts data/<name>/prepare.py are
+written with these functions; so is a script of your own.
 """
+
+# 从文字到数据集文件夹：选词表、写 train.bin 与 val.bin、同样的选项只准备一次
+# data/<名字>/prepare.py 用这里的零件写各自的数据集；训练开始时由 prepare() 找到或做好那个文件夹
+# 文件夹的名字由脚本、选项与原文内容的摘要而来（identity_of）：改了哪一样都另做一份，不会用错旧的
+# 写在旁边、整个改名到位；同时启动的两次训练由锁排队，后来的直接用先做好的
 
 import contextlib
 import hashlib
@@ -44,8 +49,10 @@ def build_char_tokenizer(pieces: Iterable[str]) -> tokenizers.CharTokenizer:
     return tokenizers.CharTokenizer("".join(sorted(seen)))
 
 
-def tokenizer_for(wanted: str | tokenizers.Tokenizer, pieces: Callable[[], Iterable[str]], vocab_size: int | None = None) -> tokenizers.Tokenizer:
-    """The tokenizer that dataset.tokenizer names, or the one given; `pieces()` yields the text it is made from (char, bpe)."""
+def tokenizer_for(
+    wanted: str | tokenizers.Tokenizer, pieces: Callable[[], Iterable[str]], vocab_size: int | None = None
+) -> tokenizers.Tokenizer:
+    """The tokenizer that dataset.tokenizer names, or the one given; char and bpe are made from the text in pieces()."""
     check_tokenizer(wanted, vocab_size)
     if not isinstance(wanted, str):
         return wanted
@@ -58,7 +65,7 @@ def tokenizer_for(wanted: str | tokenizers.Tokenizer, pieces: Callable[[], Itera
 
 
 def check_tokenizer(wanted: str | tokenizers.Tokenizer, vocab_size: int | None = None) -> None:
-    """ConfigError where dataset.tokenizer is not one that tokenizer_for() makes."""
+    """Refuse a dataset.tokenizer that tokenizer_for() cannot make."""
     if isinstance(wanted, str) and wanted not in tokenizers.KINDS:
         raise ConfigError(
             "dataset.tokenizer={got} is not known; choose one of: {allowed}",
@@ -70,6 +77,8 @@ def check_tokenizer(wanted: str | tokenizers.Tokenizer, vocab_size: int | None =
 
 class TokenWriter:
     """Appends ids to a .bin file as the smallest unsigned integers that hold the vocabulary."""
+
+    # 小词表一个 id 一字节，文件就小；用了哪种整数记在 meta.json 里
 
     def __init__(self, path: Path, vocab_size: int):
         self.dtype = np.dtype(np.uint8 if vocab_size <= 2**8 else np.uint16 if vocab_size <= 2**16 else np.uint32)
@@ -85,7 +94,9 @@ class TokenWriter:
         self._file.close()
 
 
-def write_dataset(folder: Path, *, name: str, source: str, tokenizer, train: Iterable[np.ndarray], val: Iterable[np.ndarray]) -> Path:
+def write_dataset(
+    folder: Path, *, name: str, source: str, tokenizer, train: Iterable[np.ndarray], val: Iterable[np.ndarray]
+) -> Path:
     """Write a data set folder from two streams of id arrays; it appears whole or not at all."""
 
     def tagged():
@@ -120,7 +131,9 @@ def write_tokens(folder: Path, tokenizer, stream: Iterable[tuple[str, np.ndarray
     return writers["train"].dtype, {split: writer.count for split, writer in writers.items()}
 
 
-def write_meta(folder: Path, *, name: str, source: str, tokenizer, dtype: np.dtype, tokens: dict[str, int], **more) -> dict:
+def write_meta(
+    folder: Path, *, name: str, source: str, tokenizer, dtype: np.dtype, tokens: dict[str, int], **more
+) -> dict:
     """Write tokenizer.json, and meta.json with the SHA-256 of every file in the folder; return the latter."""
     tokenizers.save(tokenizer, folder / "tokenizer.json")
     meta = {
@@ -166,16 +179,17 @@ def check_options(prepare: Callable, options: dict) -> None:
 
 
 def home_of(name: str) -> Path:
-    """The folder for what data set `name` prepares: beside its script, or in the current folder if the script is installed."""
+    """The folder for the prepared data of `name`: beside its script, or in ./data if that is installed."""
     # 不往 site-packages 里写：那里可能只读，升级时也会被清掉
     return Path("data", name) if INSTALLED else prepare_script(name).parent
 
 
 def folder_of(name: str, directory: str | None, options: dict, module=None) -> Path:
-    """Where data set `name` lies once it is prepared: another script, other options or another text give another folder.
+    """Where data set `name` lies once it is prepared: any change of script, options or text gives another folder.
 
-    Fetches and writes nothing. The script may have `sources(**options) -> list[Path]`, which refuses wrong options and gives
-    the files that it reads; without it these are the files that the options name, and all files below the folders that they name.
+    Fetches and writes nothing. The script may have `sources(**options) -> list[Path]`, which refuses wrong options and
+    returns the files that it reads; without it, these are all files that the options name or that lie below folders
+    that they name.
     """
     module = module or _script(name)
     check_options(module.prepare, options)
@@ -208,9 +222,9 @@ def _names_path(key: str, value) -> bool:
 
 
 def prepare(name: str, directory: str | None, options: dict) -> Path:
-    """Return the prepared folder of data set `name`, running `prepare(folder, **options)` of data/<name>/prepare.py where it is missing.
+    """Return the prepared folder of data set `name`; if it is missing, data/<name>/prepare.py makes it first.
 
-    Says what is used again.
+    The script's function is `prepare(folder, **options)`. Says which folder is used again.
     """
     module, folder = _script(name), Path(directory or name)
     try:
@@ -246,7 +260,7 @@ def _identity_or_none(module, options: dict) -> str | None:
 
 
 def say_reused(name: str, folder: Path, wanted: str | None = None) -> None:
-    """Say which prepared folder is used again, and where it is known not to be made from what is `wanted`."""
+    """Say which prepared folder is used again, with a warning if it was not made from what is `wanted`."""
     try:
         meta = read_sealed(folder / "meta.json", FORMAT)
         numbers = {"train": meta["tokens"]["train"], "val": meta["tokens"]["val"], "source": meta["source"]}
@@ -330,4 +344,5 @@ def typed_options(name: str, arguments: list[str]) -> dict:
         return typed | {key: None if path in ("", "null") else expanded(path) for key, path in named.items()}
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
         key = getattr(error, "full_key", None) or "?"
-        raise ConfigError("bad_part", key=f"dataset.{key}", reason=str(error).partition("\n")[0] or type(error).__name__) from None
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ConfigError("bad_part", key=f"dataset.{key}", reason=reason) from None

@@ -1,13 +1,21 @@
 """Data of separate documents with labels: the folder's format, and packing whole documents into rows.
 
-A folder of documents is that of running text (train.bin, val.bin, tokenizer.json, meta.json), where the .bin files hold the
-texts one after the other without anything between them, and beside each lies <split>.docs.bin: int64 (documents, 1 + kinds)
-of the text's end and the index of its label of each kind, -1 for none. judge.jsonl keeps texts that no training sees.
+A folder of documents has the files of running text (train.bin, val.bin, tokenizer.json, meta.json); its .bin files
+hold the texts one after the other with nothing between them. Beside each lies <split>.docs.bin: int64
+(documents, 1 + kinds), the end of each text and the index of its label of each kind, -1 for none. judge.jsonl holds
+texts that no training sees.
 
-A row of training is [separator, label ids …, text …] of as many whole documents as fit. Attention, positions and n-grams
-stay inside a document (GPT.visible, GPT.inside). Labels are read and never predicted: their targets are -1, like the
-unfilled end of a row. A document longer than a row goes on at the beginning of another one, behind its labels again.
+A row of training is [separator, label ids …, text …] of as many whole documents as fit. Attention, positions and
+n-grams stay inside a document (GPT.visible, GPT.inside). Labels are read and never predicted: their targets are -1,
+like those of the unfilled end of a row. A document longer than a row continues at the beginning of another row, again
+behind its labels.
 """
+
+# 一篇一篇、带标签的数据：文件夹的格式，以及把整篇文章装进训练的行
+# 写：write_documents 写出 .bin 与每篇的结尾、标签；读：open_data 打开，DocumentData 切块、装箱、取批
+# 一行里有几篇，互相看不见（注意力、位置、n-gram 都不跨篇）；标签只读不预测，目标是 -1
+# 装箱的结构只由长度决定，每个 epoch 只是同样长的块互换、行打乱：样本仍是 (seed, 序号) 的函数，resume 接得上
+# TokenData 是连着的文字那一种；两者给训练的接口相同
 
 import json
 from collections.abc import Iterable, Iterator
@@ -33,6 +41,8 @@ IGNORED = -1
 class Document:
     """One text and its labels."""
 
+    # 字段名就是 LABEL_KINDS 里的种类：读写处用 getattr 一视同仁
+
     text: str
     style: str | None = None
     emotion: str | None = None
@@ -51,10 +61,12 @@ def label_names(documents: Iterable[Document]) -> dict[str, list[str]]:
     return {kind: sorted(labels) for kind, labels in seen.items() if labels}
 
 
-def write_documents(folder: Path, *, name: str, source: str, tokenizer: Tokenizer, parts: dict[str, list[Document]], grow: bool = True) -> Path:
-    """Write a folder of documents from parts "train", "val" and, if any, "judge"; it appears whole or not at all.
+def write_documents(
+    folder: Path, *, name: str, source: str, tokenizer: Tokenizer, parts: dict[str, list[Document]], grow: bool = True
+) -> Path:
+    """Write a folder of documents from the parts "train", "val" and perhaps "judge"; it appears whole or not at all.
 
-    The tokenizer gets a token for each label that occurs in "train"; with grow=False it keeps its size (see with_labels).
+    The tokenizer gets a token for each label in "train"; with grow=False it keeps its size (see with_labels).
     """
     names = label_names(parts["train"])
     tokenizer = with_labels(tokenizer, names, grow=grow)
@@ -81,7 +93,9 @@ def write_documents(folder: Path, *, name: str, source: str, tokenizer: Tokenize
     return folder
 
 
-def _tokens(parts, tokenizer, names: dict[str, list[str]], columns: dict[str, list]) -> Iterator[tuple[str, np.ndarray]]:
+def _tokens(
+    parts, tokenizer, names: dict[str, list[str]], columns: dict[str, list]
+) -> Iterator[tuple[str, np.ndarray]]:
     """(split, ids) of every document; notes its length and labels in columns[split]."""
     index = {kind: {label: i for i, label in enumerate(listed)} for kind, listed in names.items()}
     for split in SPLITS:
@@ -96,7 +110,7 @@ def _tokens(parts, tokenizer, names: dict[str, list[str]], columns: dict[str, li
 
 
 def open_data(folder: Path, label_dropout: float = 0.0) -> TokenData:
-    """The data set in a folder: running text, or documents, whose labels are left out with this probability."""
+    """Open a data set folder: running text, or documents, whose labels are dropped with probability label_dropout."""
     return DocumentData(folder, label_dropout) if "documents" in read_meta(Path(folder)) else TokenData(folder)
 
 
@@ -104,9 +118,12 @@ def open_data(folder: Path, label_dropout: float = 0.0) -> TokenData:
 class Pieces:
     """What a split is cut into for one block_size, and how rows are filled.
 
-    Arrays over pieces: document, first and last text token, ids in the row (labels included), targets, whether the piece
-    goes on with a document and so must open its row. rows: the slots of each row of the packing, in their order (bins.pack).
+    Arrays over pieces: document, first and last text token, number of ids in the row (labels included), number of
+    targets, and whether the piece continues a document and so must open its row. rows: the slots of each row of the
+    packing, in their order (see pack).
     """
+
+    # 一列一个数组而不是一块一个对象：几百万块时省内存，切块也能整个向量化
 
     document: np.ndarray
     first: np.ndarray
@@ -121,8 +138,10 @@ class DocumentData(TokenData):
     """A folder of documents; a training sample is a row of packed documents.
 
     Every epoch deals the documents anew to slots of their length and shuffles the rows. A document loses all its labels
-    with probability label_dropout, and where it has several, each one alone with the same probability.
+    with probability label_dropout; if there are several kinds, each label alone is dropped with the same probability.
     """
+
+    # 略去标签是为了写作时的 guidance：模型也要会没有标签的写法
 
     def __init__(self, folder: Path, label_dropout: float = 0.0):
         super().__init__(folder)
@@ -132,7 +151,9 @@ class DocumentData(TokenData):
             self._read_index()
         except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
             # 摘要对得上、内容却合不上：不是这个程序写的
-            raise ConfigError("damaged_dataset", path=self.folder / "*.docs.bin", reason=reason_of(error), folder=self.folder) from None
+            raise ConfigError(
+                "damaged_dataset", path=self.folder / "*.docs.bin", reason=reason_of(error), folder=self.folder,
+            ) from None
         self._cut: dict[tuple[str, int], Pieces] = {}
         self._dealt: dict[str, tuple[tuple, list[np.ndarray], np.ndarray]] = {}
 
@@ -144,12 +165,15 @@ class DocumentData(TokenData):
             index = np.fromfile(self.folder / f"{split}.docs.bin", dtype="<i8").reshape(-1, 1 + len(self.labels))
             ends = index[:, 0]
             # 首尾相接、恰好盖满，取文章时才不会越界
-            assert (np.diff(ends, prepend=0) >= 0).all() and ends[-1:].sum() == len(self.tokens[split]), f"{split}: ends"
+            filled = ends[-1:].sum() == len(self.tokens[split])
+            assert filled and (np.diff(ends, prepend=0) >= 0).all(), f"{split}: ends"
             for column, names in enumerate(self.labels.values(), 1):
                 assert ((index[:, column] >= -1) & (index[:, column] < len(names))).all(), f"{split}: labels"
             self._index[split] = index
         # 名字 -> id，按种类、按编号排好；-1（没有标签）取到最后的空元组
-        self._ids = [[*(self.tokenizer.labels[kind][name] for name in names), ()] for kind, names in self.labels.items()]
+        self._ids = [
+            [*(self.tokenizer.labels[kind][name] for name in names), ()] for kind, names in self.labels.items()
+        ]
 
     def documents(self, split: str) -> Iterator[Document]:
         """The documents of a split with their labels, decoded."""
@@ -197,7 +221,7 @@ class DocumentData(TokenData):
         return Pieces(document, first, last, length, targets, goes_on, rows)
 
     def _deal(self, split: str, block_size: int, seed: int | None, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """(pieces of each row, which labels of each document are dropped (documents, kinds)) of one epoch; no seed: as they lie."""
+        """(pieces of each row, dropped labels (documents, kinds) bool) of one epoch; seed None shuffles nothing."""
         key = (block_size, seed, epoch)
         if split not in self._dealt or self._dealt[split][0] != key:
             cut = self.pieces(split, block_size)
@@ -214,13 +238,14 @@ class DocumentData(TokenData):
                 dropped = chances[:, :1] | (chances[:, 1:] if kinds > 1 else False)
             # 同样长的块互换位置，装箱的结构不变
             slots = np.lexsort((ties, -cut.length, ~cut.goes_on))
-            self._dealt[split] = (key, [slots[cut.rows[i]] for i in shuffled], np.broadcast_to(dropped, (documents, kinds)))
+            rows = [slots[cut.rows[i]] for i in shuffled]
+            self._dealt[split] = (key, rows, np.broadcast_to(dropped, (documents, kinds)))
         return self._dealt[split][1:]
 
     # ---- 取批 ----
 
     def check_block_size(self, block_size: int) -> None:
-        """Refuse a context that holds hardly more than the labels, and splits without a document."""
+        """Refuse a context with hardly more room than the labels take, and a split without a document."""
         for split in SPLITS:
             if not len(self._index[split]):
                 raise ConfigError(
@@ -234,19 +259,22 @@ class DocumentData(TokenData):
             )
 
     def starts(self, seed: int, first: int, count: int, block_size: int, *, order: int = ORDER) -> np.ndarray:
-        """(seed, epoch, row) of samples first … first + count - 1, (count, 3); documents have but one order."""
+        """(seed, epoch, row) of samples first … first + count - 1, (count, 3); documents have only one order."""
         epoch, row = np.divmod(np.arange(first, first + count), len(self.pieces("train", block_size).rows))
         return np.stack((np.full(count, seed), epoch, row), axis=1)
 
     def targets(self, starts: np.ndarray, block_size: int) -> np.ndarray:
         """How many targets each training sample has, (len(starts),)."""
         cut = self.pieces("train", block_size)
-        return np.array([cut.targets[self._deal("train", block_size, int(seed), int(epoch))[0][row]].sum() for seed, epoch, row in starts])
+        rows = (self._deal("train", block_size, int(seed), int(epoch))[0][row] for seed, epoch, row in starts)
+        return np.array([cut.targets[row].sum() for row in rows])
 
-    def rows(self, split: str, starts: np.ndarray, block_size: int, *, labelled: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    def rows(
+        self, split: str, starts: np.ndarray, block_size: int, *, labelled: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """x and y, both (len(starts), block_size) int64; y is -1 where nothing is to be predicted.
 
-        With labelled=False no document has its labels; the targets are the same ones in the same order.
+        With labelled=False no document has its labels; the targets are the same in the same order.
         """
         x = np.full((len(starts), block_size), self.separator, dtype=np.int64)
         y = np.full((len(starts), block_size), IGNORED, dtype=np.int64)
@@ -259,7 +287,9 @@ class DocumentData(TokenData):
                 at = self._put(split, block_size, piece, dropped, x[i], y[i], at)
         return torch.from_numpy(x), torch.from_numpy(y)
 
-    def _put(self, split: str, block_size: int, piece: int, dropped: np.ndarray, x: np.ndarray, y: np.ndarray, at: int) -> int:
+    def _put(
+        self, split: str, block_size: int, piece: int, dropped: np.ndarray, x: np.ndarray, y: np.ndarray, at: int
+    ) -> int:
         """Write a piece at position `at` of a row; return where the next one begins."""
         cut = self.pieces(split, block_size)
         document, first, last = cut.document[piece], cut.first[piece], cut.last[piece]
@@ -280,8 +310,9 @@ class DocumentData(TokenData):
         return at + int(cut.length[piece])
 
     def val_targets(self, windows: list[tuple[int, int]]) -> int:
-        """How many tokens are predicted in these windows of val_windows(); labels and the unfilled ends of rows are not."""
-        return int(sum(self.pieces("val", T).targets[self._deal("val", T, None, 0)[0][row]].sum() for row, T in windows))
+        """How many tokens are predicted in these windows of val_windows(); labels and unfilled ends do not count."""
+        rows = ((T, self._deal("val", T, None, 0)[0][row]) for row, T in windows)
+        return int(sum(self.pieces("val", T).targets[row].sum() for T, row in rows))
 
     def val_windows(self, block_size: int, limit: int | None) -> list[tuple[int, int]]:
         """(row, block_size) of the rows to evaluate: all, or as many as hold `limit` tokens, spread evenly."""
@@ -296,9 +327,10 @@ class DocumentData(TokenData):
 def pack(lengths: np.ndarray, opens: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, int]:
     """(row of each slot, place of each slot, number of rows) for pieces of `lengths` <= capacity.
 
-    Slots are in the order of descending length, those that `opens` marks first: they begin a row each. The result depends
-    on the multiset of (opens, length) alone, so that pieces of equal length can trade slots without packing anew.
+    Slots are in the order of descending length; first come those that `opens` marks, which begin a row each. The result
+    depends only on the multiset of (opens, length), so that pieces of equal length can trade slots without repacking.
     """
+    # best-fit decreasing：长的先放，放进剩得最少又放得下的行
     order = np.lexsort((-lengths, ~opens))
     ordered, opening = lengths[order].tolist(), opens[order].tolist()
     row, place = np.empty(len(ordered), dtype=np.int64), np.empty(len(ordered), dtype=np.int64)

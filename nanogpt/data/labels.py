@@ -1,4 +1,8 @@
-"""Labels of documents as tokens: the special tokens of a vocabulary that stand for a style or an emotion."""
+"""Labels of documents (style, emotion) as special tokens of a vocabulary, such as <|style:宋词|>."""
+
+# 文章的标签（体裁、情感）在词表里的写法：一个特殊 token，如 <|style:宋词|>
+# 自己的词表为每个标签长出一个 token；别人的词表大小不能变，标签就当普通文字写，占好几个 id
+# documents 把它们放在文章前面，control=codes 写作时照样放；导出、读别人的文件夹时由名字认回来
 
 import re
 
@@ -19,8 +23,8 @@ def label_word(kind: str, name: str) -> str:
 def with_labels(tokenizer: Tokenizer, names: dict[str, list[str]], *, grow: bool) -> Tokenizer:
     """The tokenizer with an end of text and with `labels` for all names of each kind.
 
-    A new vocabulary grows by one special token each; where it must keep its size (grow=False, the vocabulary of a
-    pretrained model), a label that it lacks is its word as ordinary text.
+    A new vocabulary grows by one special token for each label. With grow=False (the vocabulary of a pretrained model,
+    which must keep its size), a label that it lacks is written as ordinary text.
     """
     if grow:
         words = [END_OF_TEXT, *(label_word(kind, name) for kind, listed in names.items() for name in listed)]
@@ -57,7 +61,7 @@ def _label_ids(tokenizer: Tokenizer, kind: str, name: str) -> tuple[int, ...]:
 
 
 def _grown(tokenizer: Tokenizer, words: list[str]) -> Tokenizer:
-    """A new tokenizer with these special tokens behind the ids that there are."""
+    """A new tokenizer with these special tokens behind the existing ids."""
     special = list(dict.fromkeys([*tokenizer.special, *words]))
     if isinstance(tokenizer, CharTokenizer):
         return CharTokenizer(tokenizer.characters, tuple(special))

@@ -1,4 +1,10 @@
-"""Text files as people have them: which files, in which encoding, read piece by piece and checked not to change meanwhile."""
+"""Reads text files as people have them: finds the files, guesses the encoding, yields the text piece by piece."""
+
+# 使用者手里的文本：有哪些文件、是什么编码、一段一段地读，读的几遍之间没有被改过
+# 编码先看 BOM 与 UTF-8、UTF-16，再认中文的 GB18030，最后请 charset-normalizer 在 OTHERS 里选，都不像就让人自己说
+# “解得开”不等于“是”：GB18030 读得通很多别的编码，所以还要看读出来的像不像文字
+# 大文件从不整个进内存；data/*/prepare.py 与数据集的指纹（corpus.identity_of）都用它
+# 里面的比例与门槛是拿真实文件试出来的，改动之前先跑 tests/test_texts_as_people_have_them.py
 
 import codecs
 import contextlib
@@ -16,13 +22,14 @@ PIECE = 4 * 2**20
 TEXT_SUFFIXES = (".txt", ".md", ".text")
 # 常被当成文本给进来的文件，按开头几个字节认
 BINARY = {
-    b"%PDF-": "PDF", b"PK\x03\x04": "ZIP / DOCX / EPUB", b"\xd0\xcf\x11\xe0": "DOC", b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF",
-    b"\x1f\x8b": "GZIP", b"7z\xbc\xaf\x27": "7Z", b"Rar!\x1a": "RAR", b"\xfd7zXZ": "XZ", b"BZh": "BZIP2", b"\x7fELF": "ELF",
-    b"SQLite format 3\0": "SQLite",
+    b"%PDF-": "PDF", b"PK\x03\x04": "ZIP / DOCX / EPUB", b"\xd0\xcf\x11\xe0": "DOC", b"\x89PNG": "PNG",
+    b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"\x1f\x8b": "GZIP", b"7z\xbc\xaf\x27": "7Z", b"Rar!\x1a": "RAR",
+    b"\xfd7zXZ": "XZ", b"BZh": "BZIP2", b"\x7fELF": "ELF", b"SQLite format 3\0": "SQLite",
 }
 # UTF-32 的记号以 UTF-16 的开头，要先看
 MARKS = {
-    "utf-8": (codecs.BOM_UTF8,), "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+    "utf-8": (codecs.BOM_UTF8,), "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
 # 大于 127 的字节
 HIGH = bytes(range(128, 256))
@@ -30,9 +37,10 @@ HIGH = bytes(range(128, 256))
 STRETCH = 48
 # 既不是 UTF 又不是明显的 GB18030 时，让 charset-normalizer 在这些里面选；一样像、或读出来一样时，取排在前面的
 OTHERS = {
-    "gb18030": "GB18030", "cp1252": "Windows-1252", "cp1250": "Windows-1250", "cp1251": "Windows-1251", "cp1253": "Windows-1253",
-    "cp1254": "Windows-1254", "cp1255": "Windows-1255", "cp1256": "Windows-1256", "koi8_r": "KOI8-R", "big5": "Big5", "cp932": "Shift-JIS",
-    "euc_jp": "EUC-JP", "cp949": "EUC-KR", "tis_620": "TIS-620",
+    "gb18030": "GB18030", "cp1252": "Windows-1252", "cp1250": "Windows-1250", "cp1251": "Windows-1251",
+    "cp1253": "Windows-1253", "cp1254": "Windows-1254", "cp1255": "Windows-1255", "cp1256": "Windows-1256",
+    "koi8_r": "KOI8-R", "big5": "Big5", "cp932": "Shift-JIS", "euc_jp": "EUC-JP", "cp949": "EUC-KR",
+    "tis_620": "TIS-620",
 }
 # 这些把一半的字节都当成字母，几个坏字节也读得通：不到这么多字节不作数
 ALL_LETTERS, ENOUGH = ("cp1251", "cp1253", "cp1255", "cp1256", "koi8_r", "tis_620"), 16
@@ -55,7 +63,7 @@ WHOLE = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32")
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let what the system refuses inside name this file: read() alone does not say which."""
+    """Put the path into every OSError raised inside: read() alone does not say which file it was."""
     try:
         yield
     except OSError as error:
@@ -70,7 +78,7 @@ def digest(path: Path) -> str:
 
 
 def detect_encoding(path: Path, *, key: str | None = "dataset.encoding") -> str:
-    """The encoding of a text, decided by reading the whole file; ConfigError where none is plausible.
+    """The encoding of a text, decided by reading the whole file; ConfigError if none is plausible.
 
     UTF-8 and UTF-16 (with or without a byte-order mark) come first, then what the bytes look like (likely_encoding).
     `key` is where a person can name the encoding, if anywhere.
@@ -113,7 +121,10 @@ def detect_encoding(path: Path, *, key: str | None = "dataset.encoding") -> str:
 
 
 def likely_encoding(path: Path) -> str | None:
-    """The encoding other than UTF-8 and UTF-16 that the bytes look like, and are valid in from end to end; None where that is none."""
+    """The encoding other than UTF-8 and UTF-16 that the bytes look like, or None.
+
+    The whole file is valid in the encoding that is returned.
+    """
     sample = lines_beyond_ascii(path)
     high = len(sample) - len(sample.translate(None, HIGH))
     if 4 * sum(map(len, UTF8_CHARACTER.findall(sample))) > 3 * high:
@@ -130,10 +141,16 @@ def likely_encoding(path: Path) -> str | None:
 
     # 没有一个 ASCII 字节的文件，取样可能断在半个字上
     found = next(filter(None, (list(from_bytes(part, cp_isolation=candidates)) for part in (sample, sample[:-1]))), [])
-    alike = [m for m in found if m.chaos <= found[0].chaos + AS_CHAOTIC and m.coherence >= found[0].coherence - AS_COHERENT]
+    alike = [
+        match for match in found
+        if match.chaos <= found[0].chaos + AS_CHAOTIC and match.coherence >= found[0].coherence - AS_COHERENT
+    ]
     names = {name for match in alike for name in match.could_be_from_charset}
     ranked = [name for candidate in candidates if candidate in names for name in WIDER.get(candidate, (candidate,))]
-    return next((name for name in ranked if is_whole(path, name) and is_writing(sample.decode(name, errors="ignore"))), None)
+    for name in ranked:
+        if is_whole(path, name) and is_writing(sample.decode(name, errors="ignore")):
+            return name
+    return None
 
 
 def is_writing(text: str) -> bool:
@@ -158,10 +175,11 @@ def lines_beyond_ascii(path: Path) -> bytes:
 
 
 def how_chinese(sample: bytes) -> int:
-    """1 where the bytes are Chinese in GB18030 beyond doubt, -1 where they are not, 0 where they may be something else.
+    """1 if the bytes are certainly Chinese in GB18030, -1 if they are certainly not, 0 if they may be something else.
 
-    Chinese has its own comma and full stop; or almost all characters are of GB 2312, where the common ones, in the order of
-    pinyin, lie from end to end: Korean syllables fill but the first quarter of these codes. Japanese has kana.
+    Chinese has its own comma and full stop; or almost all characters are of GB 2312, where the common ones are sorted
+    by pinyin and so lie from end to end. Korean syllables fill only the first quarter of these codes, and Japanese has
+    kana.
     """
     found = GB18030_CHARACTER.findall(sample)
     pairs = [pair for pair in found if len(pair) == 2 and pair[1] >= 0xA1]
@@ -169,12 +187,15 @@ def how_chinese(sample: bytes) -> int:
         return -1
     hanzi = [pair for pair in pairs if 0xB0 <= pair[0] <= 0xF7]
     marks = sum(0xA1 <= pair[0] <= 0xA3 for pair in pairs)
-    common = 20 * (len(hanzi) + marks) >= 19 * len(found) and 8 * sum(pair[0] >= 0xC9 for pair in hanzi) >= max(1, len(hanzi))
+    in_2312 = 20 * (len(hanzi) + marks) >= 19 * len(found)
+    common = in_2312 and 8 * sum(pair[0] >= 0xC9 for pair in hanzi) >= max(1, len(hanzi))
     return int(common or 20 * sum(pair in GB18030_MARKS for pair in pairs) >= max(1, len(found)))
 
 
-def resolved(files: list[Path], encoding: str = "auto", *, key: str | None = "dataset.encoding") -> list[tuple[Path, str]]:
-    """(file, encoding) of each file; says what was taken where auto met something other than UTF-8 and UTF-16."""
+def resolved(
+    files: list[Path], encoding: str = "auto", *, key: str | None = "dataset.encoding"
+) -> list[tuple[Path, str]]:
+    """(file, encoding) of each file; says what was taken if auto met something other than UTF-8 and UTF-16."""
     check_encoding(encoding)
     found = [(file, detect_encoding(file, key=key) if encoding == "auto" else encoding) for file in files]
     for name in dict.fromkeys(name for _, name in found if encoding == "auto" and not name.startswith("utf")):
@@ -190,7 +211,7 @@ def resolved(files: list[Path], encoding: str = "auto", *, key: str | None = "da
 
 
 def is_whole(path: Path, encoding: str, errors: str = "strict") -> bool:
-    """Whether the file is of this encoding from end to end."""
+    """Whether the file is valid in this encoding from end to end."""
     try:
         for _ in decode_pieces(path, encoding, errors):
             pass
@@ -200,7 +221,7 @@ def is_whole(path: Path, encoding: str, errors: str = "strict") -> bool:
 
 
 def is_cut_utf8(path: Path, error: UnicodeDecodeError) -> bool:
-    """Whether the file is UTF-8 with characters beyond ASCII up to half a character at its very end."""
+    """Whether the file is UTF-8 with non-ASCII characters that only breaks off within its last character."""
     if error.reason != "unexpected end of data" or error.start < path.stat().st_size - 3:
         return False
     with path.open("rb") as file:
@@ -209,7 +230,7 @@ def is_cut_utf8(path: Path, error: UnicodeDecodeError) -> bool:
 
 
 def stretch_of_utf8(path: Path) -> int:
-    """The number of a line up to which successive lines hold so much UTF-8 that GB18030 text cannot look like it; 0 where there is none."""
+    """The number of the line up to which successive lines hold more UTF-8 than GB18030 text can look like, else 0."""
     run = number = 0
     with path.open("rb") as file:
         # 没有换行的文件也一段一段地读
@@ -230,7 +251,7 @@ def stretch_of_utf8(path: Path) -> int:
 
 
 def check_encoding(encoding: str) -> None:
-    """Refuse what is no encoding of text."""
+    """Refuse a name that is not an encoding of text."""
     try:
         found = codecs.lookup(encoding) if encoding != "auto" else None
     except (LookupError, ValueError):
@@ -308,7 +329,7 @@ def iter_text(path: Path, encoding: str) -> Iterator[str]:
 
 
 def own_source(path: str | None, *, unnamed: str) -> Path:
-    """The file or folder that dataset.path names; ConfigError where there is none, with the message `unnamed` where it names nothing."""
+    """The file or folder that dataset.path names; ConfigError if it does not exist, or (`unnamed`) if it is not set."""
     if path is None:
         raise ConfigError(unnamed)
     if not Path(path).exists():
@@ -317,7 +338,7 @@ def own_source(path: str | None, *, unnamed: str) -> Path:
 
 
 def text_files(path: Path, suffixes: tuple[str, ...] | None = TEXT_SUFFIXES) -> list[Path]:
-    """The file itself, or all files of these kinds (None: of any) below a folder in a fixed order; hidden ones are passed over."""
+    """The file itself, or all files with these suffixes (None: any) below a folder, sorted, without hidden ones."""
     if not path.is_dir():
         # 管道与设备读不到头：不算文件
         return [path] if path.is_file() else []
@@ -340,7 +361,7 @@ def state_of(files: Iterable[Path]) -> list[tuple[int, int, int]]:
 
 @contextlib.contextmanager
 def unchanged(files: list[Path]) -> Iterator[Callable[[], None]]:
-    """Around the several passes over some files; yields the check that nobody has written to them since, which refuses the text otherwise."""
+    """Around several passes over some files; yields a check that refuses the text if one was written to meanwhile."""
     before = state_of(files)
 
     def check() -> None:

@@ -1,8 +1,13 @@
-"""From texts to parts before anything else sees them: duplicates dropped, near duplicates kept together, labels in proportion.
+"""Splits documents into parts: drops duplicates, keeps near duplicates together, keeps labels in proportion.
 
-Texts are compared by their letters and digits alone. Which part a text falls into follows from a hash of the text itself,
-so that more texts, or another order, move few of the others.
+Texts are compared by their letters and digits alone. Which part a text falls into follows from a hash of the text
+itself, so that more texts, or another order, move few of the others.
 """
+
+# 文章分成训练、验证、评判几份：去重，同源的放在一起，各标签按比例
+# 否则同一首诗的两个版本分落两边，验证损失与评判都虚高；判断只看字与数字，标点与空格不算
+# 落在哪一份由文章自己的 hash 决定：多几篇、换个次序，别的不挪位
+# 全程是 numpy 的数组，按 PIECE 分块：几十万篇也不必两两比较；用者是带标签数据集的 prepare.py
 
 import hashlib
 import re
@@ -23,10 +28,12 @@ DISTINCT = 8
 PIECE = 2**21
 
 
-def split_documents(documents: Iterable[Document], fractions: dict[str, float], *, seed: int = 0) -> dict[str, list[Document]]:
-    """Parts of about these fractions of each label's documents; says what was dropped and what was kept together.
+def split_documents(
+    documents: Iterable[Document], fractions: dict[str, float], *, seed: int = 0
+) -> dict[str, list[Document]]:
+    """Parts with about these fractions of each label's documents; says what was dropped and what was kept together.
 
-    Documents that share RUN characters in a row are of one part, as are those that are linked by others.
+    Documents that share RUN characters in a row, directly or through others, fall into the same part.
     """
     documents = list(documents)
     kept, texts = without_duplicates(documents)
@@ -48,7 +55,7 @@ def bare(text: str) -> str:
 
 
 def without_duplicates(documents: list[Document]) -> tuple[list[Document], list[str]]:
-    """(the first document of each text, its bare text); a text with contradicting labels, or nothing but punctuation, is dropped."""
+    """(the first document of each text, its bare text), without contradictory labels and texts of punctuation only."""
     first: dict[str, Document | None] = {}
     for document in documents:
         text = bare(document.text)
@@ -75,12 +82,16 @@ def _merged(first: Document | None, again: Document) -> Document | None:
 
 
 def groups_of(texts: list[str]) -> np.ndarray:
-    """The group of each text, (n,): numbers from 0; texts that share a run of RUN characters, directly or through others, have the same."""
+    """The group number of each text, (n,), from 0; texts that share a run of RUN characters have the same.
+
+    Texts are also of one group if others link them.
+    """
     hashes, owners = _runs(texts)
     order = np.argsort(hashes, kind="stable")
     hashes, owners = hashes[order], owners[order]
     same = (hashes[1:] == hashes[:-1]) & (owners[1:] != owners[:-1])
     links = np.unique(np.stack((owners[:-1][same], owners[1:][same]), axis=1), axis=0)
+    # 并查集：同一个 hash 的相邻两篇连起来，再由此传开
     root = list(range(len(texts)))
 
     def find(i: int) -> int:
@@ -96,7 +107,7 @@ def groups_of(texts: list[str]) -> np.ndarray:
 
 
 def _runs(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(hash, text it is from) of every run of RUN characters that has enough different ones."""
+    """(hash, index of its text) of every run of RUN characters with enough distinct ones."""
     found: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0, np.uint64), np.zeros(0, np.int64))]
     begin = length = 0
     for i, text in enumerate(texts):
@@ -120,6 +131,7 @@ def _runs_of_piece(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     again = codes[order][1:] == codes[order][:-1]
     previous[order[1:][again]] = order[:-1][again]
     mixed = _mixed(codes.astype(np.uint64))
+    # 多项式 hash，所有起点一起滚动；64 位溢出即取模
     hashes = np.zeros(starts, dtype=np.uint64)
     distinct = np.zeros(starts, dtype=np.uint8)
     for k in range(RUN):
@@ -139,9 +151,12 @@ def _mixed(numbers: np.ndarray) -> np.ndarray:
 # ---- 分配 ----
 
 
-def _parts_of(documents: list[Document], texts: list[str], group: np.ndarray, fractions: dict[str, float], seed: int) -> list[str]:
-    """The part of each document: its label's groups in the order of their hashes, cut where the fractions are reached."""
-    place = [hashlib.blake2b(f"{seed} {text}".encode("utf-8", errors="surrogatepass"), digest_size=8).digest() for text in texts]
+def _parts_of(
+    documents: list[Document], texts: list[str], group: np.ndarray, fractions: dict[str, float], seed: int
+) -> list[str]:
+    """The part of each document: its label's groups in the order of their hashes, cut at the fractions."""
+    seeded = (f"{seed} {text}".encode("utf-8", errors="surrogatepass") for text in texts)
+    place = [hashlib.blake2b(content, digest_size=8).digest() for content in seeded]
     # 一组由其中 hash 最小的一篇代表：位置与标签都取它的
     leader: dict[int, int] = {}
     for i in sorted(range(len(texts)), key=place.__getitem__):
@@ -167,8 +182,8 @@ def _parts_of(documents: list[Document], texts: list[str], group: np.ndarray, fr
 def without_rare(parts: dict[str, list[Document]], least: int) -> dict[str, list[Document]]:
     """The parts without documents whose characters are too rare to learn; says how many.
 
-    "train" loses those with a character that occurs fewer than `least` times in it, "val" those with one that "train" then
-    lacks. "judge" stays whole: no vocabulary is made for it.
+    "train" loses those with a character that occurs fewer than `least` times in it, "val" those with one that "train"
+    then lacks. "judge" stays whole: no vocabulary is made from it.
     """
     texts = [document.text for document in parts["train"]]
     codes = np.frombuffer("".join(texts).encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)

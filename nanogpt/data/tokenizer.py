@@ -1,8 +1,14 @@
-"""Text <-> token ids: characters, bytes, byte-pair encoding, or what the tokenizers library reads; saved as json.
+"""Tokenizers between text and token ids (characters, bytes, BPE, Hugging Face's tokenizers), saved as json.
 
-A vocabulary may have special tokens: <|endoftext|>, and labels such as <|style:宋词|> (nanogpt.data.labels). encode never gives
-them; in the text of a character or byte vocabulary they leave nothing.
+A vocabulary may have special tokens: <|endoftext|>, and labels such as <|style:宋词|> (nanogpt.data.labels). encode
+never produces them; decoded by a character or byte vocabulary they leave nothing.
 """
+
+# 文字与 id 互换：字符、字节、BPE，或 tokenizers 库认得的任何词表；存成 json，从不用 pickle
+# 四个类的接口相同（encode、decode、stream、word、to_dict），训练、写作、服务都不问是哪一种
+# 逐个 id 地解码要等一个字的字节齐了才吐（stream）：直接 decode 半个汉字会打出 �
+# encode 从不产生特殊 token（结尾与标签）：文字里写着 <|endoftext|>，也只是普通文字
+# 文件可能来自陌生人：load 先核对大小与正则
 
 import base64
 import codecs
@@ -50,10 +56,12 @@ def bytes_of_letters() -> dict[str, int]:
 
 
 class TextStream:
-    """Turns ids into text one by one; bytes of a character that is not whole yet are held back.
+    """Turns ids into text one by one, holding back the bytes of a character that is not complete yet.
 
-    What is given, joined, is what the ids `after` and the pushed ones decode to together, less the text of `after`.
+    The pieces joined are what the ids `after` and the pushed ones decode to together, without the text of `after`.
     """
+
+    # 边写边显示用：每个 token 的字节固定，前后不相干，才能一个一个来
 
     def __init__(self, token_bytes: Callable[[int], bytes], after: Iterable[int] = ()):
         self._token_bytes = token_bytes
@@ -72,19 +80,24 @@ class TextStream:
 
 
 class LibraryStream:
-    """The same for a LibraryTokenizer, whose text depends on the neighbours: decodes the last few ids again and gives what is new."""
+    """A TextStream for a LibraryTokenizer: decodes the last few ids again and returns what is new.
+
+    The text of an id depends on its neighbours there.
+    """
+
+    # WordPiece 的空格、SentencePiece 的开头与字节 token 都要看前后：只能带着前文重解，吐出不会再变的部分
 
     def __init__(self, tokenizer: "LibraryTokenizer", after: Iterable[int] = ()):
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._given = 0
-        """Characters of the text of these ids that were given, or stand in `after`."""
+        """Number of characters of these ids' text that were returned already, or belong to `after`."""
         # 没有文字的 id 挡在中间，后面的就不知道前文是什么：一律不留
         if before := [int(i) for i in after if not tokenizer.is_silent(int(i))]:
             self._begin_behind(before)
 
     def push(self, token: int) -> str:
-        """New characters that nothing behind them can change."""
+        """New characters that later ids cannot change."""
         if self._tokenizer.is_silent(token):
             return ""
         self._ids.append(token)
@@ -102,7 +115,7 @@ class LibraryStream:
         return self._tokenizer.decode(self._ids)[self._given :]
 
     def _begin_behind(self, ids: list[int]) -> None:
-        """Keep the last of these ids, as many as what follows depends on: the cost does not grow with the text."""
+        """Keep only the last ids, as many as later text depends on, so that the cost does not grow with the text."""
         is_byte, end, count = self._tokenizer.is_byte, self._settled(ids)[-1:], 1
         # 排在最前的 token 会被去掉空格，可能什么也不剩：那样不能当前文
         while count < len(ids) and (is_byte(ids[-count]) or not end or not self._settled(ids[-count:]).endswith(end)):
@@ -118,10 +131,12 @@ class LibraryStream:
 
 
 class UnknownCharacters(ConfigError):  # noqa: N818 - 与 Diverged 一样，名字说的是情形
-    """A text has characters that the vocabulary lacks."""
+    """Raised when a text has characters that the vocabulary lacks."""
+
+    # 单独一类：命令行与 API 的补救不同，各自接住再说
 
     def __init__(self, characters: list[str], skip: str | None = None):
-        """`skip` is what to type to have them passed over, None where nothing does."""
+        """`skip` is what to type to have them skipped, None if nothing does."""
         self.characters = characters
         listed = " ".join(map(repr, characters[:20]))
         super().__init__("unknown_characters", characters=listed, skip=text(
@@ -141,6 +156,8 @@ def as_word(spelled: bytes) -> str:
 class CharTokenizer:
     """One token per Unicode character of the training text, in code-point order."""
 
+    # 最简单、也最适合中文小语料：词表就是用到的字；代价是没见过的字写不了
+
     kind = "char"
 
     def __init__(self, characters: str, special: tuple[str, ...] = ()):
@@ -158,7 +175,7 @@ class CharTokenizer:
         self._table[codes] = np.arange(len(characters))
 
     def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
-        """Ids of a text, shape (n,); ConfigError names the characters that the vocabulary lacks, unless they are to be skipped."""
+        """Ids of a text, shape (n,); ConfigError names characters that the vocabulary lacks, unless skip_unknown."""
         codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)
         inside = codes < len(self._table)
         ids = np.where(inside, self._table[np.where(inside, codes, 0)], -1)
@@ -187,6 +204,8 @@ class CharTokenizer:
 
 class ByteTokenizer:
     """One token per UTF-8 byte: any text, 256 tokens."""
+
+    # 什么字都写得了；一个汉字三个 token，同样的 block_size 看到的上下文只有三分之一
 
     kind = "byte"
 
@@ -219,9 +238,13 @@ class ByteTokenizer:
 class BPETokenizer:
     """Byte-pair encoding through tiktoken; ranks and pattern are kept, so that it loads without a network."""
 
+    # tiktoken 编码快，但只懂 GPT-2 这一类字节级 BPE；别的词表见 LibraryTokenizer
+
     kind = "bpe"
 
-    def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int], end_of_text: str = END_OF_TEXT):
+    def __init__(
+        self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int], end_of_text: str = END_OF_TEXT
+    ):
         import tiktoken
 
         self.name, self.pattern, self.ranks, self.special = name, pattern, ranks, special
@@ -232,7 +255,7 @@ class BPETokenizer:
         self.labels: Labels = {}
 
     def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
-        """Ids of a text, shape (n,); the words of special tokens are ordinary text, and there are no unknown characters."""
+        """Ids of a text, shape (n,); special tokens in it are ordinary text, and there are no unknown characters."""
         return np.array(self._encoding.encode_ordinary(text), dtype=np.int64)
 
     def decode(self, ids) -> str:
@@ -263,15 +286,20 @@ class BPETokenizer:
         ranked: list[str | None] = [None] * (max(self.ranks.values()) + 1)
         for token, rank in self.ranks.items():
             ranked[rank] = base64.b64encode(token).decode("ascii")
-        saved = {"kind": self.kind, "name": self.name, "pattern": self.pattern, "special": self.special, "ranks": ranked, **_labels_of(self)}
+        saved = {
+            "kind": self.kind, "name": self.name, "pattern": self.pattern, "special": self.special, "ranks": ranked,
+            **_labels_of(self),
+        }
         return saved if self._end_word == END_OF_TEXT else {**saved, "end_of_text": self._end_word}
 
 
 class LibraryTokenizer:
     """Any tokenizer that the `tokenizers` library describes as json (WordPiece, Unigram …); json only, no code.
 
-    Such a vocabulary may be lossy: WordPiece forgets line breaks and knows an unknown token.
+    Such a vocabulary may be lossy: WordPiece forgets line breaks and has a token for unknown words.
     """
+
+    # 给别人的预训练模型用：它的词表是什么样就照什么样，不转换
 
     kind = "library"
 
@@ -290,12 +318,13 @@ class LibraryTokenizer:
         self._decoders = _decoders_of(description.get("decoder"))
         self._is_word_piece = description["model"].get("type") == "WordPiece"
         self.unsettled = " " if self._is_word_piece else "\ufffd" if "ByteLevel" in self._decoders else ""
-        """Characters that, at the end of a text, what follows may still change."""
+        """Characters at the end of a text that later ids may still change."""
 
     def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
         """Ids of a text, shape (n,), without the marks that some tokenizers add at both ends.
 
-        Most have a token for what they do not know; where there is none, ConfigError names the characters, unless they are to be skipped.
+        Most have a token for what they do not know; if there is none, ConfigError names the characters, unless
+        skip_unknown.
         """
         ids = self._ids_of(text)
         if ids is None:
@@ -319,24 +348,26 @@ class LibraryTokenizer:
 
     def stream(self, after: Iterable[int] = ()) -> "TextStream | LibraryStream":
         """Decodes ids one by one, behind those of `after`."""
-        return TextStream(self._letters_to_bytes, after) if self._decoders == {"ByteLevel"} else LibraryStream(self, after)
+        if self._decoders == {"ByteLevel"}:
+            return TextStream(self._letters_to_bytes, after)
+        return LibraryStream(self, after)
 
     def word(self, token: int) -> str:
-        """The name of a token in a list of tokens; except in byte-level vocabularies with its mark (▁the, ##s)."""
+        """The name of a token in a list of tokens, with its mark (▁the, ##s) unless the vocabulary is byte-level."""
         if self._decoders == {"ByteLevel"} and not self.is_silent(token):
             return as_word(self._letters_to_bytes(token))
         return self._tokenizer.id_to_token(token) or f"<{token}>"
 
     def is_silent(self, token: int) -> bool:
-        """Whether an id leaves nothing in a text: a special token, or one that the vocabulary does not have."""
+        """Whether an id adds nothing to a text: a special token, or an id that the vocabulary lacks."""
         return token in self._special or self._tokenizer.id_to_token(token) is None
 
     def is_byte(self, token: int) -> bool:
-        """Whether an id stands for a byte, as <0xE6> does; ids like that make characters together."""
+        """Whether an id stands for one byte, such as <0xE6>; several of them make up a character."""
         return "ByteFallback" in self._decoders and bool(BYTE_WORD.fullmatch(self._tokenizer.id_to_token(token) or ""))
 
     def _letters_to_bytes(self, token: int) -> bytes:
-        """The bytes that a token of a byte-level vocabulary is written for; a word in other letters is its own text."""
+        """The bytes that a token of a byte-level vocabulary stands for; a word in other letters stands for itself."""
         if self.is_silent(token):
             return b""
         word = self._tokenizer.id_to_token(token)
@@ -348,7 +379,7 @@ class LibraryTokenizer:
 
 
 def _decoders_of(described: dict | None) -> set[str]:
-    """The kinds of decoder in a description, but for those that change nothing."""
+    """The kinds of decoder in a description, without those that change nothing."""
     if described is None:
         return set()
     if described["type"] == "Sequence":
@@ -388,7 +419,8 @@ def from_dict(saved: dict) -> Tokenizer:
     """The tokenizer that to_dict described."""
     tokenizer = _from_dict(saved)
     tokenizer.labels = {
-        str(kind): {str(name): tuple(int(i) for i in ids) for name, ids in listed.items()} for kind, listed in saved.get("labels", {}).items()
+        str(kind): {str(name): tuple(int(i) for i in ids) for name, ids in listed.items()}
+        for kind, listed in saved.get("labels", {}).items()
     }
     return tokenizer
 
@@ -400,7 +432,8 @@ def _from_dict(saved: dict) -> Tokenizer:
         return ByteTokenizer(tuple(saved.get("special", ())))
     if saved["kind"] == "bpe":
         ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved["ranks"]) if token is not None}
-        return BPETokenizer(saved["name"], saved["pattern"], ranks, saved["special"], saved.get("end_of_text", END_OF_TEXT))
+        end = saved.get("end_of_text", END_OF_TEXT)
+        return BPETokenizer(saved["name"], saved["pattern"], ranks, saved["special"], end)
     if saved["kind"] == "library":
         return LibraryTokenizer(saved["tokenizers"], saved["end_of_text"])
     raise ValueError(f"unknown tokenizer kind {saved['kind']!r}")
@@ -412,7 +445,7 @@ def save(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def load(path: Path) -> Tokenizer:
-    """Read what save wrote; ConfigError where the file holds something else."""
+    """Read what save wrote; ConfigError if the file holds anything else."""
     try:
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"larger than {MOST_BYTES // 2**20} MiB")

@@ -1,4 +1,9 @@
-"""Tokenizers of Hugging Face folders: tokenizer.json, vocab.json + merges.txt or vocab.txt -> ours, and back."""
+"""Reads the tokenizer files of Hugging Face folders as our tokenizers, and writes ours in that format."""
+
+# Hugging Face 文件夹里的词表与我们的互换：tokenizer.json、vocab.json + merges.txt、BERT 的 vocab.txt
+# 读：与 GPT-2 完全同类的字节级 BPE 换成 BPETokenizer（快），其余原样交给 LibraryTokenizer
+# 写（导出用）：同样的 id、同样的文字；BPE 的合并规则由 ranks 反推出来（merges_of）
+# 文件来自陌生人：先限大小，任何异常都说成“文件坏了”
 
 import json
 from pathlib import Path
@@ -27,7 +32,7 @@ MOST_BYTES = 128 * 2**20
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer in a folder of Hugging Face's or ours; GPT-2's own where there is none and the vocabulary is its."""
+    """The tokenizer in a folder of Hugging Face's or ours; GPT-2's if there is none and the vocabulary has its size."""
     try:
         found = _read(folder)
     except ConfigError:
@@ -108,26 +113,36 @@ def _from_word_pieces(path: Path, lower: bool) -> dict:
     return {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [_added(word, vocab[word]) for word in special],
-        "normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": lower},
+        "normalizer": {
+            "type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None,
+            "lowercase": lower,
+        },
         "pre_tokenizer": {"type": "BertPreTokenizer"}, "post_processor": None,
         "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": False},
-        "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100, "vocab": vocab},
+        "model": {
+            "type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100, "vocab": vocab,
+        },
     }
 
 
 def _added(word: str, token_id: int) -> dict:
-    return {"id": token_id, "content": word, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "id": token_id, "content": word, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+        "special": True,
+    }
 
 
 def byte_level_bpe(described: dict, end_of_text: str) -> BPETokenizer | None:
     """A BPETokenizer of the same ids when `described` is byte-level BPE exactly as in GPT-2, else None."""
     model, before = described["model"], described.get("pre_tokenizer") or {}
     added = described.get("added_tokens") or []
+    others = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
     gpt2_like = (
         model.get("type", "BPE") == "BPE" and before.get("type") == "ByteLevel"
         and not before.get("add_prefix_space", True) and before.get("use_regex", True)
         and not described.get("normalizer") and all(token["special"] for token in added)
-        and not any(model.get(k) for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"))
+        and not any(model.get(k) for k in others)
     )
     if not gpt2_like:
         return None
@@ -150,11 +165,13 @@ def byte_level_json(vocab: dict[str, int], merges: list, special: dict[str, int]
     """GPT-2's kind of byte-level BPE in the format of the tokenizers library."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [_added(word, i) for word, i in special.items()],
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [_added(word, i) for word, i in special.items()],
         "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-            "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": vocab, "merges": merges,
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+            "vocab": vocab, "merges": merges,
         },
     }
 
@@ -171,7 +188,8 @@ def to_library_json(tokenizer: Tokenizer) -> dict:
     letters = byte_letters()
     if isinstance(tokenizer, ByteTokenizer):
         # 没有合并规则的字节级 BPE，就是逐字节
-        return byte_level_json({letter: byte for byte, letter in enumerate(letters)} | tokenizer.special, [], tokenizer.special)
+        vocab = {letter: byte for byte, letter in enumerate(letters)} | tokenizer.special
+        return byte_level_json(vocab, [], tokenizer.special)
     words = {token: "".join(letters[b] for b in token) for token in tokenizer.ranks}
     merges = [[words[left], words[right]] for left, right in merges_of(tokenizer.ranks)]
     # 特殊 token 也要列进词表，库才会用我们的编号而不是另给
@@ -180,18 +198,21 @@ def to_library_json(tokenizer: Tokenizer) -> dict:
 
 
 def _character_json(characters: str, special: dict[str, int]) -> dict:
-    """One token per character: split everywhere, look up, join without spaces; other characters are an error there too."""
+    """One token per character: split everywhere, look up, join without spaces; unknown characters are errors."""
     return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [_added(word, i) for word, i in special.items()],
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [_added(word, i) for word, i in special.items()],
         "normalizer": None, "post_processor": None,
         "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False},
         "decoder": {"type": "Fuse"},
-        "model": {"type": "WordLevel", "vocab": {c: i for i, c in enumerate(characters)} | special, "unk_token": "<unknown>"},
+        "model": {
+            "type": "WordLevel", "vocab": {c: i for i, c in enumerate(characters)} | special, "unk_token": "<unknown>",
+        },
     }
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The two tokens that each longer token was merged from, in the order of the ranks."""
+    """The two tokens from which each longer token was merged, in the order of the ranks."""
     merges = []
     for token in sorted((t for t in ranks if len(t) > 1), key=ranks.__getitem__):
         # 用排在它前面的规则切开自己，剩下的两段就是它的来历

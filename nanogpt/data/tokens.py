@@ -1,8 +1,13 @@
-"""Prepared token files -> (x, y) batches; memory-mapped, deterministic, seekable.
+"""Reads prepared token files as batches (x, y): memory-mapped, deterministic, seekable.
 
-Sample number s is a pure function of (seed, s): training position is one integer, and any process
-can compute any part of any batch.
+Sample number s is a pure function of (seed, s): the position in training is one integer, and any process can compute
+any part of any batch.
 """
+
+# 准备好的 token 文件 -> 一批批 (x, y)：连着的文字这一种，也是 DocumentData 的父类
+# 第 s 个样本只由 (seed, s) 决定：训练到哪里只是一个整数，resume 不必重放，多进程各算各的份
+# 打开时核对每个文件的大小、SHA-256 与最大的 id；文件映射进来，几十 GB 也不占内存
+# 每个 epoch 从随机的位置起把文字切成块、打乱，所以每个 token 每轮都是目标，块的边界却轮轮不同
 
 import contextlib
 import os
@@ -25,12 +30,14 @@ ORDERS = (1, ORDER)
 
 
 def read_meta(folder: Path) -> dict:
-    """meta.json of a prepared folder; ConfigError where there is none that fits."""
+    """Read meta.json of a prepared folder; ConfigError if it is missing or does not fit."""
     try:
         meta = read_sealed(folder / "meta.json", FORMAT)
+        files = meta["sha256"]
+        assert set(files) >= {"train.bin", "val.bin", "tokenizer.json"}, "files"
         # 文件名只能是同一个文件夹里的
-        assert set(meta["sha256"]) >= {"train.bin", "val.bin", "tokenizer.json"} and all(Path(f).name == f for f in meta["sha256"]), "files"
-        assert all(isinstance(digest, str) for digest in meta["sha256"].values()) and isinstance(meta["name"], str), "names"
+        assert all(Path(file).name == file for file in files), "files"
+        assert all(isinstance(digest, str) for digest in files.values()) and isinstance(meta["name"], str), "names"
         assert set(meta["tokens"]) == set(SPLITS) and meta["dtype"] in ("uint8", "uint16", "uint32"), "tokens"
         assert all(type(count) is int and count >= 0 for count in meta["tokens"].values()), "tokens"
         return meta
@@ -48,9 +55,9 @@ def fingerprint_of(meta: dict) -> str:
 
 
 def find_prepared(name: str, fingerprint: str | None) -> Path | None:
-    """The folder beside the script of data set `name` that holds the data with this fingerprint, if any.
+    """The folder prepared by data set `name` that holds the data with this fingerprint, if any.
 
-    What a run goes on with: its text or its script may have changed since, and earlier versions named folders otherwise.
+    A run resumes with it: its text or script may have changed since, and earlier versions named folders differently.
     """
     for meta in sorted(home_of(name).glob("*/meta.json")):
         with contextlib.suppress(ConfigError):
@@ -61,6 +68,8 @@ def find_prepared(name: str, fingerprint: str | None) -> Path | None:
 
 class TokenData:
     """A data set folder opened for reading; refuses files that differ from their meta.json."""
+
+    # 训练只通过 starts、rows、targets 与 val_* 用它：换成文章（DocumentData），循环一行不改
 
     separator: int | None = None
     """Id between documents; None: the text runs on."""
@@ -84,13 +93,15 @@ class TokenData:
     def _check_ids(self, largest: dict[str, int]) -> None:
         """Refuse ids beyond the vocabulary: they would read past the embedding."""
         if self.meta.get("vocab_size") != self.vocab_size:
-            raise ConfigError("damaged_dataset", path=self.folder / "tokenizer.json", reason="vocab_size", folder=self.folder)
+            path = self.folder / "tokenizer.json"
+            raise ConfigError("damaged_dataset", path=path, reason="vocab_size", folder=self.folder)
         for split, id_ in largest.items():
             if id_ >= self.vocab_size:
-                raise ConfigError("damaged_dataset", path=self.folder / f"{split}.bin", reason=f"id {id_}", folder=self.folder)
+                path = self.folder / f"{split}.bin"
+                raise ConfigError("damaged_dataset", path=path, reason=f"id {id_}", folder=self.folder)
 
     def _verify(self, path: Path, expected: str) -> int:
-        """Refuse a file that is not what meta.json says; returns the largest id in a file of tokens."""
+        """Refuse a file that is not what meta.json says; return the largest id in a file of tokens."""
         dtype, largest = np.dtype(self.meta["dtype"]), [0]
         if not path.is_file():
             raise ConfigError("damaged_dataset", path=path, reason="missing", folder=self.folder)
@@ -99,7 +110,8 @@ class TokenData:
         if tokens:
             wanted = self.meta["tokens"][path.stem] * dtype.itemsize
             if path.stat().st_size != wanted:
-                raise ConfigError("damaged_dataset", path=path, reason=f"{path.stat().st_size} bytes, not {wanted}", folder=self.folder)
+                reason = f"{path.stat().st_size} bytes, not {wanted}"
+                raise ConfigError("damaged_dataset", path=path, reason=reason, folder=self.folder)
 
         def look(piece: bytes) -> None:
             # 几十 GB 只读一遍：边算摘要边看 id
@@ -140,8 +152,9 @@ class TokenData:
     def starts(self, seed: int, first: int, count: int, block_size: int, *, order: int = ORDER) -> np.ndarray:
         """Offsets (count,) in train.bin of samples first … first + count - 1, in one of ORDERS.
 
-        Each epoch cuts the text into blocks from a random place on, goes round from its end to its beginning, and shuffles
-        the blocks. Every token is a target in every epoch; where the last block overlaps the first, elsewhere each time, twice.
+        Each epoch cuts the text into blocks from a random place on, wraps around from its end to its beginning, and
+        shuffles the blocks. Every token is a target in every epoch; a few are so twice, where the last block overlaps
+        the first one, which is elsewhere in every epoch.
         """
         total = len(self.tokens["train"])
         # 次序 1 少一块：它的相位小于一块，任何相位下都放得下这么多
@@ -167,8 +180,8 @@ class TokenData:
     def rows(self, split: str, starts: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """x and y = x shifted by one, both (len(starts), block_size) int64."""
         # 绕过文末的一块从文首接着读
-        window = self.tokens[split][(starts[:, None] + np.arange(block_size + 1)) % len(self.tokens[split])].astype(np.int64)
-        window = torch.from_numpy(window)
+        places = (starts[:, None] + np.arange(block_size + 1)) % len(self.tokens[split])
+        window = torch.from_numpy(self.tokens[split][places].astype(np.int64))
         return window[:, :-1].contiguous(), window[:, 1:].contiguous()
 
     def val_targets(self, windows: list[tuple[int, int]]) -> int:
