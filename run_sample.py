@@ -1,5 +1,8 @@
 """Write with a trained model: python run_sample.py start="Once upon a time" (see conf/sample.yaml for every key)."""
 
+# 写作的命令：一次写几段、一问一答（interactive=true）、或开一个网页与 API（serve=true），三条路从 main 分开
+# 不需要 torch 的检查先做完，再去载入模型
+
 import sys
 from pathlib import Path
 
@@ -13,7 +16,8 @@ def checked(cfg: SampleConfig) -> Path | None:
     check_sample(cfg)
     if cfg.init_from:
         return None
-    run_dir, cfg.checkpoint = run_names.locate(cfg.out_dir, key="out_dir"), run_names.checkpoint_in(cfg.out_dir, cfg.checkpoint, "best")
+    run_dir = run_names.locate(cfg.out_dir, key="out_dir")
+    cfg.checkpoint = run_names.checkpoint_in(cfg.out_dir, cfg.checkpoint, "best")
     return run_dir
 
 

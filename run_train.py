@@ -1,5 +1,9 @@
 """Train a GPT: python run_train.py model=small batch_size=8 (see conf/train.yaml for every key)."""
 
+# 训练的命令：main 决定这次是规划、试跑还是训练，再把上层的能力（选微批、解释显存不足、写样本）递给训练
+# 不花时间的检查都在导入 torch 之前：写错一个键，一秒之内就知道
+# before_sweep 在 -m 时先把每个任务查一遍，第九个写错不会等到八个训完才说
+
 from pathlib import Path
 
 from nanogpt.base import run_names
@@ -9,9 +13,10 @@ from nanogpt.run import rundir
 
 
 def run_folder(cfg: TrainConfig) -> Path:
-    """The folder to train in, after every check that takes no time: a mistake is answered before torch is imported."""
+    """The folder to train in, after every check that takes no time: mistakes are named before torch is imported."""
     if cfg.resume:
-        run_dir, cfg.checkpoint = run_names.locate(cfg.resume), run_names.checkpoint_in(cfg.resume, cfg.checkpoint, "last")
+        run_dir = run_names.locate(cfg.resume)
+        cfg.checkpoint = run_names.checkpoint_in(cfg.resume, cfg.checkpoint, "last")
         return run_dir
     check(cfg)
     if cfg.init_from and run_names.is_latest(cfg.init_from):
@@ -49,7 +54,10 @@ def main(cfg: TrainConfig, overrides: list[str]) -> float | None:
 
     from nanogpt.run.session import Session
 
-    session = Session.resume(cfg, overrides, run_dir, hooks()) if cfg.resume else Session.new(cfg, run_dir, overrides, hooks())
+    if cfg.resume:
+        session = Session.resume(cfg, overrides, run_dir, hooks())
+    else:
+        session = Session.new(cfg, run_dir, overrides, hooks())
     session.run()
     return None
 

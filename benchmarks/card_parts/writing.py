@@ -176,7 +176,7 @@ def in_thread(lab: Lab) -> dict:
         try:
             job = worker.start([settings.request(PROMPTS[0], 0)])
             await job.accepted()
-            return "".join([news.text for fresh in [part async for part in job.news()] for news in fresh])
+            return "".join([update.text for fresh in [part async for part in job.updates()] for update in fresh])
         finally:
             worker.begin_closing()
             await asyncio.to_thread(worker.join, 30)

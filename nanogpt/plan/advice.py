@@ -1,4 +1,8 @@
-"""What to type when a setting does not fit: the cheapest overrides, each traced in full and priced."""
+"""Which overrides to type when a setting does not fit, each one checked by a full prediction."""
+
+# 一个设置放不下时，算出改哪几个键就放得下，按速度排好
+# 先找同样有效 batch 下更小的微批，再逐个试 memory= 的键与成套设置，都不行才缩短上下文；每条建议都完整追踪过
+# show 由 plan=true 用，presets 与 changed 由 autopsy 用；找到够用的、或过了 SECONDS 秒就停，不求穷尽
 
 import time
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +24,8 @@ USEFUL = 0.995
 @dataclass(frozen=True)
 class Change:
     """Fields of memory= that trade something for memory, and how they are typed."""
+
+    # 敲法与字段放在一起：试的与劝人敲的不会两样
 
     typed: str
     fields: dict[str, object]
@@ -44,6 +50,8 @@ BLOCKS = (2, 4, 8)
 class Advice:
     """Overrides that make it fit."""
 
+    # 附上整份 Plan：autopsy 还要说出改了之后的峰值
+
     typed: str
     speed: float
     """Tokens/s relative to the setting that does not fit."""
@@ -52,16 +60,22 @@ class Advice:
 
 def presets() -> list[Change]:
     """The options of conf/memory, each with all its fields."""
-    fields = {name: yaml.safe_load((ROOT / "conf" / "memory" / f"{name}.yaml").read_text(encoding="utf-8")) for name in PRESETS}
+    files = {name: ROOT / "conf" / "memory" / f"{name}.yaml" for name in PRESETS}
+    fields = {name: yaml.safe_load(file.read_text(encoding="utf-8")) for name, file in files.items()}
+    # yaml 里没写的字段取默认值：换成套设置时，原先单独写的键不会留下来
     return [Change(f"memory={name}", {**asdict(MemoryConfig()), **fields[name]}) for name in PRESETS]
 
 
 def advise(plan: Plan, planner: Planner) -> list[Advice]:
-    """At most LINES ways to make plan.cfg fit, the fastest first: a smaller batch, one key, a preset; where none fits, what fits tightly."""
+    """At most LINES ways to make plan.cfg fit, the fastest first: a smaller batch, one key, a preset.
+
+    Where none of them fits, those that fit tightly; where there are none either, a shorter context.
+    """
     until = time.monotonic() + SECONDS
     found = _ways(plan, planner, ())
     useful = [change for change in KEYS if time.monotonic() < until and _is_useful(change, plan, planner)]
     whole = presets()
+    # 次序：最便宜的成套设置、有用的单项、更彻底的成套设置
     for changes in [(whole[0],), *((c,) for c in useful), *((c,) for c in whole[1:])]:
         # 单项已经够用时，不必再劝人用更重的成套设置
         if len(found) < LINES and time.monotonic() < until and not (found and changes[0] in whole[1:]):
@@ -115,21 +129,28 @@ def _alone(cfg: TrainConfig) -> TrainConfig:
     return replace(cfg, gradient_accumulation_steps=1, global_batch_size=None)
 
 
-def _ways(plan: Plan, planner: Planner, changes: tuple[Change, ...], accepted: tuple[str, ...] = ("fits",)) -> list[Advice]:
+def _ways(
+    plan: Plan, planner: Planner, changes: tuple[Change, ...], accepted: tuple[str, ...] = ("fits",)
+) -> list[Advice]:
     """The changes at the present batch size, or else at the largest smaller one with the same effective batch."""
     total = plan.batch_size * plan.accumulation if plan.cfg.global_batch_size is None else plan.cfg.global_batch_size
     sizes = [b for b in range(plan.batch_size, 0, -1) if total % b == 0 or b == plan.batch_size]
     tried = 0
     for rows in sizes:
         accumulation = -(-total // rows)
-        batch = {} if rows == plan.batch_size else {"batch_size": rows, "gradient_accumulation_steps": accumulation, "global_batch_size": None}
+        batch = {} if rows == plan.batch_size else {
+            "batch_size": rows, "gradient_accumulation_steps": accumulation, "global_batch_size": None,
+        }
         candidate = changed(replace(plan.cfg, **batch), changes)
-        if candidate is None or not planner.estimate(candidate).fits(rows, planner.budget, TIGHT if len(accepted) == 1 else TIGHT * 1.1):
+        part = TIGHT if len(accepted) == 1 else TIGHT * 1.1
+        # 粗估就放不下的不去追踪：完整追踪一次要几秒
+        if candidate is None or not planner.estimate(candidate).fits(rows, planner.budget, part):
             continue
         outcome = planner.judge(candidate, plan.vocab_source)
         if outcome.verdict in accepted:
             return [Advice(_typed(batch, plan.cfg, changes), outcome.tokens_per_s / plan.tokens_per_s, outcome)]
         tried += 1
+        # 粗估说行、追踪说不行：再给更小的一档一次机会，就不再追踪
         if tried == 2:
             break
     return []
@@ -138,7 +159,8 @@ def _ways(plan: Plan, planner: Planner, changes: tuple[Change, ...], accepted: t
 def _typed(batch: dict[str, int | None], cfg: TrainConfig, changes: tuple[Change, ...]) -> str:
     """The overrides as one pastes them; global_batch_size only where it was set."""
     keys = [key for key in batch if key != "global_batch_size" or cfg.global_batch_size]
-    return " ".join([*(f"{key}={'null' if batch[key] is None else batch[key]}" for key in keys), *(change.typed for change in changes)])
+    values = [f"{key}={'null' if batch[key] is None else batch[key]}" for key in keys]
+    return " ".join([*values, *(change.typed for change in changes)])
 
 
 def _shorter(plan: Plan, planner: Planner, levels: list[tuple[Change, ...]], until: float) -> list[Advice]:

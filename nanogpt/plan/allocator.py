@@ -1,7 +1,11 @@
-"""A model of PyTorch's CUDA caching allocator: what a stream of allocations makes it reserve, and whether a capacity suffices.
+"""A model of PyTorch's CUDA caching allocator that replays allocations and says how much they reserve.
 
 After c10/cuda/CUDACachingAllocator.cpp with default settings (no expandable segments, one stream).
 """
+
+# 照着 PyTorch 的显存分配器，重放一串分配与释放，得出 reserved 的峰值，或在哪一次申请时不够
+# 规划不能只看活着的字节：取整、切块、碎片与整段申请会多占，显存够不够由 reserved 说了算
+# replay 是入口，plan 用它；一个小池一个大池，空闲块取最佳适配，释放时与空闲的邻居合并，不够时先退回整段空闲的
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable
@@ -23,6 +27,8 @@ LARGE_ROUND = 2 * MIB
 class Replay:
     """What a stream of allocations led to; bytes. After a failure the peaks are those up to it."""
 
+    # 两个峰值都留着：一个对照实测，一个决定放不放得下
+
     fits: bool
     allocated: int
     """Peak of the blocks in use, as torch.cuda.max_memory_allocated reports."""
@@ -35,9 +41,13 @@ class Replay:
 class _Block:
     """A piece of a segment."""
 
+    # 同一段里的块连成双向链表，释放时才找得到邻居；一次追踪有几万块，用 __slots__ 省内存
+
     __slots__ = ("address", "after", "before", "free", "size", "small")
 
-    def __init__(self, address: int, size: int, small: bool, before: "_Block | None" = None, after: "_Block | None" = None):
+    def __init__(
+        self, address: int, size: int, small: bool, before: "_Block | None" = None, after: "_Block | None" = None
+    ):
         self.address, self.size, self.small = address, size, small
         self.before, self.after = before, after
         self.free = False
@@ -46,9 +56,13 @@ class _Block:
 class OutOfCapacityError(Exception):
     """The modelled allocator found no room, not even after giving its unused segments back."""
 
+    # 只在本模块里用：replay 接住它，把不够的那次申请写进 Replay
+
 
 class Allocator:
     """allocate() and free() by storage id under a capacity in bytes, None for no limit."""
+
+    # 只记数，不占内存：地址是编出来的，用来在大小相同的空闲块里定次序
 
     def __init__(self, capacity: int | None = None):
         self.capacity = capacity
@@ -106,8 +120,11 @@ class Allocator:
         return block
 
     def _new_segment(self, size: int, small: bool) -> _Block:
-        length = SMALL_SEGMENT if small else LARGE_SEGMENT if size < MIDDLE_LIMIT else -(-size // LARGE_ROUND) * LARGE_ROUND
+        # 小申请合用 2 MiB 的段，中等的合用 20 MiB 的段，再大的各自成段
+        rounded = -(-size // LARGE_ROUND) * LARGE_ROUND
+        length = SMALL_SEGMENT if small else LARGE_SEGMENT if size < MIDDLE_LIMIT else rounded
         if self.capacity is not None and self.reserved + length > self.capacity:
+            # 真的分配器在报错之前也先退一次缓存
             self._give_back_unused()
             if self.reserved + length > self.capacity:
                 raise OutOfCapacityError(size)

@@ -1,4 +1,8 @@
-"""What to show when a step ran out of memory and cannot be divided further: which part, by how much, what to type."""
+"""What to show when a training step ran out of memory: the largest part, the shortage and what to type."""
+
+# 训练步显存不足、又不能再分小时，打印一屏：哪一部分最大、差多少、接着训要敲什么
+# 由 run_train.py 作为 explain 递给训练，失败之后才导入；它重新做一次规划，再从成套的 memory= 里挑最温和又放得下的
+# 规划不了也照样结束：少一张表，不掩盖真正的错误
 
 import re
 from dataclasses import asdict, replace
@@ -29,7 +33,10 @@ def wanted_and_free(detail: str) -> tuple[float | None, float | None]:
 
 
 def show(error: OutOfMemory, cfg: TrainConfig, console: Console, *, resume: list[str]) -> None:
-    """Print one screen about the failed step of cfg; `resume` is what to type to go on, empty when there is no checkpoint."""
+    """Print one screen about the failed step of cfg.
+
+    `resume` is what to type to go on, empty when there is no checkpoint.
+    """
     wanted, free = wanted_and_free(error.detail)
     console.line(
         "---- out of memory in the {phase}, with {rows} rows at a time: this cannot be divided further ----",
@@ -63,7 +70,10 @@ def show(error: OutOfMemory, cfg: TrainConfig, console: Console, *, resume: list
 def _planned(cfg: TrainConfig, rows: int) -> tuple[Plan, Advice | None]:
     """The plan of the failed step, and the mildest preset of memory= that takes clearly less and fits."""
     total = cfg.global_batch_size or cfg.batch_size * cfg.gradient_accumulation_steps
-    failed = replace(cfg, batch_size=min(rows, total), gradient_accumulation_steps=1, global_batch_size=total, init_from=None)
+    # 模型的形状此时已经定了：不必再去读 init_from 的权重
+    failed = replace(
+        cfg, batch_size=min(rows, total), gradient_accumulation_steps=1, global_batch_size=total, init_from=None
+    )
     planner = Planner(failed)
     plan = planner.predict(failed)
     for change in presets():
@@ -71,7 +81,8 @@ def _planned(cfg: TrainConfig, rows: int) -> tuple[Plan, Advice | None]:
         if candidate is None:
             continue
         outcome = planner.judge(candidate, plan.vocab_source)
-        if outcome.verdict != "does_not_fit" and outcome.total - outcome.parts.context < CLEARLY_LESS * (plan.total - plan.parts.context):
+        saves = outcome.total - outcome.parts.context < CLEARLY_LESS * (plan.total - plan.parts.context)
+        if outcome.verdict != "does_not_fit" and saves:
             return plan, Advice(change.typed, outcome.tokens_per_s / plan.tokens_per_s, outcome)
     return plan, None
 

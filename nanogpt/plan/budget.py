@@ -1,4 +1,8 @@
-"""How much memory a run may take, and on which device: one answer for the plan, the allocator's cap and the trials."""
+"""How much memory a run may take and on which device, for the plan, the allocator's cap and the trials."""
+
+# 一次运行可以用多少内存、在哪个设备上：规划、分配器的上限、试跑都问这里，口径才一致
+# 显卡：写明了 hardware= 就按写明的算，卡不在这台机器上也行；否则问此刻空闲多少
+# CPU：预算是空闲的内存加上本进程已占的，所以要先量本进程在有任何张量之前有多大
 
 import functools
 from dataclasses import dataclass
@@ -10,6 +14,8 @@ from nanogpt.base.hardware import GIB, allocator_cap, free_ram
 @dataclass(frozen=True)
 class Budget:
     """Memory of the device that is planned for, bytes."""
+
+    # 总量减去 context 与 desktop 才是张量能用的：三者分开，表里才说得清少了的去哪了
 
     device_type: str
     """cpu | cuda"""
@@ -38,7 +44,8 @@ def budget_for(cfg: TrainConfig) -> Budget:
         return _cpu(cfg)
     if cap is not None:
         context, desktop = int(hardware.context_gib * GIB), int(hardware.desktop_gib * GIB)
-        return Budget("cuda", hardware.name, int(hardware.vram_gib * GIB), cap, context, desktop, torch.cuda.is_available())
+        total = int(hardware.vram_gib * GIB)
+        return Budget("cuda", hardware.name, total, cap, context, desktop, torch.cuda.is_available())
     device = choose_device(cfg.device, hardware)
     if device.type == "cpu":
         return _cpu(cfg)
@@ -51,7 +58,10 @@ def budget_for(cfg: TrainConfig) -> Budget:
 
 @functools.cache
 def process_bytes(checkpointing: bool) -> int:
-    """Resident size of this process when it was first asked for: the program before any tensor, forked copies included."""
+    """Resident size of this process when it was first asked for: the program before any tensor.
+
+    A forked copy keeps the figure.
+    """
     import psutil
 
     if checkpointing:

@@ -1,4 +1,8 @@
-"""A config with everything filled in that a plan needs and that training takes from data or weights; nothing is fetched."""
+"""Fill in what a plan needs of a config and training would take from data or weights, fetching nothing."""
+
+# 把配置补全到可以规划：词表多大、有没有篇章分隔符、init_from 的权重是什么形状
+# 训练时这些来自准备好的数据与权重；规划时什么也不下载、不准备，读得到就读，读不到就用写明的假定
+# settled 是入口，plan 用它；结果里带着词表的出处，打印时说给人听
 
 from dataclasses import replace
 from pathlib import Path

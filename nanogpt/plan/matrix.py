@@ -1,4 +1,8 @@
-"""plan=matrix: the largest micro-batch of every preset, number format and memory preset on the reference cards, or on the one typed."""
+"""The table of plan=matrix: the largest micro-batch of every model, number format and memory preset."""
+
+# plan=matrix 的表：每个模型、数字格式、memory 预设，在几张卡上最多放得下多大的微批
+# 追踪与显存大小无关，所以各卡共用一份追踪，只有“放不放得下”各算各的；fp16 与 bf16 也只追踪一次
+# show 由 plan/show 的 run_plan 调用；每个模型算完就打印，不必等整张表
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,7 +38,8 @@ def memories(cfg: TrainConfig) -> dict[str, MemoryConfig]:
     if (chosen := cfg.groups["memory"]) != "default":
         return {chosen: cfg.memory}
     files = {name: ROOT / "conf" / "memory" / f"{name}.yaml" for name in MEMORY}
-    return {name: typed_node(MemoryConfig, yaml.safe_load(file.read_text(encoding="utf-8"))) for name, file in files.items()}
+    nodes = {name: yaml.safe_load(file.read_text(encoding="utf-8")) for name, file in files.items()}
+    return {name: typed_node(MemoryConfig, node) for name, node in nodes.items()}
 
 
 def rows(cfg: TrainConfig) -> Iterator[tuple[str, str, str, dict[str, int | None]]]:
@@ -49,17 +54,20 @@ def rows(cfg: TrainConfig) -> Iterator[tuple[str, str, str, dict[str, int | None
         for memory, node in memories(cfg).items():
             known: dict[str, dict[str, int | None]] = {}
             for precision in ("fp32", "fp16", "bf16"):
-                if (node.weights == "bf16" and precision != "bf16") or (node.optimizer_in_backward and precision == "fp16"):
+                # 配置检查也不许的组合：bf16 权重只配 bf16，反向里更新不能配 loss scaling
+                scaled_in_backward = node.optimizer_in_backward and precision == "fp16"
+                if (node.weights == "bf16" and precision != "bf16") or scaled_in_backward:
                     continue
                 # fp16 与 bf16 的每个张量同样大（有测试）：只追踪一次
                 same = "fp32" if precision == "fp32" else "16"
                 if same not in known:
                     say("tracing {what} …", what=f"{model} {precision} memory={memory}")
                     candidate = replace(
-                        cfg, model=preset(model, vocab_size=GPT2_VOCAB), precision=PrecisionConfig(dtype=precision), memory=node,
-                        gradient_accumulation_steps=1, global_batch_size=None, init_from=None,
+                        cfg, model=preset(model, vocab_size=GPT2_VOCAB), precision=PrecisionConfig(dtype=precision),
+                        memory=node, gradient_accumulation_steps=1, global_batch_size=None, init_from=None,
                     )
-                    known[same] = {name: planner.largest_batch(candidate, batches(candidate.model.block_size)) for name, planner in planners.items()}
+                    sizes = batches(candidate.model.block_size)
+                    known[same] = {name: planner.largest_batch(candidate, sizes) for name, planner in planners.items()}
                 yield model, precision, memory, known[same]
 
 
@@ -86,7 +94,9 @@ def show(cfg: TrainConfig, console: Console) -> None:
         cells = {None: "-", most: f"{most}+"}
         merged: dict[tuple, list[str]] = {}
         for _, precision, memory, largest in found:
-            merged.setdefault((memory, *(cells.get(largest[name], str(largest[name])) for name in names)), []).append(precision)
+            shown = [cells.get(largest[name], str(largest[name])) for name in names]
+            # 结果相同的格式并成一行
+            merged.setdefault((memory, *shown), []).append(precision)
         # 每个模型算完就打印：中途停下也留得住前面的
         for (memory, *largest), precisions in merged.items():
             console.plain(f"| `{model}` | {memory} | {', '.join(precisions)} | {' | '.join(largest)} |")

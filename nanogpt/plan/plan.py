@@ -1,4 +1,9 @@
-"""What a config will take and how fast it will be, without allocating it."""
+"""Predict what a config takes and how fast it is, without allocating anything."""
+
+# 规划的中心：把追踪、分配器模型、屋顶线（roofline）合成一份 Plan：峰值由什么组成、放不放得下、每步多久
+# Planner 管一个设备，记住追踪过的；Estimate 用一两层的浅追踪粗估，只用来少做几次几秒钟的完整追踪，答案都由后者说了算
+# predict 是最短的入口；show、advice、matrix、autopsy、sweep 都从这里拿结果
+# 放得下的意思是：分配器模型在容量的 95% 之内走得完
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +39,8 @@ class Estimate:
     logits fill one chunk of the loss, in the rows, apart from rounding.
     """
 
+    # 两种层数、两种行数的四次浅追踪，就够估附近的任何行数
+
     def __init__(self, cfg: TrainConfig, device_type: str):
         self.cfg = cfg
         # 自己的模型各层可以不同：照原来的层数追踪
@@ -58,14 +65,19 @@ class Estimate:
             model = replace(self.cfg.model, n_layer=DEPTHS[key[0]]) if self.shallow else self.cfg.model
             total = self.cfg.global_batch_size
             accumulation = 1 if self.cfg.memory.optimizer_in_backward or total == 1 else 2
-            self._corners[key] = trace(replace(self.cfg, model=model), Shape(rows, accumulation, self.cfg.eval_batch_size or rows, self.device_type))
+            shape = Shape(rows, accumulation, self.cfg.eval_batch_size or rows, self.device_type)
+            self._corners[key] = trace(replace(self.cfg, model=model), shape)
         return self._corners[key]
 
     def live(self, rows: int) -> float:
         """Peak of the live bytes."""
         at, depth = self.rows(rows), self.cfg.model.n_layer
         phases = self.corner(0, at[0]).events
-        return max(bilinear(lambda i, j, phase=phase: self.corner(i, at[j]).peaks()[phase], depth, rows, at) for phase in phases)
+
+        def peak(phase: str) -> float:
+            return bilinear(lambda i, j: self.corner(i, at[j]).peaks()[phase], depth, rows, at)
+
+        return max(map(peak, phases))
 
     def fits(self, rows: int, budget: Budget, part: float) -> bool:
         """Whether `part` of the capacity probably suffices."""
@@ -86,6 +98,8 @@ BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 class Parts:
     """Where the predicted peak comes from, bytes."""
 
+    # 前五项来自追踪，其余来自分配器与预算；加起来就是整张卡的峰值
+
     weights: int
     gradients: int
     optimizer: int
@@ -101,6 +115,8 @@ class Parts:
 @dataclass(frozen=True)
 class Plan:
     """The prediction for one config; bytes and seconds."""
+
+    # 全是数，不含张量：可以留着比较，也可以传给另一个进程
 
     cfg: TrainConfig
     budget: Budget
@@ -133,6 +149,8 @@ class Plan:
 class Planner:
     """Traces configs for one device and remembers the traces."""
 
+    # 一次追踪要几秒，建议与表会反复问相近的设置：记住的键是所有影响追踪的部分
+
     def __init__(self, cfg: TrainConfig):
         self.budget = budget_for(cfg)
         self.rates = rates_of(cfg.hardware, self.budget, tf32=cfg.precision.tf32)
@@ -147,7 +165,9 @@ class Planner:
         """The trace of cfg with micro-batches of `rows` out of `total`."""
         # 累积两次以上与两次的内存相同
         shape = Shape(rows, min(2, -(-total // rows)), eval_rows, self.budget.device_type)
-        key = repr((cfg.model, cfg.precision, cfg.hardware.dtype, cfg.memory, cfg.optimizer, cfg.finetune, cfg.seed, shape))
+        key = repr((
+            cfg.model, cfg.precision, cfg.hardware.dtype, cfg.memory, cfg.optimizer, cfg.finetune, cfg.seed, shape,
+        ))
         if key not in self._traces:
             self._traces[key] = trace(cfg, shape)
         return self._traces[key]
@@ -169,7 +189,9 @@ class Planner:
         at = max(0, len(promising) - 1)
         # 估计只用来少追踪几次；答案都由完整的追踪说了算
         if self.fits(cfg, candidates[at]):
-            while at + 1 < len(candidates) and guess.fits(candidates[at + 1], self.budget, 1.0) and self.fits(cfg, candidates[at + 1]):
+            for larger in candidates[at + 1 :]:
+                if not (guess.fits(larger, self.budget, 1.0) and self.fits(cfg, larger)):
+                    break
                 at += 1
             return candidates[at]
         while at > 0:
@@ -180,7 +202,10 @@ class Planner:
 
     def estimate(self, cfg: TrainConfig) -> Estimate:
         """The peak of cfg at any number of rows, from shallow traces; remembered."""
-        key = repr((cfg.model, cfg.precision, cfg.memory, cfg.optimizer, cfg.finetune, cfg.eval_batch_size, cfg.global_batch_size))
+        key = repr((
+            cfg.model, cfg.precision, cfg.memory, cfg.optimizer, cfg.finetune, cfg.eval_batch_size,
+            cfg.global_batch_size,
+        ))
         if key not in self._estimates:
             self._estimates[key] = Estimate(cfg, self.budget.device_type)
         return self._estimates[key]
@@ -223,8 +248,9 @@ class Planner:
         )
         step_s = step_seconds(traced, self.rates, total)
         return Plan(
-            cfg=cfg, budget=self.budget, rates=self.rates, parts=parts, allocated=result.allocated, reserved=result.reserved, ram=traced.ram,
-            verdict=verdict, batch_size=traced.shape.rows, accumulation=-(-total // traced.shape.rows), parameters=traced.parameters,
+            cfg=cfg, budget=self.budget, rates=self.rates, parts=parts, allocated=result.allocated,
+            reserved=result.reserved, ram=traced.ram, verdict=verdict, batch_size=traced.shape.rows,
+            accumulation=-(-total // traced.shape.rows), parameters=traced.parameters,
             precision=str(traced.dtype).removeprefix("torch."), vocab_source=vocab_source, step_s=step_s,
             tokens_per_s=total * distributed.world() * cfg.model.block_size / step_s,
             train_s=cfg.max_iters * step_s + self._evaluation_s(cfg, traced),
@@ -254,6 +280,7 @@ def with_workspace(cfg: TrainConfig, traced: Trace) -> Iterator[tuple[int, int]]
     each = CUBLAS_WORKSPACE[cfg.deterministic]
     set_up = traced.events["set_up"]
     rest = traced.timeline()
+    # 工作区在第一次乘积时才申请，排在权重之后；负的编号不会与 storage 的相撞
     for _ in set_up:
         next(rest)
     return chain(set_up, ((-1 - n, each) for n in range(CUBLAS_HANDLES)), rest)

@@ -1,4 +1,8 @@
-"""Seconds per step from the work that a trace counted: every operation is bound by products or by memory."""
+"""Turn the work that a trace counted into seconds: each operation is bound by products or by memory."""
+
+# 把追踪数出的运算量换成时间：每个运算要么受乘法的峰值限制，要么受显存带宽限制，取慢的那个
+# 峰值依次取自 hardware= 写明的、认得的卡的数据、实测；卡不在这台机器上就按参考卡算
+# plan 用它算每步的秒数；达成率是假设的常数，所以速度只是“大约”，显存那边才是算出来的
 
 import functools
 from collections import Counter
@@ -24,6 +28,8 @@ COPY_BYTES = 2**26
 class Rates:
     """Peaks of a device, per second."""
 
+    # 带着出处：打印时要说清楚这些数是写明的、查到的还是量到的
+
     device_type: str
     fp32_flops: float
     half_flops: float
@@ -40,25 +46,31 @@ class Rates:
             peak = self.half_flops if half else self.fp32_flops
             busy = max(flops / (peak * products), traffic / (self.bandwidth * passes), over_pcie / self.pcie)
             # 发射与执行重叠：小运算受发射限制，大运算看不见它
-            total += count * (max(busy, LAUNCH_S[self.device_type]) if self.device_type == "cuda" else busy + LAUNCH_S["cpu"])
+            launch = LAUNCH_S[self.device_type]
+            total += count * (max(busy, launch) if self.device_type == "cuda" else busy + launch)
         return total
 
 
 def rates_of(hardware: HardwareConfig, budget: Budget, *, tf32: bool = True) -> Rates:
-    """Stated figures first, then a known card's, then measured ones; a card that is not here counts as the reference card."""
+    """The rates of a device: stated figures first, then a known card's, then measured ones.
+
+    A card that is not in this machine counts as the reference card.
+    """
     fp32, half, bandwidth = _peaks(hardware, tf32 and budget.device_type == "cuda")
     source = f"hardware={hardware.name}"
     if None in (fp32, half, bandwidth):
         measured = _measure(budget, tf32)
         source = measured[3] if (fp32, half, bandwidth) == (None, None, None) else f"{source}, {measured[3]}"
-        fp32, half, bandwidth = (stated or found for stated, found in zip((fp32, half, bandwidth), measured, strict=False))
+        stated = (fp32, half, bandwidth)
+        fp32, half, bandwidth = (own or found for own, found in zip(stated, measured, strict=False))
     pcie = hardware.pcie_gb_per_s or PCIE_GB_PER_S
     return Rates(budget.device_type, fp32 * 1e12, half * 1e12, bandwidth * 1e9, pcie * 1e9, source)
 
 
 def _peaks(card: HardwareConfig, tf32: bool) -> tuple[float | None, float | None, float | None]:
     """(fp32 TFLOP/s, 16-bit TFLOP/s, GB/s) that a card states."""
-    return peak_tflops_of(card, half=False, tf32=tf32), peak_tflops_of(card, half=True, tf32=tf32), card.bandwidth_gb_per_s
+    fp32, half = (peak_tflops_of(card, half=half, tf32=tf32) for half in (False, True))
+    return fp32, half, card.bandwidth_gb_per_s
 
 
 def _measure(budget: Budget, tf32: bool) -> tuple[float, float, float, str]:
@@ -72,7 +84,8 @@ def _measure(budget: Budget, tf32: bool) -> tuple[float, float, float, str]:
         if card := present_card(device):
             return *_peaks(card, tf32), card.name
         name = torch.cuda.get_device_name(device)
-        return measured_peak(device, torch.float32), measured_peak(device, torch.float16), copy_bandwidth(device), f"{name}, measured"
+        fp32, half = measured_peak(device, torch.float32), measured_peak(device, torch.float16)
+        return fp32, half, copy_bandwidth(device), f"{name}, measured"
     peak = measured_peak(device, torch.float32)
     # CPU 的 16 位只是取整，乘法仍用 fp32
     return peak, peak, copy_bandwidth(device), "CPU, measured"
@@ -103,4 +116,5 @@ def step_seconds(trace: Trace, rates: Rates, rows: int) -> float:
     later = rates.seconds(trace.ops.get("steady_micro_1", Counter())) or first
     micro_batches = rows / trace.shape.rows
     # 最后一个微批可以不满：按行数折算
-    return first * min(1.0, micro_batches) + later * max(0.0, micro_batches - 1) + rates.seconds(trace.ops["steady_update"])
+    update = rates.seconds(trace.ops["steady_update"])
+    return first * min(1.0, micro_batches) + later * max(0.0, micro_batches - 1) + update

@@ -1,5 +1,8 @@
+"""The output of plan=true: the table of a plan, its verdict, its speed and what to type if it does not fit."""
+
 # plan=true 与 plan=matrix 从这里进来：只打印，什么也不写
-"""plan=true: a plan as a person reads it, in one table, with the verdict, the speed, and what to type when it does not fit."""
+# run_plan 由 run_train.py 调用，决定打印哪一种；table 与 show 只把一份 Plan 变成行，autopsy 也用这张表
+# 放不下时以退出码 1 结束，脚本里就能用它判断；在 -m 里不行，后面的设置还要接着看
 
 import sys
 from dataclasses import asdict
@@ -19,9 +22,9 @@ from nanogpt.run import rundir
 
 BAR = 30
 NAMES = {
-    "weights": "plan_weights", "gradients": "plan_gradients", "optimizer": "plan_optimizer", "activations": "plan_activations",
-    "temporaries": "plan_temporaries", "rounding": "plan_rounding", "workspace": "plan_workspace", "context": "plan_context",
-    "desktop": "plan_desktop",
+    "weights": "plan_weights", "gradients": "plan_gradients", "optimizer": "plan_optimizer",
+    "activations": "plan_activations", "temporaries": "plan_temporaries", "rounding": "plan_rounding",
+    "workspace": "plan_workspace", "context": "plan_context", "desktop": "plan_desktop",
 }
 VERDICTS = {"fits": "plan_fits", "tight": "plan_tight", "does_not_fit": "plan_does_not_fit"}
 

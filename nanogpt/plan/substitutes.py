@@ -1,6 +1,8 @@
-# 追踪用的是没有存储的张量，它们自称在 CPU 上，也没有值：训练步里凡是问设备、问数值、搬内存的几个小函数，在这里换成替身
+"""Stand-ins for the few parts of a training step that ask for a device or a value, used while it is traced."""
+
+# 追踪时的替身：训练步里凡是问设备、问数值、搬内存的几个小函数，在这里换掉
+# 追踪用的是没有存储的张量，它们自称在 CPU 上，也没有值，而规划的往往是一张卡
 # 训练那边不知道有规划这回事：substituted() 里的一张表就是全部的替换，出来时原样放回
-"""Stand-ins that a trace needs where the real part asks for a device or for a value."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,7 +19,10 @@ from nanogpt.plan.tracker import Tracker
 from nanogpt.weights import build
 
 # CUDA 的 autocast 提到 fp32 算、CPU 的不提的运算（torch 文档 “Autocast Op Reference”）
-FLOAT32_ON_CUDA = (F.layer_norm, F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, torch.Tensor.softmax, F.cross_entropy, F.nll_loss)
+FLOAT32_ON_CUDA = (
+    F.layer_norm, F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, torch.Tensor.softmax, F.cross_entropy,
+    F.nll_loss,
+)
 # 假张量从这一版起才认得带 out_dtype 的 addmm
 ADDMM_IS_TRACED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 # 对称的 scale：只有形状和类型要紧
@@ -26,6 +31,8 @@ SCALE = 1.0
 
 class LikeCuda(TorchFunctionMode):
     """Makes CPU autocast allocate as CUDA's does, and lets tensors say that they are on a card."""
+
+    # 假张量在 CPU 上：不换的话，autocast 走 CPU 的规则，算出的临时张量大小就不是显卡上的
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -41,6 +48,8 @@ class LikeCuda(TorchFunctionMode):
 
 class TracedScaler:
     """The allocations of torch.amp.GradScaler, without looking at any value."""
+
+    # 真的 GradScaler 要读 Inf 的计数：假张量没有值，读就出错
 
     def __init__(self, enabled: bool):
         self.enabled = enabled
@@ -62,7 +71,12 @@ class TracedScaler:
 
 
 class PlannedPrecision:
-    """nanogpt.core.precision.Precision of a device that need not be there; dtype auto is fp32 on a CPU, else what `automatic` says."""
+    """nanogpt.core.precision.Precision of a device that need not be there.
+
+    dtype=auto is fp32 on a CPU, else what `automatic` says.
+    """
+
+    # 真的 Precision 要问那张卡支持什么；这里只按写明的来，卡可以不在
 
     def __init__(self, config, device_type: str, weights: str = "fp32", automatic: str = "bf16"):
         automatic = "fp32" if device_type == "cpu" else automatic
@@ -93,7 +107,12 @@ class PlannedPrecision:
 
 
 class FusedRMSNorm(torch.autograd.Function):
-    """Allocates and saves what the CUDA kernel behind F.rms_norm does (torch >= 2.9): its input and one float32 per row."""
+    """Allocates and saves what the CUDA kernel behind F.rms_norm does (torch >= 2.9).
+
+    That is its input and one float32 per row.
+    """
+
+    # CPU 上 F.rms_norm 是一串小运算，存下的多得多：照它追踪，显存就估大了
 
     @staticmethod
     def forward(ctx, x):
@@ -111,7 +130,10 @@ class FusedRMSNorm(torch.autograd.Function):
 
 @contextlib.contextmanager
 def substituted(device_type: str, tracker: Tracker | None = None) -> Iterator[None]:
-    """Let the training step compute as on a device of this type; what lies in RAM and what counts several times is told to `tracker`."""
+    """Let the training step compute as on a device of this type.
+
+    What lies in RAM and what counts several times is told to `tracker`.
+    """
 
     def counted_spans(numel: int, piece: int) -> Iterator[slice]:
         # 大小相同的几块只追踪第一块

@@ -1,8 +1,13 @@
-"""Run the real training step on tensors without storage and write down every allocation, product and pass over memory.
+"""Run the real training step on tensors without storage and write down its allocations and its work.
 
 FakeTensorMode gives shapes, types and lifetimes as the real run has them; the Tracker below it follows each
 storage from its first sight to its finalisation. No values exist, so nothing may depend on one.
 """
+
+# 在没有存储的张量上走一遍真的训练步，记下每次分配、每次乘积、每次读写
+# 走的是训练用的同一份代码：先造模型，走两步（第一步造出优化器状态，第二步是稳定的样子），再评估一次、采样一次
+# trace 是入口，plan 用它；Trace 只是记录，显存的峰值与时间由别的模块从中算出
+# 没有值可读：模型的步若依赖数值就追踪不了，这时给一句话，而不是崩溃
 
 import contextlib
 import gc
@@ -28,7 +33,12 @@ KINDS = ("weights", "gradients", "optimizer", "activations", "temporaries")
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides a trace beside the config: rows per micro-batch, micro-batches per step, rows per evaluation batch, device."""
+    """What decides a trace besides the config.
+
+    Rows per micro-batch, micro-batches per step, rows per evaluation batch and the type of device.
+    """
+
+    # 可哈希、可 repr：同样的形状不追踪第二遍
 
     rows: int
     accumulation: int = 1
@@ -43,6 +53,8 @@ class Trace:
     Phases: set_up; first_micro_0 and first_update (the optimizer's state appears); steady_micro_0,
     steady_micro_1 when accumulating (gradients are there already) and steady_update; evaluate; sample.
     """
+
+    # 按阶段分开：每阶段的峰值与层数、行数成线性，粗估靠的就是这一点
 
     shape: Shape
     block_size: int
@@ -143,6 +155,8 @@ def automatic_format(cfg: TrainConfig) -> str:
 class _Run:
     """One trace in the making."""
 
+    # 各步之间要记的东西不少（跟踪器、前向之前活着的、正在填的记录），所以是一个对象
+
     def __init__(self, cfg: TrainConfig, shape: Shape, mode: FakeTensorMode):
         self.cfg, self.shape = cfg, shape
         self.tracker = Tracker(mode)
@@ -195,7 +209,8 @@ class _Run:
 
     def _forward_ended(self) -> None:
         """What this forward pass made and still holds is kept for the backward pass."""
-        kept = {n: size for n, size in self.tracker.live().items() if n not in self.before_forward and n not in self.tracker.host}
+        known = self.before_forward | self.tracker.host
+        kept = {n: size for n, size in self.tracker.live().items() if n not in known}
         for number in kept:
             self.result.kinds.setdefault(number, "activations")
         self.result.activations = sum(kept.values())

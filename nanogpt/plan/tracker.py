@@ -1,5 +1,10 @@
 """A dispatch mode below FakeTensorMode that follows every storage and counts the work of every operation."""
 
+# 追踪的最底层：每个运算都经过这里，记下新出现与释放的 storage，数出它的 FLOPs 与读写的字节
+# 上半是一次运算的代价（flops_of、traffic_of、workspace_of），下半是 Tracker 本身
+# 活着与否靠 storage 的弱引用，与真实运行同样的时刻释放；编号而不用地址，因为地址会被再用
+# FakeTensorMode 很慢，_compute 里的几条捷径让一次追踪快几倍，结果必须与不走捷径相同
+
 import math
 import weakref
 from collections import Counter
@@ -13,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
 # 建张量而不写它，或只改形状：不花时间
-UNTOUCHED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted", "_local_scalar_dense"}
+UNTOUCHED = {
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted", "_local_scalar_dense",
+}
 # RTX 3060 的 SM 数：确定性的 flash 反向按它决定要几份 dq
 SM_COUNT = 28
 FLASH_TILE = 128
@@ -24,7 +31,9 @@ def is_free(func, made_storage: bool) -> bool:
     name = func._schema.name
     if name.rpartition("::")[2] in UNTOUCHED:
         return True
-    return not made_storage and not func._schema.is_mutable and bool(func.is_view or name.endswith(("::_to_copy", "::detach", "::lift_fresh")))
+    # 这几种运算只要没有造出新的 storage，就没有搬动字节
+    changes_nothing = func.is_view or name.endswith(("::_to_copy", "::detach", "::lift_fresh"))
+    return not made_storage and not func._schema.is_mutable and bool(changes_nothing)
 
 
 def product(*sizes: int) -> int:
@@ -73,7 +82,10 @@ def traffic_of(func, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) ->
 
 
 def workspace_of(func, args) -> int:
-    """Scratch bytes of the CUDA kernel that an attention backward stands for, 0 for others; assumes deterministic=true."""
+    """Scratch bytes of the CUDA kernel that an attention backward stands for, 0 for other operations.
+
+    Assumes deterministic=true.
+    """
     name = func._overloadpacket.__name__
     if not ("scaled_dot_product" in name and name.endswith("backward")):
         return 0
@@ -94,6 +106,8 @@ _REMEMBERED: dict[tuple, tuple] = {}
 
 class Tracker(TorchDispatchMode):
     """Follows storages and counts work; sits inside a FakeTensorMode."""
+
+    # events 是 (编号, ±字节) 的流水，ops 是各种代价出现的次数；take 一次就是一个阶段
 
     def __init__(self, mode: FakeTensorMode):
         super().__init__()
@@ -131,7 +145,8 @@ class Tracker(TorchDispatchMode):
     def _compute(self, func, args, kwargs):
         """func(*args, **kwargs); what only depends on shapes is remembered, FakeTensorMode takes five times as long."""
         schema = func._schema
-        if schema.is_mutable and len(schema.returns) == 1 and schema.name.endswith("_") and isinstance(args[0], torch.Tensor):
+        in_place = schema.is_mutable and len(schema.returns) == 1 and schema.name.endswith("_")
+        if in_place and isinstance(args[0], torch.Tensor):
             # 原地运算没有值可算，结果就是它自己
             return args[0]
         if func.is_view and isinstance(args[0], FakeTensor):
@@ -139,7 +154,9 @@ class Tracker(TorchDispatchMode):
             device = args[0].fake_device
             with in_kernel_invocation_manager(self.mode):
                 out = func(*args, **kwargs)
-            return FakeTensor(self.mode, out, device) if isinstance(out, torch.Tensor) else [FakeTensor(self.mode, t, device) for t in out]
+            if isinstance(out, torch.Tensor):
+                return FakeTensor(self.mode, out, device)
+            return [FakeTensor(self.mode, t, device) for t in out]
         if schema.is_mutable:
             return func(*args, **kwargs)
         # 不写 dtype 的 torch.empty 随默认类型而变：bf16 权重就是这样造出来的
@@ -152,7 +169,9 @@ class Tracker(TorchDispatchMode):
             return _fresh(self.mode, known)
         mark = self.count
         out = func(*args, **kwargs)
-        if isinstance(out, FakeTensor) and out.untyped_storage()._cdata not in self.ids and self.count == mark and out.storage_offset() == 0:
+        # 只记全新的、里面没有再分配过的：别的结果下次不能凭空造出来
+        fresh = isinstance(out, FakeTensor) and out.untyped_storage()._cdata not in self.ids
+        if fresh and self.count == mark and out.storage_offset() == 0:
             _REMEMBERED[key] = (out.shape, out.stride(), out.dtype, out.fake_device)
         return out
 

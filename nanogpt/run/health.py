@@ -1,9 +1,12 @@
-# 训练还有没有意义：跳过的坏步、坏掉的张量、比乱猜还差的损失
-# 坏了的在写进 checkpoint 之前就停下，并说从哪里接着训
-"""Whether a training still makes sense: steps that had to be skipped, tensors that stopped being numbers, a loss worse than guessing.
+"""Stop a training that no longer makes sense: skipped steps, values that are not finite, divergence.
 
-Each of them ends the run with one line before anything bad reaches a checkpoint, and names where to go on from.
+Each of these ends the run with one line before anything bad reaches a checkpoint, and names where to go on from.
 """
+
+# 看一次训练还有没有意义：连着跳过的步、不是有限数的权重、比乱猜还差的损失
+# loop 在开始、每次更新、评估、存盘时各问一次；不行就抛出 Diverged，一句话说清从哪里接着、学习率降到多少
+# 坏的状态绝不进 checkpoint：存之前先查，查出就停，上一份好的还在
+# 多进程时各进程用同样的数做同样的决定，不必再通信
 
 import math
 from collections import deque
@@ -19,7 +22,9 @@ RUNAWAY_MARGIN = 0.5
 
 
 class Diverged(ConfigError):  # noqa: N818 - 与 OutOfMemory 一样，是一种结局
-    """The training has come to nothing; the line says where to go on from and how."""
+    """The training cannot go on in a useful way; the line says where to continue from and how."""
+
+    # 单独一类：试跑据此判为 crashed，而不是配置写错
 
 
 def broken_tensor(model, optimizer) -> str | None:
@@ -29,7 +34,9 @@ def broken_tensor(model, optimizer) -> str | None:
 
 
 class Health:
-    """What a trainer knows about how well it goes; one rank decides as the others, from the same numbers."""
+    """What a trainer knows about how well it goes; every process decides alike, from the same numbers."""
+
+    # 只看 trainer 手里的数，不改它的步子；要存进 checkpoint 的计数在 Progress 里，续训时才接得上
 
     def __init__(self, trainer):
         self.trainer = trainer
@@ -63,7 +70,7 @@ class Health:
             )
 
     def after_update(self, loss: float, norm: float, *, iteration: int, healing: bool) -> None:
-        """Count a step (`iteration`, from 1) that was skipped because its loss or gradient norm is not finite, and stop at too many in a row.
+        """Count a step (`iteration`, from 1) whose loss or gradient norm is not finite, and stop at too many in a row.
 
         `healing` says that an fp16 overflow has just lowered the loss scale: that is no fault, but no good step either.
         """
@@ -103,9 +110,10 @@ class Health:
         return False
 
     def _compare_with_guessing(self, loss: float) -> None:
-        """Stop when most of the latest losses are above that of guessing and above every earlier one: clipping hides such an end.
+        """Stop when most of the latest losses are above that of guessing and above every earlier one.
 
-        A pretrained model may begin above it (text in another language); going up from there is what counts.
+        Gradient clipping hides a divergence of this kind: every step stays finite. A pretrained model may
+        begin above it (text in another language); going up from there is what counts.
         """
         self.lowest = min(self.lowest, loss)
         # 续训时这一程的最低值还不可靠，参考存下来的最好验证损失
@@ -120,7 +128,7 @@ class Health:
             )
 
     def _remedy(self, *, best: bool = False) -> str:
-        """What to type: go on from the last (or best) checkpoint with a lower rate, or begin again where there is none."""
+        """What to type: go on from the last (or best) checkpoint with a lower rate, or begin again without one."""
         trainer = self.trainer
         found = checkpoint.checkpoints(trainer.run_dir)
         rate = trainer.cfg.learning_rate / 3

@@ -3,6 +3,10 @@
 A logger of your own is a class with open, log, text and close, named in a yaml under conf/logger.
 """
 
+# 指标写到哪里：metrics.jsonl 总有，TensorBoard 与 wandb 配置了才有
+# loop 只面对 Loggers：它把每次调用转给各个后端，谁写不了就说一次，训练照走；自己的后端只要有 open、log、text、close
+# 磁盘满、被杀在半行、续训：三种情形下 metrics.jsonl 的每一行都要是完整的
+
 import contextlib
 import json
 import os
@@ -24,9 +28,11 @@ MOST_PENDING = 2**20
 class JsonlLogger:
     """One json object a line in metrics.jsonl, flushed at once.
 
-    After a resume the lines go on behind a {"event": "resume"} mark; for an iteration that stands
-    twice the later line counts.
+    After a resume the lines continue behind a {"event": "resume"} mark; where an iteration occurs
+    twice, the later line counts.
     """
+
+    # 不靠任何库也读得了的一份；写不进去的先记在内存里，磁盘一有空就补上
 
     def open(self, run_dir: Path, config: dict, iteration: int) -> None:
         # 不用缓冲：磁盘满时写进去几个字节，要一清二楚
@@ -70,6 +76,8 @@ class JsonlLogger:
 class TensorBoardLogger:
     """Scalars, sampled text and the resolved config in <run>/logs."""
 
+    # dataclass：conf/logger 的 yaml 用 _target_ 把它造出来，这里没有参数
+
     def open(self, run_dir: Path, config: dict, iteration: int) -> None:
         self._folder = str(run_dir / "logs")
         threading.excepthook = _without_full_disks
@@ -86,7 +94,7 @@ class TensorBoardLogger:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[Any]:
-        """The writer; one that failed is left, because it never writes again, and the next time has one of its own."""
+        """The writer; one that failed is dropped, because it never writes again, and the next call opens another."""
         if self._writer is None:
             self._start()
         try:
@@ -118,14 +126,17 @@ def _without_full_disks(failed: threading.ExceptHookArgs) -> None:
 
 @dataclass
 class WandbLogger:
-    """Weights & Biases; a run that goes on keeps its id."""
+    """Weights & Biases; a run that is resumed keeps its id."""
+
+    # wandb 只在 open 里导入：没用它的人不必等，也不必联网
 
     project: str
     mode: str
 
     def __post_init__(self):
         if self.mode not in ("offline", "online", "disabled"):
-            raise ConfigError("not_a_choice", key="logger.wandb.mode", got=self.mode, allowed="offline | online | disabled")
+            allowed = "offline | online | disabled"
+            raise ConfigError("not_a_choice", key="logger.wandb.mode", got=self.mode, allowed=allowed)
 
     def open(self, run_dir: Path, config: dict, iteration: int) -> None:
         import wandb
@@ -156,6 +167,8 @@ def _escape(text: str) -> str:
 
 class Loggers:
     """All loggers of a run as one; does nothing on processes other than the first."""
+
+    # 其余进程的后端列表是空的，调用的地方因此不必分情形
 
     def __init__(self, backends: list):
         self._backends = backends

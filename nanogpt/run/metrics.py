@@ -1,4 +1,8 @@
-"""Speed, model FLOPs utilisation and memory, measured on the machine that is there."""
+"""Measure speed, model FLOPs utilisation and memory on this machine."""
+
+# 在这台机器上量速度、MFU 与内存：峰值 TFLOP/s、此刻与最高的内存、只计训练步的秒表
+# MFU 的分母取自 hardware= 写明的、认得的卡，否则实测；CPU 的峰值每分钟再量一次，因为别的程序会抢
+# loop 用 peak_tflops、flops_per_token、memory_gib 与秒表，plan/roofline 用 measured_peak，sweep 用 peak_resident
 
 import contextlib
 import functools
@@ -33,7 +37,8 @@ def measured_peak(device: torch.device, dtype: torch.dtype, *, keep: bool = Fals
     a new best is written to the cache folder.
     """
     tf32 = device.type == "cuda" and dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    key = f"{processor_name(device)}, torch {torch.__version__}, {'tf32' if tf32 else str(dtype).removeprefix('torch.')}"
+    kind = "tf32" if tf32 else str(dtype).removeprefix("torch.")
+    key = f"{processor_name(device)}, torch {torch.__version__}, {kind}"
     if key not in _measured:
         _measured[key] = _kept_peaks().get(key, 0.0), -math.inf
     best, at = _measured[key]
@@ -93,8 +98,10 @@ def processor_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     # Linux 上 platform.processor() 只说架构
     info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.+)$", info.read_text(encoding="utf-8", errors="replace"), re.MULTILINE) if info.is_file() else None
-    return f"{found[1] if found else platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    told = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
+    found = re.search(r"^model name\s*: (.+)$", told, re.MULTILINE)
+    name = found[1] if found else platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def peak_tflops(hardware, device: torch.device, precision) -> tuple[str, float]:
@@ -137,9 +144,10 @@ def peak_resident(info=None) -> int:
 
 
 def flops_per_token(model) -> int:
-    """FLOPs of the matrix products that training takes per token, forward and backward (PaLM, arXiv:2204.02311, appendix B).
+    """FLOPs of the matrix products that training takes per token, forward and backward.
 
-    Attention counts as if it saw the whole context. Look-ups are free, and what is computed again to save memory does not count.
+    As in PaLM (arXiv:2204.02311, appendix B): attention counts as if it saw the whole context, look-ups are free, and
+    what is computed again to save memory does not count.
     """
     c = model.config
     tables = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
@@ -160,6 +168,8 @@ def flops_per_token(model) -> int:
 
 class Stopwatch:
     """Adds up the seconds between start and stop; used to time steps without evaluation and saving."""
+
+    # cancel 是给编译用的：第一步里的编译时间不算进速度
 
     def __init__(self):
         self.total_s = 0.0

@@ -1,8 +1,15 @@
-"""Run folders: choosing, protecting and finding them; the config of a run that goes on.
+"""Choose, protect and find run folders, and compose the config of a run that is resumed.
 
-A run folder holds run.json (its id, and the config it began with), config.yaml, tokenizer.json, metrics.jsonl, logs/, ckpt/,
-data/ (small data sets), lock (held while the run lives) and, at the end, summary.json. Needs no torch.
+A run folder holds run.json (its id, and the config it began with), config.yaml, tokenizer.json, metrics.jsonl,
+logs/, ckpt/, data/ (small data sets), lock (held while the run lives) and, at the end, summary.json. Needs no torch.
 """
+
+# 训练目录：选名字、占住、不覆盖别人的东西，以及续训时把存下的配置与这次敲的合起来
+# 目录里有 run.json（编号与起始的配置）、config.yaml、tokenizer.json、metrics.jsonl、logs/、ckpt/、data/（小数据集），
+# 训练着的还有 lock，结束了的还有 summary.json
+# choose 只看不写，hold 加锁，claim 造目录并清掉旧的，abandon 收回没开成的
+# 续训：存下的配置为底，只有这次敲了的键盖上去；改了就不再是同一次训练的键，一律拒绝
+# 不导入 torch：写错了要马上说
 
 import contextlib
 import os
@@ -29,7 +36,9 @@ from nanogpt.base.saved_config import read_saved, refuse_unnamed_code
 from nanogpt.base.user_yaml import is_group
 
 # 属于一次训练的名字；清空目录时只认这些
-RUN_FILES = {"run.json", "config.yaml", "tokenizer.json", "metrics.jsonl", "summary.json", "logs", "ckpt", "data", "wandb"}
+RUN_FILES = {
+    "run.json", "config.yaml", "tokenizer.json", "metrics.jsonl", "summary.json", "logs", "ckpt", "data", "wandb",
+}
 LOCK = "lock"
 # 其中训练会往里写的：data 只读
 WRITTEN = RUN_FILES - {"data"}
@@ -77,13 +86,16 @@ def refuse_contents(path: Path, *, overwrite: bool) -> None:
 
 
 def _left_behind(path: Path) -> bool:
-    """Whether this is no content, but what a start leaves that was killed, or lost its power, before there was a run."""
+    """Whether this is only what a start leaves behind that was killed, or lost power, before there was a run."""
     empty = path.name in RUN_FILES and path.is_dir() and not any(path.iterdir())
     return path.name == LOCK or empty or re.fullmatch(r"\..+\.tmp", path.name) is not None
 
 
 def hold(path: Path) -> Lock:
-    """The lock of a run folder; ConfigError while another process trains in it. What a killed process left half-written is removed."""
+    """The lock of a run folder; ConfigError while another process trains in it.
+
+    What a killed process left half-written is removed.
+    """
     # 陌生人的目录里，链接可以指向你的任何文件；整个目录是链接（放到别的盘上）则是你自己定的
     if links := sorted(name for name in (*WRITTEN, LOCK) if (path / name).is_symlink()):
         raise ConfigError(
@@ -246,7 +258,10 @@ def _lay(merged: DictConfig, override: Override, saved: dict, typed_node: DictCo
 
 
 def _only_names(group: str, option: str, saved: dict, typed_node: DictConfig) -> bool:
-    """Whether a typed group only says which model or which of one's own classes the run has: none of its values is taken."""
+    """Whether a typed group only names the model or the class of one's own that the run has.
+
+    None of its values is taken then.
+    """
     own = targets(saved.get(group))
     return (group in ("model", "arch") and option == saved["groups"].get(group)) or bool(
         own - TRUSTED_TARGETS and own == targets(OmegaConf.to_container(typed_node)[group])

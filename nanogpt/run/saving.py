@@ -1,5 +1,8 @@
-# checkpoint 里除权重之外还有什么，怎样存、怎样接着训；文件怎么写由 weights/checkpoint 管
-"""What of a training goes into its checkpoints, and how it goes on from one."""
+"""What of a training goes into its checkpoints, and how a training continues from one."""
+
+# 训练里有哪些东西要进 checkpoint，怎样从里面接着走，使续训与不间断的训练逐位相同
+# state_of 列出权重之外下一步所依赖的一切；存不下（磁盘满、内存不够）时报一行，过一会儿再试
+# loop 与 session 用它；文件的格式、校验与保留几份在 weights/checkpoint
 
 import json
 import time
@@ -19,8 +22,9 @@ RETRY_S = 60
 def state_of(trainer) -> dict:
     """Everything besides the weights that the next iteration depends on."""
     return {
-        "progress": vars(trainer.progress).copy(), "optimizer": trainer.optimizer.state_dict(), "scaler": trainer.precision.scaler.state_dict(),
-        "fingerprint": trainer.data.fingerprint, "order": trainer.order,
+        "progress": vars(trainer.progress).copy(), "optimizer": trainer.optimizer.state_dict(),
+        "scaler": trainer.precision.scaler.state_dict(), "fingerprint": trainer.data.fingerprint,
+        "order": trainer.order,
     }
 
 
@@ -35,7 +39,8 @@ def save(trainer, *, final: bool) -> None:
             # 两次评估之间存的没有验证损失：最好的只能是评估过的那一份
             val_loss=progress.val_loss if trainer.evaluated_at == progress.iteration else None,
             # 词表取自内存：训练目录里那份是给人看的，坏了不该传进 checkpoint
-            config_text=trainer.config_text, tokenizer_text=json.dumps(trainer.data.tokenizer.to_dict(), ensure_ascii=False), keep=cfg.keep,
+            config_text=trainer.config_text,
+            tokenizer_text=json.dumps(trainer.data.tokenizer.to_dict(), ensure_ascii=False), keep=cfg.keep,
             run=trainer.run_id,
         )
         trainer.retry_at = None
@@ -66,7 +71,7 @@ def overdue(trainer) -> bool:
 
 
 def restore(trainer, source: checkpoint.Checkpoint) -> None:
-    """Continue from a checkpoint: weights and optimizer, converted to the present memory= settings, scaler, position and counters."""
+    """Continue from a checkpoint: weights and optimizer in the present memory= settings, scaler, position, counters."""
     state = source.load_state()
     try:
         if state["fingerprint"] != trainer.data.fingerprint:

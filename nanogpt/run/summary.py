@@ -1,4 +1,8 @@
-"""summary.json: what a finished run reached, for people and for sweeps."""
+"""Write summary.json: what a finished run reached, for people and for sweeps."""
+
+# summary.json：一次训练走到了哪里，给人看，也给脚本与比较用
+# loop 结束时写一次；versions 与 device_name 也给评估与试跑的记录用
+# 写不下只报一行：权重都已存好，少一份总结不算失败
 
 import json
 import math

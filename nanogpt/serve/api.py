@@ -1,7 +1,8 @@
 """The FastAPI app of serve=true: who may come, its addresses, and one completion from its body to its last byte."""
 
-# FastAPI 管路由、依赖与 /openapi.json；这里只有本项目自己的规矩：谁可以来、正文多大多慢、错误怎么说、走掉的客户端让出位置
+# HTTP 这一面：FastAPI 管路由、依赖与 /openapi.json；这里只有本项目自己的规矩：谁可以来、正文多大多慢、错误怎么说
 # 一个请求依次经过 check_source、check_token、read、writing；writing 把它交给 worker，响应发完或断了再收回
+# 走掉的客户端让出位置：监听断开的任务让它的 Job 失败，行在这一步之后就空出来
 
 import asyncio
 import base64
@@ -25,7 +26,7 @@ from starlette.requests import ClientDisconnect
 from nanogpt import __version__
 from nanogpt.base.language import ConfigError
 from nanogpt.base.sample_config import is_loopback
-from nanogpt.serve.completions import Answer, Completion, Reader, Refusal, TextCompletion, error_body, status_of
+from nanogpt.serve.completions import Completion, CompletionBody, Reader, Refusal, TextCompletion, error_body, status_of
 from nanogpt.serve.worker import Job, Worker
 
 PAGE = Path(__file__).resolve().parent / "page" / "index.html"
@@ -97,7 +98,8 @@ def language_of(request: Request) -> str | None:
 async def refuse(request: Request, error: ConfigError) -> JSONResponse:
     """An error as an answer."""
     status = status_of(error)
-    return JSONResponse(error_body(error, language_of(request)), status, HEADERS.get(error.message, HEADERS.get(status)))
+    headers = HEADERS.get(error.message, HEADERS.get(status))
+    return JSONResponse(error_body(error, language_of(request)), status, headers)
 
 
 async def unrouted(request: Request, error: HTTPException) -> JSONResponse:
@@ -214,10 +216,10 @@ async def read(request: Request) -> Completion:
     return reader.read(bytes(body))
 
 
-Asked = Annotated[Completion, Depends(read)]
+CheckedCompletion = Annotated[Completion, Depends(read)]
 
 
-async def writing(request: Request, asked: Asked) -> AsyncIterator[tuple[Completion, Job]]:
+async def writing(request: Request, asked: CheckedCompletion) -> AsyncIterator[tuple[Completion, Job]]:
     """What was asked and its job, whose rows are freed whatever happens to the client."""
     worker = request.app.state.worker
     job = worker.start(asked.requests, request.app.state.reader.limits)
@@ -239,21 +241,21 @@ async def completions(request: Request, work: Annotated[tuple[Completion, Job], 
     """Write behind a prompt."""
     (asked, job), language = work, language_of(request)
     # 开头里的错在这里就知道了：流式的请求也得到一个状态码，而不是一个事件
-    answer = Answer(asked, request.app.state.reader.model, await job.accepted())
+    answer = CompletionBody(asked, request.app.state.reader.model, await job.accepted())
     if asked.stream:
         return StreamingResponse(events(job, answer, language), media_type="text/event-stream")
-    async for fresh in job.news():
+    async for fresh in job.updates():
         answer.add(fresh)
     return JSONResponse(answer.whole())
 
 
-async def events(job: Job, answer: Answer, language: str | None) -> AsyncIterator[str]:
+async def events(job: Job, answer: CompletionBody, language: str | None) -> AsyncIterator[str]:
     """The answer as it is written, in server-sent events; an error is the last one."""
     def lines(listed: list[dict]) -> str:
         return "".join(f"data: {json.dumps(one, ensure_ascii=False)}\n\n" for one in listed)
 
     try:
-        async for fresh in job.news():
+        async for fresh in job.updates():
             yield lines(answer.add(fresh))
         yield lines([answer.usage_event()] if answer.asked.usage else []) + "data: [DONE]\n\n"
     except ConfigError as error:

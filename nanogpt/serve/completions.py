@@ -1,5 +1,6 @@
-"""OpenAI's completions: what a request may hold, checked by pydantic; the forms of answers and errors."""
+"""OpenAI's completions: what a request may hold, checked by pydantic, and the forms of answers and errors."""
 
+# 正文的两头：Reader 把请求的 JSON 变成要写的几段（Completion），CompletionBody 把写出的变成 OpenAI 形状的回答
 # 同一个 pydantic 模型既检查请求，也是 /openapi.json 里的说明。范围不在这里另写一遍：sampler 的取自 SETTINGS，
 # guidance 的取自 GUIDANCE，seed 的取自配置，其余由 server: 的键给出
 # 错误信息由本项目写：pydantic 的只有英文，也说不出是 server: 的哪个键
@@ -20,7 +21,7 @@ from nanogpt.base.sample_config import SAMPLE_CHOICES, SAMPLE_RANGES, ServerConf
 from nanogpt.core.sampling import SETTINGS
 from nanogpt.core.scoring import Score
 from nanogpt.data.tokenizer import Tokenizer, UnknownCharacters
-from nanogpt.serve.worker import News
+from nanogpt.serve.worker import TextUpdate
 from nanogpt.write.control import GUIDANCE, KINDS, takes_forms
 from nanogpt.write.loading import Settings
 from nanogpt.write.request import Request
@@ -247,7 +248,8 @@ class Reader:
     def _refused(self, error: dict[str, Any]) -> ConfigError:
         """The first complaint of pydantic in this project's words."""
         if not error["loc"]:
-            return ConfigError("the body is not a JSON object in UTF-8 ({reason})", code="not_json", reason=error["msg"])
+            reason = error["msg"]
+            return ConfigError("the body is not a JSON object in UTF-8 ({reason})", code="not_json", reason=reason)
         field, fields = str(error["loc"][0]), self.form.model_fields
         if error["type"] == "extra_forbidden":
             return ConfigError(
@@ -288,8 +290,8 @@ class Reader:
 # ---- 回答 ----
 
 
-class Answer:
-    """The bodies that answer one Completion."""
+class CompletionBody:
+    """The answer to one Completion, as one body or as the events of a stream."""
 
     # 流式与整个的回答用同一份记录，两者的文字才不会不同
     def __init__(self, asked: Completion, model: str, prompt_tokens: list[int]):
@@ -302,21 +304,21 @@ class Answer:
         number, now = f"cmpl-{uuid.uuid4().hex}", int(time.time())
         self._head = {"id": number, "object": "text_completion", "created": now, "model": model}
 
-    def add(self, fresh: list[News]) -> list[TextCompletion]:
+    def add(self, fresh: list[TextUpdate]) -> list[TextCompletion]:
         """Take up what is new; the events that tell it, one per text."""
         parts: dict[int, tuple[str, list[Score]]] = {}
-        for news in fresh:
-            index = news.index
+        for update in fresh:
+            index = update.index
             # 回显的开头随第一个事件走
             shown = self.asked.requests[index].prompt if self.asked.echo and self.tokens[index] is None else ""
             text, scores = parts.get(index, ("", []))
-            parts[index] = text + shown + news.text, [*scores, *news.scores]
-            self.texts[index] += shown + news.text
-            self.scores[index] += news.scores
-            self.tokens[index] = news.tokens
-            if news.result:
+            parts[index] = text + shown + update.text, [*scores, *update.scores]
+            self.texts[index] += shown + update.text
+            self.scores[index] += update.scores
+            self.tokens[index] = update.tokens
+            if update.result:
                 # OpenAI 只有两种结尾：写满了，或文字自己到了头
-                self.finish[index] = "length" if news.result.finish == "length" else "stop"
+                self.finish[index] = "length" if update.result.finish == "length" else "stop"
         usage = {"usage": self.usage()} if self.asked.running_usage else {}
         return [{**self._head, "choices": [self._choice(index, *part)], **usage} for index, part in parts.items()]
 

@@ -1,6 +1,8 @@
-"""run_sample.py serve=true: the socket, uvicorn on it, and the one loaded model behind them."""
+"""The socket of serve=true, uvicorn on it, and the one loaded model behind them."""
 
+# 服务的启动与结束：占端口，载入模型，在上面跑 uvicorn，Ctrl-C 时收尾
 # 端口在载入模型之前就占住：被占用要马上知道，载入时来的客户端等着；结束时先停写作，再等各个连接
+# announcement 是网页与客户端想知道的模型信息，随 GET /v1/models 给出
 
 import asyncio
 import logging

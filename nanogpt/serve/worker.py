@@ -1,7 +1,9 @@
-"""The one thread that owns the Writer: asyncio hands it jobs, it hands back news, and neither waits for a client."""
+"""The one thread that owns the Writer: it takes jobs from asyncio, hands back updates and waits for no client."""
 
-# 两个线程：事件循环里的 Job 与 Worker 的前半，写作线程里的后半；中间只有两样东西，_orders 过去，_deliver 回来
+# 写作线程与事件循环之间的桥：服务器里只有一个线程碰模型，别的都经过这里
+# 事件循环里的 Job 与 Worker 的前半，写作线程里的后半；中间只有两样东西，_orders 过去，_deliver 回来
 # 客户端走掉、超时、取得太慢、服务器关闭都只是 Job.fail：它让出位置，等着的人看到错误
+# 两边都不等对方：命令的队列放得下一切，没送达的消息批数有上限
 
 import asyncio
 import queue
@@ -29,7 +31,7 @@ ORDERS_PER_STEP = 16
 
 
 @dataclass(frozen=True)
-class News:
+class TextUpdate:
     """Something new about one text of a job: whole characters, tokens so far, and at its end the result."""
 
     # 写作线程只交出不再变的东西：两边不共用任何会变的对象
@@ -52,7 +54,7 @@ class Job:
         """Per text, once the prompts have been read."""
         self.error: ConfigError | None = None
         self._on_fail = on_fail
-        self._unread: deque[News] = deque()
+        self._unread: deque[TextUpdate] = deque()
         self._unread_chars, self._unread_since = 0, 0.0
         self._unfinished = len(requests)
         self._changed = asyncio.Event()
@@ -65,7 +67,7 @@ class Job:
             raise self.error
         return self.prompt_tokens
 
-    async def news(self) -> AsyncIterator[list[News]]:
+    async def updates(self) -> AsyncIterator[list[TextUpdate]]:
         """What is new, many steps at once where the reader was slow, until all texts are finished."""
         while self._unfinished or self._unread:
             if self.error:
@@ -88,15 +90,15 @@ class Job:
         self.prompt_tokens = prompt_tokens
         self._changed.set()
 
-    def add(self, news: News) -> None:
+    def add(self, update: TextUpdate) -> None:
         """The worker has written."""
         now = time.monotonic()
         if not self._unread:
             self._unread_since = now
-        self._unread.append(news)
+        self._unread.append(update)
         # 一个评分与一个字同样算：它们也要等人取走
-        self._unread_chars += len(news.text) + len(news.scores)
-        self._unfinished -= news.result is not None
+        self._unread_chars += len(update.text) + len(update.scores)
+        self._unfinished -= update.result is not None
         self._changed.set()
         # 送不出去的字节会让读它的人停下：于是这里积起来
         if (most := self.limits) and (
@@ -211,7 +213,7 @@ class Worker:
             self._fail(job, piece.error)
             return
         tokens = piece.result.tokens if piece.result else len(self._writer.texts[piece.key].ids)
-        self._tell(job.add, News(index, piece.text, tokens, piece.result, piece.scores))
+        self._tell(job.add, TextUpdate(index, piece.text, tokens, piece.result, piece.scores))
         if piece.result:
             del self._keys[piece.key]
 

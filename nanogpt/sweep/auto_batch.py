@@ -1,4 +1,8 @@
-"""batch_size=auto: the fastest micro-batch that fits, found by real trials that start from the prediction."""
+"""Find the fastest micro-batch that fits for batch_size=auto, by real trials that start from the prediction."""
+
+# batch_size=auto：用试跑找出放得下的最快的微批，每步的总行数不变
+# 先由预测挑出值得试的几档，从大到小试跑，连着变慢就停；结论按机器、驱动、版本、配置记在 outputs/fit/auto
+# choose 由 run_train.py 递给训练，第一次要等几次试跑，之后直接读记下的；trial.again=true 重测
 
 import json
 import math
@@ -111,7 +115,8 @@ def choose(cfg: TrainConfig, overrides: list[str], *, processes: int, console: C
             size=sizes[-1], need=smallest.total / GIB, budget=smallest.budget.total / GIB,
         )
     memory_file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(memory_file, json.dumps({"batch_size": best.micro_batch, "tokens_per_s": best.tokens_per_s, "peak_gib": best.held_gib}) + "\n")
+    verdict = {"batch_size": best.micro_batch, "tokens_per_s": best.tokens_per_s, "peak_gib": best.held_gib}
+    write_text(memory_file, json.dumps(verdict) + "\n")
     console.line(
         "batch_size={batch}, {pieces} micro-batches for {rows} rows, {speed:.0f} tokens/s; remembered "
         "(trial.again=true measures anew)",

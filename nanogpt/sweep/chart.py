@@ -1,7 +1,8 @@
-"""Memory against speed, and loss: what the charts of a report show, and one figure that becomes SVG or PNG."""
+"""The charts of a sweep's report, memory against speed and loss against speed, as SVG or PNG."""
 
-# 扫描的两张图：先把结果整理成点与曲线（memory_chart、loss_chart），再由 figure 画成一张 matplotlib 图；
-# svg 嵌进 report.html，save 存成 PNG。matplotlib 载入要近一秒，所以只在画图的函数里 import
+# 扫描的两张图：先把结果整理成点与曲线（memory_chart、loss_chart），再由 figure 画成一张 matplotlib 图
+# svg 嵌进 report.html，save 存成 PNG，两者都由 report 调用；同样的结果画出同样的字节
+# matplotlib 载入要近一秒，所以只在画图的函数里 import
 
 import contextlib
 import io

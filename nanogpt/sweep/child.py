@@ -1,8 +1,12 @@
-"""The child process of one trial: predict, limit, build what a run would build, measure, report.
+"""What the child process of one trial does: predict, limit its memory, train a few steps and report.
 
-It is started by nanogpt.sweep.process with a job (JSON) on stdin and reports in lines of JSON that its parent merges;
-the config was typed by the user in the parent, so its `_target_`s are as trusted as there.
+It is started by nanogpt.sweep.process with a job (JSON) on stdin and reports in lines of JSON that its parent merges.
 """
+
+# 子进程里做的事：打开数据，预测，给自己的内存封顶，照真的训练造出训练器，走几步，量速度与峰值
+# 由 process 启动，任务（JSON）从 stdin 来，结果一行行写进 report.jsonl，父进程把各行合起来；被杀在哪里，之前的都在
+# 任何异常都变成一行结论，从不抛出；父进程一没，它和它启动的一切立刻结束
+# 配置是使用者在父进程里敲的，里面的 _target_ 与在那里一样可信
 
 import json
 import math
@@ -37,6 +41,8 @@ Emit = Callable[..., None]
 class Prediction:
     """What the planner says of a setting."""
 
+    # 只有几个数：要从 fork 出的分身经管道送回来
+
     predicted_gib: float
     """Reserved by the CUDA allocator, or the whole process on a CPU; to compare with budget_gib."""
     budget_gib: float
@@ -45,7 +51,10 @@ class Prediction:
 
 
 def prediction(cfg: TrainConfig, device_type: str) -> Prediction | None:
-    """The planner's verdict, or None when it has none for this setting on this device (a trial needs no prediction to run)."""
+    """The planner's verdict, or None where it has none for this setting on this device.
+
+    A trial runs without a prediction too.
+    """
     try:
         from nanogpt.plan.plan import predict
 
@@ -58,12 +67,16 @@ def prediction(cfg: TrainConfig, device_type: str) -> Prediction | None:
         # 为一张这里没有的卡做的计划，与这次试跑无关
         return None
     # 上下文与桌面不归分配器管：显存比的是 reserved，内存比的是整个进程
-    needed, available = (plan.reserved, plan.budget.capacity) if device_type == "cuda" else (plan.total, plan.budget.total)
+    on_cuda = device_type == "cuda"
+    needed, available = (plan.reserved, plan.budget.capacity) if on_cuda else (plan.total, plan.budget.total)
     return Prediction(needed / GIB, available / GIB, plan.tokens_per_s, plan.verdict != "does_not_fit")
 
 
 def prediction_aside(cfg: TrainConfig, device_type: str) -> Prediction | None:
-    """The same from a forked copy of this process (Linux, CPU): what the planner loads would count into the peak of the trial."""
+    """The same from a forked copy of this process (Linux, CPU).
+
+    What the planner loads would otherwise count into the peak of the trial.
+    """
     if device_type != "cpu" or sys.platform != "linux":
         # 显存的峰值不受影响；没有安全的 fork 就在这里算
         return prediction(cfg, device_type)
@@ -120,7 +133,7 @@ def typed_config(node: dict) -> TrainConfig:
 
 
 def _leave_with_parent() -> None:
-    """End this process and all that it started when the parent closes its end of stdin, that is, also when the parent is killed."""
+    """End this process and all that it started when the parent closes its end of stdin, as it does when killed."""
     leads = os.name != "nt" and os.getpgrp() == os.getpid()
     if leads and sys.platform == "linux":
         _end_group_with_pipe(sys.stdin.fileno())
@@ -136,7 +149,7 @@ def _leave_with_parent() -> None:
 
 
 def _end_group_with_pipe(descriptor: int) -> None:
-    """Let the kernel send SIGIO, which ends a process, to the whole group when the other end of a pipe is closed (Linux)."""
+    """Let the kernel end the whole group, by SIGIO, when the other end of a pipe is closed (Linux)."""
     import fcntl
 
     # 卡在 C 代码里又不放 GIL 的进程，自己的线程醒不过来
@@ -170,7 +183,9 @@ def _reason(error: BaseException) -> str:
 # ---- 试跑 ----
 
 
-def measure(cfg: TrainConfig, overrides: list[str], folder: Path, emit: Emit, *, predict=prediction_aside, limit=limit_memory) -> None:
+def measure(
+    cfg: TrainConfig, overrides: list[str], folder: Path, emit: Emit, *, predict=prediction_aside, limit=limit_memory
+) -> None:
     """Open the data, predict, set the memory limit, train a few steps, and emit what was found."""
     import torch
 
@@ -184,7 +199,10 @@ def measure(cfg: TrainConfig, overrides: list[str], folder: Path, emit: Emit, *,
     device = session.device
     free, total = _free_and_total(device)
     budget = _budget(cfg, device.type, free)
-    emit(device=device_name(device), free_gib=free / GIB, total_gib=total / GIB, budget_gib=budget, device_type=device.type, phase="prediction")
+    emit(
+        device=device_name(device), free_gib=free / GIB, total_gib=total / GIB, budget_gib=budget,
+        device_type=device.type, phase="prediction",
+    )
     plan = predict(cfg, device.type)
     if plan:
         emit(predicted_gib=plan.predicted_gib, predicted_tokens_per_s=plan.tokens_per_s)
@@ -232,7 +250,8 @@ def _train(trainer, cfg: TrainConfig, emit: Emit) -> dict[str, float]:
     long_enough = cfg.trial.warmup_steps + cfg.trial.steps >= STEPS_FOR_LOSS
     val_loss = trainer.evaluate() if long_enough else trainer.evaluate_once()
     if long_enough:
-        found |= {name: loss for name, loss in (("train_loss", result.loss), ("val_loss", val_loss)) if math.isfinite(loss)}
+        losses = {"train_loss": result.loss, "val_loss": val_loss}
+        found |= {name: loss for name, loss in losses.items() if math.isfinite(loss)}
     emit(phase="sample")
     trainer.short_sample(min(cfg.sample_tokens, SAMPLE_TOKENS))
     return found
@@ -274,5 +293,6 @@ def _peaks(device, torch) -> dict[str, float | None]:
     from nanogpt.run.metrics import peak_resident
 
     if device.type == "cuda":
-        return {"peak_gib": torch.cuda.max_memory_allocated(device) / GIB, "reserved_gib": torch.cuda.max_memory_reserved(device) / GIB}
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return {"peak_gib": allocated / GIB, "reserved_gib": reserved / GIB}
     return {"peak_gib": peak_resident() / GIB}

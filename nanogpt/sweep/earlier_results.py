@@ -1,7 +1,12 @@
-"""Results that earlier sweeps measured: a sweep typed again goes on where it stopped.
+"""Find and keep the results of earlier trials, so that a sweep typed again goes on where it stopped.
 
-A result is found again by a hash over everything that it depends on: the resolved config, the versions, the program's own code, the device.
+A result is found again by a hash over everything that it depends on: the resolved config, the versions,
+the program's own code and the device.
 """
+
+# 以前试跑的结果：同样的命令再敲一遍，测过的不再测，从停下的地方接着
+# 凭据是一个 hash，凡是影响测量的都算进去：配置、torch 与本程序的代码、使用者自己的模块、设备与驱动、线程数
+# trial 先 find 再测，测完 keep；auto_batch 借 key_of 给自己的结论起名；父进程不导入 torch，所以设备只按名字认
 
 import functools
 import hashlib
@@ -39,14 +44,18 @@ def key_of(cfg: TrainConfig) -> str:
     node["trial"].pop("again")
     # 选配方的 margin 只在事后用，改它不必重测
     node["trial"].pop("margin")
-    facts = {"config": node, "versions": versions(), "device": device(cfg), "threads": os.environ.get("OMP_NUM_THREADS")}
+    threads = os.environ.get("OMP_NUM_THREADS")
+    facts = {"config": node, "versions": versions(), "device": device(cfg), "threads": threads}
     # 没有自己模块的设置，键与从前相同：测过的还认得
     facts |= {"own": own} if (own := own_code(node)) else {}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
 def own_code(node: Any) -> dict[str, str]:
-    """Hashes of the user's own modules that `_target_`s of a config name; a mended module must not be judged by what it did before."""
+    """Hashes of the user's own modules that `_target_`s of a config name.
+
+    A module that was mended must not be judged by what it did before.
+    """
     names = {target.split(".")[0] for target in targets(node)} - {"nanogpt", "torch", "__main__"}
     found = {}
     for name in sorted(names):
@@ -75,7 +84,10 @@ def keep(result: TrialResult) -> None:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Versions of torch and of this program, down to its code: a faster version must not be judged by an older one's figures."""
+    """Versions of torch and of this program, down to its code.
+
+    A faster version must not be judged by an older one's figures.
+    """
     try:
         torch_version = version("torch")
     except PackageNotFoundError:
@@ -83,7 +95,8 @@ def versions() -> dict[str, str]:
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(path.read_bytes())
-    return {"torch": torch_version, "nanogpt": nanogpt.__version__, "code": digest.hexdigest()[:16], "python": platform.python_version()}
+    code, python = digest.hexdigest()[:16], platform.python_version()
+    return {"torch": torch_version, "nanogpt": nanogpt.__version__, "code": code, "python": python}
 
 
 def device(cfg: TrainConfig) -> str:
@@ -106,6 +119,7 @@ def _cards() -> str:
         return ""
     try:
         command = [program, "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=30).stdout.strip()
+        readable = {"capture_output": True, "text": True, "encoding": "utf-8", "errors": "replace"}
+        return subprocess.run(command, **readable, timeout=30).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""

@@ -1,4 +1,11 @@
-"""A sweep of trials: what each job does, and what happens when the last one is done. Needs no torch."""
+"""What each job of a sweep of trials does, and what happens when the last one is done.
+
+Needs no torch.
+"""
+
+# 扫描与 Hydra 的接口：trial_job 是每个任务做的事，SweepReport 是 Hydra 的回调，最后一个任务之后写报告
+# 任务之间只靠各自目录里的 trial.json 相通：结束时收齐、认出溢出的、排名次，退出码说明有没有意外
+# 这里不导入 torch：扫描的父进程要小，也不能先占住显存
 
 import sys
 import time
@@ -71,6 +78,8 @@ def exit_code(found: list[TrialResult]) -> int:
 
 class SweepReport(Callback):
     """Hydra callback: when a sweep of trials is done, report it and let the exit code tell the truth."""
+
+    # 普通的 -m 训练也会经过它：没有 trial.json 就什么也不做
 
     def on_multirun_start(self, config: DictConfig, **_kwargs: Any) -> None:
         # 自己指定了 hydra.sweep.dir 时，上一次扫描留下的不能算进这一次

@@ -1,5 +1,9 @@
-# 试跑在子进程里：卡死、耗尽内存、被系统杀掉，都伤不到扫描；上限由父进程看着，CPU 上还由系统封顶
-"""One child process, bounded in time and memory, ended as a group; what it reported and how it ended."""
+"""Run one child process bounded in time and memory, and say what it reported and how it ended."""
+
+# 一个受限的子进程：试跑在里面，卡死、耗尽内存、被系统杀掉，都伤不到扫描
+# run_child 由 trial 调用：任务经 stdin 送进去，等它结束、超时、或内存越界，再把整组进程一起结束，读出它的报告
+# 内存有两道：子进程自己用 limit_memory 请操作系统封顶，父进程再从外面看着常驻内存
+# 末尾是 Windows 的 job object：那里没有 RLIMIT，要经 ctypes
 
 import contextlib
 import json
@@ -19,12 +23,13 @@ from nanogpt.base.hardware import GIB
 
 POLL_S = 0.1
 TORCHRUN = (
-    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME",
-    "MASTER_ADDR", "MASTER_PORT",
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
+    "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT",
 )
 # 子进程沿用父进程的 sys.path 与命令行：run_train.py 旁边自己的模块、--config-dir 里自己的 yaml 也找得到
 BOOT = (
-    "import json, sys; job = json.loads(sys.stdin.readline()); sys.path[:], sys.argv[1:] = job['path'], job['arguments']; "
+    "import json, sys; job = json.loads(sys.stdin.readline()); "
+    "sys.path[:], sys.argv[1:] = job['path'], job['arguments']; "
     "from nanogpt.sweep.child import run; run(job)"
 )
 CHILD = (sys.executable, "-c", BOOT)
@@ -33,6 +38,8 @@ CHILD = (sys.executable, "-c", BOOT)
 @dataclass
 class Ended:
     """How a child ended."""
+
+    # 只记看到的，不下结论：是不是显存不足由 trial.classified 说
 
     returncode: int
     """Negative: ended by that signal (POSIX)."""
@@ -54,11 +61,12 @@ def run_child(job: dict[str, Any], folder: Path, *, timeout_s: float, command: S
     """Run `command` with the job on its stdin until it ends or has to be ended; an exception here ends it too."""
     report, log = folder / "report.jsonl", folder / "trial.log"
     report.write_bytes(b"")
+    # 自成一组：Ctrl-C 只到父进程，结束时连同孙进程一起
+    windows = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else None
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=environment(),
-            # 自成一组：Ctrl-C 只到父进程，结束时连同孙进程一起
-            **({"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}),
+            **(windows or {"start_new_session": True}),
         )
     ended, before = Ended(0), oom_kills()
     try:
@@ -88,7 +96,10 @@ def end_of(path: Path, count: int) -> bytes:
 
 
 def oom_kills() -> int | None:
-    """How many processes the kernel has ended for want of memory, in all containers too (Linux); None where it does not say."""
+    """How many processes the kernel has ended for want of memory, in every container (Linux).
+
+    None where it does not say.
+    """
     try:
         lines = Path("/proc/vmstat").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -178,7 +189,10 @@ LIMIT_PROCESS_MEMORY, LIMIT_KILL_ON_JOB_CLOSE = 0x100, 0x2000
 
 
 def limit_memory(gib: float) -> str | None:
-    """Let allocations beyond `gib` fail in this process; returns how: rlimit, job, or None where the system has no such limit."""
+    """Let allocations beyond `gib` fail in this process.
+
+    Returns how: rlimit, job, or None where the system has no such limit.
+    """
     if sys.platform == "linux":
         import resource
 
@@ -196,16 +210,19 @@ def _join_job(limit: int) -> bool:
     import ctypes
     from ctypes import wintypes
 
+    # 两个结构照抄 winnt.h：字段的次序与大小就是协议，只用其中两个
     class Basic(ctypes.Structure):
         _fields_ = (
-            ("PerProcessUserTimeLimit", ctypes.c_int64), ("PerJobUserTimeLimit", ctypes.c_int64), ("LimitFlags", wintypes.DWORD),
-            ("MinimumWorkingSetSize", ctypes.c_size_t), ("MaximumWorkingSetSize", ctypes.c_size_t), ("ActiveProcessLimit", wintypes.DWORD),
+            ("PerProcessUserTimeLimit", ctypes.c_int64), ("PerJobUserTimeLimit", ctypes.c_int64),
+            ("LimitFlags", wintypes.DWORD), ("MinimumWorkingSetSize", ctypes.c_size_t),
+            ("MaximumWorkingSetSize", ctypes.c_size_t), ("ActiveProcessLimit", wintypes.DWORD),
             ("Affinity", ctypes.c_size_t), ("PriorityClass", wintypes.DWORD), ("SchedulingClass", wintypes.DWORD),
         )
 
     class Extended(ctypes.Structure):
         _fields_ = (
-            ("Basic", Basic), ("IoInfo", ctypes.c_uint64 * 6), ("ProcessMemoryLimit", ctypes.c_size_t), ("JobMemoryLimit", ctypes.c_size_t),
+            ("Basic", Basic), ("IoInfo", ctypes.c_uint64 * 6),
+            ("ProcessMemoryLimit", ctypes.c_size_t), ("JobMemoryLimit", ctypes.c_size_t),
             ("PeakProcessMemoryUsed", ctypes.c_size_t), ("PeakJobMemoryUsed", ctypes.c_size_t),
         )
 
@@ -220,8 +237,9 @@ def _join_job(limit: int) -> bool:
     information = Extended()
     information.Basic.LimitFlags = LIMIT_PROCESS_MEMORY | LIMIT_KILL_ON_JOB_CLOSE
     information.ProcessMemoryLimit = limit
+    size, address = ctypes.sizeof(information), ctypes.byref(information)
     # 不关句柄：它随进程一起关闭，子孙进程也就一起结束
     return bool(
-        job and kernel.SetInformationJobObject(job, EXTENDED_LIMIT_INFORMATION, ctypes.byref(information), ctypes.sizeof(information))
+        job and kernel.SetInformationJobObject(job, EXTENDED_LIMIT_INFORMATION, address, size)
         and kernel.AssignProcessToJobObject(job, kernel.GetCurrentProcess())
     )

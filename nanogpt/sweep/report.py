@@ -1,6 +1,7 @@
 """What a sweep leaves when its last trial is done: a ranked table, trials.jsonl, report.html, PNGs and best.yaml."""
 
-# write_report 是唯一入口，只在扫描结束时走一次：先存最要紧的（结果与最佳设置），再画图、写网页。
+# 扫描的报告：屏幕上的名次表、trials.jsonl、report.html、两张 PNG，以及可以直接拿来训练的 best.yaml
+# write_report 是唯一入口，只在扫描结束时走一次：先存最要紧的（结果与最佳设置），再画图、写网页
 # 网页的样子全在旁边的模板 report.html 里，这里只备好它要的数；jinja2 与 matplotlib 用到才载入
 
 import sys
@@ -75,7 +76,8 @@ def command(result: TrialResult, folder: Path) -> str:
     """What to type to train with the recipe in `folder`."""
     under = [quoting.override("experiment", result.experiment)] if result.experiment else []
     # --config-dir 只能写一个：自己的 yaml 所在的，另外给出
-    own = [quoting.in_quotes(f"file://{own.absolute()}") for own in conf_folders()[1:] if own.resolve() != folder.resolve()]
+    others = [own for own in conf_folders()[1:] if own.resolve() != folder.resolve()]
+    own = [quoting.in_quotes(f"file://{other.absolute()}") for other in others]
     searched = [f"hydra.searchpath=[{','.join(own)}]"] if own else []
     return quoting.command("run_train.py", "--config-dir", folder.as_posix(), *searched, *under, "+fit=best")
 

@@ -1,5 +1,11 @@
+"""The plain result of one trial: what a sweep collects, keeps on disk and ranks.
+
+Neither torch nor NaN occurs in it.
+"""
+
 # 一次试跑的结果是一张平的表：父子进程之间、磁盘上、报告里都是它；怎样排名次也在这里
-"""The plain result of one trial: what a sweep collects, keeps and ranks; no torch, no NaN."""
+# made 从任意的值造出它（子进程写的不可全信），read 与 write 管磁盘，collect 收齐一次扫描，ranked 与 best_of 排名次
+# 不含 torch，也不含 NaN：NaN 会让 JSON 不合规，也会让 Optuna 崩溃
 
 import json
 import math
@@ -12,8 +18,8 @@ from nanogpt.base.files import write_text
 
 # 状态 -> 屏幕上的词；ok 测到了，spilled 测到了但显存溢到内存，其余没有测到速度
 STATUS_MESSAGES = {
-    "ok": "status_ok", "spilled": "status_spilled", "oom": "status_oom", "skipped": "status_skipped", "timeout": "status_timeout",
-    "crashed": "status_crashed", "invalid": "status_invalid",
+    "ok": "status_ok", "spilled": "status_spilled", "oom": "status_oom", "skipped": "status_skipped",
+    "timeout": "status_timeout", "crashed": "status_crashed", "invalid": "status_invalid",
 }
 STATUSES = tuple(STATUS_MESSAGES)
 # 扫描里意料之中的结果；其余说明有东西坏了，退出码要说出来
@@ -27,6 +33,8 @@ STEPS_FOR_LOSS = 100
 @dataclass(frozen=True)
 class TrialResult:
     """One setting, how it ended and what was measured; None where nothing was."""
+
+    # 字段名就是 trials.jsonl 里的名字：加字段可以，改名会让以前的结果读不回来
 
     overrides: tuple[str, ...]
     """As typed for this job of the sweep."""
@@ -160,7 +168,9 @@ def ranked(found: Sequence[TrialResult], margin: float) -> list[TrialResult]:
     """Fastest first; successes that leave no margin, spilled ones and failures behind them."""
 
     def order(result: TrialResult) -> tuple:
-        return (not result.fits(margin), STATUSES.index(result.status), -(result.tokens_per_s or 0.0), result.predicted_gib or 0.0)
+        # 没有速度的按预测的显存排：离放得下最近的在前
+        speed, predicted = result.tokens_per_s or 0.0, result.predicted_gib or 0.0
+        return (not result.fits(margin), STATUSES.index(result.status), -speed, predicted)
 
     return sorted(found, key=order)
 

@@ -1,4 +1,8 @@
-"""Spill guard: a success that ran partly in RAM, because the driver pages VRAM out instead of failing (Windows, WSL)."""
+"""Recognise a trial that only fitted because the driver paged video memory out to RAM (Windows, WSL)."""
+
+# 认出“假的成功”：Windows 与 WSL 的驱动在显存不够时不报错，而是把显存换到内存里，跑得慢几倍
+# 判断只看数：占的比空闲的还多，或者显存快满而速度远低于预测、远低于更小的微批
+# trial 对单个结果用 judge，扫描结束时 jobs 用 judge_all 再比一遍各档微批；溢出的不参加最佳设置的评选
 
 from collections.abc import Sequence
 
@@ -15,13 +19,15 @@ SLOW_AGAINST_SMALLER = 0.5
 
 def spill_reason(
     *, tokens_per_s: float | None, held_gib: float | None, budget_gib: float | None, free_gib: float | None = None,
-    predicted_tokens_per_s: float | None = None, predicted_gib: float | None = None, smaller_tokens_per_s: float | None = None,
+    predicted_tokens_per_s: float | None = None, predicted_gib: float | None = None,
+    smaller_tokens_per_s: float | None = None,
 ) -> str | None:
     """Why this measurement must have spilled into RAM, or None.
 
     The rule, with peak = the larger of held (reserved by the allocator) and predicted:
     1. held is above what was free on the card before the run: it cannot all have been in VRAM; or
-    2. peak is above 85% of the budget, and the speed is below 1/4 of the predicted one or below 1/2 of a smaller micro-batch's.
+    2. peak is above 85% of the budget, and the speed is below 1/4 of the predicted one or below 1/2 of that of a
+       smaller micro-batch.
     `smaller_tokens_per_s` is the fastest of the smaller micro-batches with otherwise equal settings.
     """
     if held_gib is not None and free_gib is not None and held_gib > free_gib:
@@ -52,8 +58,9 @@ def judge(result: TrialResult, others: Sequence[TrialResult] = ()) -> TrialResul
     if result.status != "ok" or result.reserved_gib is None:
         return result
     reason = spill_reason(
-        tokens_per_s=result.tokens_per_s, held_gib=result.reserved_gib, budget_gib=result.budget_gib, free_gib=result.free_gib,
-        predicted_tokens_per_s=result.predicted_tokens_per_s, predicted_gib=result.predicted_gib,
+        tokens_per_s=result.tokens_per_s, held_gib=result.reserved_gib, budget_gib=result.budget_gib,
+        free_gib=result.free_gib, predicted_tokens_per_s=result.predicted_tokens_per_s,
+        predicted_gib=result.predicted_gib,
         smaller_tokens_per_s=max((o.tokens_per_s for o in others if _smaller(o, result)), default=None),
     )
     return with_status(result, "spilled", reason) if reason else result
@@ -70,7 +77,6 @@ def _smaller(other: TrialResult, result: TrialResult) -> bool:
     def rest(one: TrialResult) -> set[str]:
         return {o for o in one.overrides if o.split("=")[0] not in ("batch_size", "gradient_accumulation_steps")}
 
-    return (
-        other.status == "ok" and bool(other.tokens_per_s) and other.micro_batch is not None and result.micro_batch is not None
-        and other.micro_batch < result.micro_batch and rest(other) == rest(result)
-    )
+    if other.micro_batch is None or result.micro_batch is None or other.micro_batch >= result.micro_batch:
+        return False
+    return other.status == "ok" and bool(other.tokens_per_s) and rest(other) == rest(result)

@@ -1,7 +1,11 @@
-"""One isolated, bounded trial: a setting goes into a child process, a plain result comes out, whatever happens there.
+"""Run one isolated, bounded trial: a setting goes into a child process, a plain result comes out.
 
 Needs no torch: the parent of a sweep stays small and idle while a child measures.
 """
+
+# 一次试跑：查配置，查以前测过没有，拿到设备的锁，起子进程，把它的结局变成一个 TrialResult
+# jobs 与 auto_batch 都经 run_trial；无论子进程怎样结束，这里都给出一个状态和一行原因，classified 是全部的规则
+# 同一设备上同一个人的试跑排队，否则互相弄坏计时；父进程不导入 torch，测量时它又小又闲
 
 import contextlib
 import os
@@ -31,7 +35,8 @@ ABORT_PHRASES = ("MemoryError", "Thread creation failed")
 def run_trial(cfg: TrainConfig, overrides: list[str], folder: Path, *, command: Sequence[str] = CHILD) -> TrialResult:
     """Measure one setting, or take what an earlier sweep measured; `folder` gets the child's log.
 
-    A mistake in the config is a result too (status invalid). KeyboardInterrupt ends the child and is passed on; nothing is recorded then.
+    A mistake in the config is a result too (status invalid). KeyboardInterrupt ends the child and is passed on, and
+    nothing is recorded.
     """
     common = {"overrides": overrides, "experiment": _recipe(cfg)}
     try:
@@ -147,7 +152,10 @@ def _turn(device: str) -> Iterator[None]:
 
 
 def lock_path(device: str) -> Path:
-    """The lock file of the device that `device=…` means here; GPUs that a launcher handed out have files of their own."""
+    """The lock file of the device that `device=…` means here.
+
+    GPUs that a launcher handed out have files of their own.
+    """
     # auto 与 cuda 都是第一张看得见的卡；父进程不导入 torch，只能按名字分
     named = device if re.fullmatch(r"cuda:[1-9]\d*", device) else "first"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")

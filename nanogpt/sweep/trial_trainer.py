@@ -1,4 +1,7 @@
-"""The trainer of a trial: the same steps, but running out of memory is its result and not repaired."""
+"""The trainer of a trial: the same steps, but running out of memory is its result and is not repaired."""
+
+# 试跑用的训练器：步子与真的训练一样，只是显存不足时不把微批改小，而是当作结果报出去
+# 由 child 交给 run/session 的 build_trainer 来造；评估与样本只为量出它们的显存峰值
 
 from nanogpt.core.machine import any_kernels
 from nanogpt.core.sampling import sampler
@@ -8,6 +11,8 @@ from nanogpt.write.engine import write_sample
 
 class TrialTrainer(Training):
     """A Training that never takes smaller micro-batches than it was asked to."""
+
+    # 继承而不是另写：量到的必须就是训练要走的那些步
 
     def shrink(self, detail: str) -> None:
         # 缩小后再量，量到的就不是问的那个设置了

@@ -1,4 +1,9 @@
-"""Interactive writing without its surface: a session of settings, commands and texts; reads lines, writes text to stdout."""
+"""Interactive writing without its surface: the settings, commands and texts of one session."""
+
+# 一问一答的内核：InteractiveSession 记着设置与写过的，handle 收一行，写一段文字或执行一个 / 命令，文字印到 stdout
+# 每个命令是一个 _do_<名字> 方法，NUMBERS、KINDS 与 sampler 的键也各是一个命令，所以新的 sampler 不必改这里
+# 写错的一行什么也不改：新设置先试着造一个 Request，造得出才换上
+# 外壳在 terminal；保存与显示用 samples 里的零件
 
 import difflib
 import json
@@ -34,6 +39,8 @@ NUMBERS = {"tokens": "max_new_tokens", "seed": "seed", "samples": "num_samples"}
 class Written:
     """A text that was written: how it was asked for, and everything that was shown of it."""
 
+    # /again、/more、/save 要用：连同当时的设置，之后改了设置也说得出它是怎么写的
+
     typed: str
     """The prompt with its form."""
     number: int
@@ -43,8 +50,10 @@ class Written:
     settings: Settings
 
 
-class Session:
+class InteractiveSession:
     """What interactive mode remembers. `handle(line)` writes a text or obeys a command; mistakes change nothing."""
+
+    # 不知道自己在终端还是管道后面：测试一行行喂它，与真的一样
 
     def __init__(self, cfg: SampleConfig, model: Model, *, piped: bool):
         self.cfg, self.model = cfg, model
@@ -59,7 +68,7 @@ class Session:
         self.commands: dict[str, Callable[[str], None]] = {
             **{name.removeprefix("_do_"): getattr(self, name) for name in dir(self) if name.startswith("_do_")},
             **{name: partial(self._set_number, name) for name in NUMBERS},
-            **{kind: partial(self._set_wish, kind) for kind in KINDS},
+            **{kind: partial(self._set_style_or_emotion, kind) for kind in KINDS},
         }
 
     # ---- 读一行 ----
@@ -107,14 +116,18 @@ class Session:
     # ---- 写作 ----
 
     def write(self, typed: str, *, first: int = 0, samples: int | None = None, goes_on: bool = False) -> None:
-        """Write texts behind a prompt and print them; Ctrl-C ends the one that is being shown and drops those behind it."""
+        """Write texts behind a prompt and print them.
+
+        Ctrl-C ends the text that is being shown and drops those behind it.
+        """
         count = samples or self.samples
         requests = [self.settings.request(typed, first + n) for n in range(count)]
         writer = self.model.writer_of(requests, batch_size=self.cfg.batch_size, skip="/unknown skip")
         opened = -1
 
         def finished(result: Result) -> None:
-            self.written.append(Written(typed, first + opened, result.request.prompt + whole(result.text), result, self.settings))
+            shown = result.request.prompt + whole(result.text)
+            self.written.append(Written(typed, first + opened, shown, result, self.settings))
 
         try:
             for piece in in_order(recorded(writer, self.records, self.settings, lambda done: None), count):
@@ -192,7 +205,7 @@ class Session:
             self.change(**{key: number})
         self._changed(key, number)
 
-    def _set_wish(self, kind: str, value: str) -> None:
+    def _set_style_or_emotion(self, kind: str, value: str) -> None:
         if not takes_forms(self.settings.control):
             raise ConfigError(
                 "control={name} has no {kind}; type /control codes first",
@@ -231,9 +244,10 @@ class Session:
         """Every setting as key=value, as it would be typed on the command line."""
         shown = {k: v for k, v in self.settings.control.items() if k != "_target_" and not self._is_table(k)}
         control = [self._typed(f"control.{k}", v) for k, v in shown.items()]
+        sampler = [f"sampler.{k}={plain(self.settings.sampler[k])}" for k in self.sampler_keys()]
         return [
             f"model: {self.model.name}",
-            " ".join([f"sampler={self.chosen['sampler']}", *(f"sampler.{k}={plain(self.settings.sampler[k])}" for k in self.sampler_keys())]),
+            " ".join([f"sampler={self.chosen['sampler']}", *sampler]),
             " ".join([f"control={self.chosen['control']}", *control]),
             f"max_new_tokens={self.settings.max_new_tokens} seed={self.settings.seed} num_samples={self.samples} "
             f"{word('stop=' + json.dumps(self.settings.stop, ensure_ascii=False))} unknown={self.settings.unknown} "
@@ -266,12 +280,13 @@ class Session:
         elif not setting:
             node = option("control", key, self.temperature)
             # 换一种控制方式，风格和情绪不变
-            kept = {kind: self.settings.control[kind] for kind in KINDS if kind in node and kind in self.settings.control}
+            before = self.settings.control
+            kept = {kind: before[kind] for kind in KINDS if kind in node and kind in before}
             self.change(control={**node, **kept})
             self.chosen["control"] = key
             self._changed("control", key)
         elif key in KINDS:
-            self._set_wish(key, setting.strip())
+            self._set_style_or_emotion(key, setting.strip())
         elif key not in self.settings.control or key == "_target_" or self._is_table(key):
             raise ConfigError(
                 "{group}.{got}: there is no such setting; choose one of: {known}",
@@ -303,7 +318,8 @@ class Session:
     def _do_more(self, value: str) -> None:
         last = self._last()
         # 开头里的 style:…| 对续写也有效
-        head = last.typed[: len(last.typed) - len(read_form(last.typed).prompt)] if takes_forms(self.settings.control) else ""
+        forms = takes_forms(self.settings.control)
+        head = last.typed[: len(last.typed) - len(read_form(last.typed).prompt)] if forms else ""
         before = len(self.written)
         self.write(head + last.shown, first=last.number + 1, samples=1, goes_on=True)
         for at in range(before, len(self.written)):
@@ -344,8 +360,9 @@ def saved_record(written: Written) -> str:
     """A text as one json line."""
     prompt = written.result.request.prompt
     record = {
-        "prompt": prompt, "text": written.shown.removeprefix(prompt), "finish": written.result.finish, "seed": written.result.request.seed,
-        "settings": settings_record(written.result, written.settings), "saved": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "prompt": prompt, "text": written.shown.removeprefix(prompt), "finish": written.result.finish,
+        "seed": written.result.request.seed, "settings": settings_record(written.result, written.settings),
+        "saved": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
     return json.dumps(record, ensure_ascii=False) + "\n"
 

@@ -1,7 +1,12 @@
-"""Text in, text out: requests become rows of the decode loop, ids become whole characters.
+"""The Writer, which turns text into text: requests become rows of the decode loop, ids become whole characters.
 
 One-shot, batch, interactive and served writing all go through `Writer`.
 """
+
+# 写作的引擎：Writer 收下任意多个 Request，至多 capacity 段一起写，其余排队，一步一步交出 Piece
+# 它管 core 的 Decoder 不管的事：开头的编码、停止词、半个字符、评分、显存不够时减半重来；抽 token 的循环在 core/generate
+# 一次写、一批、一问一答、服务器都用它；出错的那一段自己结束，别人照写（advance），或者抛出来（step）
+# 文字写到哪里都由 ids 决定：缓存随时可以丢掉重读，写出的不变
 
 import contextlib
 import itertools
@@ -32,6 +37,8 @@ SAMPLED_LABELS = 6
 class _Text:
     """A request under way."""
 
+    # 写过的 ids 都在这里而不在缓存里：减半或换行之后重读一遍就接得上
+
     request: Request
     prompt_ids: np.ndarray
     prompt_tokens: int
@@ -58,8 +65,11 @@ class Writer:
     A model of documents reads its separator before every text, so that its prompt may be empty.
     """
 
+    # texts 里是所有没完的，waiting 是其中还没占行的；key 由 submit 给出，各处都用它指一段文字
+
     def __init__(
-        self, model, tokenizer: Tokenizer, *, capacity: int = 1, max_length: int | None = None, context=contextlib.nullcontext,
+        self, model, tokenizer: Tokenizer, *, capacity: int = 1, max_length: int | None = None,
+        context=contextlib.nullcontext,
     ):
         self.model, self.tokenizer, self.context = model, tokenizer, context
         self.capacity, self.max_length = capacity, max_length
@@ -149,11 +159,14 @@ class Writer:
                 # 出了 except 才清理：异常的 traceback 还引用着旧缓存
                 self._shrink()
         # 多走了一步的行可能已经写完
-        written = [piece for key, token, likely in drawn if key in self.texts and (piece := self._push(key, token, likely))]
-        return read + written
+        pushed = (self._push(key, token, likely) for key, token, likely in drawn if key in self.texts)
+        return read + [piece for piece in pushed if piece]
 
     def _drawn(self) -> list[tuple[int | None, int, tuple[float, dict[int, float]] | None]]:
-        """(key, id, how likely) of the rows, of this step or, looking ahead, of the one before; no key where the id is not wanted any more."""
+        """(key, id, how likely) of the rows, of this step or, looking ahead, of the one before.
+
+        The key is None where the id is no longer wanted.
+        """
         launched = None
         if self.decoder and self.decoder.rows:
             keys = [row.key for row in self.decoder.rows]
@@ -192,7 +205,8 @@ class Writer:
             self.waiting.popleft()
             prompt = np.concatenate((text.prompt_ids, np.array(text.ids, dtype=np.int64)))
             self.decoder.add(
-                key, prompt, request.sampler, request.seed, count=len(text.ids), labels=labels_of(request), guidance=request.guidance,
+                key, prompt, request.sampler, request.seed, count=len(text.ids), labels=labels_of(request),
+                guidance=request.guidance,
             )
         return []
 
@@ -200,7 +214,9 @@ class Writer:
         # 多一个位置：提前排下的一步不该触发重读
         length = None if self.max_length is None else self.max_length + 1
         never = () if self.separator is None else label_tokens(self.tokenizer)
-        return Decoder(self.model, capacity=self.capacity, max_length=length, vocab_size=self.tokenizer.vocab_size, never=never)
+        return Decoder(
+            self.model, capacity=self.capacity, max_length=length, vocab_size=self.tokenizer.vocab_size, never=never
+        )
 
     def _prompt_scores(self, text: _Text) -> list[Score]:
         """Scores of the tokens of the prompt, without those of its prefix."""
@@ -209,7 +225,8 @@ class Writer:
         own = len(self._prompt_ids(replace(request, prefix=""))) if request.prefix else len(text.prompt_ids)
         with self.context():
             asked = torch.tensor(ids, device=self.model.device)
-            likely = [None, *scoring.read(self.model, asked, vocab_size=self.tokenizer.vocab_size, count=request.logprobs or 0)]
+            count, vocab_size = request.logprobs or 0, self.tokenizer.vocab_size
+            likely = [None, *scoring.read(self.model, asked, vocab_size=vocab_size, count=count)]
         stream, offset, scores = self.tokenizer.stream(), 0, []
         for token, found in list(zip(ids, likely))[len(ids) - own :]:
             scores.append(self._score(token, found, offset, request))
@@ -288,20 +305,25 @@ class Writer:
 
 def longest_beginning(text: str, stops: tuple[str, ...]) -> int:
     """Length of the longest end of `text` with which one of `stops` begins."""
-    return max((n for stop in stops for n in range(1, min(len(stop), len(text)) + 1) if text.endswith(stop[:n])), default=0)
+    starts = (stop[:n] for stop in stops for n in range(1, min(len(stop), len(text)) + 1))
+    return max((len(start) for start in starts if text.endswith(start)), default=0)
 
 
-def write_sample(model, tokenizer: Tokenizer, prompt: str | None, max_new_tokens: int, *, sampler: Sampler, seed: int) -> str:
-    """The prompt (None: the usual one) and max_new_tokens tokens behind it; leaves the model's mode and the global generators as they were.
+def write_sample(
+    model, tokenizer: Tokenizer, prompt: str | None, max_new_tokens: int, *, sampler: Sampler, seed: int
+) -> str:
+    """The prompt (None: the usual one) and max_new_tokens tokens behind it.
 
-    A model of documents writes one for each of up to SAMPLED_LABELS labels of one kind, "[label] text", each up to its end.
+    The model's mode and the global generators are left as they were. A model of documents writes one text for each
+    of up to SAMPLED_LABELS labels of one kind, "[label] text", each up to its end.
     """
     documents = model.config.separator is not None
     prompt = default_prompt(tokenizer, model.config.separator) if prompt is None else prompt
     listed = next(iter(tokenizer.labels.values()), {}) if documents else {}
     # 同一个种子：几段的不同只来自标签
     base = Request(prompt, sampler, max_new_tokens, seed, stop_at_end_of_text=documents)
-    requests = {f"[{label}] ": replace(base, prefix_ids=ids) for label, ids in list(listed.items())[:SAMPLED_LABELS]} or {"": base}
+    chosen = list(listed.items())[:SAMPLED_LABELS]
+    requests = {f"[{label}] ": replace(base, prefix_ids=ids) for label, ids in chosen} or {"": base}
     was_training = model.training
     model.eval()
     try:

@@ -1,4 +1,8 @@
-"""From the sampling config to a model that is ready to write, and the settings of each text."""
+"""From the sampling config to a model that is ready to write, and the settings and prompts of its texts."""
+
+# 从 conf/sample.yaml 到可以写作的模型：载入权重与词表，选数字格式与最快的一步；还有每段文字的设置，开头从哪里来
+# open_model 给出 Model，Settings.request 把一个开头变成 Request，Model.writer_of 收下许多 Request 造出 Writer
+# run_sample.py、服务器、评估都从这里开始；开头的文件有大小上限，编码由 data/source_text 认
 
 import contextlib
 import json
@@ -35,6 +39,8 @@ LARGEST_PROMPTS = 64 * 2**20
 class Settings:
     """How to write; everything here may change between two texts."""
 
+    # 配置里载入之后还能改的那一部分：/命令与 API 的请求各改各的一份
+
     sampler: dict[str, Any]
     max_new_tokens: int
     seed: int
@@ -52,15 +58,15 @@ class Settings:
         return cls(sampler, cfg.max_new_tokens, cfg.seed, stop, cfg.stop_at_end_of_text, control, cfg.unknown)
 
     def request(self, prompt: str, number: int = 0) -> Request:
-        """The request for the number-th text behind a prompt, which may begin with `style:…|` or `emotion:…|` of its own."""
+        """The request for the number-th text behind a prompt, which may begin with a `style:…|` or `emotion:…|`."""
         control = self.control
         if takes_forms(control):
-            wish = read_form(prompt)
-            control, prompt = {**control, **wish.asked}, wish.prompt
+            form = read_form(prompt)
+            control, prompt = {**control, **form.asked}, form.prompt
         return Request(
             prompt, _sampler(json.dumps(self.sampler)), self.max_new_tokens, self.seed + number,
-            stop=tuple(self.stop), stop_at_end_of_text=self.stop_at_end_of_text, control=build_control(control) if control else None,
-            skip_unknown=self.unknown == "skip",
+            stop=tuple(self.stop), stop_at_end_of_text=self.stop_at_end_of_text,
+            control=build_control(control) if control else None, skip_unknown=self.unknown == "skip",
         )
 
 
@@ -73,6 +79,8 @@ def _sampler(node: str) -> Sampler:
 @dataclass(frozen=True)
 class Model:
     """A model in evaluation mode on its device, with its tokenizer; `name` says where it came from."""
+
+    # context 是 CPU 上舍入到 16 位时要包住计算的那一层，别的情形什么也不做
 
     name: str
     network: torch.nn.Module
@@ -177,7 +185,10 @@ def prompt_list(cfg: SampleConfig, default: str) -> list[str]:
 
 
 def prompts_of_file(path: Path) -> list[str]:
-    """One prompt per line of a text file (empty lines are passed over), per json line, or per item of a .json list: a string or {"prompt": …}."""
+    """The prompts of a file: one per line (empty lines are skipped), per json line, or per item of a .json list.
+
+    A json item is a string or {"prompt": …}.
+    """
     content, suffix = file_text(path, "prompts", str(path)), path.suffix.lower()
     prompts, number = [], 0
     try:
@@ -194,7 +205,8 @@ def prompts_of_file(path: Path) -> list[str]:
             prompt.encode("utf-8")
             prompts.append(prompt)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ConfigError("bad_prompt_list" if suffix == ".json" else "bad_prompt_line", path=path, number=max(number, 1)) from None
+        message = "bad_prompt_list" if suffix == ".json" else "bad_prompt_line"
+        raise ConfigError(message, path=path, number=max(number, 1)) from None
     if not prompts:
         raise ConfigError("prompts={path} holds no prompt; give one per line", path=path)
     return prompts

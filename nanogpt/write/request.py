@@ -1,6 +1,8 @@
+"""What is to be written and what comes back, and how a prompt becomes ids."""
+
 # 写作的一头一尾：要写什么（Request），写出了什么（Piece、Result），开头怎样变成 token
 # 循环在 engine.py，控制在 control/；两边都只认这里的形状，互不相识
-"""What is to be written and what comes back, and how a prompt becomes ids."""
+# Control 是控制的约定：apply 改写 Request，别处不问它是哪一种
 
 import itertools
 from dataclasses import dataclass, field
@@ -18,6 +20,8 @@ from nanogpt.data.tokenizer import END_OF_TEXT, Tokenizer
 class Request:
     """One text to write behind a prompt."""
 
+    # 不可变：同一个 Request 可以重写、记录、比较，控制改写时另造一个
+
     prompt: str
     sampler: Sampler
     max_new_tokens: int
@@ -25,7 +29,7 @@ class Request:
     prefix: str = ""
     """Read before the prompt and never shown: where style and emotion go in words."""
     prefix_ids: tuple[int, ...] = ()
-    """Read before the prefix: the labels of a model of documents (whose separator the Writer puts in front by itself)."""
+    """Read before the prefix: the labels of a model of documents (the Writer itself puts its separator in front)."""
     labels: dict[str, str] = field(default_factory=dict)
     """What these ids mean: kind -> name of the label."""
     guidance: float = 1.0
@@ -48,6 +52,8 @@ class Request:
 class Control(Protocol):
     """What conf/control yamls build."""
 
+    # 约定而不是基类：自己写的控制只要有这几样，不必继承
+
     style: str | None
     emotion: str | None
 
@@ -55,12 +61,14 @@ class Control(Protocol):
         """The request that writes in this style and emotion; the prompt stays as it is."""
 
     def known(self, tokenizer: Tokenizer) -> dict[str, list[str]]:
-        """Names that can be typed for "style" and "emotion", the model's labels first; other words may be allowed too."""
+        """Names that can be typed for "style" and "emotion", the model's labels first; others may be allowed too."""
 
 
 @dataclass(frozen=True)
 class Result:
     """A finished text; seconds count from submit()."""
+
+    # 带着原来的 Request：记录里要写出是怎么要的
 
     request: Request
     text: str
@@ -74,7 +82,9 @@ class Result:
 
 @dataclass(frozen=True)
 class Piece:
-    """News of one request: whole characters, and at its end the result, or the error that ended it."""
+    """The next part of one text: whole characters, and at its end the result, or the error that ended it."""
+
+    # 只有完整的字符、不会再收回的字：显示它的人不必懂停止词与半个字符
 
     key: int
     prompt: str
@@ -92,12 +102,17 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, *, skip_unknown: bool = Fal
     parts = [tokenizer.encode(part, skip_unknown=skip_unknown) for part in prompt.split(END_OF_TEXT)]
     marks = [np.array([tokenizer.end_of_text], dtype=np.int64)] * len(parts)
     return np.concatenate([piece for pair in zip(marks, parts) for piece in pair][1:])
+
+
 # 一段话最可能在它们后面开始；词表里有哪个就用哪个
 BEGINNINGS = ("\n", " ", "。", ".")
 
 
 def default_prompt(tokenizer: Tokenizer, separator: int | None) -> str:
-    """The prompt where none is given: nothing for a model of documents, else a line break, or what else the vocabulary can spell."""
+    """The prompt where none is given: nothing for a model of documents, else a line break.
+
+    A vocabulary without a line break takes the first other text that it can spell.
+    """
     if separator is not None:
         return ""
     alone = (tokenizer.decode([i]) for i in range(tokenizer.vocab_size))

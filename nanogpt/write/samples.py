@@ -1,5 +1,9 @@
 """One-shot and batch writing: texts on stdout in the order of the prompts, records in a jsonl file."""
 
+# 一次写几段，或照一份开头的文件写一批：文字按开头的次序印到 stdout，output= 的文件里一段一条记录
+# write_samples 由 run_sample.py 调用；许多段一起写，先写完的先记下，但按次序显示，所以后面的要先扣住
+# Records、in_order、recorded 也给一问一答用
+
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -19,6 +23,8 @@ SEPARATOR = "-" * 40
 
 class Records:
     """Appends one json line per finished text to a file; what is there stays. Without a path it does nothing."""
+
+    # 写完一段就写下一行：中途停下，写完的都在
 
     def __init__(self, path: str | None, model_name: str):
         self.path = Path(path) if path else None
@@ -50,11 +56,12 @@ class Records:
 
 
 def settings_record(result: Result, settings: Settings) -> dict:
-    """The settings as json: of the control its plain values, with the style and emotion of this very text and the labels they became."""
+    """The settings as json: of the control its plain values, with this text's own style, emotion and labels."""
     record, control = dataclasses.asdict(settings), result.request.control
     own = {"style": control.style, "emotion": control.emotion, "labels": result.request.labels} if control else {}
     # 模板与词表几十行，不必每条记录都抄一遍
-    record["control"] = {key: value for key, value in record["control"].items() if not isinstance(value, dict | list)} | own
+    plain = {key: value for key, value in record["control"].items() if not isinstance(value, dict | list)}
+    record["control"] = plain | own
     return record
 
 

@@ -1,5 +1,9 @@
 """The surfaces of interactive writing: a terminal with editing, history and completion, or lines from a pipe."""
 
+# interactive=true 的外壳：终端上有编辑、历史、补全与状态栏，管道里一行是一个开头或命令
+# converse 由 run_sample.py 调用，按 stdin 是不是终端选一种；一行该做什么全由 commands 的 InteractiveSession 决定
+# 管道里错了一行照写其余的，最后以退出码 2 说明；终端上 Ctrl-C 只清掉这一行
+
 import locale
 import sys
 from collections.abc import Iterable
@@ -8,20 +12,20 @@ from nanogpt.base.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from nanogpt.base.language import ConfigError, say, text
 from nanogpt.base.sample_config import SampleConfig
 from nanogpt.data.assets import cache_folder
-from nanogpt.write.commands import Session, plain
+from nanogpt.write.commands import InteractiveSession, plain
 from nanogpt.write.loading import Model
 
 
 def converse(cfg: SampleConfig, model: Model) -> int:
     """Write what is asked for until the end of the input; the process' exit code."""
     is_terminal = sys.stdin.isatty()
-    session = Session(cfg, model, piped=not is_terminal)
+    session = InteractiveSession(cfg, model, piped=not is_terminal)
     if is_terminal:
         return at_the_terminal(session, prompt_session(session))
     return from_a_pipe(session, sys.stdin.buffer)
 
 
-def obey(session: Session, line: str) -> bool:
+def obey(session: InteractiveSession, line: str) -> bool:
     """Handle one line; a mistake is said and makes it False."""
     session.begin()
     try:
@@ -35,7 +39,7 @@ def obey(session: Session, line: str) -> bool:
 # ---- 管道 ----
 
 
-def from_a_pipe(session: Session, lines: Iterable[bytes]) -> int:
+def from_a_pipe(session: InteractiveSession, lines: Iterable[bytes]) -> int:
     """One prompt or command per line: stdout gets the texts, stderr the messages; 2 if a line was wrong."""
     good = True
     try:
@@ -61,7 +65,7 @@ def decoded(raw: bytes) -> str:
 # ---- 终端 ----
 
 
-def at_the_terminal(session: Session, prompt) -> int:
+def at_the_terminal(session: InteractiveSession, prompt) -> int:
     """Ask for lines until /quit or Ctrl-D; Ctrl-C only clears the line."""
     say(
         "{model}\ntype a beginning and press Enter; /help shows the commands, Ctrl-C stops a text, Ctrl-D leaves",
@@ -78,7 +82,7 @@ def at_the_terminal(session: Session, prompt) -> int:
     return 0
 
 
-def prompt_session(session: Session, **surface):
+def prompt_session(session: InteractiveSession, **surface):
     """A prompt_toolkit session; `surface` may name another input and output."""
     # 只在终端上才导入：管道与一次性写作不必等它
     from prompt_toolkit import PromptSession
@@ -108,15 +112,17 @@ def prompt_session(session: Session, **surface):
         # 家目录只读也能写作，只是下次不记得
         history = InMemoryHistory()
     return PromptSession(
-        "> ", multiline=True, history=history, completer=completer(session), complete_while_typing=True, key_bindings=bindings,
-        bottom_toolbar=lambda: toolbar(session), prompt_continuation="… ", enable_open_in_editor=False, **surface,
+        "> ", multiline=True, history=history, completer=completer(session), complete_while_typing=True,
+        key_bindings=bindings, bottom_toolbar=lambda: toolbar(session), prompt_continuation="… ",
+        enable_open_in_editor=False, **surface,
     )
 
 
-def completer(session: Session):
+def completer(session: InteractiveSession):
     """Completes /commands and the names that may follow them; prompts are left alone."""
     from prompt_toolkit.completion import Completer, Completion
 
+    # 写在函数里：它的基类要等 prompt_toolkit 导入之后才有
     class CommandCompleter(Completer):
         def get_completions(self, document, complete_event):
             typed = document.text_before_cursor
@@ -132,7 +138,7 @@ def completer(session: Session):
     return CommandCompleter()
 
 
-def toolbar(session: Session) -> str:
+def toolbar(session: InteractiveSession) -> str:
     """The settings that matter, in one line."""
     settings, control = session.settings, session.settings.control
     parts = [session.chosen["sampler"]]

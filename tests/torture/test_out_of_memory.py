@@ -336,8 +336,8 @@ async def through_a_worker(model, tokenizer, requests, error: Exception, rows: i
 async def text_of(job) -> str | None:
     text = ""
     try:
-        async for news in job.news():
-            text += "".join(item.text for item in news)
+        async for updates in job.updates():
+            text += "".join(item.text for item in updates)
     except ConfigError as error:
         return None if error.message == "sample_oom" else repr(error)
     return text

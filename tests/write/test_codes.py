@@ -21,7 +21,7 @@ from nanogpt.serve.completions import Reader, error_body
 from nanogpt.serve.server import announcement
 from nanogpt.weights.huggingface import export, open_pretrained
 from nanogpt.write import engine
-from nanogpt.write.commands import Session
+from nanogpt.write.commands import InteractiveSession
 from nanogpt.write.control import build_control, prefixes
 from nanogpt.write.engine import Writer, write_sample
 from nanogpt.write.loading import Model, Settings
@@ -176,7 +176,7 @@ def test_records_tell_the_guidance_and_what_the_words_became(model, tmp_path, ca
 
 
 def test_interactive_commands_change_style_emotion_and_guidance(model, capsys):
-    session = Session(dataclasses.replace(make_sample_config("max_new_tokens=9"), control=node()), model, piped=False)
+    session = InteractiveSession(dataclasses.replace(make_sample_config("max_new_tokens=9"), control=node()), model, piped=False)
     assert session.values("style")[:2] == LABELS["style"] and session.values("emotion")[:3] == ["negative", "positive", "happy"] and "guidance" in session.values("control")
     lines = ["/style 词", "/control guidance 2", "春", "style:五绝| emotion:happy|", "/control guidance 21", "/control guidance x", "/style"]
     assert from_a_pipe(session, [f"{line}\n".encode() for line in lines]) == 2

@@ -21,7 +21,7 @@ from nanogpt.data.documents import Document, write_documents
 from nanogpt.run.session import Session
 from nanogpt.write.control.prefixes import writable
 from nanogpt.write.judge import command, evaluate, picture
-from nanogpt.write.judge.measures import Seen, wilson
+from nanogpt.write.judge.measures import TrainingTexts, wilson
 from nanogpt.write.loading import open_model
 from nanogpt.write.samples import write_samples
 
@@ -175,7 +175,7 @@ def test_the_text_prefix_asks_in_the_language_of_the_texts():
         ("很好", "emotion", "positive", "积极"), ("good", "emotion", "positive", "positive"),
         ("春眠不觉晓", "style", "七言绝句", "七言绝句"), ("a book", "style", "mystery", "mystery"),
     ):
-        assert evaluate.in_words(evaluate.Ground(kind, [], None, {}, Seen([text]), set()), label)[kind] == typed
+        assert evaluate.in_words(evaluate.Reference(kind, [], None, {}, TrainingTexts([text]), set()), label)[kind] == typed
 
 
 def test_a_baseline_is_what_the_command_line_writes_also_without_the_line_break_of_its_sentence(in_tmp):
@@ -183,10 +183,10 @@ def test_a_baseline_is_what_the_command_line_writes_also_without_the_line_break_
     folder = trained(in_tmp, [Document("下面这段文字的情绪：积极。", emotion="positive"), *mixed(reviews(10))])
     typed = ["device=cpu", "fast=false", "max_new_tokens=12", "seed=5"]
     cfg = command.config_of(typed)
-    model, ground = open_model(cfg, folder), evaluate.Ground("emotion", ["positive"], None, {}, Seen(["很好"]), set())
+    model, reference = open_model(cfg, folder), evaluate.Reference("emotion", ["positive"], None, {}, TrainingTexts(["很好"]), set())
     assert writable(model.tokenizer, "下面这段文字的情绪：积极。") and not writable(model.tokenizer, "\n")
-    for control, _, node in evaluate.settings_of(ground, evaluate.Asked(3, [], baseline=True)):
-        written = evaluate.write(model, cfg, ground.labels, node, 3)["positive"]
+    for control, _, node in evaluate.settings_of(reference, evaluate.EvaluationOptions(3, [], baseline=True)):
+        written = evaluate.write(model, cfg, reference.labels, node, 3)["positive"]
         wish = ["control.emotion=积极"] * (control == "prefix")
         overrides = [*typed, f"control={control}", *wish, "num_samples=3", f"output={control}.jsonl"]
         write_samples(sample_config([quoted(o) for o in overrides]), model)

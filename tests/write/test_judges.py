@@ -15,7 +15,7 @@ from nanogpt.data.documents import Document, DocumentData, write_documents
 from nanogpt.write.judge import judges, measures
 from nanogpt.write.judge.evaluate import guided_perplexity, judged
 from nanogpt.write.judge.judges import FormJudge, TextJudge, Verdict, build_judge, form_of, lengths, problem, segments
-from nanogpt.write.judge.measures import Seen, distinct, mean_share, share, wilson
+from nanogpt.write.judge.measures import TrainingTexts, distinct, mean_share, share, wilson
 from nanogpt.write.loading import Model
 
 QUATRAIN = "春眠不觉晓，处处闻啼鸟。\n夜来风雨声，花落知多少？"
@@ -190,7 +190,7 @@ PASSAGE = "白日依山尽黄河入海流欲穷千里目更上一层楼"
 
 
 def test_copies_begin_at_exactly_twenty_characters_across_line_breaks_and_at_the_edges():
-    seen = Seen(["前面的话，" + PASSAGE[:10] + "\n " + PASSAGE[10:], "第二篇" + CHARACTERS])
+    seen = TrainingTexts(["前面的话，" + PASSAGE[:10] + "\n " + PASSAGE[10:], "第二篇" + CHARACTERS])
     assert len(PASSAGE) == 20
     for text in (PASSAGE, "头" + PASSAGE, PASSAGE + "尾", "头 " + "\n".join(PASSAGE) + " 尾"):
         assert seen.copies(text), text
@@ -203,7 +203,7 @@ def test_copies_begin_at_exactly_twenty_characters_across_line_breaks_and_at_the
 def test_copies_agree_with_a_plain_search():
     random = np.random.default_rng(0)
     training = ["".join(random.choice(list("甲乙"), 400)) for _ in range(30)]
-    seen = Seen(training)
+    seen = TrainingTexts(training)
     for _ in range(200):
         text = "".join(random.choice(list("甲乙"), 24))
         assert seen.copies(text) == any(text[i : i + 20] in other for i in range(5) for other in training)
@@ -214,13 +214,13 @@ def test_four_million_characters_are_indexed_in_seconds():
     codes = random.integers(0x4E00, 0x5E00, 4_000_000).astype("<u4")
     text = codes.tobytes().decode("utf-32-le")
     start = time.process_time()
-    seen = Seen([text])
+    seen = TrainingTexts([text])
     assert seen.copies("外" + text[1_000_000:1_000_020]) and not any(seen.copies(text[i : i + 19]) for i in range(100))
     assert time.process_time() - start < 20 and seen._passages.nbytes <= 32_000_000
 
 
 def test_known_pairs_are_counted_among_chinese_neighbours_only():
-    seen = Seen(["甲乙丙丁戊己庚辛壬癸"])
+    seen = TrainingTexts(["甲乙丙丁戊己庚辛壬癸"])
     assert seen.known_pairs("甲乙丙丁戊己庚辛壬癸") == 1.0 and seen.known_pairs("癸壬辛庚己戊丁丙乙甲") == 0.0
     assert seen.known_pairs("甲乙，丙丁。戊己") is None and seen.known_pairs("english words only here") is None
     assert seen.known_pairs("甲乙丙丁戊己庚辛壬癸，甲丙") == 9 / 10

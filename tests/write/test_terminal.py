@@ -17,7 +17,7 @@ from nanogpt.base.language import ConfigError
 from nanogpt.base.sample_config import check_sample
 from nanogpt.base.user_yaml import group_options
 from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer
-from nanogpt.write.commands import Session
+from nanogpt.write.commands import InteractiveSession
 from nanogpt.write.control import prefixes
 from nanogpt.write.engine import Writer
 from nanogpt.write.loading import Model
@@ -48,7 +48,7 @@ def cfg():
 
 @pytest.fixture
 def session(model, cfg):
-    return Session(cfg, model, piped=False)
+    return InteractiveSession(cfg, model, piped=False)
 
 
 def piped(session, *lines):
@@ -64,12 +64,12 @@ def test_a_pipe_of_prompts_writes_what_a_batch_writes(model, cfg, tmp_path, caps
     batch = make_sample_config("max_new_tokens=12", f"prompts={tmp_path / 'p.txt'}")
     write_samples(batch, model)
     expected = capsys.readouterr().out
-    assert piped(Session(cfg, model, piped=True), *prompts[:2], "", prompts[2]) == 0
+    assert piped(InteractiveSession(cfg, model, piped=True), *prompts[:2], "", prompts[2]) == 0
     assert capsys.readouterr().out == expected and expected.count(SEPARATOR) == 2
 
 
 def test_a_wrong_line_is_said_and_the_others_are_still_written(model, cfg, capsys):
-    assert piped(Session(cfg, model, piped=True), "So", "/tempratur 3", "wéird", "/temperature hot", "/temperature 0", "So") == 2
+    assert piped(InteractiveSession(cfg, model, piped=True), "So", "/tempratur 3", "wéird", "/temperature hot", "/temperature 0", "So") == 2
     done = capsys.readouterr()
     first, second = done.out.split(f"{SEPARATOR}\n")
     assert first.startswith("So") and second.startswith("So") and len(second) == 2 + 12 + 1
@@ -96,7 +96,7 @@ def test_lines_of_other_encodings_are_read(monkeypatch):
 def test_no_chinese_character_is_ever_split(cfg, capsys, tokens):
     """A byte model that writes one sentence, cut off anywhere: only whole characters are printed, piece by piece."""
     network = Scripted(list(SPRING.encode()), 256)
-    session = Session(cfg, Model("bytes", network, ByteTokenizer(), contextlib.nullcontext), piped=False)
+    session = InteractiveSession(cfg, Model("bytes", network, ByteTokenizer(), contextlib.nullcontext), piped=False)
     pieces = []
     session._print = lambda piece, end="": pieces.append(piece + end)
     assert piped(session, f"/tokens {tokens}", "花") == 0
@@ -185,7 +185,7 @@ def test_what_was_typed_stays_when_the_sampler_changes(session):
 
 
 def test_the_command_lines_sampler_comes_back_with_its_values(model):
-    session = Session(make_sample_config("sampler=top_p", "sampler.top_p=0.5", "interactive=true"), model, piped=False)
+    session = InteractiveSession(make_sample_config("sampler=top_p", "sampler.top_p=0.5", "interactive=true"), model, piped=False)
     piped(session, "/sampler greedy", "/temperature 0.4", "/sampler top_p")
     assert session.settings.sampler["top_p"] == 0.5 and session.settings.sampler["temperature"] == 0.4
 
@@ -227,7 +227,7 @@ def test_saving_appends_and_never_overwrites(session, tmp_path, capsys):
 
 
 def test_every_text_is_recorded_with_output(model, tmp_path):
-    session = Session(make_sample_config("max_new_tokens=5", "interactive=true", f"output={tmp_path / 'o.jsonl'}"), model, piped=False)
+    session = InteractiveSession(make_sample_config("max_new_tokens=5", "interactive=true", f"output={tmp_path / 'o.jsonl'}"), model, piped=False)
     piped(session, "So", "/temperature 0.5", "emotion:sad| It", "/more")
     records = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(r["prompt"], r["settings"]["sampler"]["temperature"]) for r in records] == [("So", 0.8), ("It", 0.5), ("It" + records[1]["text"], 0.5)]
@@ -279,14 +279,14 @@ def test_ctrl_c_among_several_samples_keeps_what_was_shown(session, monkeypatch,
 
 def test_ctrl_c_ends_a_pipe(model, cfg, monkeypatch, capsys):
     interrupt_at(monkeypatch, 5)
-    session = Session(cfg, model, piped=True)
+    session = InteractiveSession(cfg, model, piped=True)
     assert piped(session, "So", "It") == 130
     assert capsys.readouterr().out == session.written[0].shown + "\n" and len(session.written) == 1
 
 
 def test_an_interrupted_text_ends_with_a_whole_character(cfg, monkeypatch, capsys):
     interrupt_at(monkeypatch, 6)
-    session = Session(cfg, Model("bytes", Scripted(list(SPRING.encode()), 256), ByteTokenizer(), contextlib.nullcontext), piped=False)
+    session = InteractiveSession(cfg, Model("bytes", Scripted(list(SPRING.encode()), 256), ByteTokenizer(), contextlib.nullcontext), piped=False)
     obey(session, "花")
     assert capsys.readouterr().out == "花春\n"
 

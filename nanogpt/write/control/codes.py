@@ -1,4 +1,8 @@
-"""Style and emotion as labels that the model was trained behind; what it has no label for goes the way of control=prefix."""
+"""Style and emotion as labels that the model was trained behind, with control=prefix for all other words."""
+
+# control=codes：模型训练时每篇文章前面放着标签，写作时把想要的标签放在最前面；guidance 是推得多用力
+# 敲的词先认成模型的标签（同名、同义词、别名表），认不出的仍走 control=prefix 的办法，并说一声
+# codes 是 conf/control/codes.yaml 的构造函数；标签的 token 与名字在 tokenizer 里，来自训练数据
 
 from dataclasses import dataclass, replace
 
@@ -20,6 +24,8 @@ class CodesControl:
     control=prefix; the label of an alias list in which the word, or the mood it is a name of, stands.
     """
 
+    # 包着一个 PrefixControl：没有标签的模型用它，结果与 control=prefix 逐字相同
+
     words: PrefixControl
     """For what the model has no label for."""
     guidance: float
@@ -35,7 +41,8 @@ class CodesControl:
         return self.words.emotion
 
     def apply(self, request: Request, tokenizer: Tokenizer) -> Request:
-        labels = {kind: label for kind in KINDS if (typed := getattr(self, kind)) and (label := self.label(kind, typed, tokenizer))}
+        typed = {kind: word for kind in KINDS if (word := getattr(self, kind))}
+        labels = {kind: label for kind, word in typed.items() if (label := self.label(kind, word, tokenizer))}
         # 没有标签的模型与 control=prefix 完全一样；有标签的，下面一句话说完
         rest = replace(self.words, **dict.fromkeys(labels), tells=not tokenizer.labels)
         self._say(rest, request, labels, tokenizer)
@@ -59,8 +66,10 @@ class CodesControl:
         word, mood = typed.lower(), self.words.label(kind, typed)
         # 别名表里写 happy，就连同它的同义词
         means = {word, mood.name.lower()} if mood else {word}
-        lists = [[label.lower(), *(other.lower() for other in listed)] for label, listed in self.aliases.get(kind, {}).items()]
-        return [[word], [name.lower() for name in mood.all_names()] if mood else [], *(group for group in lists if means & set(group))]
+        aliases = self.aliases.get(kind, {}).items()
+        lists = [[label.lower(), *(other.lower() for other in listed)] for label, listed in aliases]
+        synonyms = [name.lower() for name in mood.all_names()] if mood else []
+        return [[word], synonyms, *(group for group in lists if means & set(group))]
 
     def _say(self, rest: PrefixControl, request: Request, labels: dict[str, str], tokenizer: Tokenizer) -> None:
         """What has no label, and whether the rest can ask for it; that guidance has nothing to strengthen."""
@@ -100,7 +109,8 @@ def codes(*, guidance: float = 1.0, aliases: dict | None = None, **settings) -> 
         raise ConfigError("wrong_type", key="control.guidance", got=guidance, want="float")
     check_range("control.guidance", guidance, *GUIDANCE)
     listed = table("control.aliases", aliases)
-    return CodesControl(prefix(**settings), guidance, {kind: _lists(f"control.aliases.{kind}", listed.get(kind)) for kind in KINDS})
+    lists = {kind: _lists(f"control.aliases.{kind}", listed.get(kind)) for kind in KINDS}
+    return CodesControl(prefix(**settings), guidance, lists)
 
 
 def _lists(key: str, node: dict | None) -> dict[str, list[str]]:

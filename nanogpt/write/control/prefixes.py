@@ -1,9 +1,13 @@
-"""Style and emotion of a text, first stage: nothing is trained in.
+"""Style and emotion without training: a sentence before the prompt and raised logits for fitting words.
 
 A control is an object with `apply(request, tokenizer) -> request` and `known()`. `PrefixControl` puts a
 sentence in front of the prompt, which the model reads and nobody sees, and raises the logits of words that
 belong to the emotion (`nanogpt.write.control.words`). Both depend on a model that understands such sentences and words.
 """
+
+# control=prefix 与 control=none：不需要训练的控制，在开头之前放一句读者看不见的话，再给相关的词加分
+# prefix 是 conf/control/prefix.yaml 的构造函数；read_form 认出开头里手写的 style:…| 与 emotion:…|
+# 语言随开头走，词表写不出的换另一种语言，再不行就略去并说一声；同一句话整个进程只说一次
 
 import re
 from dataclasses import dataclass, field, replace
@@ -31,6 +35,8 @@ MOST_SAID = 50
 class NoControl:
     """control=none."""
 
+    # 什么也不改：开头里的 style:…| 也照原样读
+
     style: str | None = None
     emotion: str | None = None
 
@@ -44,6 +50,8 @@ class NoControl:
 @dataclass(frozen=True)
 class Label:
     """A style or emotion with its names and words in each language; the first name stands in the sentence."""
+
+    # conf/control 里写好的那些；别的词也能用，只是没有可以加分的词
 
     name: str
     names: dict[str, list[str]]
@@ -70,6 +78,8 @@ class PrefixControl:
     What the vocabulary cannot write in that language is taken in the other one, or left out with a line.
     """
 
+    # tells：由 codes 借用时不说话，那边一句话说完
+
     style: str | None
     emotion: str | None
     strength: float
@@ -81,20 +91,24 @@ class PrefixControl:
     """Whether it says what it has no words for or had to leave out."""
 
     def apply(self, request: Request, tokenizer: Tokenizer) -> Request:
-        wishes = {kind: typed for kind in KINDS if (typed := getattr(self, kind))}
-        if not wishes:
+        asked = {kind: typed for kind in KINDS if (typed := getattr(self, kind))}
+        if not asked:
             return request
-        first = language_of(request.prompt, *wishes.values())
+        first = language_of(request.prompt, *asked.values())
         languages = (first, "en" if first == "zh" else "zh")
-        prefix = "".join(self._sentence(kind, typed, languages, tokenizer) for kind, typed in wishes.items())
-        biases = [b for kind, typed in wishes.items() if (b := self._words(kind, typed, languages, tokenizer))]
+        prefix = "".join(self._sentence(kind, typed, languages, tokenizer) for kind, typed in asked.items())
+        biases = [b for kind, typed in asked.items() if (b := self._words(kind, typed, languages, tokenizer))]
         sampler = request.sampler
+        # 倒着套：排在前面的种类，阶段也在前面
         for bias in reversed(biases):
             sampler = bias.before(sampler)
         return replace(request, prefix=prefix, sampler=sampler)
 
     def known(self, tokenizer: Tokenizer) -> dict[str, list[str]]:
-        return {kind: [name for label in labels for name in (label.name, label.names["zh"][0])] for kind, labels in self.labels.items()}
+        return {
+            kind: [name for label in labels for name in (label.name, label.names["zh"][0])]
+            for kind, labels in self.labels.items()
+        }
 
     def label(self, kind: str, typed: str) -> Label | None:
         """The entry that a typed word is a name of."""
@@ -123,7 +137,8 @@ class PrefixControl:
             return None
         label = self.label(kind, typed)
         if not label or not any(label.words.values()):
-            known = ", ".join(n for n in self.known(tokenizer)[kind] if (found := self.label(kind, n)) and any(found.words.values()))
+            listed = self.known(tokenizer)[kind]
+            known = ", ".join(n for n in listed if (found := self.label(kind, n)) and any(found.words.values()))
             if self.tells:
                 say_once(
                     "control.{kind}={got} is used as it is written, without words to lead the text to; those with "
@@ -140,14 +155,16 @@ class PrefixControl:
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a prompt's own form asks for, and the prompt without it."""
+class RequestedLabels:
+    """The style and emotion that a prompt's own form asks for, and the prompt without it."""
+
+    # asked 里是敲的原话，种类 -> 词；是不是模型的标签由控制去认
 
     asked: dict[str, str] = field(default_factory=dict)
     prompt: str = ""
 
 
-def read_form(prompt: str) -> Wish:
+def read_form(prompt: str) -> RequestedLabels:
     """Take `style:…|` and `emotion:…|`, in any order, from the beginning of a prompt: "emotion:happy| 今天"."""
     asked: dict[str, str] = {}
     while match := FORM.match(prompt):
@@ -155,7 +172,7 @@ def read_form(prompt: str) -> Wish:
         asked[kind] = match[2].strip().rstrip(TRAILING)
         prompt = prompt[match.end() :]
     # 竖线后的空格是排版，不是开头的一部分；换行留下
-    return Wish(asked, prompt.lstrip(" \t\u3000") if asked else prompt)
+    return RequestedLabels(asked, prompt.lstrip(" \t\u3000") if asked else prompt)
 
 
 def takes_forms(node: dict[str, Any]) -> bool:
@@ -182,12 +199,14 @@ def prefix(
     if not isinstance(bias, bool):
         raise ConfigError("wrong_type", key="control.bias", got=bias, want="bool")
     labels = {"style": _labels("styles", styles), "emotion": _labels("emotions", emotions)}
-    sentences = {language: table("control.templates." + language, node) for language, node in table("control.templates", templates).items()}
+    listed = table("control.templates", templates)
+    sentences = {language: table(f"control.templates.{language}", node) for language, node in listed.items()}
     for language, node in sentences.items():
         for kind, sentence in node.items():
             if not isinstance(sentence, str | None):
                 raise ConfigError("wrong_type", key=f"control.templates.{language}.{kind}", got=sentence, want="str")
-    named = {kind: str(typed).strip() if typed is not None else None for kind, typed in (("style", style), ("emotion", emotion))}
+    both = {"style": style, "emotion": emotion}
+    named = {kind: None if typed is None else str(typed).strip() for kind, typed in both.items()}
     return PrefixControl(**named, strength=strength, bias=bias, templates=sentences, labels=labels)
 
 
@@ -203,7 +222,8 @@ def _labels(key: str, node: dict | None) -> list[Label]:
     for name, entry in table(f"control.{key}", node).items():
         try:
             names = {language: [str(n) for n in entry[language]] for language in ("zh", "en")}
-            words = {language: [str(w) for w in (entry.get("words") or {}).get(language) or []] for language in ("zh", "en")}
+            given = entry.get("words") or {}
+            words = {language: [str(w) for w in given.get(language) or []] for language in ("zh", "en")}
         except (KeyError, TypeError, AttributeError):
             raise ConfigError(
                 "{key} needs zh: [names], en: [names] and may have words: {{zh: [...], en: [...]}}",
@@ -224,14 +244,16 @@ def distinct(names: list[str]) -> list[str]:
 
 
 def language_of(prompt: str, *typed: str) -> str:
-    """zh when there is a Chinese character in the prompt (in the typed words, where the prompt has no letters), else en."""
+    """zh when the prompt (or, where it has no letters, the typed words) has a Chinese character, else en."""
     text = prompt if any(c.isalpha() for c in prompt) else "".join(typed)
     return "zh" if CJK.search(text) else "en"
 
 
 def missing_characters(tokenizer: Tokenizer, text: str) -> str:
     """The characters of a text that a vocabulary lacks, up to ten, each once."""
-    return " ".join([repr(c) for c in dict.fromkeys(text) if not writable(tokenizer, c)][:10]) if not writable(tokenizer, text) else ""
+    if writable(tokenizer, text):
+        return ""
+    return " ".join([repr(c) for c in dict.fromkeys(text) if not writable(tokenizer, c)][:10])
 
 
 def writable(tokenizer: Tokenizer, text: str) -> bool:

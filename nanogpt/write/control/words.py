@@ -1,4 +1,4 @@
-"""Lead a text towards words: raise the logits of the tokens with which a word begins or goes on.
+"""Lead a text towards words by raising the logits of the tokens with which a word begins or continues.
 
 One mechanism for characters, bytes and BPE: every word is a path of token ids. Where the text so far ends
 with the beginning of a path, the path's next token is raised by `strength`, once, however many words agree.
@@ -8,6 +8,10 @@ with the beginning of a path, the path's next token is raised by `strength`, onc
   "a" is once " h" was written.
 - BPE words are tried as "happy" and, with its space, as " happy".
 """
+
+# 词的偏向：文字写到某个词的开头时，给这个词的下一个 token 加分；字符、字节、BPE 三种词表同一个办法
+# 每个词是一串 token；所有词的所有开头做成一张右对齐的后缀表，一步里整批比较，不从主机上看任何值
+# 它是 sampler 的一个前置阶段：prefixes 造出它并套在 sampler 前面，解码循环不知道有它
 
 import re
 from collections.abc import Iterator
@@ -64,7 +68,9 @@ def word_ends(tokenizer: Tokenizer) -> torch.Tensor:
 
 
 class WordBias:
-    """A stage before a sampler's own: logits (B, V), tokens (B, T) -> logits, without a look from the host."""
+    """A stage before a sampler's own: logits (B, V), tokens (B, T) -> logits, without a sync to the host."""
+
+    # 表在造的时候算好，之后每步只有几个小张量的比较；第一次用时搬到 logits 所在的设备
 
     def __init__(self, tokenizer: Tokenizer, words: tuple[str, ...], strength: float):
         self.strength = strength
@@ -82,7 +88,9 @@ class WordBias:
             suffixes[row, self.width - len(beginning) :] = torch.tensor(beginning, dtype=torch.long)
         following = sorted(set().union(*nodes.values()))
         # 哪个开头提出哪个 token；同一个 token 由几个词提出也只加一次
-        follows = torch.tensor([[float(token in after) for token in following] for after in nodes.values()]).view(len(nodes), len(following))
+        rows = [[float(token in after) for token in following] for after in nodes.values()]
+        # 一个词也写不出时表是空的：view 仍给出两维
+        follows = torch.tensor(rows).view(len(nodes), len(following))
         self._tensors = {
             "suffixes": suffixes,
             "before": torch.tensor([longest - len(beginning) for _, beginning in nodes], dtype=torch.long),
@@ -106,7 +114,10 @@ class WordBias:
         return logits.index_add(1, t["following"], raised.to(logits.dtype))
 
     def before(self, sampler: Sampler) -> Sampler:
-        """The sampler with this stage first; the same object for the same sampler, so that rows can be shaped together."""
+        """The sampler with this stage first.
+
+        The same object for the same sampler, so that rows can be processed together.
+        """
         if sampler.stages[:1] == (self,):
             return sampler
         if self._last[0] is not sampler:

@@ -1,4 +1,9 @@
-"""Does the control work? Write texts of every style or emotion that a model knows, have a judge count the hits, draw the dial."""
+"""The command line of python -m nanogpt.control: evaluate writes texts and judges them, plot draws the record."""
+
+# 评估的命令行：evaluate 写、判、数，plot 照存下的记录重画
+# 能马上查的都先查：参数、输出写不写得进、图的后缀，几小时的写作之后才不会白费
+# key=value 的参数是 conf/sample.yaml 的覆盖，与 --选项混着写也分得开；评估自己决定的键不许写
+# 真正的入口是 nanogpt/control.py，名字不随模块搬家而变
 
 import argparse
 import json
@@ -20,19 +25,26 @@ from nanogpt.write.control.codes import GUIDANCE
 
 # 评估自己决定的键
 OWN_KEYS = (
-    "out_dir", "init_from", "start", "prompts", "num_samples", "stop_at_end_of_text", "output", "interactive", "serve", "server", "control",
+    "out_dir", "init_from", "start", "prompts", "num_samples", "stop_at_end_of_text", "output", "interactive", "serve",
+    "server", "control",
 )
 # 与 conf/sample.yaml 不同的默认值：诗都不长，并排多写几段
 DEFAULTS = {"max_new_tokens": 300, "batch_size": 64}
 DIAL = (1.0, 1.5, 2.0, 3.0, 4.0)
 OVERRIDE = re.compile(r"[+~]{0,2}[a-z_][\w.]*=")
 
+DESCRIPTION = (
+    "Does the control work? Write texts of every style or emotion that a model knows, have a judge count the hits, "
+    "draw the dial."
+)
 EPILOG = """\
-columns: hits and hit rate: texts that the judge gives the label that was asked for; 95%: Wilson interval; real: the same judge on real texts that it
-has not seen; distinct-n: different n-grams of characters / all of them (white space left out); known pairs: share of neighbouring Chinese characters
-that stand side by side in the training texts too (characters at random have few); copies: texts that share 20 characters in a row with a training
-text (white space left out); length: characters; finished: ended by themselves before max_new_tokens. Other arguments are overrides of
-conf/sample.yaml, for example: sampler=top_p temperature=0.9 seed=1 max_new_tokens=200 batch_size=64 device=cpu checkpoint=last
+columns: hits and hit rate: texts that the judge gives the label that was asked for; 95%: Wilson interval;
+real: the same judge on real texts that it has not seen; distinct-n: different n-grams of characters / all of them
+(white space left out); known pairs: share of neighbouring Chinese characters that stand side by side in the training
+texts too (characters at random have few); copies: texts that share 20 characters in a row with a training text
+(white space left out); length: characters; finished: ended by themselves before max_new_tokens. Other arguments are
+overrides of conf/sample.yaml, for example: sampler=top_p temperature=0.9 seed=1 max_new_tokens=200 batch_size=64
+device=cpu checkpoint=last
 """
 
 
@@ -49,8 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """evaluate and plot."""
-    top = Arguments(prog="python -m nanogpt.control", description=__doc__)
+    """The parser of evaluate and plot."""
+    top = Arguments(prog="python -m nanogpt.control", description=DESCRIPTION)
     commands = top.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
         "evaluate", help="write, judge, count", epilog=EPILOG, usage="%(prog)s OUT_DIR [options] [key=value …]",
@@ -58,12 +70,16 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("out_dir", metavar="OUT_DIR", help="run folder, or latest")
     command.add_argument("--samples", type=int, default=100, help="texts for each label (default 100)")
-    command.add_argument("--kind", choices=LABEL_KINDS, help="which labels (default: the first kind that the model has)")
-    command.add_argument("--guidance", type=float, nargs="+", help="values of control.guidance (default 1; with --plot 1 1.5 2 3 4)")
-    command.add_argument("--baseline", action="store_true", help="also control=prefix and control=none, as run_sample.py writes with them")
+    first_kind = "which labels (default: the first kind that the model has)"
+    command.add_argument("--kind", choices=LABEL_KINDS, help=first_kind)
+    dial = "values of control.guidance (default 1; with --plot 1 1.5 2 3 4)"
+    command.add_argument("--guidance", type=float, nargs="+", help=dial)
+    baseline = "also control=prefix and control=none, as run_sample.py writes with them"
+    command.add_argument("--baseline", action="store_true", help=baseline)
     command.add_argument("--output", type=Path, metavar="FILE.json", help="everything as json")
     command.add_argument("--texts", action="store_true", help="keep the texts in --output")
-    command.add_argument("--plot", type=Path, metavar="FILE.png|.svg", help="draw hit rate and perplexity against guidance")
+    drawn = "draw hit rate and perplexity against guidance"
+    command.add_argument("--plot", type=Path, metavar="FILE.png|.svg", help=drawn)
     drawing = commands.add_parser("plot", help="draw what evaluate --output wrote")
     drawing.add_argument("source", metavar="FILE.json", type=Path)
     drawing.add_argument("target", metavar="FILE.png|.svg", type=Path)
@@ -74,7 +90,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """(options and positionals, overrides of conf/sample.yaml); what follows an option that takes a file is its value."""
+    """(options and positionals, overrides of conf/sample.yaml).
+
+    What follows an option that takes a file is its value, even if it looks like an override.
+    """
     values = ("--output", "--plot", "--config-dir")
     is_override = [bool(OVERRIDE.match(a)) and not (i and arguments[i - 1] in values) for i, a in enumerate(arguments)]
     return [a for a, o in zip(arguments, is_override) if not o], [a for a, o in zip(arguments, is_override) if o]
@@ -86,7 +105,8 @@ def config_of(overrides: list[str]) -> SampleConfig:
     for key in typed:
         if key.split(".")[0] in OWN_KEYS:
             raise ConfigError("{key}=… is set by the evaluation itself; leave it out", key=key)
-    cfg = sample_config([*(f"{key}={value}" for key, value in DEFAULTS.items() if key not in typed), *map(quoted, overrides)])
+    defaults = [f"{key}={value}" for key, value in DEFAULTS.items() if key not in typed]
+    cfg = sample_config([*defaults, *map(quoted, overrides)])
     check_sample(cfg)
     return cfg
 
@@ -95,8 +115,8 @@ def run_evaluate(typed: argparse.Namespace, overrides: list[str]) -> None:
     """Check everything that can be checked at once, then write and judge."""
     guidance = list(dict.fromkeys(typed.guidance or (DIAL if typed.plot else (1.0,))))
     check_range("--samples", typed.samples, 1, 10**6)
-    for key, value in (("OUT_DIR", typed.out_dir), ("--output", str(typed.output or "-")), ("--plot", str(typed.plot or "-"))):
-        check_path(key, value)
+    for key, value in (("OUT_DIR", typed.out_dir), ("--output", typed.output), ("--plot", typed.plot)):
+        check_path(key, str(value or "-"))
     for value in guidance:
         check_range("--guidance", value, *GUIDANCE)
     cfg, run_dir = config_of(overrides), run_names.locate(typed.out_dir, key="OUT_DIR")
@@ -117,7 +137,7 @@ def run_evaluate(typed: argparse.Namespace, overrides: list[str]) -> None:
             with folders_around(typed.output):
                 write_text(typed.output, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
-    asked = evaluate.Asked(typed.samples, guidance, baseline=typed.baseline, keep_texts=typed.texts)
+    asked = evaluate.EvaluationOptions(typed.samples, guidance, baseline=typed.baseline, keep_texts=typed.texts)
     record = evaluate.evaluate(cfg, run_dir, asked, typed.kind, tell)
     show("\n".join(table.summary(record)))
     if typed.plot:
@@ -158,6 +178,7 @@ def check_target(path: Path, key: str) -> None:
 
 
 def _picture():
+    # 只有要图时才导入
     from nanogpt.write.judge import picture
 
     return picture

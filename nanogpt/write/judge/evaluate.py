@@ -1,9 +1,14 @@
-"""python -m nanogpt.control evaluate: does a model write what it is asked for, and what does that cost?
+"""Evaluate whether a model writes what it is asked for, and what that costs in perplexity.
 
-Every label is written `samples` times, judged, and set beside real texts under the same judge. A hit is a text that the
-judge gives the label that was asked for; a text of the set that occurs twice counts once, and a poem that was cut off at
-max_new_tokens has no form.
+Every label is written `samples` times, judged, and set beside real texts under the same judge. A hit is a text that
+the judge gives the label that was asked for; a text of the set that occurs twice counts once, and a poem that was cut
+off at max_new_tokens has no form.
 """
+
+# 整个评估：每种标签写 samples 段，评判逐段认，与真实文本放在同一把尺下，再量各 guidance 下的困惑度
+# 从上到下：困惑度、数据、写、量、evaluate 把它们串起来；每得出一部分就交给 show，中途停下也不白等
+# 记录是一个 JSON 的 dict，table 与 picture 只认它；命令行在 command
+# 公平之处：各标签用同样的种子，真实文本取同样多篇，写重复的同一段只算一次命中
 
 import dataclasses
 import math
@@ -32,7 +37,7 @@ from nanogpt.run.summary import device_name, versions
 from nanogpt.weights import checkpoint
 from nanogpt.write.control.prefixes import language_of
 from nanogpt.write.judge.judges import CI, Judge, Verdict, build_judge, lengths, read_judge_part
-from nanogpt.write.judge.measures import COPY, Seen, distinct, mean_share, share, without_space
+from nanogpt.write.judge.measures import COPY, TrainingTexts, distinct, mean_share, share, without_space
 from nanogpt.write.loading import Model, Settings, open_model
 from nanogpt.write.request import Result
 
@@ -47,11 +52,13 @@ CHUNK_BYTES = 2**28
 
 
 @torch.inference_mode()
-def guided_perplexity(model: Model, data: DocumentData, guidances: Sequence[float], *, limit: int | None = MOST_TOKENS) -> list[float]:
+def guided_perplexity(
+    model: Model, data: DocumentData, guidances: Sequence[float], *, limit: int | None = MOST_TOKENS
+) -> list[float]:
     """Perplexity per token of the validation documents at each guidance, teacher-forced, without any sampling.
 
-    A token's probability is softmax(u + g (c - u)): c are the logits behind the document's labels, u those without any. So
-    g = 1 is the model's own validation loss, exponentiated, and g = 0 that of the same texts without labels.
+    A token's probability is softmax(u + g (c - u)): c are the logits behind the document's labels, u those without
+    any. So g = 1 is the model's own validation loss, exponentiated, and g = 0 that of the same texts without labels.
     """
     sums, count = torch.zeros(len(guidances), dtype=torch.float64), 0
     for c, u, targets in _logits(model, data, limit):
@@ -62,7 +69,9 @@ def guided_perplexity(model: Model, data: DocumentData, guidances: Sequence[floa
     return [math.exp(total / count) for total in sums.tolist()]
 
 
-def _logits(model: Model, data: DocumentData, limit: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def _logits(
+    model: Model, data: DocumentData, limit: int | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Logits with labels and without, both (N, V) float32, and their targets (N,), in pieces."""
     network = model.network
     T, V = network.config.block_size, network.config.vocab_size
@@ -91,8 +100,10 @@ UNFINISHED, REPEATED = "unfinished", "repeated"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What to measure: texts per label, the dials of control=codes, and whether to measure the baselines too."""
+class EvaluationOptions:
+    """What to measure: texts per label, guidance values of control=codes, and whether to measure the baselines too."""
+
+    # 命令行选的那几项；与写作的设置（SampleConfig）分开，后者对所有标签相同
 
     samples: int
     guidance: Sequence[float]
@@ -101,15 +112,17 @@ class Asked:
 
 
 @dataclass
-class Ground:
-    """What all settings of an evaluation are held against: judge, training texts, tunes of real ci."""
+class Reference:
+    """What all settings of an evaluation are compared with: judge, training texts, tunes of real ci."""
+
+    # 训练评判、给训练文本编索引都要时间：做一次，各个设置共用
 
     kind: str
     labels: list[str]
     judge: Judge
     accuracy: dict[str, dict]
     """Per label: the judge on real texts that it has not seen (measures.share)."""
-    seen: Seen
+    training_texts: TrainingTexts
     tunes: set[tuple[int, ...]]
     """Sequences of segment lengths of real ci, where 宋词 is a label."""
 
@@ -146,7 +159,9 @@ def _named_folder(run_dir: Path) -> Path | None:
         if not re.fullmatch(r"\w+", name):
             return None
         found = checkpoint.checkpoints(run_dir)
-        return (found and not directory and find_prepared(name, found[-1].data_fingerprint())) or corpus.folder_of(name, directory, dataset)
+        # 同名的数据可能准备过几份：先找训练时的那一份
+        prepared = found and not directory and find_prepared(name, found[-1].data_fingerprint())
+        return prepared or corpus.folder_of(name, directory, dataset)
     except (ConfigError, OSError, KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError):
         return None
 
@@ -168,33 +183,36 @@ def choose_kind(model: Model, wanted: str | None) -> str:
     return wanted or have[0]
 
 
-def lay_ground(data: DocumentData, kind: str, labels: list[str]) -> Ground:
+def build_reference(data: DocumentData, kind: str, labels: list[str]) -> Reference:
     """Train the judge and index the training texts."""
     part = read_judge_part(data.folder)
     judge, accuracy = build_judge(kind, labels, part)
     trained_on = list(data.documents("train"))
-    tunes = {lengths(d.text) for d in [*trained_on, *part] if d.style == CI} if judge.name == "form" and CI in labels else set()
-    return Ground(kind, labels, judge, accuracy, Seen(d.text for d in trained_on), tunes)
+    has_tunes = judge.name == "form" and CI in labels
+    tunes = {lengths(d.text) for d in [*trained_on, *part] if d.style == CI} if has_tunes else set()
+    return Reference(kind, labels, judge, accuracy, TrainingTexts(d.text for d in trained_on), tunes)
 
 
 # ---- 写 ----
 
 
-def settings_of(ground: Ground, asked: Asked) -> Iterator[tuple[str, float | None, Callable[[str], dict]]]:
+def settings_of(
+    reference: Reference, options: EvaluationOptions
+) -> Iterator[tuple[str, float | None, Callable[[str], dict]]]:
     """(control, guidance, control node for a label) of everything to measure."""
-    for guidance in asked.guidance:
-        yield "codes", guidance, lambda label, g=guidance: {**_node("codes"), ground.kind: label, "guidance": g}
-    if asked.baseline:
-        yield "prefix", None, lambda label: in_words(ground, label)
+    for guidance in options.guidance:
+        yield "codes", guidance, lambda label, g=guidance: {**_node("codes"), reference.kind: label, "guidance": g}
+    if options.baseline:
+        yield "prefix", None, lambda label: in_words(reference, label)
         yield "none", None, lambda label: _node("none")
 
 
-def in_words(ground: Ground, label: str) -> dict:
+def in_words(reference: Reference, label: str) -> dict:
     """control=prefix as a person types it: the label by its name in the language of the texts, nothing else changed."""
-    names = [label, *_node("codes")["aliases"][ground.kind].get(label, [])]
+    names = [label, *_node("codes")["aliases"][reference.kind].get(label, [])]
     # 词表写不出的句子，命令行上会略去：这里也一样，另做一套就不是同一个东西的成绩
-    typed = next((name for name in names if (language_of(name) == "zh") == ground.seen.chinese), label)
-    return {**_node("prefix"), ground.kind: typed}
+    typed = next((name for name in names if (language_of(name) == "zh") == reference.training_texts.chinese), label)
+    return {**_node("prefix"), reference.kind: typed}
 
 
 @cache
@@ -203,8 +221,10 @@ def _node(control: str) -> dict:
     return option("control", control, temperature=1.0)
 
 
-def write(model: Model, cfg: SampleConfig, labels: list[str], node: Callable[[str], dict], samples: int) -> dict[str, list[Result]]:
-    """`samples` texts for each label, from nothing but the label; seeds from cfg.seed on, the same ones for every label."""
+def write(
+    model: Model, cfg: SampleConfig, labels: list[str], node: Callable[[str], dict], samples: int
+) -> dict[str, list[Result]]:
+    """`samples` texts for each label, from nothing but the label, with the same seeds from cfg.seed on for each."""
     base, requests = Settings.of(cfg), []
     # 不控制时各标签问的是同一件事：种子错开，才不是同样的文字
     alike = node(labels[0]) == node(labels[-1])
@@ -238,18 +258,20 @@ def judged(judge: Judge, texts: list[str], finished: list[bool]) -> list[Verdict
     return verdicts
 
 
-def described(texts: list[str], seen: Seen) -> dict:
+def described(texts: list[str], training_texts: TrainingTexts) -> dict:
     """What is measured of texts besides their label."""
-    known = [pairs for text in texts if (pairs := seen.known_pairs(text)) is not None]
+    known = [pairs for text in texts if (pairs := training_texts.known_pairs(text)) is not None]
     return {
         "distinct": [distinct(texts, n) for n in (1, 2, 3)],
         "known_pairs": statistics.fmean(known) if known else None,
-        "copies": share(sum(map(seen.copies, texts)), len(texts)),
+        "copies": share(sum(map(training_texts.copies, texts)), len(texts)),
         "length": statistics.fmean(len(without_space(text)) for text in texts) if texts else None,
     }
 
 
-def measured(ground: Ground, written: dict[str, list[tuple[str, bool]]], verdicts: dict[str, list[Verdict]]) -> dict:
+def measured(
+    reference: Reference, written: dict[str, list[tuple[str, bool]]], verdicts: dict[str, list[Verdict]]
+) -> dict:
     """The record of one setting from (text, finished) and the verdict on each text of each label."""
     rows = {}
     for label, pairs in written.items():
@@ -257,67 +279,80 @@ def measured(ground: Ground, written: dict[str, list[tuple[str, bool]]], verdict
         rows[label] = {
             **share(sum(v.label == label for v in verdicts[label]), len(texts)),
             "judged": dict(Counter(v.label or v.why for v in verdicts[label]).most_common()),
-            **described(texts, ground.seen), "finished": sum(finished) / len(finished),
+            **described(texts, reference.training_texts), "finished": sum(finished) / len(finished),
         }
     together = [pair for pairs in written.values() for pair in pairs]
     total = {
-        **mean_share(list(rows.values())), **described([text for text, _ in together], ground.seen),
+        **mean_share(list(rows.values())), **described([text for text, _ in together], reference.training_texts),
         "finished": sum(done for _, done in together) / len(together),
     }
-    return {"labels": rows, "total": total, "tunes": tunes(ground, [text for text, _ in written.get(CI, [])])}
+    return {"labels": rows, "total": total, "tunes": tunes(reference, [text for text, _ in written.get(CI, [])])}
 
 
-def tunes(ground: Ground, ci: list[str]) -> dict | None:
+def tunes(reference: Reference, ci: list[str]) -> dict | None:
     """Share of ci whose segment lengths are exactly those of a real one; None where the question makes no sense."""
-    return share(sum(lengths(text) in ground.tunes for text in ci), len(ci)) if ground.tunes and ci else None
+    return share(sum(lengths(text) in reference.tunes for text in ci), len(ci)) if reference.tunes and ci else None
 
 
-def real_texts(ground: Ground, data: DocumentData, samples: int) -> dict:
-    """The same record of as many validation texts (fewer where there are fewer), with the judge's own accuracy for hits."""
-    by_label: dict[str, list[Document]] = {label: [] for label in ground.labels}
+def real_texts(reference: Reference, data: DocumentData, samples: int) -> dict:
+    """The same record of as many validation texts, or of all where there are fewer.
+
+    Its hits are the judge's own accuracy.
+    """
+    by_label: dict[str, list[Document]] = {label: [] for label in reference.labels}
     for document in data.documents("val"):
-        if (label := getattr(document, ground.kind)) in by_label:
+        if (label := getattr(document, reference.kind)) in by_label:
             by_label[label].append(document)
     # 同样多篇才可比：不同 n 元的比例随篇数下降
-    chosen = {label: [found[i].text for i in np.linspace(0, len(found), min(samples, len(found)), endpoint=False).astype(int)]
-              for label, found in by_label.items()}
+    def spread(found: list[Document]) -> list[str]:
+        at = np.linspace(0, len(found), min(samples, len(found)), endpoint=False).astype(int)
+        return [found[i].text for i in at]
+
+    chosen = {label: spread(found) for label, found in by_label.items()}
     together = [text for texts in chosen.values() for text in texts]
-    rows = {label: {**ground.accuracy[label], **described(texts, ground.seen), "finished": None} for label, texts in chosen.items()}
-    total = {**mean_share(list(ground.accuracy.values())), **described(together, ground.seen), "finished": None}
-    return {"labels": rows, "total": total, "tunes": tunes(ground, [d.text for d in by_label.get(CI, [])])}
+    known, accuracy = reference.training_texts, reference.accuracy
+    rows = {label: {**accuracy[label], **described(texts, known), "finished": None} for label, texts in chosen.items()}
+    total = {**mean_share(list(accuracy.values())), **described(together, known), "finished": None}
+    return {"labels": rows, "total": total, "tunes": tunes(reference, [d.text for d in by_label.get(CI, [])])}
 
 
 # ---- 整个评估 ----
 
 
-def evaluate(cfg: SampleConfig, run_dir: Path, asked: Asked, kind: str | None, show: Callable[[str, dict], None]) -> dict:
-    """Measure a run; show(name, record so far) is called as soon as a part of it is there. Returns what --output holds."""
+def evaluate(
+    cfg: SampleConfig, run_dir: Path, options: EvaluationOptions, kind: str | None, show: Callable[[str, dict], None]
+) -> dict:
+    """Measure a run and return what --output holds; show(name, record so far) is called after every part of it."""
     model = open_model(cfg, run_dir)
     kind = choose_kind(model, kind)
     data = data_of_run(run_dir, model)
     labels = list(data.labels.get(kind, []))
-    ground = lay_ground(data, kind, labels)
+    reference = build_reference(data, kind, labels)
     record = {
         "format": FORMAT, "run": str(run_dir), "checkpoint": Path(model.name).name, "kind": kind, "labels": labels,
-        "samples": asked.samples, "device": device_name(model.network.device), "versions": {**versions(), "scikit-learn": version("scikit-learn")},
+        "samples": options.samples, "device": device_name(model.network.device),
+        "versions": {**versions(), "scikit-learn": version("scikit-learn")},
         "settings": _plain_settings(cfg), "copy_characters": COPY,
-        "judge": {"name": ground.judge.name, "accuracy": mean_share(list(ground.accuracy.values()))},
-        "real": real_texts(ground, data, asked.samples), "results": [],
+        "judge": {"name": reference.judge.name, "accuracy": mean_share(list(reference.accuracy.values()))},
+        "real": real_texts(reference, data, options.samples), "results": [],
     }
     show("real", record)
-    perplexity = guided_perplexity(model, data, [0.0, *asked.guidance])
+    perplexity = guided_perplexity(model, data, [0.0, *options.guidance])
     record["perplexity_without_labels"] = perplexity[0]
-    by_guidance = dict(zip(asked.guidance, perplexity[1:]))
-    for control, guidance, node in settings_of(ground, asked):
-        written = write(model, cfg, labels, node, asked.samples)
+    by_guidance = dict(zip(options.guidance, perplexity[1:]))
+    for control, guidance, node in settings_of(reference, options):
+        written = write(model, cfg, labels, node, options.samples)
         pairs = {label: [(r.text, r.finish != "length") for r in results] for label, results in written.items()}
-        verdicts = {label: judged(ground.judge, *map(list, zip(*listed))) for label, listed in pairs.items()}
+        verdicts = {label: judged(reference.judge, *map(list, zip(*listed))) for label, listed in pairs.items()}
         entry = {
-            "control": control, "guidance": guidance, "perplexity": by_guidance.get(guidance) if control == "codes" else None,
-            **measured(ground, pairs, verdicts),
+            "control": control, "guidance": guidance,
+            "perplexity": by_guidance.get(guidance) if control == "codes" else None,
+            **measured(reference, pairs, verdicts),
         }
-        if asked.keep_texts:
-            entry["texts"] = {label: list(map(_text_record, results, verdicts[label])) for label, results in written.items()}
+        if options.keep_texts:
+            entry["texts"] = {
+                label: list(map(_text_record, results, verdicts[label])) for label, results in written.items()
+            }
         record["results"].append(entry)
         show("result", record)
     return record
@@ -329,4 +364,5 @@ def _plain_settings(cfg: SampleConfig) -> dict:
 
 
 def _text_record(result: Result, verdict: Verdict) -> dict:
-    return {"text": result.text, "finish": result.finish, "seed": result.request.seed, "judged": verdict.label or verdict.why}
+    judged_as, seed = verdict.label or verdict.why, result.request.seed
+    return {"text": result.text, "finish": result.finish, "seed": seed, "judged": judged_as}

@@ -1,9 +1,14 @@
-"""Judges of written texts: of a poem's form by the form alone, of any other label by a classifier.
+"""Judges of written texts: a poem's style by its form alone, any other label by a trained classifier.
 
-A judge learns from the judge part of a data set, which no generator trains on, and is measured on a fifth of it that it
-has not seen. It says for each text which label it has, or why it has none: a text that turns in circles has no label, however
-well its form or its words would do.
+A judge learns from the judge part of a data set, which no generator trains on, and is measured on a fifth of it that
+it has not seen. It says for each text which label it has, or why it has none: a text that repeats itself has no label,
+however well its form or its words would do.
 """
+
+# 评判：给一段文字认出标签，或说出它为什么没有；它从不参与生成，也不看是谁写的
+# 诗的四种近体只看形式，准确无误；宋词与元曲靠形状上的小分类器，别的标签靠字符 n-gram 的小分类器
+# 学的是数据集里单独留出、任何训练都不看的那一份（judge.jsonl），其中五分之一又留下来量它自己有多准
+# build_judge 是入口，evaluate 用它；打转重复的文字不论标签都算没有
 
 import hashlib
 import json
@@ -50,6 +55,8 @@ DIFFERENT = 0.6
 class Verdict:
     """The label of a text, or why it has none."""
 
+    # 原因也要数：没写完、打转、不成形，各说明控制的一种毛病
+
     label: str | None
     why: str = ""
 
@@ -76,7 +83,10 @@ def _repetitive(units: list[str]) -> bool:
 
 
 def segments(text: str) -> list[tuple[str, str]]:
-    """(characters, what ends them: one of 。？；，、… or | for a line break, "" for nothing) between punctuation and white space."""
+    """The (characters, end) between punctuation and white space.
+
+    `end` is one of 。？；，、… or | for a line break, "" for nothing.
+    """
     return [(words, _end(marks)) for words, marks in SEGMENT.findall(QUOTES.sub("", text))]
 
 
@@ -96,7 +106,10 @@ def lengths(text: str) -> tuple[int, ...]:
 
 
 def form_of(text: str) -> str | None:
-    """The regular form of a poem: so many segments of so many Chinese characters each, exactly; None for everything else."""
+    """The regular form of a poem, None for everything else.
+
+    A regular form is an exact number of segments with the same exact number of Chinese characters each.
+    """
     found = lengths(text)
     form = FORMS.get((len(found), found[0])) if len(set(found)) == 1 else None
     return form if form and chinese_only(text) else None
@@ -108,7 +121,10 @@ def shape(text: str) -> list[tuple[int, str]]:
 
 
 def features(found: list[tuple[int, str]]) -> list[str]:
-    """A shape as words of a bag: n-grams of lengths (up to 6), of lengths with ends (up to 3), sentences by segments, size."""
+    """A shape as a bag of words.
+
+    The words are n-grams of lengths (up to 6) and of lengths with ends (up to 3), segments of each sentence, and size.
+    """
     bare, ended = ["^", *(f"{n}" for n, _ in found), "$"], ["^", *(f"{n}{end}" for n, end in found), "$"]
     words = [f"{kind}{' '.join(row[i : i + n])}" for kind, row, most in (("n", bare, 6), ("e", ended, 3))
              for n in range(1, most + 1) for i in range(len(row) - n + 1)]
@@ -123,28 +139,35 @@ def features(found: list[tuple[int, str]]) -> list[str]:
 
 
 class FormJudge:
-    """Style by form. The four regular forms are exact; of the rest a logistic regression on shapes says 宋词, 元曲 or neither.
+    """Style by form: the four regular forms exactly, 宋词, 元曲 or neither by a logistic regression on shapes.
 
-    "Neither" is learned from shapes that are made up: regular poems with faults, ci whose segments changed places, noise. So a
-    poem that missed its form by a character is not taken for a ci.
+    "Neither" is learned from shapes that are made up: regular poems with faults, ci whose segments changed places,
+    noise. So a poem that missed its form by a character is not taken for a ci.
     """
+
+    # 只看形状不看字：写得像不像词由困惑度去量，这里只问格律对不对
 
     name = "form"
 
     def __init__(self, documents: Sequence[Document]):
-        known = [(d.style, shape(d.text)) for d in documents if d.style in (CI, QU) and not form_of(d.text) and chinese_only(d.text)]
+        free = [d for d in documents if d.style in (CI, QU) and not form_of(d.text) and chinese_only(d.text)]
+        known = [(d.style, shape(d.text)) for d in free]
         known = [pair for label in (CI, QU) for pair in [p for p in known if p[0] == label][:MOST]]
         self._classify = None
         if known:
             shapes = [found for _, found in known]
             made_up = faulty_shapes([found for label, found in known if label == CI], len(known))
-            self._classify = _trained(shapes + made_up, [label for label, _ in known] + [FORMLESS] * len(made_up), _shape_vectors())
+            labels = [label for label, _ in known] + [FORMLESS] * len(made_up)
+            self._classify = _trained(shapes + made_up, labels, _shape_vectors())
 
     def verdicts(self, texts: Sequence[str]) -> list[Verdict]:
         """One verdict for each text."""
         found: list[Verdict | None] = [self._exact(text) for text in texts]
         open_ones = [i for i, verdict in enumerate(found) if verdict is None]
-        labels = self._classify([shape(texts[i]) for i in open_ones]) if self._classify and open_ones else [FORMLESS] * len(open_ones)
+        if self._classify and open_ones:
+            labels = self._classify([shape(texts[i]) for i in open_ones])
+        else:
+            labels = [FORMLESS] * len(open_ones)
         for i, label in zip(open_ones, labels):
             found[i] = Verdict(None, FORMLESS) if label == FORMLESS else Verdict(label)
         return found
@@ -159,7 +182,10 @@ class FormJudge:
 
 
 def faulty_shapes(ci: list[list[tuple[int, str]]], count: int) -> list[list[tuple[int, str]]]:
-    """`count` regular poems with a fault, each given ci with its lengths in another order, and noise; the same ones every time."""
+    """`count` regular poems with a fault, each given ci with its lengths in another order, and noise.
+
+    They are the same every time.
+    """
     random = np.random.default_rng(0)
     regular = [[(length, "，。"[i % 2]) for i in range(number)] for number, length in FORMS]
     found = [_with_fault(list(regular[i % len(regular)]), random) for i in range(count)]
@@ -168,10 +194,11 @@ def faulty_shapes(ci: list[list[tuple[int, str]]], count: int) -> list[list[tupl
         if len(set(numbers)) > 1:
             moved = random.permutation(numbers).tolist()
             found.append([(n, end) for n, (_, end) in zip(moved, shape_of_one)])
+    ends = list("，。？、；|")
     for _ in range(count // 3):
         longest = random.choice([3, 8, 12, 20])
         size = int(2 ** random.uniform(0, 6))
-        found.append([(int(random.integers(1, longest + 1)), str(random.choice(list("，。？、；|")))) for _ in range(size)])
+        found.append([(int(random.integers(1, longest + 1)), str(random.choice(ends))) for _ in range(size)])
     return found
 
 
@@ -193,6 +220,8 @@ def _with_fault(poem: list[tuple[int, str]], random: np.random.Generator) -> lis
 class TextJudge:
     """Any labels: TF-IDF of characters' 1- to 3-grams and logistic regression."""
 
+    # 小而快，几千篇几秒钟学完；它有多准，随每份记录一起报告
+
     name = "text"
 
     def __init__(self, documents: Sequence[Document], kind: str):
@@ -208,7 +237,8 @@ class TextJudge:
 
     def verdicts(self, texts: Sequence[str]) -> list[Verdict]:
         """One verdict for each text."""
-        return [Verdict(None, why) if (why := problem(text)) else Verdict(label) for text, label in zip(texts, self._classify(texts))]
+        labels = self._classify(texts)
+        return [Verdict(None, why) if (why := problem(text)) else Verdict(label) for text, label in zip(texts, labels)]
 
 
 Judge = FormJudge | TextJudge
@@ -225,7 +255,8 @@ def _text_vectors(texts: list[str]):
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     # 英文的 n-gram 不跨词，中文没有词界
-    return TfidfVectorizer(analyzer="char" if is_chinese("".join(texts)) else "char_wb", ngram_range=(1, 3), min_df=2, sublinear_tf=True)
+    analyzer = "char" if is_chinese("".join(texts)) else "char_wb"
+    return TfidfVectorizer(analyzer=analyzer, ngram_range=(1, 3), min_df=2, sublinear_tf=True)
 
 
 def _trained(examples: list, labels: list[str], vectors) -> Callable[[Sequence], list[str]]:
@@ -241,7 +272,10 @@ def _trained(examples: list, labels: list[str], vectors) -> Callable[[Sequence],
 
 
 def parted(documents: Sequence[Document], kind: str) -> tuple[list[Document], list[Document]]:
-    """(to learn from, held out): of each label the fifth with the lowest hashes is held out, so that only the texts decide."""
+    """(to learn from, held out): the fifth of each label with the lowest hashes is held out.
+
+    So the split depends on the texts alone.
+    """
     by_hash = sorted(documents, key=lambda d: hashlib.sha256(d.text.encode("utf-8")).digest())
     counts, before = Counter(getattr(d, kind) for d in documents), Counter()
     parts: tuple[list[Document], list[Document]] = [], []
@@ -261,7 +295,10 @@ def read_judge_part(folder: Path) -> list[Document]:
 
 
 def build_judge(kind: str, labels: Sequence[str], documents: Sequence[Document]) -> tuple[Judge, dict[str, dict]]:
-    """The judge that these labels of "style" or "emotion" call for, and per label the share of held-out real texts that it gets right."""
+    """The judge that these labels of "style" or "emotion" call for, and its accuracy.
+
+    That is, per label, the share of held-out real texts that it gets right.
+    """
     documents = [d for d in documents if getattr(d, kind) in labels]
     for label in labels:
         count = sum(getattr(d, kind) == label for d in documents)
@@ -284,4 +321,5 @@ def check_package() -> None:
     try:
         import sklearn  # noqa: F401
     except ImportError:
-        raise ConfigError("missing_package", what="python -m nanogpt.control evaluate", package="scikit-learn") from None
+        what = "python -m nanogpt.control evaluate"
+        raise ConfigError("missing_package", what=what, package="scikit-learn") from None

@@ -1,6 +1,8 @@
-"""What is counted in texts: intervals of shares, different n-grams, passages and pairs of characters that training texts have too."""
+"""What is counted in texts: shares with intervals, distinct n-grams, copied passages and known pairs of characters."""
 
 # 评估用的几把尺：比例与区间、distinct-n、照抄与见过的字对；只数字符，不碰模型
+# TrainingTexts 给训练文本编两张排好序的索引，之后每段文字几次二分就查完；evaluate 与 judges 用这里的函数
+# 区间都是 95%，平均的区间由各自的区间合成，不假设各标签一样准
 
 import math
 import re
@@ -37,11 +39,17 @@ def share(hits: int, n: int) -> dict:
 
 
 def mean_share(shares: Sequence[dict]) -> dict:
-    """The mean of several shares, each counting alike, with a 95% interval from theirs (MOVER: Zou and Donner 2008, doi:10.1002/sim.3095)."""
+    """The mean of several shares, each counting alike, with a 95% interval from theirs.
+
+    The interval is MOVER's (Zou and Donner 2008, doi:10.1002/sim.3095).
+    """
     rate = sum(s["rate"] for s in shares) / len(shares)
     # 各自的一侧距离平方相加：区间必含均值，也不会越过 0 与 1
-    below, above = (math.sqrt(sum((s[side] - s["rate"]) ** 2 for s in shares)) / len(shares) for side in ("low", "high"))
-    return {"hits": sum(s["hits"] for s in shares), "n": sum(s["n"] for s in shares), "rate": rate, "low": rate - below, "high": rate + above}
+    def reach(side: str) -> float:
+        return math.sqrt(sum((s[side] - s["rate"]) ** 2 for s in shares)) / len(shares)
+
+    hits, n = sum(s["hits"] for s in shares), sum(s["n"] for s in shares)
+    return {"hits": hits, "n": n, "rate": rate, "low": rate - reach("low"), "high": rate + reach("high")}
 
 
 # ---- 多样 ----
@@ -58,9 +66,9 @@ def is_chinese(text: str) -> bool:
 
 
 def distinct(texts: Iterable[str], n: int) -> float | None:
-    """Different n-grams of characters / all of them, within texts (Li et al. 2016, arXiv:1510.03055); None where there is none.
+    """Different n-grams of characters / all of them, within texts (Li et al. 2016, arXiv:1510.03055).
 
-    The value falls as texts are added: compare only equal numbers of them.
+    None where there is no n-gram. The value falls as texts are added: compare only equal numbers of them.
     """
     seen, total = set(), 0
     for text in map(without_space, texts):
@@ -73,8 +81,10 @@ def distinct(texts: Iterable[str], n: int) -> float | None:
 # ---- 与训练文本相同的 ----
 
 
-class Seen:
+class TrainingTexts:
     """The training texts, indexed for passages of COPY characters and pairs of Chinese characters."""
+
+    # 存 64 位指纹而不存片段本身：几百万字的训练集也放得下，查到之后再核对原文
 
     def __init__(self, texts: Iterable[str]):
         # 文章之间隔一个不会出现在别处的字符：跨篇的不算
@@ -93,7 +103,7 @@ class Seen:
         return any(text[i : i + COPY] in self.text for i in found.nonzero()[0])
 
     def known_pairs(self, text: str) -> float | None:
-        """Share of the pairs of neighbouring Chinese characters that training texts have too; None where there are few pairs."""
+        """Share of the pairs of neighbouring Chinese characters that training texts have too, None for few pairs."""
         pairs = _pairs(_codes(without_space(text)))
         return float(_among(pairs, self._pairs).mean()) if len(pairs) >= FEWEST_PAIRS else None
 

@@ -1,6 +1,7 @@
-"""Hit rate and perplexity against guidance, drawn from what --output holds."""
+"""Draw hit rate and perplexity against guidance from the record of an evaluation."""
 
-# 评估的图：上半是各标签的命中率与区间，下半是困惑度。draw 只用记录里的数，所以旧记录随时可以重画；
+# 评估的图：上半是各标签的命中率与区间，下半是困惑度
+# draw 只用记录里的数，所以旧记录随时可以重画；同样的记录画出同样的字节
 # 放在单独的模块里，因为 matplotlib 载入要近一秒，只有 --plot 与 plot 用得着
 
 from collections.abc import Sequence
@@ -12,8 +13,8 @@ from nanogpt.base.language import ConfigError
 SUFFIXES = (".png", ".svg")
 # 图里只用英文：装有中文字体的机器并不多
 ENGLISH = {
-    "五言绝句": "quatrain, 4 × 5", "七言绝句": "quatrain, 4 × 7", "五言律诗": "octave, 8 × 5", "七言律诗": "octave, 8 × 7",
-    "宋词": "ci (Song)", "元曲": "qu (Yuan)",
+    "五言绝句": "quatrain, 4 × 5", "七言绝句": "quatrain, 4 × 7", "五言律诗": "octave, 8 × 5",
+    "七言律诗": "octave, 8 × 7", "宋词": "ci (Song)", "元曲": "qu (Yuan)",
 }
 # 色盲也分得清的八色（Okabe 与 Ito）
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#999999")

@@ -1,14 +1,15 @@
-"""An evaluation as a person reads it on the console."""
+"""The record of an evaluation as a person reads it on the console."""
 
 # 评估的记录（一个 JSON）变成屏幕上的行：heading 先印真实文本，result 每个设置一张表，summary 最后一设置一行
+# command 每得到一部分就调用一次；这里只排版，不算任何数
 
 from nanogpt.base.console import aligned
 from nanogpt.base.language import text
 
 # 没有标签的原因 -> 消息
 WHY = {
-    "empty": "miss_empty", "repetitive": "miss_repetitive", "formless": "miss_formless", "unfinished": "miss_unfinished",
-    "repeated": "miss_repeated",
+    "empty": "miss_empty", "repetitive": "miss_repetitive", "formless": "miss_formless",
+    "unfinished": "miss_unfinished", "repeated": "miss_repeated",
 }
 
 
@@ -61,7 +62,8 @@ def summary(record: dict) -> list[str]:
     """One line per setting, where there are several."""
     if len(record["results"]) < 2:
         return []
-    heads = ("column_setting", "column_rate", "column_interval", "column_perplexity", "column_distinct", "column_copies")
+    heads = ("column_setting", "column_rate", "column_interval", "column_perplexity", "column_distinct",
+             "column_copies")
     table = []
     for entry in record["results"]:
         total, name = entry["total"], f"control={entry['control']}"

@@ -1,5 +1,9 @@
-# 读一遍权重的时间就是写一个 token 的时间：选数的格式、权重的排法，再选这台机器上最快的一步
-"""Fit a loaded model for writing: number format, weight layout and the fastest step that the machine offers."""
+"""Fit a loaded model for writing: its number format, weight layout and the fastest step that the machine offers."""
+
+# 载入之后、写作之前的一步：选数的格式、权重的排法，再选这台机器上最快的一步
+# 读一遍权重的时间就是写一个 token 的时间，所以先减字节，再让每个线程读一段连续的内存
+# CPU 装了 numba 且认得模型就用编译好的一步（fast_cpu），否则只换权重的排法；显卡上录成 CUDA graph
+# 由 loading 调用；就地改模型，fast=false 时只换格式，是别的路径要对得上的那一条
 
 from importlib.util import find_spec
 
@@ -16,11 +20,14 @@ from nanogpt.write.speed.int8 import quantize_model
 # ---- 权重的排法 ----
 
 class PackedLinear(nn.Module):
-    """nn.Linear for inference, its weight (N, K) stored as (parts, K, N / parts): each thread streams a contiguous part of its own.
+    """nn.Linear for inference whose weight (N, K) is stored as (parts, K, N / parts).
 
-    x W^T with one row of x is bound by reading W. PyTorch's kernel for nn.Linear reads it at about half of the memory's
-    speed; a batched product over column blocks stored one after the other, one per thread, reads it at nearly all of it.
+    Each thread streams a contiguous part of its own. x W^T with one row of x is bound by reading W. PyTorch's kernel
+    for nn.Linear reads it at about half of the memory's speed; a batched product over column blocks stored one after
+    the other, one per thread, reads it at nearly all of it.
     """
+
+    # 没有 numba 时的退路：只换排法，不需要编译，结果只差求和次序
 
     def __init__(self, linear: nn.Linear, parts: int):
         super().__init__()
@@ -53,7 +60,10 @@ class PackedLinear(nn.Module):
 
 @torch.no_grad()
 def pack(model: nn.Module) -> None:
-    """Replace every float32 nn.Linear of a CPU model by its packed form, in place; the old weights are freed unless tied."""
+    """Replace every float32 nn.Linear of a CPU model by its packed form, in place.
+
+    The old weights are freed unless they are tied.
+    """
     parts = torch.get_num_threads()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -84,7 +94,9 @@ def accelerate(model, precision: str, *, fast: bool = True):
 
 
 class FastSteps:
-    """Put before a model's own class: up to fast_step.max_rows rows at once go through `fast_step`, unless it is None."""
+    """Put before a model's own class: up to fast_step.max_rows rows at once go through `fast_step` if there is one."""
+
+    # 从外面插到模型的类前面：core 里的模型不必留出位置
 
     fast_step = None
 

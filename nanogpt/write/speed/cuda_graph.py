@@ -5,6 +5,11 @@ the card and attention looks at a whole bucket of positions, the unfilled ones m
 is compared with the same step run plainly; a card or driver that cannot record goes on without.
 """
 
+# 显卡上的一步录成 CUDA graph：小模型、少行时时间花在发射几百个 kernel 上，回放一次只发射一回
+# 图里的形状与地址是死的：位置放在显存里，注意力看一整档位置，没填的遮住；行数、长度各按档录，用到才录
+# 每次录完都与直接跑的结果比一遍，录不了或对不上就放弃，退回普通的一步，只是慢些
+# GraphStep 由 acceleration 装到模型上，模型的 next_logits 每步交给它
+
 import functools
 import weakref
 from collections.abc import Callable
@@ -37,7 +42,12 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class FixedShapes:
-    """Inputs at fixed addresses for `rows` rows that see the first `end` positions of a cache; also runs without a graph."""
+    """Inputs at fixed addresses for `rows` rows that see the first `end` positions of a cache.
+
+    It also runs without a graph.
+    """
+
+    # 图只认录制时的地址：每步先把数抄到这里，再回放；直接跑也用同一份输入，两边才比得了
 
     def __init__(self, model, rows: int, end: int):
         self.model, self.rows, self.end = model, rows, end
@@ -63,6 +73,8 @@ class FixedShapes:
 class GraphStep:
     """Called as step(idx (B,), cache) -> logits (B, V)."""
 
+    # (行数档, 长度档) -> 录好的图；跟着一个缓存走，换了缓存就全部作废
+
     max_rows = MAX_ROWS
 
     def __init__(self, model):
@@ -75,7 +87,8 @@ class GraphStep:
         """Logits behind idx; writes the cache as the model itself would."""
         if cache is not self._cache():
             self._follow(cache)
-        key = rounded_up(len(idx), 1, cache.k.size(1)), rounded_up(max(cache.lengths) + 1, FIRST_BUCKET, cache.max_length)
+        rows = rounded_up(len(idx), 1, cache.k.size(1))
+        key = rows, rounded_up(max(cache.lengths) + 1, FIRST_BUCKET, cache.max_length)
         if key not in self.recorded and not self._record(key, idx, cache):
             return self.model.next_logits(idx, cache)
         inputs, replay, logits = self.recorded[key]
@@ -111,7 +124,9 @@ class GraphStep:
         self.recorded[key] = (inputs, replay, logits)
         return True
 
-    def _captured(self, inputs: FixedShapes, idx: torch.Tensor, cache: KVCache) -> tuple[Callable[[], None], torch.Tensor, list[torch.Tensor]]:
+    def _captured(
+        self, inputs: FixedShapes, idx: torch.Tensor, cache: KVCache
+    ) -> tuple[Callable[[], None], torch.Tensor, list[torch.Tensor]]:
         """(replays the graph, its logits, the plain logits of both of `trials`)."""
         # 服务器里的工作线程有自己的“当前卡”，录在别的卡的流上会录成一张空图
         with torch.cuda.device(self.model.device):
@@ -136,7 +151,9 @@ class GraphStep:
         inputs.set(idx, cache.lengths)
         return inputs.run(cache)
 
-    def _compare(self, inputs, replay, logits: torch.Tensor, plain: list[torch.Tensor], idx: torch.Tensor, cache: KVCache) -> None:
+    def _compare(
+        self, inputs, replay, logits: torch.Tensor, plain: list[torch.Tensor], idx: torch.Tensor, cache: KVCache
+    ) -> None:
         """RuntimeError unless a replay writes the logits of the plain step, for two inputs."""
         n = len(idx)
         for trial, wanted in zip(self._trials(idx), plain, strict=True):

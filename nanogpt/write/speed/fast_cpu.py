@@ -6,6 +6,13 @@ disjoint parts of each matrix, float32 or int8, and nothing lies in between. Nee
 the compiled code is kept on disk.
 """
 
+# CPU 上的一步编译成一个函数：PyTorch 逐个小运算时，内存带宽只用到一半，运算之间又空等
+# 这里各核各读一段权重，中间没有空当
+# _step 是整个模型的一步，由上面几个小函数拼成，都直接写 float32 的数组
+# fits 说认不认得这个模型，FastStep 由 acceleration 装到模型上
+# 与 core/model 是两份实现：模型的式子改了，这里要跟着改，否则 fits 要说不认得
+# 编译结果缓存在磁盘上，第一次要几秒；行数超过 MAX_ROWS 时普通的路更快
+
 import math
 from pathlib import Path
 
@@ -22,7 +29,8 @@ from nanogpt.write.speed.int8 import Int8Linear
 
 # 只许重排加法（SIMD 需要）、合并乘加；不假设没有 NaN 与无穷
 REORDER = {"reassoc", "contract", "nsz"}
-# 成对实测（benchmarks/results/fast_rows.json）：fp32 到 16 行不慢于逐层的矩阵乘，32 行要 1.1 ~ 1.2 倍的时间；int8 到 48 行都快
+# 成对实测（benchmarks/results/fast_rows.json）：fp32 到 16 行不慢于逐层的矩阵乘，32 行要 1.1 ~ 1.2 倍的时间；
+# int8 到 48 行都快
 # 定死而不在启动时量：量出的选择随机器忙闲而变，同一个种子就写不出同样的字
 MAX_ROWS = {torch.float32: 16, torch.int8: 48}
 ACTIVATIONS = {"none": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3}
@@ -161,7 +169,9 @@ def _attend(qkv, keys, values, lengths, cos, sin, n_head, scale, qk_norm, y):
 
 
 @njit(cache=True)
-def _step(x, norm_1, attn, proj, norm_2, fc, out, norm_f, head, settings, keys, values, lengths, cos, sin, pieces, logits):
+def _step(
+    x, norm_1, attn, proj, norm_2, fc, out, norm_f, head, settings, keys, values, lengths, cos, sin, pieces, logits
+):
     """All blocks, the last norm and the head; x (B, C) is overwritten, logits (B, V) filled.
 
     Each matrix is (weight, scale, bias) and each norm (gain, bias), stacked over the layers.
@@ -202,6 +212,8 @@ def is_compiled() -> bool:
 class FastStep:
     """Called as step(idx (B,), cache) -> logits (B, V); shares memory with the model's weights."""
 
+    # 造一次：各层同名的矩阵叠成一个数组，模型自己的权重变成它的视图，不多占内存
+
     def __init__(self, model):
         c = model.config
         self.max_rows = MAX_ROWS[model.lm_head.weight.dtype]
@@ -210,11 +222,13 @@ class FastStep:
         set_num_threads(self.pieces)
         blocks = list(model.h)
         self.parts = (
-            _norms([b.ln_1 for b in blocks]), _matrices([b.attn.c_attn for b in blocks]), _matrices([b.attn.c_proj for b in blocks]),
-            _norms([b.ln_2 for b in blocks]), _matrices([b.mlp.c_fc for b in blocks]), _matrices([b.mlp.c_proj for b in blocks]),
+            _norms([b.ln_1 for b in blocks]), _matrices([b.attn.c_attn for b in blocks]),
+            _matrices([b.attn.c_proj for b in blocks]), _norms([b.ln_2 for b in blocks]),
+            _matrices([b.mlp.c_fc for b in blocks]), _matrices([b.mlp.c_proj for b in blocks]),
             tuple(part[0] for part in _norms([model.ln_f])), tuple(part[0] for part in _matrices([model.lm_head])),
         )
-        self.settings = (c.n_head, c.norm == "layernorm", c.qk_norm, ACTIVATIONS[c.activation], np.float32(blocks[0].attn.scale))
+        scale = np.float32(blocks[0].attn.scale)
+        self.settings = (c.n_head, c.norm == "layernorm", c.qk_norm, ACTIVATIONS[c.activation], scale)
         nothing = np.zeros((1, 0), np.float32)
         rope = c.position == "rope"
         self.cos = model.rope_cos.view(c.block_size, -1).numpy() if rope else nothing
@@ -225,7 +239,10 @@ class FastStep:
         x = self.model.embed(idx[:, None], cache)[:, 0].contiguous().numpy()
         logits = np.empty((len(idx), self.model.config.vocab_size), np.float32)
         lengths = np.array(cache.lengths)
-        _step(x, *self.parts, self.settings, cache.k.numpy(), cache.v.numpy(), lengths, self.cos, self.sin, self.pieces, logits)
+        _step(
+            x, *self.parts, self.settings, cache.k.numpy(), cache.v.numpy(), lengths, self.cos, self.sin, self.pieces,
+            logits,
+        )
         cache.advance(idx[:, None])
         return self.model.softcapped(torch.from_numpy(logits))
 

@@ -4,6 +4,10 @@ Symmetric round-to-nearest per output row (LLM.int8 without outlier columns, arX
 activations are not quantised). A quarter of float32's bytes; a token is bound by reading them.
 """
 
+# 写作时的 8 位权重：每行一个 scale，激活照旧；读权重的字节少到四分之一，而写一个 token 的时间就是读一遍权重的时间
+# quantize_model 由 acceleration 在 precision=int8 时调用，把 Linear 与词嵌入就地换掉，绑在一起的权重仍是同一份
+# 只用于写作：没有梯度，也不存盘
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -20,6 +24,8 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 class Int8Linear(nn.Module):
     """nn.Linear with an int8 weight; x (..., K) -> (..., N) in x's dtype."""
+
+    # 形状与属性名同 nn.Linear：换上之后模型的代码不必改，fast_cpu 也认得
 
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None):
         super().__init__()
@@ -41,6 +47,8 @@ class Int8Linear(nn.Module):
 
 class Int8Embedding(nn.Module):
     """nn.Embedding with int8 rows; idx (...) -> (..., C) in `dtype`."""
+
+    # 与输出层绑在一起的词嵌入：不一起量化，内存里就要留两份
 
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype):
         super().__init__()
