@@ -1,7 +1,9 @@
-# 一次训练什么时候做什么：走步、评估、打印、保存、写样本、停下；怎么算一步在 core/trainer
+"""The training loop: one function that steps, evaluates, logs, saves, samples and stops."""
+
+# 训练循环：什么时候走步、评估、打印、保存、写样本、停下；怎么算一步在 core/trainer
 # fit() 里就是整个循环；每一项到期才做，做之前先等显卡把最近一步的数交出来（settle）
 # 坏步由 health 计数，checkpoint 由 saving 存取，总结由 summary 写；写样本的函数由 run_train.py 交进来
-"""One training run: when to evaluate, log, save, sample and stop."""
+# session 造出 Training 并调用 fit；试跑用它的子类 TrialTrainer，只走其中的步
 
 import contextlib
 import math
@@ -52,8 +54,8 @@ class Training(Trainer):
     # 继承而不是另拿一个 trainer：走一步的两处插话（prepare、judge）要在计数之前发生
 
     def __init__(
-        self, cfg: TrainConfig, *, computation: Step, data: TokenData, loggers: Loggers, run_dir: Path, console: Console,
-        write_sample: Callable[..., str] | None = None,
+        self, cfg: TrainConfig, *, computation: Step, data: TokenData, loggers: Loggers, run_dir: Path,
+        console: Console, write_sample: Callable[..., str] | None = None,
     ):
         """`write_sample` is that of nanogpt.write.engine; without it no samples are written."""
         rows, micro_batch = share_batch(cfg, distributed.world())
@@ -88,7 +90,8 @@ class Training(Trainer):
             return "memory.optimizer_in_backward=true"
         # 重算时再舍入靠 TorchFunctionMode，编译器不认
         if self.precision.rounded and self.cfg.memory.activation_checkpointing != "none":
-            return f"precision={self.precision.name} on a CPU with memory.activation_checkpointing={self.cfg.memory.activation_checkpointing}"
+            kept = f"memory.activation_checkpointing={self.cfg.memory.activation_checkpointing}"
+            return f"precision={self.precision.name} on a CPU with {kept}"
         return None
 
     def _compiling_pays(self) -> bool:
@@ -97,7 +100,8 @@ class Training(Trainer):
             return False
         micro_batches = math.ceil(self.local_rows / self.micro_batch)
         flops = flops_per_token(self.model)
-        return pays(self.model.config.n_layer, flops, self.local_rows * self.block_size, micro_batches, self.cfg.max_iters, self.peak)
+        tokens, layers = self.local_rows * self.block_size, self.model.config.n_layer
+        return pays(layers, flops, tokens, micro_batches, self.cfg.max_iters, self.peak)
 
     # ---- 一步前后 ----
 
@@ -107,7 +111,8 @@ class Training(Trainer):
         super().prepare()
 
     def judge(self, result: StepResult) -> None:
-        """Count a step that was skipped, stop a run that has come to nothing; on a card one step later, or at settle()."""
+        """Count a step that was skipped and stop a run that cannot go on; on a card one step later, or at settle()."""
+        # 显卡上晚一步才读数：马上读就要等它算完，下一步排不上队
         self.settle()
         self.unjudged = result
         if not self.reads_late:
@@ -117,7 +122,9 @@ class Training(Trainer):
         """Wait for the latest step and judge it: before anything that is shown or kept."""
         result, self.unjudged = self.unjudged, None
         if result is not None:
-            self.health.after_update(result.loss, result.gradient_norm, iteration=result.iteration, healing=result.healing)
+            self.health.after_update(
+                result.loss, result.gradient_norm, iteration=result.iteration, healing=result.healing
+            )
 
     def shrink(self, detail: str) -> None:
         """Halve the micro-batch after an out-of-memory error, and say so."""
@@ -169,7 +176,7 @@ class Training(Trainer):
         return bool(interval) and self.progress.iteration % interval == 0
 
     def _timed_step(self) -> StepResult:
-        """One step, on the stopwatch unless it was the first with its micro-batch where that costs time: on a card, and compiled."""
+        """One step, timed unless it is the first with its micro-batch and that costs extra: on a card, and compiled."""
         cfg, tokens = self.cfg, self.global_rows * self.block_size
         self.stopwatch.start()
         result = self.step()
@@ -181,7 +188,8 @@ class Training(Trainer):
             self.progress.untimed_tokens += tokens
         else:
             # 接着要显示、保存它的结果：等它做完的时间也算这一步的
-            if self.progress.iteration == cfg.max_iters or any(map(self._every, (cfg.eval_interval, cfg.log_interval, cfg.save_interval))):
+            last = self.progress.iteration == cfg.max_iters
+            if last or any(map(self._every, (cfg.eval_interval, cfg.log_interval, cfg.save_interval))):
                 self.settle()
             self.stopwatch.stop()
             self.interval.tokens += tokens
@@ -222,7 +230,8 @@ class Training(Trainer):
         flops = speed * flops_per_token(self.model) / distributed.world()
         of_reference = peak_tflops_of(reference(), half=self.precision.half, tf32=False)
         memory = {f"memory/{name}_gib": value for name, value in memory_gib(self.device).items()}
-        return {"tokens_per_s": speed, "mfu": flops / self.peak / 1e12, "mfu_rtx3060": flops / of_reference / 1e12, **memory}
+        mfu, mfu_reference = flops / self.peak / 1e12, flops / of_reference / 1e12
+        return {"tokens_per_s": speed, "mfu": mfu, "mfu_rtx3060": mfu_reference, **memory}
 
     def _log(self, result: StepResult, evaluated: bool) -> None:
         seconds = self.stopwatch.take()
@@ -262,7 +271,8 @@ class Training(Trainer):
         except Exception as error:
             # 样本只是给人看的：无论为什么写不成，训练照常
             known = {"sample_oom": "sample_skipped", "nonfinite_logits": "sample_nonfinite"}
-            line = "sample_skipped" if is_out_of_memory(error) else known.get(getattr(error, "message", None), "sample_failed")
+            named = known.get(getattr(error, "message", None), "sample_failed")
+            line = "sample_skipped" if is_out_of_memory(error) else named
             self.console.line(line, iteration=self.progress.iteration, reason=reason_of(error))
             return
         self.last_sample = sample

@@ -1,4 +1,9 @@
-"""One training run from checked config to the last line on the screen."""
+"""One training run, from its checked config to the last line on the screen."""
+
+# 一次训练的从头到尾：打开数据，造模型与训练循环，占住目录，训练，最后说出结果与接下来可以敲什么
+# new 从头开始，resume 接着以前的；次序按“错误应该多早出现”来排：不花时间的先查，目录最后才动
+# 占住目录之前什么也不写：开不成的新训练不留痕迹，接着训的也不会被改坏
+# run_train.py 调用它，Hooks 里是上层交进来的能力；试跑只用它的 build_trainer
 
 import contextlib
 import math
@@ -67,12 +72,14 @@ NO_HOOKS = Hooks()
 class Session:
     """Wires data, model, optimizer, loggers and trainer together in the order in which mistakes should show."""
 
+    # 多进程时每个进程各有一个；读写目录、准备数据只由第一个做，再告诉别的
+
     def __init__(
         self, cfg: TrainConfig, run_dir: Path, source: checkpoint.Checkpoint | None, *, other_data: bool = False,
         pretrained: Pretrained | None = None, lock: Lock | None = None, record: RunRecord | None = None,
         hooks: Hooks = NO_HOOKS,
     ):
-        """`lock` and `record` are those of a run that goes on, or begins again because it has no checkpoint yet."""
+        """`lock` and `record` are those of a run that is resumed, or begun again because it has no checkpoint yet."""
         self.cfg, self.source, self.other_data, self.pretrained = cfg, source, other_data, pretrained
         self.lock, self.record, self.hooks = lock, record, hooks
         # 锁在手里却没有 checkpoint：同一次训练重新开始
@@ -89,7 +96,9 @@ class Session:
         self._check_against_data()
 
     @classmethod
-    def new(cls, cfg: TrainConfig, run_dir: Path, overrides: list[str] | None = None, hooks: Hooks = NO_HOOKS) -> "Session":
+    def new(
+        cls, cfg: TrainConfig, run_dir: Path, overrides: list[str] | None = None, hooks: Hooks = NO_HOOKS
+    ) -> "Session":
         """A run from iteration 0 in run_dir, from random or from pretrained weights."""
         pretrained = None
         if cfg.init_from:
@@ -121,7 +130,8 @@ class Session:
 
     @classmethod
     def _again(
-        cls, typed: TrainConfig, overrides: list[str], run_dir: Path, record: RunRecord | None, lock: Lock | None, hooks: Hooks,
+        cls, typed: TrainConfig, overrides: list[str], run_dir: Path, record: RunRecord | None, lock: Lock | None,
+        hooks: Hooks,
     ) -> "Session":
         content, file = rundir.begun_with(run_dir, record)
         cfg = replace(rundir.resumed_config(content, typed, overrides, file), resume=str(run_dir))
@@ -136,7 +146,8 @@ class Session:
 
     @classmethod
     def _going_on(
-        cls, typed: TrainConfig, overrides: list[str], run_dir: Path, record: RunRecord | None, lock: Lock | None, hooks: Hooks,
+        cls, typed: TrainConfig, overrides: list[str], run_dir: Path, record: RunRecord | None, lock: Lock | None,
+        hooks: Hooks,
     ) -> "Session":
         source = checkpoint.find(run_dir, typed.checkpoint or "last")
         cfg = replace(rundir.resumed_config(source.config_text(), typed, overrides, source.folder), resume=str(run_dir))
@@ -150,7 +161,8 @@ class Session:
             )
         bundled = run_dir / "data"
         # 试的是同一个形状：权重是什么不影响快慢与内存
-        trial = replace(cfg, resume=None, init_from=None, dataset={**cfg.dataset, "dir": str(bundled)} if bundled.is_dir() else cfg.dataset)
+        dataset = {**cfg.dataset, "dir": str(bundled)} if bundled.is_dir() else cfg.dataset
+        trial = replace(cfg, resume=None, init_from=None, dataset=dataset)
         cfg.batch_size = hooks.measure_batch(trial, [])
         other_data = any(o.startswith("dataset.dir=") for o in overrides)
         return cls(cfg, run_dir, source, other_data=other_data, lock=lock, record=record, hooks=hooks)
@@ -165,7 +177,8 @@ class Session:
         options = {k: v for k, v in self.cfg.dataset.items() if k not in ("name", "dir")}
         if options.get("tokenizer") == "auto" and self.cfg.init_from:
             # 微调沿用模型自己的词表；续训时它在运行目录里
-            options["tokenizer"] = tokenizers.load(self.source.folder / "tokenizer.json") if self.source else self.pretrained.tokenizer
+            saved = self.source and tokenizers.load(self.source.folder / "tokenizer.json")
+            options["tokenizer"] = saved if self.source else self.pretrained.tokenizer
         name, directory, folder = self.cfg.dataset["name"], self.cfg.dataset["dir"], None
         if distributed.rank() == 0:
             if self.source and not directory and (folder := find_prepared(name, self.source.data_fingerprint())):
@@ -232,7 +245,10 @@ class Session:
         return trainer
 
     def _begin(self, loggers: Loggers, config_text: str, config: dict, iteration: int) -> None:
-        """The run folder and its loggers: a new run that one of them refuses leaves nothing, a resumed one is as it was."""
+        """Take the run folder and open the loggers.
+
+        A new run that one of them refuses leaves nothing, a resumed one is as it was.
+        """
         fresh = not self.lock
         with folders_around(self.run_dir) if fresh else contextlib.nullcontext():
             try:
@@ -252,7 +268,8 @@ class Session:
     def build_trainer(self, loggers: Loggers, kind: type[Training] = Training) -> Training:
         """Model, step and trainer, on the device; writes nothing, so that a trial builds what a run would."""
         model = self._build_model().to(self.device)
-        precision = Precision(self.cfg.precision, self.device, self.cfg.memory.weights, automatic=self.cfg.hardware.dtype)
+        weights, automatic = self.cfg.memory.weights, self.cfg.hardware.dtype
+        precision = Precision(self.cfg.precision, self.device, weights, automatic=automatic)
         computation = build_step(self.cfg, model, precision)
         return kind(
             self.cfg, computation=computation, data=self.data, loggers=loggers,
@@ -263,7 +280,10 @@ class Session:
         """The model with its starting weights, and with adapters beside them under finetune=lora."""
         cfg = self.cfg
         weights = cfg.memory.weights
-        model = build_pretrained(self.pretrained, cfg.seed, weights) if self.pretrained else build_model(cfg.model, cfg.seed, weights)
+        if self.pretrained:
+            model = build_pretrained(self.pretrained, cfg.seed, weights)
+        else:
+            model = build_model(cfg.model, cfg.seed, weights)
         # 几百 MB 的权重已抄进模型，不必再留一份
         self.pretrained = None
         if cfg.finetune.method == "lora":
@@ -288,7 +308,10 @@ class Session:
             copy_dataset(self.data.folder, bundled)
 
     def _own_folder(self) -> tuple[Path, Lock]:
-        """The folder of a new run, and its lock; one of another name where another process was faster and the name is ours to choose."""
+        """The folder of a new run, and its lock.
+
+        It has another name where another process was faster and the name is the program's to choose.
+        """
         while True:
             try:
                 return self.run_dir, rundir.claim(self.run_dir, overwrite=self.cfg.overwrite)
@@ -404,14 +427,15 @@ class Session:
         """What may be typed now: the name of what it does -> the command."""
         path, dataset = self.run_dir, self.cfg.dataset
         labels = self.data.tokenizer.labels
-        wish = [override(f"control.{kind}", name) for kind, names in labels.items() for name in names][:1]
+        label = [override(f"control.{kind}", name) for kind, names in labels.items() for name in names][:1]
         # 因为它们停下的，不关掉就又会停在原处
         ends = {"early_stop": ["early_stop_evals=0"], "target_reached": ["target_val_loss=null"]}
         off = ends.get(summary["stopped_by"], [])
         commands = {
-            "next_sample": command("run_sample.py", *self._named("sample"), override("out_dir", path), *wish),
+            "next_sample": command("run_sample.py", *self._named("sample"), override("out_dir", path), *label),
             "next_longer": command(
-                "run_train.py", *self._named("train"), override("resume", path), f"max_iters={2 * summary['iters']}", *off,
+                "run_train.py", *self._named("train"), override("resume", path),
+                f"max_iters={2 * summary['iters']}", *off,
             ),
         }
         if curves:
