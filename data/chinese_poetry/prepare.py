@@ -1,8 +1,13 @@
 """Chinese poems with their form as style: 五言绝句, 七言绝句, 五言律诗, 七言律诗, 宋词, 元曲.
 
-From the npm package chinese-poetry 2.0.1 (MIT), all in simplified script. A text is its lines. What is damaged is left out
-whole: in these forms a missing character is a fault.
+From the npm package chinese-poetry 2.0.1 (MIT), all in simplified script, one line for each line of the text. A damaged
+poem is left out whole: in these forms a missing character is a fault.
 """
+
+# 带体裁标签的中文诗词曲（dataset=chinese_poetry）：四种近体诗、宋词、元曲，来自 npm 包 chinese-poetry
+# 读 tarball -> 清理（注、残缺、异体字、繁体）-> 认体裁 -> 去重切分 -> 去掉生僻字 -> 写成文章的数据集
+# 清理宁可整首不要：格律里少一个字就是错，模型会学去
+# 格式（FORMS）与评判共用一份，所以从 write/judge 取
 
 import json
 import re
@@ -65,7 +70,7 @@ def records(archive: Path, *, song: bool) -> Iterator[tuple[str, dict]]:
 
 
 def without_notes(text: str) -> str | None:
-    """The text without notes in brackets and quotation marks; None where a note says that something is missing."""
+    """The text without notes in brackets and quotation marks; None if a note says that something is missing."""
     text = text.replace("(", "（").replace(")", "）")
     # 注里还有注：由内向外
     while notes := re.findall(r"（[^（）]*）", text):
@@ -77,19 +82,19 @@ def without_notes(text: str) -> str | None:
 
 
 def normal(text: str) -> str:
-    """One set of full-width marks, one at a time."""
+    """The text with one set of full-width marks, never two in a row."""
     text = text.translate(str.maketrans(",.!?;:．・·", "，。！？；：。、、"))
     # “？。”“！，。”取其中语气最强的一个
     return re.sub(rf"[{MARKS}]{{2,}}", lambda m: next(c for c in "？！。；：，、" if c in m[0]), text).lstrip(MARKS)
 
 
 def whole(text: str) -> bool:
-    """Whether nothing but characters and marks is left: no hole, no remains of notes or of a wrong encoding."""
+    """Whether only characters and marks are left: no gap, no remains of notes or of a wrong encoding."""
     return bool(re.fullmatch(rf"[{HAN}{MARKS}]+", text)) and not re.search(f"[{PIECES}]", text)
 
 
 def lines(text: str) -> str:
-    """A line for every sentence."""
+    """The text with one line for every sentence."""
     return re.sub(r"(?<=[。！？])(?=.)", "\n", text)
 
 
@@ -154,7 +159,7 @@ def documents(found: Iterable[tuple[str, dict]]) -> Iterator[Document]:
 
 
 def sources(tokenizer: str | Tokenizer, vocab_size: int, song: bool) -> list[Path]:
-    """No files of one's own; ConfigError for options that cannot be right."""
+    """No files of the user's own; ConfigError for options that cannot be right."""
     check_tokenizer(tokenizer, vocab_size)
     return []
 
@@ -165,7 +170,8 @@ def prepare(folder: Path, tokenizer: str | Tokenizer, vocab_size: int, song: boo
     parts = without_rare(split_documents(found, FRACTIONS), MIN_COUNT)
     coder = tokenizer_for(tokenizer, lambda: (document.text for document in parts["train"]), vocab_size)
     write_documents(
-        folder, name="chinese_poetry", source=f"npm {assets.CHINESE_POETRY.npm}", tokenizer=coder, parts=parts, grow=isinstance(tokenizer, str)
+        folder, name="chinese_poetry", source=f"npm {assets.CHINESE_POETRY.npm}", tokenizer=coder, parts=parts,
+        grow=isinstance(tokenizer, str),
     )
 
 

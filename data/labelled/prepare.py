@@ -1,7 +1,13 @@
-"""Texts of your own with labels: objects {"text": …, "style": …, "emotion": …} as lines of JSON or one JSON list, or CSV / TSV with these columns.
+"""Texts of your own with labels, from JSON lines, a JSON list, or tables (CSV, TSV).
 
-One file, or all such files of a folder. Labels may be missing; other fields are not used.
+Objects {"text": …, "style": …, "emotion": …}, or columns of these names; one file, or all such files of a folder.
+Labels may be missing; other fields are not used.
 """
+
+# 使用者自己的、带标签的文字（dataset=labelled）：JSON Lines、一个 JSON 列表、CSV 或 TSV
+# 读（逐条，错在第几行说得准）-> 检查标签 -> 去重切分 -> 写成文章的数据集
+# 多数错误是格式的误会：对话数据、标题当标签、少了换行；各有各的一句话与怎么改
+# 查重要把全部文字放进内存：放不下的先拒绝，不等系统来杀
 
 import csv
 import itertools
@@ -25,19 +31,23 @@ from nanogpt.data.tokenizer import Tokenizer
 DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}
 EXAMPLE = '{"text": "春眠不觉晓", "style": "五言绝句"}'
 LONGEST_LABEL = 64
+# 标签要写成 <|style:…|>，也要显示在一行里
+NO_LABEL = re.compile(r"[|\x00-\x1f\x7f\u2028\u2029\ud800-\udfff]")
 BLANK = re.compile(r"[ \t\n\r]*")
 # 一篇至多这么多字：十部长篇小说；再长就不是一篇，而是少了换行或引号
 LONGEST_TEXT = 2**25
 # 每字节文件至少要这么多内存：正文两份，查重时每字再记一个 hash 与归属（实测中文 20、英文 45 上下）
 BYTES_EACH = 12
 # 对话数据的常见写法：问的一边，答的一边
-QUESTIONS, ANSWERS = ("instruction", "prompt", "question", "query", "input"), ("output", "response", "answer", "completion", "chosen")
+QUESTIONS = ("instruction", "prompt", "question", "query", "input")
+ANSWERS = ("output", "response", "answer", "completion", "chosen")
 # 标签多于这些，或者篇数的一半，多半是把标题、编号当成了标签
 MOST_LABELS, FEW_LABELS = 1000, 20
 
 
 def sources(
-    path: str | None, tokenizer: str | Tokenizer, vocab_size: int | None, encoding: str, val_fraction: float, judge_fraction: float
+    path: str | None, tokenizer: str | Tokenizer, vocab_size: int | None, encoding: str, val_fraction: float,
+    judge_fraction: float,
 ) -> list[Path]:
     """The files to read; ConfigError for options that cannot be right, and for more text than the memory holds."""
     source = own_source(path, unnamed="no_labelled_path")
@@ -47,7 +57,8 @@ def sources(
         raise ConfigError("out_of_range", key="dataset.val_fraction", got=val_fraction, wanted="> 0, < 1")
     check_range("dataset.judge_fraction", judge_fraction, 0, 1)
     if val_fraction + judge_fraction >= 1:
-        raise ConfigError("out_of_range", key="dataset.judge_fraction", got=judge_fraction, wanted=f"< 1 - val_fraction = {1 - val_fraction:g}")
+        wanted = f"< 1 - val_fraction = {1 - val_fraction:g}"
+        raise ConfigError("out_of_range", key="dataset.judge_fraction", got=judge_fraction, wanted=wanted)
     files = text_files(source, RECORD_SUFFIXES)
     size = sum(file.stat().st_size for file in files)
     if not size:
@@ -145,7 +156,7 @@ def as_object(file: Path, line: int, row) -> dict:
 
 
 def without_repeats(pairs: list[tuple[str, object]]) -> dict:
-    """The object of these pairs; ValueError where a name stands twice, since one of the two values would be lost."""
+    """The object of these pairs; ValueError if a name occurs twice, since one of its values would be lost."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -154,7 +165,7 @@ def without_repeats(pairs: list[tuple[str, object]]) -> dict:
 
 
 def rows_of_table(file: Path, encoding: str) -> Iterator[tuple[int, dict]]:
-    """(number of its last line, fields) of each row below the header; rows of empty fields are passed over."""
+    """(number of its last line, fields) of each row below the header; rows of empty fields are skipped."""
     lines, before = lines_of(file, iter_text(file, encoding)), 0
     first = next(lines, "")
     if marked := re.fullmatch(r"sep=(.)\n?", first, re.IGNORECASE):
@@ -191,7 +202,7 @@ def rows_of_table(file: Path, encoding: str) -> Iterator[tuple[int, dict]]:
 
 
 def delimiter_of(header: str, delimiters: str) -> str:
-    """The first of these by which one of the columns is called text, else the first of all."""
+    """The first delimiter with which one of the columns is called text, else the first one."""
     names = {d: [name.strip().strip('"').lower() for name in header.split(d)] for d in delimiters}
     return next((d for d in delimiters if "text" in names[d]), delimiters[0])
 
@@ -202,9 +213,10 @@ def chat_of(row: dict) -> tuple[str, list[str], str] | None:
         if isinstance(turns := row.get(field), list) and turns and all(isinstance(turn, dict) for turn in turns):
             said = [turn.get("content", turn.get("value")) for turn in turns]
             return "kind_conversation", [field], "\n".join(part for part in said if isinstance(part, str))
-    asked, answered = ([field for field in fields if isinstance(row.get(field), str)] for fields in (QUESTIONS, ANSWERS))
+    asked, answered = ([name for name in names if isinstance(row.get(name), str)] for names in (QUESTIONS, ANSWERS))
     if asked and answered:
-        return "kind_instruction", [*asked, *answered], "\n".join(row[field] for field in [*asked, *answered] if row[field].strip())
+        said = [*asked, *answered]
+        return "kind_instruction", said, "\n".join(row[field] for field in said if row[field].strip())
     return None
 
 
@@ -229,7 +241,7 @@ def document(file: Path, line: int, row: dict) -> Document:
         label = row.get(kind)
         if label is None or (isinstance(label, str) and not label.strip()):
             continue
-        if not isinstance(label, str) or len(label.strip()) > LONGEST_LABEL or re.search(r"[|\x00-\x1f\x7f\u2028\u2029\ud800-\udfff]", label.strip()):
+        if not isinstance(label, str) or len(label.strip()) > LONGEST_LABEL or NO_LABEL.search(label.strip()):
             raise ConfigError(
                 '{file}, line {line}: "{kind}" is {got}, which is no label; write a string in quotes without | and '
                 "line breaks, at most {most} characters",
@@ -259,7 +271,7 @@ def documents(files: list[Path], encoding: str = "auto") -> Iterator[Document]:
 
 
 def check_labels(listed: list[Document]) -> None:
-    """Refuse labels that are hardly ever the same twice."""
+    """Refuse labels most of which occur only once."""
     for kind, names in label_names(listed).items():
         labelled = sum(getattr(document, kind) is not None for document in listed)
         if len(names) > MOST_LABELS or (len(names) > FEW_LABELS and 2 * len(names) > labelled):
@@ -271,7 +283,8 @@ def check_labels(listed: list[Document]) -> None:
 
 
 def prepare(
-    folder: Path, path: str | None, tokenizer: str | Tokenizer, vocab_size: int, encoding: str, val_fraction: float, judge_fraction: float
+    folder: Path, path: str | None, tokenizer: str | Tokenizer, vocab_size: int, encoding: str,
+    val_fraction: float, judge_fraction: float,
 ) -> None:
     """Read, check, split and write the data set folder."""
     # 给了 dataset.dir 就没有人替它核对过
@@ -285,7 +298,8 @@ def prepare(
             got=path, kinds=" ".join(RECORD_SUFFIXES),
         )
     check_labels(listed)
-    parts = split_documents(listed, {"train": 1 - val_fraction - judge_fraction, "val": val_fraction, "judge": judge_fraction})
+    fractions = {"train": 1 - val_fraction - judge_fraction, "val": val_fraction, "judge": judge_fraction}
+    parts = split_documents(listed, fractions)
     for split in ("train", "val"):
         if not parts[split]:
             raise ConfigError(
@@ -293,7 +307,9 @@ def prepare(
                 split=split, path=path,
             )
     coder = tokenizer_for(tokenizer, lambda: (document.text for document in parts["train"]), vocab_size)
-    write_documents(folder, name="labelled", source=Path(path).name, tokenizer=coder, parts=parts, grow=isinstance(tokenizer, str))
+    write_documents(
+        folder, name="labelled", source=Path(path).name, tokenizer=coder, parts=parts, grow=isinstance(tokenizer, str),
+    )
 
 
 if __name__ == "__main__":

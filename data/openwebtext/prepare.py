@@ -1,5 +1,9 @@
 """OpenWebText in GPT-2's byte-pair encoding, streamed to disk through the `datasets` library."""
 
+# OpenWebText（dataset=openwebtext）：用 datasets 库流式读取，边读边编码边写盘，几十 GB 不进内存
+# 也可以指一个本机文件夹（parquet、jsonl、json），断网时用；每篇之后接一个结尾 token
+# 流式读取不知道总数，所以每 N 篇取一篇作验证，每次都切得一样
+
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -29,7 +33,7 @@ def documents(source: str) -> Iterable[dict]:
 
 
 def prepare(folder: Path, source: str, val_every: int, max_documents: int | None) -> None:
-    """Tokenise document by document, each followed by the end-of-text token."""
+    """Tokenise and write document by document, each followed by the end-of-text token."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     if val_every < 2:
@@ -55,7 +59,8 @@ def prepare(folder: Path, source: str, val_every: int, max_documents: int | None
     columns = (TextColumn("openwebtext"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as bar:
         task = bar.add_task("documents", total=max_documents)
-        write_tagged(folder, name="openwebtext", source=source, tokenizer=tokenizer, stream=stream(lambda: bar.advance(task)))
+        written = stream(lambda: bar.advance(task))
+        write_tagged(folder, name="openwebtext", source=source, tokenizer=tokenizer, stream=written)
 
 
 if __name__ == "__main__":

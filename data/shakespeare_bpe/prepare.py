@@ -1,4 +1,7 @@
-"""tiny-shakespeare in GPT-2's byte-pair encoding, split 9:1 like nanoGPT."""
+"""tiny-shakespeare in GPT-2's byte-pair encoding, split 9:1 as nanoGPT does."""
+
+# tiny-shakespeare 用 GPT-2 的 BPE（dataset=shakespeare_bpe）：微调 GPT-2 用，与 nanoGPT 的 shakespeare 同一份
+# 按字符切成前九后一，再分别编码：与 nanoGPT 的切法一致，loss 才能比
 
 from pathlib import Path
 
@@ -13,7 +16,8 @@ def prepare(folder: Path) -> None:
     tokenizer = gpt2_tokenizer()
     cut = int(len(text) * 0.9)
     write_dataset(
-        folder, name="shakespeare_bpe", source=f"tiny-shakespeare, SHA-256 {assets.TINY_SHAKESPEARE.sha256}", tokenizer=tokenizer,
+        folder, name="shakespeare_bpe", source=f"tiny-shakespeare, SHA-256 {assets.TINY_SHAKESPEARE.sha256}",
+        tokenizer=tokenizer,
         train=[tokenizer.encode(text[:cut])], val=[tokenizer.encode(text[cut:])],
     )
 

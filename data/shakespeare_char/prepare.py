@@ -1,4 +1,7 @@
-"""tiny-shakespeare as characters, split 9:1 like nanoGPT."""
+"""tiny-shakespeare as characters, split 9:1 as nanoGPT does."""
+
+# tiny-shakespeare 逐字符（dataset=shakespeare_char）：nanoGPT 的标准对比数据，约一百万字符
+# 也是写自己的 prepare.py 时最短的样子：取文字、做词表、切分、write_dataset
 
 from pathlib import Path
 
@@ -13,7 +16,8 @@ def prepare(folder: Path) -> None:
     # 与 nanoGPT 一致：前 90% 训练，后 10% 验证，才能比较 loss
     cut = int(len(text) * 0.9)
     write_dataset(
-        folder, name="shakespeare_char", source=f"tiny-shakespeare, SHA-256 {assets.TINY_SHAKESPEARE.sha256}", tokenizer=tokenizer,
+        folder, name="shakespeare_char", source=f"tiny-shakespeare, SHA-256 {assets.TINY_SHAKESPEARE.sha256}",
+        tokenizer=tokenizer,
         train=[tokenizer.encode(text[:cut])], val=[tokenizer.encode(text[cut:])],
     )
 

@@ -1,4 +1,8 @@
-"""Text of your own: one file, or all .txt and .md files of a folder; the last part is held out."""
+"""Text of your own: one file, or all .txt, .md and .text files of a folder; the last part is held out."""
+
+# 使用者自己的文字（dataset=text_file）：一个文件或一个文件夹，编码自己认，最后一段留作验证
+# 大文件从不整个进内存：先数一遍 token 定切分点，再读一遍边编码边写；几遍之间文件被改就拒绝
+# 留最后一段而不是随机抽：随机切分会让同一段的两半分落两边，验证损失虚低
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,7 +19,9 @@ from nanogpt.data.tokenizer import CharTokenizer, Tokenizer
 SHORTEST = 2
 
 
-def sources(path: str | None, tokenizer: str | Tokenizer, encoding: str, val_fraction: float, vocab_size: int | None = None) -> list[Path]:
+def sources(
+    path: str | None, tokenizer: str | Tokenizer, encoding: str, val_fraction: float, vocab_size: int | None = None
+) -> list[Path]:
     """The files to read; ConfigError for options that cannot be right."""
     source = own_source(path, unnamed="no_text_path")
     check_tokenizer(tokenizer, vocab_size)
@@ -23,7 +29,12 @@ def sources(path: str | None, tokenizer: str | Tokenizer, encoding: str, val_fra
     if not 0 < val_fraction < 1:
         raise ConfigError("out_of_range", key="dataset.val_fraction", got=val_fraction, wanted="> 0, < 1")
     files = text_files(source)
-    if records := files if source.suffix.lower() in RECORD_SUFFIXES and not source.is_dir() else [] if files else text_files(source, RECORD_SUFFIXES):
+    if source.suffix.lower() in RECORD_SUFFIXES and not source.is_dir():
+        records = files
+    else:
+        # 文件夹里一个文本也没有，才看是不是一条条的记录
+        records = [] if files else text_files(source, RECORD_SUFFIXES)
+    if records:
         raise ConfigError(
             "dataset.path={got}: {file} holds records, no running text; type dataset=labelled dataset.path={got}, or "
             "rename it to .txt to learn it as it stands",
@@ -41,7 +52,7 @@ def pieces(files: list[tuple[Path, str]]) -> Iterator[str]:
 
 
 def first(stream: Iterable[str], characters: int) -> Iterator[str]:
-    """The first so many characters of a text."""
+    """The first `characters` characters of a text."""
     for piece in stream:
         if characters <= 0:
             return
@@ -49,7 +60,10 @@ def first(stream: Iterable[str], characters: int) -> Iterator[str]:
         characters -= len(piece)
 
 
-def prepare(folder: Path, path: str | None, tokenizer: str | Tokenizer, encoding: str, val_fraction: float, vocab_size: int | None = None) -> None:
+def prepare(
+    folder: Path, path: str | None, tokenizer: str | Tokenizer, encoding: str, val_fraction: float,
+    vocab_size: int | None = None,
+) -> None:
     """Tokenise the text piece by piece and write the data set folder."""
     # 给了 dataset.dir 就没有人替它核对过
     paths = sources(path, tokenizer, encoding, val_fraction, vocab_size)
@@ -58,9 +72,10 @@ def prepare(folder: Path, path: str | None, tokenizer: str | Tokenizer, encoding
 
 
 def write(
-    folder: Path, source: Path, paths: list[Path], tokenizer, encoding: str, val_fraction: float, vocab_size: int | None, check: Callable[[], None]
+    folder: Path, source: Path, paths: list[Path], tokenizer, encoding: str, val_fraction: float,
+    vocab_size: int | None, check: Callable[[], None],
 ) -> None:
-    """The same for options that have been checked; check() is called before the folder appears."""
+    """Write the data set folder from checked options; check() is called before the folder appears."""
     # 判断编码要通读文件，下面还要读两三遍：只判断一次
     files = resolved(paths, encoding)
 

@@ -1,4 +1,9 @@
-"""From configuration nodes to objects: models, optimizers, loggers."""
+"""Builds models from their configuration, presets or checkpoints, and the training step around a model."""
+
+# 从配置到模型：按预设新建、按 checkpoint 装回来，以及包好省显存各法的训练 Step
+# build_model 由 _target_ 找类，自己的类也行；model_of 从 checkpoint 造，先在 meta 上核对名字与形状，再真的占内存
+# build_step 是训练与预测共用的：memory= 的各项从外面包住 core 的模型与优化器，core 自己不知道
+# torch 在函数里才导入：plan 查预设、命令行查配置都用不着它
 
 import inspect
 import math
@@ -22,7 +27,7 @@ LEAST_TABLE = 2**20
 
 
 def build_model(config: ModelConfig, seed: int, weights: str = "fp32"):
-    """The model that config._target_ names, its weights drawn from `seed` and stored as `weights` (fp32 | bf16) from the start."""
+    """The model that config._target_ names, initialised from `seed`, its weights fp32 or bf16 from the start."""
     import torch
 
     kind = locate_class(config._target_, "model._target_")
@@ -42,7 +47,7 @@ def build_model(config: ModelConfig, seed: int, weights: str = "fp32"):
 
 
 def check_memory_for(config: ModelConfig, bytes_each: int) -> None:
-    """Refuse a model whose weights alone are more than the memory that is free, before the system kills something for it."""
+    """Refuse a model whose weights alone need more memory than is free, before the system kills a process for it."""
     import torch
 
     # 核对形状用的是 meta：什么也不占
@@ -59,7 +64,7 @@ def check_memory_for(config: ModelConfig, bytes_each: int) -> None:
 
 
 def parameters_at_least(config: ModelConfig) -> int:
-    """Numbers in the matrices of a GPT of this shape; a class of one's own may have others."""
+    """Number of parameters in the matrices of a GPT of this shape; a user's own class may have others."""
     vocab, width = config.vocab_size or 1, config.n_embd
     tables = vocab * (1 if config.tie_embeddings else 2) + (config.block_size if config.position == "learned" else 0)
     tables += sum(min((vocab + 1) ** n, config.ngram_buckets) for n in config.ngrams)
@@ -107,7 +112,7 @@ def _wrapped(stage: Callable, inputs: int):
 
 
 def build_step(cfg: TrainConfig, model, precision):
-    """The core.step.Step of a model as cfg.memory and cfg.optimizer want it; training and planning take the same one."""
+    """The core.step.Step of a model as cfg.memory and cfg.optimizer ask for; training and planning use the same one."""
     from functools import partial
 
     from nanogpt.core.loss import chunked_cross_entropy
@@ -120,14 +125,14 @@ def build_step(cfg: TrainConfig, model, precision):
     model.cross_entropy = partial(chunked_cross_entropy, chunk_mib=memory.loss_chunk_mib)
     if memory.activation_checkpointing != "none":
         # 反向里外层的函数模式不起作用，重算时要自己再舍入；autocast 则由 checkpoint 恢复
-        recompute_blocks(model, memory.activation_checkpointing, second_in=precision.context if precision.rounded else None)
+        again_in = precision.context if precision.rounded else None
+        recompute_blocks(model, memory.activation_checkpointing, second_in=again_in)
     if memory.activation_checkpointing == "budget":
         expect = partial(fit_budget, model, budget_mib=memory.activation_budget_mib, context=precision.context)
     optimizer = build_part(cfg.optimizer, "optimizer", model)
     configure(optimizer, memory, precision.device_type)
-    step = Step(
-        model, optimizer, precision, in_backward=InBackward(optimizer, cfg.grad_clip) if memory.optimizer_in_backward else None, expect=expect
-    )
+    in_backward = InBackward(optimizer, cfg.grad_clip) if memory.optimizer_in_backward else None
+    step = Step(model, optimizer, precision, in_backward=in_backward, expect=expect)
     if isinstance(cfg.batch_size, int):
         step.expect(cfg.batch_size)
     return step
@@ -136,7 +141,7 @@ def build_step(cfg: TrainConfig, model, precision):
 def model_of(source, named: str | None = None):
     """The model of a checkpoint.Checkpoint on the CPU, LoRA adapters merged into plain weights.
 
-    A class of one's own is run only where it is `named` in what was typed.
+    A user's own class is run only if it was `named` on the command line.
     """
     from nanogpt.core.memory.lora import add_adapters, merge
 
@@ -149,7 +154,8 @@ def model_of(source, named: str | None = None):
                 got=named, path=source.folder, have=have,
             )
         # 早于 LoRA 的训练没有 finetune 一节
-        config, finetune = typed_node(ModelConfig, saved["model"]), typed_node(FinetuneConfig, saved.get("finetune", {}))
+        config = typed_node(ModelConfig, saved["model"])
+        finetune = typed_node(FinetuneConfig, saved.get("finetune", {}))
     except (DamagedError, OmegaConfBaseException, TypeError) as error:
         raise source.damaged(f"config.yaml: {reason_of(error)}") from None
     check_weights(source, config, finetune)
@@ -161,10 +167,10 @@ def model_of(source, named: str | None = None):
 
 
 def check_weights(source, config: ModelConfig, finetune: FinetuneConfig) -> None:
-    """ConfigError unless the weights of a checkpoint.Checkpoint have the names and shapes of this config; allocates nothing.
+    """Refuse a checkpoint.Checkpoint whose weights do not have the names and shapes of this config; allocates nothing.
 
-    A config that asks for a billion layers does not get the memory to build them. Only for our own model class: what a
-    person's own class does is theirs to know.
+    A config that asks for a billion layers does not get the memory to build them. Only our own model class is checked:
+    what a user's own class does, nothing here can know.
     """
     import torch
 
@@ -189,7 +195,7 @@ def check_weights(source, config: ModelConfig, finetune: FinetuneConfig) -> None
         raise source.damaged(f"config.yaml: {reason_of(error)}") from None
     want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     shared = {"lm_head.weight"} if config.tie_embeddings else set()
-    wrong = sorted(name for name in set(have) ^ set(want) if name not in shared) or sorted(n for n in set(have) & set(want) if have[n] != want[n])
+    wrong = sorted((set(have) ^ set(want)) - shared) or sorted(n for n in set(have) & set(want) if have[n] != want[n])
     if wrong:
         raise source.damaged(f"model.safetensors: other parameters: {wrong[:3]}")
 

@@ -1,9 +1,15 @@
-"""Checkpoints: immutable folders <run>/ckpt/iter_NNNNNNNN, written whole, verified before use, without a pickle.
+"""Writes, lists, verifies and loads checkpoints: immutable folders <run>/ckpt/iter_NNNNNNNN, without a pickle.
 
-Each holds model.safetensors, the optimizer, scaler and counters (state.json names the tensors in state.safetensors), config.yaml,
-tokenizer.json and manifest.json: format, iteration, val_loss, the run's id, SHA-256 of every file and of itself. `last` is the
-newest, `best` the one with the lowest val_loss: no pointer that could be wrong.
+Each holds model.safetensors, the optimizer, scaler and counters (state.json names the tensors in state.safetensors),
+config.yaml, tokenizer.json and manifest.json: format, iteration, val_loss, the run's id, and the SHA-256 of every file
+and of itself. `last` is the newest, `best` the one with the lowest val_loss; no pointer is stored that could be wrong.
 """
+
+# checkpoint：一个写完就不再改的文件夹，整个出现或不出现，用之前逐个文件核对
+# 训练里由 run/ 调 save、prune；resume、写作、服务、导出由 find 或 use 取，坏了就说出下一个好的是哪个
+# 没有指向 last、best 的链接：都从各自的 manifest 算出来，就不会指错；别的训练的混进来，凭编号认出
+# 读的时候训练可能正删旧的：listed、find、use 各自再看一遍，而不是报错
+# 只有张量与普通的值：文件里没有代码可以执行，旧格式的 state.pt 也只以 weights_only 读
 
 import json
 import math
@@ -23,7 +29,8 @@ from nanogpt.base.language import ConfigError, text
 from nanogpt.weights.foreign_files import load_plain
 from nanogpt.weights.tensors import UNREADABLE, flatten, read_tensors, restore, shapes_in, write_tensors
 
-# 1：优化器等在 state.pt 里，只以 weights_only 读；manifest 没有自己的摘要，也没有训练的编号；到 2 为止状态里没有样本的次序
+# 1：优化器等在 state.pt 里，只以 weights_only 读；manifest 没有自己的摘要，也没有训练的编号
+# 到 2 为止，状态里没有样本的次序
 FORMAT = 3
 FILES = ("model.safetensors", "state.safetensors", "state.json", "config.yaml", "tokenizer.json")
 FILES_1 = ("model.safetensors", "state.pt", "config.yaml", "tokenizer.json")
@@ -36,7 +43,9 @@ UNFIT = (*UNREADABLE, KeyError, IndexError, AttributeError, RecursionError)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One folder with its manifest read."""
+    """One checkpoint folder whose manifest has been read."""
+
+    # 造它只读了几百字节的 manifest；核对内容要读完几百 MB，用到时才调 problem()
 
     folder: Path
     iteration: int
@@ -64,7 +73,7 @@ class Checkpoint:
         return None
 
     def damaged(self, reason: str) -> ConfigError:
-        """The error that says so, with the next older good one of the same run."""
+        """The error that says what is damaged and names the next older good checkpoint of the run."""
         return _unusable(self.folder, reason, listed(self.folder.parent.parent).good)
 
     def config_text(self) -> str:
@@ -80,9 +89,11 @@ class Checkpoint:
             raise self.damaged(f"{file}: {reason_of(error)}") from None
 
     def data_fingerprint(self) -> str | None:
-        """Fingerprint of the data that it was trained on, without reading a tensor; None where the state is not in json."""
+        """Fingerprint of the training data, without reading a tensor; None if the state is not in json."""
+        if "state.json" not in self.sha256:
+            return None
         try:
-            return dict(json.loads(self._text("state.json"))["dict"])["fingerprint"] if "state.json" in self.sha256 else None
+            return dict(json.loads(self._text("state.json"))["dict"])["fingerprint"]
         except (ValueError, KeyError, TypeError):
             # 坏在哪里，由 load_state 去说
             return None
@@ -103,7 +114,8 @@ class Checkpoint:
         except UNREADABLE as error:
             raise self.damaged(f"model.safetensors: {reason_of(error)}") from None
         own = model.state_dict()
-        shared = {name for name, p in own.items() if any(p.data_ptr() == own[k].data_ptr() for k in tensors if k in own)}
+        loaded = {own[name].data_ptr() for name in tensors if name in own}
+        shared = {name for name, p in own.items() if p.data_ptr() in loaded}
         if others := (set(missing) - shared) | set(unexpected):
             raise self.damaged(f"model.safetensors: other parameters: {sorted(others)[:3]}")
 
@@ -123,7 +135,9 @@ class Checkpoint:
 
 @dataclass
 class Listing:
-    """The checkpoints of a run, oldest first, and the folders that are none, with the reason."""
+    """The checkpoints of a run, oldest first, and the folders that are not usable ones, with the reason."""
+
+    # 坏的不丢开：它可能正是最新或最好的那个，悄悄换成别的会丢掉训练
 
     good: list[Checkpoint] = field(default_factory=list)
     """Their manifests are in order; the other files have not been read."""
@@ -131,7 +145,7 @@ class Listing:
 
 
 def listed(run_dir: Path) -> Listing:
-    """All checkpoint folders of a run; what is no checkpoint of it is never passed over in silence."""
+    """All checkpoint folders of a run; those that cannot be used are listed too, never skipped silently."""
     found = _looked_at(run_dir)
     while any(not folder.is_dir() for folder in found.bad):
         # 正在训练的那一方刚删了旧的，也就刚存下新的：再看一遍
@@ -163,10 +177,11 @@ def _own_run(run_dir: Path, found: list[Checkpoint]) -> str | None:
 
 
 def read_manifest(folder: Path) -> Checkpoint:
-    """The checkpoint in a folder; DamagedError says why there is none."""
+    """The checkpoint in a folder; DamagedError says why it cannot be used."""
     manifest = read_sealed(folder / "manifest.json", FORMAT)
     try:
-        iteration, loss, hashes, run = manifest["iteration"], manifest["val_loss"], manifest["sha256"], manifest.get("run")
+        iteration, loss, hashes = manifest["iteration"], manifest["val_loss"], manifest["sha256"]
+        run = manifest.get("run")
         assert iteration == int(NAME.fullmatch(folder.name)[1]), "belongs to another folder"
         assert loss is None or (type(loss) in (int, float) and math.isfinite(loss)), "val_loss"
         assert run is None or isinstance(run, str), "run"
@@ -218,7 +233,7 @@ def find(run_dir: Path, which: str, *, key: str = "resume") -> Checkpoint:
 
 
 def _unusable(folder: Path, reason: str, good: list[Checkpoint], *, best: bool = False) -> ConfigError:
-    """The error for a checkpoint of no use, with what can be used instead: the next older one, or the best of the others."""
+    """The error for an unusable checkpoint; it names the next older good one, or with `best` the best other one."""
     newest_first = [c for c in reversed(good) if c.folder != folder and (best or c.name < folder.name)]
     # 逐个核对要读完所有文件：找到一个完好的就停
     offered = [*_by_loss(newest_first), *newest_first] if best else newest_first
@@ -230,7 +245,7 @@ def _unusable(folder: Path, reason: str, good: list[Checkpoint], *, best: bool =
 
 
 def find_trained(run_dir: Path, which: str, *, key: str) -> Checkpoint:
-    """What find() gives, to write with or to start from: `best` of a run that was never evaluated is its last."""
+    """Like find(), to write with or to start from: `best` of a run that was never evaluated is its last."""
     # 只训了几步、还没评估过的，没有 best
     found = listed(run_dir)
     if which == "best" and best_of(found.good) is None and not found.bad:
@@ -239,7 +254,7 @@ def find_trained(run_dir: Path, which: str, *, key: str) -> Checkpoint:
 
 
 def use(run_dir: Path, which: str, use_it: Callable[[Checkpoint], Any], *, key: str) -> Any:
-    """use_it(the checkpoint that find_trained() gives), again where a training under way deleted it meanwhile."""
+    """use_it(the checkpoint of find_trained()), repeated if a training under way deletes that meanwhile."""
     while True:
         source = find_trained(run_dir, which, key=key)
         try:
@@ -250,7 +265,7 @@ def use(run_dir: Path, which: str, use_it: Callable[[Checkpoint], Any], *, key: 
 
 
 def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict with tied tensors once."""
+    """The state dict of a model, with tied tensors only once."""
     seen, tensors = set(), {}
     for name, tensor in model.state_dict().items():
         if tensor.data_ptr() not in seen or tensor.numel() == 0:
@@ -260,10 +275,10 @@ def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save(
-    run_dir: Path, *, model, state: dict[str, Any], iteration: int, val_loss: float | None, config_text: str, tokenizer_text: str, keep: int,
-    run: str | None,
+    run_dir: Path, *, model, state: dict[str, Any], iteration: int, val_loss: float | None, config_text: str,
+    tokenizer_text: str, keep: int, run: str | None,
 ) -> Checkpoint:
-    """Write a checkpoint aside, sync it, rename it; then drop all but the newest `keep` and the best."""
+    """Write a checkpoint aside, sync it and rename it; then delete all but the newest `keep` and the best."""
     final = run_dir / "ckpt" / f"iter_{iteration:08d}"
     # 被杀的那次没写完的先清掉：磁盘快满时，正缺这点地方
     remove_leftovers(final.parent)
@@ -286,7 +301,7 @@ def save(
 
 
 def set_aside_newer(run_dir: Path, iteration: int) -> None:
-    """Rename checkpoint folders beyond `iteration` to replaced_…, so that going on from an older one makes it the last."""
+    """Rename checkpoints beyond `iteration` to replaced_…, so that the one that training resumes from is the last."""
     found = listed(run_dir)
     # 从最新的开始：中途被杀，剩下的仍是一段连续的历史
     for folder in sorted([*(c.folder for c in found.good), *found.bad], reverse=True):
@@ -301,7 +316,7 @@ def set_aside_newer(run_dir: Path, iteration: int) -> None:
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Delete all checkpoints but the newest `keep` and the best, and what killed saves left behind; damaged ones stay."""
+    """Delete all checkpoints but the newest `keep` and the best, and the remains of killed saves; damaged ones stay."""
     found = checkpoints(run_dir)
     best = best_of(found)
     doomed = [one for one in found[:-keep] if one is not best]

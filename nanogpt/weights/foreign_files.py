@@ -1,4 +1,9 @@
-"""Readers of weight files from elsewhere: json, safetensors, torch.save; none of them runs code."""
+"""Reads weight files from elsewhere (json, safetensors, torch.save) without running any code in them."""
+
+# 读别人的权重文件：json、safetensors、torch.save 存的，三种都不执行里面的代码
+# 来自网上的文件可能坏了、被截断、夹带代码：库各抛各的错，这里都变成一行，说是哪个文件
+# 分片的目录（index.json）只许指同一文件夹里的文件名；torch 的文件只以 weights_only 读
+# pretrained、nanogpt_checkpoint、hub 都用它；自己写的张量文件在 tensors.py
 
 import json
 import re
@@ -23,7 +28,7 @@ MOST_JSON = 64 * 2**20
 
 
 def read_json(path: Path) -> dict:
-    """A json object; ConfigError names the file if it is none."""
+    """Read a json object; ConfigError names the file if it holds anything else."""
     try:
         assert path.stat().st_size <= MOST_JSON, f"larger than {MOST_JSON // 2**20} MiB"
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -34,7 +39,7 @@ def read_json(path: Path) -> dict:
 
 
 def shard_names(index: Path) -> list[str]:
-    """The files that an index names; plain names only, so that an index cannot point elsewhere."""
+    """The files that an index names; only plain names, so that it cannot point to another folder."""
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
         assert names and all(re.fullmatch(r"[\w-][\w.-]*", name) for name in names), "odd file names"
@@ -44,13 +49,14 @@ def shard_names(index: Path) -> list[str]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, from safetensors where there are any."""
+    """All tensors of a folder, from safetensors if there are any."""
     for file in WEIGHTS:
         if (folder / file).is_file():
             files = shard_names(folder / file) if file.endswith(".index.json") else [file]
             tensors: dict[str, Tensor] = {}
             for name in files:
-                tensors |= read_safetensors(folder / name) if name.endswith(".safetensors") else read_torch(folder / name)
+                read = read_safetensors if name.endswith(".safetensors") else read_torch
+                tensors |= read(folder / name)
             return tensors
     raise ConfigError("pretrained_damaged", file=folder, reason="no " + " or ".join(WEIGHTS))
 
@@ -64,7 +70,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_plain(path: Path) -> dict:
-    """What torch.save wrote, tensors and plain values only; whatever else raises something of torch's."""
+    """What torch.save wrote, tensors and plain values only; torch raises an error of its own for anything else."""
     with warnings.catch_warnings():
         # 不是 torch 写的 pickle，torch 先说上几行；使用者只该看到我们的一行
         warnings.simplefilter("ignore")

@@ -1,6 +1,9 @@
-"""Models from the Hugging Face hub, through the huggingface_hub library (extra `hub`): its cache, HF_ENDPOINT, HF_HUB_OFFLINE."""
+"""Downloads models from the Hugging Face hub through the optional package huggingface_hub."""
 
-# 缓存、镜像、断网都交给 huggingface_hub；这里只挑要哪些文件，并把它的各种错误变成一行
+# 从 Hugging Face hub 取模型（init_from=owner/name）：只挑形状、权重与词表，代码从不下载
+# 缓存、镜像（HF_ENDPOINT）、断网（HF_HUB_OFFLINE）都交给 huggingface_hub；这里把它的各种错误变成一行
+# hub 上的权重没有事先知道的 SHA-256，路上不被改动全靠 TLS：镜像必须是 https
+# 取到的只是一个本机文件夹，之后与自己放的文件夹一样由 pretrained.read_folder 读
 
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -14,7 +17,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.tx
 
 
 def download(name: str, named: str, key: str) -> Path:
-    """The local folder of hub model `name`, fetched where it is not yet in the cache; `named` is what the user typed for `key`."""
+    """The local folder of hub model `name`, downloaded if not cached; `named` is what the user typed for `key`."""
     try:
         import huggingface_hub
         from huggingface_hub import constants
@@ -50,7 +53,8 @@ def download(name: str, named: str, key: str) -> Path:
         raise
     except Exception as error:
         # 网络库的错误类型随版本变，但都意味着没有取到；连不上时起因比外层的套话有用
-        cause = (error.__cause__ or error) if isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError) else error
+        offline = isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError)
+        cause = (error.__cause__ or error) if offline else error
         reason = " ".join(str(cause).split())[:160] or type(cause).__name__
         raise ConfigError(
             "{key}={got}: there is no such folder here, and {endpoint} did not give it ({reason}); check the name and "

@@ -1,8 +1,13 @@
-"""Hugging Face's format in both directions: pretrained weights in, `python -m nanogpt.huggingface export` out.
+"""Exports a run as a Hugging Face folder: `python -m nanogpt.huggingface export OUT_DIR TARGET`.
 
-GPT-2's architecture becomes a plain GPT2LMHeadModel; anything else brings its own modeling file along, and a model class of
-one's own (named with model=…) the module that it is in.
+GPT-2's architecture becomes a plain GPT2LMHeadModel; any other brings its own modeling file along, and a user's own
+model class (named with model=…) also the module that defines it.
 """
+
+# 导出：把训练好的模型写成 transformers 载得进的文件夹（python -m nanogpt.huggingface export）
+# 架构恰是 GPT-2 的写成 GPT2LMHeadModel；别的带上 modeling_nanogpt.py；自己的类带上自己的模块与 modeling_own.py
+# 词表也写成 tokenizers 库的格式，id 相同；读别人的文件夹在 pretrained.py
+# 写出来的要与我们自己算的一致：改 core 里的公式时，三种写法都要跟着改
 
 import argparse
 import inspect
@@ -35,9 +40,9 @@ MODULE, OWN_MODULE = "modeling_nanogpt", "modeling_own"
 
 
 def export(named: str, target: Path, which: str | None = None, *, code: str | None = None) -> Pretrained:
-    """Write the model that `named` means (a run folder, above all) as a folder for transformers; return what was written.
+    """Write the model that `named` means, usually a run folder, as a folder for transformers; return what was written.
 
-    `code` is the model class that was typed; another one of a checkpoint is not run.
+    `code` is the model class that was typed; no other class that a checkpoint names is run.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError("TARGET={target} already holds something; choose an empty or new folder", target=target)
@@ -59,7 +64,8 @@ def export(named: str, target: Path, which: str | None = None, *, code: str | No
 
 def is_gpt2(config: ModelConfig) -> bool:
     """Whether transformers' own GPT2LMHeadModel computes the same."""
-    recipe = (config.position, config.norm, config.qk_norm, config.embed_norm, config.logit_softcap, list(config.ngrams))
+    flags = (config.qk_norm, config.embed_norm, config.logit_softcap, list(config.ngrams))
+    recipe = (config.position, config.norm, *flags)
     same = recipe == ("learned", "layernorm", False, False, 0.0, []) and config.activation in ACTIVATIONS.values()
     # 自己的类算什么，从配置看不出来
     return same and config._target_ in TRUSTED_TARGETS
@@ -70,9 +76,10 @@ def write_gpt2(folder: Path, pretrained: Pretrained) -> None:
     config, end = pretrained.config, pretrained.tokenizer.end_of_text
     activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
     write_json(folder / "config.json", {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": config.vocab_size, "n_positions": config.block_size,
-        "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "n_inner": config.mlp_ratio * config.n_embd,
-        "activation_function": activation, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": config.tie_embeddings,
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": config.vocab_size,
+        "n_positions": config.block_size, "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd,
+        "n_inner": config.mlp_ratio * config.n_embd, "activation_function": activation,
+        "layer_norm_epsilon": 1e-5, "tie_word_embeddings": config.tie_embeddings,
         "resid_pdrop": config.dropout, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout,
         "bos_token_id": end, "eos_token_id": end, "dtype": "float32", **about_documents(pretrained),
     })
@@ -87,12 +94,16 @@ def write_gpt2(folder: Path, pretrained: Pretrained) -> None:
 
 
 def write_custom(folder: Path, pretrained: Pretrained) -> None:
-    """A folder whose modeling file holds the architecture; it does not need this package."""
+    """Write a folder whose modeling file holds the architecture; it does not need this package."""
     config, end = pretrained.config, pretrained.tokenizer.end_of_text
-    fields = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "mlp_ratio", "bias", "position", "norm", "activation", "qk_norm",
-              "embed_norm", "tie_embeddings", "logit_softcap", "rope_base", "ngrams", "ngram_buckets")
+    fields = (
+        "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "mlp_ratio", "bias", "position", "norm",
+        "activation", "qk_norm", "embed_norm", "tie_embeddings", "logit_softcap", "rope_base", "ngrams",
+        "ngram_buckets",
+    )
     write_json(folder / "config.json", {
-        "architectures": ["NanoGPTForCausalLM"], "model_type": "nanogpt", "dtype": "float32", "bos_token_id": end, "eos_token_id": end,
+        "architectures": ["NanoGPTForCausalLM"], "model_type": "nanogpt", "dtype": "float32",
+        "bos_token_id": end, "eos_token_id": end,
         "auto_map": {"AutoConfig": f"{MODULE}.NanoGPTConfig", "AutoModelForCausalLM": f"{MODULE}.NanoGPTForCausalLM"},
         **{field: getattr(config, field) for field in fields}, **about_documents(pretrained),
     })
@@ -101,11 +112,12 @@ def write_custom(folder: Path, pretrained: Pretrained) -> None:
 
 
 def write_own(folder: Path, pretrained: Pretrained) -> None:
-    """A folder for a model class of one's own: its module, and a modeling file that wraps it and needs this package."""
+    """Write a folder for a user's own model class: its module, and a modeling file that needs this package."""
     config, end = pretrained.config, pretrained.tokenizer.end_of_text
     module, _, name = config._target_.rpartition(".")
     write_json(folder / "config.json", {
-        "architectures": ["OwnForCausalLM"], "model_type": "nanogpt_own", "dtype": "float32", "bos_token_id": end, "eos_token_id": end,
+        "architectures": ["OwnForCausalLM"], "model_type": "nanogpt_own", "dtype": "float32",
+        "bos_token_id": end, "eos_token_id": end,
         "auto_map": {"AutoConfig": f"{OWN_MODULE}.OwnConfig", "AutoModelForCausalLM": f"{OWN_MODULE}.OwnForCausalLM"},
         "shape": asdict(config), **about_documents(pretrained),
     })
@@ -116,31 +128,35 @@ def write_own(folder: Path, pretrained: Pretrained) -> None:
     wrapper = Path(__file__).with_name(f"{OWN_MODULE}.py").read_text(encoding="utf-8")
     usual = "from nanogpt.core.model import GPT\n"
     assert wrapper.count(usual) == 1
-    write_text(folder / f"{OWN_MODULE}.py", wrapper.replace(usual, f"from {'.' if single else ''}{module} import {name} as GPT\n"))
+    own = f"from {'.' if single else ''}{module} import {name} as GPT\n"
+    write_text(folder / f"{OWN_MODULE}.py", wrapper.replace(usual, own))
     tensors = build_pretrained(pretrained).state_dict()
     write_tensors(folder, {f"model.{name}": tensor for name, tensor in tensors.items()})
 
 
 def about_documents(pretrained: Pretrained) -> dict:
-    """What a model of documents is written with: its separator, and the names of its labels."""
+    """What config.json says about a model of documents: its separator and the names of its labels."""
     names = {kind: list(listed) for kind, listed in pretrained.tokenizer.labels.items()}
     separator = pretrained.config.separator
     return {} if separator is None else {"document_separator": separator, "document_labels": names}
 
 
 def write_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """model.safetensors in float32; `format` is what transformers asks for."""
-    save_file({name: t.detach().float().contiguous().clone() for name, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    """Write model.safetensors in float32; transformers asks for the metadata `format`."""
+    # 共享内存的张量 save_file 不收：各抄一份
+    copies = {name: tensor.detach().float().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(copies, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_tokenizer(folder: Path, pretrained: Pretrained) -> None:
-    """tokenizer.json of the tokenizers library with the same ids, and what AutoTokenizer wants to know."""
+    """Write tokenizer.json of the tokenizers library with the same ids, and what AutoTokenizer needs to know."""
     described = to_library_json(pretrained.tokenizer)
     write_json(folder / "tokenizer.json", described)
     words = {token["content"]: token["id"] for token in described["added_tokens"]}
     end = next((word for word in (*END_WORDS, *words) if words.get(word, -1) == pretrained.tokenizer.end_of_text), None)
     write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": pretrained.config.block_size, "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": pretrained.config.block_size,
+        "clean_up_tokenization_spaces": False,
         # 旧版 transformers 默认还会给 token_type_ids，GPT 不认
         "model_input_names": ["input_ids", "attention_mask"],
         **({"bos_token": end, "eos_token": end} if end else {}),
@@ -160,7 +176,8 @@ def main(arguments: list[str] | None = None) -> None:
         named = [word for word in arguments if word.startswith(NAMING)]
         typed = parser().parse_args([word for word in arguments if word not in named])
         set_language(typed.lang)
-        for key, value in (("OUT_DIR", typed.out_dir), ("TARGET", str(typed.target)), ("--checkpoint", typed.checkpoint or "best")):
+        paths = {"OUT_DIR": typed.out_dir, "TARGET": str(typed.target), "--checkpoint": typed.checkpoint or "best"}
+        for key, value in paths.items():
             check_path(key, value)
         code = sample_config(named).model["_target_"] if named else None
         pretrained = export(typed.out_dir, typed.target, typed.checkpoint, code=code)
@@ -172,7 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """export."""
+    """The parser of `export` and its options."""
     top = Arguments(prog="python -m nanogpt.huggingface", description=__doc__.splitlines()[0])
     commands = top.add_subparsers(dest="command", required=True)
     command = commands.add_parser("export", help="write a run as a folder that transformers loads", epilog=EPILOG)

@@ -1,8 +1,13 @@
-"""nanogpt's GPT for transformers, in one file that needs nothing else of nanogpt.
+"""The GPT of this package for transformers, in one file that needs nothing else of nanogpt.
 
 `python -m nanogpt.huggingface export` copies this file beside the weights; AutoModelForCausalLM loads it with
 trust_remote_code=True. It keeps no key/value cache: every new token reads the whole context again.
 """
+
+# 随导出的权重一起走的模型文件：transformers 以 trust_remote_code 载入它，对方机器上不必装 nanogpt
+# 所以这里把 core/model 与 core/attention 的公式再写一遍，只写前向；改了那边要改这边（测试比 logits）
+# 没有 KV 缓存：每个新 token 重读整个上下文，慢，但短
+# 左侧可以有填充：位置从第一个真的 token 数起，n-gram 与注意力都看不见填充
 
 import torch
 import torch.nn as nn
@@ -18,18 +23,21 @@ QK_NORM_MAX_LOGIT = 12.0
 class NanoGPTConfig(PretrainedConfig):
     """The fields of nanogpt.base.config.ModelConfig that change the result."""
 
+    # transformers 要一个 PretrainedConfig 才存得进、读得出 config.json
+
     model_type = "nanogpt"
     keys_to_ignore_at_inference = ()
 
     def __init__(
-        self, vocab_size=256, block_size=128, n_layer=4, n_head=4, n_embd=256, mlp_ratio=4, bias=False, position="rope", norm="rmsnorm",
-        activation="relu2", qk_norm=True, embed_norm=True, tie_embeddings=False, logit_softcap=15.0, rope_base=10000.0, ngrams=(),
-        ngram_buckets=16384, **others,
+        self, vocab_size=256, block_size=128, n_layer=4, n_head=4, n_embd=256, mlp_ratio=4, bias=False, position="rope",
+        norm="rmsnorm", activation="relu2", qk_norm=True, embed_norm=True, tie_embeddings=False, logit_softcap=15.0,
+        rope_base=10000.0, ngrams=(), ngram_buckets=16384, **others,
     ):
-        self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd = vocab_size, block_size, n_layer, n_head, n_embd
-        self.mlp_ratio, self.bias, self.position, self.norm, self.activation = mlp_ratio, bias, position, norm, activation
-        self.qk_norm, self.embed_norm, self.tie_embeddings, self.logit_softcap = qk_norm, embed_norm, tie_embeddings, logit_softcap
-        self.rope_base, self.ngrams, self.ngram_buckets = rope_base, list(ngrams), ngram_buckets
+        self.vocab_size, self.block_size, self.n_layer, self.n_head = vocab_size, block_size, n_layer, n_head
+        self.n_embd, self.mlp_ratio, self.bias, self.position, self.norm = n_embd, mlp_ratio, bias, position, norm
+        self.activation, self.qk_norm, self.embed_norm = activation, qk_norm, embed_norm
+        self.tie_embeddings, self.logit_softcap, self.rope_base = tie_embeddings, logit_softcap, rope_base
+        self.ngrams, self.ngram_buckets = list(ngrams), ngram_buckets
         # transformers 的通用代码用这几个名字
         self.max_position_embeddings, self.num_hidden_layers, self.hidden_size = block_size, n_layer, n_embd
         others = {**others, "use_cache": False, "tie_word_embeddings": False}
@@ -55,6 +63,8 @@ def rotate(x, base):
 class Norm(nn.Module):
     """RMSNorm without parameters, or LayerNorm."""
 
+    # 两种配方（modern、gpt2）各用一种；参数名与 core 相同，权重才装得进
+
     def __init__(self, config):
         super().__init__()
         if config.norm == "layernorm":
@@ -63,11 +73,15 @@ class Norm(nn.Module):
         self.kind = config.norm
 
     def forward(self, x):
-        return rms_norm(x) if self.kind == "rmsnorm" else F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+        if self.kind == "rmsnorm":
+            return rms_norm(x)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
 
 
 class Attention(nn.Module):
     """Causal self-attention over x (B, T, C); visible (B, 1, T, T) is true where a key may be read."""
+
+    # 遮罩由外面算好：因果与填充合在一张表里，各层共用
 
     def __init__(self, config):
         super().__init__()
@@ -91,6 +105,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Feed-forward layer C -> mlp_ratio * C -> C."""
 
+    # 三种激活都要：relu2 是 modern，gelu 是 nanoGPT，gelu_tanh 是 OpenAI 的 GPT-2
+
     def __init__(self, config):
         super().__init__()
         width = config.mlp_ratio * config.n_embd
@@ -100,12 +116,15 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = self.c_fc(x)
-        x = x.relu().square() if self.activation == "relu2" else F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
-        return self.c_proj(x)
+        if self.activation == "relu2":
+            return self.c_proj(x.relu().square())
+        return self.c_proj(F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
 
 
 class Block(nn.Module):
     """Pre-norm transformer block."""
+
+    # 名字与 core 的 Block 相同：transformers 分卡时凭它不把一个 block 拆开
 
     def __init__(self, config):
         super().__init__()
@@ -118,6 +137,8 @@ class Block(nn.Module):
 
 class NgramEmbedding(nn.Module):
     """Hashed embedding of the last n tokens at each position (arXiv:2501.16975)."""
+
+    # 算 key 的整数运算必须与 core 一样：差一位就查到别的行
 
     def __init__(self, n, config):
         super().__init__()
@@ -138,6 +159,8 @@ class NgramEmbedding(nn.Module):
 
 class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
     """Decoder-only transformer; parameter names are those of nanogpt.core.model.GPT."""
+
+    # GenerationMixin 给它 generate()；参数名相同，safetensors 直接装得进
 
     config_class = NanoGPTConfig
     _no_split_modules = ["Block"]  # noqa: RUF012
@@ -185,6 +208,7 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutput(loss=loss, logits=logits)
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **unused):
-        """The newest block_size tokens: older ones are forgotten."""
+        """Pass on the newest block_size tokens; older ones are forgotten."""
         newest = slice(-self.config.block_size, None)
-        return {"input_ids": input_ids[:, newest], "attention_mask": None if attention_mask is None else attention_mask[:, newest]}
+        mask = None if attention_mask is None else attention_mask[:, newest]
+        return {"input_ids": input_ids[:, newest], "attention_mask": mask}

@@ -1,8 +1,12 @@
-"""A model class of one's own for transformers; it needs the nanogpt package, on which the class is built.
+"""Wraps a user's own model class for transformers; needs the nanogpt package, on which the class is built.
 
-`python -m nanogpt.huggingface export` copies this file beside the weights with the class in the place of GPT.
-It keeps no key/value cache: every new token reads the whole context again.
+`python -m nanogpt.huggingface export` copies this file beside the weights, with the class in place of GPT. It keeps no
+key/value cache: every new token reads the whole context again.
 """
+
+# 自己的模型类导出后的外壳：导出时把下面导入 GPT 的那一行换成自己的类，与权重放在一起
+# 对方机器上要装 nanogpt，因为自己的类建在它上面；别的架构用 modeling_nanogpt.py，不必装
+# 自己的层不认填充，所以有填充时一行一行地算；没有 KV 缓存
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +19,8 @@ from nanogpt.core.model import GPT
 
 class OwnConfig(PretrainedConfig):
     """Holds the fields of a nanogpt.base.config.ModelConfig in `shape`."""
+
+    # 自己的类要哪些键不知道：ModelConfig（含 extra）整个存下
 
     model_type = "nanogpt_own"
     keys_to_ignore_at_inference = ()
@@ -29,7 +35,9 @@ class OwnConfig(PretrainedConfig):
 
 
 class OwnForCausalLM(PreTrainedModel, GenerationMixin):
-    """The class of one's own as `model`, with the names of its parameters under it."""
+    """The user's own class as `model`, with its parameter names under that name."""
+
+    # 包一层而不是改写：类怎样训练的，就怎样算
 
     config_class = OwnConfig
     main_input_name = "input_ids"
@@ -55,6 +63,7 @@ class OwnForCausalLM(PreTrainedModel, GenerationMixin):
 
         attention_mask (B, T) is 0 at padding, which belongs on the left.
         """
+        # 第一次前向时放回，只做一次
         for name in list(self.tables):
             self.model.get_buffer(name).copy_(self.tables.pop(name))
         if attention_mask is None or bool(attention_mask.all()):
@@ -69,7 +78,7 @@ class OwnForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutput(loss=loss, logits=logits)
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **unused):
-        """The newest block_size tokens: older ones are forgotten."""
+        """Pass on the newest block_size tokens; older ones are forgotten."""
         newest = slice(-self.config.max_position_embeddings, None)
         mask = None if attention_mask is None else attention_mask[:, newest]
         return {"input_ids": input_ids[:, newest], "attention_mask": mask}

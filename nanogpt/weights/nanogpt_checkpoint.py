@@ -1,4 +1,8 @@
-"""Checkpoints of karpathy/nanoGPT: ckpt.pt -> config, tensors, tokenizer; nothing in the files is executed."""
+"""Reads checkpoints of karpathy/nanoGPT (ckpt.pt, meta.pkl) without running any code in them."""
+
+# nanoGPT 的 ckpt.pt：形状、权重与词表换成我们的，可以接着写作、微调、导出
+# 词表在它的 meta.pkl 里，是 pickle：自己解释操作码（plain_pickle），只认字典、列表、字符串与数，别的一概拒绝
+# 它的模型就是 GPT-2 的配方，只是线性层不转置、GELU 是精确的；由 pretrained.open_pretrained 调用
 
 import pickletools
 import re
@@ -16,6 +20,8 @@ from nanogpt.weights.foreign_files import read_torch
 
 # model_args 里决定形状的几项
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+# 操作码自己就带着值：字符串与数
+PLAIN = ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
 # 字符表再大也只有几 MB
 META_BYTES = 64 * 2**20
 
@@ -27,11 +33,16 @@ def read_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], T
         arguments, weights = saved["model_args"], saved["model"]
         sizes = {name: int(arguments[name]) for name in SHAPE}
         assert all(0 < size < 2**31 for size in sizes.values()), f"model_args: {sizes}"
-        tensors = {str(name).removeprefix("_orig_mod.").removeprefix("transformer."): tensor for name, tensor in weights.items()}
+        # 编译过的模型多一层 _orig_mod.
+        names = {name: str(name).removeprefix("_orig_mod.").removeprefix("transformer.") for name in weights}
+        tensors = {names[name]: tensor for name, tensor in weights.items()}
     except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
-        raise ConfigError("pretrained_damaged", file=path, reason=f"not a nanoGPT checkpoint: {reason_of(error)}") from None
+        reason = f"not a nanoGPT checkpoint: {reason_of(error)}"
+        raise ConfigError("pretrained_damaged", file=path, reason=reason) from None
     # nanoGPT 用 nn.Linear（不转置）与精确的 GELU；dropout 由这次训练决定
-    config = preset("gpt2", name=path.resolve().parent.name or "nanogpt", bias=bool(arguments.get("bias", True)), activation="gelu", **sizes)
+    name, bias = path.resolve().parent.name or "nanogpt", bool(arguments.get("bias", True))
+    config = preset("gpt2", name=name, bias=bias, activation="gelu", **sizes)
+    # 旧版把因果掩码也存成了 buffer
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".attn.bias")}
     return config, tensors, find_tokenizer(path, saved.get("config"), config.vocab_size)
 
@@ -57,7 +68,8 @@ def read_characters(path: Path, vocab_size: int) -> str:
         assert path.stat().st_size <= META_BYTES, "too large"
         table = plain_pickle(path.read_bytes())["itos"]
         characters = [table[i] for i in range(vocab_size)]
-        assert len(table) == vocab_size and len({c for c in characters if len(c) == 1}) == vocab_size, "not one character per id"
+        distinct = {character for character in characters if len(character) == 1}
+        assert len(table) == len(distinct) == vocab_size, "not one character per id"
         return "".join(characters)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, IndexError) as error:
         raise ConfigError("pretrained_damaged", file=path, reason=reason_of(error)) from None
@@ -66,10 +78,11 @@ def read_characters(path: Path, vocab_size: int) -> str:
 def plain_pickle(content: bytes):
     """The value of a pickle made of dicts, lists, strings, numbers and None; ValueError at any other opcode.
 
-    An interpreter of its own over pickletools' opcodes: it knows no imports and no calls, so nothing can be run.
+    It interprets pickletools' opcodes itself and knows no imports and no calls, so that nothing can be run.
     """
     stack, memo, mark = [], [], object()
 
+    # MARK 压一个记号；SETITEMS、APPENDS 取走它之后的全部
     def since_mark() -> list:
         at = len(stack) - 1 - stack[::-1].index(mark)
         items = stack[at + 1 :]
@@ -88,7 +101,7 @@ def plain_pickle(content: bytes):
             stack.append({} if name == "EMPTY_DICT" else [])
         elif name in ("NONE", "NEWTRUE", "NEWFALSE"):
             stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
-        elif name in ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"):
+        elif name in PLAIN:
             stack.append(argument)
         elif name == "MEMOIZE":
             memo.append(stack[-1])

@@ -1,7 +1,12 @@
-"""Pretrained weights: GPT-2 in Hugging Face's format (folder or hub), a nanoGPT ckpt.pt, or a run of our own.
+"""Opens pretrained weights: GPT-2 in Hugging Face's format (folder or hub), a nanoGPT ckpt.pt, or a run of ours.
 
 Files are data: shapes are compared with the config before anything is used, and no code is run.
 """
+
+# 已有的权重从哪里来都变成同一样东西：Pretrained（配置、张量、词表），供微调、写作、导出
+# open_pretrained 看名字认出是哪一种，本机的文件优先；每一种都要过 checked：名字、形状、有限数，先核对再用
+# adapted 与 check_vocabulary 在微调开始时把它与这次的配置、数据对上，合不上的现在就说
+# GPT-2 会改变结果的设置只接受我们实现了的（REQUIRED）：悄悄算错比拒绝更糟
 
 import re
 from dataclasses import dataclass, replace
@@ -27,8 +32,8 @@ GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
 # 会改变结果、而我们没有实现的设置：只接受这些值
 REQUIRED = {
-    "model_type": "gpt2", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
-    "layer_norm_epsilon": 1e-5,
+    "model_type": "gpt2", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False, "layer_norm_epsilon": 1e-5,
 }
 # Hugging Face 的 Conv1D 存的是转置
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -38,17 +43,22 @@ MASKS = (".attn.bias", ".attn.masked_bias")
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Weights by the names of nanogpt.core.model.GPT, the shape they belong to, and their tokenizer."""
+    """Weights by the names of nanogpt.core.model.GPT, the config they belong to, and their tokenizer."""
+
+    # 三样总是一起：没有词表的权重既写不出字，也接不上数据
 
     config: ModelConfig
     tensors: dict[str, Tensor]
     tokenizer: Tokenizer
 
 
-def open_pretrained(named: str, key: str = "init_from", which: str | None = None, *, code: str | None = None) -> Pretrained:
-    """The model that a person named: gpt2 …, owner/name on the hub, a local folder, a run of ours, or nanoGPT's ckpt.pt.
+def open_pretrained(
+    named: str, key: str = "init_from", which: str | None = None, *, code: str | None = None
+) -> Pretrained:
+    """The model that a person named: gpt2 …, owner/name on the hub, a folder, a run of ours, or nanoGPT's ckpt.pt.
 
-    `key` is what the person typed the name for; `which` is the checkpoint of a run, its best if None; `code` the model class that was typed.
+    `key` is the key that the name was typed for; `which` is the checkpoint of a run (None: its best); `code` is the
+    model class that was typed.
     """
     path = Path(named)
     # 本机的文件优先：断网的人把权重放在 ./gpt2 就能用
@@ -65,7 +75,8 @@ def open_pretrained(named: str, key: str = "init_from", which: str | None = None
             "nanoGPT ckpt.pt",
             key=key, got=named,
         )
-    return read_folder(hub.download(f"openai-community/{named}" if named in GPT2_NAMES else named, named, key), path.name)
+    repository = f"openai-community/{named}" if named in GPT2_NAMES else named
+    return read_folder(hub.download(repository, named, key), path.name)
 
 
 def build_pretrained(pretrained: Pretrained, seed: int = 0, weights: str = "fp32") -> torch.nn.Module:
@@ -76,7 +87,7 @@ def build_pretrained(pretrained: Pretrained, seed: int = 0, weights: str = "fp32
 
 
 def read_run(named: str, key: str, which: str | None, code: str | None) -> Pretrained:
-    """Weights of a run of ours: the checkpoint `which` (the last where none is the best), or the checkpoint folder named."""
+    """Weights of a run of ours: its checkpoint `which`, the last if none was evaluated, or the one that was named."""
     run_dir, which = run_names.locate(named, key=key), run_names.checkpoint_in(named, which, "best")
 
     def taken(source: checkpoint.Checkpoint) -> Pretrained:
@@ -94,7 +105,10 @@ def read_run(named: str, key: str, which: str | None, code: str | None) -> Pretr
 
 
 def adapted(pretrained: Pretrained, wanted: ModelConfig, typed: set[str], named: str) -> Pretrained:
-    """The same weights with the dropout, and if typed the shorter context, of `wanted`; ConfigError where `typed` fields contradict them."""
+    """The same weights with the dropout of `wanted` and, if typed, its context.
+
+    ConfigError if `typed` fields contradict the weights. Learned positions can only be cut short; RoPE has none.
+    """
     have = pretrained.config
     for field in sorted(typed - {"dropout", "block_size", "name"}):
         if getattr(wanted, field) != getattr(have, field):
@@ -118,7 +132,7 @@ def adapted(pretrained: Pretrained, wanted: ModelConfig, typed: set[str], named:
 
 
 def check_vocabulary(pretrained: Pretrained, other: Tokenizer, named: str) -> None:
-    """Refuse data whose ids mean something else than the model's."""
+    """Refuse data whose ids have another meaning than the model's."""
     own = pretrained.tokenizer
     # 名字不影响 id；标签是别的数据的也没关系
     ignored = {"name": "", "labels": {}}
@@ -154,7 +168,10 @@ def read_config(path: Path, name: str) -> ModelConfig:
             raise ConfigError("pretrained_unsupported", file=path, field=field, got=given[field], want=want)
     activation = given.get("activation_function", "gelu_new")
     if activation not in ACTIVATIONS:
-        raise ConfigError("pretrained_unsupported", file=path, field="activation_function", got=activation, want=" | ".join(ACTIVATIONS))
+        raise ConfigError(
+            "pretrained_unsupported", file=path, field="activation_function", got=activation,
+            want=" | ".join(ACTIVATIONS),
+        )
     # 旧的配置写 n_ctx 或省略默认值；GPT2Config 的默认值就是 124M 的形状
     default = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
     sizes = {field: given.get(field, value) for field, value in default.items()}
@@ -165,14 +182,18 @@ def read_config(path: Path, name: str) -> ModelConfig:
     if type(inner) is not int or inner % width or inner <= 0:
         raise ConfigError("pretrained_unsupported", file=path, field="n_inner", got=inner, want=f"n x {width}")
     return preset(
-        "gpt2", name=name, n_layer=sizes["n_layer"], n_head=sizes["n_head"], n_embd=width, block_size=sizes["n_positions"],
-        vocab_size=sizes["vocab_size"], mlp_ratio=inner // width, activation=ACTIVATIONS[activation],
+        "gpt2", name=name, n_layer=sizes["n_layer"], n_head=sizes["n_head"], n_embd=width,
+        block_size=sizes["n_positions"], vocab_size=sizes["vocab_size"], mlp_ratio=inner // width,
+        activation=ACTIVATIONS[activation],
         tie_embeddings=bool(given.get("tie_word_embeddings", True)),
     )
 
 
 def with_documents(path: Path, config: ModelConfig, tokenizer: Tokenizer) -> tuple[ModelConfig, Tokenizer]:
-    """The same for a model of documents, with its separator and labels: as config.json names them, else as its special tokens are called."""
+    """The config with the separator, and the tokenizer with the labels, of a model of documents; others are unchanged.
+
+    config.json names them; else the names of the special tokens tell.
+    """
     given = read_json(path)
     separator, names = given.get("document_separator"), given.get("document_labels", {})
     if separator is None:
@@ -186,28 +207,35 @@ def with_documents(path: Path, config: ModelConfig, tokenizer: Tokenizer) -> tup
         raise
     except Exception as error:
         # 名字来自陌生人，tokenizers 库又只抛裸 Exception
-        raise ConfigError("pretrained_damaged", file=path, reason=f"document_separator, document_labels: {type(error).__name__}") from None
+        reason = f"document_separator, document_labels: {type(error).__name__}"
+        raise ConfigError("pretrained_damaged", file=path, reason=reason) from None
 
 
 # ---- 核对 ----
 
 
 def checked(path: Path, config: ModelConfig, tensors: dict[str, Tensor], tokenizer: Tokenizer) -> Pretrained:
-    """The same as a Pretrained, after comparing every name and shape with the config and looking for NaN and Inf."""
+    """A Pretrained of these parts, after comparing every name and shape with the config and looking for NaN and Inf."""
     # 先看层数，再造模型：配置里写着十亿层的文件不会把内存吃光
     layers = {int(match[1]) for name in tensors if (match := re.match(r"h\.(\d{1,6})\.", str(name)))}
     if len(layers) != config.n_layer or max(layers) != config.n_layer - 1:
         raise ConfigError("pretrained_damaged", file=path, reason=f"{len(layers)} blocks, config says {config.n_layer}")
     with torch.device("meta"):
-        expected = {name: tuple(p.shape) for name, p in build_model(replace(config, dropout=0.0), 0).state_dict().items()}
+        model = build_model(replace(config, dropout=0.0), 0)
+    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     if config.tie_embeddings:
         expected.pop("lm_head.weight")
         tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
     for name in sorted(set(expected) | set(map(str, tensors))):
-        got = tensors.get(name)
-        if name not in expected or not isinstance(got, Tensor) or tuple(got.shape) != expected[name] or not got.is_floating_point():
-            found = "missing" if got is None else f"{got.dtype} {tuple(got.shape)}" if isinstance(got, Tensor) else type(got).__name__
-            raise ConfigError("pretrained_damaged", file=path, reason=f"{name}: {found}, wanted: {expected.get(name, 'nothing')}")
+        got, want = tensors.get(name), expected.get(name)
+        if isinstance(got, Tensor):
+            if tuple(got.shape) == want and got.is_floating_point():
+                continue
+            found = f"{got.dtype} {tuple(got.shape)}"
+        else:
+            found = "missing" if got is None else type(got).__name__
+        reason = f"{name}: {found}, wanted: {'nothing' if want is None else want}"
+        raise ConfigError("pretrained_damaged", file=path, reason=reason)
     if name := first_not_finite(floating(tensors)):
         raise ConfigError("pretrained_damaged", file=path, reason=text("{tensor} holds NaN or Inf", tensor=name))
     return Pretrained(config, tensors, tokenizer)

@@ -1,13 +1,17 @@
+"""Writes and reads tensors: safetensors files, nested training states as json, and the check for NaN and Inf.
+
+The library's save_file wants every tensor in RAM at once, also those that lie on a card. So files are written one
+tensor at a time and hashed on the way. Format: https://github.com/huggingface/safetensors#format
+
+In the json of a state every object has one key that says what it stands for: {"dict": [[key, value], …]},
+{"tuple": […]}, {"tensor": name} or {"float": "nan" | "inf" | "-inf"}; lists, strings, numbers, true, false and null
+stand for themselves.
+"""
+
 # 我们自己的张量文件：权重与优化器状态逐个张量写，边写边算摘要；读由 safetensors 库来
 # 优化器状态是嵌套的字典与列表：拆成 json 与一张张量表，不用 pickle，文件里就没有代码
-"""Tensors on disk and in nested states: safetensors files, state <-> json, whether all are finite.
-
-safetensors' own save_file wants every tensor in RAM at once: beside a card, twice what the optimizer holds. So files are
-written one tensor at a time and hashed on the way. Format: https://github.com/huggingface/safetensors#format
-
-In the json of a state every object has one key that says what it stands for: {"dict": [[key, value], …]}, {"tuple": […]},
-{"tensor": name} or {"float": "nan" | "inf" | "-inf"}; lists, strings, numbers, true, false and null stand for themselves.
-"""
+# checkpoint 写它、读它；first_not_finite 也给训练的 health 与 pretrained 的核对用
+# 格式很简单，所以自己写：库的 save_file 要全部张量同时在内存里
 
 import hashlib
 import json
@@ -23,8 +27,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
-    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }
 # 读不了时会抛出的：大小说谎的文件头，到 torch 里才出错
 UNREADABLE = (SafetensorError, OSError, RuntimeError, TypeError, ValueError, OverflowError)
@@ -33,15 +37,17 @@ PIECE = 2**24
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
-    """Write a safetensors file and return its hex SHA-256, of what was meant to be written."""
+    """Write a safetensors file and return the hex SHA-256 of what was to be written, not of what the disk holds."""
     # 元素大的在前：每个张量都落在自己的对齐位置上
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header, at = {"__metadata__": {"format": "pt"}}, 0
     for name in names:
-        size = tensors[name].numel() * tensors[name].element_size()
-        header[name] = {"dtype": NAMES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [at, at + size]}
+        tensor = tensors[name]
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
         at += size
     head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    # 文件头补空格到 8 的倍数，后面的张量才对齐
     head += b" " * (-len(head) % 8)
     digest = hashlib.sha256()
     with path.open("wb") as file:
@@ -63,13 +69,13 @@ def _pieces(tensor: torch.Tensor) -> Iterable[memoryview]:
 
 
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a safetensors file, from its header; UNREADABLE where it is none."""
+    """Names and shapes in a safetensors file, from its header; raises one of UNREADABLE if it cannot be read."""
     with safe_open(path, framework="pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, in memory of their own; UNREADABLE where it is none."""
+    """All tensors of a safetensors file, in memory of their own; raises one of UNREADABLE if it cannot be read."""
     with safe_open(path, framework="pt") as file:
         # 抄出来：映射着的文件 Windows 上改不了名，别处被改动又会变进来
         return {name: file.get_tensor(name).clone() for name in file.keys()}
@@ -99,7 +105,7 @@ def flatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def restore(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """What flatten() was given; ValueError, KeyError or TypeError where `node` is nothing that it writes."""
+    """What flatten() was given; ValueError, KeyError or TypeError if `node` is not something that it writes."""
     if isinstance(node, list):
         return [restore(item, tensors) for item in node]
     if not isinstance(node, dict):
@@ -131,9 +137,9 @@ def floating(state, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def first_not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """Name of the first tensor that holds NaN or Inf, None when all are finite.
+    """Name of the first tensor that holds NaN or Inf, or None if all are finite.
 
-    Takes no memory to speak of and waits for each device once.
+    Takes hardly any memory and waits for each device once.
     """
     by_device = defaultdict(list)
     for name, tensor in named:

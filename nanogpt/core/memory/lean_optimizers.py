@@ -1,9 +1,13 @@
-# 省显存的优化器：状态压成 8 位或放进 RAM，权重存成 bf16；公式与 core/optimizers 相同，都在 fp32 里算
-# 每个参数切成小块更新，临时张量就小；Storage 管两步之间怎么存，Lean 包在优化器外面，configure 决定要不要包
-"""The optimizers' updates with states in 8 bits or in RAM and weights in bf16, one piece of a parameter at a time.
+"""Optimizer updates with states in 8 bits or in RAM and weights in bf16, one piece of a parameter at a time.
 
-The arithmetic is that of nanogpt.core.optimizers, in float32; only what is stored between steps differs.
+The arithmetic is that of nanogpt.core.optimizers, in float32; only what is stored between steps is different.
 """
+
+# 省显存的优化器：状态压成 8 位或放进 RAM，权重存成 bf16；公式与 core/optimizers 相同，都在 fp32 里算
+# Storage 管两步之间怎么存、怎么读写一小块；adamw_update、muon_* 一块一块地更新，临时张量就小
+# Lean 混入优化器，换掉它的更新；configure 按 memory= 决定要不要，由 weights.build.build_step 调用
+# 更新从不看张量的值：要跳过的一步由 skip () 在设备上挡住，预测的追踪也能跑同一段代码
+# 有编译器的显卡上，8 位状态的更新换成融合的 kernel（fusible_*）：同样的公式，少几十次启动
 
 import contextlib
 import math
@@ -33,6 +37,8 @@ FUSED_PIECE, FUSED_PIECE_MOVED = 2**24, 2**22
 class Storage:
     """Where and in which format a parameter's states and weights lie between two steps."""
 
+    # 格式与公式分开：四种省法可以任意组合，AdamW 与 Muon 都只写一遍
+
     def __init__(self, memory: MemoryConfig, device_type: str = "cpu"):
         self.piece = PIECE[device_type]
         self.int8 = memory.optimizer_state == "int8"
@@ -45,7 +51,7 @@ class Storage:
         self._numbers: dict[tuple[float, torch.device], torch.Tensor] = {}
 
     def number(self, value: float, device: torch.device) -> torch.Tensor:
-        """The value as a float32 tensor () on a device: compiled code is not made anew when it changes."""
+        """The value as a float32 tensor () on a device, so that compiled code is not recompiled when it changes."""
         if len(self._numbers) > 64:
             # 学习率每步一个
             self._numbers.clear()
@@ -56,7 +62,7 @@ class Storage:
     # ---- 状态 ----
 
     def place(self, tensor: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        """The tensor where states of p belong."""
+        """The tensor moved to where the states of p belong."""
         return pinned(tensor) if self.in_ram(p) else tensor.to(p.device)
 
     def in_ram(self, p: torch.Tensor) -> bool:
@@ -71,7 +77,8 @@ class Storage:
         """Add a state of zeros under `key`."""
         device = "cpu" if self.in_ram(p) else p.device
         if self.keeps_codes(key, p):
-            state[key] = self.place(torch.full(p.shape, zero_code(key not in UNSIGNED), dtype=torch.uint8, device=device), p)
+            zero = zero_code(key not in UNSIGNED)
+            state[key] = self.place(torch.full(p.shape, zero, dtype=torch.uint8, device=device), p)
             state[key + SCALE] = self.place(torch.zeros(math.ceil(p.numel() / BLOCK), device=device), p)
         else:
             dtype = torch.bfloat16 if key == COMPENSATION else torch.float32
@@ -82,10 +89,11 @@ class Storage:
         values = state[key].view(-1)[span].to(device, non_blocking=True)
         if key + SCALE not in state:
             return values.float()
-        return self.codec.decode(values, state[key + SCALE][_blocks(span)].to(device, non_blocking=True), key not in UNSIGNED)
+        scale = state[key + SCALE][_blocks(span)].to(device, non_blocking=True)
+        return self.codec.decode(values, scale, key not in UNSIGNED)
 
     def write(self, state: dict, key: str, span: slice, values: torch.Tensor) -> None:
-        """Store what read() gave and the update has changed."""
+        """Store values that read() gave and the update has changed."""
         piece = state[key].view(-1)[span]
         if key + SCALE in state:
             codes, scale = self.codec.encode(values, key not in UNSIGNED)
@@ -96,7 +104,7 @@ class Storage:
             piece.copy_(values, non_blocking=True)
 
     def converted(self, saved: dict, p: torch.Tensor) -> dict:
-        """A checkpoint's states of p in this format; those already in it are taken bit for bit."""
+        """A checkpoint's states of p in this format; those already in it are kept bit-exact."""
         state = {}
         for key, tensor in saved.items():
             if key.endswith(SCALE) or (key == COMPENSATION and not self.compensates(p)):
@@ -121,7 +129,7 @@ class Storage:
     # ---- 权重 ----
 
     def compensates(self, p: torch.Tensor) -> bool:
-        """Whether p has a compensation among its states."""
+        """Whether the states of p include a compensation (Kahan summation)."""
         return self.kahan and p.dtype == torch.bfloat16
 
     def read_weights(self, state: dict, p: torch.Tensor, span: slice) -> torch.Tensor:
@@ -131,8 +139,10 @@ class Storage:
             return weights.float() + self.read(state, COMPENSATION, span, p.device)
         return weights.float()
 
-    def write_weights(self, state: dict, p: torch.Tensor, span: slice, values: torch.Tensor, skip: torch.Tensor | None = None) -> None:
-        """Store updated weights; bf16 ones so that updates below half their last digit are not lost.
+    def write_weights(
+        self, state: dict, p: torch.Tensor, span: slice, values: torch.Tensor, skip: torch.Tensor | None = None
+    ) -> None:
+        """Store updated weights; bf16 ones in a way that does not lose updates below half their last digit.
 
         Where `skip` () is 1.0 the values are those of read_weights(), and nothing changes.
         """
@@ -154,7 +164,7 @@ class Storage:
 
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in RAM that a card copies from and to without the host's help."""
+    """The tensor in pinned RAM, which a card copies from and to without the host's help."""
     # 锁页内存：拷贝不经中转，主机也不必等它；与计算同在一条流上，并不重叠
     return tensor.cpu().pin_memory()
 
@@ -179,8 +189,9 @@ def adamw_update(
         # kernel 自己把步数加一：每块都从同一个数起
         count = step.clone()
         adamw_kernel(
-            [weights], [_gradient(grad, span, factor)], [first], [second], [], [count], fused=True, amsgrad=False, found_inf=skip,
-            beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+            [weights], [_gradient(grad, span, factor)], [first], [second], [], [count], fused=True, amsgrad=False,
+            found_inf=skip, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
         )
         storage.write(state, "exp_avg", span, first)
         storage.write(state, "exp_avg_sq", span, second)
@@ -195,15 +206,18 @@ def muon_direction(
     storage: Storage, state: dict, group: dict, p: torch.Tensor, grad: torch.Tensor, *,
     skip: torch.Tensor | None = None, factor: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Nesterov momentum (rows, cols) to be orthogonalised, bf16 on a GPU, where the products take no more."""
-    direction = torch.empty(p.shape, dtype=torch.bfloat16 if kernels.device_type(p) == "cuda" else torch.float32, device=p.device)
+    """Nesterov momentum (rows, cols) to be orthogonalised; bf16 on a GPU, as the products there are in bf16 anyway."""
+    dtype = torch.bfloat16 if kernels.device_type(p) == "cuda" else torch.float32
+    direction = torch.empty(p.shape, dtype=dtype, device=p.device)
     if storage.fused_momentum and p.numel() % BLOCK == 0 and _in_blocks(storage, state, "momentum", p):
         numbers = [storage.number(value, p.device) for value in (1 - group["momentum"], *_GUARD)]
-        guard = [given if given is not None else number for given, number in zip((skip, factor), numbers[1:], strict=True)]
+        pairs = zip((skip, factor), numbers[1:], strict=True)
+        guard = [given if given is not None else number for given, number in pairs]
         tables = storage.codec.tables(True, p.device)
         for span in lowbit.spans(p.numel(), _fused_piece(state["momentum"], p)):
             with _blocks_here(state, ("momentum",), span, p.device) as states:
-                storage.fused_momentum(_in_rows(direction, span), _in_rows(grad, span), *states, tables, numbers[0], *guard)
+                rows = _in_rows(direction, span), _in_rows(grad, span)
+                storage.fused_momentum(*rows, *states, tables, numbers[0], *guard)
         return direction
     for span in lowbit.spans(p.numel(), storage.piece):
         g, old = _gradient(grad, span, factor), storage.read(state, "momentum", span, p.device)
@@ -216,7 +230,8 @@ def muon_direction(
 
 
 def muon_apply(
-    storage: Storage, state: dict, group: dict, p: torch.Tensor, update: torch.Tensor, *, scale: float, skip: torch.Tensor | None = None
+    storage: Storage, state: dict, group: dict, p: torch.Tensor, update: torch.Tensor, *,
+    scale: float, skip: torch.Tensor | None = None,
 ) -> None:
     """p <- p * (1 - lr * decay) - scale * update, update (rows, cols)."""
     for span in lowbit.spans(p.numel(), storage.piece):
@@ -252,7 +267,7 @@ def _in_rows(x: torch.Tensor, span: slice) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _blocks_here(state: dict, keys: tuple[str, ...], span: slice, device: torch.device) -> Iterator[list[torch.Tensor]]:
-    """Codes (rows, BLOCK) and scales (rows,) of each key on `device`, to be changed in place; brought back to where they lie."""
+    """Yield codes (rows, BLOCK) and scales (rows,) of each key on `device` to be changed in place; store them after."""
     there = [part for key in keys for part in (_in_rows(state[key], span), state[key + SCALE][_blocks(span)])]
     here = [part.to(device, non_blocking=True) for part in there]
     yield here
@@ -261,22 +276,26 @@ def _blocks_here(state: dict, keys: tuple[str, ...], span: slice, device: torch.
             a.copy_(b, non_blocking=True)
 
 
-def _fused_adamw_update(storage: Storage, state: dict, group: dict, p: torch.Tensor, grad: torch.Tensor, numel: int, *, skip, factor) -> None:
+def _fused_adamw_update(
+    storage: Storage, state: dict, group: dict, p: torch.Tensor, grad: torch.Tensor, numel: int, *, skip, factor
+) -> None:
     b1, b2 = group["betas"]
-    numbers = [storage.number(value, p.device) for value in (group["lr"], group["weight_decay"], b1, 1 - b1, b2, 1 - b2, group["eps"], *_GUARD)]
+    values = (group["lr"], group["weight_decay"], b1, 1 - b1, b2, 1 - b2, group["eps"], *_GUARD)
+    numbers = [storage.number(value, p.device) for value in values]
     skip = numbers[-2] if skip is None else skip
     factor = numbers[-1] if factor is None else factor
     tables = (storage.codec.tables(True, p.device), storage.codec.tables(False, p.device))
     for span in lowbit.spans(numel, _fused_piece(state["exp_avg"], p)):
         with _blocks_here(state, ("exp_avg", "exp_avg_sq"), span, p.device) as states:
-            storage.fused_adamw(_in_rows(p, span), _in_rows(grad, span), *states, tables, state["step"], numbers[:-2], skip, factor)
+            rows = _in_rows(p, span), _in_rows(grad, span)
+            storage.fused_adamw(*rows, *states, tables, state["step"], numbers[:-2], skip, factor)
 
 
 def fusible_adamw(p, grad, first, first_scale, second, second_scale, tables, step, numbers, skip, factor) -> None:
-    """adamw_update() of blocks for a compiler: weights, codes and scales are changed in place, not where `skip` () is 1.0.
+    """adamw_update() on blocks, for a compiler: changes weights, codes and scales in place, unless `skip` () is 1.0.
 
-    p, grad, first, second (n, BLOCK), scales (n,); tables: Codec.tables() signed and unsigned; step (): of the update before;
-    numbers: lr, weight decay, beta1, 1 - beta1, beta2, 1 - beta2, eps, each ().
+    p, grad, first, second (n, BLOCK), scales (n,); tables: Codec.tables() signed and unsigned; step (): number of
+    updates before this one; numbers: lr, weight decay, beta1, 1 - beta1, beta2, 1 - beta2, eps, each ().
     """
     lr, decay, beta1, rest1, beta2, rest2, eps = numbers
     signed, unsigned = tables
@@ -296,7 +315,7 @@ def fusible_adamw(p, grad, first, first_scale, second, second_scale, tables, ste
 
 
 def fusible_momentum(direction, grad, codes, scale, tables, rest, skip, factor) -> None:
-    """What muon_direction() does, of blocks for a compiler; rest () is 1 - momentum."""
+    """muon_direction() on blocks, for a compiler; rest () is 1 - momentum."""
     g, old = grad.float() * factor, _decoded(codes, scale, tables[0])
     momentum = old + rest * (g - old)
     direction.copy_(momentum - (momentum - g) * rest)
@@ -307,7 +326,9 @@ def _decoded(codes: torch.Tensor, scale: torch.Tensor, values: torch.Tensor) -> 
     return values[codes.int()] * scale[:, None]
 
 
-def _encode_into(codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, tables: tuple, kept: torch.Tensor, *, signed: bool) -> None:
+def _encode_into(
+    codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, tables: tuple, kept: torch.Tensor, *, signed: bool
+) -> None:
     """Codec.encode() of x (n, BLOCK), stored unless `kept` ()."""
     new_scale = scale_of(x)
     ratio = x / torch.where(new_scale == 0, 1.0, new_scale)[:, None]
@@ -322,7 +343,9 @@ def _encode_into(codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, tabl
 
 
 class Stored:
-    """Put before an optimizer's class: takes the states of a checkpoint over, in whatever format they were saved."""
+    """Mixed in before an optimizer's class: takes over a checkpoint's states in whatever format they were saved."""
+
+    # 什么也不省时也要它：上次用 8 位训的，这次改回 fp32，状态要能接上
 
     # 默认格式的优化器也要它：可以从 8 位的 checkpoint 接着训
 
@@ -333,7 +356,7 @@ class Stored:
 
 
 class Lean(Stored):
-    """Put before an optimizer's class: states and weights in the storage's formats, one parameter updated at a time."""
+    """Mixed in before an optimizer's class: states and weights in the storage's formats, updated one by one."""
 
     # 逐块更新本来就要读一遍梯度：裁剪的系数顺手乘上
     takes_factor = True
@@ -362,8 +385,9 @@ class Lean(Stored):
                 self._compile_update(group)
 
     def _compile_update(self, group: dict) -> None:
-        """Run an update that changes nothing: it is compiled here, and not by a thread of the first backward pass."""
-        pairs = [(name, p) for name, p in zip(group["names"], group["params"], strict=True) if self.storage.keeps_codes("", p)]
+        """Run an update that changes nothing, so that it is compiled here and not in a thread of the backward pass."""
+        named = zip(group["names"], group["params"], strict=True)
+        pairs = [(name, p) for name, p in named if self.storage.keeps_codes("", p)]
         if not pairs:
             return
         name, p = min(pairs, key=lambda pair: pair[1].numel())
@@ -373,7 +397,9 @@ class Lean(Stored):
         p.grad = before
 
     @torch.no_grad()
-    def update_one(self, name: str, p: torch.Tensor, group: dict, *, skip: torch.Tensor, factor: torch.Tensor | None) -> None:
+    def update_one(
+        self, name: str, p: torch.Tensor, group: dict, *, skip: torch.Tensor, factor: torch.Tensor | None
+    ) -> None:
         """Update one parameter from its gradient times `factor` (), unless `skip` () is 1.0."""
         self.update(group, [(name, p)], skip=skip, factor=factor)
 
@@ -384,7 +410,8 @@ class Lean(Stored):
     def muon(self, group: dict, named: list[tuple[str, torch.Tensor]], *, skip=None, factor=None) -> None:
         states = [self.started(name, p, group) for name, p in named]
         directions = [
-            muon_direction(self.storage, state, group, p, p.grad, skip=skip, factor=factor) for (_, p), state in zip(named, states, strict=True)
+            muon_direction(self.storage, state, group, p, p.grad, skip=skip, factor=factor)
+            for (_, p), state in zip(named, states, strict=True)
         ]
         splits = [d.chunk(group["splits"].get(name, 1)) for (name, _), d in zip(named, directions, strict=True)]
         parts = [part for chunks in splits for part in chunks]
@@ -392,14 +419,16 @@ class Lean(Stored):
             # 写回原处：一份方向、一份结果之外不再有第三份
             part.copy_(update)
         for (_, p), state, update, chunks in zip(named, states, directions, splits, strict=True):
-            muon_apply(self.storage, state, group, p, update, scale=group["lr"] * update_scale(chunks[0].shape), skip=skip)
+            scale = group["lr"] * update_scale(chunks[0].shape)
+            muon_apply(self.storage, state, group, p, update, scale=scale, skip=skip)
 
 
 def configure(optimizer, memory: MemoryConfig, device_type: str = "cpu") -> None:
-    """Make an optimizer store its states and update as memory= says; ConfigError where it is not one of ours."""
+    """Make an optimizer store its states and update as memory= asks; ConfigError if that needs one of ours."""
     wishes = {
         "memory.weights": memory.weights == "bf16", "memory.optimizer_state": memory.optimizer_state == "int8",
-        "memory.offload_optimizer": memory.offload_optimizer, "memory.optimizer_in_backward": memory.optimizer_in_backward,
+        "memory.offload_optimizer": memory.offload_optimizer,
+        "memory.optimizer_in_backward": memory.optimizer_in_backward,
     }
     wanted = [key for key, wish in wishes.items() if wish]
     if wanted and not isinstance(optimizer, Optimizer):

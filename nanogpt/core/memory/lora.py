@@ -1,6 +1,8 @@
-# LoRA：原来的权重冻住，旁边加两块小矩阵来训；合并之后就是普通的模型
-# add_adapters 在造好的模型上换线性层，merge 换回来；其余代码不知道有它
 """LoRA: frozen linears with trained low-rank updates beside them (Hu et al., arXiv:2106.09685)."""
+
+# LoRA（finetune.method=lora）：原来的权重冻住，旁边训练一对小矩阵，梯度与优化器状态只有它们的那一点
+# add_adapters 在训练开始时换下 blocks 里指名的 linear；checkpoint 存的是冻住的权重加两个小矩阵
+# 写作、导出之前由 merge 加回权重，之后就是普通的模型：别处不必认得 LoRA
 
 import math
 
@@ -14,6 +16,8 @@ from nanogpt.base.language import ConfigError
 
 class LoRALinear(nn.Linear):
     """y = W x + b + (alpha / rank) * B A x; W and b keep their names and are frozen, A and B are trained."""
+
+    # 是 nn.Linear 的子类、weight 与 bias 的名字不变：预训练的权重照样装得进
 
     def __init__(self, base: nn.Linear, config: FinetuneConfig):
         # 先造在 meta 上：马上换成原来的权重，不必白占一份内存
@@ -43,7 +47,7 @@ class LoRALinear(nn.Linear):
 
 
 def add_adapters(model: nn.Module, config: FinetuneConfig) -> None:
-    """Freeze the model and put adapters beside the linears of its blocks that config.linears names."""
+    """Freeze the model and put adapters beside those linears of its blocks that config.linears names."""
     inside = {name: m for name, m in model.h.named_modules() if isinstance(m, nn.Linear)}
     have = sorted({name.rpartition(".")[2] for name in inside})
     if not config.linears or set(config.linears) - set(have):

@@ -1,13 +1,16 @@
-# 8 位的优化器状态与 16 位的权重，纯 PyTorch：分块编码、随机舍入、切块更新
-# lean_optimizers 决定什么时候用；这里只有数值的编码与还原
-"""8-bit optimizer states and 16-bit weights, in plain PyTorch.
+"""8-bit optimizer states and the rounding of 16-bit weights, in plain PyTorch.
 
-Our own instead of bitsandbytes or torchao, because it has to combine with bf16 weights and stochastic rounding, updates
-inside the backward pass, states streamed from RAM, tracing without allocating, and resuming under other settings.
+It is not bitsandbytes or torchao because it has to combine with bf16 weights and stochastic rounding, updates inside
+the backward pass, states streamed from RAM, tracing without allocating, and resuming under other settings.
 
 Blockwise 8-bit states: Dettmers et al., arXiv:2110.02861. Updates work on flat pieces of PIECE values, so that
-temporaries stay small, and never looks at a value, so that the planner can trace it.
+temporaries stay small, and never branch on a tensor's value, so that the planner can trace them.
 """
+
+# 低精度的零件：8 位的优化器状态（Codec）、bf16 权重的随机舍入、分块求范数
+# lean_optimizers 用它们更新，in_backward 用它的 norm；自己写而不用 bitsandbytes、torchao，见上面的英文
+# 每 256 个值共用一个 scale，码表是 dynamic tree：小的值也有七个数量级可用
+# 每次更新只展开一小块（PIECE），展开的 fp32 临时张量因此不随模型变大
 
 import itertools
 import math
@@ -20,7 +23,8 @@ import torch.nn.functional as F
 BLOCK = 256
 # bias 与归一化的增益省不了多少字节，却最怕误差
 SMALL = 4096
-# 更新时一次处理这么多个值，是 BLOCK 的整数倍：CPU 上留在缓存里，快三倍；显卡上太小就只剩 kernel 启动，太大则临时张量占显存
+# 更新时一次处理这么多个值，是 BLOCK 的整数倍：CPU 上留在缓存里，快三倍
+# 显卡上太小就只剩 kernel 启动，太大则临时张量占显存
 PIECE = {"cpu": 2**18, "cuda": 2**20}
 
 
@@ -42,6 +46,8 @@ class Codec:
     encoding what was decoded changes nothing.
     """
 
+    # 再编码不变这一点要紧：跳过的一步读出来又写回去，状态必须逐位相同
+
     def __init__(self):
         # 表随设备各存一份；由优化器持有，追踪时就是假张量
         self._tables: dict[tuple, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
@@ -52,8 +58,8 @@ class Codec:
         if key not in self._tables:
             values = dynamic_map(signed)
             middles = [*((a + b) / 2 for a, b in itertools.pairwise(values)), math.inf]
-            values, middles = (torch.tensor(numbers, dtype=torch.float32, device=device) for numbers in (values, middles))
-            self._tables[key] = values, middles, shortcut(middles[:-1])
+            table, edges = (torch.tensor(n, dtype=torch.float32, device=device) for n in (values, middles))
+            self._tables[key] = table, edges, shortcut(edges[:-1])
         return self._tables[key]
 
     def encode(self, x: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +91,7 @@ class Codec:
 
 
 def scale_of(blocks: torch.Tensor) -> torch.Tensor:
-    """Of each row of (n, BLOCK) the value of largest magnitude with its sign, (n,)."""
+    """The value of largest magnitude, with its sign, in each row of (n, BLOCK); shape (n,)."""
     low, high = blocks.aminmax(dim=1)
     return torch.where(high >= -low, high, low)
 
@@ -104,7 +110,7 @@ def zero_code(signed: bool) -> int:
 
 
 def round_stochastically(x: torch.Tensor) -> torch.Tensor:
-    """x float32 as bfloat16, rounded up or down at random so that the mean is exact; draws from torch's global generator."""
+    """x float32 as bfloat16, rounded up or down at random so that the mean is exact; uses the global generator."""
     # bf16 就是 fp32 的高 16 位：加上 0 … 65535 的随机数再截断，进位的概率恰为余下的部分
     noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device)
     return ((x.view(torch.int32) + noise) & -65536).view(torch.float32).to(torch.bfloat16)
@@ -121,4 +127,5 @@ def norm(x: torch.Tensor, piece: int) -> torch.Tensor:
     if flat.is_cuda:
         # 归约的 kernel 边读边转成 fp32：一次启动就够，不必分块
         return torch.linalg.vector_norm(flat, dtype=torch.float32)
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(flat[span], dtype=torch.float32) for span in spans(flat.numel(), piece)]))
+    pieces = [torch.linalg.vector_norm(flat[span], dtype=torch.float32) for span in spans(flat.numel(), piece)]
+    return torch.linalg.vector_norm(torch.stack(pieces))

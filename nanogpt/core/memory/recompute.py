@@ -1,10 +1,13 @@
-# 用时间换显存：block 的激活不留到反向，反向时再算一遍
-# 从外面给每个 block 包一层；budget 先量一个 block 留下多少字节，再决定最后几个不必重算
-"""Which activations of the blocks are kept for the backward pass and which are computed again.
+"""Activation checkpointing: which activations of the blocks are kept for the backward pass, and which recomputed.
 
-`every_block` keeps each block's input only; `selective` also keeps the results of matrix products and attention, so that only
-cheap operations run twice; `budget` keeps everything of as many blocks as fit, and the inputs of the others.
+`every_block` keeps only each block's input; `selective` also keeps the results of matrix products and attention, so
+that only cheap operations run twice; `budget` keeps everything of as many blocks as fit, and the inputs of the others.
 """
+
+# 用时间换显存：block 的激活不留到反向，反向时再算一遍
+# 从外面给每个 block 混入 Recomputed（mix_in），core 里的 Block 不知道；由 weights.build.build_step 接上
+# selective 留下矩阵乘法与注意力的结果，只重算便宜的；budget 先量一个 block 留下多少字节，再决定最后几个不必重算
+# 重算必须与第一次逐位相同：dropout 的随机数与 autocast 由 torch 的 checkpoint 恢复，自己的舍入由 second_in 恢复
 
 import contextlib
 import functools
@@ -23,7 +26,7 @@ ATTENTION = [
 
 
 class Recomputed:
-    """Put before a block's own class: unless `kept`, its activations are computed again in the backward pass."""
+    """Mixed in before a block's own class: unless `kept`, its activations are recomputed in the backward pass."""
 
     kept = False
     # 给 checkpoint 的 context_fn：留下哪些结果，重算时包上什么；None 是什么也不留
@@ -38,7 +41,7 @@ class Recomputed:
 
 
 def recompute_blocks(model, mode: str, *, second_in=None) -> None:
-    """Wrap the blocks of a model for activation_checkpointing=mode; `second_in` () is a context to compute again in."""
+    """Wrap the blocks of a model for activation_checkpointing=mode; second_in() is a context for the recomputation."""
     contexts = _selective(model.config.dropout) if mode == "selective" else None
     if second_in is not None:
         contexts = functools.partial(_second_in, second_in, contexts or _nothing)
@@ -64,7 +67,7 @@ def _selective(dropout: float):
 
 
 def _second_in(context, contexts) -> tuple:
-    """The pair of contexts(), the second one entered inside context() as well."""
+    """The pair of contexts(), with context() entered as well in the second one."""
     first, second = contexts()
 
     @contextlib.contextmanager
@@ -95,9 +98,10 @@ def saved_bytes(function, parameters: list[torch.Tensor]) -> int:
 
 
 def fit_budget(model, rows: int, budget_mib: int, context) -> None:
-    """Keep the activations of as many recomputed blocks as budget_mib allows with micro-batches of `rows` rows of block_size tokens.
+    """Keep the activations of as many blocks as budget_mib allows with micro-batches of `rows` rows.
 
-    The inputs of the recomputed blocks count as well. `context` () wraps the forward pass, as in training.
+    A row has block_size tokens. The inputs of the recomputed blocks count as well. context() wraps the forward pass, as
+    in training.
     """
     c = model.config
     T = c.block_size
