@@ -90,8 +90,8 @@ def lines_of(file: Path, pieces: Iterable[str]) -> Iterator[str]:
         if len(pending) > LONGEST_TEXT:
             # 多半是整个文件没有换行：再读下去只会吃光内存
             raise ConfigError(
-                "{file}, line {line}: longer than {most:,} characters, which is no single text; put each text on a "
-                "line of its own",
+                "{file}, line {line}: longer than {most:,} characters, too many for a single text; put each text on "
+                "a line of its own",
                 file=file, line=number, most=LONGEST_TEXT,
             )
     if pending:
@@ -112,7 +112,8 @@ def rows_of_json(file: Path, encoding: str) -> Iterator[tuple[int, dict]]:
             row = json.loads(line, object_pairs_hook=without_repeats)
         except (ValueError, RecursionError) as error:
             raise ConfigError(
-                "{file}, line {line}: this is no JSON object ({reason}); write one in each line, for example {example}",
+                "{file}, line {line}: this is not a JSON object ({reason}); write one in each line, for example "
+                "{example}",
                 file=file, line=number, reason=str(error).partition("\n")[0], example=EXAMPLE,
             ) from None
         yield number, as_object(file, number, row)
@@ -149,7 +150,7 @@ def as_object(file: Path, line: int, row) -> dict:
     """The row, if it is an object."""
     if not isinstance(row, dict):
         raise ConfigError(
-            "{file}, line {line}: this is no JSON object ({reason}); write one in each line, for example {example}",
+            "{file}, line {line}: this is not a JSON object ({reason}); write one in each line, for example {example}",
             file=file, line=line, reason=f"a {type(row).__name__}", example=EXAMPLE,
         )
     return row
@@ -195,8 +196,8 @@ def rows_of_table(file: Path, encoding: str) -> Iterator[tuple[int, dict]]:
             yield number, dict(zip(header, fields))
     except csv.Error as error:
         raise ConfigError(
-            "{file}, line {line}: this is no table ({reason}); double the quotation marks inside of quoted fields, or "
-            "use .jsonl",
+            "{file}, line {line}: this is not a table ({reason}); double the quotation marks inside of quoted fields, "
+            "or use .jsonl",
             file=file, line=before + reader.line_num, reason=error,
         ) from None
 
@@ -233,7 +234,7 @@ def document(file: Path, line: int, row: dict) -> Document:
         )
     if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
         raise ConfigError(
-            '{file}, line {line}: "text" is {got}, which is no text; write for example {example}',
+            '{file}, line {line}: "text" is {got}, which is not a text; write for example {example}',
             file=file, line=line, got=_short(text), example=EXAMPLE,
         )
     labels = {}
@@ -243,7 +244,7 @@ def document(file: Path, line: int, row: dict) -> Document:
             continue
         if not isinstance(label, str) or len(label.strip()) > LONGEST_LABEL or NO_LABEL.search(label.strip()):
             raise ConfigError(
-                '{file}, line {line}: "{kind}" is {got}, which is no label; write a string in quotes without | and '
+                '{file}, line {line}: "{kind}" is {got}, which is not a label; write a string in quotes without | and '
                 "line breaks, at most {most} characters",
                 file=file, line=line, kind=kind, got=_short(label), most=LONGEST_LABEL,
             )

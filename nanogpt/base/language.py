@@ -68,7 +68,9 @@ def chinese() -> dict[str, str]:
 
 
 class _Nothing:
-    """How None is shown in a sentence: as -, whatever number format the sentence asks for."""
+    """How None is shown in a sentence: as None, or as - where the sentence asks for a number format."""
+
+    # f"{None:.4f}" 会抛错：一句话不能因为少一个值就说不出来
 
     def __format__(self, form: str) -> str:
         return "-" if form else "None"
@@ -157,12 +159,12 @@ NAMED = {
     "remedy_disk": "the disk itself fails: copy what matters to another one",
     "unread_key": "+{key}: nothing reads this key; correct its name or leave it out",
     "unwritable_text": (
-        "{key}={got}: this holds {what}, which no file of ours can hold; write it otherwise, or rename what it names"
+        "{key}={got}: this holds {what}, which our files cannot hold; write it differently, or rename what it refers to"
     ),
     "what_nul": "a NUL character",
-    "what_half": "bytes that are no UTF-8, or half a character",
+    "what_half": "bytes that are not UTF-8, or half a character",
     "missing_key": "{key} is missing; write it into the yaml",
-    "not_a_part": "{key}={got} is no {want}; name a class or function that is",
+    "not_a_part": "{key}={got} cannot be used as {want}; name a class or function that can",
     "did_you_mean": " (did you mean {guess}?)",
     "unknown_option": "{group}={got}: there is no such option; choose one of: {options}",
     "wrong_type": "{key}={got} has the wrong type: {want} is wanted",

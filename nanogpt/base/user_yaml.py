@@ -57,7 +57,7 @@ def check_yaml(path: Path) -> None:
         reason = text("byte {offset} is not UTF-8; save it as UTF-8", offset=error.start)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = _reason(error)
-    raise ConfigError("{file}: this is no yaml that can be used ({reason}); correct it", file=path, reason=reason)
+    raise ConfigError("{file}: this yaml cannot be used ({reason}); correct it", file=path, reason=reason)
 
 
 def _reason(error: Exception) -> str:

@@ -155,7 +155,7 @@ def fetch(asset: Asset) -> Path:
         reasons.append(_line(error))
     hint = text(", or use {instead}", instead=asset.instead) if asset.instead else ""
     raise ConfigError(
-        "{name} could not be had: {reasons}; put the file into the folder named by NANOGPT_ASSETS{hint}",
+        "{name} could not be fetched: {reasons}; put the file into the folder named by NANOGPT_ASSETS{hint}",
         name=asset.name, reasons="; ".join(reasons), hint=hint,
     )
 

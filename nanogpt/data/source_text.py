@@ -103,8 +103,8 @@ def detect_encoding(path: Path, *, key: str | None = "dataset.encoding") -> str:
         damaged = is_cut_utf8(path, utf8_error) or is_whole(path, "utf-8", "surrogatepass")
         if not damaged and is_whole(path, "gb18030") and (line := stretch_of_utf8(path)):
             raise ConfigError(
-                "{path}: the lines up to {line} hold UTF-8, but byte {offset} is none: the file mixes encodings; save "
-                "it whole as UTF-8",
+                "{path}: the lines up to {line} hold UTF-8, but byte {offset} does not: the file mixes encodings; "
+                "save all of it as UTF-8",
                 path=path, line=line, offset=utf8_error.start,
             ) from None
         if not damaged and (found := likely_encoding(path)):

@@ -459,6 +459,6 @@ def load(path: Path) -> Tokenizer:
     except Exception as error:
         # 词表可能来自陌生人，tokenizers 库又只抛裸 Exception
         raise ConfigError(
-            "{file} is no vocabulary ({reason}); get an undamaged copy or another model",
+            "{file} is not a vocabulary ({reason}); get an undamaged copy or another model",
             file=path, reason=reason_of(error),
         ) from None

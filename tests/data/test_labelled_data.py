@@ -87,10 +87,10 @@ def test_a_folder_gives_all_its_files_and_labels_are_stripped(tmp_path, prepared
 
 GOOD = as_jsonl(ROWS[:1])
 BAD = {
-    "json": (GOOD + '{"text": 春}\n', r"a.jsonl, line 2: this is no JSON object \(.*for example"),
+    "json": (GOOD + '{"text": 春}\n', r"a.jsonl, line 2: this is not a JSON object \(.*for example"),
     "nested": ("\n" + "[" * 99999 + "\n", r"a.jsonl, line 2: the list of records breaks off here"),
-    "list": (GOOD + '[{"text": "x"}]\n', r"line 2: this is no JSON object \(a list\)"),
-    "list of numbers": ('[{"text": "x"},\n 5]', r"line 2: this is no JSON object \(a int\)"),
+    "list": (GOOD + '[{"text": "x"}]\n', r"line 2: this is not a JSON object \(a list\)"),
+    "list of numbers": ('[{"text": "x"},\n 5]', r"line 2: this is not a JSON object \(a int\)"),
     "half a list": ('[\n {"text": "x"},\n', r"a.jsonl, line 3: the list of records breaks off here \(Expecting value\)"),
     "no comma": ('[{"text": "x"}\n{"text": "y"}]', r"line 1: the list of records breaks off here \(no comma, no \]\)"),
     "more behind": ('[{"text": "x"}]\n{"text": "y"}', r"breaks off here \(there is more behind the list\)"),
@@ -99,13 +99,13 @@ BAD = {
     "messages": ('{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}', r'a conversation \(messages\).*"hi\\nyo"'),
     "conversations": ('{"conversations": [{"from": "human", "value": "你好"}]}', r'a conversation \(conversations\).*\{"text": "你好"\}'),
     "no text": (GOOD * 3 + '{"txt": "x"}\n', r'line 4: "text" is None'),
-    "blank text": ('{"text": " "}\n', r"line 1: \"text\" is ' ', which is no text"),
+    "blank text": ('{"text": " "}\n', r"line 1: \"text\" is ' ', which is not a text"),
     "number": ('{"text": 5}\n', r'line 1: "text" is 5'),
     "half a character": ('{"text": "a\\ud83d"}\n', r"line 1: .text. is 'a\\ud83d'"),
-    "label": ('{"text": "x", "emotion": 1}\n', r'line 1: "emotion" is 1, which is no label'),
-    "list of labels": ('{"text": "x", "style": ["a"]}\n', r"""line 1: "style" is \['a'\], which is no label"""),
-    "bar": ('{"text": "x", "style": "a|b"}\n', r"""line 1: "style" is 'a\|b', which is no label"""),
-    "line break": ('{"text": "x", "style": "a\\nb"}\n', "which is no label"),
+    "label": ('{"text": "x", "emotion": 1}\n', r'line 1: "emotion" is 1, which is not a label'),
+    "list of labels": ('{"text": "x", "style": ["a"]}\n', r"""line 1: "style" is \['a'\], which is not a label"""),
+    "bar": ('{"text": "x", "style": "a|b"}\n', r"""line 1: "style" is 'a\|b', which is not a label"""),
+    "line break": ('{"text": "x", "style": "a\\nb"}\n', "which is not a label"),
     "long label": (json.dumps({"text": "x", "style": "a" * 65}), "at most 64 characters"),
     "empty": ("", "no texts in it"),
     "blank": ("\n \n", "no texts in it"),
@@ -128,8 +128,8 @@ BAD_TABLES = {
     "fields of semicolons": ("sep=;\ntext;style\na;b\nc;d;e\n", "a.csv, line 4: 3 fields where the first line names 2"),
     "header": ("title,style\na,b\n", "a.csv, line 1: the columns are title, style; .* one of them text"),
     "fields": ("text,style\na,b\nc,d,e\n", "a.csv, line 3: 3 fields where the first line names 2"),
-    "quote": ('text,style\n"a"b,c\n', "a.csv, line 2: this is no table"),
-    "open": ('text,style\n"a,c\n', "a.csv, line 2: this is no table"),
+    "quote": ('text,style\n"a"b,c\n', "a.csv, line 2: this is not a table"),
+    "open": ('text,style\n"a,c\n', "a.csv, line 2: this is not a table"),
     "header alone": ("text\n", "no texts in it"),
 }
 

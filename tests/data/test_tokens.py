@@ -169,7 +169,7 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
 ])
 def test_a_vocabulary_that_is_none_is_one_line(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"tokenizer\.json is no vocabulary"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is not a vocabulary"):
         tokenizers.load(tmp_path / "tokenizer.json")
 
 

@@ -332,7 +332,7 @@ def test_a_wrong_command_is_refused_in_the_process_that_it_is_typed_in(in_tmp, m
 @pytest.mark.parametrize("content", [*YAMLS["model"][:4:3], YAMLS["model"][6], YAMLS["model"][11]])
 def test_a_yaml_that_cannot_be_used_is_named(in_tmp, content):
     (in_tmp / "mine.yaml").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"^mine\.yaml: this is no yaml that can be used \(.+\); correct it$"):
+    with pytest.raises(ConfigError, match=r"^mine\.yaml: this yaml cannot be used \(.+\); correct it$"):
         check_yaml(Path("mine.yaml"))
 
 

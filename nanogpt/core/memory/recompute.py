@@ -28,6 +28,7 @@ ATTENTION = [
 class Recomputed:
     """Mixed in before a block's own class: unless `kept`, its activations are recomputed in the backward pass."""
 
+    # 混入而不是包一层 Module：参数名不变，checkpoint 与导出照旧；训练之外（写作、评估）走原来的 forward
     kept = False
     # 给 checkpoint 的 context_fn：留下哪些结果，重算时包上什么；None 是什么也不留
     contexts = None

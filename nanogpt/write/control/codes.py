@@ -80,14 +80,14 @@ class CodesControl:
             asked = replace(rest, **{other: None for other in KINDS if other != kind}).apply(request, tokenizer)
             if asked.prefix or asked.sampler is not request.sampler:
                 say_once(
-                    "control.{kind}={got} is no label of this model (it knows {known}); a sentence and words ask for "
-                    "it as with control=prefix",
+                    "control.{kind}={got} is not a label of this model (it knows {known}); a sentence and words ask "
+                    "for it as with control=prefix",
                     kind=kind, got=typed, known=known,
                 )
             else:
                 say_once(
-                    "control.{kind}={got} is no label of this model (it knows {known}), whose vocabulary cannot write "
-                    "it either; left out",
+                    "control.{kind}={got} is not a label of this model (it knows {known}), whose vocabulary cannot "
+                    "write it either; left out",
                     kind=kind, got=typed, known=known,
                 )
         if self.guidance != 1 and not labels:
