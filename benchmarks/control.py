@@ -17,8 +17,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402 - 先把仓库根目录放进路径
 
-from nanogpt.base.groups import option  # noqa: E402
-from nanogpt.base.sample_config import SampleConfig  # noqa: E402
+from nanogpt.base.groups import sample_config  # noqa: E402
+from nanogpt.base.quoting import override  # noqa: E402
 from nanogpt.write.loading import Model, Settings, open_model  # noqa: E402
 
 # None 是完全不控制；0 只有那句话
@@ -41,10 +41,8 @@ def main() -> None:
     parser.add_argument("--prompt", default="KING:\n")
     parser.add_argument("--emotions", nargs="+", default=["sad", "loving"])
     arguments = parser.parse_args()
-    cfg = SampleConfig(
-        out_dir=arguments.run, device="cpu", max_new_tokens=arguments.tokens, sampler=option("sampler", "temperature", 0.8),
-        control=option("control", "prefix", 0.8),
-    )
+    typed = [override("out_dir", arguments.run), "device=cpu", f"max_new_tokens={arguments.tokens}", "sampler=temperature"]
+    cfg = sample_config([*typed, "control=prefix", "temperature=0.8"])
     model, base = open_model(cfg, Path(cfg.out_dir)), Settings.of(cfg)
     results = {}
     for emotion in arguments.emotions:

@@ -11,7 +11,6 @@ tries the program on a tiny model and writes nothing.
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -44,21 +43,17 @@ def row_of_tokens(length: int, vocab_size: int):
 def build(arguments: argparse.Namespace):
     """The config and the step, as run_train.py would build them."""
     import torch
-    import yaml
 
-    from nanogpt.base.config import MemoryConfig, TrainConfig, check_memory
+    from nanogpt.base.config import check_memory
+    from nanogpt.base.groups import train_config
     from nanogpt.core.precision import Precision
-    from nanogpt.weights.build import build_model, build_step, preset
+    from nanogpt.weights.build import build_model, build_step
 
-    def read(group: str, name: str) -> dict:
-        node = yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text(encoding="utf-8"))
-        # yaml 把 1e-8 读成文字，Hydra 不会
-        return {k: float(v) if isinstance(v, str) and re.fullmatch(r"[\d.]+e-?\d+", v) else v for k, v in node.items()}
-
-    cfg = TrainConfig(
-        model=preset(arguments.model, vocab_size=50257, **({"block_size": 64} if arguments.quick else {})), batch_size=1,
-        optimizer=read("optimizer", arguments.optimizer), memory=MemoryConfig(**read("memory", arguments.memory)), dataset={},
-    )
+    quick = ["model.block_size=64"] if arguments.quick else []
+    cfg = train_config([
+        f"model={arguments.model}", f"optimizer={arguments.optimizer}", f"memory={arguments.memory}", "batch_size=1",
+        "model.vocab_size=50257", *quick,
+    ])
     check_memory(cfg)
     torch.set_num_threads(arguments.threads)
     model = build_model(cfg.model, cfg.seed, cfg.memory.weights)

@@ -18,7 +18,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
-from nanogpt.base.config import TrainConfig
+from nanogpt.base.config import TrainConfig, keys
 from nanogpt.base.errors import explained
 from nanogpt.base.language import ConfigError, text
 from nanogpt.base.quoting import in_quotes, word
@@ -52,15 +52,7 @@ OTHER_NAMES = {
 
 def known_keys(config_name: str) -> list[str]:
     """All dotted keys of the schema of conf/<config_name>.yaml."""
-
-    def walk(node, prefix):
-        for key, value in node.items():
-            yield prefix + key
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{key}.")
-
-    container = OmegaConf.to_container(OmegaConf.structured(SCHEMAS[config_name]), throw_on_missing=False)
-    return list(walk(container, ""))
+    return [key for key, _ in keys(SCHEMAS[config_name])]
 
 
 def guess_of(key: str, config_name: str) -> str | None:

@@ -15,11 +15,11 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from nanogpt.base.composing import check_whole, composing
-from nanogpt.base.config import ROOT, TRUSTED_TARGETS, targets
+from nanogpt.base.composing import SCHEMAS, check_whole, composing
+from nanogpt.base.config import ROOT, TrainConfig, targets, trusted_targets
 from nanogpt.base.language import ConfigError, text
 from nanogpt.base.sample_config import SampleConfig, register_schemas
 from nanogpt.base.user_yaml import conf_folders, group_options
@@ -36,22 +36,37 @@ def parsed(key: str, value: str) -> Any:
         raise ConfigError("{key}={got!r} cannot be read; give one value, e.g. a number", key=key, got=value) from None
 
 
-def _composed(overrides: list[str]):
+def _composed(config_name: str, overrides: list[str]) -> tuple[DictConfig, dict[str, str]]:
+    """(what conf/<config_name>.yaml and the overrides give, the option chosen in each group)."""
     # 在 hydra.main 里面：沿用它的搜索路径，--config-dir 里自己的 yaml 也找得到
     if GlobalHydra.instance().is_initialized():
-        return compose("sample", overrides)
-    register_schemas()
-    searched = ",".join(f"'file://{folder.absolute()}'" for folder in conf_folders()[1:])
-    with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
-        return compose("sample", [*overrides, f"hydra.searchpath=[{searched}]"])
+        composed = compose(config_name, overrides, return_hydra_config=True)
+    else:
+        register_schemas()
+        searched = ",".join(f"'file://{folder.absolute()}'" for folder in conf_folders()[1:])
+        with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
+            composed = compose(config_name, [*overrides, f"hydra.searchpath=[{searched}]"], return_hydra_config=True)
+    with open_dict(composed):
+        choices = composed.pop("hydra").runtime.choices
+    return composed, {group: option for group, option in choices.items() if option and not group.startswith("hydra/")}
 
 
 def sample_config(overrides: list[str]) -> SampleConfig:
     """The config that run_sample.py would see for these overrides; combinations of values are not checked."""
-    with composing("sample"):
-        composed = _composed(overrides)
-        check_whole(composed, SampleConfig)
+    return _typed("sample", overrides)
+
+
+def train_config(overrides: list[str]) -> TrainConfig:
+    """The same for run_train.py."""
+    return _typed("train", overrides)
+
+
+def _typed(config_name: str, overrides: list[str]) -> TrainConfig | SampleConfig:
+    with composing(config_name):
+        composed, choices = _composed(config_name, overrides)
+        check_whole(composed, SCHEMAS[config_name])
         cfg = OmegaConf.to_object(composed)
+        cfg.groups = choices
         check_values(cfg)
     return cfg
 
@@ -63,7 +78,9 @@ def option(group: str, name: str, temperature: float) -> dict[str, Any]:
         guess = text("did_you_mean", guess=close[0]) if close else ""
         raise ConfigError("unknown_option", group=group, got=f"{name}{guess}", options=", ".join(names))
     with composing("sample"):
-        return OmegaConf.to_container(_composed([f"{group}={name}", f"temperature={temperature}"])[group], resolve=True)
+        return OmegaConf.to_container(
+            _composed("sample", [f"{group}={name}", f"temperature={temperature}"])[0][group], resolve=True
+        )
 
 
 # ---- 一个选项里写了什么 ----
@@ -87,7 +104,7 @@ def naming(nodes: dict[str, Any], chosen: dict[str, str], parts: tuple[str, ...]
     """
     words, shipped = [], conf_folders()[0]
     for part in parts:
-        own, option = targets(nodes.get(part)) - TRUSTED_TARGETS, chosen.get(part)
+        own, option = targets(nodes.get(part)) - trusted_targets(), chosen.get(part)
         if not own:
             continue
         if option in group_options(part) and own <= _named_by(part, option):

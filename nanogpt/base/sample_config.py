@@ -11,108 +11,120 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
-
-from nanogpt.base.config import CHOICES, PrecisionConfig, TrainConfig, check_choices, check_device, check_ranges, check_start
+from nanogpt.base.config import (
+    PrecisionConfig,
+    TrainConfig,
+    check_device,
+    check_keys,
+    check_start,
+    choice,
+    number,
+)
 from nanogpt.base.language import ConfigError
 from nanogpt.base.value_checks import expanded
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ServerConfig:
     """Where run_sample.py serve=true listens, and what one request may ask for."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
+    host: str
+    """Address; only this machine reaches 127.0.0.1."""
+    port: int = number(0, 65535)
     """0 takes a free one."""
-    token: str | None = None
+    token: str | None
     """Bearer token; required beyond loopback."""
-    max_tokens: int = 4096
-    max_prompt_chars: int = 20_000
-    max_texts: int = 16
+    max_tokens: int = number(1, 10**7)
+    """Of each text."""
+    max_prompt_chars: int = number(1, 10**9)
+    """Characters, or ids, of each prompt."""
+    max_texts: int = number(1, 10**6)
     """Prompts x n of one request."""
-    max_waiting: int = 64
+    max_waiting: int = number(0, 10**6)
     """Texts that wait for a free row."""
-    max_connections: int = 200
-    max_body_kib: int = 1024
-    request_seconds: float = 600.0
-    read_seconds: float = 10.0
+    max_connections: int = number(1, 10**6)
+    """Clients at a time."""
+    max_body_kib: int = number(1, 10**7)
+    """Body of a request, KiB."""
+    request_seconds: float = number(0.1, 10**7)
+    """From the first byte of a request to its last text, waiting included."""
+    read_seconds: float = number(0.1, 10**7)
     """For the body of a request."""
-    stall_seconds: float = 20.0
+    stall_seconds: float = number(0.1, 10**7)
     """The text of a client that takes nothing for so long is stopped."""
-    max_unread_chars: int = 20_000
+    max_unread_chars: int = number(1, 10**9)
     """The text of a client that leaves more than this unread is stopped."""
 
 
 @dataclass
-class SampleConfig:
-    """Top level of conf/sample.yaml; the comments there say when to change what."""
+class SamplePrecisionConfig(PrecisionConfig):
+    """Number format of the weights that write."""
 
-    out_dir: str = "latest"
-    init_from: str | None = None
-    checkpoint: str = "best"
-    device: str = "auto"
-    start: str | None = None
+    # 只有写作能用 int8：训练的格式里没有它
+    dtype: str = choice("auto", "fp32", "fp16", "bf16", "int8", default="auto")
+    """Format of the weights; auto takes the fastest that loses nothing here."""
+
+
+@dataclass(kw_only=True)
+class SampleConfig:
+    """Top level of conf/sample.yaml, which has the defaults."""
+
+    out_dir: str
+    """Run folder, or latest."""
+    init_from: str | None
+    """Pretrained weights instead of a run; see nanogpt.weights.pretrained."""
+    checkpoint: str
+    """best | last | iter_00001000 …"""
+    device: str
+    """auto | cpu | cuda | cuda:0 …"""
+    start: str | None
     """A prompt; None: nothing where the model writes documents, else a line break, or what else begins a text in a
     vocabulary without one."""
-    starts: list[str] = field(default_factory=list)
+    starts: list[str]
     """Several prompts."""
-    prompts: str | None = None
+    prompts: str | None
     """A file of prompts."""
-    num_samples: int = 1
-    max_new_tokens: int = 500
-    temperature: float = 0.8
-    stop: list[str] = field(default_factory=list)
-    stop_at_end_of_text: bool = True
-    unknown: str = "error"
-    seed: int = 1337
-    batch_size: int = 8
-    fast: bool = True
-    output: str | None = None
-    interactive: bool = False
-    lang: str = "auto"
-    serve: bool = False
-    server: ServerConfig = field(default_factory=ServerConfig)
-    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    sampler: Any = MISSING
-    control: Any = MISSING
+    num_samples: int = number(1, 10**6)
+    """Texts behind each prompt."""
+    max_new_tokens: int = number(1, 10**7)
+    """Of each text."""
+    temperature: float = number(0, 100)
+    """What logits are divided by; 0 is greedy."""
+    stop: list[str]
+    """Texts end before the first of these."""
+    stop_at_end_of_text: bool
+    """End a text at <|endoftext|>, where the vocabulary has it."""
+    unknown: str = choice("error", "skip")
+    """What happens to characters of a prompt that the vocabulary lacks."""
+    seed: int = number(0, 2**62)
+    """Of the first text; the n-th one behind a prompt takes seed + n."""
+    batch_size: int = number(1, 4096)
+    """Texts at a time; halved where memory runs out."""
+    fast: bool
+    """Take the fastest decoding path of this machine; false: plain PyTorch."""
+    output: str | None
+    """A .jsonl file to which every text is appended with its settings."""
+    interactive: bool
+    """A prompt per line, from a person or a pipe."""
+    lang: str = choice("auto", "zh", "en")
+    """Language of the console; auto takes the system's."""
+    serve: bool
+    """A page and an OpenAI-compatible API instead of texts."""
+    server: ServerConfig
+    precision: SamplePrecisionConfig = field(default_factory=SamplePrecisionConfig)
+    sampler: Any
+    """A `_target_` and its settings."""
+    control: Any
+    """Style and emotion: a `_target_` and its settings."""
     model: Any = field(default_factory=lambda: {"_target_": None})
     """Of it only the class is read: one's own is run only when it is named."""
     groups: dict[str, str] = field(default_factory=dict)
     """Filled in by the program."""
 
 
-SAMPLE_CHOICES = {
-    "lang": CHOICES["lang"],
-    "unknown": ("error", "skip"),
-    "precision.dtype": ("auto", "fp32", "fp16", "bf16", "int8"),
-}
-
-# 下限（含）与上限（含）：上限不是建议，只拦住会吃光内存的打字错误
-SAMPLE_RANGES = {
-    "num_samples": (1, 10**6),
-    "max_new_tokens": (1, 10**7),
-    "temperature": (0, 100),
-    "seed": (0, 2**62),
-    "batch_size": (1, 4096),
-    "server.port": (0, 65535),
-    "server.max_tokens": (1, 10**7),
-    "server.max_prompt_chars": (1, 10**9),
-    "server.max_texts": (1, 10**6),
-    "server.max_waiting": (0, 10**6),
-    "server.max_connections": (1, 10**6),
-    "server.max_body_kib": (1, 10**7),
-    "server.request_seconds": (0.1, 10**7),
-    "server.read_seconds": (0.1, 10**7),
-    "server.stall_seconds": (0.1, 10**7),
-    "server.max_unread_chars": (1, 10**9),
-}
-
-
 def check_sample(cfg: SampleConfig) -> None:
     """Refuse every wrong value or combination that can be seen without torch or a model; one line each."""
-    check_choices(cfg, SAMPLE_CHOICES)
-    check_ranges(cfg, SAMPLE_RANGES)
+    check_keys(cfg)
     check_device(cfg.device)
     check_start(cfg.init_from)
     prompts = {"start": cfg.start, "starts": cfg.starts or None, "prompts": cfg.prompts}

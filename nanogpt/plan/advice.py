@@ -5,13 +5,12 @@
 # show 由 plan=true 用，presets 与 changed 由 autopsy 用；找到够用的、或过了 SECONDS 秒就停，不求穷尽
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
-import yaml
-
-from nanogpt.base.config import ROOT, MemoryConfig, TrainConfig, check
+from nanogpt.base.config import MemoryConfig, TrainConfig, check
 from nanogpt.base.console import Console
 from nanogpt.base.language import ConfigError, text
+from nanogpt.plan.matrix import memory_options
 from nanogpt.plan.plan import TIGHT, Plan, Planner
 
 LINES = 5
@@ -31,17 +30,11 @@ class Change:
     fields: dict[str, object]
 
 
-# 新的 memory 键在这里加一行就会被考虑
-KEYS = (
-    Change("memory.activation_checkpointing=selective", {"activation_checkpointing": "selective"}),
-    Change("memory.optimizer_state=int8", {"optimizer_state": "int8"}),
-    Change("memory.offload_optimizer=true", {"offload_optimizer": True}),
-    Change("memory.weights=bf16", {"weights": "bf16"}),
-    Change("memory.optimizer_in_backward=true", {"optimizer_in_backward": True}),
-    Change("memory.loss_chunk_mib=16", {"loss_chunk_mib": 16}),
+# 新的 memory 键在 MemoryConfig 里写上 lean= 就会被考虑
+KEYS = tuple(
+    Change(f"memory.{key.name}={str(value).lower()}", {key.name: value})
+    for key in fields(MemoryConfig) if (value := key.metadata.get("lean")) is not None
 )
-# conf/memory 里的成套设置，从便宜到彻底
-PRESETS = ("lean", "lean8", "offload", "minimal")
 BLOCKS = (2, 4, 8)
 """Divisors of block_size, tried last: a shorter context is another model."""
 
@@ -59,11 +52,9 @@ class Advice:
 
 
 def presets() -> list[Change]:
-    """The options of conf/memory, each with all its fields."""
-    files = {name: ROOT / "conf" / "memory" / f"{name}.yaml" for name in PRESETS}
-    fields = {name: yaml.safe_load(file.read_text(encoding="utf-8")) for name, file in files.items()}
+    """The options of conf/memory beside the default, each with all its fields, from cheap to thorough."""
     # yaml 里没写的字段取默认值：换成套设置时，原先单独写的键不会留下来
-    return [Change(f"memory={name}", {**asdict(MemoryConfig()), **fields[name]}) for name in PRESETS]
+    return [Change(f"memory={name}", asdict(node)) for name, node in list(memory_options().items())[1:]]
 
 
 def advise(plan: Plan, planner: Planner) -> list[Advice]:

@@ -49,7 +49,7 @@ def vocabulary(cfg: TrainConfig) -> tuple[int, int | None, str]:
         return GPT2_VOCAB if tokenizer == "gpt2" else BYTE_VOCAB, None, text("the tokenizer")
     if tokenizer == "bpe":
         return cfg.dataset["vocab_size"], None, text("the tokenizer")
-    if name in ("plays_char", "shakespeare_char"):
+    if name.endswith("_char"):
         return ENGLISH_CHARACTERS, None, text("plan_vocab_assumed")
     if tokenizer in ("auto", "char"):
         return OTHER_CHARACTERS, None, text("plan_vocab_assumed")

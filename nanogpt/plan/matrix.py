@@ -5,7 +5,7 @@
 # show 由 plan/show 的 run_plan 调用；每个模型算完就打印，不必等整张表
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import groupby
 
 import yaml
@@ -18,8 +18,6 @@ from nanogpt.plan.filled_config import GPT2_VOCAB
 from nanogpt.plan.plan import BATCHES, Planner
 from nanogpt.weights.build import preset, preset_names, typed_node
 
-# 最快、重算、最省三档；其余几档在命令行写 memory=… 单独看
-MEMORY = ("default", "lean", "minimal")
 MAX_TOKENS = 2**15
 """Tokens per micro-batch beyond which nothing is gained, so that nothing is tried."""
 
@@ -34,12 +32,26 @@ def chosen_cards(hardware: HardwareConfig) -> dict[str, HardwareConfig]:
 
 
 def memories(cfg: TrainConfig) -> dict[str, MemoryConfig]:
-    """MEMORY, or the one option of memory= that was typed, with what else was typed of it."""
+    """The fastest, a cheap and the most thorough option, or the one that was typed, with what else was typed of it."""
     if (chosen := cfg.groups["memory"]) != "default":
         return {chosen: cfg.memory}
-    files = {name: ROOT / "conf" / "memory" / f"{name}.yaml" for name in MEMORY}
-    nodes = {name: yaml.safe_load(file.read_text(encoding="utf-8")) for name, file in files.items()}
-    return {name: typed_node(MemoryConfig, node) for name, node in nodes.items()}
+    # 其余几档在命令行写 memory=… 单独看
+    options = memory_options()
+    names = list(options)
+    return {name: options[name] for name in (*names[:2], names[-1])}
+
+
+def memory_options() -> dict[str, MemoryConfig]:
+    """All options of conf/memory, the default first, then from cheap to thorough."""
+    files = sorted((ROOT / "conf" / "memory").glob("*.yaml"))
+    nodes = {file.stem: typed_node(MemoryConfig, yaml.safe_load(file.read_text(encoding="utf-8"))) for file in files}
+
+    def thoroughness(name: str) -> tuple[bool, int]:
+        # 逐个参数裁剪、不能累积的，训练本身也变了：放在最后；其余按改动了几项
+        changed = [field for field in fields(MemoryConfig) if getattr(nodes[name], field.name) != field.default]
+        return nodes[name].optimizer_in_backward, len(changed)
+
+    return {name: nodes[name] for name in sorted(nodes, key=thoroughness)}
 
 
 def rows(cfg: TrainConfig) -> Iterator[tuple[str, str, str, dict[str, int | None]]]:

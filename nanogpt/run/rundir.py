@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -24,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.base.composing import one_line
-from nanogpt.base.config import TRUSTED_TARGETS, ModelConfig, TrainConfig, targets
+from nanogpt.base.config import FinetuneConfig, ModelConfig, TrainConfig, targets, trusted_targets
 from nanogpt.base.files import folders_around, make_folder, numbered, remove_leftovers, sync
 from nanogpt.base.groups import keys_of
 from nanogpt.base.hashed_json import DamagedError, NewerError, reason_of
@@ -46,8 +47,8 @@ WRITTEN = RUN_FILES - {"data"}
 FIXED_ON_RESUME = ("model", "dataset", "seed", "init_from", "finetune")
 # 其中这些例外：不影响参数的形状
 CHANGEABLE = {("model", "dropout"), ("dataset", "dir"), ("finetune", "dropout")}
-# 后来才有的键：更早的训练目录没有它们，取默认值
-ADDED_LATER = ("init_from", "finetune", "groups")
+# 后来才有的键，更早的训练目录没有它们：不能取这次写的，那时就是这样
+ADDED_LATER = {"init_from": None, "finetune": asdict(FinetuneConfig()), "groups": {}}
 # 顶层的短名字同时决定的键
 ALIASES = {"dropout": ("dropout", "model.dropout")}
 
@@ -197,7 +198,7 @@ def saved_settings(path: Path) -> tuple[str, Path]:
 def resumed_config(saved_text: str, typed: TrainConfig, overrides: list[str], source: Path) -> TrainConfig:
     """The saved config with what was typed on this command line laid over it; `source` is where it comes from."""
     try:
-        saved = _with_later_keys(read_saved(saved_text))
+        saved = _completed(read_saved(saved_text), typed)
         OmegaConf.merge(OmegaConf.structured(TrainConfig), saved)
     except (OmegaConfBaseException, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         # 摘要对得上、内容却合不上：另一个版本写的，或者有人改过
@@ -210,10 +211,14 @@ def resumed_config(saved_text: str, typed: TrainConfig, overrides: list[str], so
         raise one_line(error, "train") from None
 
 
-def _with_later_keys(saved: dict) -> dict:
-    """The same with the keys that older runs do not have yet."""
-    defaults = OmegaConf.to_container(OmegaConf.structured(TrainConfig), throw_on_missing=False)
-    return {**{key: defaults[key] for key in ADDED_LATER}, **saved}
+def _completed(saved: dict, typed: TrainConfig) -> dict:
+    """The same with the keys that older runs do not have yet, as conf/train.yaml has them."""
+    fresh = OmegaConf.to_container(OmegaConf.structured(typed))
+    defaults = {key: value for key, value in fresh.items() if key not in FIXED_ON_RESUME}
+    whole = {**defaults, **ADDED_LATER, **saved}
+    if missing := sorted({*FIXED_ON_RESUME} - {*whole}):
+        raise KeyError(missing[0])
+    return {**whole, "trial": {**fresh["trial"], **whole["trial"]}}
 
 
 def _with_typed(saved: dict, typed: TrainConfig, overrides: list[str], source: Path) -> TrainConfig:
@@ -264,14 +269,14 @@ def _only_names(group: str, option: str, saved: dict, typed_node: DictConfig) ->
     """
     own = targets(saved.get(group))
     return (group in ("model", "arch") and option == saved["groups"].get(group)) or bool(
-        own - TRUSTED_TARGETS and own == targets(OmegaConf.to_container(typed_node)[group])
+        own - trusted_targets() and own == targets(OmegaConf.to_container(typed_node)[group])
     )
 
 
 def typed_model_fields(overrides: list[str], model: ModelConfig) -> set[str]:
     """Fields of the model that a person chose: typed here, or set by an experiment or another group."""
     # 选了 model=… 等于写出形状，选了 arch=… 等于写出结构；自己的类只是指名
-    shape = {"_target_"} if model._target_ not in TRUSTED_TARGETS else {"_target_", "n_layer", "n_head", "n_embd"}
+    shape = {"_target_"} if model._target_ not in trusted_targets() else {"_target_", "n_layer", "n_head", "n_embd"}
     groups = {"model": shape, "arch": {"arch"}}
     fields: set[str] = set()
     for override in OverridesParser.create().parse_overrides(overrides):

@@ -16,8 +16,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 # Python 3.11 的 TypedDict，pydantic 读不全
 from typing_extensions import TypedDict
 
+from nanogpt.base.config import choices_of, range_of
 from nanogpt.base.language import NAMED, ConfigError, presentable, text_in
-from nanogpt.base.sample_config import SAMPLE_CHOICES, SAMPLE_RANGES, ServerConfig
+from nanogpt.base.sample_config import SampleConfig, ServerConfig
 from nanogpt.core.sampling import SETTINGS
 from nanogpt.core.scoring import Score
 from nanogpt.data.tokenizer import Tokenizer, UnknownCharacters
@@ -159,13 +160,14 @@ def form_of(base: Settings, limits: ServerConfig, *, vocab_size: int, empty_prom
     label = Annotated[str, Field(max_length=MAX_LABEL_CHARS, pattern=r"^[^\n]*$")]
     stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
     stops = f"a string or an array of at most {MAX_STOPS} strings, each of 1 … {MAX_STOP_CHARS} characters"
+    skipping = choices_of(SampleConfig, "unknown")
     texts, unsupported = _number(int, 1, limits.max_texts, "server.max_texts"), ": anything else is not supported"
     fields = {
         "prompt": _prompt(limits, 0 if empty_prompts else 1, vocab_size),
         "max_tokens": _number(int, 0, limits.max_tokens, "server.max_tokens"), "n": texts, "best_of": texts,
-        "logprobs": _number(int, 0, MOST_LOGPROBS), "seed": _number(int, UNSET["seed"], SAMPLE_RANGES["seed"][1]),
+        "logprobs": _number(int, 0, MOST_LOGPROBS), "seed": _number(int, UNSET["seed"], range_of(SampleConfig, "seed").high),
         "stop": _field(stop | Annotated[list[stop], Field(max_length=MAX_STOPS, fail_fast=True)], stops),
-        "unknown": _field(Literal[SAMPLE_CHOICES["unknown"]], " | ".join(SAMPLE_CHOICES["unknown"])),
+        "unknown": _field(Literal[skipping], " | ".join(skipping)),
         **dict.fromkeys(("stream", "echo"), _field(bool, "a boolean")),
         **dict.fromkeys(("model", "user"), _field(str, "a string")),
         "stream_options": _field(

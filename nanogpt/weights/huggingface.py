@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from nanogpt.base.config import TRUSTED_TARGETS, ModelConfig
+from nanogpt.base.config import ModelConfig, trusted_targets
 from nanogpt.base.errors import Arguments, forgive_output, one_line_each
 from nanogpt.base.files import folder_aside, write_text
 from nanogpt.base.groups import sample_config
@@ -47,7 +47,7 @@ def export(named: str, target: Path, which: str | None = None, *, code: str | No
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError("TARGET={target} already holds something; choose an empty or new folder", target=target)
     pretrained = open_pretrained(named, key="OUT_DIR", which=which, code=code)
-    own, plain = pretrained.config._target_ not in TRUSTED_TARGETS, is_gpt2(pretrained.config)
+    own, plain = pretrained.config._target_ not in trusted_targets(), is_gpt2(pretrained.config)
     try:
         if target.is_dir():
             target.rmdir()
@@ -68,7 +68,7 @@ def is_gpt2(config: ModelConfig) -> bool:
     recipe = (config.position, config.norm, *flags)
     same = recipe == ("learned", "layernorm", False, False, 0.0, []) and config.activation in ACTIVATIONS.values()
     # 自己的类算什么，从配置看不出来
-    return same and config._target_ in TRUSTED_TARGETS
+    return same and config._target_ in trusted_targets()
 
 
 def write_gpt2(folder: Path, pretrained: Pretrained) -> None:

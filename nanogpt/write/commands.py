@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nanogpt.base.config import check_range
+from nanogpt.base.config import check_in, choices_of, range_of
 from nanogpt.base.files import folders_around
 from nanogpt.base.groups import option, parsed
 from nanogpt.base.language import ConfigError, say, show, text
 from nanogpt.base.quoting import typed_override, word
-from nanogpt.base.sample_config import SAMPLE_CHOICES, SAMPLE_RANGES, SampleConfig
+from nanogpt.base.sample_config import SampleConfig
 from nanogpt.base.user_yaml import group_options
 from nanogpt.base.value_checks import unescaped
 from nanogpt.write.control import KINDS, build_control, read_form, takes_forms
@@ -108,7 +108,7 @@ class InteractiveSession:
             extra = [k for k in self.settings.control if k not in ("_target_", *KINDS) and not self._is_table(k)]
             return group_options(command) + (extra if command == "control" else [])
         if command == "unknown":
-            return list(SAMPLE_CHOICES["unknown"])
+            return list(choices_of(SampleConfig, "unknown"))
         if command in KINDS and takes_forms(self.settings.control):
             return build_control(self.settings.control).known(self.model.tokenizer)[command]
         return []
@@ -198,7 +198,7 @@ class InteractiveSession:
         key, number = NUMBERS[command], parsed(NUMBERS[command], value)
         if isinstance(number, bool) or not isinstance(number, int):
             raise ConfigError("wrong_type", key=key, got=value, want="int")
-        check_range(key, number, *SAMPLE_RANGES[key])
+        check_in(key, number, range_of(SampleConfig, key))
         if command == "samples":
             self.samples = number
         else:
@@ -267,8 +267,8 @@ class InteractiveSession:
         self._changed("stop", self.settings.stop)
 
     def _do_unknown(self, value: str) -> None:
-        if value not in SAMPLE_CHOICES["unknown"]:
-            raise ConfigError("not_a_choice", key="unknown", got=value, allowed=" | ".join(SAMPLE_CHOICES["unknown"]))
+        if value not in choices_of(SampleConfig, "unknown"):
+            raise ConfigError("not_a_choice", key="unknown", got=value, allowed=" | ".join(choices_of(SampleConfig, "unknown")))
         self.change(unknown=value)
         self._changed("unknown", value)
 

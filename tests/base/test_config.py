@@ -1,18 +1,22 @@
 """The config tree composes; every wrong value is one line that names the key."""
 
 import ast
+import dataclasses
+import inspect
 import re
 import string
+import textwrap
 
 import pytest
+import yaml
 from conftest import TINY, make_config, make_sample_config, shipped_options
 
 from nanogpt.base import language, parts
 from nanogpt.base.cli import with_integers
 from nanogpt.base.composing import OTHER_NAMES, guess_of, known_keys
-from nanogpt.base.config import CHOICES, RANGES, ROOT, TRUSTED_TARGETS, TrainConfig, check, lookup, untrusted_targets
+from nanogpt.base.config import REQUIRED, ROOT, ModelConfig, TrainConfig, check, keys, trusted_targets, untrusted_targets
 from nanogpt.base.language import ConfigError
-from nanogpt.base.sample_config import SAMPLE_CHOICES, SAMPLE_RANGES
+from nanogpt.base.sample_config import SampleConfig
 from nanogpt.base.value_checks import check_value
 from nanogpt.weights import build
 from nanogpt.weights.build import build_sampler
@@ -147,12 +151,30 @@ def test_words_of_nanogpt_for_where_a_model_comes_from_are_explained(word, remed
             make(f"init_from={word}")
 
 
-def test_every_checked_key_exists_in_the_schema():
-    cfg, sample = make_config(), make_sample_config()
-    for key in [*CHOICES, *RANGES]:
-        lookup(cfg, key)
-    for key in [*SAMPLE_CHOICES, *SAMPLE_RANGES]:
-        lookup(sample, key)
+@pytest.mark.parametrize(("script", "schema"), [("train", TrainConfig), ("sample", SampleConfig)])
+def test_a_top_level_key_has_one_default_and_it_is_in_the_yaml(script, schema):
+    node = yaml.safe_load((ROOT / "conf" / f"{script}.yaml").read_text(encoding="utf-8"))
+    groups = {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()} | {"groups"}
+    for key, field in keys(schema):
+        top, _, name = key.partition(".")
+        if top not in groups:
+            assert field.default is field.default_factory is REQUIRED, key
+            assert name in node[top] if name else top in node, key
+
+
+def test_an_option_that_shows_a_default_shows_the_one_of_the_field():
+    for group, option in (("memory", "default"), ("hardware", "auto"), ("finetune", "full"), ("finetune", "lora"), ("arch", "modern")):
+        node = yaml.safe_load((ROOT / "conf" / group / f"{option}.yaml").read_text(encoding="utf-8"))
+        fresh = {"arch": ModelConfig}.get(group) or dict(keys(TrainConfig))[group].type
+        assert {**dataclasses.asdict(fresh()), **node, "method": "full"} == {**dataclasses.asdict(fresh()), "method": "full"}
+
+
+def test_every_key_is_described_in_english_beside_its_field():
+    for schema in {TrainConfig, SampleConfig} | {field.type for root in (TrainConfig, SampleConfig) for _, field in keys(root) if dataclasses.is_dataclass(field.type)}:
+        body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0].body
+        for field, after in zip(body, [*body[1:], None]):
+            if isinstance(field, ast.AnnAssign) and not dataclasses.is_dataclass(schema.__dataclass_fields__[field.target.id].type):
+                assert isinstance(after, ast.Expr) and after.value.value.endswith((".", "…")), (schema, field.target.id)
 
 
 @pytest.mark.parametrize("script", ["train", "sample"])
@@ -194,7 +216,7 @@ def test_targets_of_strangers_are_found_wherever_they_hide():
     saved = {"model": {"_target_": "nanogpt.core.model.GPT"}, "logger": {"x": {"_target_": "os.system", "y": [{"_target_": "evil.run"}]}}}
     assert untrusted_targets(saved, {}) == ["evil.run", "os.system"]
     assert untrusted_targets(saved, {"a": {"_target_": "evil.run"}}) == ["os.system"]
-    assert all(target.startswith("nanogpt.") for target in TRUSTED_TARGETS)
+    assert all(target.startswith("nanogpt.") for target in trusted_targets()) and len(trusted_targets()) == 5
 
 
 def test_check_does_not_import_torch():

@@ -94,7 +94,8 @@ def test_the_largest_batch_fits_and_is_planned_for_auto():
 def test_advice_fits_keeps_the_effective_batch_and_is_sorted_by_speed(monkeypatch):
     # 一个键、一个成套设置：两条路都走到，不必追踪全部
     monkeypatch.setattr(advice, "KEYS", tuple(c for c in advice.KEYS if "optimizer_state" in c.fields))
-    monkeypatch.setattr(advice, "PRESETS", ("lean",))
+    presets = advice.presets()
+    monkeypatch.setattr(advice, "presets", lambda: presets[:1])
     cfg = with_vram(small("model.n_layer=2", "batch_size=64", "memory.loss_chunk_mib=1"), 0.1)
     planner = Planner(cfg)
     got = planner.predict(cfg)

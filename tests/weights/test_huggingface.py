@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GPT2_RECIPE, no_grad_eval, resumed_trainer, tiny_model_config, wild_model
+from conftest import GPT2_RECIPE, make_config, no_grad_eval, resumed_trainer, tiny_model_config, wild_model
 from test_pretrained import LINES, bpe_json, hf_folder, ids, save_checkpoint  # noqa: F401 - bpe_json is a fixture
 
-from nanogpt.base.config import FinetuneConfig, TrainConfig
+from nanogpt.base.config import FinetuneConfig
 from nanogpt.core.memory.lora import add_adapters, merge
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.corpus import build_char_tokenizer
@@ -37,7 +37,7 @@ def saved_run(out, model, tokenizer, *, lora=None):
 
     out.mkdir(parents=True)
     tokenizers.save(tokenizer, out / "tokenizer.json")
-    cfg = TrainConfig(model=model.config, optimizer={}, dataset={}, finetune=lora or FinetuneConfig())
+    cfg = replace(make_config(), model=model.config, finetune=lora or FinetuneConfig())
     checkpoint.save(
         out, model=model, state={}, iteration=7, val_loss=1.0, config_text=OmegaConf.to_yaml(OmegaConf.structured(cfg)),
         tokenizer_text=json.dumps(tokenizer.to_dict()), keep=1, run=None,

@@ -1,14 +1,16 @@
 """run_sample.py: from a run folder to text."""
 
+import dataclasses
 import subprocess
 import sys
 
 import pytest
+from conftest import make_sample_config
 from typed import ENVIRONMENT, typed
 
 from nanogpt.base.config import ROOT
 from nanogpt.base.language import ConfigError
-from nanogpt.base.sample_config import SampleConfig, check_sample
+from nanogpt.base.sample_config import check_sample
 from nanogpt.write import loading
 
 
@@ -41,7 +43,7 @@ def test_characters_that_the_vocabulary_lacks_are_one_line(own_run):
 ])
 def test_bad_settings_are_named(change, message):
     with pytest.raises(ConfigError, match=message):
-        check_sample(SampleConfig(**{"sampler": {"_target_": "x.y"}, "control": {"_target_": "x.y"}, **change}))
+        check_sample(dataclasses.replace(make_sample_config(), **change))
 
 
 def test_prompts_come_from_files_too(tmp_path):
