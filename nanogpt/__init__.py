@@ -1,25 +1,46 @@
-"""nanogpt: train, fit and write with a GPT on one consumer GPU or a CPU.
+# import nanogpt 的入口：名字惰性导入，只查配置的命令不必等 torch
+# 预设的名字就是 conf/model 里的 yaml，加一个文件就多一个函数
+"""nanogpt: train, fit and write with a GPT on one consumer GPU or a CPU; docs/python.md has examples.
 
     import nanogpt
     model = nanogpt.create_model("tiny", vocab_size=65)   # or nanogpt.tiny(vocab_size=65)
+    text = nanogpt.load("outputs/my-run").write("KING:")
+    plan = nanogpt.plan_for("model=medium", "hardware=rtx3060_12gb")
 """
 
 from functools import partial
+from importlib import import_module
 
 from nanogpt.base.moved import keep_earlier_names
 
-PRESETS = ("tiny", "small", "medium", "large", "gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl", "gpt_3b")
+# 名字 -> 所在的模块
+PUBLIC = {
+    "create_model": "weights.build", "GPT": "core.model", "ModelConfig": "base.config", "ConfigError": "base.language",
+    "load": "write.python", "plan_for": "plan.plan",
+    "Trainer": "core.trainer", "Step": "core.step", "Schedule": "base.config",
+    "Precision": "core.precision", "PrecisionConfig": "base.config",
+    "TokenData": "data.tokens", "write_dataset": "data.corpus", "ByteTokenizer": "data.tokenizer",
+    "Decoder": "core.generate", "sampler": "core.sampling",
+}
 
-__all__ = ["create_model", *PRESETS]
+__all__ = [*PUBLIC]
 __version__ = "0.1.0"
 
 keep_earlier_names()
 
 
 def __getattr__(name: str):
-    # 惰性导入：只查配置的命令不必等 torch
-    if name in __all__:
-        from nanogpt.weights.build import create_model
+    if name in PUBLIC:
+        return getattr(import_module(f"nanogpt.{PUBLIC[name]}"), name)
+    if not name.startswith("_"):
+        from nanogpt.weights.build import create_model, preset_names
 
-        return create_model if name == "create_model" else partial(create_model, name)
+        if name in preset_names():
+            return partial(create_model, name)
     raise AttributeError(f"module 'nanogpt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    from nanogpt.weights.build import preset_names
+
+    return sorted({*globals(), *PUBLIC, *preset_names()})

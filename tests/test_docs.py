@@ -149,6 +149,21 @@ def test_the_commands_of_the_readme_are_typed_to_their_end(in_tmp, corpus_folder
     assert done >= 12
 
 
+def test_the_documented_python_runs_as_printed(own_run, capsys):
+    (own_run / "my.txt").write_text(TEXT, encoding="utf-8")
+    wrote, trained, model, planned = ({} for _ in range(4))
+    for block, names in zip(blocks("docs/python.md", "python"), (wrote, trained, model, planned), strict=True):
+        # 快速解码器第一次要编译几十秒
+        exec(block.replace('("outputs/run")', '("outputs/run", "fast=false")'), names)
+    said = capsys.readouterr().out
+    keys = ("max_new_tokens=40", "seed=1", "fast=false")
+    command = typed("run_sample.py", own_run, "start=the king", *keys).stdout
+    assert command == "the king" + wrote["writer"].write("the king", *keys[:2]) + "\n"
+    assert trained["losses"][-1] < trained["losses"][0] and model["logits"].shape == (1, 3, 65)
+    assert planned["plan"].verdict == "fits" and "fits" in said
+    assert set(nanogpt.__all__) <= set(dir(nanogpt)) and all(getattr(nanogpt, name).__doc__ for name in nanogpt.__all__)
+
+
 def test_the_documented_dataset_works(tmp_path, monkeypatch):
     folder = tmp_path / "data" / "my_songs"
     folder.mkdir(parents=True)

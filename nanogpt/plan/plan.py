@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 
-from nanogpt.base.config import TrainConfig
+from nanogpt.base.config import TrainConfig, check
+from nanogpt.base.groups import train_config
+from nanogpt.base.quoting import quoted
 from nanogpt.core import distributed
 from nanogpt.plan.allocator import Replay, replay
 from nanogpt.plan.budget import Budget, budget_for
@@ -268,6 +270,17 @@ class Planner:
 def predict(cfg: TrainConfig, overrides: list[str] | None = None) -> Plan:
     """What training cfg takes on the device that it names; nothing is allocated, fetched or written."""
     return Planner(cfg).predict(cfg, overrides)
+
+
+def plan_for(*overrides: str) -> Plan:
+    """The same for keys of conf/train.yaml as they are typed: plan_for("model=medium", "batch_size=8").
+
+    `verdict` is fits, tight or does_not_fit; ConfigError says in one line what is wrong.
+    """
+    typed = [quoted(one) for one in overrides]
+    cfg = train_config(typed)
+    check(cfg)
+    return predict(cfg, typed)
 
 
 def cublas_workspace(cfg: TrainConfig) -> int:

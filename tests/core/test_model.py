@@ -11,7 +11,7 @@ from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.loss import chunked_cross_entropy
 from nanogpt.core.memory.recompute import recompute_blocks
 from nanogpt.core.model import GPT
-from nanogpt.weights.build import build_model, preset
+from nanogpt.weights.build import build_model, preset, preset_names
 
 RECIPES = {"modern": {}, "gpt2": GPT2_RECIPE, "ngrams": {"ngrams": [2, 3], "ngram_buckets": 101}}
 
@@ -156,7 +156,7 @@ def test_a_subclass_can_replace_attention_and_mlp():
     assert model.h[0].mlp.weight.grad is not None
 
 
-@pytest.mark.parametrize("name", nanogpt.PRESETS)
+@pytest.mark.parametrize("name", preset_names())
 def test_one_line_constructors_build_every_preset(name):
     with torch.device("meta"):
         model = getattr(nanogpt, name)(vocab_size=50257)

@@ -1,0 +1,44 @@
+# import nanogpt 之后的 load(run).write(...)：与 run_sample.py 同一条路，只是不经命令行
+# 键的写法与命令行一样，因为范围、默认值与报错都在那里；载入一次，可写多次
+"""Writing from Python: load(run).write(prompt)."""
+
+import dataclasses
+
+from nanogpt.base.groups import sample_config
+from nanogpt.base.quoting import override, quoted
+from nanogpt.base.run_names import locate, names_run
+from nanogpt.base.sample_config import check_sample
+from nanogpt.write.loading import Model, Settings, open_model
+
+
+def load(run: str = "latest", *overrides: str) -> "Loaded":
+    """A trained run, or pretrained weights (gpt2, a folder, owner/name), ready to write.
+
+    Overrides are keys of conf/sample.yaml as they are typed: load("outputs/my-run", "precision=int8", "device=cpu").
+    ConfigError says in one line what is wrong.
+    """
+    named = override("out_dir" if names_run(run) else "init_from", run)
+    typed = [quoted(one) for one in (named, *overrides)]
+    cfg = sample_config(typed)
+    check_sample(cfg)
+    return Loaded(open_model(cfg, None if cfg.init_from else locate(cfg.out_dir, key="out_dir")), typed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model that writes, and what was typed to load it."""
+
+    # network 与 tokenizer 在 model 里：要自己写解码循环的人从那里取
+    model: Model
+    overrides: list[str]
+
+    def write(self, prompt: str | None = None, *overrides: str) -> str:
+        """The text behind a prompt; None: what start=null means. The same seed gives the same text.
+
+        Overrides are keys of conf/sample.yaml: write("KING:", "max_new_tokens=100", "sampler=top_p", "seed=7").
+        """
+        cfg = sample_config([*self.overrides, *map(quoted, overrides)])
+        check_sample(cfg)
+        request = Settings.of(cfg).request(self.model.default_prompt if prompt is None else prompt)
+        writer = self.model.writer_of([request], batch_size=1, skip="unknown=skip")
+        return "".join(piece.text for piece in writer.write())
