@@ -3,7 +3,8 @@
 `check(cfg)` runs before torch is imported, so that a typing mistake answers within a second.
 """
 
-# 训练配置的形状（dataclass）与不需要 torch 的全部检查：每个键的范围、允许的词与英文说明就写在它旁边，顶层的默认值与中文注释在 conf/ 的 yaml 里
+# 训练配置的形状（dataclass）与不需要 torch 的全部检查
+# 每个键的范围、允许的词与英文说明就写在它旁边，顶层的默认值与中文注释在 conf/ 的 yaml 里
 # conf/*.yaml 由 Hydra 按这里的 schema 拼；写错的键在拼的时候就报，写错的值由 check(cfg) 报，都在导入 torch 之前
 # 几乎每个房间都从这里取 dataclass；core 只拿普通参数与其中小的几个，从不拿整个 cfg
 # 旧的训练目录里存着全部键：改名、删键要先想到它们还得能 resume
@@ -21,7 +22,8 @@ from nanogpt.base.language import ConfigError
 from nanogpt.base.moved import present_name
 
 PACKAGE = Path(__file__).resolve().parents[1]
-# conf/、data/*/prepare.py 与两个脚本所在之处：在仓库里（含可编辑安装）是仓库根目录，装成 wheel 后在包内（setup.py 放进去的）
+# conf/、data/*/prepare.py 与两个脚本所在之处：在仓库里（含可编辑安装）是仓库根目录
+# 装成 wheel 后在包内（setup.py 放进去的）
 INSTALLED = (PACKAGE / "shipped").is_dir()
 ROOT = PACKAGE / "shipped" if INSTALLED else PACKAGE.parent
 
@@ -36,12 +38,14 @@ HUGE = 1e38
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a key takes: low and high included unless they are said to be open."""
+    """The numbers that a key takes, with low and high included unless `open` says otherwise."""
+
+    # 范围写在字段旁边，检查与错误消息都从这一处取，不会各说各的
 
     low: float
     high: float = math.inf
     open: str = ""
-    """low | high: the end that does not belong to it."""
+    """low | high: the end that is excluded."""
 
     def __contains__(self, got: float) -> bool:
         # NaN 与任何数比较都为假，也就不在里面
@@ -54,19 +58,20 @@ class Range:
             return f">= {self.low:g}"
         if not self.open:
             return f"{self.low:g} … {self.high:g}"
-        return f"{'>' if self.open == 'low' else '>='} {self.low:g}, {'<' if self.open == 'high' else '<='} {self.high:g}"
+        above, below = ">" if self.open == "low" else ">=", "<" if self.open == "high" else "<="
+        return f"{above} {self.low:g}, {below} {self.high:g}"
 
 
 def number(low: float, high: float, default: Any = REQUIRED, *, open: str = "", lean: Any = None) -> Any:
-    """A field whose value is in a Range; a limit is no advice, it stops only slips of the finger that would eat all memory.
+    """A field whose value is in a Range; a limit is not advice, it only stops typing errors that would take all memory.
 
-    Without a default it is one that a yaml of conf/ gives. `lean` is the value that saves memory, where there is one.
+    Without a default, a yaml of conf/ gives it. `lean` is the value that saves memory, if there is one.
     """
     return field(default=default, metadata={"range": Range(low, high, open), "lean": lean})
 
 
 def choice(*allowed: str, default: Any = REQUIRED, lean: Any = None) -> Any:
-    """The same for one of these words."""
+    """A field whose value is one of these words; see number() for the rest."""
     return field(default=default, metadata={"choices": allowed, "lean": lean})
 
 
@@ -78,6 +83,8 @@ def lean(value: Any, default: Any) -> Any:
 @dataclass
 class ModelConfig:
     """Shape (conf/model) and recipe (conf/arch) of a GPT."""
+
+    # 形状与配方都在一处：checkpoint 的 config.yaml 里存的就是它，从它能把模型原样造回来
 
     _target_: str = "nanogpt.core.model.GPT"
     """Class that is built from this config."""
@@ -137,6 +144,8 @@ class ModelConfig:
 class PrecisionConfig:
     """Number format of the training step."""
 
+    # auto 在 CPU 上是 fp32，在卡上取它的张量核心会做的：bf16，否则 fp16 加 loss scale
+
     dtype: str = choice("auto", "fp32", "fp16", "bf16", default="auto")
     """Format of the matrix products; auto takes bf16 or fp16 where the card is fast with it."""
     tf32: bool = True
@@ -151,10 +160,12 @@ class PrecisionConfig:
 class MemoryConfig:
     """What is traded for memory."""
 
+    # 每一项都拿时间或精度换显存，多数可以同时用；memory= 的预设是其中几种组合
+
     activation_checkpointing: str = choice(
         "none", "every_block", "selective", "budget", default="none", lean="selective"
     )
-    """What the backward pass recomputes: nothing, every block, its cheap operations, or as many blocks as a budget asks for."""
+    """What the backward pass recomputes: nothing, every block, its cheap operations, or what a budget leaves over."""
     activation_budget_mib: int | None = number(1, 10**9, None)
     """Activations kept for the backward pass by activation_checkpointing=budget, MiB."""
     loss_chunk_mib: int = number(1, 10**9, 256, lean=16)
@@ -175,6 +186,8 @@ class MemoryConfig:
 class FinetuneConfig:
     """Which weights are trained; see nanogpt.core.memory.lora."""
 
+    # 与 init_from 合用：LoRA 只训练小矩阵，显存省在梯度与优化器状态上
+
     method: str = choice("full", "lora", default="full")
     """All weights, or low-rank matrices beside the linears of the blocks."""
     rank: int = number(1, 10**6, 8)
@@ -191,10 +204,12 @@ class FinetuneConfig:
 class HardwareConfig:
     """The machine that figures refer to; None is read or measured."""
 
+    # 没写的由程序读或量；写了的就当真，一张大卡可以装成小卡来试
+
     name: str = "auto"
     """Of the option."""
     device_names: list[str] = field(default_factory=list)
-    """What the driver calls this card, so that hardware=auto knows it; several cards may share a name and differ in memory."""
+    """What the driver calls this card, so that hardware=auto knows it; cards of one name may differ in memory."""
     dtype: str | None = choice("bf16", "fp16", "fp32", "null", default=None)
     """What precision=auto takes on this card; None asks the card."""
     peak_tflops_fp32: float | None = number(0, 10**9, None)
@@ -219,6 +234,8 @@ class HardwareConfig:
 class TrialConfig:
     """A bounded trial in a process of its own instead of a training; see nanogpt.sweep.trial."""
 
+    # 试跑在子进程里：显存不足、崩溃、超时都只是一个结果，不连累别的试验
+
     enabled: bool
     """Run trials instead of a training; experiment=fit sets it."""
     warmup_steps: int = number(0, 10**6)
@@ -239,6 +256,8 @@ class TrialConfig:
 class TrainConfig:
     """Top level of conf/train.yaml, which has the defaults."""
 
+    # 最外层的键；默认值之外还要说何时该改，那在 conf/train.yaml 的注释里
+
     out_dir: str | None
     """Run folder; None: outputs/<data>-<model>-<time>."""
     overwrite: bool
@@ -246,7 +265,8 @@ class TrainConfig:
     resume: str | None
     """Run folder, or latest, to train on from its checkpoint, bit-exactly."""
     checkpoint: str | None
-    """Of the run that resume or init_from names, last, best or iter_00001000; None: its last to go on from, its best to start from."""
+    """Of the run that resume or init_from names: last, best or iter_00001000; None resumes from its last and starts
+    from its best."""
     init_from: str | None
     """Pretrained weights to start from; see nanogpt.weights.pretrained."""
     seed: int = number(0, 2**63 - 1)
@@ -274,8 +294,8 @@ class TrainConfig:
     min_lr: float = number(0, 1000)
     """End of the decay."""
     warmup_iters: int | None = number(0, MANY)
-    """Linear warm-up: step i (from 0) takes (i + 1) / warmup_iters of learning_rate, so the last one takes all of it; nanoGPT divides by
-    warmup_iters + 1. None: 2% of the training, 100 at most."""
+    """Linear warm-up: step i (from 0) takes (i + 1) / warmup_iters of learning_rate, so the last one takes all of it;
+    nanoGPT divides by warmup_iters + 1. None: 2% of the training, 100 at most."""
     lr_decay_iters: int | None = number(1, MANY)
     """Step at which min_lr is reached; None: max_iters."""
     lr_schedule: str = choice("cosine", "linear", "wsd", "constant")
@@ -332,7 +352,8 @@ class TrainConfig:
 
 # 值是路径、是文字的键，训练与写作共用：命令行上敲的就是它，不经 Hydra 的语法
 PATH_KEYS = (
-    "out_dir", "resume", "init_from", "dataset.path", "dataset.dir", "dataset.source", "prompts", "output", "hydra.sweep.dir",
+    "out_dir", "resume", "init_from", "dataset.path", "dataset.dir", "dataset.source", "prompts", "output",
+    "hydra.sweep.dir",
 )
 TEXT_KEYS = ("sample_prompt", "start", "control.style", "control.emotion")
 # 这些后缀的 dataset.path 是一条条记录，不是连着的文字
@@ -501,8 +522,9 @@ def check_memory(cfg: Any) -> None:
                 "precision=fp16: memory.optimizer_in_backward=true has no loss scaling; choose precision=bf16, or "
                 "memory.optimizer_in_backward=false",
             )
-        rows = cfg.global_batch_size or (cfg.batch_size * cfg.gradient_accumulation_steps if isinstance(cfg.batch_size, int) else None)
-        if isinstance(cfg.batch_size, int) and rows > cfg.batch_size:
+        batch = cfg.batch_size if isinstance(cfg.batch_size, int) else None
+        rows = cfg.global_batch_size or (None if batch is None else batch * cfg.gradient_accumulation_steps)
+        if batch is not None and rows > batch:
             raise ConfigError(
                 "memory.optimizer_in_backward=true frees gradients at once and cannot accumulate {rows} rows in "
                 "pieces of batch_size={batch}; set gradient_accumulation_steps=1 and no global_batch_size, or "
@@ -514,6 +536,8 @@ def check_memory(cfg: Any) -> None:
 @dataclass(frozen=True)
 class Schedule:
     """Learning-rate schedule with every default filled in; see core.schedule.learning_rate_at."""
+
+    # 与配置分开：None 都填好了，算学习率的地方不必再猜
 
     learning_rate: float
     min_lr: float
@@ -575,7 +599,7 @@ def prepare_script(name: str) -> Path:
 
 @functools.cache
 def trusted_targets() -> frozenset[str]:
-    """The program's own classes that a saved config may name: the model, and what conf/optimizer and conf/logger name."""
+    """The program's own classes that a saved config may name: the model, those in conf/optimizer and conf/logger."""
     # 运行目录里的配置可能来自陌生人：只有这些直接执行；自己加进 conf/ 的类照旧要在命令行指名
     files = (file for group in ("optimizer", "logger") for file in (ROOT / "conf" / group).glob("*.yaml"))
     named = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)

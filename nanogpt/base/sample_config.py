@@ -28,6 +28,8 @@ from nanogpt.base.value_checks import expanded
 class ServerConfig:
     """Where run_sample.py serve=true listens, and what one request may ask for."""
 
+    # 地址与 token 之外都是上限：一个请求再大，也吃不光别人的内存与时间
+
     host: str
     """Address; only this machine reaches 127.0.0.1."""
     port: int = number(0, 65535)
@@ -68,6 +70,8 @@ class SamplePrecisionConfig(PrecisionConfig):
 @dataclass(kw_only=True)
 class SampleConfig:
     """Top level of conf/sample.yaml, which has the defaults."""
+
+    # 网页、API、互动与批量写作用同一份配置，所以界面换了，写法不变
 
     out_dir: str
     """Run folder, or latest."""
