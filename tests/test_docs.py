@@ -1,5 +1,6 @@
 """The documents: their code works as printed, the two languages match, their figures are those of the code."""
 
+import importlib.util
 import itertools
 import json
 import re
@@ -147,6 +148,16 @@ def test_the_commands_of_the_readme_are_typed_to_their_end(in_tmp, corpus_folder
         typed(script, in_tmp, *words, *more, lines="The\n")
         done += 1
     assert done >= 12
+
+
+def test_the_pages_of_settings_are_what_the_code_and_the_yaml_say():
+    found = importlib.util.spec_from_file_location("settings", ROOT / "docs" / "settings.py")
+    settings = importlib.util.module_from_spec(found)
+    found.loader.exec_module(settings)
+    for name, language in (("docs/settings.md", "en"), ("docs/settings.zh-CN.md", "zh")):
+        assert read(name) == settings.page(language), "python docs/settings.py writes it anew"
+    keys = re.findall(r"^\| `([\w.]+)`", read("docs/settings.md"), flags=re.MULTILINE)
+    assert {"out_dir", "trial.margin", "memory.weights", "server.port", "finetune.rank"} <= set(keys) and len(keys) > 100
 
 
 def test_the_documented_python_runs_as_printed(own_run, capsys):

@@ -195,7 +195,7 @@ class FinetuneConfig:
     alpha: float = number(0, HUGE, 16.0)
     """The low-rank update is multiplied by alpha / rank."""
     dropout: float = number(0, 1, 0.0, open="high")
-    """On the input of the low-rank branch only."""
+    """On the input of the low-rank branch only; 0.05 to 0.1 where there is little text."""
     linears: list[str] = field(default_factory=lambda: ["c_attn", "c_proj", "c_fc"])
     """Names of the linears inside the blocks that get adapters."""
 

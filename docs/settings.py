@@ -1,0 +1,72 @@
+# 由字段旁的英文说明与 yaml 里的中文注释生成 docs/settings.md 与 docs/settings.zh-CN.md
+# 改了键就重新运行一次；忘了的话，tests/test_docs.py 会说
+"""Write docs/settings.md and docs/settings.zh-CN.md: python docs/settings.py."""
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+from nanogpt.base.config import ROOT, FinetuneConfig, HardwareConfig, MemoryConfig, Range, TrainConfig, TrialConfig
+from nanogpt.base.sample_config import SampleConfig, ServerConfig
+
+# 哪个 schema 的键写在哪个 yaml 的哪一层
+SECTIONS = (
+    ("nanogpt train", "", TrainConfig, "train.yaml"), ("trial", "trial.", TrialConfig, "train.yaml"),
+    ("memory", "memory.", MemoryConfig, "memory/default.yaml"),
+    ("finetune", "finetune.", FinetuneConfig, "finetune/lora.yaml"),
+    ("hardware", "hardware.", HardwareConfig, "hardware/auto.yaml"),
+    ("nanogpt sample", "", SampleConfig, "sample.yaml"), ("server", "server.", ServerConfig, "sample.yaml"),
+)
+HEADS = {
+    "en": (
+        "Settings", "[中文](settings.zh-CN.md)",
+        "Every key with its default and its range; `docs/settings.py` writes this page from the code and conf/.",
+        "| key | default | range | |",
+    ),
+    "zh": ("设置", "[English](settings.md)", "每个键、默认值与范围；本页由 `docs/settings.py` 从代码与 conf/ 生成。", "| 键 | 默认 | 范围 | |"),
+}
+
+
+def described(schema: type) -> dict[str, str]:
+    """Field -> the sentence below it."""
+    body = ast.parse(inspect.getsource(schema)).body[0].body
+    pairs = pairwise(body)
+    fields = [(a.target.id, b.value.value) for a, b in pairs if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)]
+    return {name: " ".join(text.split()) for name, text in fields}
+
+
+def commented(file: Path, nested: bool) -> dict[str, tuple[str, str]]:
+    """Key -> (default, comment) of a yaml, of its top level or of the keys below one."""
+    line = rf"^{'  ' if nested else ''}(\w+):[ ]*(.*?)(?: +# (.*))?$"
+    found = re.findall(line, file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {key: (default, comment) for key, default, comment in found}
+
+
+def rows(prefix: str, schema: type, yaml: str, language: str) -> Iterator[str]:
+    """A row of the table for each key that has a line of its own."""
+    english, lines = described(schema), commented(ROOT / "conf" / yaml, nested=schema in (TrialConfig, ServerConfig))
+    for name, field in schema.__dataclass_fields__.items():
+        if name not in lines or name not in english or not lines[name][0]:
+            continue
+        default, comment = lines[name]
+        allowed: Range | str = field.metadata.get("range", " ".join(field.metadata.get("choices", ())))
+        text = english[name].replace("None", "null") if language == "en" else comment
+        text = text.replace("|", "\\|").replace("<", "&lt;")
+        yield f"| `{prefix}{name}` | `{default}` | {allowed} | {text} |"
+
+
+def page(language: str) -> str:
+    """The whole page."""
+    title, other, about, head = HEADS[language]
+    parts = [f"# {title}", other, about]
+    for heading, prefix, schema, yaml in SECTIONS:
+        parts += [f"## {heading}", "\n".join([head, "|---|---|---|---|", *rows(prefix, schema, yaml, language)])]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    for name, language in (("settings.md", "en"), ("settings.zh-CN.md", "zh")):
+        (ROOT / "docs" / name).write_text(page(language), encoding="utf-8", newline="\n")
