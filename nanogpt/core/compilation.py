@@ -38,7 +38,9 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def pays(layers: int, flops_per_token: float, tokens_per_step: int, micro_batches: int, steps: int, peak_tflops: float) -> bool:
+def pays(
+    layers: int, flops_per_token: float, tokens_per_step: int, micro_batches: int, steps: int, peak_tflops: float,
+) -> bool:
     """Whether compiling saves more time than it takes, by a rough estimate from the whole length of the training.
 
     It must not depend on how far the training is: a resumed run takes the same way as an uninterrupted one.
@@ -70,7 +72,7 @@ class Compiled:
 
 
 def fusible_tail(logits: torch.Tensor, expected: torch.Tensor, V: int, softcap: float) -> torch.Tensor:
-    """The losses of kernels.cross_entropy() for a compiler that fuses it into two passes over the logits; the gradient is left in the logits."""
+    """The losses of kernels.cross_entropy(), written to be fused in two passes; the gradient is left in the logits."""
     wide = logits[:, :V].to(torch.promote_types(logits.dtype, torch.float32))
     squashed = torch.tanh(wide / softcap) if softcap else None
     capped = squashed * softcap if softcap else wide
@@ -97,8 +99,11 @@ def use_compiled(model, console) -> None:
     model.cross_entropy = functools.partial(model.cross_entropy, tail=Compiled(fusible_tail, console))
 
 
-def compile_hidden(model, asked: str, device: torch.device, console, *, obstacle: str | None = None, pays: bool = True) -> bool:
-    """Compile model.hidden and the loss's tail for training steps as compile=auto|true|false asks, where that works; whether it does.
+def compile_hidden(
+    model, asked: str, device: torch.device, console, *, obstacle: str | None = None, pays: bool = True,
+) -> bool:
+    """Compile model.hidden and the loss's tail for training steps as compile=auto|true|false asks, where that works;
+    whether it does.
 
     obstacle: what speaks against it, or None; pays: whether auto may do it on a card.
     """
@@ -121,9 +126,10 @@ def compile_hidden(model, asked: str, device: torch.device, console, *, obstacle
 
 
 def compile_updates(optimizer, asked: str, device: torch.device, console) -> None:
-    """Let updates of 8-bit states run as a few fused kernels, as compile= asks, where that works; they save more than they cost at any length."""
+    """Let updates of 8-bit states run as a few fused kernels, as compile= asks, where that works: it always pays."""
     asked = asked.lower()
-    if not getattr(getattr(optimizer, "storage", None), "int8", False) or asked == "false" or (asked == "auto" and device.type == "cpu"):
+    in_8_bits = getattr(getattr(optimizer, "storage", None), "int8", False)
+    if not in_8_bits or asked == "false" or (asked == "auto" and device.type == "cpu"):
         return
     if unavailable(device) or _trial(device):
         return

@@ -29,7 +29,8 @@ def world() -> int:
 def start(device: torch.device) -> None:
     """Join the process group: nccl on GPUs, gloo on CPUs and where torch comes without nccl (Windows)."""
     if world() > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo", timeout=PATIENCE)
+        backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
 
 
 def stop() -> None:

@@ -9,7 +9,7 @@ import torch.nn as nn
 
 
 def draw_normal(weight: torch.Tensor, std: float) -> None:
-    """Fill with normal values drawn in float32, so that a 16-bit model starts from the rounded weights of a float32 one."""
+    """Fill with normal values drawn in float32: a 16-bit model starts from the rounded weights of a float32 one."""
     if weight.dtype == torch.float32:
         nn.init.normal_(weight, std=std)
     else:

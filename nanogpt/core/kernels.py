@@ -29,7 +29,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         # 半精度的平方和会丢位，在 fp32 里求
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).square_()
+        wide = torch.promote_types(x.dtype, torch.float32)
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_()
         r = square.div_(x.size(-1)).add_(RMS_EPS).rsqrt_()
         y = (x * r).to(x.dtype)
         # y 本来就要留给后面的线性层，存它不多占内存
@@ -151,14 +152,15 @@ def is_short(qkv: torch.Tensor, dropout: float) -> bool:
 
 
 def short_attention(scale: float, visible: torch.Tensor | None, *parts: torch.Tensor) -> torch.Tensor:
-    """Causal attention (B, nh, T, hs) of parts that are q, k, v (B, T, 3, nh, hs) when put together along dimension 2."""
+    """Causal attention (B, nh, T, hs) of parts that make q, k, v (B, T, 3, nh, hs) when joined along dimension 2."""
     return _ShortAttention.apply(scale, visible, *parts)
 
 
 def cross_entropy(
     logits: torch.Tensor, expected: torch.Tensor, V: int, softcap: float, need_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(losses (rows, 1), d(sum of losses)/d(logits) in their dtype) of logits (rows, >= V), of which the first V columns count.
+    """(losses (rows, 1), d(sum of losses)/d(logits) in their dtype) of logits (rows, >= V), of which the first V
+    columns count.
 
     The gradient lies where the logits lay if there are further columns, which stay as they are.
     """

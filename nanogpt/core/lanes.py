@@ -29,9 +29,11 @@ class Row:
 
 @dataclass(eq=False)
 class Lane:
-    """One row of the model's batch and of the cache: what it reads of a text. The shadow of a guided text lacks the labels.
+    """One row of the model's batch and of the cache: what it reads of a text. The shadow of a guided text lacks the
+    labels.
 
-    `unread` are ids that the model has not read yet, None once only the newest is left; the first `front` of them are no text.
+    `unread` are ids that the model has not read yet, None once only the newest is left; the first `front` of them
+    are no text.
     """
 
     # 影子总比带标签的短：重读时一起重读，看到的是同一段

@@ -67,9 +67,10 @@ def set_up(device: torch.device, *, deterministic: bool, hardware: HardwareConfi
 
 
 def grow_segments(device: torch.device) -> None:
-    """Let the allocator map pages where they are needed instead of keeping segments of fixed sizes: fewer fragments, where the driver can."""
+    """Let the allocator's segments grow page by page where the driver can: fewer fragments."""
     # WSL 的驱动做不到，第一次分配就出错；使用者自己写了设置的，由他做主
-    if sys.platform != "linux" or "microsoft" in platform.release().lower() or any(os.environ.get(name) for name in ALLOCATOR_SETTINGS):
+    native = sys.platform == "linux" and "microsoft" not in platform.release().lower()
+    if not native or any(os.environ.get(name) for name in ALLOCATOR_SETTINGS):
         return
     # 旧版本只有后一个名字，新版本说它过时了
     change = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
@@ -82,7 +83,7 @@ def grow_segments(device: torch.device) -> None:
 
 
 def cap_allocator(device: torch.device, hardware: HardwareConfig) -> None:
-    """Make the stated VRAM budget real; on Windows, where the driver pages into RAM instead of failing, also what is free."""
+    """Cap the allocator at the stated VRAM budget; on Windows, where the driver pages into RAM, and at what is free."""
     free, total = torch.cuda.mem_get_info(device)
     # 与预测用同一个数：计划说放得下的，这里就真的给这么多
     if (cap := allocator_cap(hardware)) is not None:
@@ -101,11 +102,13 @@ def cap_allocator(device: torch.device, hardware: HardwareConfig) -> None:
 
 @contextlib.contextmanager
 def any_kernels() -> Iterator[None]:
-    """Inside, deterministic=true asks for nothing: for samples, and where an operation is deterministic by the values it gets.
+    """Inside, deterministic=true asks for nothing: for samples, and where an operation is deterministic by the
+    values it gets.
 
     Holds for the whole process, so no other thread may compute meanwhile.
     """
-    wanted, lenient = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    wanted = torch.are_deterministic_algorithms_enabled()
+    lenient = torch.is_deterministic_algorithms_warn_only_enabled()
     if not wanted:
         yield
         return
@@ -122,7 +125,8 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Tell glibc to return every large block at once, so that this process holds what lives and no fragments (Linux only).
+    """Tell glibc to return every large block at once, so that this process holds what lives and no fragments (Linux
+    only).
 
     Without it the heap of a training step was seen to hold 1.7 times what lives: too much under a budget.
     """
@@ -146,7 +150,7 @@ def on_device(values, device: torch.device) -> torch.Tensor:
 
 
 class Reading:
-    """Numbers that the device may still be computing; read() waits for these only, not for what was launched after them."""
+    """Numbers that the device may still be computing; read() waits for these only, not for later work."""
 
     def __init__(self, *scalars: torch.Tensor):
         self._tensor = torch.stack([scalar.detach().double() for scalar in scalars])

@@ -22,7 +22,9 @@ class NgramEmbedding(nn.Module):
         self.multiplier = config.vocab_size + 1 if distinct <= config.ngram_buckets else 1000003
         self.table = nn.Embedding(min(distinct, config.ngram_buckets), config.n_embd)
 
-    def forward(self, idx: torch.Tensor, history: torch.Tensor | None = None, inside: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, idx: torch.Tensor, history: torch.Tensor | None = None, inside: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """history (B, >= n - 1) holds the ids before idx, -1 where there are none.
 
         inside (B, T) says how many ids before each one belong to the same document; None: all of them.

@@ -1,6 +1,7 @@
 # AdamW 与 Muon：一个类，两条更新公式；哪些参数归哪条，由 adamw() 与 muon() 分组时定下（rule）
 # 状态按参数的名字存，checkpoint 打开就能读懂；8 位、放在 RAM 里的状态由 core/memory 从外面包上来
-# 凡有 param_groups、step、zero_grad、state_dict、load_state_dict 的都能当优化器，torch.optim 的也行；组里的 lr_scale 乘在学习率上
+# 凡有 param_groups、step、zero_grad、state_dict、load_state_dict 的都能当优化器，torch.optim 的也行
+# 组里的 lr_scale 乘在学习率上
 """Optimizers: AdamW and Muon over named parameters, and which parameters go where."""
 
 import math

@@ -32,7 +32,9 @@ class _RoundedLinear(torch.autograd.Function):
         wide = grad.float().reshape(-1, grad.size(-1))
         # 运算符 @ 不经过下面的模式，不会再舍入一遍
         grad_x = (wide @ weight.float()).to(x.dtype).view_as(x) if ctx.needs_input_grad[0] else None
-        grad_weight = (wide.mT @ x.float().reshape(-1, x.size(-1))).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (wide.mT @ x.float().reshape(-1, x.size(-1))).to(weight.dtype)
         return grad_x, grad_weight, wide.sum(0).to(x.dtype) if ctx.needs_input_grad[2] else None
 
 
@@ -68,7 +70,8 @@ class Precision:
 
     def __init__(self, config, device: torch.device, weights: str = "fp32", automatic: str | None = None):
         # bf16 的权重只能配 bf16 的运算，config.check 已拦下其余
-        name = "bf16" if weights == "bf16" else config.dtype if config.dtype != "auto" else default_format(device, automatic)
+        stated = config.dtype if config.dtype != "auto" else None
+        name = "bf16" if weights == "bf16" else stated or default_format(device, automatic)
         if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ConfigError(
                 "precision.dtype=bf16: {device} has no bf16; use precision=fp16",
@@ -111,7 +114,7 @@ class Precision:
 
 
 def default_format(device: torch.device, stated: str | None = None) -> str:
-    """fp32 on a CPU; on a card what hardware.dtype states, else bf16, fp16 or fp32, the first that its tensor cores have."""
+    """fp32 on a CPU; on a card what hardware.dtype states, else the first of bf16, fp16, fp32 with tensor cores."""
     if device.type == "cpu":
         return "fp32"
     name = torch.cuda.get_device_name(device)
@@ -123,7 +126,8 @@ def default_format(device: torch.device, stated: str | None = None) -> str:
 
 
 def settle_scale(scaler, *, skipped: bool, overflow: bool) -> bool:
-    """Let a GradScaler learn from the step that it has just unscaled; True where it lowered its scale, down to SMALLEST_SCALE.
+    """Let a GradScaler learn from the step that it has just unscaled; True where it lowered its scale, down to
+    SMALLEST_SCALE.
 
     skipped: the step was not finite; overflow: because its gradients were not.
     """

@@ -14,7 +14,9 @@ def learning_rate_at(iteration: int, schedule) -> float:
         return s.learning_rate
     end = s.lr_decay_iters
     # wsd：平台期之后只在最后一段下降，中途的 checkpoint 可以接着训
-    start = s.warmup_iters if s.lr_schedule in ("cosine", "linear") else max(s.warmup_iters, round(end * (1 - s.decay_fraction)))
+    start = s.warmup_iters
+    if s.lr_schedule not in ("cosine", "linear"):
+        start = max(start, round(end * (1 - s.decay_fraction)))
     if iteration >= end:
         return s.min_lr
     if iteration < start:

@@ -11,7 +11,7 @@ POSITIONS = 256
 
 @dataclass(frozen=True)
 class Score:
-    """One token with its natural logarithm of probability, and the most likely tokens at its place, itself among them."""
+    """One token with its log-probability (natural), and the most likely tokens at its place, itself among them."""
 
     # API 的 logprobs 要的就是这些
 
@@ -25,7 +25,9 @@ class Score:
 
 @dataclass(frozen=True)
 class Likely:
-    """Log-probabilities at n positions, before any sampler: of the id that stands there (n,), and of the k most likely ids (n, k)."""
+    """Log-probabilities at n positions, before any sampler: of the id that stands there (n,), and of the k most
+    likely ids (n, k).
+    """
 
     # 留在设备上，要看时才取回
     own: torch.Tensor

@@ -165,7 +165,8 @@ def form_of(base: Settings, limits: ServerConfig, *, vocab_size: int, empty_prom
     fields = {
         "prompt": _prompt(limits, 0 if empty_prompts else 1, vocab_size),
         "max_tokens": _number(int, 0, limits.max_tokens, "server.max_tokens"), "n": texts, "best_of": texts,
-        "logprobs": _number(int, 0, MOST_LOGPROBS), "seed": _number(int, UNSET["seed"], range_of(SampleConfig, "seed").high),
+        "logprobs": _number(int, 0, MOST_LOGPROBS),
+        "seed": _number(int, UNSET["seed"], range_of(SampleConfig, "seed").high),
         "stop": _field(stop | Annotated[list[stop], Field(max_length=MAX_STOPS, fail_fast=True)], stops),
         "unknown": _field(Literal[skipping], " | ".join(skipping)),
         **dict.fromkeys(("stream", "echo"), _field(bool, "a boolean")),

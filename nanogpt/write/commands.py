@@ -268,7 +268,8 @@ class InteractiveSession:
 
     def _do_unknown(self, value: str) -> None:
         if value not in choices_of(SampleConfig, "unknown"):
-            raise ConfigError("not_a_choice", key="unknown", got=value, allowed=" | ".join(choices_of(SampleConfig, "unknown")))
+            allowed = " | ".join(choices_of(SampleConfig, "unknown"))
+            raise ConfigError("not_a_choice", key="unknown", got=value, allowed=allowed)
         self.change(unknown=value)
         self._changed("unknown", value)
 

@@ -14,7 +14,16 @@ from conftest import TINY, make_config, make_sample_config, shipped_options
 from nanogpt.base import language, parts
 from nanogpt.base.cli import with_integers
 from nanogpt.base.composing import OTHER_NAMES, guess_of, known_keys
-from nanogpt.base.config import REQUIRED, ROOT, ModelConfig, TrainConfig, check, keys, trusted_targets, untrusted_targets
+from nanogpt.base.config import (
+    REQUIRED,
+    ROOT,
+    ModelConfig,
+    TrainConfig,
+    check,
+    keys,
+    trusted_targets,
+    untrusted_targets,
+)
 from nanogpt.base.language import ConfigError
 from nanogpt.base.sample_config import SampleConfig
 from nanogpt.base.value_checks import check_value

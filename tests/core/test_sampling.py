@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from nanogpt.base.language import ConfigError
-from nanogpt.core.sampling import MinP, NoRepeatNgram, RepetitionPenalty, Temperature, TopK, TopP, Typical, draw, sampler
+from nanogpt.core.sampling import (
+    MinP,
+    NoRepeatNgram,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+    TopP,
+    Typical,
+    draw,
+    sampler,
+)
 from nanogpt.weights.build import build_sampler
 
 NOTHING = torch.empty(1, 0, dtype=torch.long)
