@@ -62,10 +62,7 @@ def sources(
     files = text_files(source, RECORD_SUFFIXES)
     size = sum(file.stat().st_size for file in files)
     if not size:
-        raise ConfigError(
-            "dataset.path={got}: no texts in it; give a file with texts, or a folder with some of: {kinds}",
-            got=path, kinds=" ".join(RECORD_SUFFIXES),
-        )
+        raise ConfigError("empty_labelled", got=path, kinds=" ".join(RECORD_SUFFIXES))
     if size * BYTES_EACH > (free := free_ram()):
         raise ConfigError(
             "dataset.path={got}: {size:,.0f} MiB of labelled texts are compared with each other in memory, which "
@@ -112,9 +109,7 @@ def rows_of_json(file: Path, encoding: str) -> Iterator[tuple[int, dict]]:
             row = json.loads(line, object_pairs_hook=without_repeats)
         except (ValueError, RecursionError) as error:
             raise ConfigError(
-                "{file}, line {line}: this is not a JSON object ({reason}); write one in each line, for example "
-                "{example}",
-                file=file, line=number, reason=str(error).partition("\n")[0], example=EXAMPLE,
+                "labelled_json", file=file, line=number, reason=str(error).partition("\n")[0], example=EXAMPLE,
             ) from None
         yield number, as_object(file, number, row)
 
@@ -149,10 +144,7 @@ def rows_of_list(file: Path, content: str) -> Iterator[tuple[int, dict]]:
 def as_object(file: Path, line: int, row) -> dict:
     """The row, if it is an object."""
     if not isinstance(row, dict):
-        raise ConfigError(
-            "{file}, line {line}: this is not a JSON object ({reason}); write one in each line, for example {example}",
-            file=file, line=line, reason=f"a {type(row).__name__}", example=EXAMPLE,
-        )
+        raise ConfigError("labelled_json", file=file, line=line, reason=f"a {type(row).__name__}", example=EXAMPLE)
     return row
 
 
@@ -294,19 +286,13 @@ def prepare(
         listed = list(documents(files, encoding))
         check()
     if not listed:
-        raise ConfigError(
-            "dataset.path={got}: no texts in it; give a file with texts, or a folder with some of: {kinds}",
-            got=path, kinds=" ".join(RECORD_SUFFIXES),
-        )
+        raise ConfigError("empty_labelled", got=path, kinds=" ".join(RECORD_SUFFIXES))
     check_labels(listed)
     fractions = {"train": 1 - val_fraction - judge_fraction, "val": val_fraction, "judge": judge_fraction}
     parts = split_documents(listed, fractions)
     for split in ("train", "val"):
         if not parts[split]:
-            raise ConfigError(
-                "{path} has no documents for {split}; give more texts or another dataset.val_fraction",
-                split=split, path=path,
-            )
+            raise ConfigError("no_documents", split=split, path=path)
     coder = tokenizer_for(tokenizer, lambda: (document.text for document in parts["train"]), vocab_size)
     write_documents(
         folder, name="labelled", source=Path(path).name, tokenizer=coder, parts=parts, grow=isinstance(tokenizer, str),

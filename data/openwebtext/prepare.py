@@ -25,11 +25,7 @@ def documents(source: str) -> Iterable[dict]:
     except Exception as error:
         # 网络与格式的错误类型由库决定，都意味着读不到
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
-            "dataset.source={got} could not be read ({reason}); check the name, the network or HF_ENDPOINT, or give a "
-            "local folder",
-            got=source, reason=reason,
-        ) from None
+        raise ConfigError("source_failed", got=source, reason=reason) from None
 
 
 def prepare(folder: Path, source: str, val_every: int, max_documents: int | None) -> None:
@@ -46,11 +42,7 @@ def prepare(folder: Path, source: str, val_every: int, max_documents: int | None
             if number == max_documents:
                 return
             if "text" not in row:
-                raise ConfigError(
-                    "dataset.source={got} could not be read ({reason}); check the name, the network or HF_ENDPOINT, "
-                    "or give a local folder",
-                    got=source, reason="no column named text",
-                )
+                raise ConfigError("source_failed", got=source, reason="no column named text")
             # 每 N 篇取一篇作验证：流式读取时不知道总数，这样切分也固定
             split = "val" if number % val_every == val_every - 1 else "train"
             yield split, np.append(tokenizer.encode(row["text"]), tokenizer.end_of_text)

@@ -41,7 +41,7 @@ def sources(
             got=path, file=records[0].name,
         )
     if not any(file.stat().st_size for file in files):
-        raise ConfigError("{key}={got}: no text in it; give a file with text", key="dataset.path", got=path)
+        raise ConfigError("empty_text", key="dataset.path", got=path)
     return files
 
 
@@ -97,7 +97,7 @@ def write(
     total = sum(map(len, pieces(files))) if isinstance(coder, CharTokenizer) else sum(map(len, ids()))
     train = total - round(total * val_fraction)
     if not total:
-        raise ConfigError("{key}={got}: no text in it; give a file with text", key="dataset.path", got=source)
+        raise ConfigError("empty_text", key="dataset.path", got=source)
     if train < SHORTEST or total - train < SHORTEST:
         raise ConfigError(
             "dataset.path={got}: {tokens} tokens, {val} of them for validation, are too few (at least {least} each); "

@@ -79,7 +79,7 @@ def arranged(arguments: list[str]) -> tuple[list[str], list[str], bool]:
     parser = get_args_parser()
 
     def refuse(reason: str):
-        raise ConfigError("{reason}; --help shows what there is", reason=reason)
+        raise ConfigError("unreadable_flag", reason=reason)
 
     parser.error = refuse
     typed = parser.parse_intermixed_args(arguments)
@@ -122,11 +122,10 @@ def refuse_glob_of_values(arguments: list[str]) -> None:
             # 会得到零个任务：什么也不做就成功
             remedy = text("write the values: {key}=a,b,c", key=key)
             raise ConfigError(
-                "{argument}: this cannot be read ({reason}); {remedy}",
-                argument=argument, reason=text(
+                "unreadable", argument=argument,
+                reason=text(
                 "only groups have options to go through",
-            ),
-                remedy=remedy,
+            ), remedy=remedy,
             )
 
 
@@ -155,7 +154,7 @@ def typed_config(cfg: DictConfig, config_name: str) -> TrainConfig | SampleConfi
         key = typed_key.removeprefix("~").partition("=")[0]
         if typed_key.startswith("~") and re.match(r"(sampler|control|optimizer|dataset)\.|logger\.\w+\.", key):
             # 悄悄换成函数的默认值，会与 yaml 里写的不一样
-            raise ConfigError("~{key}: this key is always needed; write {key}=VALUE instead", key=key)
+            raise ConfigError("removed_key", key=key)
     typed.groups = choices
     at_home(typed)
     check_values(typed)

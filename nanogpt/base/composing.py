@@ -86,10 +86,7 @@ def one_line(error: Exception, config_name: str) -> ConfigError:
             return found
     if isinstance(error, OverrideParseException):
         reason = next((line for line in message.splitlines() if line.strip()), "")
-        return ConfigError(
-            "{argument}: this cannot be read ({reason}); {remedy}",
-            argument=error.override, reason=reason, remedy=_readable(error.override or ""),
-        )
+        return ConfigError("unreadable", argument=error.override, reason=reason, remedy=_readable(error.override or ""))
     if several := re.search(r"Ambiguous value for argument '(.+)'\n|Sweep parameters '(.+)' requires", message):
         key, _, value = (argument := several[1] or several[2]).partition("=")
         listed, one = word(f"{key}=[{value}]"), word(f"{key}={in_quotes(value)}")
@@ -122,8 +119,8 @@ def _readable(argument: str) -> str:
         OverridesParser.create().parse_override(typed)
     except HydraException:
         # 键就不对：给值加引号也没用
-        return text("write key=value")
-    return text("put the value in quotes: {typed}", typed=word(typed)) if equals else text("write key=value")
+        return text("remedy_key")
+    return text("put the value in quotes: {typed}", typed=word(typed)) if equals else text("remedy_key")
 
 
 def _of_a_value(cause: OmegaConfBaseException, error: Exception, config_name: str) -> ConfigError | None:
@@ -135,10 +132,7 @@ def _of_a_value(cause: OmegaConfBaseException, error: Exception, config_name: st
             key=key, reason=first.removeprefix("ConfigError raised while resolving interpolation: "),
         )
     if isinstance(cause, MissingMandatoryValue):
-        return ConfigError(
-            "{group}: nothing is chosen; choose one of: {options}",
-            group=key, options=", ".join(group_options(key)),
-        )
+        return ConfigError("nothing_chosen", group=key, options=", ".join(group_options(key)))
     if "could not be converted" in first and cause.full_key:
         want = re.search(r"could not be converted to (\w+)", first)
         return ConfigError("wrong_type", key=key, got=cause.value, want=want[1] if want else "?")
@@ -192,11 +186,8 @@ def check_whole(cfg: DictConfig, schema: type, prefix: str = "") -> None:
     for field in fields(schema):
         if field.name not in cfg:
             if is_group(field.name):
-                raise ConfigError(
-                    "{group}: nothing is chosen; choose one of: {options}",
-                    group=field.name, options=", ".join(group_options(field.name)),
-                )
+                raise ConfigError("nothing_chosen", group=field.name, options=", ".join(group_options(field.name)))
             # 悄悄换成 schema 的默认值，会与 yaml 里写的不一样
-            raise ConfigError("~{key}: this key is always needed; write {key}=VALUE instead", key=prefix + field.name)
+            raise ConfigError("removed_key", key=prefix + field.name)
         if is_dataclass(field.type):
             check_whole(cfg[field.name], field.type, f"{prefix}{field.name}.")

@@ -56,17 +56,11 @@ def explained(error: BaseException) -> ConfigError | None:
             path=path, reason=error.strerror or str(error) or type(error).__name__, remedy=remedy,
         )
     if isinstance(error, MemoryError):
-        return ConfigError(
-            "out of memory ({reason}); choose a smaller model, batch_size or text, or close other programs",
-            reason=str(error) or "MemoryError",
-        )
+        return ConfigError("no_memory", reason=str(error) or "MemoryError")
     # 没有导入 torch，就不会是它的错
     if "torch" in sys.modules:
         if is_out_of_memory(error):
-            return ConfigError(
-                "out of memory ({reason}); choose a smaller model, batch_size or text, or close other programs",
-                reason=str(error).strip().partition("\n")[0],
-            )
+            return ConfigError("no_memory", reason=str(error).strip().partition("\n")[0])
         # 自己的模型里的运算、attention 的某种反向：torch 没有确定性的写法
         if isinstance(error, RuntimeError) and NOT_DETERMINISTIC in str(error):
             return ConfigError(
@@ -97,7 +91,7 @@ class Arguments(argparse.ArgumentParser):
     # argparse 自己会打印用法并退出；抛出来，才和别的错误同一条路、同一种语言
 
     def error(self, message: str):
-        raise ConfigError("{reason}; --help shows what there is", reason=message)
+        raise ConfigError("unreadable_flag", reason=message)
 
 
 @contextlib.contextmanager

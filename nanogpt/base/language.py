@@ -362,4 +362,53 @@ NAMED = {
     ),
     "oom_wanted": "it asked for {wanted:.2f} GiB more while {free:.2f} GiB were free",
     "oom_wanted_only": "it asked for {wanted:.2f} GiB more",
+    "bad_label": "{key} needs zh: [names], en: [names] and may have words: {{zh: [...], en: [...]}}",
+    "empty_labelled": "dataset.path={got}: no texts in it; give a file with texts, or a folder with some of: {kinds}",
+    "empty_stop": "stop holds an empty string; give at least one character or leave it out",
+    "empty_text": "{key}={got}: no text in it; give a file with text",
+    "empty_value": "{key} is empty; write a value, or {key}=null for none",
+    "evaluate_own_key": "{key}=… is set by the evaluation itself; leave it out",
+    "evaluate_written": "written: {path}",
+    "fetching": "fetching {name} from {place} …",
+    "init_from_shape": (
+        "{key}={got} contradicts init_from={named}, whose weights have {want}; leave {key} out, or train without "
+        "init_from"
+    ),
+    "labelled_json": (
+        "{file}, line {line}: this is not a JSON object ({reason}); write one in each line, for example {example}"
+    ),
+    "logger_failed": "{name} cannot write ({reason}); training goes on, metrics may be missing",
+    "nan_weights": "{tensor} holds NaN or Inf",
+    "no_documents": "{path} has no documents for {split}; give more texts or another dataset.val_fraction",
+    "no_memory": "out of memory ({reason}); choose a smaller model, batch_size or text, or close other programs",
+    "no_older_checkpoint": "there is no older good one; start a new run",
+    "not_a_dataset": (
+        "{path} has no readable meta.json ({reason}); delete the folder and start again to prepare it anew"
+    ),
+    "not_an_option": "{got}: there is no such option; choose from: {options}",
+    "nothing_chosen": "{group}: nothing is chosen; choose one of: {options}",
+    "nothing_written": "no text has been written yet; type a beginning first",
+    "output_not_writable": "output={got} cannot be written ({reason}); choose another file",
+    "plan_vocab_tokenizer": "the tokenizer",
+    "remedy_key": "write key=value",
+    "removed_key": "~{key}: this key is always needed; write {key}=VALUE instead",
+    "resume_changes": "{key} cannot change on resume ({old} -> {new}); leave it out or start a new run",
+    "save_as_utf8": "save it as UTF-8 to be sure",
+    "source_failed": (
+        "dataset.source={got} could not be read ({reason}); check the name, the network or HF_ENDPOINT, or give a "
+        "local folder"
+    ),
+    "trial_not_with": "{key}={got} cannot be tried; leave it out, or give a number",
+    "undecodable": "{path}: byte {offset} is not {encoding}; save the file as UTF-8 or set dataset.encoding",
+    "unknown_encoding": "dataset.encoding={got} is not known; try utf-8, utf-16, gb18030, big5, cp1252 or auto",
+    "unreadable": "{argument}: this cannot be read ({reason}); {remedy}",
+    "unreadable_flag": "{reason}; --help shows what there is",
+    "vocab_mismatch": (
+        "dataset {name}: its data differs from what the checkpoint was trained on ({reason}); use the run's own data "
+        "or start a new run"
+    ),
+    "world_batch": (
+        "batch_size={batch} x gradient_accumulation_steps={accum} cannot be shared by {world} processes; make one of "
+        "them a multiple of {world}"
+    ),
 }

@@ -140,7 +140,7 @@ def check_sample(cfg: SampleConfig) -> None:
             keys=" ".join(f"{key}=…" for key in named),
         )
     if "" in cfg.stop:
-        raise ConfigError("stop holds an empty string; give at least one character or leave it out")
+        raise ConfigError("empty_stop")
     if cfg.serve:
         # 这些只属于命令行：悄悄忽略会让人以为写进了文件
         for key in ("interactive", "starts", "prompts", "output"):
@@ -176,10 +176,7 @@ def check_files(cfg: SampleConfig) -> None:
         if not path.is_file():
             raise ConfigError("missing_file", key=key, got=got)
     if cfg.output and Path(cfg.output).is_dir():
-        raise ConfigError(
-            "output={got} cannot be written ({reason}); choose another file",
-            got=cfg.output, reason="a folder",
-        )
+        raise ConfigError("output_not_writable", got=cfg.output, reason="a folder")
 
 
 def is_loopback(host: str) -> bool:

@@ -79,7 +79,7 @@ def check_value(key: str, value: Any) -> None:
     # 空值多半是没有展开的 shell 变量：resume=$RUN 不该变成从头训练；文字可以从空的写起
     needed = re.fullmatch(r"[a-z_]+|(dataset|model|server|precision|finetune|hardware)\.\w+", key)
     if needed and not value.strip() and key not in TEXT_KEYS:
-        raise ConfigError("{key} is empty; write a value, or {key}=null for none", key=key)
+        raise ConfigError("empty_value", key=key)
 
 
 def in_digits(number: str) -> str:
@@ -103,7 +103,7 @@ def check_path(key: str, typed: str) -> None:
     """Refuse an empty path, and one that no file of the program can hold."""
     check_value(key, typed)
     if not typed.strip():
-        raise ConfigError("{key} is empty; write a value, or {key}=null for none", key=key)
+        raise ConfigError("empty_value", key=key)
 
 
 def unread_keys(cfg: Any, prefix: str = "") -> Iterator[str]:

@@ -182,7 +182,7 @@ def _found(asset: Asset, reasons: list[str]) -> Path | None:
             return path
     for url in _addresses(asset, reasons):
         place = without_password(url)
-        say("fetching {name} from {place} …", name=asset.name, place=place)
+        say("fetching", name=asset.name, place=place)
         if path := _accept(asset, lambda into, url=url: _download(url, into, asset.size), reasons, place):
             return path
     return None

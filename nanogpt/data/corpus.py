@@ -281,10 +281,7 @@ def say_reused(name: str, folder: Path, wanted: str | None = None) -> None:
 
 def _prepare_in(folder: Path, name: str, module, options: dict) -> None:
     if folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(
-            "{path} has no readable meta.json ({reason}); delete the folder and start again to prepare it anew",
-            path=folder, reason="meta.json is missing",
-        )
+        raise ConfigError("not_a_dataset", path=folder, reason="meta.json is missing")
     say("preparing the data set {name} …", name=name)
     before = home_of(name) / "prepared"
     if (before / "meta.json").is_file() and folder.parent == before.parent:
@@ -324,15 +321,13 @@ def typed_options(name: str, arguments: list[str]) -> dict:
     for argument in arguments:
         if "=" not in argument:
             raise ConfigError(
-                "{got}: there is no such option; choose from: {options}",
-                got=argument, options=" ".join(f"{key}=" for key in node if key != "name"),
+                "not_an_option", got=argument, options=" ".join(f"{key}=" for key in node if key != "name"),
             )
         key, _, value = argument.partition("=")
         check_value(f"dataset.{key}", value or "-")
         if key not in node or key == "name":
             raise ConfigError(
-                "{got}: there is no such option; choose from: {options}",
-                got=argument, options=" ".join(f"{key}=" for key in node if key != "name"),
+                "not_an_option", got=argument, options=" ".join(f"{key}=" for key in node if key != "name"),
             )
     # 路径照敲下的原文：yaml 会把 [、#、: 当成语法
     paths = [argument for argument in arguments if f"dataset.{argument.partition('=')[0]}" in PATH_KEYS]

@@ -248,10 +248,7 @@ class DocumentData(TokenData):
         """Refuse a context with hardly more room than the labels take, and a split without a document."""
         for split in SPLITS:
             if not len(self._index[split]):
-                raise ConfigError(
-                    "{path} has no documents for {split}; give more texts or another dataset.val_fraction",
-                    split=split, path=self.folder,
-                )
+                raise ConfigError("no_documents", split=split, path=self.folder)
         if block_size < 2 * self._header():
             raise ConfigError(
                 "model.block_size={got} leaves hardly any room behind the labels; choose model.block_size>={want}",

@@ -112,7 +112,7 @@ def detect_encoding(path: Path, *, key: str | None = "dataset.encoding") -> str:
         remedy = text(
             "save it as UTF-8, or name its encoding: {key}=…",
             key=key,
-        ) if key else text("save it as UTF-8 to be sure")
+        ) if key else text("save_as_utf8")
         raise ConfigError(
             "{path}: byte {offset} is not UTF-8, and the file is not plausible in any other encoding that is known "
             "here; {remedy}",
@@ -205,7 +205,7 @@ def resolved(
         remedy = text(
             "if that is wrong, name another encoding ({key}={got} is what was taken)",
             key=key, got=name,
-        ) if key else text("save it as UTF-8 to be sure")
+        ) if key else text("save_as_utf8")
         say("{path}{more}: not UTF-8, read as {name}; {remedy}", path=taken[0], more=more, name=label, remedy=remedy)
     return found
 
@@ -255,16 +255,10 @@ def check_encoding(encoding: str) -> None:
     try:
         found = codecs.lookup(encoding) if encoding != "auto" else None
     except (LookupError, ValueError):
-        raise ConfigError(
-            "dataset.encoding={got} is not known; try utf-8, utf-16, gb18030, big5, cp1252 or auto",
-            got=encoding,
-        ) from None
+        raise ConfigError("unknown_encoding", got=encoding) from None
     # base64、zlib、rot13 之类不是文字的编码；idna、punycode 等也解不出一篇文章
     if found and (not found._is_text_encoding or found.name in NO_TEXTS):
-        raise ConfigError(
-            "dataset.encoding={got} is not known; try utf-8, utf-16, gb18030, big5, cp1252 or auto",
-            got=encoding,
-        )
+        raise ConfigError("unknown_encoding", got=encoding)
 
 
 def decode_pieces(path: Path, encoding: str, errors: str = "strict") -> Iterator[str]:
@@ -316,16 +310,10 @@ def iter_text(path: Path, encoding: str) -> Iterator[str]:
         if pending := pending + newlines.decode("", final=True):
             yield pending
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            "{path}: byte {offset} is not {encoding}; save the file as UTF-8 or set dataset.encoding",
-            path=path, offset=error.start, encoding=encoding,
-        ) from None
+        raise ConfigError("undecodable", path=path, offset=error.start, encoding=encoding) from None
     except UnicodeError as error:
         # UTF-16 之类的解码器有时不说位置
-        raise ConfigError(
-            "{path}: byte {offset} is not {encoding}; save the file as UTF-8 or set dataset.encoding",
-            path=path, offset="?", encoding=f"{encoding} ({error})",
-        ) from None
+        raise ConfigError("undecodable", path=path, offset="?", encoding=f"{encoding} ({error})") from None
 
 
 def own_source(path: str | None, *, unnamed: str) -> Path:

@@ -43,10 +43,7 @@ def read_meta(folder: Path) -> dict:
         return meta
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         reason = str(error) if isinstance(error, DamagedError) else f"meta.json: {reason_of(error)}"
-        raise ConfigError(
-            "{path} has no readable meta.json ({reason}); delete the folder and start again to prepare it anew",
-            path=folder, reason=reason,
-        ) from None
+        raise ConfigError("not_a_dataset", path=folder, reason=reason) from None
 
 
 def fingerprint_of(meta: dict) -> str:

@@ -46,9 +46,9 @@ def vocabulary(cfg: TrainConfig) -> tuple[int, int | None, str]:
             "the prepared data set",
         )
     if tokenizer in ("gpt2", "byte"):
-        return GPT2_VOCAB if tokenizer == "gpt2" else BYTE_VOCAB, None, text("the tokenizer")
+        return GPT2_VOCAB if tokenizer == "gpt2" else BYTE_VOCAB, None, text("plan_vocab_tokenizer")
     if tokenizer == "bpe":
-        return cfg.dataset["vocab_size"], None, text("the tokenizer")
+        return cfg.dataset["vocab_size"], None, text("plan_vocab_tokenizer")
     if name.endswith("_char"):
         return ENGLISH_CHARACTERS, None, text("plan_vocab_assumed")
     if tokenizer in ("auto", "char"):

@@ -212,7 +212,4 @@ class Loggers:
                 # 写不下曲线，不值得停下训练，无论那个库抛出什么；说一次就够
                 if backend not in self._failed:
                     self._failed.append(backend)
-                    say(
-                        "{name} cannot write ({reason}); training goes on, metrics may be missing",
-                        name=type(backend).__name__, reason=reason_of(error),
-                    )
+                    say("logger_failed", name=type(backend).__name__, reason=reason_of(error))

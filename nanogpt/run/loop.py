@@ -295,11 +295,7 @@ def share_batch(cfg: TrainConfig, world: int) -> tuple[int, int]:
     batch, accumulation = cfg.batch_size, cfg.gradient_accumulation_steps
     if total := cfg.global_batch_size:
         if total % world:
-            raise ConfigError(
-                "batch_size={batch} x gradient_accumulation_steps={accum} cannot be shared by {world} processes; make "
-                "one of them a multiple of {world}",
-                batch=total, accum=1, world=world,
-            )
+            raise ConfigError("world_batch", batch=total, accum=1, world=world)
         # 除不尽也没关系：最后一个微批短一些，等效批量仍然精确
         return total // world, min(batch, total // world)
     if accumulation % world == 0:
@@ -307,8 +303,4 @@ def share_batch(cfg: TrainConfig, world: int) -> tuple[int, int]:
     if batch % world == 0:
         # 累积次数分不开就把微批分开，等效批量不变
         return batch * accumulation // world, batch // world
-    raise ConfigError(
-        "batch_size={batch} x gradient_accumulation_steps={accum} cannot be shared by {world} processes; make one of "
-        "them a multiple of {world}",
-        batch=batch, accum=accumulation, world=world,
-    )
+    raise ConfigError("world_batch", batch=batch, accum=accumulation, world=world)

@@ -202,7 +202,7 @@ def resumed_config(saved_text: str, typed: TrainConfig, overrides: list[str], so
         OmegaConf.merge(OmegaConf.structured(TrainConfig), saved)
     except (OmegaConfBaseException, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         # 摘要对得上、内容却合不上：另一个版本写的，或者有人改过
-        reason, remedy = f"config.yaml: {reason_of(error)}", text("there is no older good one; start a new run")
+        reason, remedy = f"config.yaml: {reason_of(error)}", text("no_older_checkpoint")
         raise ConfigError("damaged_checkpoint", file=source, reason=reason, remedy=remedy) from None
     try:
         return _with_typed(saved, typed, overrides, source)
@@ -229,10 +229,7 @@ def _with_typed(saved: dict, typed: TrainConfig, overrides: list[str], source: P
     for override in OverridesParser.create().parse_overrides(overrides):
         if override.key_or_group == "experiment":
             # 一套配方会改动许多键，说不清哪些该变
-            raise ConfigError(
-                "{key} cannot change on resume ({old} -> {new}); leave it out or start a new run",
-                key="experiment", old="-", new=override.value(),
-            )
+            raise ConfigError("resume_changes", key="experiment", old="-", new=override.value())
         _lay(merged, override, saved, typed_node)
     if merged.model.vocab_size is None:
         # 重新写出的 model=… 没有词表大小，它由数据决定，沿用原来的
@@ -294,7 +291,4 @@ def refuse_change(key: str, old, new) -> None:
         parent = key
     for name in sorted(set(old) | set(new)):
         if old.get(name) != new.get(name) and (parent, name) not in CHANGEABLE:
-            raise ConfigError(
-                "{key} cannot change on resume ({old} -> {new}); leave it out or start a new run",
-                key=f"{parent}.{name}".strip("."), old=old.get(name), new=new.get(name),
-            )
+            raise ConfigError("resume_changes", key=f"{parent}.{name}".strip("."), old=old.get(name), new=new.get(name))

@@ -75,11 +75,7 @@ def restore(trainer, source: checkpoint.Checkpoint) -> None:
     state = source.load_state()
     try:
         if state["fingerprint"] != trainer.data.fingerprint:
-            raise ConfigError(
-                "dataset {name}: its data differs from what the checkpoint was trained on ({reason}); use the run's "
-                "own data or start a new run",
-                name=trainer.data.name, reason="fingerprint",
-            )
+            raise ConfigError("vocab_mismatch", name=trainer.data.name, reason="fingerprint")
         source.load_model(trainer.model)
         # 先装权重：状态的格式要看参数是 fp32 还是 bf16
         trainer.optimizer.load_state_dict(state["optimizer"])

@@ -67,8 +67,5 @@ def write_summary(trainer, reason: str, wall_s: float) -> dict:
             write_text(trainer.run_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
         except OSError as error:
             # 权重都已存好：少一份总结不算失败
-            trainer.console.line(
-                "{name} cannot write ({reason}); training goes on, metrics may be missing",
-                name="summary.json", reason=reason_of(error),
-            )
+            trainer.console.line("logger_failed", name="summary.json", reason=reason_of(error))
     return summary

@@ -71,12 +71,9 @@ def run_trial(cfg: TrainConfig, overrides: list[str], folder: Path, *, command: 
 def refuse(cfg: TrainConfig) -> None:
     """Refuse what a trial cannot try."""
     if cfg.resume:
-        raise ConfigError("{key}={got} cannot be tried; leave it out, or give a number", key="resume", got=cfg.resume)
+        raise ConfigError("trial_not_with", key="resume", got=cfg.resume)
     if not isinstance(cfg.batch_size, int):
-        raise ConfigError(
-            "{key}={got} cannot be tried; leave it out, or give a number",
-            key="batch_size", got=cfg.batch_size,
-        )
+        raise ConfigError("trial_not_with", key="batch_size", got=cfg.batch_size)
 
 
 def _recipe(cfg: TrainConfig) -> str | None:

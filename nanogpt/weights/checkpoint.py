@@ -239,7 +239,7 @@ def _unusable(folder: Path, reason: str, good: list[Checkpoint], *, best: bool =
     offered = [*_by_loss(newest_first), *newest_first] if best else newest_first
     instead = next((c for c in offered if c.problem() is None), None)
     remedy = text("other_checkpoint" if best else "older_checkpoint", name=instead.name) if instead else text(
-        "there is no older good one; start a new run",
+        "no_older_checkpoint",
     )
     return ConfigError("damaged_checkpoint", file=folder, reason=reason, remedy=remedy)
 

@@ -38,7 +38,7 @@ def download(name: str, named: str, key: str) -> Path:
         )
     # 断网时库自己会反复重试并打印警告，下面的一行已说明一切
     huggingface_hub.logging.set_verbosity_error()
-    say("fetching {name} from {place} …", name=name, place=without_password(constants.ENDPOINT))
+    say("fetching", name=name, place=without_password(constants.ENDPOINT))
     try:
         folder = Path(huggingface_hub.hf_hub_download(name, "config.json")).parent
         weights = next((file for file in WEIGHTS if _optional(huggingface_hub, name, file)), None)

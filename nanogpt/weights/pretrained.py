@@ -95,7 +95,7 @@ def read_run(named: str, key: str, which: str | None, code: str | None) -> Pretr
         tensors = checkpoint.model_tensors(model)
         if name := first_not_finite(floating(tensors)):
             # 早先的版本会存下坏掉的权重
-            raise source.damaged(text("{tensor} holds NaN or Inf", tensor=name))
+            raise source.damaged(text("nan_weights", tensor=name))
         return Pretrained(model.config, tensors, tokenizers.load(source.folder / "tokenizer.json"))
 
     return checkpoint.use(run_dir, which, taken, key=key)
@@ -113,17 +113,14 @@ def adapted(pretrained: Pretrained, wanted: ModelConfig, typed: set[str], named:
     for field in sorted(typed - {"dropout", "block_size", "name"}):
         if getattr(wanted, field) != getattr(have, field):
             raise ConfigError(
-                "{key}={got} contradicts init_from={named}, whose weights have {want}; leave {key} out, or train "
-                "without init_from",
-                key=f"model.{field}", got=getattr(wanted, field), named=named, want=getattr(have, field),
+                "init_from_shape", key=f"model.{field}", got=getattr(wanted, field), named=named,
+                want=getattr(have, field),
             )
     block = wanted.block_size if "block_size" in typed else have.block_size
     # RoPE 没有位置参数，可以加长；学出来的位置 embedding 只能截短
     if block > have.block_size and have.position == "learned":
         raise ConfigError(
-            "{key}={got} contradicts init_from={named}, whose weights have {want}; leave {key} out, or train without "
-            "init_from",
-            key="model.block_size", got=block, named=named, want=f"<= {have.block_size}",
+            "init_from_shape", key="model.block_size", got=block, named=named, want=f"<= {have.block_size}",
         )
     tensors = pretrained.tensors
     if "wpe.weight" in tensors:
@@ -237,5 +234,5 @@ def checked(path: Path, config: ModelConfig, tensors: dict[str, Tensor], tokeniz
         reason = f"{name}: {found}, wanted: {'nothing' if want is None else want}"
         raise ConfigError("pretrained_damaged", file=path, reason=reason)
     if name := first_not_finite(floating(tensors)):
-        raise ConfigError("pretrained_damaged", file=path, reason=text("{tensor} holds NaN or Inf", tensor=name))
+        raise ConfigError("pretrained_damaged", file=path, reason=text("nan_weights", tensor=name))
     return Pretrained(config, tensors, tokenizer)

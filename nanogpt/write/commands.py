@@ -172,7 +172,7 @@ class InteractiveSession:
 
     def _last(self) -> Written:
         if not self.written:
-            raise ConfigError("no text has been written yet; type a beginning first")
+            raise ConfigError("nothing_written")
         return self.written[-1]
 
     # ---- 设置 ----
@@ -262,7 +262,7 @@ class InteractiveSession:
         if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
             raise ConfigError("wrong_type", key="stop", got=value, want="[str]")
         if "" in stops:
-            raise ConfigError("stop holds an empty string; give at least one character or leave it out")
+            raise ConfigError("empty_stop")
         self.change(stop=[unescaped(stop) for stop in stops])
         self._changed("stop", self.settings.stop)
 
@@ -335,7 +335,7 @@ class InteractiveSession:
             raise ConfigError("/save {got}: the file's name must end in .txt or .jsonl", got=path)
         chosen = self.written if whole_session else [self._last()]
         if not chosen:
-            raise ConfigError("no text has been written yet; type a beginning first")
+            raise ConfigError("nothing_written")
         try:
             with folders_around(path), path.open("a", encoding="utf-8", newline="\n") as file:
                 file.write("".join(map(saved_text if path.suffix == ".txt" else saved_record, chosen)))

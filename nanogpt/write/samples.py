@@ -34,10 +34,7 @@ class Records:
                 # 写不进去要在开始写作之前就知道
                 check_writable(self.path)
             except OSError as error:
-                raise ConfigError(
-                    "output={got} cannot be written ({reason}); choose another file",
-                    got=path, reason=error.strerror,
-                ) from None
+                raise ConfigError("output_not_writable", got=path, reason=error.strerror) from None
 
     def add(self, result: Result, settings: Settings) -> None:
         """Append one text, how it was written and how long it took."""

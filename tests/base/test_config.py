@@ -215,6 +215,11 @@ def test_every_sentence_has_its_chinese_with_the_same_placeholders_and_none_is_d
     assert all(names(en) == names(zh) for en, zh in chinese.items())
 
 
+def test_a_sentence_that_is_said_in_several_places_has_a_name():
+    said = [sentence for sentence in sentences_said() if sentence and sentence not in language.NAMED]
+    assert sorted(said) == sorted(set(said))
+
+
 def test_every_named_sentence_is_said():
     files = [*(ROOT / "nanogpt").rglob("*.py"), *(ROOT / "nanogpt").rglob("*.html"), *(ROOT / "data").glob("*/prepare.py")]
     code = "".join(path.read_text(encoding="utf-8") for path in files if path.name != "language.py")

@@ -225,15 +225,9 @@ def _labels(key: str, node: dict | None) -> list[Label]:
             given = entry.get("words") or {}
             words = {language: [str(w) for w in given.get(language) or []] for language in ("zh", "en")}
         except (KeyError, TypeError, AttributeError):
-            raise ConfigError(
-                "{key} needs zh: [names], en: [names] and may have words: {{zh: [...], en: [...]}}",
-                key=f"control.{key}.{name}",
-            ) from None
+            raise ConfigError("bad_label", key=f"control.{key}.{name}") from None
         if not all(names.values()):
-            raise ConfigError(
-                "{key} needs zh: [names], en: [names] and may have words: {{zh: [...], en: [...]}}",
-                key=f"control.{key}.{name}",
-            )
+            raise ConfigError("bad_label", key=f"control.{key}.{name}")
         labels.append(Label(str(name), names, words))
     return labels
 

@@ -104,7 +104,7 @@ def config_of(overrides: list[str]) -> SampleConfig:
     typed = [o.lstrip("+~").partition("=")[0] for o in overrides]
     for key in typed:
         if key.split(".")[0] in OWN_KEYS:
-            raise ConfigError("{key}=… is set by the evaluation itself; leave it out", key=key)
+            raise ConfigError("evaluate_own_key", key=key)
     defaults = [f"{key}={value}" for key, value in DEFAULTS.items() if key not in typed]
     cfg = sample_config([*defaults, *map(quoted, overrides)])
     check_sample(cfg)
@@ -144,13 +144,13 @@ def run_evaluate(typed: argparse.Namespace, overrides: list[str]) -> None:
         _picture().draw(record, typed.plot)
     for path in (typed.output, typed.plot):
         if path:
-            show(text("written: {path}", path=path))
+            show(text("evaluate_written", path=path))
 
 
 def run_plot(typed: argparse.Namespace, overrides: list[str]) -> None:
     """Draw a record anew."""
     if overrides:
-        raise ConfigError("{key}=… is set by the evaluation itself; leave it out", key=overrides[0].partition("=")[0])
+        raise ConfigError("evaluate_own_key", key=overrides[0].partition("=")[0])
     _picture().check_picture(typed.target)
     check_target(typed.target, "plot")
     try:
@@ -163,7 +163,7 @@ def run_plot(typed: argparse.Namespace, overrides: list[str]) -> None:
             "--output {typed}",
             got=typed.source, reason=reason, typed=source,
         ) from None
-    show(text("written: {path}", path=typed.target))
+    show(text("evaluate_written", path=typed.target))
 
 
 def check_target(path: Path, key: str) -> None:

@@ -143,11 +143,7 @@ def data_of_run(run_dir: Path, model: Model) -> DocumentData:
             path=run_dir, folder=folder or "-",
         )
     if not isinstance(data, DocumentData) or data.tokenizer.to_dict() != model.tokenizer.to_dict():
-        raise ConfigError(
-            "dataset {name}: its data differs from what the checkpoint was trained on ({reason}); use the run's own "
-            "data or start a new run",
-            name=data.name, reason="tokenizer.json",
-        )
+        raise ConfigError("vocab_mismatch", name=data.name, reason="tokenizer.json")
     return data
 
 
