@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import torch
 from card_parts.kit import GIB, Case, Lab, profile
-from safetensors.torch import load_file
 
 from nanogpt.base.config import TrainConfig
 from nanogpt.base.errors import OutOfMemory
 from nanogpt.run.session import Session
 from nanogpt.weights import checkpoint
+from nanogpt.weights.tensors import read_tensors
 
 SMALL = (
     "model.n_layer=2", "model.n_head=2", "model.n_embd=128", "model.block_size=64", "batch_size=8",
@@ -147,7 +147,7 @@ def weights(lab: Lab, overrides: tuple[str, ...], *, interrupted: bool = False) 
     if interrupted:
         typed = config(lab, (*overrides, f"resume={folder}"))
         Session.resume(typed, ["max_iters=6"], folder).run()
-    return load_file(checkpoint.find(folder, "last").folder / "model.safetensors")
+    return read_tensors(checkpoint.find(folder, "last").folder / "model.safetensors")
 
 
 def attention_kernels(lab: Lab) -> dict:

@@ -30,8 +30,8 @@ from nanogpt.weights.foreign_files import load_plain
 from nanogpt.weights.tensors import UNREADABLE, flatten, read_tensors, restore, shapes_in, write_tensors
 
 # 1：优化器等在 state.pt 里，只以 weights_only 读；manifest 没有自己的摘要，也没有训练的编号
-# 到 2 为止，状态里没有样本的次序
-FORMAT = 3
+# 到 2 为止，状态里没有样本的次序；到 3 为止，张量总是存全部的行
+FORMAT = 4
 FILES = ("model.safetensors", "state.safetensors", "state.json", "config.yaml", "tokenizer.json")
 FILES_1 = ("model.safetensors", "state.pt", "config.yaml", "tokenizer.json")
 NAME = re.compile(r"iter_(\d{8,12})")

@@ -3,6 +3,9 @@
 The library's save_file wants every tensor in RAM at once, also those that lie on a card. So files are written one
 tensor at a time and hashed on the way. Format: https://github.com/huggingface/safetensors#format
 
+Of a large matrix whose rows are mostly zero, as a look-up table and its optimizer states are at first, only the other
+rows are stored, under its name, and their numbers as `<name>.filled`; the metadata has {"rows": {name: all its rows}}.
+
 In the json of a state every object has one key that says what it stands for: {"dict": [[key, value], …]},
 {"tuple": […]}, {"tensor": name} or {"float": "nan" | "inf" | "-inf"}; lists, strings, numbers, true, false and null
 stand for themselves.
@@ -12,6 +15,7 @@ stand for themselves.
 # 优化器状态是嵌套的字典与列表：拆成 json 与一张张量表，不用 pickle，文件里就没有代码
 # checkpoint 写它、读它；first_not_finite 也给训练的 health 与 pretrained 的核对用
 # 格式很简单，所以自己写：库的 save_file 要全部张量同时在内存里
+# n-gram 的表从零开始，没遇到过的行，连同它的两份动量，一直是零：不写它们，短训练的 checkpoint 小到几分之一
 
 import hashlib
 import json
@@ -34,17 +38,27 @@ NAMES = {
 UNREADABLE = (SafetensorError, OSError, RuntimeError, TypeError, ValueError, OverflowError)
 # 分块写：大张量不必再复制一整份
 PIECE = 2**24
+# 存着哪些行的那个张量，名字是原来的加上它
+FILLED = ".filled"
+# 小于它的张量不值得挑行
+LARGE = 2**20
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
     """Write a safetensors file and return the hex SHA-256 of what was to be written, not of what the disk holds."""
+    filled = {name: rows for name, tensor in tensors.items() if (rows := _filled_rows(tensor)) is not None}
+    stored = tensors | {name + FILLED: rows for name, rows in filled.items()}
     # 元素大的在前：每个张量都落在自己的对齐位置上
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header, at = {"__metadata__": {"format": "pt"}}, 0
+    names = sorted(stored, key=lambda name: (-stored[name].element_size(), name))
+    metadata = {"format": "pt"}
+    if filled:
+        metadata["rows"] = json.dumps({name: len(tensors[name]) for name in filled}, ensure_ascii=False)
+    header, at = {"__metadata__": metadata}, 0
     for name in names:
-        tensor = tensors[name]
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
+        tensor = stored[name]
+        shape = [len(filled[name]), tensor.shape[1]] if name in filled else list(tensor.shape)
+        size = math.prod(shape) * tensor.element_size()
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": shape, "data_offsets": [at, at + size]}
         at += size
     head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     # 文件头补空格到 8 的倍数，后面的张量才对齐
@@ -55,30 +69,75 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
             file.write(piece)
             digest.update(piece)
         for name in names:
-            for piece in _pieces(tensors[name]):
+            for piece in _pieces(stored[name], filled.get(name)):
                 file.write(piece)
                 digest.update(piece)
     return digest.hexdigest()
 
 
-def _pieces(tensor: torch.Tensor) -> Iterable[memoryview]:
+def _filled_rows(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Numbers of the rows of a matrix that are not zero, where leaving out the others saves a tenth or more."""
+    if tensor.dim() != 2 or tensor.numel() * tensor.element_size() < LARGE or not tensor.is_contiguous():
+        return None
+    # 看字节而不看值：-0.0 也要原样回来
+    rows = tensor.detach().view(torch.uint8).any(dim=1).nonzero().reshape(-1).to(torch.int32).cpu()
+    return rows if 10 * len(rows) <= 9 * len(tensor) else None
+
+
+def _pieces(tensor: torch.Tensor, rows: torch.Tensor | None = None) -> Iterable[memoryview]:
+    """The bytes of a tensor, or of these rows of it."""
+    if rows is not None:
+        # 一次挑出几行：不为它们另占一整份内存
+        for some in rows.split(max(1, PIECE // (tensor.shape[1] * tensor.element_size()))):
+            yield from _pieces(tensor.detach()[some.to(tensor.device)])
+        return
     # 逐个取到 CPU：显存里的优化器状态不必同时在内存里也有一份
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     for start in range(0, len(content), PIECE):
         yield memoryview(np.ascontiguousarray(content[start : start + PIECE]))
 
 
+def _whole_rows(file: safe_open) -> dict[str, int]:
+    """How many rows the tensors have of which only some are stored; ValueError if that is not said properly."""
+    found = json.loads((file.metadata() or {}).get("rows", "{}"))
+    names = set(file.keys())
+    if not isinstance(found, dict) or not {*found, *(name + FILLED for name in found)} <= names:
+        raise ValueError("rows of tensors that are not there")
+    if not all(type(count) is int and 0 < count < 2**31 for count in found.values()):
+        raise ValueError("rows without a number")
+    return found
+
+
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes in a safetensors file, from its header; raises one of UNREADABLE if it cannot be read."""
     with safe_open(path, framework="pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        rows = _whole_rows(file)
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    for name, count in rows.items():
+        del shapes[name + FILLED]
+        shapes[name] = (count, *shapes[name][1:])
+    return shapes
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file, in memory of their own; raises one of UNREADABLE if it cannot be read."""
     with safe_open(path, framework="pt") as file:
+        rows = _whole_rows(file)
         # 抄出来：映射着的文件 Windows 上改不了名，别处被改动又会变进来
-        return {name: file.get_tensor(name).clone() for name in file.keys()}
+        read = {name: file.get_tensor(name).clone() for name in file.keys()}
+    for name, count in rows.items():
+        read[name] = _with_zeros(read[name], read.pop(name + FILLED), count)
+    return read
+
+
+def _with_zeros(stored: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+    """The matrix of `count` rows of which only `rows` were stored."""
+    numbers = rows.long()
+    if numbers.shape != stored.shape[:1] or (len(numbers) and not 0 <= numbers.min() <= numbers.max() < count):
+        raise ValueError("rows that there cannot be")
+    whole = stored.new_zeros((count, *stored.shape[1:]))
+    whole[numbers] = stored
+    return whole
 
 
 # ---- 嵌套的状态 ----

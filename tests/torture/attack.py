@@ -25,13 +25,12 @@ import pytest
 import torch
 from conftest import ROOT, corpus_text, tiny
 from hypothesis import settings
-from safetensors.torch import load_file
 
 # fork 之前就导入：子进程不必各自再花几秒
 import nanogpt.run.session  # noqa: F401
 from nanogpt.base.language import ConfigError
 from nanogpt.weights import checkpoint
-from nanogpt.weights.tensors import floating
+from nanogpt.weights.tensors import floating, read_tensors
 
 LONG = settings.get_current_profile_name() == "long"
 POSIX = pytest.mark.skipif(os.name == "nt", reason="the attack forks")
@@ -279,7 +278,7 @@ def assert_good_checkpoints(run_dir: Path) -> list[checkpoint.Checkpoint]:
     found = checkpoint.checkpoints(run_dir)
     for one in found:
         assert one.problem() is None and (one.val_loss is None or math.isfinite(one.val_loss))
-        for name, tensor in [*floating(load_file(one.folder / "model.safetensors")), *floating(one.load_state())]:
+        for name, tensor in [*floating(read_tensors(one.folder / "model.safetensors")), *floating(one.load_state())]:
             assert torch.isfinite(tensor).all(), f"{one.name}: {name} is not finite"
     if losses := [one.val_loss for one in found if one.val_loss is not None]:
         assert checkpoint.best_of(found).val_loss == min(losses)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import GPT2_RECIPE, tiny_model_config
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nanogpt.base.files import sha256
 from nanogpt.base.hashed_json import DamagedError
@@ -270,6 +270,30 @@ def test_a_config_that_contradicts_the_weights_allocates_nothing(tmp_path, saver
         model_of(source)
     (source.folder / "config.yaml").write_text(yaml.safe_dump({"model": config}), encoding="utf-8")
     assert model_of(source).parameter_count()
+
+
+def test_rows_of_zeros_take_no_space_and_come_back_to_the_bit(tmp_path):
+    table, full, empty = torch.zeros(4096, 128), torch.ones(4096, 128), torch.zeros(4096, 64, dtype=torch.int64)
+    table[[0, 7, 4095]] = torch.randn(3, 128)
+    # -0.0 不是零：它的行也要存
+    table[9, 5] = -0.0
+    tensors, path = {"table": table, "full": full, "empty": empty, "turned": table.T}, tmp_path / "x.safetensors"
+    assert tensor_files.write_tensors(path, tensors) == sha256(path)
+    assert path.stat().st_size < full.nbytes + table.nbytes + 10_000
+    read = tensor_files.read_tensors(path)
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[k].contiguous().view(torch.uint8), v.contiguous().view(torch.uint8)) for k, v in tensors.items())
+    assert tensor_files.shapes_in(path) == {name: tuple(t.shape) for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize(("rows", "numbers"), [
+    ({"a": 2}, [0, 2]), ({"a": 9}, [0, -1]), ({"a": 9}, [0]), ({"a": 0}, [0, 1]), ({"a": "9"}, [0, 1]), ({"b": 9}, [0, 1]), (["a"], [0, 1]),
+])
+def test_rows_that_there_cannot_be_are_damage(tmp_path, rows, numbers):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(2, 3), "a.filled": torch.tensor(numbers)}, path, metadata={"rows": json.dumps(rows)})
+    with pytest.raises(tensor_files.UNREADABLE):
+        tensor_files.read_tensors(path)
 
 
 @pytest.mark.parametrize("shape", [[2**63, 0], [2**62], [-1], [1.5]])
