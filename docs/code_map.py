@@ -1,10 +1,9 @@
-"""Write the table of rooms and files in docs/code.md and docs/code.zh-CN.md: python docs/code_map.py [--check]."""
+"""Write the table of rooms and files in docs/code.md and docs/code.zh-CN.md: python docs/code_map.py."""
 # 地图不另写一遍：英文取每个文件 docstring 的第一句，中文取文件开头注释的第一行
-# 改了文件的开头，就跑一遍这个脚本；--check 只看有没有过时，测试也这样查
+# 改了文件的开头，就跑一遍这个脚本；忘了的话，tests/test_rooms.py 会说
 
 import ast
 import re
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,14 +46,6 @@ def written(lang: str) -> str:
     return f"{before}{BEGIN}\n\n{table(lang)}\n{END}{after}"
 
 
-def main() -> int:
-    stale = [lang for lang in PAGES if written(lang) != PAGES[lang].read_text(encoding="utf-8")]
-    if "--check" not in sys.argv:
-        for lang in stale:
-            PAGES[lang].write_text(written(lang), encoding="utf-8", newline="\n")
-        return 0
-    return len(stale)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    for lang, page in PAGES.items():
+        page.write_text(written(lang), encoding="utf-8", newline="\n")

@@ -135,9 +135,9 @@ def substituted(device_type: str, tracker: Tracker | None = None) -> Iterator[No
     What lies in RAM and what counts several times is told to `tracker`.
     """
 
-    def counted_spans(numel: int, piece: int) -> Iterator[slice]:
+    def counted_spans(numel: int, piece: int, first: int = 0) -> Iterator[slice]:
         # 大小相同的几块只追踪第一块
-        pieces = list(spans(numel, piece))
+        pieces = list(spans(numel, piece, first))
         if len(pieces) > 2:
             tracker.times *= len(pieces) - 1
             yield pieces[0]

@@ -33,6 +33,8 @@ def text_root(tmp_path, monkeypatch):
     """text_file with its prepared folders below tmp_path."""
     module = script("text_file")
     monkeypatch.setattr("nanogpt.base.config.ROOT", tmp_path)
+    # 那里没有脚本：准备好的数据落在当前文件夹的 data/ 里，不能是仓库自己的
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(corpus, "_script", lambda name: module)
 
     def prepare(path, **options):

@@ -47,6 +47,8 @@ def as_jsonl(rows=ROWS):
 def prepared(tmp_path, monkeypatch):
     """prepare(file, **options) -> the data set; its folder lies below tmp_path."""
     monkeypatch.setattr("nanogpt.base.config.ROOT", tmp_path)
+    # 那里没有脚本：准备好的数据落在当前文件夹的 data/ 里，不能是仓库自己的
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(corpus, "_script", script)
 
     def prepare(path, **options):

@@ -181,25 +181,21 @@ def adamw_update(
     whole = p.numel() // BLOCK * BLOCK if storage.fused_adamw and _in_blocks(storage, state, "exp_avg", p) else 0
     if whole:
         _fused_adamw_update(storage, state, group, p, grad, whole, skip=skip, factor=factor)
-    step, count = state["step"], None
+    step = state["step"]
     # 有融合的更新时，只剩最后不满一块的几个值
-    for span in [slice(whole, p.numel())] * (whole < p.numel()) if whole else lowbit.spans(p.numel(), storage.piece):
+    for span in lowbit.spans(p.numel(), storage.piece, whole):
         weights = storage.read_weights(state, p, span)
         first, second = (storage.read(state, key, span, p.device) for key in ("exp_avg", "exp_avg_sq"))
-        # kernel 自己把步数加一：每块都从同一个数起
-        count = step.clone()
         adamw_kernel(
-            [weights], [_gradient(grad, span, factor)], [first], [second], [], [count], fused=True, amsgrad=False,
-            found_inf=skip, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+            # kernel 自己把步数加一：每块都从同一个数起
+            [weights], [_gradient(grad, span, factor)], [first], [second], [], [step.clone()], fused=True,
+            amsgrad=False, found_inf=skip, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
             weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
         )
         storage.write(state, "exp_avg", span, first)
         storage.write(state, "exp_avg_sq", span, second)
         storage.write_weights(state, p, span, weights, skip)
-    if count is None:
-        step.add_(1 if skip is None else 1 - skip)
-    else:
-        step.copy_(count)
+    step.add_(1 if skip is None else 1 - skip)
 
 
 def muon_direction(
@@ -210,14 +206,12 @@ def muon_direction(
     dtype = torch.bfloat16 if kernels.device_type(p) == "cuda" else torch.float32
     direction = torch.empty(p.shape, dtype=dtype, device=p.device)
     if storage.fused_momentum and p.numel() % BLOCK == 0 and _in_blocks(storage, state, "momentum", p):
-        numbers = [storage.number(value, p.device) for value in (1 - group["momentum"], *_GUARD)]
-        pairs = zip((skip, factor), numbers[1:], strict=True)
-        guard = [given if given is not None else number for given, number in pairs]
+        rest, guard = storage.number(1 - group["momentum"], p.device), _guard(storage, p.device, skip, factor)
         tables = storage.codec.tables(True, p.device)
         for span in lowbit.spans(p.numel(), _fused_piece(state["momentum"], p)):
             with _blocks_here(state, ("momentum",), span, p.device) as states:
                 rows = _in_rows(direction, span), _in_rows(grad, span)
-                storage.fused_momentum(*rows, *states, tables, numbers[0], *guard)
+                storage.fused_momentum(*rows, *states, tables, rest, *guard)
         return direction
     for span in lowbit.spans(p.numel(), storage.piece):
         g, old = _gradient(grad, span, factor), storage.read(state, "momentum", span, p.device)
@@ -248,8 +242,11 @@ def _gradient(grad: torch.Tensor, span: slice, factor: torch.Tensor | None) -> t
 
 # ---- 融合的更新：张量都按 (块数, BLOCK) 排 ----
 
-# skip、factor 没有给时的值：照常更新，梯度不缩放
-_GUARD = (0.0, 1.0)
+
+def _guard(storage: Storage, device: torch.device, skip, factor) -> tuple[torch.Tensor, torch.Tensor]:
+    """skip () and factor (), each as given or as it changes nothing."""
+    skip = storage.number(0.0, device) if skip is None else skip
+    return skip, storage.number(1.0, device) if factor is None else factor
 
 
 def _in_blocks(storage: Storage, state: dict, key: str, p: torch.Tensor) -> bool:
@@ -280,15 +277,13 @@ def _fused_adamw_update(
     storage: Storage, state: dict, group: dict, p: torch.Tensor, grad: torch.Tensor, numel: int, *, skip, factor
 ) -> None:
     b1, b2 = group["betas"]
-    values = (group["lr"], group["weight_decay"], b1, 1 - b1, b2, 1 - b2, group["eps"], *_GUARD)
-    numbers = [storage.number(value, p.device) for value in values]
-    skip = numbers[-2] if skip is None else skip
-    factor = numbers[-1] if factor is None else factor
+    values = (group["lr"], group["weight_decay"], b1, 1 - b1, b2, 1 - b2, group["eps"])
+    numbers, guard = [storage.number(value, p.device) for value in values], _guard(storage, p.device, skip, factor)
     tables = (storage.codec.tables(True, p.device), storage.codec.tables(False, p.device))
     for span in lowbit.spans(numel, _fused_piece(state["exp_avg"], p)):
         with _blocks_here(state, ("exp_avg", "exp_avg_sq"), span, p.device) as states:
             rows = _in_rows(p, span), _in_rows(grad, span)
-            storage.fused_adamw(*rows, *states, tables, state["step"], numbers[:-2], skip, factor)
+            storage.fused_adamw(*rows, *states, tables, state["step"], numbers, *guard)
 
 
 def fusible_adamw(p, grad, first, first_scale, second, second_scale, tables, step, numbers, skip, factor) -> None:
@@ -347,8 +342,6 @@ class Stored:
 
     # 什么也不省时也要它：上次用 8 位训的，这次改回 fp32，状态要能接上
 
-    # 默认格式的优化器也要它：可以从 8 位的 checkpoint 接着训
-
     storage: Storage
 
     def converted(self, saved: dict[str, torch.Tensor], p: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -378,11 +371,9 @@ class Lean(Stored):
 
     @torch.no_grad()
     def prepare(self) -> None:
-        for group in self.param_groups:
-            for name, p in zip(group["names"], group["params"], strict=True):
-                self.started(name, p, group)
-            if self.storage.fused_adamw:
-                self._compile_update(group)
+        super().prepare()
+        for group in self.param_groups if self.storage.fused_adamw else ():
+            self._compile_update(group)
 
     def _compile_update(self, group: dict) -> None:
         """Run an update that changes nothing, so that it is compiled here and not in a thread of the backward pass."""

@@ -116,9 +116,9 @@ def round_stochastically(x: torch.Tensor) -> torch.Tensor:
     return ((x.view(torch.int32) + noise) & -65536).view(torch.float32).to(torch.bfloat16)
 
 
-def spans(numel: int, piece: int) -> Iterator[slice]:
-    """Slices that cover 0 … numel in pieces of at most `piece`."""
-    return (slice(start, min(start + piece, numel)) for start in range(0, numel, piece))
+def spans(numel: int, piece: int, first: int = 0) -> Iterator[slice]:
+    """Slices that cover first … numel in pieces of at most `piece`."""
+    return (slice(start, min(start + piece, numel)) for start in range(first, numel, piece))
 
 
 def norm(x: torch.Tensor, piece: int) -> torch.Tensor:
