@@ -2,14 +2,10 @@
 # 改了键就重新运行一次；忘了的话，tests/test_docs.py 会说
 """Write docs/settings.md and docs/settings.zh-CN.md: python docs/settings.py."""
 
-import ast
-import inspect
-import re
 from collections.abc import Iterator
-from itertools import pairwise
-from pathlib import Path
 
 from nanogpt.base.config import ROOT, FinetuneConfig, HardwareConfig, MemoryConfig, Range, TrainConfig, TrialConfig
+from nanogpt.base.help import commented, described
 from nanogpt.base.sample_config import SampleConfig, ServerConfig
 
 # 哪个 schema 的键写在哪个 yaml 的哪一层
@@ -30,32 +26,18 @@ HEADS = {
 }
 
 
-def described(schema: type) -> dict[str, str]:
-    """Field -> the sentence below it."""
-    body = ast.parse(inspect.getsource(schema)).body[0].body
-    pairs = pairwise(body)
-    fields = [(a.target.id, b.value.value) for a, b in pairs if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)]
-    return {name: " ".join(text.split()) for name, text in fields}
-
-
-def commented(file: Path, nested: bool) -> dict[str, tuple[str, str]]:
-    """Key -> (default, comment) of a yaml, of its top level or of the keys below one."""
-    line = rf"^{'  ' if nested else ''}(\w+):[ ]*(.*?)(?: +# (.*))?$"
-    found = re.findall(line, file.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    return {key: (default, comment) for key, default, comment in found}
-
-
 def rows(prefix: str, schema: type, yaml: str, language: str) -> Iterator[str]:
     """A row of the table for each key that has a line of its own."""
-    english, lines = described(schema), commented(ROOT / "conf" / yaml, nested=schema in (TrialConfig, ServerConfig))
+    english, lines = described(schema), commented(ROOT / "conf" / yaml)
     for name, field in schema.__dataclass_fields__.items():
-        if name not in lines or name not in english or not lines[name][0]:
+        # 一组自己的 yaml 里，键不带组名
+        line = lines.get(f"{prefix}{name}" if "/" not in yaml else name)
+        if line is None or name not in english:
             continue
-        default, comment = lines[name]
         allowed: Range | str = field.metadata.get("range", " ".join(field.metadata.get("choices", ())))
-        text = english[name].replace("None", "null") if language == "en" else comment
+        text = english[name] if language == "en" else line.comment
         text = text.replace("|", "\\|").replace("<", "&lt;")
-        yield f"| `{prefix}{name}` | `{default}` | {allowed} | {text} |"
+        yield f"| `{prefix}{name}` | `{line.default}` | {allowed} | {text} |"
 
 
 def page(language: str) -> str:

@@ -6,11 +6,11 @@ import importlib.util
 import os
 import sys
 
-from nanogpt import __version__
-from nanogpt.base.cli import run_script
+from nanogpt.base.cli import HELP, run_script
 from nanogpt.base.config import ROOT
 from nanogpt.base.errors import EXIT_USER_ERROR, forgive_output
-from nanogpt.base.language import language_from_arguments, say, set_language, show
+from nanogpt.base.help import versions
+from nanogpt.base.language import language_from_arguments, set_language, show, text
 
 SCRIPTS = ("train", "sample")
 
@@ -41,17 +41,22 @@ def _wiring(program: str):
 
 
 def _explain(program: str) -> None:
-    """How to call it; exit code 2 unless that was asked for."""
+    """What there is; exit code 2 unless that was asked for."""
     forgive_output()
-    if program == "--version":
-        show(__version__)
-        return
     set_language(language_from_arguments(sys.argv))
-    say(
-        "nanogpt train model=small …: train (conf/train.yaml) | nanogpt sample start=…: write (conf/sample.yaml) | "
-        "nanogpt prepare NAME …: prepare a data set; train and sample have --help"
-    )
-    if program not in ("--help", "-h"):
+    if program == "--version":
+        show(versions())
+        return
+    programs = {
+        "train model=small …": text("train; the settings are in conf/train.yaml"),
+        "sample start=…": text("write with a trained model; conf/sample.yaml"),
+        "prepare NAME …": text("prepare a data set: data/NAME/prepare.py"),
+    }
+    lines = [f"nanogpt {typed:<22} {what}" for typed, what in programs.items()]
+    lines.append(text("nanogpt train --help and nanogpt sample --help show every setting; nanogpt --version"))
+    asked = program in HELP
+    show("\n".join(lines), file=sys.stdout if asked else sys.stderr)
+    if not asked:
         sys.exit(EXIT_USER_ERROR)
 
 

@@ -7,6 +7,7 @@
 
 import contextlib
 import copy
+import difflib
 import os
 import re
 import sys
@@ -26,7 +27,8 @@ from nanogpt.base import run_names
 from nanogpt.base.composing import SCHEMAS, check_whole, composing, one_line, refuse_unknown_hydra_keys
 from nanogpt.base.config import PATH_KEYS, RECORD_SUFFIXES, ROOT, TEXT_KEYS, TrainConfig
 from nanogpt.base.errors import EXIT_USER_ERROR, explained, forgive_output, leave_quietly, one_line_each
-from nanogpt.base.language import ConfigError, language_from_arguments, say, set_language, text
+from nanogpt.base.help import help_page, versions
+from nanogpt.base.language import ConfigError, language_from_arguments, say, set_language, show, text
 from nanogpt.base.quoting import QUOTED, override, quoted, typed_override, word
 from nanogpt.base.sample_config import SampleConfig, register_schemas
 from nanogpt.base.sweep_folder import tidy_latest
@@ -38,6 +40,8 @@ EXPONENT = r"(?<![\w.])[+-]?\d[\d_]*(?:\.\d*)?[eE]\+?\d{1,3}(?![\w.])"
 WHOLE_FLOAT = rf"(?:{EXPONENT}|(?<![\w.])[+-]?\d[\d_]*\.0*(?![\w.]))"
 # 内容随选项而变的配置组；model 一类形状固定的不在内
 SWAPPABLE = ("optimizer", "dataset", "logger")
+# 我们自己的帮助；Hydra 的在 --hydra-help
+HELP = {"--help", "-h"}
 
 
 # ---- 命令行 ----
@@ -79,9 +83,12 @@ def arranged(arguments: list[str]) -> tuple[list[str], list[str], bool]:
     parser = get_args_parser()
 
     def refuse(reason: str):
-        raise ConfigError("unreadable_flag", reason=reason)
+        close = difflib.get_close_matches(reason.split()[-1], parser._option_string_actions, n=1)
+        guess = text("did_you_mean", guess=close[0]) if close else ""
+        raise ConfigError("unreadable_flag", reason=reason + guess)
 
-    parser.error = refuse
+    # 缩写也不认：--vers 会是 Hydra 的版本
+    parser.error, parser.allow_abbrev = refuse, False
     typed = parser.parse_intermixed_args(arguments)
     if typed.experimental_rerun:
         # 它会载入 pickle：文件里的代码不执行
@@ -185,6 +192,12 @@ def run_script(
     # 让 Hydra 把异常原样抛出，由下面统一压成一行
     os.environ["HYDRA_FULL_ERROR"] = "1"
     with one_line_each():
+        if HELP & set(sys.argv[1:]):
+            show(help_page(config_name))
+            return
+        if "--version" in sys.argv[1:]:
+            show(versions())
+            return
         with composing(config_name):
             flags, overrides, sweep = arranged(sys.argv[1:])
         _Script(config_name, task, before_sweep, overrides, sweep=sweep).run(flags)

@@ -33,11 +33,11 @@ class ServerConfig:
     host: str
     """Address; only this machine reaches 127.0.0.1."""
     port: int = number(0, 65535)
-    """0 takes a free one."""
+    """Port; 0 takes a free one."""
     token: str | None
     """Bearer token; required beyond loopback."""
     max_tokens: int = number(1, 10**7)
-    """Of each text."""
+    """Longest text."""
     max_prompt_chars: int = number(1, 10**9)
     """Characters, or ids, of each prompt."""
     max_texts: int = number(1, 10**6)
@@ -91,7 +91,7 @@ class SampleConfig:
     num_samples: int = number(1, 10**6)
     """Texts behind each prompt."""
     max_new_tokens: int = number(1, 10**7)
-    """Of each text."""
+    """Length of each text."""
     temperature: float = number(0, 100)
     """What logits are divided by; 0 is greedy."""
     stop: list[str]
