@@ -10,7 +10,7 @@ import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from nanogpt.base.language import show, shown, text
+from nanogpt.base.language import show, shown, text, wrapped
 
 
 class Console:
@@ -36,7 +36,7 @@ class Console:
 
     def line(self, message: str, **values) -> None:
         """Print a message of nanogpt.base.language."""
-        self.plain(text(message, **values))
+        self.plain(wrapped(text(message, **values), self._file))
 
     def plain(self, line: str) -> None:
         """Print a line, above the progress bar if there is one."""
@@ -80,22 +80,26 @@ class Console:
             task = bar.add_task(text(title), total=total, completed=done)
             yield lambda iteration: bar.update(task, completed=iteration)
 
-    def iteration(self, iteration: int, record: dict[str, float], device_type: str) -> None:
-        """The line of one log interval."""
-        val = text("val loss {val_loss:.4f}, ", val_loss=record["val/loss"]) if "val/loss" in record else ""
-        memory = text(
-            "vram" if device_type == "cuda" else "ram",
-            **{name: record[f"memory/{name}_gib"] for name in ("allocated", "reserved", "peak")},
-        )
+    def iteration(self, iteration: int, record: dict[str, float], device_type: str, *, best: float) -> None:
+        """The line of one log interval and, where it was evaluated, a second one; each fits into 80 columns."""
+        # 一行放不下的宁可另起一行：折成两截的行，竖着看不出走势
+        card = device_type == "cuda"
+        held = record["memory/reserved_gib" if card else "memory/allocated_gib"]
         speed = text(
-            "{speed:.0f} tokens/s, MFU {mfu:.2%}, ",
+            "{speed:.0f} tok/s, MFU {mfu:.1%}, ",
             speed=record["tokens_per_s"], mfu=record["mfu"],
         ) if "tokens_per_s" in record else ""
         self.line(
-            "iter {iteration}: train loss {train_loss}, {val}lr {lr:.2e}, {speed}{memory}",
-            iteration=iteration, train_loss=f"{record['train/loss']:.4f}", val=val, lr=record["learning_rate"],
-            speed=speed, memory=memory,
+            "iter {iteration}: loss {loss}, lr {lr:.2e}, {speed}{memory}",
+            iteration=iteration, loss=f"{record['train/loss']:.4f}", lr=record["learning_rate"], speed=speed,
+            memory=text("vram" if card else "ram", held=held),
         )
+        if "val/loss" in record:
+            self.line(
+                "iter {iteration}: val loss {val_loss:.4f}, best {best:.4f}, {memory}",
+                iteration=iteration, val_loss=record["val/loss"], best=best,
+                memory=text("vram_peak" if card else "ram_peak", peak=record["memory/peak_gib"]),
+            )
 
 
 def aligned(heads: Sequence[str], rows: Sequence[Sequence[str]], *, sides: str = "lr") -> list[str]:

@@ -10,8 +10,10 @@ import json
 import locale
 import os
 import re
+import shutil
 import sys
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
@@ -105,7 +107,42 @@ def show(written: str, *, file: TextIO | None = None, end: str = "\n") -> None:
 
 def say(message: str, **values) -> None:
     """Print a message on stderr."""
-    show(text(message, **values), file=sys.stderr)
+    line = text(message, **values)
+    # 错误里有可以照敲的命令：由终端自己折，复制出来才是一整行
+    show(line if message == "error" else wrapped(line, sys.stderr), file=sys.stderr)
+
+
+def joined(words: Iterable[str]) -> str:
+    """Words of a person's own, such as labels, as a list within a sentence."""
+    return ("、" if current_language() == "zh" else ", ").join(words)
+
+
+# 可以折行的一段：一个汉字，或一串没有空格的别的字；开口的标点跟着后面，闭合的跟着前面
+WIDE = "\u2e80-\u9fff\uff00-\uffef"
+PIECE = re.compile(f"( *)([（“「《]*(?:[{WIDE}]|[^ {WIDE}]+)[，。；：、！？）”」》…]*)")
+
+
+def wrapped(written: str, file: TextIO) -> str:
+    """A sentence as it stands on `file`: on a terminal broken between words, and indented from its second line on.
+
+    A line that begins with a space is a command, a table or a text, and stays whole.
+    """
+    if not file.isatty():
+        return written
+    from rich.cells import cell_len
+
+    # 正好写满一行时，老的 Windows 终端会多出一个空行
+    width, lines = shutil.get_terminal_size().columns - 1, []
+    for line in written.split("\n"):
+        rest, line = ("", line) if line.startswith(" ") else (line, "")
+        for space, piece in PIECE.findall(rest):
+            if line.strip() and cell_len(line + space + piece) > width:
+                lines.append(line)
+                line = "  " + piece
+            else:
+                line += space + piece
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def first_line(error: BaseException) -> str:
@@ -245,8 +282,10 @@ NAMED = {
     "run_in_use": "{path}: process {process} is training there; wait until it ends, or choose another out_dir",
     "peak_of_card": "the fastest matrix product seen on {name}",
     "peak_of_threads": "{threads} x the fastest one-thread matrix product seen on {name}",
-    "vram": "VRAM {allocated:.2f}GB (reserved {reserved:.2f}, peak {peak:.2f})",
-    "ram": "RAM {allocated:.2f}GB (peak {peak:.2f})",
+    "vram": "VRAM {held:.2f}GB",
+    "ram": "RAM {held:.2f}GB",
+    "vram_peak": "VRAM peak {peak:.2f}GB",
+    "ram_peak": "RAM peak {peak:.2f}GB",
     "progress": "training",
     "oom_final": (
         "out of memory in the {phase} with {rows} rows at a time, which cannot be divided further; add memory=lean, "

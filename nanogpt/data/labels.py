@@ -6,7 +6,7 @@
 
 import re
 
-from nanogpt.base.language import ConfigError
+from nanogpt.base.language import ConfigError, joined
 from nanogpt.data.tokenizer import END_OF_TEXT, BPETokenizer, ByteTokenizer, CharTokenizer, Labels, Tokenizer, from_dict
 
 # 文章可以有的标签种类
@@ -52,7 +52,7 @@ def _label_ids(tokenizer: Tokenizer, kind: str, name: str) -> tuple[int, ...]:
         return tuple(tokenizer.encode(word).tolist())
     except ConfigError:
         # 字符词表里多半没有 < 与 |：只能用它已有的标签
-        have = ", ".join(labels_in(special).get(kind, {})) or "-"
+        have = joined(labels_in(special).get(kind, {})) or "-"
         raise ConfigError(
             "{kind}={got}: the model of init_from has no token for this label and no characters to write it with; use "
             "its own labels ({have}), or train without init_from",

@@ -33,8 +33,7 @@ def show(plan: Plan, console: Console) -> None:
     """Print the table, the verdict and the speed of a plan."""
     cfg, line = plan.cfg, console.line
     line(
-        "plan: {model}, {parameters}, {precision}, memory={memory}, batch {batch} x {accum} x {block} tokens -> "
-        "{device}",
+        "plan: {model}, {parameters}, {precision}, memory={memory}, batch {batch} x {accum} x {block}, {device}",
         model=cfg.model.name, parameters=f"{plan.parameters / 1e6:.1f}M", precision=plan.precision,
         memory=cfg.groups.get("memory", "default"), batch=plan.batch_size, accum=plan.accumulation,
         block=cfg.model.block_size, device=plan.budget.name,
@@ -45,11 +44,11 @@ def show(plan: Plan, console: Console) -> None:
     if plan.ram:
         line("optimizer state in RAM: {gib:.2f} GiB", gib=plan.ram / GIB)
     line(
-        "{verdict}: {total:.2f} GiB of {budget:.2f} GiB (fits: within 95% of what the allocator may reserve)",
+        "{verdict}: {total:.2f} of {budget:.2f} GiB (fits: within 95% of what the allocator may reserve)",
         verdict=text(VERDICTS[plan.verdict]), total=plan.total / GIB, budget=plan.budget.total / GIB,
     )
     line(
-        "about {speed:,.0f} tokens/s, {step} per step, {wall} for {iters} iterations with evaluation",
+        "about {speed:,.0f} tokens/s, {step}/step, {wall} for {iters} iterations with evaluation",
         speed=plan.tokens_per_s, step=duration(plan.step_s), wall=duration(plan.train_s), iters=cfg.max_iters,
     )
     rates, kind = plan.rates, plan.budget.device_type

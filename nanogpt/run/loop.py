@@ -255,7 +255,8 @@ class Training(Trainer):
         self.interval = Interval()
         # NaN 不是合法的 JSON，也画不成曲线
         self.loggers.log(self.progress.iteration, {k: v for k, v in record.items() if math.isfinite(v)})
-        self.console.iteration(self.progress.iteration, record, self.device.type)
+        best = self.progress.best_val_loss
+        self.console.iteration(self.progress.iteration, record, self.device.type, best=best)
 
     def _write_sample(self) -> None:
         if distributed.rank():

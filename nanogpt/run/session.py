@@ -348,14 +348,17 @@ class Session:
                 )
         world = distributed.world()
         line(
-            "{model}: {parameters} parameters ({arch}), {precision} on {device}, {tokens:,} tokens per iteration "
-            "({batch} x {accum} x {block}{world})",
+            "{model}: {parameters} parameters ({arch}), {precision}, {device}, {tokens:,} tokens/iter ({batch} x "
+            "{accum} x {block}{world})",
             model=cfg.model.name, parameters=f"{trainer.model.parameter_count() / 1e6:.2f}M", arch=cfg.model.arch,
             precision=trainer.precision.label, device=self.device, tokens=trainer.global_rows * trainer.block_size,
             batch=trainer.micro_batch, accum=math.ceil(trainer.local_rows / trainer.micro_batch),
             block=trainer.block_size, world=f" x {world}" if world > 1 else "",
         )
-        line("MFU against {source}: {tflops:.2f} TFLOP/s", source=trainer.peak_source, tflops=trainer.peak)
+        line(
+            "MFU, the share of the peak that the model's products reach: 100% is {tflops:.2f} TFLOP/s, {source}",
+            source=trainer.peak_source, tflops=trainer.peak,
+        )
         every = self.data.val_windows(trainer.block_size, None)
         line(
             "validation: {tokens:,} of {total:,} tokens, the same ones every time",
@@ -399,7 +402,7 @@ class Session:
         if summary["stopped_by"] == "interrupted":
             again = command("run_train.py", *self._named("train"), override("resume", path))
             console.line(
-                "stopped at iteration {iteration}, saved; continue with: {command}",
+                "stopped at iteration {iteration}, saved; continue with:\n  {command}",
                 iteration=summary["iters"], command=again,
             )
             return
@@ -421,7 +424,7 @@ class Session:
         console.line("next:")
         for what, typed in self._next(summary, curves=curves).items():
             # 说明另起一行：cmd 与 zsh 不认行末的 #
-            console.plain(f"  {text(what)}:\n    {typed}")
+            console.line("  {what}:\n    {command}", what=text(what), command=typed)
 
     def _next(self, summary: dict, *, curves: bool) -> dict[str, str]:
         """What may be typed now: the name of what it does -> the command."""

@@ -48,7 +48,7 @@ def test_train_then_resume_then_move_to_another_machine(own_text):
     out, text = folder / "outputs/it's [1], a=b 小", folder / "novel (1), it's #2.txt"
     (folder / "my.txt").rename(text)
     done = run(folder, *overrides, f"dataset.path={text.name}", f"out_dir={out.relative_to(folder)}", "logger=tensorboard")
-    for expected in ("iter 4: train loss", "val loss", "lr ", "tokens/s, MFU", "RAM", "done: val loss", "logs/ (TensorBoard)"):
+    for expected in ("iter 4: loss", "val loss", "lr ", "tok/s, MFU", "RAM", "done: val loss", "logs/ (TensorBoard)"):
         assert expected in done.stdout
     assert done.stderr.count("\n") == 2 and "preparing the data set text_file" in done.stderr
     # 打印出来的命令，贴到 sh 里就能用
@@ -88,7 +88,7 @@ def test_an_existing_run_is_kept_unless_told_otherwise(own_text):
 
 
 def check_interrupted(folder, out):
-    assert "interrupted" in out and re.search(r"continue with: python \S*run_train.py resume=outputs/a\n", out)
+    assert "interrupted" in out and re.search(r"continue with:\n  python \S*run_train.py resume=outputs/a\n", out)
     stopped = json.loads((folder / "outputs/a/summary.json").read_text(encoding="utf-8"))
     assert stopped["stopped_by"] == "interrupted" and stopped["iters"] >= 3
     done = run(folder, "resume=outputs/a", f"max_iters={stopped['iters'] + 2}", "logger=none")
@@ -216,7 +216,7 @@ def test_errors_speak_chinese_when_asked(bad_folder):
 def test_the_chinese_log_line_has_the_promised_form(own_text):
     folder, overrides = own_text
     done = run(folder, *overrides, "max_iters=2", "lang=zh", "out_dir=outputs/zh")
-    pattern = r"迭代 2: 训练损失 \d\.\d{4}, 验证损失 \d\.\d{4}, 学习率 \d\.\d\de[-+]\d\d, 速度 \d+ tokens/s, MFU \d+\.\d\d%, 内存 \d+\.\d\dGB"
+    pattern = r"迭代 2：损失 \d\.\d{4}，lr \d\.\d\de[-+]\d\d，\d+ tok/s，MFU \d+\.\d%，内存 \d+\.\d\dGB\n迭代 2：验证损失 \d\.\d{4}，最好 \d\.\d{4}，内存峰值 "
     assert re.search(pattern, done.stdout), done.stdout
 
 
@@ -260,7 +260,7 @@ def test_a_terminal_shows_a_progress_bar(own_text):
             break
         shown += piece
     assert process.wait(30) == 0
-    assert b"ETA" in shown and b"4/4" in shown and b"iter 4: train loss" in shown
+    assert b"ETA" in shown and b"4/4" in shown and b"iter 4: loss" in shown
 
 
 def test_the_package_is_importable_without_the_repository_as_working_folder(tmp_path):

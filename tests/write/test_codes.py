@@ -103,7 +103,7 @@ def test_a_word_without_a_label_is_asked_for_as_with_prefix_and_said_once(capsys
     for _ in range(2):
         got = applied(tokens, "It", style="词", emotion="惊讶")
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "control.emotion=惊讶 is not a label" in err and "style: 五言绝句, 宋词; emotion: negative, positive" in err
+    assert err.count("\n") == 1 and "control.emotion=惊讶 is not a label" in err and "style: 五言绝句, 宋词 | emotion: negative, positive" in err
     assert got.labels == {"style": "宋词"} and got.prefix == "The mood of the following text: surprised.\n" and len(got.sampler.stages) == len(GREEDY.stages) + 1
     # 自由的词也只有这一行
     assert applied(tokens, "It", style="像鲁迅").prefix.startswith("The following text") and capsys.readouterr().err.count("\n") == 1

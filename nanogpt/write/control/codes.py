@@ -7,7 +7,7 @@
 from dataclasses import dataclass, replace
 
 from nanogpt.base.config import check_range
-from nanogpt.base.language import ConfigError
+from nanogpt.base.language import ConfigError, joined, text
 from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.write.control.prefixes import KINDS, PrefixControl, distinct, prefix, say_once, table
 from nanogpt.write.request import Request
@@ -73,7 +73,8 @@ class CodesControl:
 
     def _say(self, rest: PrefixControl, request: Request, labels: dict[str, str], tokenizer: Tokenizer) -> None:
         """What has no label, and whether the rest can ask for it; that guidance has nothing to strengthen."""
-        known = "; ".join(f"{kind}: {', '.join(listed)}" for kind, listed in tokenizer.labels.items())
+        known_labels = tokenizer.labels.items()
+        known = " | ".join(text("{kind}: {names}", kind=kind, names=joined(names)) for kind, names in known_labels)
         for kind in KINDS if known else ():
             if not (typed := getattr(rest, kind)):
                 continue

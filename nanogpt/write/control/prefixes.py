@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nanogpt.base.config import check_range
-from nanogpt.base.language import ConfigError, say
+from nanogpt.base.language import ConfigError, joined, say
 from nanogpt.base.parts import build_part
 from nanogpt.data.labels import LABEL_KINDS as KINDS
 from nanogpt.data.tokenizer import Tokenizer
@@ -138,7 +138,7 @@ class PrefixControl:
         label = self.label(kind, typed)
         if not label or not any(label.words.values()):
             listed = self.known(tokenizer)[kind]
-            known = ", ".join(n for n in listed if (found := self.label(kind, n)) and any(found.words.values()))
+            known = joined(n for n in listed if (found := self.label(kind, n)) and any(found.words.values()))
             if self.tells:
                 say_once(
                     "control.{kind}={got} is used as it is written, without words to lead the text to; those with "

@@ -4,7 +4,7 @@
 # command 每得到一部分就调用一次；这里只排版，不算任何数
 
 from nanogpt.base.console import aligned
-from nanogpt.base.language import text
+from nanogpt.base.language import joined, text
 
 # 没有标签的原因 -> 消息
 WHY = {
@@ -45,7 +45,7 @@ def result(record: dict) -> list[str]:
     for label, row in entry["labels"].items():
         missed = {name: count for name, count in row["judged"].items() if name != label}
         if missed:
-            found = ", ".join(f"{why(name)} {count}" for name, count in missed.items())
+            found = joined(f"{why(name)} {count}" for name, count in missed.items())
             lines.append("  " + text("{label} missed: {found}", label=label, found=found))
     lines += tune_line(entry["tunes"], real["tunes"])
     if entry["perplexity"] is not None:
