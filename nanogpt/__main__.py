@@ -2,6 +2,7 @@
 # 脚本仍在仓库顶层，人们在那里读；装成 wheel 后它们在包内的 shipped/
 """nanogpt train | sample | prepare …: the run scripts from any folder."""
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -13,6 +14,8 @@ from nanogpt.base.help import versions
 from nanogpt.base.language import language_from_arguments, set_language, show, text
 
 SCRIPTS = ("train", "sample")
+# 管理已有训练的命令：只在用到时导入
+COMMANDS = {"runs": "nanogpt.run.folders"}
 
 
 def main() -> None:
@@ -23,6 +26,8 @@ def main() -> None:
     if program in SCRIPTS:
         wiring = _wiring(program)
         run_script(program, wiring.main, wiring.before_sweep)
+    elif program in COMMANDS:
+        importlib.import_module(COMMANDS[program]).main()
     elif program == "prepare" and len(sys.argv) > 1:
         from nanogpt.data.corpus import run_prepare
 

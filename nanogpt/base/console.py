@@ -131,3 +131,37 @@ def aligned(heads: Sequence[str], rows: Sequence[Sequence[str]], *, sides: str =
             table.add_row(*(row[index] for index in part))
         console.print(table, crop=False)
     return [line.rstrip() for line in found.getvalue().rstrip("\n").split("\n")]
+
+
+# ---- 数怎样给人看 ----
+
+
+def file_size(size: float) -> str:
+    """A number of bytes, such as 34 MB."""
+    value, unit = scaled(size, ("B", "kB", "MB", "GB", "TB"))
+    return f"{value:.0f} {unit}" if value >= 10 or unit == "B" else f"{value:.1f} {unit}"
+
+
+def short(count: float | None) -> str:
+    """A number of tokens, such as 512k, or a dash."""
+    if count is None:
+        return "–"
+    value, unit = scaled(count, ("", "k", "M", "G", "T"))
+    return f"{value:.0f}{unit}" if value >= 100 or not unit else f"{value:.3g}{unit}"
+
+
+def scaled(value: float, units: Sequence[str]) -> tuple[float, str]:
+    """The value below 1000 and the unit that goes with it."""
+    step = 0
+    while value >= 999.5 and step < len(units) - 1:
+        value, step = value / 1000, step + 1
+    return value, units[step]
+
+
+def clock(seconds: float | None) -> str:
+    """A duration, such as 1:02:03, or a dash."""
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -92,3 +92,18 @@ def remove_stale(path: Path) -> None:
     with contextlib.suppress(OSError):
         if path.is_file() and (lock := Lock(path)).take():
             lock.release(remove=True)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock `path`; makes no file and leaves the name of its holder in it."""
+    from filelock import FileLock, Timeout
+
+    with contextlib.suppress(OSError):
+        try:
+            # 只问一下：不签名，拿到也马上放开
+            if path.is_file():
+                with FileLock(path, timeout=0, thread_local=False, preserve_lock_file=True):
+                    return False
+        except Timeout:
+            return True
+    return False

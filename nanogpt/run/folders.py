@@ -1,0 +1,339 @@
+"""What is known of run folders, from their small files alone, and the list of them: `nanogpt runs`.
+
+Needs no torch.
+"""
+
+# 已有的训练：看 config.yaml、summary.json、metrics.jsonl 与占的地方，不看权重，所以几十个目录也只要一会儿
+# look 读一个目录，find 找出一个文件夹里的全部，main 就是 nanogpt runs；compare 与 clean 也由此认识目录
+# 坏了的、早先版本的、正在训练的都列出来，知道多少说多少：列表是人去找丢了的东西的地方，不能自己先停下
+# 正在写的一方不受打扰：只读，锁只问一下
+
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanogpt.base.console import aligned, clock, file_size, short
+from nanogpt.base.errors import Arguments, forgive_output, one_line_each
+from nanogpt.base.hashed_json import DamagedError, read_object
+from nanogpt.base.language import ConfigError, language_from_arguments, set_language, show, text
+from nanogpt.base.lock import is_held
+from nanogpt.base.quoting import command
+from nanogpt.base.run_names import OUTPUTS, is_latest, locate, recorded
+from nanogpt.base.saved_config import read_saved
+from nanogpt.run.rundir import LOCK
+
+# 扫描的训练在 outputs/sweeps/<时间>/<任务> 里
+DEPTH = 3
+# 没有走完也没有坏的，都叫停下的
+STATES = {
+    "running": "state_running", "finished": "state_finished", "stopped": "state_stopped", "empty": "state_empty",
+    "damaged": "state_damaged",
+}
+ENDED = ("finished", "early_stop", "target_reached")
+COLUMNS = (
+    "column_run", "column_loss", "column_tokens", "column_took", "column_size", "column_state", "column_model",
+    "column_data", "column_bpb",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run folder as its small files describe it; None where they say nothing."""
+
+    # 数都来自文件，文件可能坏了、旧了、是陌生人的：不是有限数的就当没有
+
+    path: Path
+    settings: dict[str, Any]
+    """The saved config: dotted key -> value; empty where it cannot be read."""
+    summary: dict[str, Any]
+    """summary.json; empty before the run has ended once."""
+    curve: list[dict[str, float]] = field(repr=False)
+    """The records of metrics.jsonl by iteration; those that a resume has given up are left out."""
+    running: bool
+    size: int
+    """Bytes on the disk."""
+    changed: float
+    """When it was written to last, seconds since 1970."""
+    checkpoints: int
+    problem: str = ""
+
+    @property
+    def model(self) -> str:
+        return str(self.settings.get("model.name", "?"))
+
+    @property
+    def data(self) -> str:
+        return str(self.settings.get("dataset.name", "?"))
+
+    @property
+    def state(self) -> str:
+        """One of STATES."""
+        if self.running:
+            return "running"
+        if not self.checkpoints:
+            return "empty"
+        if self.problem:
+            return "damaged"
+        # 后来又接着训、没走完的，summary 是从前的
+        over = self.summary.get("stopped_by") in ENDED and self.summary.get("iters", 0) >= self.last("iteration", 0)
+        return "finished" if over else "stopped"
+
+    def last(self, name: str, nothing: float | None = None) -> float | None:
+        """The latest value of a metric."""
+        return next((record[name] for record in reversed(self.curve) if name in record), nothing)
+
+    def values(self, name: str) -> list[tuple[float, float]]:
+        """(iteration, value) of a metric."""
+        return [(record["iteration"], record[name]) for record in self.curve if name in record]
+
+    @property
+    def tokens(self) -> float | None:
+        return self.last("tokens", number(self.summary.get("tokens")))
+
+    @property
+    def loss(self) -> float | None:
+        """The best validation loss."""
+        return self._best("val/loss", "best_val_loss")
+
+    @property
+    def bpb(self) -> float | None:
+        """The best validation loss in bits per byte."""
+        return self._best("val/bpb", "best_val_bpb")
+
+    def _best(self, metric: str, summed_up: str) -> float | None:
+        told = number(self.summary.get(summed_up))
+        return min([value for _, value in self.values(metric)] + [told] * (told is not None), default=None)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return number(self.summary.get("tokens_per_s"), self.last("tokens_per_s"))
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it trained, evaluations left out where it was resumed or never ended."""
+        told = [number(self.summary.get(name)) for name in ("wall_s", "train_s")]
+        counted, before = 0.0, 0.0
+        for record in self.curve:
+            if record.get("tokens_per_s") and "tokens" in record:
+                counted += max(0.0, record["tokens"] - before) / record["tokens_per_s"]
+                before = record["tokens"]
+        return max([counted or None, *told], key=lambda value: value or 0.0)
+
+
+def number(value: Any, nothing: float | None = None) -> float | None:
+    """A finite number as it is; anything else counts as none."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if usable else nothing
+
+
+# ---- 读一个目录 ----
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is that of a run."""
+    names = ("run.json", "ckpt", "metrics.jsonl")
+    return (path / "run.json").is_file() or (path / "ckpt").is_dir() or (
+        (path / "config.yaml").is_file() and any((path / name).exists() for name in names)
+    )
+
+
+def look(path: Path) -> Run:
+    """What the small files of a run folder say; never raises for what is in them."""
+    settings, problem = _settings(path)
+    try:
+        summary = read_object(path / "summary.json")
+    except DamagedError:
+        # 还没走完的没有它；坏了的，数都在 metrics.jsonl 里
+        summary = {}
+    # 锁不算：问它一下也会改动时间
+    found = [p.stat() for p in _files(path) if p != path / LOCK]
+    named = [p for p in (path / "ckpt").glob("iter_*") if re.fullmatch(r"iter_\d+", p.name)]
+    return Run(
+        path, settings, summary, _curve(path / "metrics.jsonl"), running=is_held(path / LOCK),
+        size=sum(stat.st_size for stat in found), changed=max((stat.st_mtime for stat in found), default=0.0),
+        checkpoints=len(named), problem=problem,
+    )
+
+
+def _files(path: Path) -> Iterator[Path]:
+    for folder, _, names in os.walk(path):
+        # 训练着的随时在删：看到时还在的才算
+        yield from (p for p in (Path(folder, name) for name in names) if p.is_file() and not p.is_symlink())
+
+
+def _settings(path: Path) -> tuple[dict[str, Any], str]:
+    """(the saved config by dotted keys, why it cannot be read)."""
+    try:
+        return dict(_dotted(read_saved((path / "config.yaml").read_text(encoding="utf-8")))), ""
+    except (OSError, ValueError) as error:
+        problem = str(error) if isinstance(error, DamagedError) else f"config.yaml: {type(error).__name__}"
+    try:
+        return dict(_dotted(read_saved(recorded(path).config_text))), ""
+    except DamagedError:
+        return {}, problem
+
+
+def _dotted(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _curve(file: Path) -> list[dict[str, float]]:
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError:
+        return []
+    found: dict[float, dict[str, float]] = {}
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            # 被杀在半行的，正写着的
+            continue
+        if not isinstance(record, dict) or (iteration := number(record.get("iteration"))) is None:
+            continue
+        if record.get("event") == "resume":
+            # 从更早的接着训：之后的那一段已放弃
+            found = {at: values for at, values in found.items() if at <= iteration}
+        else:
+            values = {key: value for key, value in record.items() if number(value) is not None}
+            found.setdefault(iteration, {}).update(values)
+    return [found[at] for at in sorted(found)]
+
+
+# ---- 找目录 ----
+
+
+def find(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
+    """The run folders in `folder`, itself included, not deeper than `depth`."""
+    if is_run(folder):
+        yield folder
+    elif depth:
+        try:
+            inside = sorted(p for p in folder.iterdir() if p.is_dir() and not p.is_symlink() and p.name[0] != ".")
+        except OSError:
+            return
+        for path in inside:
+            yield from find(path, depth - 1)
+
+
+def named(words: Sequence[str]) -> list[Path]:
+    """The run folders that a person means: folders of runs, `latest`, runs themselves; all of outputs/ for none."""
+    found: dict[Path, None] = {}
+    for word in words or [str(OUTPUTS)]:
+        if is_latest(word):
+            found[locate(word, key="runs")] = None
+            continue
+        # 只写名字的，多半在 outputs/ 里
+        path = next((p for p in (Path(word).expanduser(), OUTPUTS / word) if p.is_dir()), None)
+        if path is None and words:
+            raise ConfigError("{path}: there is no such folder; `nanogpt runs` lists those in outputs/", path=word)
+        found |= dict.fromkeys(find(path) if path else ())
+    return list(found)
+
+
+# ---- 列出来 ----
+
+
+def matching(runs: Iterable[Run], filters: Sequence[str]) -> list[Run]:
+    """The runs whose settings are as every key=value says; model and dataset mean their names."""
+    chosen = list(runs)
+    for typed in filters:
+        key, equals, wanted = typed.partition("=")
+        if not equals:
+            raise ConfigError("--filter {got}: write it as key=value, for example model=tiny", got=typed)
+        keys = {run: _key(run, key) for run in chosen}
+        if chosen and not any(keys.values()):
+            raise ConfigError(
+                "--filter {got}: none of the runs has {key}; take a key of config.yaml, for example model, dataset, "
+                "learning_rate or model.n_layer",
+                got=typed, key=key,
+            )
+        chosen = [run for run, own in keys.items() if own and _same(run.settings[own], wanted)]
+    return chosen
+
+
+def _key(run: Run, typed: str) -> str | None:
+    """The key of the saved config that is meant, or None where the run has none."""
+    name = {"model": "model.name", "dataset": "dataset.name"}.get(typed, typed)
+    return next((key for key in (name, f"groups.{name}") if key in run.settings), None)
+
+
+def _same(value: Any, wanted: str) -> bool:
+    try:
+        return math.isclose(float(wanted), value)
+    except (TypeError, ValueError):
+        return str("null" if value is None else value).lower() == wanted.lower()
+
+
+ORDERS = {
+    "time": lambda run: (-run.changed,),
+    "loss": lambda run: (run.loss is None, run.loss),
+    "size": lambda run: (-run.size,),
+    "name": lambda run: (run.path.as_posix(),),
+}
+
+
+def table(runs: Sequence[Run]) -> list[str]:
+    """The runs as the lines of a table; columns of which a name says everything are left out."""
+    rows = [[
+        shown_name(run), told(run.loss, ".4f"), short(run.tokens), clock(run.seconds), file_size(run.size),
+        text(STATES[run.state]), run.model, run.data, told(run.bpb, ".3f"),
+    ] for run in runs]
+    kept = list(range(len(COLUMNS)))
+    if all(run.path.name.startswith(f"{run.data}-{run.model}-") for run in runs):
+        # 默认的名字就是这两样：80 列才放得下其余的
+        kept = [i for i in kept if COLUMNS[i] not in ("column_model", "column_data")]
+    if not any(run.bpb for run in runs):
+        kept.remove(COLUMNS.index("column_bpb"))
+    heads = [text(COLUMNS[i]) for i in kept]
+    return aligned(heads, [[row[i] for i in kept] for row in rows], sides="lrrrrl")
+
+
+def shown_name(run: Run) -> str:
+    """The path as it may be typed again, without the outputs/ that is understood."""
+    return (run.path.relative_to(OUTPUTS) if run.path.is_relative_to(OUTPUTS) else run.path).as_posix()
+
+
+def told(value: float | None, form: str) -> str:
+    """A number, or a dash where there is none."""
+    return "–" if value is None else format(value, form)
+
+
+def parser() -> Arguments:
+    """The parser of `nanogpt runs`."""
+    program = Arguments(prog="nanogpt runs", description=text("List the trainings in outputs/ or in other folders"))
+    program.add_argument("folders", nargs="*", metavar="FOLDER", help=text("run folders, or folders of them"))
+    program.add_argument("--sort", choices=ORDERS, default="time", help=text("time: the newest first"))
+    program.add_argument(
+        "--filter", action="append", default=[], metavar="KEY=VALUE", help=text("such as model=tiny or dataset=NAME")
+    )
+    return program
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line of `nanogpt runs`; exit code 2 on a mistake."""
+    forgive_output()
+    words = sys.argv[1:] if arguments is None else arguments
+    set_language(language_from_arguments(words))
+    with one_line_each():
+        typed = parser().parse_args([word for word in words if not word.startswith("lang=")])
+        runs = matching(map(look, named(typed.folders)), typed.filter)
+        if not runs:
+            show(text("no runs here; begin with: {command}", command=command("run_train.py")))
+            return
+        for line in table(sorted(runs, key=ORDERS[typed.sort])):
+            show(line)
+        show(text("{count} found, {size}", count=len(runs), size=file_size(sum(run.size for run in runs))))
+        for run in runs:
+            if run.state == "damaged":
+                show(f"{shown_name(run)}: {run.problem}")
