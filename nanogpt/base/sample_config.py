@@ -6,6 +6,7 @@
 # 两个 schema 由 register_schemas 交给 Hydra：拼写错的键、不对的类型在拼的时候就报
 
 import ipaddress
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,6 @@ from nanogpt.base.config import (
     number,
 )
 from nanogpt.base.language import ConfigError
-from nanogpt.base.value_checks import expanded
 
 
 @dataclass(kw_only=True)
@@ -165,7 +165,7 @@ FROM_FILE = "FILE:"
 
 def file_of(start: str) -> Path:
     """The file named by a prompt FILE:…"""
-    return Path(expanded(start.removeprefix(FROM_FILE)))
+    return Path(os.path.expanduser(start.removeprefix(FROM_FILE)))
 
 
 def check_files(cfg: SampleConfig) -> None:

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from nanogpt.base.config import MemoryConfig, TrainConfig, check
 from nanogpt.base.console import Console
 from nanogpt.base.language import ConfigError, text
-from nanogpt.plan.matrix import memory_options
 from nanogpt.plan.plan import TIGHT, Plan, Planner
+from nanogpt.weights.build import memory_options
 
 LINES = 5
 SECONDS = 25.0

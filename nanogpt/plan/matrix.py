@@ -5,18 +5,16 @@
 # show 由 plan/show 的 run_plan 调用；每个模型算完就打印，不必等整张表
 
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import groupby
 
-import yaml
-
-from nanogpt.base.config import ROOT, HardwareConfig, MemoryConfig, PrecisionConfig, TrainConfig
+from nanogpt.base.config import HardwareConfig, MemoryConfig, PrecisionConfig, TrainConfig
 from nanogpt.base.console import Console
 from nanogpt.base.hardware import REFERENCE, cards
 from nanogpt.base.language import say
 from nanogpt.plan.filled_config import GPT2_VOCAB
 from nanogpt.plan.plan import BATCHES, Planner
-from nanogpt.weights.build import preset, preset_names, typed_node
+from nanogpt.weights.build import memory_options, preset, preset_names
 
 MAX_TOKENS = 2**15
 """Tokens per micro-batch beyond which nothing is gained, so that nothing is tried."""
@@ -39,19 +37,6 @@ def memories(cfg: TrainConfig) -> dict[str, MemoryConfig]:
     options = memory_options()
     names = list(options)
     return {name: options[name] for name in (*names[:2], names[-1])}
-
-
-def memory_options() -> dict[str, MemoryConfig]:
-    """All options of conf/memory, the default first, then from cheap to thorough."""
-    files = sorted((ROOT / "conf" / "memory").glob("*.yaml"))
-    nodes = {file.stem: typed_node(MemoryConfig, yaml.safe_load(file.read_text(encoding="utf-8"))) for file in files}
-
-    def thoroughness(name: str) -> tuple[bool, int]:
-        # 逐个参数裁剪、不能累积的，训练本身也变了：放在最后；其余按改动了几项
-        changed = [field for field in fields(MemoryConfig) if getattr(nodes[name], field.name) != field.default]
-        return nodes[name].optimizer_in_backward, len(changed)
-
-    return {name: nodes[name] for name in sorted(nodes, key=thoroughness)}
 
 
 def rows(cfg: TrainConfig) -> Iterator[tuple[str, str, str, dict[str, int | None]]]:

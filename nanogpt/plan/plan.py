@@ -5,6 +5,7 @@
 # predict 是最短的入口；show、advice、matrix、autopsy、sweep 都从这里拿结果
 # 放得下的意思是：分配器模型在容量的 95% 之内走得完
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -16,7 +17,7 @@ from nanogpt.core import distributed
 from nanogpt.plan.allocator import Replay, replay
 from nanogpt.plan.budget import Budget, budget_for
 from nanogpt.plan.filled_config import settled
-from nanogpt.plan.roofline import Rates, rates_of, step_seconds
+from nanogpt.plan.roofline import Rates, rates_of
 from nanogpt.plan.trace import Shape, Trace, trace
 from nanogpt.run.loop import share_batch
 
@@ -265,6 +266,16 @@ class Planner:
         batches = cfg.eval_tokens / (traced.shape.eval_rows * cfg.model.block_size)
         times = -(-cfg.max_iters // cfg.eval_interval)
         return times * batches * self.rates.seconds(traced.ops["evaluate"])
+
+
+def step_seconds(traced: Trace, rates: Rates, rows: int) -> float:
+    """One optimizer step over `rows` sequences in micro-batches of traced.shape.rows."""
+    first = rates.seconds(traced.ops["steady_micro_0"])
+    later = rates.seconds(traced.ops.get("steady_micro_1", Counter())) or first
+    micro_batches = rows / traced.shape.rows
+    # 最后一个微批可以不满：按行数折算
+    update = rates.seconds(traced.ops["steady_update"])
+    return first * min(1.0, micro_batches) + later * max(0.0, micro_batches - 1) + update
 
 
 def predict(cfg: TrainConfig, overrides: list[str] | None = None) -> Plan:

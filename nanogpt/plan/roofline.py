@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from nanogpt.base.config import HardwareConfig
 from nanogpt.base.hardware import peak_tflops_of, present_card, reference
 from nanogpt.plan.budget import Budget
-from nanogpt.plan.trace import Trace
 from nanogpt.run.metrics import measured_peak
 
 PCIE_GB_PER_S = 12.0
@@ -108,13 +107,3 @@ def copy_bandwidth(device) -> float:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * COPY_BYTES / best / 1e9
-
-
-def step_seconds(trace: Trace, rates: Rates, rows: int) -> float:
-    """One optimizer step over `rows` sequences in micro-batches of trace.shape.rows."""
-    first = rates.seconds(trace.ops["steady_micro_0"])
-    later = rates.seconds(trace.ops.get("steady_micro_1", Counter())) or first
-    micro_batches = rows / trace.shape.rows
-    # 最后一个微批可以不满：按行数折算
-    update = rates.seconds(trace.ops["steady_update"])
-    return first * min(1.0, micro_batches) + later * max(0.0, micro_batches - 1) + update

@@ -8,14 +8,14 @@
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nanogpt.base.config import ROOT, FinetuneConfig, ModelConfig, TrainConfig, check_model
+from nanogpt.base.config import ROOT, FinetuneConfig, MemoryConfig, ModelConfig, TrainConfig, check_model
 from nanogpt.base.hardware import GIB, free_ram
 from nanogpt.base.hashed_json import DamagedError, reason_of
 from nanogpt.base.language import ConfigError
@@ -208,6 +208,19 @@ def typed_node(schema: type, node: dict) -> Any:
 def preset_names() -> list[str]:
     """Names of all model presets in conf/model."""
     return sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
+
+
+def memory_options() -> dict[str, MemoryConfig]:
+    """All options of conf/memory, the default first, then from cheap to thorough."""
+    files = sorted((ROOT / "conf" / "memory").glob("*.yaml"))
+    nodes = {file.stem: typed_node(MemoryConfig, yaml.safe_load(file.read_text(encoding="utf-8"))) for file in files}
+
+    def thoroughness(name: str) -> tuple[bool, int]:
+        # 逐个参数裁剪、不能累积的，训练本身也变了：放在最后；其余按改动了几项
+        changed = [field for field in fields(MemoryConfig) if getattr(nodes[name], field.name) != field.default]
+        return nodes[name].optimizer_in_backward, len(changed)
+
+    return {name: nodes[name] for name in sorted(nodes, key=thoroughness)}
 
 
 def preset(name: str, arch: str | None = None, /, **changes) -> ModelConfig:

@@ -14,8 +14,8 @@ from nanogpt.base.language import ConfigError
 from nanogpt.plan import advice, filled_config, matrix
 from nanogpt.plan.allocator import replay
 from nanogpt.plan.budget import budget_for
-from nanogpt.plan.plan import TIGHT, Planner, predict, with_workspace
-from nanogpt.plan.roofline import rates_of, step_seconds
+from nanogpt.plan.plan import TIGHT, Planner, predict, step_seconds, with_workspace
+from nanogpt.plan.roofline import rates_of
 from nanogpt.plan.show import duration, run_plan, table
 
 SMALL = (
