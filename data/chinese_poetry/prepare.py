@@ -7,7 +7,7 @@ poem is left out whole: in these forms a missing character is a fault.
 # 带体裁标签的中文诗词曲（dataset=chinese_poetry）：四种近体诗、宋词、元曲，来自 npm 包 chinese-poetry
 # 读 tarball -> 清理（注、残缺、异体字、繁体）-> 认体裁 -> 去重切分 -> 去掉生僻字 -> 写成文章的数据集
 # 清理宁可整首不要：格律里少一个字就是错，模型会学去
-# 格式（FORMS）与评判共用一份，所以从 write/judge 取
+# 体裁的名字与格式（data/labels）与评判共用一份
 
 import json
 import re
@@ -18,9 +18,9 @@ from pathlib import Path
 from nanogpt.data import assets
 from nanogpt.data.corpus import check_tokenizer, tokenizer_for
 from nanogpt.data.documents import Document, write_documents
+from nanogpt.data.labels import CI, FORMS, QU
 from nanogpt.data.splitting import split_documents, without_rare
 from nanogpt.data.tokenizer import Tokenizer
-from nanogpt.write.judge.judges import CI, FORMS, QU
 
 # 一成五留给评判：生成与评判用的诗没有一联相同
 FRACTIONS = {"train": 0.80, "val": 0.05, "judge": 0.15}

@@ -114,6 +114,14 @@ def open_data(folder: Path, label_dropout: float = 0.0) -> TokenData:
     return DocumentData(folder, label_dropout) if "documents" in read_meta(Path(folder)) else TokenData(folder)
 
 
+def read_judge_part(folder: Path) -> list[Document]:
+    """The texts of a data set that no training sees."""
+    path = folder / JUDGE
+    if not path.is_file():
+        return []
+    return [Document(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
 @dataclass
 class Pieces:
     """What a split is cut into for one block_size, and how rows are filled.

@@ -13,6 +13,9 @@ from nanogpt.data.tokenizer import END_OF_TEXT, BPETokenizer, ByteTokenizer, Cha
 LABEL_KINDS = ("style", "emotion")
 # 标签 token 的写法；由它也能从别人保存的词表里认出标签
 LABEL = re.compile(rf"<\|({'|'.join(LABEL_KINDS)}):(.+)\|>")
+# 诗词曲的体裁：段数与每段字数 -> 近体诗的四种；数据集与评判认的是同一套
+FORMS = {(4, 5): "五言绝句", (4, 7): "七言绝句", (8, 5): "五言律诗", (8, 7): "七言律诗"}
+CI, QU = "宋词", "元曲"
 
 
 def label_word(kind: str, name: str) -> str:

@@ -30,13 +30,13 @@ from nanogpt.base.groups import option
 from nanogpt.base.language import ConfigError
 from nanogpt.base.sample_config import SampleConfig
 from nanogpt.data import corpus
-from nanogpt.data.documents import Document, DocumentData, open_data
-from nanogpt.data.labels import LABEL_KINDS
+from nanogpt.data.documents import Document, DocumentData, open_data, read_judge_part
+from nanogpt.data.labels import CI, LABEL_KINDS
 from nanogpt.data.tokens import find_prepared
 from nanogpt.run.summary import device_name, versions
 from nanogpt.weights import checkpoint
 from nanogpt.write.control.prefixes import language_of
-from nanogpt.write.judge.judges import CI, Judge, Verdict, build_judge, lengths, read_judge_part
+from nanogpt.write.judge.judges import Judge, Verdict, build_judge, lengths
 from nanogpt.write.judge.measures import COPY, TrainingTexts, distinct, mean_share, share, without_space
 from nanogpt.write.loading import Model, Settings, open_model
 from nanogpt.write.request import Result

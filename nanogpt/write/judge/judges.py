@@ -11,23 +11,19 @@ however well its form or its words would do.
 # build_judge 是入口，evaluate 用它；打转重复的文字不论标签都算没有
 
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
 from nanogpt.base.language import ConfigError
-from nanogpt.data.documents import JUDGE, Document
+from nanogpt.data.documents import Document
+from nanogpt.data.labels import CI, FORMS, QU
 from nanogpt.write.judge.measures import HAN, is_chinese, share
 
-# 段数与每段字数 -> 近体诗的四种
-FORMS = {(4, 5): "五言绝句", (4, 7): "七言绝句", (8, 5): "五言律诗", (8, 7): "七言律诗"}
-CI, QU = "宋词", "元曲"
 POETRY = {*FORMS.values(), CI, QU}
 
 # 没有标签的原因
@@ -284,14 +280,6 @@ def parted(documents: Sequence[Document], kind: str) -> tuple[list[Document], li
         before[label] += 1
         parts[5 * before[label] <= counts[label]].append(document)
     return parts
-
-
-def read_judge_part(folder: Path) -> list[Document]:
-    """The texts of a data set that no training sees."""
-    path = folder / JUDGE
-    if not path.is_file():
-        return []
-    return [Document(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def build_judge(kind: str, labels: Sequence[str], documents: Sequence[Document]) -> tuple[Judge, dict[str, dict]]:
