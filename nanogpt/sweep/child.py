@@ -214,7 +214,8 @@ def measure(
             return
     if device.type == "cpu":
         # 显存由分配器封顶；内存由操作系统封顶，父进程再看一道
-        emit(limit=limit(budget), watch_gib=budget)
+        limit(budget)
+        emit(watch_gib=budget)
     _forget_peak()
     emit(phase="build")
     trainer = session.build_trainer(Loggers([]), TrialTrainer)
