@@ -12,9 +12,6 @@ from typing import Any
 from nanogpt.base.files import write_text
 from nanogpt.base.language import text
 
-# 正常的不过几 KB；再大的不读进内存
-MOST_BYTES = 16 * 2**20
-
 
 class DamagedError(ValueError):
     """Why a file cannot be used, in a few words."""
@@ -61,16 +58,14 @@ def read_sealed(path: Path, newest: int) -> dict[str, Any]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A json object of moderate size; DamagedError says what is wrong."""
+    """A json object; DamagedError says what is wrong."""
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise DamagedError(f"{path.name}: larger than {MOST_BYTES // 2**20} MiB")
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DamagedError(f"{path.name}: missing") from None
     except (OSError, ValueError, RecursionError) as error:
         # 嵌套几万层的 json 会用尽解释器的栈
-        raise error if isinstance(error, DamagedError) else DamagedError(f"{path.name}: {reason_of(error)}") from None
+        raise DamagedError(f"{path.name}: {reason_of(error)}") from None
     if not isinstance(values, dict):
         raise DamagedError(f"{path.name}: not an object")
     return values

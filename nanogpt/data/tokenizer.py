@@ -8,7 +8,7 @@ never produces them; decoded by a character or byte vocabulary they leave nothin
 # 四个类的接口相同（encode、decode、stream、word、to_dict），训练、写作、服务都不问是哪一种
 # 逐个 id 地解码要等一个字的字节齐了才吐（stream）：直接 decode 半个汉字会打出 �
 # encode 从不产生特殊 token（结尾与标签）：文字里写着 <|endoftext|>，也只是普通文字
-# 文件可能来自陌生人：load 先核对大小与正则
+# 文件可能来自陌生人：load 先核对正则
 
 import base64
 import codecs
@@ -27,8 +27,6 @@ from nanogpt.base.language import ConfigError, text
 from nanogpt.data import assets
 
 KINDS = ("char", "byte", "gpt2", "bpe", "auto")
-# 最大的词表（几十万条 BPE）也只有几十 MB
-MOST_BYTES = 256 * 2**20
 
 # GPT-2 的预切分规则：缩写、词、数字、标点、空白（Radford et al. 2019 的公开实现）
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -447,8 +445,6 @@ def save(tokenizer: Tokenizer, path: Path) -> None:
 def load(path: Path) -> Tokenizer:
     """Read what save wrote; ConfigError if the file holds anything else."""
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ValueError(f"larger than {MOST_BYTES // 2**20} MiB")
         saved = json.loads(path.read_text(encoding="utf-8"))
         if saved["kind"] == "bpe" and saved["pattern"] != GPT2_PATTERN:
             # 我们只写这一种；别人写的正则可以让切分卡上几个小时

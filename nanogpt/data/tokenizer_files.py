@@ -3,7 +3,7 @@
 # Hugging Face 文件夹里的词表与我们的互换：tokenizer.json、vocab.json + merges.txt、BERT 的 vocab.txt
 # 读：与 GPT-2 完全同类的字节级 BPE 换成 BPETokenizer（快），其余原样交给 LibraryTokenizer
 # 写（导出用）：同样的 id、同样的文字；BPE 的合并规则由 ranks 反推出来（merges_of）
-# 文件来自陌生人：先限大小，任何异常都说成“文件坏了”
+# 文件来自陌生人：任何异常都说成“文件坏了”
 
 import json
 from pathlib import Path
@@ -28,7 +28,6 @@ from nanogpt.data.tokenizer import (
 GPT2_SIZES = (50257, 50304)
 # 没有说明文件时，结束符常用的几种写法
 END_WORDS = (END_OF_TEXT, "</s>", "[SEP]")
-MOST_BYTES = 128 * 2**20
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
@@ -57,15 +56,8 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     return found
 
 
-def _text(path: Path) -> str:
-    # 最大的词表几十 MB；再大的读进来要占许多倍的内存
-    if path.stat().st_size > MOST_BYTES:
-        raise ValueError(f"{path.name} is larger than {MOST_BYTES // 2**20} MiB")
-    return path.read_text(encoding="utf-8")
-
-
 def _json(path: Path) -> dict:
-    return json.loads(_text(path)) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _read(folder: Path) -> Tokenizer | None:
@@ -100,14 +92,14 @@ def _end_word(described: dict, settings: dict) -> str | None:
 def _from_merges(folder: Path) -> dict:
     """The json that the tokenizers library would write for GPT-2's old pair of files."""
     vocab = _json(folder / "vocab.json")
-    lines = _text(folder / "merges.txt").split("\n")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     return byte_level_json(vocab, merges, {END_OF_TEXT: vocab[END_OF_TEXT]} if END_OF_TEXT in vocab else {})
 
 
 def _from_word_pieces(path: Path, lower: bool) -> dict:
     """BERT's vocab.txt, which many Chinese GPT-2 models use, as the json of the tokenizers library."""
-    words = _text(path).split("\n")
+    words = path.read_text(encoding="utf-8").split("\n")
     vocab = {word.strip("\r"): i for i, word in enumerate(words) if word.strip("\r")}
     special = [w for w in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if w in vocab]
     return {

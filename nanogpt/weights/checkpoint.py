@@ -35,8 +35,6 @@ FORMAT = 4
 FILES = ("model.safetensors", "state.safetensors", "state.json", "config.yaml", "tokenizer.json")
 FILES_1 = ("model.safetensors", "state.pt", "config.yaml", "tokenizer.json")
 NAME = re.compile(r"iter_(\d{8,12})")
-# config.yaml 不过几 KB；state.json 每个张量几十字节
-MOST_TEXT_BYTES = 64 * 2**20
 # 内容合不上时，读的一方会抛出这些
 UNFIT = (*UNREADABLE, KeyError, IndexError, AttributeError, RecursionError)
 
@@ -82,8 +80,6 @@ class Checkpoint:
 
     def _text(self, file: str) -> str:
         try:
-            if (self.folder / file).stat().st_size > MOST_TEXT_BYTES:
-                raise ValueError("too large")
             return (self.folder / file).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise self.damaged(f"{file}: {reason_of(error)}") from None

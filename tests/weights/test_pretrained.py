@@ -216,8 +216,9 @@ class Bomb:
 
 
 def test_files_that_carry_code_are_refused_and_run_nothing(folder, in_tmp):
-    with pytest.raises(ValueError, match="not plain data"):
-        nanogpt_checkpoint.plain_pickle(pickle.dumps({"itos": Bomb()}))
+    Path("meta.pkl").write_bytes(pickle.dumps({"itos": Bomb()}))
+    with pytest.raises(ConfigError, match="not plain data"):
+        nanogpt_checkpoint.read_characters(Path("meta.pkl"), 1)
     torch.save({"model": {}, "model_args": Bomb()}, "ckpt.pt")
     (folder / "model.safetensors").unlink()
     torch.save({"transformer.wte.weight": Bomb()}, folder / "pytorch_model.bin")
@@ -364,15 +365,6 @@ def test_a_mirror_of_the_hub_that_is_not_https_is_not_asked(monkeypatch, in_tmp)
     monkeypatch.setattr(library.constants, "ENDPOINT", "http://me:secret@mirror.example")
     with pytest.raises(ConfigError, match="HF_ENDPOINT=http://mirror.example is not https"):
         open_pretrained("gpt2")
-
-
-@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
-def test_a_giant_json_is_not_read_into_memory(folder, file):
-    # 稀疏文件：只有长度，没有内容
-    with (folder / file).open("r+b") as opened:
-        opened.truncate(2**34)
-    with pytest.raises(ConfigError, match="larger than .* MiB"):
-        open_pretrained(str(folder))
 
 
 def test_without_the_package_the_line_names_it_and_the_other_ways(monkeypatch, in_tmp):
