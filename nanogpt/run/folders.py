@@ -24,6 +24,7 @@ from nanogpt.base.hashed_json import DamagedError, read_object
 from nanogpt.base.language import ConfigError, language_from_arguments, set_language, show, text
 from nanogpt.base.lock import is_held
 from nanogpt.base.quoting import command
+from nanogpt.base.report import formatted
 from nanogpt.base.run_names import OUTPUTS, is_latest, locate, recorded
 from nanogpt.base.saved_config import read_saved
 from nanogpt.run.rundir import LOCK
@@ -286,8 +287,8 @@ ORDERS = {
 def table(runs: Sequence[Run]) -> list[str]:
     """The runs as the lines of a table; columns of which a name says everything are left out."""
     rows = [[
-        shown_name(run), told(run.loss, ".4f"), short(run.tokens), clock(run.seconds), file_size(run.size),
-        text(STATES[run.state]), run.model, run.data, told(run.bpb, ".3f"),
+        shown_name(run), formatted(run.loss, ".4f"), short(run.tokens), clock(run.seconds), file_size(run.size),
+        text(STATES[run.state]), run.model, run.data, formatted(run.bpb, ".3f"),
     ] for run in runs]
     kept = list(range(len(COLUMNS)))
     if all(run.path.name.startswith(f"{run.data}-{run.model}-") for run in runs):
@@ -302,11 +303,6 @@ def table(runs: Sequence[Run]) -> list[str]:
 def shown_name(run: Run) -> str:
     """The path as it may be typed again, without the outputs/ that is understood."""
     return (run.path.relative_to(OUTPUTS) if run.path.is_relative_to(OUTPUTS) else run.path).as_posix()
-
-
-def told(value: float | None, form: str) -> str:
-    """A number, or a dash where there is none."""
-    return "–" if value is None else format(value, form)
 
 
 def parser() -> Arguments:

@@ -4,26 +4,15 @@
 # svg 嵌进 report.html，save 存成 PNG，两者都由 report 调用；同样的结果画出同样的字节
 # matplotlib 载入要近一秒，所以只在画图的函数里 import
 
-import contextlib
-import io
-import warnings
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nanogpt.base import report
 from nanogpt.base.language import text_in
+from nanogpt.base.report import BAD, CARD, INK, PALETTE, SOFT, printable
 from nanogpt.sweep.result import TrialResult, key_of_override, names, pareto, series_name
 
-# 浅色一套；网页里换成同名的 CSS 变量，才能随系统变深色
-BAD = "#dc2626"
-PALETTE = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", BAD)
-INK, SOFT, FAINT, CARD = "#111827", "#4b5563", "#e5e7eb", "#ffffff"
-VARIABLES = {f"c{index}": colour for index, colour in enumerate(PALETTE[:-1])} | {
-    "bad": BAD, "ink": INK, "soft": SOFT, "faint": FAINT, "card": CARD,
-}
-# 文件里没有随机的 id：同样的结果画出同样的字节；设置里的 $ 不是数学公式；SVG 里文字留作文字，由浏览器用自己的字体写
-STYLE = {"text.parse_math": False, "svg.hashsalt": "nanogpt", "svg.fonttype": "none"}
 # 预测超出预算很多的失败，画在预算的这一倍处，不让它把图压扁
 FAR = 1.3
 # 坐标区大约多少点（1/72 英寸），排标注用
@@ -72,13 +61,8 @@ class Chart:
 
 def _named(found: Sequence[TrialResult]) -> tuple[list[str], list[str]]:
     """The name of every result, and those of the curves: what distinguishes results besides the micro-batch."""
-    labels = [_printable(name) for name in names(found)]
+    labels = [printable(name) for name in names(found)]
     return labels, sorted(set(map(series_name, labels)))
-
-
-def _printable(text: str) -> str:
-    # XML 容不下控制字符，而设置与崩溃的原因里什么都可能有
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def memory_chart(found: Sequence[TrialResult], best: TrialResult | None, language: str | None = None) -> Chart:
@@ -93,7 +77,7 @@ def memory_chart(found: Sequence[TrialResult], best: TrialResult | None, languag
         kind = "best" if result is best else result.status if fast else "failed"
         batch = [part for part in name.split(" ") if key_of_override(part) == "batch_size"]
         label = batch[0].split("=", 1)[1] if batch else ""
-        said = f"{result.tokens_per_s:,.0f} tokens/s, {x:.2f} GiB" if fast else _printable(result.reason)
+        said = f"{result.tokens_per_s:,.0f} tokens/s, {x:.2f} GiB" if fast else printable(result.reason)
         y = result.tokens_per_s if fast else 0.0
         points.append(Point(x, y, series.index(series_name(name)), label, f"{name or '-'}\n{said}", kind))
     limit = min((result.budget_gib for result in found if result.budget_gib is not None), default=None)
@@ -129,53 +113,21 @@ def chinese_font() -> str | None:
     return next((name for name in CJK_FONTS if name in installed), None)
 
 
-@contextlib.contextmanager
-def _style(fonts: list[str]) -> Iterator[None]:
-    from matplotlib import rc_context
-
-    with rc_context(STYLE | {"font.family": fonts}), warnings.catch_warnings():
-        # 网页里浏览器会补上缺的字；PNG 里缺的只会是设置中的路径
-        warnings.filterwarnings("ignore", "Glyph .* missing")
-        yield
-
-
 def save(chart: Chart, path: Path, *, font: str | None = None) -> None:
     """Draw the chart into a PNG file, the same bytes every time."""
-    with _style([font, "DejaVu Sans"] if font else ["DejaVu Sans"]):
+    with report.style(*([font] if font else [])):
         figure(chart).savefig(path, facecolor="white", dpi=150, metadata={"Software": None})
 
 
 def svg(chart: Chart, title: str) -> str:
     """The chart as an inline SVG, the same text every time; its colours are the page's CSS variables."""
-    drawn = io.BytesIO()
-    with _style(["DejaVu Sans"]):
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure(chart).savefig(drawn, format="svg", transparent=True, metadata=nothing)
-    root = ElementTree.fromstring(drawn.getvalue())
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        for name in [name for name in element.attrib if "}" in name]:
-            element.set(name.rpartition("}")[2], element.attrib.pop(name))
-        # id 只在画的时候有用：一页里两张图会重名
-        given = element.attrib.pop("id", "") if element.tag == "g" else ""
-        if given.startswith("point"):
-            mark = ElementTree.Element("title")
-            mark.text = chart.points[int(given.removeprefix("point"))].title
-            element.insert(0, mark)
-    root.attrib = {"viewBox": root.get("viewBox"), "role": "img", "aria-label": title}
-    written = ElementTree.tostring(root, encoding="unicode")
-    for name, colour in VARIABLES.items():
-        written = written.replace(f": {colour}", f": var(--{name})")
-    return written
+    with report.style():
+        return report.svg(figure(chart), title, [point.title for point in chart.points])
 
 
 def figure(chart: Chart):
     """The matplotlib figure of a chart."""
-    # 不用 pyplot：它要找图形后端，还会留下全局状态
-    from matplotlib.figure import Figure
-
-    drawn = Figure(figsize=(10, 5.4), layout="constrained")
-    ax = drawn.add_subplot()
+    ax = report.empty(chart.x_label, chart.y_label)
     coloured = len(chart.series) <= len(PALETTE)
     if len(chart.front) > 1:
         # 阶梯：两点之间，多给一点显存也只能跑左边那个设置
@@ -190,8 +142,8 @@ def figure(chart: Chart):
     _frame(ax, chart)
     _labels(ax, chart)
     if coloured and len(chart.series) > 1:
-        drawn.legend(loc="outside lower center", frameon=False, ncols=2, fontsize=9, labelcolor=INK)
-    return drawn
+        ax.figure.legend(loc="outside lower center", frameon=False, ncols=2, fontsize=9, labelcolor=INK)
+    return ax.figure
 
 
 def _mark(ax, chart: Chart, point: Point, colour: str, *, gid: str) -> None:
@@ -208,20 +160,11 @@ def _mark(ax, chart: Chart, point: Point, colour: str, *, gid: str) -> None:
 
 
 def _frame(ax, chart: Chart) -> None:
-    """Axes, grid and budget, once the marks are there."""
+    """Limits and budget, once the marks are there."""
     ax.margins(0.05, 0.1)
     if chart.from_zero:
         ax.set_xlim(0, max([1e-9, *(1.05 * chart.shown_x(p) for p in chart.points), 1.05 * (chart.limit or 0)]))
         ax.set_ylim(0, 1.1 * max([p.y for p in chart.points if p.y], default=1.0))
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if abs(value) >= 100 else f"{value:g}")
-    ax.set_xlabel(chart.x_label, color=SOFT)
-    ax.set_ylabel(chart.y_label, color=SOFT)
-    ax.grid(axis="y", color=FAINT)
-    ax.set_axisbelow(True)
-    ax.tick_params(length=0, pad=6, colors=SOFT)
-    ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.spines["bottom"].set_color(SOFT)
     if chart.limit:
         right = ax.get_xlim()[1]
         ax.axvline(chart.limit, color=BAD, linewidth=1.4, linestyle=(0, (5, 3)))

@@ -13,9 +13,10 @@ from typing import Any
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from nanogpt.base import quoting
+from nanogpt.base import quoting, report
 from nanogpt.base.files import write_text
 from nanogpt.base.language import current_language, show, shown, text
+from nanogpt.base.report import formatted
 from nanogpt.base.user_yaml import conf_folders, is_group
 from nanogpt.sweep import chart
 from nanogpt.sweep.result import STATUS_MESSAGES, TrialResult, best_of, names, ranked
@@ -140,18 +141,12 @@ def charts_of(order: Sequence[TrialResult], best: TrialResult | None, language: 
 
 def page(found: Sequence[TrialResult], *, margin: float, command: str | None, created: str) -> str:
     """report.html: self-contained, light and dark, in the console's language; every text is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     order, best = ranked(found, margin), best_of(found, margin)
     named = list(zip(order, names(order)))
     device = next((result.device for result in order if result.device), "-")
     known = sum(result.known for result in found)
-    here = FileSystemLoader(Path(__file__).parent)
-    neat = {"trim_blocks": True, "lstrip_blocks": True}
-    templates = Environment(loader=here, autoescape=True, undefined=StrictUndefined, **neat)
-    return templates.get_template("report.html").render(
-        text=text, formatted=formatted, language=current_language(), variables=chart.VARIABLES,
-        statuses=STATUS_MESSAGES,
+    return report.page(
+        Path(__file__).with_name("report.html"), title=text("report_title"), statuses=STATUS_MESSAGES,
         subtitle=text(
             "{device} · {created} · {count} trials, {known} of them known from before",
             device=device, created=created, known=known, count=len(found),
@@ -174,11 +169,6 @@ def tiles(found: Sequence[TrialResult], best: TrialResult | None) -> list[tuple[
             (f"{best.held_gib or 0:.2f} / {best.budget_gib or 0:.2f}", "tile_memory"), *made,
         ]
     return made
-
-
-def formatted(value: float | None, form: str) -> str:
-    """A number, or a dash where there is none."""
-    return "–" if value is None else format(value, form)
 
 
 def print_table(order: Sequence[TrialResult], margin: float) -> None:

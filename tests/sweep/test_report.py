@@ -12,6 +12,7 @@ import yaml
 from conftest import composed, make_config
 
 from nanogpt.base import language as messages
+from nanogpt.base import report
 from nanogpt.base.config import check
 from nanogpt.sweep.chart import figure, loss_chart, memory_chart, save, svg
 from nanogpt.sweep.report import command, page, print_table, recipe, write_report
@@ -93,6 +94,13 @@ def test_the_page_is_self_contained_escaped_and_in_the_consoles_language(languag
     assert f'lang="{language}"' in html and ("内存占用与速度" in html) == (language == "zh")
     assert html.count("<svg") == 2 and "prefers-color-scheme: dark" in html
     assert all(f"{r.tokens_per_s:,.0f}" in html for r in SWEEP if r.tokens_per_s)
+
+
+@pytest.mark.filterwarnings("error")
+def test_curves_of_any_name_and_number_are_drawn_as_the_same_text_every_time():
+    lines = {f"$x^{n}$\x01<{NASTY}>字": [(float(x), x / (n + 1)) for x in range(1, 2 + 9 * n)] for n in range(9)}
+    drawn = [report.svg(report.curves(lines, x_label="iteration", y_label="loss"), NASTY) for _ in range(2)]
+    assert drawn[0] == drawn[1] and ElementTree.fromstring(drawn[0]).tag == "svg" and "--c6" in drawn[0]
 
 
 def test_losses_are_drawn_only_where_there_are_some():
