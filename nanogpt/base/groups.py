@@ -93,7 +93,7 @@ def keys_of(override: Override) -> set[str]:
     """
     keys = set()
     for package, content, chosen in _brought(override.input_line):
-        keys |= {f"{package}.{key}".strip(".") for key in _leaves(content)} | set(chosen)
+        keys |= {f"{package}.{key}".strip(".") for key in leaves(content)} | set(chosen)
     return {key for key in keys if key.partition(".")[0] != "hydra"}
 
 
@@ -145,7 +145,9 @@ def _brought(typed: str) -> list[tuple[str, dict[str, Any], list[str]]]:
     return brought
 
 
-def _leaves(node: Any, key: str = "") -> list[str]:
+def leaves(node: Any, key: str = "") -> dict[str, Any]:
+    """The values of nested dicts by their dotted keys; an empty dict counts as a value."""
     if not isinstance(node, dict) or not node:
-        return [key]
-    return [leaf for name, value in node.items() for leaf in _leaves(value, f"{key}.{name}" if key else str(name))]
+        return {key: node}
+    below = (leaves(value, f"{key}.{name}" if key else str(name)) for name, value in node.items())
+    return {name: value for one in below for name, value in one.items()}

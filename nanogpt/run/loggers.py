@@ -1,11 +1,12 @@
-"""Where metrics go: metrics.jsonl always, TensorBoard and wandb when configured.
+"""Where metrics go: metrics.jsonl always, TensorBoard, wandb and SwanLab when configured.
 
 A logger of your own is a class with open, log, text and close, named in a yaml under conf/logger.
 """
 
-# 指标写到哪里：metrics.jsonl 总有，TensorBoard 与 wandb 配置了才有
+# 指标写到哪里：metrics.jsonl 总有，TensorBoard、wandb 与 SwanLab 配置了才有
 # loop 只面对 Loggers：它把每次调用转给各个后端，谁写不了就说一次，训练照走；自己的后端只要有 open、log、text、close
-# 磁盘满、被杀在半行、续训：三种情形下 metrics.jsonl 的每一行都要是完整的
+# 磁盘满、被杀在半行、续训：三种情形下 metrics.jsonl 的每一行都要是完整的；history 把它读回来
+# metrics.jsonl 里的名字是文件格式，不改；TensorBoard 与 SwanLab 按斜线前的一截分组，用 GROUPED 里的
 
 import contextlib
 import json
@@ -17,12 +18,58 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanogpt.base.config import check_choice
 from nanogpt.base.files import own_content, write_text
+from nanogpt.base.groups import leaves
 from nanogpt.base.hashed_json import reason_of
 from nanogpt.base.language import ConfigError, say
 
 # 磁盘满时记在内存里的上限：几千行
 MOST_PENDING = 2**20
+# metrics.jsonl 里的名字 -> 分了组的曲线名；自己加的指标用原名
+GROUPED = {
+    "train/loss": "loss/train", "val/loss": "loss/val", "val/bpb": "loss/val_bpb",
+    "tokens_per_s": "speed/tokens_per_s", "mfu": "speed/mfu", "mfu_rtx3060": "speed/mfu_rtx3060",
+    "tokens": "speed/tokens", "learning_rate": "optimizer/learning_rate", "gradient_norm": "optimizer/gradient_norm",
+    "loss_scale": "optimizer/loss_scale",
+}
+# TensorBoard 当作正则，从头匹配：没有 $，loss/val_bpb 也会画进来
+BOTH_LOSSES = "loss/(train|val)$"
+# CPU 上没有意义的：与显卡比的利用率；“已预留”在 CPU 上只是虚拟内存
+OF_A_CARD = {"mfu_rtx3060", "memory/reserved_gib"}
+# 比较几次训练时要看的设置；优化器的键随它而变，全要
+COMPARED = {
+    "model.name", "model.arch", "model.n_layer", "model.n_head", "model.n_embd", "model.block_size", "model.dropout",
+    "dataset.name", "batch_size", "gradient_accumulation_steps", "global_batch_size", "learning_rate", "min_lr",
+    "lr_schedule", "warmup_iters", "max_iters", "grad_clip", "precision.name", "finetune.method", "seed",
+}
+
+
+def history(run_dir: Path) -> tuple[list[dict], dict[int, str]]:
+    """What metrics.jsonl tells of a whole run: its records in order, and the samples by iteration.
+
+    What a killed training did behind the checkpoint from which it went on is left out, and so is a torn line.
+    """
+    records: dict[int, dict] = {}
+    samples: dict[int, str] = {}
+    for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            record = json.loads(line)
+            at = int(record["iteration"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
+        if record.get("event") == "resume":
+            records, samples = ({i: kept for i, kept in one.items() if i <= at} for one in (records, samples))
+        elif "sample" in record:
+            samples[at] = str(record["sample"])
+        else:
+            records[at] = record
+    return [records[i] for i in sorted(records)], samples
+
+
+def grouped(metrics: dict[str, float], device: str) -> dict[str, float]:
+    """The curves of a record by their grouped names; a CPU has none of a card's."""
+    return {GROUPED.get(k, k): value for k, value in metrics.items() if device != "cpu" or k not in OF_A_CARD}
 
 
 class JsonlLogger:
@@ -74,23 +121,41 @@ class JsonlLogger:
 
 @dataclass
 class TensorBoardLogger:
-    """Scalars, sampled text and the resolved config in <run>/logs."""
+    """Scalars in groups, both losses in one chart, sampled text, the settings under HPARAMS, in <run>/logs."""
 
     # dataclass：conf/logger 的 yaml 用 _target_ 把它造出来，这里没有参数
 
     def open(self, run_dir: Path, config: dict, iteration: int) -> None:
-        self._folder = str(run_dir / "logs")
+        self._folder, self._device = run_dir / "logs", config["device"]
         threading.excepthook = _without_full_disks
+        begun = any(_begins_with_layout(file) for file in sorted(self._folder.glob("events.*")))
         # purge_step：接着训时，被杀之前多写的点不再显示
-        self._start(purge_step=iteration + 1 if iteration else None)
-        if not iteration:
-            self._writer.add_text("config", f"```\n{json.dumps(config, indent=2, ensure_ascii=False)}\n```", 0)
+        self._start(purge_step=iteration + 1)
+        if not begun:
+            self._introduce(config)
+            # 旧版本的曲线叫别的名字，或者以前没有开 TensorBoard：从 metrics.jsonl 补齐，曲线才是完整的一条
+            for record in history(run_dir)[0]:
+                self.log(record.pop("iteration"), record)
 
     def _start(self, **options) -> None:
         # 导入要 1 秒以上，用到才导入
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(self._folder, **options)
+        self._writer = SummaryWriter(str(self._folder), **options)
+
+    def _introduce(self, config: dict) -> None:
+        """What stands once at the beginning: the chart of both losses, the settings."""
+        from torch.utils.tensorboard.summary import hparams
+
+        self._writer.add_custom_scalars({"loss": {"train / val": ["Multiline", [BOTH_LOSSES]]}})
+        chosen = {
+            key: value for key, value in leaves(config).items()
+            if (key in COMPARED or key.startswith("optimizer.")) and isinstance(value, str | bool | int | float)
+        }
+        # add_hparams 会另开一个以时间命名的子目录，指标在那里只有一个点；这里写进同一次训练，表里就是曲线的末值
+        for summary in hparams(chosen, {"loss/train": 0.0, "loss/val": 0.0}):
+            self._writer.file_writer.add_summary(summary)
+        self._writer.add_text("config", f"```\n{json.dumps(config, indent=2, ensure_ascii=False)}\n```", 0)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[Any]:
@@ -105,7 +170,7 @@ class TensorBoardLogger:
 
     def log(self, iteration: int, metrics: dict[str, float]) -> None:
         with self._writing() as writer:
-            for name, value in metrics.items():
+            for name, value in grouped(metrics, self._device).items():
                 writer.add_scalar(name, value, iteration)
 
     def text(self, iteration: int, sample: str) -> None:
@@ -116,6 +181,12 @@ class TensorBoardLogger:
     def close(self) -> None:
         if self._writer:
             self._writer.close()
+
+
+def _begins_with_layout(file: Path) -> bool:
+    """Whether an event file begins with the layout of _introduce(); those of earlier versions have none."""
+    with file.open("rb") as events:
+        return BOTH_LOSSES.encode() in events.read(4096)
 
 
 def _without_full_disks(failed: threading.ExceptHookArgs) -> None:
@@ -134,21 +205,15 @@ class WandbLogger:
     mode: str
 
     def __post_init__(self):
-        if self.mode not in ("offline", "online", "disabled"):
-            allowed = "offline | online | disabled"
-            raise ConfigError("not_a_choice", key="logger.wandb.mode", got=self.mode, allowed=allowed)
+        check_choice("logger.wandb.mode", self.mode, ("offline", "online", "disabled"))
 
     def open(self, run_dir: Path, config: dict, iteration: int) -> None:
         import wandb
 
-        id_file = run_dir / "logs" / "wandb_id"
-        if not id_file.is_file():
-            id_file.parent.mkdir(exist_ok=True)
-            write_text(id_file, uuid.uuid4().hex[:12])
         self._wandb = wandb
         self._run = wandb.init(
-            project=self.project, name=run_dir.name, id=id_file.read_text(encoding="utf-8"), dir=str(run_dir),
-            config=config, mode=self.mode, resume="allow",
+            project=self.project, name=run_dir.name, id=_own_id(run_dir, "wandb_id"), dir=str(run_dir),
+            config=config, mode=self.mode.lower(), resume="allow",
         )
 
     def log(self, iteration: int, metrics: dict[str, float]) -> None:
@@ -159,6 +224,48 @@ class WandbLogger:
 
     def close(self) -> None:
         self._run.finish()
+
+
+@dataclass
+class SwanLabLogger:
+    """SwanLab (extra swanlab); a run that is resumed keeps its id."""
+
+    # 与 wandb 同样的形状；没有账号也能用：默认离线，之后 swanlab sync 上传，或 local 用 swanlab watch 看
+
+    project: str
+    mode: str
+
+    def __post_init__(self):
+        check_choice("logger.swanlab.mode", self.mode, ("offline", "local", "online", "disabled"))
+
+    def open(self, run_dir: Path, config: dict, iteration: int) -> None:
+        try:
+            import swanlab
+        except ImportError:
+            raise ConfigError("missing_package", what="logger=swanlab", package="swanlab") from None
+        self._swanlab, self._device = swanlab, config["device"]
+        self._run = swanlab.init(
+            project=self.project, name=run_dir.name, id=_own_id(run_dir, "swanlab_id"),
+            log_dir=str((run_dir / "swanlog").absolute()), config=config, mode=self.mode.lower(), resume="allow",
+        )
+
+    def log(self, iteration: int, metrics: dict[str, float]) -> None:
+        self._run.log(grouped(metrics, self._device), step=iteration)
+
+    def text(self, iteration: int, sample: str) -> None:
+        self._run.log({"sample": self._swanlab.Text(sample)}, step=iteration)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _own_id(run_dir: Path, name: str) -> str:
+    """The id under which a service knows this run: drawn once, kept in logs/<name>."""
+    file = run_dir / "logs" / name
+    if not file.is_file():
+        file.parent.mkdir(exist_ok=True)
+        write_text(file, uuid.uuid4().hex[:12])
+    return file.read_text(encoding="utf-8")
 
 
 def _escape(text: str) -> str:

@@ -39,6 +39,7 @@ from nanogpt.base.user_yaml import is_group
 # 属于一次训练的名字；清空目录时只认这些
 RUN_FILES = {
     "run.json", "config.yaml", "tokenizer.json", "metrics.jsonl", "summary.json", "logs", "ckpt", "data", "wandb",
+    "swanlog",
 }
 LOCK = "lock"
 # 其中训练会往里写的：data 只读

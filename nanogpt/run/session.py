@@ -239,7 +239,9 @@ class Session:
         if distributed.rank() == 0:
             node = OmegaConf.structured(self.cfg)
             trainer.config_text = OmegaConf.to_yaml(node)
-            self._begin(loggers, trainer.config_text, OmegaConf.to_container(node), trainer.progress.iteration)
+            # auto 是哪个设备，到这里才定
+            config = {**OmegaConf.to_container(node), "device": str(self.device)}
+            self._begin(loggers, trainer.config_text, config, trainer.progress.iteration)
             trainer.run_dir, trainer.run_id = self.run_dir, self.record.id
             trainer.resuming = " ".join(map(word, [*self._named("train"), override("resume", self.run_dir)]))
         return trainer

@@ -230,7 +230,7 @@ def test_targets_of_strangers_are_found_wherever_they_hide():
     saved = {"model": {"_target_": "nanogpt.core.model.GPT"}, "logger": {"x": {"_target_": "os.system", "y": [{"_target_": "evil.run"}]}}}
     assert untrusted_targets(saved, {}) == ["evil.run", "os.system"]
     assert untrusted_targets(saved, {"a": {"_target_": "evil.run"}}) == ["os.system"]
-    assert all(target.startswith("nanogpt.") for target in trusted_targets()) and len(trusted_targets()) == 5
+    assert all(target.startswith("nanogpt.") for target in trusted_targets()) and len(trusted_targets()) == 6
 
 
 def test_check_does_not_import_torch():

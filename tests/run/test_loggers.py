@@ -1,31 +1,65 @@
-"""What a run records: metrics.jsonl, TensorBoard, wandb."""
+"""What a run records: metrics.jsonl, TensorBoard, wandb, SwanLab."""
 
 import json
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import (
-    make_config,  # noqa: F401 - 先登记 schema, resumed_trainer, train
+    new_trainer,
     resumed_trainer,
     train,
 )
 from test_trainer import records
 
 from nanogpt.base.language import ConfigError
-from nanogpt.run.loggers import JsonlLogger, Loggers, TensorBoardLogger, WandbLogger
+from nanogpt.run.loggers import JsonlLogger, Loggers, SwanLabLogger, TensorBoardLogger, WandbLogger
 
 
-def test_tensorboard_holds_every_curve_the_sample_and_the_config_also_after_a_resume(in_tmp, tiny_overrides):
+def events_in(folder):
+    """What TensorBoard reads in a run's logs."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train([o for o in tiny_overrides if o != "logger=none"], "logger=tensorboard")
-    trainer = resumed_trainer("outputs/run", "max_iters=9")
-    trainer.fit()
-    events = EventAccumulator(str(in_tmp / "outputs/run/logs"))
+    events = EventAccumulator(str(folder / "logs"))
     events.Reload()
-    tags = set(events.Tags()["scalars"])
-    assert {"train/loss", "val/loss", "learning_rate", "mfu", "tokens_per_s", "memory/allocated_gib", "memory/reserved_gib", "memory/peak_gib"} <= tags
-    assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 10))
+    return events
+
+
+CURVES = {
+    "loss/train", "loss/val", "speed/tokens_per_s", "speed/mfu", "speed/tokens", "memory/allocated_gib", "memory/peak_gib",
+    "optimizer/learning_rate", "optimizer/gradient_norm",
+}
+
+
+def test_tensorboard_holds_both_losses_in_one_chart_the_settings_the_samples_and_of_a_cpu_no_curves_of_a_card(in_tmp, tiny_overrides):
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    train(tiny_overrides, "logger=tensorboard")
+    # 被杀之前多走的两步：接着训时不该留在曲线里
+    (late := TensorBoardLogger()).open(in_tmp / "outputs/run", {"device": "cpu"}, 6)
+    late.log(8, {"train/loss": 99.0})
+    late.close()
+    resumed_trainer("outputs/run", "max_iters=9").fit()
+    events = events_in(in_tmp / "outputs/run")
+    assert {tag for tag in events.Tags()["scalars"] if tag != "loss/val_bpb"} == CURVES
+    assert [e.step for e in events.Scalars("loss/train")] == list(range(1, 10)) and max(e.value for e in events.Scalars("loss/train")) < 9
     assert {"config/text_summary", "sample/text_summary"} <= set(events.Tags()["tensors"])
+    chart = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]).category[0].chart[0].multiline
+    drawn = [tag for tag in (*CURVES, "loss/val_bpb") if re.match(chart.tag[0], tag)]
+    assert sorted(drawn) == ["loss/train", "loss/val"]
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    settings = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert settings["max_iters"].number_value == 6 and settings["model.name"].string_value == "tiny" and "optimizer.weight_decay" in settings
+
+
+def test_a_run_of_an_earlier_version_or_without_tensorboard_goes_on_with_its_whole_curve(in_tmp, tiny_overrides):
+    train(tiny_overrides)
+    resumed_trainer("outputs/run", "max_iters=8", "logger=tensorboard").fit()
+    events = events_in(in_tmp / "outputs/run")
+    assert [e.step for e in events.Scalars("loss/train")] == list(range(1, 9)) and [e.step for e in events.Scalars("loss/val")] == [3, 6, 8]
 
 
 def test_metrics_go_on_behind_a_mark_and_a_torn_line_hurts_no_other(in_tmp, tiny_overrides):
@@ -58,26 +92,47 @@ def test_every_log_line_carries_the_promised_figures(in_tmp, tiny_overrides):
 
 
 def test_wandb_is_offline_by_default_and_goes_on_as_the_same_run(in_tmp, tiny_overrides):
-    train([o for o in tiny_overrides if o != "logger=none"], "logger=wandb")
+    train(tiny_overrides, "logger=wandb")
     resumed_trainer("outputs/run", "max_iters=8").fit()
     run_id = (in_tmp / "outputs/run/logs/wandb_id").read_text(encoding="utf-8")
     folders = [p.name for p in (in_tmp / "outputs/run/wandb").glob("offline-run-*")]
     assert folders and all(name.endswith(run_id) for name in folders)
 
 
-def test_an_unknown_wandb_mode_is_named():
-    with pytest.raises(ConfigError, match=r"logger.wandb.mode=cloud is not known; choose one of: offline"):
-        WandbLogger(project="p", mode="cloud")
+def test_swanlab_gets_grouped_curves_the_samples_and_the_same_id_when_the_run_goes_on(in_tmp, tiny_overrides, monkeypatch):
+    # 真的 swanlab 每次 init 要两秒去看机器：这里只看给了它什么
+    calls, run = [], SimpleNamespace(log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end"))
+    fake = SimpleNamespace(init=lambda **options: calls.append(options) or run, Text=str)
+    monkeypatch.setitem(sys.modules, "swanlab", fake)
+    train(tiny_overrides, "logger=swanlab")
+    first, *logged, end = calls
+    assert first["mode"] == "offline" and first["config"]["model"]["n_embd"] == 16 and end == "end"
+    assert {key for _, values in logged for key in values} - {"loss/val_bpb"} == CURVES | {"sample"} and logged[-1][0] == 6
+    resumed_trainer("outputs/run", "max_iters=7").fit()
+    again = calls[len(logged) + 2]
+    assert again["id"] == first["id"] and again["resume"] == "allow" and Path(again["log_dir"]) == in_tmp / "outputs/run/swanlog"
+
+
+def test_swanlab_that_is_not_installed_is_named_and_nothing_is_left(in_tmp, tiny_overrides, monkeypatch):
+    monkeypatch.setitem(sys.modules, "swanlab", None)
+    with pytest.raises(ConfigError, match=r"logger=swanlab needs the package swanlab; install it with: pip install swanlab"):
+        new_trainer(tiny_overrides, "logger=swanlab")
+    assert not (in_tmp / "outputs/run").exists()
+
+
+@pytest.mark.parametrize("kind", [WandbLogger, SwanLabLogger])
+def test_an_unknown_mode_is_named(kind):
+    with pytest.raises(ConfigError, match=r"logger.(wandb|swanlab).mode=cloud is not known; choose one of: offline"):
+        kind(project="p", mode="cloud")
 
 
 def test_curves_on_a_full_disk_are_one_line_and_go_on_when_there_is_room(in_tmp, capfd, monkeypatch):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     def full(*_):
         raise OSError(28, "No space left on device")
 
     logger = TensorBoardLogger()
-    logger.open(in_tmp, {}, 0)
+    (in_tmp / "metrics.jsonl").touch()
+    logger.open(in_tmp, {"device": "cpu"}, 0)
     both, worker = Loggers([logger]), logger._writer.file_writer.event_writer._async_writer._worker
     monkeypatch.setattr(worker._record_writer, "write", full)
     both.log(1, {"x": 1.0})
@@ -88,6 +143,4 @@ def test_curves_on_a_full_disk_are_one_line_and_go_on_when_there_is_room(in_tmp,
     both.close()
     said = capfd.readouterr().err
     assert said.count("TensorBoardLogger cannot write") == 1 and "Traceback" not in said
-    events = EventAccumulator(str(in_tmp / "logs"))
-    events.Reload()
-    assert [e.step for e in events.Scalars("x")][-2:] == [3, 4]
+    assert [e.step for e in events_in(in_tmp).Scalars("x")][-2:] == [3, 4]
