@@ -24,7 +24,7 @@ class Console:
     def __init__(self, *, quiet: bool = False, stream: str = "stdout"):
         self.quiet = quiet
         self._file = getattr(sys, stream)
-        self._rich = None
+        self._rich = self._bar = None
         self.gone = False
         """Whether nobody reads the output any more."""
         self.on_gone: Callable[[], None] = lambda: None
@@ -55,30 +55,30 @@ class Console:
             # 日志所在的磁盘满了：少一行字，不值得停下训练
             pass
 
-    @contextlib.contextmanager
-    def progress(self, total: int, done: int, *, title: str = "progress") -> Iterator[Callable[[int], None]]:
-        """Show a bar with the remaining time on a terminal; yields the function that moves it to an iteration."""
-        if not self._rich:
-            yield lambda iteration: None
-            return
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+    @property
+    def live(self) -> bool:
+        """Whether there is a terminal, so that a bar is shown."""
+        return self._rich is not None
 
-        columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"),
-            TimeRemainingColumn(),
-        )
-        # 正文走管道时不许进度条接管 stdout
-        options = {"redirect_stdout": sys.stdout.isatty(), "transient": True, "refresh_per_second": 4}
-        with Progress(*columns, console=self._rich, **options) as bar:
-            task = bar.add_task(text(title), total=total, completed=done)
-            yield lambda iteration: bar.update(task, completed=iteration)
+    @contextlib.contextmanager
+    def progress(self, total: int, done: int = 0, *, title: str = "progress") -> Iterator[Callable[..., None]]:
+        """Show a bar on a terminal, below the one that is there; yields advance(done, note="", left=None).
+
+        `note` stands behind the count; `left` are the seconds that remain, where the caller knows better than the bar.
+        """
+        if not self._rich:
+            yield lambda done, note="", left=None: None
+            return
+        outermost = self._bar is None
+        self._bar = bar = self._bar or _bars(self._rich)
+        with bar if outermost else contextlib.nullcontext():
+            task = bar.add_task(text(title), total=total, completed=done, note="", left=None)
+            try:
+                yield lambda done, note="", left=None: bar.update(task, completed=done, note=note, left=left)
+            finally:
+                bar.remove_task(task)
+                if outermost:
+                    self._bar = None
 
     def iteration(self, iteration: int, record: dict[str, float], device_type: str, *, best: float) -> None:
         """The line of one log interval and, where it was evaluated, a second one; each fits into 80 columns."""
@@ -100,6 +100,45 @@ class Console:
                 iteration=iteration, val_loss=record["val/loss"], best=best,
                 memory=text("vram_peak" if card else "ram_peak", peak=record["memory/peak_gib"]),
             )
+
+
+def _bars(console):
+    """rich's display for bars, in at most 80 columns."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    # 写在函数里：它的基类要等 rich 导入之后才有
+    class Left(TimeRemainingColumn):
+        def render(self, task) -> Text:
+            seconds = task.fields["left"]
+            return Text(f"ETA {clock(seconds)}") if seconds is not None else Text("ETA ") + super().render(task)
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"), Left(),
+    )
+    # 正文走管道时不许进度条接管 stdout
+    options = {"redirect_stdout": sys.stdout.isatty(), "transient": True, "refresh_per_second": 4}
+    return Progress(*columns, console=console, **options)
+
+
+def clock(seconds: float) -> str:
+    """1:02:03"""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def duration(seconds: float) -> str:
+    """A time with two significant parts, the same in every language."""
+    if seconds < 1:
+        return f"{seconds * 1e3:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours / 24:.1f} d"
 
 
 def aligned(heads: Sequence[str], rows: Sequence[Sequence[str]], *, sides: str = "lr") -> list[str]:

@@ -287,6 +287,7 @@ NAMED = {
     "vram_peak": "VRAM peak {peak:.2f}GB",
     "ram_peak": "RAM peak {peak:.2f}GB",
     "progress": "training",
+    "progress_evaluating": "evaluating",
     "oom_final": (
         "out of memory in the {phase} with {rows} rows at a time, which cannot be divided further; add memory=lean, "
         "or choose a smaller model or model.block_size"

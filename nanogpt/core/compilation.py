@@ -38,6 +38,11 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
+def seconds_to_compile(layers: int) -> float:
+    """A rough estimate for a model's training step."""
+    return COMPILE_S + COMPILE_S_PER_LAYER * layers
+
+
 def pays(
     layers: int, flops_per_token: float, tokens_per_step: int, micro_batches: int, steps: int, peak_tflops: float,
 ) -> bool:
@@ -47,7 +52,7 @@ def pays(
     """
     products_s = flops_per_token * tokens_per_step / (REACHED * peak_tflops * 1e12)
     planned_s = steps * max(products_s, layers * LAUNCH_S_PER_LAYER * micro_batches)
-    return planned_s * GAIN > COMPILE_S + COMPILE_S_PER_LAYER * layers
+    return planned_s * GAIN > seconds_to_compile(layers)
 
 
 class Compiled:
@@ -120,7 +125,10 @@ def compile_hidden(
                 asked=asked, reason=reason,
             )
         return False
-    console.line("compiling the model, the first iteration takes longer …")
+    console.line(
+        "compiling the model: the first iteration takes longer, by roughly {seconds:.0f} s …",
+        seconds=seconds_to_compile(model.config.n_layer),
+    )
     use_compiled(model, console)
     return True
 

@@ -5,6 +5,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -144,8 +145,11 @@ class Trainer:
     # ---- 评估 ----
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Mean cross-entropy over the fixed validation windows; batches shrink where memory runs out."""
+    def evaluate(self, told: Callable[[int], None] = lambda rows: None) -> float:
+        """Mean cross-entropy over the fixed validation windows; batches shrink where memory runs out.
+
+        told(rows) is called when a batch of so many of this process's windows is done.
+        """
         self.model.eval()
         by_length = defaultdict(list)
         for start, length in self.windows[distributed.rank() :: distributed.world()]:
@@ -153,11 +157,11 @@ class Trainer:
             by_length[length].append(start)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for length, starts in by_length.items():
-            sums += self._sums(starts, length)
+            sums += self._sums(starts, length, told)
         loss_sum, count = distributed.total(sums).tolist()
         return loss_sum / count
 
-    def _sums(self, starts: list[int], length: int) -> torch.Tensor:
+    def _sums(self, starts: list[int], length: int, told: Callable[[int], None]) -> torch.Tensor:
         """(sum of losses, number of targets) of windows of one length, in batches of self.eval_batch or fewer."""
         # 累加留在设备上：每批取回一次，GPU 就要停一次
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -176,6 +180,7 @@ class Trainer:
                     raise
                 said = str(error)
             if said is None:
+                told(len(batch))
                 starts, again = starts[len(batch) :], False
                 continue
             release(self.device)

@@ -12,7 +12,7 @@ from hydra.types import RunMode
 
 from nanogpt.base import run_names
 from nanogpt.base.config import TrainConfig, check
-from nanogpt.base.console import Console, aligned
+from nanogpt.base.console import Console, aligned, duration
 from nanogpt.base.hardware import GIB
 from nanogpt.base.language import text
 from nanogpt.plan import advice, matrix
@@ -76,19 +76,6 @@ def table(plan: Plan) -> list[str]:
         bar = "#" * round(min(share, 1) * BAR) + "!" * min(BAR, round(max(0.0, share - 1) * BAR))
         cells.append((name, f"{size / GIB:7.2f}", f"{share:6.1%} {bar}"))
     return aligned((text("part"), "GiB", text("of the budget")), cells, sides="lrl")
-
-
-def duration(seconds: float) -> str:
-    """A time with two significant parts, the same in every language."""
-    if seconds < 1:
-        return f"{seconds * 1e3:.0f} ms"
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours / 24:.1f} d"
 
 
 EXIT_DOES_NOT_FIT = 1

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanogpt.base.config import TrainConfig, schedule_of
-from nanogpt.base.console import Console
+from nanogpt.base.console import Console, duration
 from nanogpt.base.errors import is_out_of_memory, not_divisible
 from nanogpt.base.hardware import peak_tflops_of, reference
 from nanogpt.base.hashed_json import reason_of
-from nanogpt.base.language import ConfigError
+from nanogpt.base.language import ConfigError, text
 from nanogpt.base.value_checks import unescaped
 from nanogpt.core import distributed
 from nanogpt.core.compilation import compile_hidden, compile_updates, pays
@@ -30,12 +30,14 @@ from nanogpt.data.tokens import TokenData
 from nanogpt.run import saving
 from nanogpt.run.health import Health
 from nanogpt.run.loggers import Loggers
-from nanogpt.run.metrics import Stopwatch, flops_per_token, memory_gib, peak_tflops
+from nanogpt.run.metrics import Forecast, Stopwatch, flops_per_token, memory_gib, peak_tflops
 from nanogpt.run.summary import write_summary
 from nanogpt.weights import checkpoint
 
 # 评估取样、生成样本各用自己的种子流，互不干扰
 SAMPLE_STREAM = 1_000_003
+# 没有进度条时，要停这么久（秒）的评估先说一声；一行的前向约是一整步的三分之一
+LONG_S, FORWARD = 30, 1 / 3
 
 
 @dataclass
@@ -76,6 +78,9 @@ class Training(Trainer):
         self.last_sample = ""
         self.peak_source, self.peak = peak_tflops(cfg.hardware, self.device, self.precision)
         self.stopwatch, self.interval = Stopwatch(), Interval()
+        work = FORWARD * len(self.windows) / self.global_rows
+        self.forecast = Forecast(cfg.max_iters, cfg.eval_interval, cfg.save_interval, work)
+        self.latest_loss = math.nan
         self.unjudged: StepResult | None = None
         self.shapes_met: set[int] = set()
         self.health = Health(self)
@@ -122,6 +127,7 @@ class Training(Trainer):
         """Wait for the latest step and judge it: before anything that is shown or kept."""
         result, self.unjudged = self.unjudged, None
         if result is not None:
+            self.latest_loss = result.loss
             self.health.after_update(
                 result.loss, result.gradient_norm, iteration=result.iteration, healing=result.healing
             )
@@ -148,20 +154,8 @@ class Training(Trainer):
                     # 能分小的都分过了：还有别处的内存不足，也是一种结局
                     with not_divisible("training", rows=self.micro_batch):
                         result = self._timed_step()
-                        advance(progress.iteration)
-                        last = progress.iteration == cfg.max_iters
-                        evaluated = last or self._every(cfg.eval_interval)
-                        if result.stop_requested:
-                            reason = "interrupted"
-                        elif evaluated:
-                            reason = self._evaluate_and_judge()
-                        if evaluated or reason or self._every(cfg.log_interval):
-                            self._log(result, evaluated and progress.val_loss is not None)
-                        save_due = self._every(cfg.save_interval) if cfg.save_interval else evaluated
-                        if save_due or reason or saving.overdue(self):
-                            self._save(final=bool(reason) or last)
-                        if evaluated and cfg.sample_tokens and self.write_sample and reason != "interrupted":
-                            self._write_sample()
+                        self._advance(advance)
+                        reason = self._between_steps(result)
             if self.saved is None or self.saved.iteration < progress.iteration:
                 self._save(final=True)
         except BaseException:
@@ -171,6 +165,35 @@ class Training(Trainer):
             raise
         self.loggers.close()
         return write_summary(self, reason or "finished", time.perf_counter() - started)
+
+    def _between_steps(self, result: StepResult) -> str | None:
+        """Evaluate, log, save and sample if it is time to; the reason to stop, or None."""
+        cfg, progress, began, reason = self.cfg, self.progress, time.perf_counter(), None
+        last = progress.iteration == cfg.max_iters
+        evaluated = last or self._every(cfg.eval_interval)
+        if result.stop_requested:
+            reason = "interrupted"
+        elif evaluated:
+            reason = self._evaluate_and_judge()
+        if evaluated or reason or self._every(cfg.log_interval):
+            self._log(result, evaluated and progress.val_loss is not None)
+        save_due = self._every(cfg.save_interval) if cfg.save_interval else evaluated
+        if save_due or reason or saving.overdue(self):
+            self._save(final=bool(reason) or last)
+        if evaluated and cfg.sample_tokens and self.write_sample and reason != "interrupted":
+            self._write_sample()
+        if evaluated or save_due:
+            self.forecast.pause("evaluation" if evaluated else "save", time.perf_counter() - began)
+        return reason
+
+    def _advance(self, advance: Callable[..., None]) -> None:
+        """Move the bar to this iteration, where there is one."""
+        if not self.console.live:
+            return
+        step_s = self.forecast.step_s
+        speed = self.global_rows * self.block_size / step_s if step_s else 0.0
+        note = text("loss {loss:.4f}, {speed:.0f} tok/s", loss=self.latest_loss, speed=speed)
+        advance(self.progress.iteration, note, self.forecast.left_s(self.progress.iteration) if step_s else None)
 
     def _every(self, interval: int | None) -> bool:
         return bool(interval) and self.progress.iteration % interval == 0
@@ -191,7 +214,7 @@ class Training(Trainer):
             last = self.progress.iteration == cfg.max_iters
             if last or any(map(self._every, (cfg.eval_interval, cfg.log_interval, cfg.save_interval))):
                 self.settle()
-            self.stopwatch.stop()
+            self.forecast.step(self.stopwatch.stop())
             self.interval.tokens += tokens
         self.shapes_met.add(self.micro_batch)
         return result
@@ -204,7 +227,7 @@ class Training(Trainer):
         saving.save(self, final=final)
 
     def _evaluate_and_judge(self) -> str | None:
-        progress, loss = self.progress, self.evaluate()
+        progress, loss = self.progress, self._evaluate_in_sight()
         # 开始时机器忙，峰值可能偏低：不计时的间隙里再量，只升不降
         self.peak_source, self.peak = peak_tflops(self.cfg.hardware, self.device, self.precision)
         if not self.health.after_evaluation(loss):
@@ -223,6 +246,23 @@ class Training(Trainer):
             self.console.line("early_stop", count=progress.evals_without_gain)
             return "early_stop"
         return None
+
+    def _evaluate_in_sight(self) -> float:
+        """evaluate() with a bar, or with a line before it where there is none and it takes long."""
+        about, done = self.forecast.evaluation_s, 0
+        if not self.console.live and about > LONG_S:
+            self.console.line(
+                "iter {iteration}: evaluating and saving, about {time} …",
+                iteration=self.progress.iteration, time=duration(about),
+            )
+
+        def told(rows: int) -> None:
+            nonlocal done
+            done += rows
+            advance(done)
+
+        with self.console.progress(len(self.windows) // distributed.world(), title="progress_evaluating") as advance:
+            return self.evaluate(told)
 
     def metrics(self, tokens: int, seconds: float) -> dict[str, float]:
         """Speed, utilisation and memory of `tokens` trained in `seconds`."""

@@ -12,6 +12,7 @@ import platform
 import re
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import psutil
@@ -166,6 +167,52 @@ def flops_per_token(model) -> int:
     return flops
 
 
+class Forecast:
+    """How long the rest of a training takes: its steps, and what it stops for, as both have lasted so far."""
+
+    # 只看步速的 ETA 会忽快忽慢：评估、保存、写样本都要停下来，按上一次的时长算进去
+
+    def __init__(self, max_iters: int, evaluations: int | None, saves: int | None, evaluation_in_steps: float):
+        """Intervals of evaluations and of saves between them; the work of an evaluation compared to that of a step."""
+        self.max_iters, self.evaluations, self.saves = max_iters, evaluations or max_iters, saves
+        self._relative = evaluation_in_steps
+        self._steps: deque[float] = deque(maxlen=200)
+        self._pauses: dict[str, float] = {}
+
+    def step(self, seconds: float) -> None:
+        """One step took so long."""
+        self._steps.append(seconds)
+
+    def pause(self, kind: str, seconds: float) -> None:
+        """An "evaluation", with the save and the sample behind it, or a "save" alone took so long."""
+        self._pauses[kind] = seconds
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a recent step; 0 before the first one that was timed."""
+        return sum(self._steps) / len(self._steps) if self._steps else 0.0
+
+    @property
+    def evaluation_s(self) -> float:
+        """Seconds of the next evaluation: those of the latest, or, before the first, what its work would take."""
+        return self._pauses.get("evaluation", self._relative * self.step_s)
+
+    def left_s(self, iteration: int) -> float:
+        """Seconds from the end of this step until max_iters is done; what is due right after it counts."""
+
+        def ahead(interval: int) -> int:
+            return self.max_iters // interval - (iteration - 1) // interval
+
+        # 最后一步总要评估；与评估碰在一起的保存已算在评估里
+        extra = self.max_iters % self.evaluations > 0
+        evaluations, saves = ahead(self.evaluations) + extra, 0
+        if self.saves:
+            together = ahead(math.lcm(self.saves, self.evaluations)) + (extra and self.max_iters % self.saves == 0)
+            saves = ahead(self.saves) - together
+        steps = (self.max_iters - iteration) * self.step_s
+        return steps + evaluations * self.evaluation_s + saves * self._pauses.get("save", 0.0)
+
+
 class Stopwatch:
     """Adds up the seconds between start and stop; used to time steps without evaluation and saving."""
 
@@ -178,9 +225,11 @@ class Stopwatch:
     def start(self) -> None:
         self._since = time.perf_counter()
 
-    def stop(self) -> None:
-        self.total_s += time.perf_counter() - self._since
-        self._since = None
+    def stop(self) -> float:
+        """Seconds since start(), which are added up."""
+        passed, self._since = time.perf_counter() - self._since, None
+        self.total_s += passed
+        return passed
 
     def cancel(self) -> None:
         """Forget the time since start()."""

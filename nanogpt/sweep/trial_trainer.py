@@ -18,10 +18,10 @@ class TrialTrainer(Training):
         # 缩小后再量，量到的就不是问的那个设置了
         raise MemoryError(detail)
 
-    def evaluate(self) -> float:
+    def evaluate(self, *told) -> float:
         """Mean loss over the validation windows, at the batch size that was asked for."""
         asked = self.eval_batch
-        loss = super().evaluate()
+        loss = super().evaluate(*told)
         if self.eval_batch != asked:
             raise MemoryError(f"out of memory while evaluating {asked} rows (eval_batch_size)")
         return loss

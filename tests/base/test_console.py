@@ -5,12 +5,14 @@ import re
 
 import pytest
 from rich.cells import cell_len
+from rich.console import Console as RichConsole
 
 from nanogpt.base import language
-from nanogpt.base.console import Console
+from nanogpt.base.console import Console, _bars, duration
 from nanogpt.base.language import PIECE, set_language, text, wrapped
 
 WIDTH = 80
+TITLES = [name for name in language.NAMED if name.startswith("progress_")]
 RECORD = {
     "train/loss": 10.1234, "learning_rate": 1.25e-4, "tokens_per_s": 1234567.0, "mfu": 0.9999, "val/loss": 10.9876,
     "memory/allocated_gib": 99.99, "memory/reserved_gib": 99.99, "memory/peak_gib": 99.99,
@@ -43,6 +45,39 @@ def test_a_log_interval_is_one_line_of_80_columns_and_an_evaluation_a_second_one
     assert re.search(rf"1234567 tok/s[,，] ?MFU 100\.0%[,，] ?{memory} 99\.99GB$", lines[0]) and memory in lines[1]
     # 旁边还放得下另一个数
     assert cell_len(lines[1]) + cell_len(", bpb 10.1234") < WIDTH
+
+
+def test_bars_fit_beside_each_other_into_80_columns(spoken):
+    shown = Terminal()
+    bar = _bars(RichConsole(file=shown, width=WIDTH, color_system=None))
+    note = text("loss {loss:.4f}, {speed:.0f} tok/s", loss=10.1234, speed=1234567)
+    bar.add_task(text("progress"), total=100_000, completed=100_000, note=note, left=99 * 3600 + 59)
+    for title in TITLES:
+        bar.add_task(text(title), total=100_000, completed=99_999, note="", left=None)
+    bar.console.print(bar.make_tasks_table(bar.tasks))
+    lines = shown.getvalue().splitlines()
+    assert len(lines) == 1 + len(TITLES) and all(cell_len(line.rstrip()) < WIDTH for line in lines)
+    assert f"100000/100000 {note} ETA 99:00:59" in lines[0]
+
+
+def test_a_bar_below_a_bar_goes_away_with_its_work_and_without_a_terminal_there_is_none(monkeypatch, capsys):
+    Console().plain("to a file")
+    with Console().progress(3) as advance:
+        advance(1, "note", left=1.0)
+    assert capsys.readouterr().out == "to a file\n" and not Console().live
+    monkeypatch.setattr("sys.stdout", Terminal())
+    console = Console()
+    with console.progress(3) as advance:
+        advance(1)
+        with console.progress(5, title="progress_evaluating") as inner:
+            inner(5)
+            assert [task.completed for task in console._bar.tasks] == [1, 5]
+        assert [task.completed for task in console._bar.tasks] == [1]
+    assert console._bar is None
+
+
+def test_times_have_two_significant_parts():
+    assert [duration(s) for s in (0.25, 30, 600, 7260, 400000)] == ["250 ms", "30.0 s", "10 min", "2 h 01 min", "4.6 d"]
 
 
 def test_a_sentence_is_broken_between_words_and_keeps_every_character(spoken, narrow):

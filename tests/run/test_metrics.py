@@ -19,7 +19,7 @@ from nanogpt.core.machine import cap_allocator
 from nanogpt.core.memory.lora import add_adapters
 from nanogpt.core.precision import Precision, default_format
 from nanogpt.run import metrics
-from nanogpt.run.metrics import Stopwatch, flops_per_token, memory_gib, peak_tflops
+from nanogpt.run.metrics import Forecast, Stopwatch, flops_per_token, memory_gib, peak_tflops
 from nanogpt.run.session import Session
 from nanogpt.weights.build import build_model, preset
 
@@ -179,3 +179,21 @@ def test_flops_per_token_follow_the_palm_formula_and_look_ups_are_free():
 ])
 def test_out_of_memory_is_told_from_other_errors(error, expected):
     assert is_out_of_memory(error) is expected
+
+
+@pytest.mark.parametrize(("max_iters", "evaluations", "saves"), [(50, 10, None), (50, 7, 5), (50, None, 4), (12, 30, 6), (50, 10, 20)])
+def test_the_forecast_of_a_steady_training_is_the_time_that_it_takes(max_iters, evaluations, saves):
+    forecast = Forecast(max_iters, evaluations, saves, 4.0)
+    assert forecast.step_s == forecast.left_s(1) == 0
+    forecast.step(2.0)
+    # 第一次评估之前：按它的计算量估
+    assert forecast.evaluation_s == 8.0
+    forecast.pause("evaluation", 9.0)
+    forecast.pause("save", 3.0)
+
+    def pause(iteration):
+        evaluated = iteration == max_iters or (bool(evaluations) and iteration % evaluations == 0)
+        return 9.0 if evaluated else 3.0 if saves and iteration % saves == 0 else 0.0
+
+    for done in range(1, max_iters + 1):
+        assert forecast.left_s(done) == 2.0 * (max_iters - done) + sum(map(pause, range(done, max_iters + 1)))
