@@ -122,12 +122,6 @@ def _bars(console):
     return Progress(*columns, console=console, **options)
 
 
-def clock(seconds: float) -> str:
-    """1:02:03"""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
 def duration(seconds: float) -> str:
     """A time with two significant parts, the same in every language."""
     if seconds < 1:
