@@ -1,14 +1,18 @@
 """Pages and charts of reports: one html file that needs nothing else, curves in it as SVG, light and dark."""
 
 # 报告共用的零件：扫描的、一次训练的、几次训练相比的，样子都一样，只在这里写一遍
-# page 填好一个模板（各自的模板 extends page.html，颜色与版式在那里）；curves 画曲线，svg 把一张图写成网页里的 SVG
+# page 填好一个模板（各自的模板 extends page.html，颜色与版式在那里）；
+# curves 把曲线写成 SVG，svg 把 matplotlib 的图写成网页里的 SVG
+# 每次训练结束都画曲线：matplotlib 要载入一秒多，第一次用还要先建字体的索引；几条折线自己写成 SVG，毫秒就好
 # 同样的内容画出同样的字节；jinja2 与 matplotlib 载入要近一秒，用到才 import
 
 import contextlib
 import io
+import math
 import warnings
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,9 @@ VARIABLES = {f"c{index}": colour for index, colour in enumerate(PALETTE[:-1])} |
 # 文件里没有随机的 id：同样的结果画出同样的字节；设置里的 $ 不是数学公式；SVG 里文字留作文字，由浏览器用自己的字体写
 STYLE = {"text.parse_math": False, "svg.hashsalt": "nanogpt", "svg.fonttype": "none"}
 # 多于颜色的曲线换一种线
-DASHES = ("-", "--", ":", "-.")
+DASHES = ("none", "8 4", "2 4", "10 4 2 4")
+# 一条曲线最多画这么多点
+MOST_POINTS = 500
 
 
 def page(template: Path, **values: Any) -> str:
@@ -48,20 +54,66 @@ def printable(written: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in written)
 
 
-def curves(lines: Mapping[str, Sequence[tuple[float, float]]], *, x_label: str, y_label: str):
-    """A matplotlib figure of named curves, each a list of (x, y) with at least one."""
-    # 字体与 $ 怎样读，造的时候就定下了
-    with style():
-        ax = empty(x_label, y_label)
-        for index, (name, points) in enumerate(lines.items()):
-            dash = DASHES[index // (len(PALETTE) - 1) % len(DASHES)]
-            few = {"marker": "o", "markersize": 4} if len(points) < 12 else {}
-            colour, label = PALETTE[index % (len(PALETTE) - 1)], printable(name)
-            ax.plot(*zip(*points), dash, color=colour, linewidth=1.6, label=label, **few)
-        ax.margins(0.02, 0.06)
-        if len(lines) > 1:
-            ax.figure.legend(loc="outside lower center", frameon=False, ncols=2, fontsize=9, labelcolor=INK)
-    return ax.figure
+def curves(lines: Mapping[str, Sequence[tuple[float, float]]], title: str, *, x_label: str, y_label: str) -> str:
+    """Named curves, each a list of (x, y) with at least one, as an inline SVG, the same text every time."""
+    every = [point for points in lines.values() for point in points]
+    across, x_ticks = _axis([x for x, _ in every], 70, 980)
+    up, y_ticks = _axis([y for _, y in every], 370, 20)
+    rows = (len(lines) + 1) // 2 if len(lines) > 1 else 0
+    drawn = [f'<svg viewBox="0 0 1000 {430 + 24 * rows}" role="img" aria-label="{escape(printable(title))}">']
+
+    def line(x1, y1, x2, y2, style: str) -> None:
+        drawn.append(f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" style="{style}"/>')
+
+    def write(x, y, words: str, side: str = "middle", more: str = "") -> None:
+        style = f"fill:var(--soft);font-size:14px;text-anchor:{side}"
+        drawn.append(f'<text x="{x:.1f}" y="{y:.1f}" style="{style}"{more}>{escape(printable(words))}</text>')
+
+    for y in y_ticks:
+        line(60, up(y), 990, up(y), "stroke:var(--faint)")
+        write(50, up(y) + 5, tick(y), "end")
+    line(60, 380, 990, 380, "stroke:var(--soft)")
+    for x in x_ticks:
+        write(across(x), 400, tick(x))
+    write(525, 424, x_label)
+    write(16, 195, y_label, more=' transform="rotate(-90 16 195)"')
+    for index, (name, points) in enumerate(lines.items()):
+        dash = DASHES[index // (len(PALETTE) - 1) % len(DASHES)]
+        colour = f"var(--c{index % (len(PALETTE) - 1)})"
+        stroke = f"fill:none;stroke:{colour};stroke-width:2;stroke-dasharray:{dash}"
+        path = [(across(x), up(y)) for x, y in _thinned(points)]
+        drawn.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in path)}" style="{stroke}"/>')
+        for x, y in path if len(path) < 12 else ():
+            drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" style="fill:{colour}"/>')
+        if rows:
+            left, below = 70 + 460 * (index % 2), 444 + 24 * (index // 2)
+            line(left, below - 5, left + 28, below - 5, stroke)
+            write(left + 36, below, name, "start")
+    return "".join([*drawn, "</svg>"])
+
+
+def _axis(values: Sequence[float], start: float, end: float) -> tuple[Callable[[float], float], list[float]]:
+    """(value -> place between start and end, round values to write beside it)."""
+    low, high = min(values), max(values)
+    if low == high:
+        low, high = low - 1, high + 1
+    step = 10 ** math.floor(math.log10(high - low))
+    step *= next(part for part in (0.2, 0.5, 1, 2) if (high - low) / (step * part) <= 6)
+    ticks = [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return lambda value: start + (end - start) * (value - low) / (high - low), ticks
+
+
+def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most MOST_POINTS points: each the last x and the mean y of its share."""
+    # 几万个点的折线几 MB，画出来也只是一团
+    size = math.ceil(len(points) / MOST_POINTS)
+    shares = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(share[-1][0], sum(y for _, y in share) / len(share)) for share in shares]
+
+
+def tick(value: float) -> str:
+    """The number at a tick of an axis."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:g}"
 
 
 def empty(x_label: str, y_label: str):
@@ -71,7 +123,7 @@ def empty(x_label: str, y_label: str):
 
     ax = Figure(figsize=(10, 5.4), layout="constrained").add_subplot()
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if abs(value) >= 100 else f"{value:g}")
+        axis.set_major_formatter(lambda value, _: tick(value))
     ax.set_xlabel(x_label, color=SOFT)
     ax.set_ylabel(y_label, color=SOFT)
     ax.grid(axis="y", color=FAINT)

@@ -99,8 +99,11 @@ def test_the_page_is_self_contained_escaped_and_in_the_consoles_language(languag
 @pytest.mark.filterwarnings("error")
 def test_curves_of_any_name_and_number_are_drawn_as_the_same_text_every_time():
     lines = {f"$x^{n}$\x01<{NASTY}>字": [(float(x), x / (n + 1)) for x in range(1, 2 + 9 * n)] for n in range(9)}
-    drawn = [report.svg(report.curves(lines, x_label="iteration", y_label="loss"), NASTY) for _ in range(2)]
+    lines["long"] = [(float(x), x / 1e5) for x in range(10**4)]
+    drawn = [report.curves(lines, NASTY, x_label="iteration", y_label="loss") for _ in range(2)]
     assert drawn[0] == drawn[1] and ElementTree.fromstring(drawn[0]).tag == "svg" and "--c6" in drawn[0]
+    places = [tuple(map(float, place.split(","))) for points in re.findall(r'points="([^"]*)"', drawn[0]) for place in points.split()]
+    assert 500 < len(places) < 1100 and all(70 <= x <= 980 and 20 <= y <= 370 for x, y in places)
 
 
 def test_losses_are_drawn_only_where_there_are_some():
