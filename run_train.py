@@ -9,6 +9,7 @@ from pathlib import Path
 from nanogpt.base import run_names
 from nanogpt.base.cli import run_script
 from nanogpt.base.config import TrainConfig, check
+from nanogpt.base.sweep_folder import Job
 from nanogpt.run import rundir
 
 
@@ -85,5 +86,12 @@ def explain(*failed, **how) -> None:
     autopsy.show(*failed, **how)
 
 
+def after_sweep(jobs: list[Job]) -> None:
+    """Show and write what the trainings of a sweep reached."""
+    from nanogpt.sweep.compare import report_sweep
+
+    report_sweep(jobs)
+
+
 if __name__ == "__main__":
-    run_script("train", main, before_sweep)
+    run_script("train", main, before_sweep, after_sweep)

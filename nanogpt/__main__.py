@@ -15,7 +15,7 @@ from nanogpt.base.language import language_from_arguments, set_language, show, t
 
 SCRIPTS = ("train", "sample")
 # 管理已有训练的命令：只在用到时导入
-COMMANDS = {"runs": "nanogpt.run.folders"}
+COMMANDS = {"runs": "nanogpt.run.folders", "compare": "nanogpt.sweep.compare"}
 
 
 def main() -> None:
@@ -25,7 +25,8 @@ def main() -> None:
     sys.path.append(os.getcwd())
     if program in SCRIPTS:
         wiring = _wiring(program)
-        run_script(program, wiring.main, wiring.before_sweep)
+        after_sweep = {"after_sweep": wiring.after_sweep} if program == "train" else {}
+        run_script(program, wiring.main, wiring.before_sweep, **after_sweep)
     elif program in COMMANDS:
         importlib.import_module(COMMANDS[program]).main()
     elif program == "prepare" and len(sys.argv) > 1:

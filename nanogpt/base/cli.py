@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -31,7 +32,7 @@ from nanogpt.base.help import help_page, versions
 from nanogpt.base.language import ConfigError, language_from_arguments, say, set_language, show, text
 from nanogpt.base.quoting import QUOTED, override, quoted, typed_override, word
 from nanogpt.base.sample_config import SampleConfig, register_schemas
-from nanogpt.base.sweep_folder import tidy_latest
+from nanogpt.base.sweep_folder import Job, naming_jobs, tidy_latest
 from nanogpt.base.user_yaml import checked_yaml, group_options, is_group
 from nanogpt.base.value_checks import check_values, expanded, in_digits, wanted_type
 
@@ -180,11 +181,12 @@ def at_home(cfg: TrainConfig | SampleConfig) -> None:
 def run_script(
     config_name: str, task: Callable[[TrainConfig | SampleConfig, list[str]], float | None],
     before_sweep: Callable[[TrainConfig | SampleConfig], Path | None] = lambda cfg: None,
+    after_sweep: Callable[[list[Job]], None] = lambda jobs: None,
 ) -> None:
     """Compose conf/<config_name>.yaml with the command line and call task(cfg, overrides); exit 2 on a mistake.
 
     before_sweep(cfg) is called for every job of a sweep before the first one runs: it refuses mistakes and returns
-    the folder that only this job may use.
+    the folder that only this job may use. after_sweep(jobs) is called with those that had one, however they ended.
     """
     forgive_output()
     set_language(language_from_arguments(sys.argv))
@@ -200,7 +202,7 @@ def run_script(
             return
         with composing(config_name):
             flags, overrides, sweep = arranged(sys.argv[1:])
-        _Script(config_name, task, before_sweep, overrides, sweep=sweep).run(flags)
+        _Script(config_name, task, before_sweep, after_sweep, overrides, sweep=sweep).run(flags)
 
 
 class _Script:
@@ -208,18 +210,24 @@ class _Script:
 
     # Hydra 只认一个函数，又在几处回调它：命令行、任务与已报过的错误放在一个对象里，同一个错误只说一次
 
-    def __init__(self, config_name: str, task: Callable, before_sweep: Callable, overrides: list[str], *, sweep: bool):
-        self.config_name, self.task, self.before_sweep = config_name, task, before_sweep
+    def __init__(
+        self, config_name: str, task: Callable, before_sweep: Callable, after_sweep: Callable, overrides: list[str], *,
+        sweep: bool,
+    ):
+        self.config_name, self.task = config_name, task
+        self.before_sweep, self.after_sweep = before_sweep, after_sweep
         self.remembered = remembered_groups(overrides)
         exact = [with_integers(argument, SCHEMAS[config_name]) for argument in overrides]
         typed = [quoted(argument, sweep=sweep) for argument in exact]
         self.overrides = [*typed, *self.remembered, *implied_dataset(overrides)]
-        self.started = False
+        self.sweep, self.started = sweep, False
         self.reported: list[Exception] = []
+        self.jobs: dict[int, Job] = {}
+        self.checked = 0
 
     def run(self, flags: list[str]) -> None:
         """Compose and run every job; SystemExit on a mistake."""
-        sys.argv[1:] = [*flags, *self.overrides]
+        sys.argv[1:] = [*flags, *self.overrides, *(naming_jobs(self.overrides) if self.sweep else [])]
         try:
             with checked_yaml(), self.checked_sweeps():
                 # Hydra 会看函数定义在哪个文件：要给它一个函数，而不是方法
@@ -234,6 +242,8 @@ class _Script:
             with composing(self.config_name):
                 raise
         finally:
+            if self.jobs:
+                self.after_sweep(list(self.jobs.values()))
             tidy_latest()
 
     def job(self, cfg: DictConfig) -> float | None:
@@ -255,6 +265,8 @@ class _Script:
                 raise
             say("error", line=line)
             self.reported.append(error)
+            if job := self.jobs.get(hydra_config.job.get("num")):
+                self.jobs[hydra_config.job.num] = replace(job, reason=str(line))
             # 多任务时只算这一个失败，其余照跑；单任务直接退出
             if hydra_config.mode == RunMode.MULTIRUN:
                 raise
@@ -276,15 +288,18 @@ class _Script:
         loader, known = sweeper.hydra_context.config_loader, HydraConfig.instance().cfg
         said: set[str] = set()
         used: set[Path] = set()
+        jobs: dict[int, Job] = {}
         try:
-            for number, overrides in enumerate(batch):
+            # hydra.sweeper.max_batch_size：一批一批地来，号码接着数
+            for number, overrides in enumerate(batch, self.checked):
                 composed = loader.load_sweep_config(sweeper.config, list(overrides))
                 with open_dict(composed):
                     composed.hydra.job.id = composed.hydra.job.num = number
                 # 与 Hydra 一样，任务看到的是不带 hydra 的一份
                 HydraConfig.instance().set_config(copy.deepcopy(composed))
                 try:
-                    self.check_job(composed, used)
+                    if folder := self.check_job(composed, used):
+                        jobs[number] = Job(tuple(overrides), folder)
                 except (ConfigError, OSError) as error:
                     self.reported.append(error)
                     if (line := str(explained(error))) not in said:
@@ -294,15 +309,20 @@ class _Script:
             HydraConfig.instance().cfg = known
         if said:
             raise self.reported[-1]
+        self.jobs |= jobs
+        self.checked += len(batch)
 
-    def check_job(self, composed: DictConfig, used: set[Path]) -> None:
-        """Add the folder of a job to `used`; ConfigError for a mistake, and where an earlier job uses that folder."""
+    def check_job(self, composed: DictConfig, used: set[Path]) -> Path | None:
+        """Add the folder of a job to `used`, and return it.
+
+        ConfigError for a mistake, and where an earlier job uses that folder.
+        """
         with read_write(composed), open_dict(composed):
             del composed["hydra"]
         with composing(self.config_name):
             cfg, _ = self.composed(composed, HydraConfig.get())
         if not (folder := self.before_sweep(cfg)):
-            return
+            return None
         if folder.resolve() in used:
             # 否则第一个训完，其余的才被拒绝
             if cfg.resume:
@@ -317,6 +337,7 @@ class _Script:
                 key="resume" if cfg.resume else "out_dir", path=folder, remedy=remedy,
             )
         used.add(folder.resolve())
+        return folder
 
     def composed(self, cfg: DictConfig, hydra_config: DictConfig) -> tuple[TrainConfig | SampleConfig, list[str]]:
         """(typed configuration, the overrides that were typed) of a job."""

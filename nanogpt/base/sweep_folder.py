@@ -1,4 +1,7 @@
-"""The folder that Hydra makes for a sweep: one for each sweep, removed again if nothing was put into it."""
+"""The folder that Hydra makes for a sweep: one for each sweep, removed again if nothing was put into it.
+
+A job's own folder in it is named after its number and the values that it was given.
+"""
 
 # 一次扫描（-m）的文件夹：同一秒开始的两次各有各的，什么也没写下的不留
 # conf/ 把 SweepFolder 登记为 Hydra 的回调，开始时记下原来有什么；结束由 cli 调 tidy_latest 清掉 Hydra 造的空壳
@@ -6,9 +9,14 @@
 
 import contextlib
 import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
@@ -17,6 +25,8 @@ from nanogpt.base.files import numbered
 # Hydra 为每次扫描写下的，只有它自己的配置
 OWN = "multirun.yaml"
 KEY = "hydra.sweep.dir"
+# 给名字里的值留的长度：Windows 的整条路径不过 260 个字符
+LONGEST_NAME = 60
 
 
 class SweepFolder(Callback):
@@ -67,6 +77,39 @@ class SweepFolder(Callback):
         for path in itertools.chain(made, self.new):
             with contextlib.suppress(OSError):
                 path.rmdir() if path.is_dir() else path.unlink()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a sweep that trains."""
+
+    # 任务也许在别的进程里跑，也许没开成：从命令行知道该有哪些，结果都到目录里去看
+
+    overrides: tuple[str, ...]
+    folder: Path
+    reason: str = ""
+    """Why it failed, where that is known."""
+
+
+def swept_name(overrides: str) -> str:
+    """What a job's overrides add to the name of its folder; only characters that every system takes."""
+    name = re.sub(r"[^\w.=+-]+", "_", overrides)[:LONGEST_NAME].strip("_. ")
+    return f"_{name}" if name else ""
+
+
+OmegaConf.register_new_resolver("swept_name", swept_name, replace=True)
+
+
+def naming_jobs(overrides: Sequence[str]) -> list[str]:
+    """The override of Hydra that keeps what all jobs share out of the names of their folders."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException:
+        # 写错的由 Hydra 去说
+        return []
+    given = {o.key_or_group for o in parsed if o.is_sweep_override()}
+    shared = sorted({o.key_or_group for o in parsed} - given)
+    return [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(shared)}]"] if shared else []
 
 
 def tidy_latest() -> None:

@@ -148,7 +148,11 @@ def test_a_sweep_runs_every_job_in_its_own_folder(own_text):
     # 换了目录，写下的相对路径仍从敲命令的地方算起
     done = run(folder, "-m", *overrides, "max_iters=2", "batch_size=2,4", "hydra.job.chdir=true")
     runs = sorted((folder / "outputs" / "sweeps").glob("*/*/summary.json"))
-    assert len(runs) == 2 and "done: val loss" in done.stdout
+    assert [p.parent.name for p in runs] == ["0_batch_size=2", "1_batch_size=4"] and "done: val loss" in done.stdout
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["batch_size", "val", "loss", "last", "tokens", "tokens/s", "took", "run"] in lines
+    assert sorted(line[0] + line[-1] for line in lines if line[-1:] in (["0_batch_size=2"], ["1_batch_size=4"])) == ["20_batch_size=2", "41_batch_size=4"]
+    assert (runs[0].parents[1] / "compare.html").is_file()
     assert [json.loads(p.read_text(encoding="utf-8"))["tokens"] for p in runs] == [2 * 2 * 16, 2 * 4 * 16]
 
 
@@ -158,6 +162,9 @@ def test_one_bad_job_does_not_stop_a_sweep_and_the_exit_code_tells(own_text):
     done = run(folder, "-m", *overrides, "max_iters=2", "model.block_size=100000,16", expect=2)
     assert done.stderr.count("error: model.block_size=100000") == 1 and "Traceback" not in done.stderr
     assert len(list((folder / "outputs" / "sweeps").glob("*/*/summary.json"))) == 1
+    rows = [line.split() for line in done.stdout.splitlines()[-4:] if line.endswith(("=16", "=100000"))]
+    assert [(row[0], row[-2], row[-1]) for row in rows] == [("16", "done", "1_model.block_size=16"), ("100000", "failed", "0_model.block_size=100000")]
+    assert "0_model.block_size=100000: model.block_size=100000 is longer" in done.stdout
 
 
 BAD_COMMANDS = {
