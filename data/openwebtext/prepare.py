@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt.base.language import ConfigError
+from nanogpt.base.language import ConfigError, say
 from nanogpt.data.corpus import write_tagged
 from nanogpt.data.tokenizer import gpt2_tokenizer
 
@@ -36,6 +36,11 @@ def prepare(folder: Path, source: str, val_every: int, max_documents: int | None
         raise ConfigError("out_of_range", key="dataset.val_every", got=val_every, wanted=">= 2")
     tokenizer = gpt2_tokenizer()
     rows = documents(source)
+    # hub 的说明里写着全部有多大、多少篇；本机的文件夹没有说明
+    size, splits = rows.info.download_size, rows.info.splits or {}
+    total = max_documents or ("train" in splits and splits["train"].num_examples) or None
+    if size and not Path(source).exists():
+        say("fetching", name=source, size=size / 1e6, place="Hugging Face")
 
     def stream(advance) -> Iterator[tuple[str, np.ndarray]]:
         for number, row in enumerate(rows):
@@ -50,7 +55,7 @@ def prepare(folder: Path, source: str, val_every: int, max_documents: int | None
 
     columns = (TextColumn("openwebtext"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as bar:
-        task = bar.add_task("documents", total=max_documents)
+        task = bar.add_task("documents", total=total)
         written = stream(lambda: bar.advance(task))
         write_tagged(folder, name="openwebtext", source=source, tokenizer=tokenizer, stream=written)
 

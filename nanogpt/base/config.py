@@ -268,7 +268,8 @@ class TrainConfig:
     """Of the run that resume or init_from names: last, best or iter_00001000; None resumes from its last and starts
     from its best."""
     init_from: str | None
-    """Pretrained weights to start from; see nanogpt.weights.pretrained."""
+    """Weights to start from: gpt2 … gpt2-xl, owner/name, modelscope:owner/name, a folder, a run or ckpt.pt; None:
+    random ones."""
     seed: int = number(0, 2**63 - 1)
     """Same seed, machine and versions: same result."""
     device: str

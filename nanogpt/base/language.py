@@ -428,7 +428,8 @@ NAMED = {
     "empty_value": "{key} is empty; write a value, or {key}=null for none",
     "evaluate_own_key": "{key}=… is set by the evaluation itself; leave it out",
     "evaluate_written": "written: {path}",
-    "fetching": "fetching {name} from {place} …",
+    "fetching": "fetching {name} ({size:.1f} MB) from {place} …",
+    "fetched": "{name}: {size:.1f} MB in {seconds:.0f} s",
     "init_from_shape": (
         "{key}={got} contradicts init_from={named}, whose weights have {want}; leave {key} out, or train without "
         "init_from"

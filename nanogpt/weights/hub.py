@@ -1,79 +1,192 @@
-"""Downloads models from the Hugging Face hub through the optional package huggingface_hub."""
+"""Downloads models from the Hugging Face hub (through the optional package huggingface_hub) and from ModelScope."""
 
-# 从 Hugging Face hub 取模型（init_from=owner/name）：只挑形状、权重与词表，代码从不下载
-# 缓存、镜像（HF_ENDPOINT）、断网（HF_HUB_OFFLINE）都交给 huggingface_hub；这里把它的各种错误变成一行
+# 从 hub 取模型：init_from=owner/name 是 Hugging Face，init_from=modelscope:owner/name 是魔搭；之后同一条路
+# 只挑形状、权重与词表，代码从不下载；先问有哪些文件、各多大，说出来再取，权重最后到
 # hub 上的权重没有事先知道的 SHA-256，路上不被改动全靠 TLS：镜像必须是 https
+# Hugging Face 的缓存、口令、断网（HF_HUB_OFFLINE）都交给 huggingface_hub；魔搭只有一个列表与一个下载地址，用 assets 取
 # 取到的只是一个本机文件夹，之后与自己放的文件夹一样由 pretrained.read_folder 读
 
+import json
+import os
+import re
+import sys
+import time
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
-from nanogpt.base.language import ConfigError, say
-from nanogpt.data.assets import without_password
+from nanogpt.base.language import ConfigError, first_line, say
+from nanogpt.data import assets
+from nanogpt.data.assets import Asset, without_password
 from nanogpt.weights.foreign_files import WEIGHTS, shard_names
 
 # 只取形状、权重与词表；仓库里的代码从不下载
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt")
+MODELSCOPE = "modelscope:"
+# 文件的列表最多读这么多
+MOST_LIST = 2**24
 
 
-def download(name: str, named: str, key: str) -> Path:
-    """The local folder of hub model `name`, downloaded if not cached; `named` is what the user typed for `key`."""
-    try:
-        import huggingface_hub
-        from huggingface_hub import constants
-    except ImportError:
-        raise ConfigError(
-            "{key}={got}: there is no such folder here, and the hub needs the package huggingface_hub (pip install "
-            "huggingface_hub; HF_ENDPOINT names a mirror); or give a local folder: {key}=FOLDER with config.json and "
-            "model.safetensors",
-            key=key, got=named,
-        ) from None
-    parts = urlsplit(constants.ENDPOINT)
+class HuggingFace:
+    """A model on the hub that HF_ENDPOINT names, as huggingface_hub reaches it."""
+
+    # 缓存与断网时从缓存取都是它的事；这里只先问大小，再取缺的
+    # 终端上的进度条是库自己的
+
+    variable = "HF_ENDPOINT"
+
+    def __init__(self, name: str, named: str, key: str):
+        try:
+            import huggingface_hub
+            from huggingface_hub import constants
+        except ImportError:
+            raise ConfigError(
+                "{key}={got}: there is no such folder here, and the hub needs the package huggingface_hub (pip install "
+                "huggingface_hub; HF_ENDPOINT names a mirror); {key}=modelscope:OWNER/NAME needs no package; or give a "
+                "local folder: {key}=FOLDER with config.json and model.safetensors",
+                key=key, got=named,
+            ) from None
+        # 断网时库自己会反复重试并打印警告，我们的一行已说明一切
+        huggingface_hub.logging.set_verbosity_error()
+        self.library, self.name, self.place, self.commit = huggingface_hub, name, constants.ENDPOINT, None
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file; raises whatever the network raises."""
+        found = self.library.HfApi().model_info(self.name, files_metadata=True, timeout=assets.TIMEOUT_S)
+        self.commit = found.sha
+        return {file.rfilename: file.size or 0 for file in found.siblings}
+
+    def folder(self) -> Path | None:
+        """Where its files lie, if any are here."""
+        path = self._cached("config.json")
+        return path and path.parent
+
+    def has(self, file: str) -> bool:
+        """Whether a file is here, as the hub has it now."""
+        return self._cached(file) is not None
+
+    def get(self, file: str) -> None:
+        """Fetch a file."""
+        # 不指明 commit：库才会记下 main 是哪一个，断网时按它找
+        self.library.hf_hub_download(self.name, file)
+
+    def _cached(self, file: str) -> Path | None:
+        found = self.library.try_to_load_from_cache(self.name, file, revision=self.commit)
+        return Path(found) if isinstance(found, str) else None
+
+
+class ModelScope:
+    """A model at modelscope.cn, or where MODELSCOPE_ENDPOINT says, through its file API: no package, no account."""
+
+    # 与它自己的客户端同样的两个地址与同样的环境变量；列表里有大小，多半还有 SHA-256，取到的逐个核对
+
+    variable = "MODELSCOPE_ENDPOINT"
+
+    def __init__(self, name: str):
+        self.place = os.environ.get(self.variable) or "https://modelscope.cn"
+        self.address = f"{self.place.rstrip('/')}/api/v1/models/{name}/repo"
+        self.into = assets.cache_folder() / "modelscope" / name
+        self.files: dict[str, Asset] = {}
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file; raises whatever the network raises."""
+        with assets.opened(f"{self.address}/files?Revision=master&Recursive=true") as answer:
+            said = json.loads(answer.read(MOST_LIST))
+        if not said.get("Data"):
+            raise ValueError(said.get("Message") or "no list of files")
+        for file in said["Data"]["Files"]:
+            path, size = file["Path"], file["Size"]
+            # 名字来自网上：只要平常的，不会指到别的文件夹
+            if re.fullmatch(r"[\w-][\w.-]*", path) and type(size) is int and file.get("Type") != "tree":
+                url = f"{self.address}?{urlencode({'Revision': 'master', 'FilePath': path})}"
+                self.files[path] = Asset(path, file.get("Sha256") or None, size, urls=(url,))
+        return {path: asset.size for path, asset in self.files.items()}
+
+    def folder(self) -> Path | None:
+        """Where its files lie, if any are here."""
+        return self.into if self.into.is_dir() else None
+
+    def has(self, file: str) -> bool:
+        """Whether a file is here, as the hub has it now."""
+        return (self.into / file).is_file() and assets.is_whole(self.files[file], self.into / file)
+
+    def get(self, file: str) -> None:
+        """Fetch a file."""
+        assets.fetch_into(self.into, self.files[file])
+
+
+def download(named: str, repository: str, key: str) -> Path:
+    """The local folder of a model on a hub, downloaded if not cached; `named` is what the user typed for `key`."""
+    scope = named.startswith(MODELSCOPE)
+    hub = ModelScope(repository) if scope else HuggingFace(repository, named, key)
+    place, parts = without_password(hub.place), urlsplit(hub.place)
     if parts.scheme != "https" and parts.hostname not in ("localhost", "127.0.0.1"):
         # 这里没有事先知道的 SHA-256：路上不被改动全靠 TLS
         raise ConfigError(
-            "{key}={got}: HF_ENDPOINT={endpoint} is not https, and weights have no hash known beforehand; name a "
+            "{key}={got}: {variable}={endpoint} is not https, and weights have no hash known beforehand; name a "
             "mirror with https, or give a local folder: {key}=FOLDER",
-            key=key, got=named, endpoint=without_password(constants.ENDPOINT),
+            key=key, got=named, variable=hub.variable, endpoint=place,
         )
-    # 断网时库自己会反复重试并打印警告，下面的一行已说明一切
-    huggingface_hub.logging.set_verbosity_error()
-    say("fetching", name=name, place=without_password(constants.ENDPOINT))
     try:
-        folder = Path(huggingface_hub.hf_hub_download(name, "config.json")).parent
-        weights = next((file for file in WEIGHTS if _optional(huggingface_hub, name, file)), None)
-        if weights is None:
-            raise FileNotFoundError("no " + " or ".join(WEIGHTS))
-        if weights.endswith(".index.json"):
-            for file in shard_names(folder / weights):
-                huggingface_hub.hf_hub_download(name, file)
-        for file in TOKENIZER:
-            _optional(huggingface_hub, name, file)
+        sizes = hub.sizes()
+    except Exception as error:
+        # 网络库的错误类型随版本变，但都意味着问不到；以前取全了的照用
+        if (folder := hub.folder()) and is_complete(folder):
+            say(
+                "{place} did not answer ({reason}); using the copy in {folder}",
+                place=place, reason=_reason(error), folder=folder,
+            )
+            return folder
+        raise _unreachable(key, named, place, hub.variable, error) from None
+    try:
+        return _brought(hub, sizes, repository)
     except ConfigError:
         raise
     except Exception as error:
-        # 网络库的错误类型随版本变，但都意味着没有取到；连不上时起因比外层的套话有用
-        offline = isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError)
-        cause = (error.__cause__ or error) if offline else error
-        reason = " ".join(str(cause).split())[:160] or type(cause).__name__
-        raise ConfigError(
-            "{key}={got}: there is no such folder here, and {endpoint} did not give it ({reason}); check the name and "
-            "the network, set the environment variable HF_ENDPOINT to a mirror, or give a local folder: {key}=FOLDER "
-            "with config.json and model.safetensors",
-            key=key, got=named, endpoint=without_password(constants.ENDPOINT), reason=reason,
-        ) from None
-    return folder
+        raise _unreachable(key, named, place, hub.variable, error) from None
 
 
-def _optional(huggingface_hub, name: str, file: str) -> bool:
-    """Fetch a file that the repository may lack; False when it does."""
-    try:
-        huggingface_hub.hf_hub_download(name, file)
-        return True
-    except huggingface_hub.errors.LocalEntryNotFoundError:
-        # 断网：缓存记得仓库里没有这个文件，才能当作没有
-        if isinstance(huggingface_hub.try_to_load_from_cache(name, file), str | None):
-            raise
+def is_complete(folder: Path) -> bool:
+    """Whether a folder has weights, and every shard if there are several."""
+    weights = next((file for file in WEIGHTS if (folder / file).is_file()), None)
+    if weights is None or not (folder / "config.json").is_file():
         return False
-    except huggingface_hub.errors.EntryNotFoundError:
-        return False
+    shards = shard_names(folder / weights) if weights.endswith(".index.json") else []
+    return all((folder / shard).is_file() for shard in shards)
+
+
+def _unreachable(key: str, named: str, place: str, variable: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        "{key}={got}: there is no such folder here, and {endpoint} did not give it ({reason}); check the name and "
+        "the network, set the environment variable {variable} to a mirror, or give a local folder: {key}=FOLDER "
+        "with config.json and model.safetensors",
+        key=key, got=named, endpoint=place, variable=variable, reason=_reason(error),
+    )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or first_line(error)
+
+
+def _brought(hub: HuggingFace | ModelScope, sizes: dict[str, int], name: str) -> Path:
+    """The folder with config, tokenizer and weights of a model, the weights last."""
+    weights = next((file for file in WEIGHTS if file in sizes), " or ".join(WEIGHTS))
+    _bring(hub, sizes, [*(file for file in TOKENIZER if file in sizes), "config.json", weights], name)
+    if weights.endswith(".index.json"):
+        _bring(hub, sizes, shard_names(hub.folder() / weights), name)
+    return hub.folder()
+
+
+def _bring(hub: HuggingFace | ModelScope, sizes: dict[str, int], files: list[str], name: str) -> None:
+    """Fetch what is not here, saying its size before and the time it took behind."""
+    for file in files:
+        if file not in sizes:
+            raise FileNotFoundError(f"no {file}")
+    missing = [file for file in files if not hub.has(file)]
+    if not missing:
+        return
+    size, began = sum(sizes[file] for file in missing) / 1e6, time.monotonic()
+    say("fetching", name=name, size=size, place=without_password(hub.place))
+    for file in missing:
+        hub.get(file)
+    if not sys.stderr.isatty():
+        say("fetched", name=name, size=size, seconds=time.monotonic() - began)

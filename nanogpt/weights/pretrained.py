@@ -55,11 +55,14 @@ class Pretrained:
 def open_pretrained(
     named: str, key: str = "init_from", which: str | None = None, *, code: str | None = None
 ) -> Pretrained:
-    """The model that a person named: gpt2 …, owner/name on the hub, a folder, a run of ours, or nanoGPT's ckpt.pt.
+    """The model that a person named: gpt2 …, owner/name on a hub, a folder, a run of ours, or nanoGPT's ckpt.pt.
 
     `key` is the key that the name was typed for; `which` is the checkpoint of a run (None: its best); `code` is the
     model class that was typed.
     """
+    if re.fullmatch(rf"{hub.MODELSCOPE}[\w-][\w.-]*/[\w-][\w.-]*", named):
+        repository = named.removeprefix(hub.MODELSCOPE)
+        return read_folder(hub.download(named, repository, key), repository.partition("/")[2])
     path = Path(named)
     # 本机的文件优先：断网的人把权重放在 ./gpt2 就能用
     if path.is_file() and path.suffix == ".pt":
@@ -71,12 +74,12 @@ def open_pretrained(
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", named):
         raise ConfigError(
             "{key}={got}: there is no such folder or file here, and it is no name on the hub; give gpt2, gpt2-medium, "
-            "gpt2-large, gpt2-xl, owner/name, a folder with config.json and model.safetensors, a run folder, or a "
-            "nanoGPT ckpt.pt",
+            "gpt2-large, gpt2-xl, owner/name, modelscope:owner/name, a folder with config.json and model.safetensors, "
+            "a run folder, or a nanoGPT ckpt.pt",
             key=key, got=named,
         )
     repository = f"openai-community/{named}" if named in GPT2_NAMES else named
-    return read_folder(hub.download(repository, named, key), path.name)
+    return read_folder(hub.download(named, repository, key), path.name)
 
 
 def build_pretrained(pretrained: Pretrained, seed: int = 0, weights: str = "fp32") -> torch.nn.Module:

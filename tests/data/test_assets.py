@@ -175,12 +175,14 @@ def quick(monkeypatch):
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_connection_that_breaks_is_taken_up_again(places, quick, ranges):
+def test_a_connection_that_breaks_is_taken_up_again(places, quick, ranges, capsys):
     content = bytes(range(256)) * 1000
     with served({"/a.txt": content}, breaks=(1, 2), ranges=ranges) as (address, requests):
         asset = Asset("a.txt", hashlib.sha256(content).hexdigest(), len(content), urls=(f"{address}/a.txt",))
         assert fetch(asset).read_bytes() == content
     assert [begin for _, begin in requests][:2] == [None, "bytes=128000-"] and len(requests) == 3
+    # 大小先说，取完再说
+    assert capsys.readouterr().err == f"fetching a.txt (0.3 MB) from {address}/a.txt …\na.txt: 0.3 MB in 0 s\n"
 
 
 def test_a_line_that_brings_nothing_more_is_given_up(places, quick):

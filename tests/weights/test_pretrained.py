@@ -1,13 +1,16 @@
 """Weights from elsewhere: logits equal to transformers', vocabularies the same, damaged and hostile files refused in one line."""
 
+import hashlib
 import http.server
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 import threading
+import urllib.parse
 import warnings
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from nanogpt.base.config import ROOT
 from nanogpt.base.language import ConfigError
+from nanogpt.data import assets
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.tokenizer_files import byte_level_bpe
 from nanogpt.weights import nanogpt_checkpoint
@@ -291,7 +295,7 @@ def test_an_index_cannot_point_outside_its_folder(folder):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Plays huggingface.co for one model, from a folder."""
+    """Plays huggingface.co and modelscope.cn for one model, from a folder."""
 
     def do_HEAD(self):
         self.answer(body=False)
@@ -300,21 +304,30 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.answer(body=True)
 
     def answer(self, body):
-        prefix, _, file = self.path.partition("/resolve/main/")
-        path = self.server.folder / file
-        found = prefix == f"/{self.server.model}" and path.is_file()
-        self.server.asked.append(file)
-        self.send_response(200 if found else 404)
-        self.send_header("X-Repo-Commit", "c" * 40)
-        if not found:
-            self.send_header("X-Error-Code", "EntryNotFound" if prefix == f"/{self.server.model}" else "RepoNotFound")
+        asked = urllib.parse.urlsplit(self.path)
+        model, folder = self.server.model, self.server.folder
+        content = None
+        if asked.path == f"/api/models/{model}":
+            files = [{"rfilename": path.name, "size": path.stat().st_size} for path in folder.iterdir()]
+            content = json.dumps({"id": model, "sha": "c" * 40, "siblings": files}).encode()
+        elif asked.path == f"/api/v1/models/{model}/repo/files":
+            files = [{"Path": p.name, "Type": "blob", "Size": p.stat().st_size, "Sha256": self.server.digest(p)} for p in folder.iterdir()]
+            content = json.dumps({"Code": 200, "Data": {"Files": [*files, {"Path": "../../evil", "Type": "blob", "Size": 1}]}}).encode()
         else:
-            self.send_header("ETag", f'"{file}"')
-        content = path.read_bytes() if found else b""
-        self.send_header("Content-Length", str(len(content)))
+            # 两家的文件地址：/me/tiny/resolve/main/x 与 /api/v1/models/me/tiny/repo?FilePath=x
+            file = urllib.parse.parse_qs(asked.query).get("FilePath", [asked.path.rpartition("/")[2]])[0]
+            self.server.asked.append(file)
+            if f"/{model}/" in asked.path and (folder / file).is_file():
+                content = (folder / file).read_bytes()
+        self.send_response(404 if content is None else 200)
+        self.send_header("X-Repo-Commit", "c" * 40)
+        self.send_header("ETag", f'"{asked.path}"')
+        if content is None:
+            self.send_header("X-Error-Code", "EntryNotFound" if f"/{model}/" in asked.path else "RepoNotFound")
+        self.send_header("Content-Length", str(len(content or b"")))
         self.end_headers()
         if body:
-            self.wfile.write(content)
+            self.wfile.write(content or b"")
 
     def log_message(self, *arguments):
         pass
@@ -324,7 +337,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def local_hub(folder):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.folder, server.model, server.asked = folder, "me/tiny", []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
 
@@ -357,11 +371,62 @@ def test_a_mirror_of_the_hub_serves_models_and_the_cache_remembers_them(tmp_path
     assert f"init_from=me/other: there is no such folder here, and {endpoint} did not give it" in unknown and "Repository Not Found" in unknown
     assert "init_from=gpt2: there is no such folder here" in unreachable and "HF_ENDPOINT" in unreachable and "model.safetensors" in unreachable
     assert "model.safetensors" in local_hub.asked and not [file for file in local_hub.asked if file.endswith(".py")]
+    said = done.stderr.splitlines()
+    assert re.fullmatch(rf"fetching me/tiny \(0\.\d MB\) from {endpoint} …", said[0]) and re.fullmatch(r"me/tiny: 0\.\d MB in \d+ s", said[1])
+    assert "using the copy in" in said[2] and len(said) == 3
+
+
+@pytest.fixture
+def modelscope(local_hub, tmp_path, monkeypatch):
+    """The local hub as modelscope.cn, with an empty cache."""
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", f"http://127.0.0.1:{local_hub.server_address[1]}/")
+    monkeypatch.setenv("NANOGPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(assets, "pip_settings", dict)
+    monkeypatch.setattr(assets, "PAUSE_S", 0.0)
+    return local_hub
+
+
+def test_modelscope_gives_a_model_without_its_code_and_the_cache_serves_when_it_is_gone(modelscope, folder, tmp_path, capsys):
+    (folder / "modeling.py").write_text("raise SystemExit", encoding="utf-8")
+    got, here = open_pretrained("modelscope:me/tiny"), open_pretrained(str(folder))
+    assert got.config.n_embd == 48 and all(torch.equal(t, here.tensors[name]) for name, t in got.tensors.items())
+    said = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"fetching me/tiny \(0\.\d MB\) from http://127.*", said[0]) and re.fullmatch(r"me/tiny: 0\.\d MB in 0 s", said[1])
+    kept = sorted(path.name for path in (tmp_path / "cache" / "modelscope" / "me" / "tiny").iterdir())
+    assert sorted(modelscope.asked) == kept == ["config.json", "model.safetensors", "tokenizer.json"]
+    open_pretrained("modelscope:me/tiny")
+    assert len(modelscope.asked) == 3 and not capsys.readouterr().err
+    # 上面的文件换了：只取换了的
+    config = (folder / "config.json").read_text(encoding="utf-8")
+    (folder / "config.json").write_text(config + "\n", encoding="utf-8")
+    open_pretrained("modelscope:me/tiny")
+    assert modelscope.asked[3:] == ["config.json"]
+    modelscope.model = "me/gone"
+    capsys.readouterr()
+    assert open_pretrained("modelscope:me/tiny").config.n_embd == 48
+    assert "did not answer (HTTP Error 404: Not Found); using the copy in" in capsys.readouterr().err
+
+
+def test_what_modelscope_does_not_give_or_gives_changed_is_one_line(modelscope, folder, tmp_path, monkeypatch):
+    for named in ("modelscope:me/other", "modelscope:../tiny", "modelscope:tiny"):
+        with pytest.raises(ConfigError, match="MODELSCOPE_ENDPOINT to a mirror" if "other" in named else "no name on the hub") as error:
+            open_pretrained(named)
+        assert "\n" not in str(error.value)
+    modelscope.digest = lambda path: "0" * 64
+    with pytest.raises(ConfigError, match="tokenizer.json: SHA-256 differs"):
+        open_pretrained("modelscope:me/tiny")
+    assert not list((tmp_path / "cache" / "modelscope" / "me" / "tiny").iterdir())
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"no model.safetensors or .*config.json and model.safetensors"):
+        open_pretrained("modelscope:me/tiny")
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://mirror.example")
+    with pytest.raises(ConfigError, match="MODELSCOPE_ENDPOINT=http://mirror.example is not https"):
+        open_pretrained("modelscope:me/tiny")
 
 
 def test_a_mirror_of_the_hub_that_is_not_https_is_not_asked(monkeypatch, in_tmp):
     library = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(library, "hf_hub_download", None)
+    monkeypatch.setattr(library, "HfApi", None)
     monkeypatch.setattr(library.constants, "ENDPOINT", "http://me:secret@mirror.example")
     with pytest.raises(ConfigError, match="HF_ENDPOINT=http://mirror.example is not https"):
         open_pretrained("gpt2")
