@@ -5,6 +5,7 @@
 # run_sample.py、服务器、评估都从这里开始；开头的文件有大小上限，编码由 data/source_text 认
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from nanogpt.base.config import HardwareConfig
-from nanogpt.base.language import ConfigError
+from nanogpt.base.language import ConfigError, say
 from nanogpt.base.sample_config import FROM_FILE, SampleConfig, file_of
 from nanogpt.base.value_checks import unescaped
 from nanogpt.core import machine
@@ -86,6 +87,20 @@ class Model:
     network: torch.nn.Module
     tokenizer: tokenizers.Tokenizer
     context: Callable[[], contextlib.AbstractContextManager]
+    source: checkpoint.Checkpoint | None = None
+    """None for pretrained weights."""
+
+    def announce(self) -> None:
+        """Say on stderr what is written with."""
+        size = f"{self.network.parameter_count() / 1e6:.2f}M"
+        if self.source is None:
+            say("writing with {name} ({size})", name=self.name, size=size)
+            return
+        say(
+            "writing with {run}: iter {iteration}, val loss {loss:.4f}, {model} ({size})",
+            run=Path(self.name).parent, iteration=self.source.iteration, loss=self.source.val_loss,
+            model=self.network.config.name, size=size,
+        )
 
     @property
     def id(self) -> str:
@@ -141,10 +156,10 @@ def open_model(cfg: SampleConfig, run_dir: Path | None) -> Model:
         return ready(cfg, cfg.init_from, build_pretrained(pretrained).to(device), pretrained.tokenizer)
 
     def opened(source: checkpoint.Checkpoint):
-        return (source.name, *load(source, device, cfg.model["_target_"]))
+        return (source, *load(source, device, cfg.model["_target_"]))
 
-    named, network, tokenizer = checkpoint.use(run_dir, cfg.checkpoint, opened, key="out_dir")
-    return ready(cfg, f"{run_dir}/{named}", network, tokenizer)
+    source, network, tokenizer = checkpoint.use(run_dir, cfg.checkpoint, opened, key="out_dir")
+    return dataclasses.replace(ready(cfg, f"{run_dir}/{source.name}", network, tokenizer), source=source)
 
 
 def ready(cfg: SampleConfig, name: str, network: torch.nn.Module, tokenizer: tokenizers.Tokenizer) -> Model:

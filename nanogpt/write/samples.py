@@ -83,6 +83,7 @@ def write_samples(cfg: SampleConfig, model: Model) -> None:
     requests = [settings.request(prompt, number) for prompt in prompts for number in range(cfg.num_samples)]
     writer = model.writer_of(requests, batch_size=cfg.batch_size, skip="unknown=skip")
     records = Records(cfg.output, model.name)
+    model.announce()
     # 一个开头是在看它写，许多开头是在等它写完
     bar = Console(stream="stderr", quiet=len(prompts) == 1)
     with bar.progress(len(requests), 0, title="progress_writing") as advance:

@@ -20,6 +20,7 @@ def converse(cfg: SampleConfig, model: Model) -> int:
     """Write what is asked for until the end of the input; the process' exit code."""
     is_terminal = sys.stdin.isatty()
     session = InteractiveSession(cfg, model, piped=not is_terminal)
+    model.announce()
     if is_terminal:
         return at_the_terminal(session, prompt_session(session))
     return from_a_pipe(session, sys.stdin.buffer)
@@ -67,10 +68,7 @@ def decoded(raw: bytes) -> str:
 
 def at_the_terminal(session: InteractiveSession, prompt) -> int:
     """Ask for lines until /quit or Ctrl-D; Ctrl-C only clears the line."""
-    say(
-        "{model}\ntype a beginning and press Enter; /help shows the commands, Ctrl-C stops a text, Ctrl-D leaves",
-        model=session.model.name,
-    )
+    say("type a beginning and press Enter; /help shows the commands, Ctrl-C stops a text, Ctrl-D leaves")
     while not session.done:
         try:
             line = prompt.prompt()
