@@ -344,6 +344,7 @@ NAMED = {
     "column_model": "model",
     "column_data": "data",
     "column_bpb": "bpb",
+    "validation_loss": "validation loss",
     "column_last": "last",
     "column_speed": "tokens/s",
     "column_reached": "what they reached",
@@ -378,6 +379,7 @@ NAMED = {
         "no combination of batch_size, memory=… and block_size that was tried fits; choose a smaller model"
     ),
     "trial_defaults": "the defaults",
+    "report_title": "Which setting is the fastest that fits",
     "report_use": "Train with the fastest setting",
     "report_chart": "Memory against speed",
     "report_chart_note": (

@@ -62,7 +62,7 @@ def curves(lines: Mapping[str, Sequence[tuple[float, float]]], title: str, *, x_
     rows = (len(lines) + 1) // 2 if len(lines) > 1 else 0
     drawn = [f'<svg viewBox="0 0 1000 {430 + 24 * rows}" role="img" aria-label="{escape(printable(title))}">']
 
-    def line(x1, y1, x2, y2, style: str) -> None:
+    def rule(x1, y1, x2, y2, style: str) -> None:
         drawn.append(f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" style="{style}"/>')
 
     def write(x, y, words: str, side: str = "middle", more: str = "") -> None:
@@ -70,9 +70,9 @@ def curves(lines: Mapping[str, Sequence[tuple[float, float]]], title: str, *, x_
         drawn.append(f'<text x="{x:.1f}" y="{y:.1f}" style="{style}"{more}>{escape(printable(words))}</text>')
 
     for y in y_ticks:
-        line(60, up(y), 990, up(y), "stroke:var(--faint)")
+        rule(60, up(y), 990, up(y), "stroke:var(--faint)")
         write(50, up(y) + 5, tick(y), "end")
-    line(60, 380, 990, 380, "stroke:var(--soft)")
+    rule(60, 380, 990, 380, "stroke:var(--soft)")
     for x in x_ticks:
         write(across(x), 400, tick(x))
     write(525, 424, x_label)
@@ -87,7 +87,7 @@ def curves(lines: Mapping[str, Sequence[tuple[float, float]]], title: str, *, x_
             drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" style="fill:{colour}"/>')
         if rows:
             left, below = 70 + 460 * (index % 2), 444 + 24 * (index // 2)
-            line(left, below - 5, left + 28, below - 5, stroke)
+            rule(left, below - 5, left + 28, below - 5, stroke)
             write(left + 36, below, name, "start")
     return "".join([*drawn, "</svg>"])
 

@@ -99,7 +99,7 @@ def loss_chart(found: Sequence[TrialResult], best: TrialResult | None, language:
     ]
     if len(points) < 2:
         return None
-    return Chart("tokens/s", text_in(language, "validation loss"), points, series, from_zero=False)
+    return Chart("tokens/s", text_in(language, "validation_loss"), points, series, from_zero=False)
 
 
 # ---- 画 ----

@@ -143,7 +143,7 @@ def write_page(keys: Sequence[str], rows: Sequence[Row], path: Path) -> None:
 def _charts(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """(title, SVG) of every metric that some run has a curve of, over the tokens that were trained on."""
     # 批量不同的，迭代数没法比；看过多少 token 才公平
-    titles = {"val/loss": text("validation loss"), "val/bpb": text("bits per byte"), "train/loss": text("train loss")}
+    titles = {"val/loss": text("validation_loss"), "val/bpb": text("bits per byte"), "train/loss": text("train loss")}
     drawn = []
     for metric, title in titles.items():
         lines = {}
@@ -153,8 +153,7 @@ def _charts(rows: Sequence[Row]) -> list[tuple[str, str]]:
             if points:
                 lines[row.name] = points
         if lines:
-            figure = report.curves(lines, x_label=text("tokens trained on"), y_label=title)
-            drawn.append((title, report.svg(figure, title)))
+            drawn.append((title, report.curves(lines, title, x_label=text("tokens trained on"), y_label=title)))
     return drawn
 
 

@@ -182,9 +182,7 @@ def print_table(order: Sequence[TrialResult], margin: float) -> None:
     count = 8 if console.width >= WIDE else 5
     heads = ("#", text("column_setting"), text("status"), "tokens/s", text("peak / budget GiB"), text("step ms"),
              text("predicted GiB"), text("effective batch"))
-    table = Table(title=text(
-        "Which setting is the fastest that fits",
-    ), title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = Table(title=text("report_title"), title_justify="left", box=None, padding=(0, 2, 0, 0))
     for index, head in enumerate(heads[:count]):
         # 数字列不许折行
         text_column = index in (1, 2)
