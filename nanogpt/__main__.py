@@ -1,6 +1,6 @@
 # nanogpt 与 python -m nanogpt 的入口：train、sample 就是两个脚本，prepare 是 data/<名字>/prepare.py
 # 脚本仍在仓库顶层，人们在那里读；装成 wheel 后它们在包内的 shipped/
-"""nanogpt train | sample | prepare …: the run scripts from any folder."""
+"""nanogpt train | sample | prepare | runs …: the run scripts, and what manages runs, from any folder."""
 
 import importlib
 import importlib.util
@@ -49,7 +49,7 @@ def _wiring(program: str):
 def _explain(program: str) -> None:
     """What there is; exit code 2 unless that was asked for."""
     forgive_output()
-    set_language(language_from_arguments(sys.argv))
+    set_language(language_from_arguments([program, *sys.argv]))
     if program == "--version":
         show(versions())
         return
@@ -57,9 +57,11 @@ def _explain(program: str) -> None:
         "train model=small …": text("train; the settings are in conf/train.yaml"),
         "sample start=…": text("write with a trained model; conf/sample.yaml"),
         "prepare NAME …": text("prepare a data set: data/NAME/prepare.py"),
+        "runs": text("list the trainings in outputs/"),
+        "compare A B …": text("what differs between trainings, and their curves"),
     }
     lines = [f"nanogpt {typed:<22} {what}" for typed, what in programs.items()]
-    lines.append(text("nanogpt train --help and nanogpt sample --help show every setting; nanogpt --version"))
+    lines.append(text("every setting: nanogpt train --help, nanogpt sample --help; nanogpt --version"))
     asked = program in HELP
     show("\n".join(lines), file=sys.stdout if asked else sys.stderr)
     if not asked:

@@ -59,7 +59,7 @@ class Line:
 
 
 def commented(file: Path) -> dict[str, Line]:
-    """Dotted key -> its line, for every key of a yaml that has a default."""
+    """Dotted key -> its line, for every key of a yaml that has a default; Hydra's own are left out."""
     found, section, prefix = {}, "", ""
     for line in LINE.finditer(file.read_text(encoding="utf-8")):
         key, default, comment = line["key"], line["default"], line["comment"]
@@ -71,7 +71,7 @@ def commented(file: Path) -> dict[str, Line]:
         if default is None and not line["indent"]:
             # 一组键的开头，它的注释是这一节的名字
             prefix, section = f"{key}.", re.split("：", comment or "")[0]
-        elif default is not None:
+        elif default is not None and prefix != "hydra.":
             found[prefix + key] = Line(prefix + key, default, comment or "", section)
     return found
 
@@ -140,7 +140,7 @@ def help_page(config_name: str) -> str:
     said = [usage, "", *_examples(config_name), ""]
     said += [text("groups (--cfg job shows the keys of what is chosen):"), *_groups(file, SCHEMAS[config_name])]
     section = None
-    # 没有注释的是 Hydra 自己的，与转交给 model 的
+    # 没有注释的只是转交给 model
     for line in (line for line in commented(file).values() if line.comment):
         if line.section != section:
             section = line.section

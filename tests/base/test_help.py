@@ -7,7 +7,7 @@ import yaml
 from conftest import shipped_options
 from rich.cells import cell_len
 
-from nanogpt.__main__ import main
+from nanogpt.__main__ import COMMANDS, SCRIPTS, main
 from nanogpt.base.cli import run_script
 from nanogpt.base.composing import SCHEMAS
 from nanogpt.base.config import ROOT
@@ -64,7 +64,8 @@ def test_the_program_names_what_it_can_do(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["nanogpt", "--help"])
     main()
     said = capsys.readouterr().out
-    assert all(f"nanogpt {program} " in said for program in ("train", "sample", "prepare"))
+    assert all(f"nanogpt {program} " in said for program in ("prepare", *SCRIPTS, *COMMANDS))
+    assert max(map(cell_len, said.splitlines())) <= 80
     monkeypatch.setattr(sys, "argv", ["nanogpt", "tarin"])
     with pytest.raises(SystemExit, match="2"):
         main()
