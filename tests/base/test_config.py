@@ -201,8 +201,8 @@ def sentences_said():
     for path in [*(ROOT / "nanogpt").rglob("*.py"), *(ROOT / "data").glob("*/prepare.py"), *ROOT.glob("run_*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             name = getattr(node, "func", None) and (getattr(node.func, "attr", None) or getattr(node.func, "id", None))
-            if name in SAYING and len(node.args) > SAYING[name] and isinstance(node.args[SAYING[name]], ast.Constant):
-                yield node.args[SAYING[name]].value
+            if name in SAYING and len(node.args) > SAYING[name] and isinstance(said := getattr(node.args[SAYING[name]], "value", None), str):
+                yield said
 
 
 def test_every_sentence_has_its_chinese_with_the_same_placeholders_and_none_is_dead():

@@ -104,7 +104,7 @@ def test_a_command_is_never_broken_and_a_file_gets_each_sentence_on_one_line(nar
 
 CHINESE = "[\u3400-\u9fff（）“”，。；：、！？]"
 # 敲的、写在文件里的：引号里的、style:…| 这样的开头、文件名
-TYPED = re.compile(r"'\[[^\]]*\]'|\w+:[^|\s]*\||文件\.txt\|\.jsonl")
+TYPED = re.compile(r"'\[[^\]]*\]'|(?:style|emotion|modelscope):[^\s；、]*|文件\.txt\|\.jsonl")
 
 
 def test_chinese_sentences_have_full_width_punctuation():
