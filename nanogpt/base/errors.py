@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Iterator
 
-from nanogpt.base.language import ConfigError, say, text
+from nanogpt.base.language import ConfigError, say, sentence, text
 
 EXIT_USER_ERROR = 2
 # 与被 SIGINT 结束的程序相同：128 + 2
@@ -25,12 +25,16 @@ EXIT_INTERRUPTED = 130
 # 与被 SIGPIPE 结束的程序相同：128 + 13
 EXIT_PIPE_CLOSED = 141
 
+SPACE = sentence("free some disk space or choose another disk, then start again")
+ACCESS = sentence("change its permissions or choose another place")
+FILES = sentence("too many files are open: close other programs or raise the limit (ulimit -n)")
 # errno -> 该怎么办；Windows 没有 EDQUOT
 REMEDIES = {
-    errno.ENOSPC: "remedy_space", getattr(errno, "EDQUOT", errno.ENOSPC): "remedy_space", errno.EROFS: "remedy_access",
-    errno.EACCES: "remedy_access", errno.EPERM: "remedy_access", errno.EMFILE: "remedy_files",
-    errno.ENFILE: "remedy_files", errno.ENAMETOOLONG: "remedy_name", errno.ENOMEM: "remedy_memory",
-    errno.EIO: "remedy_disk",
+    errno.ENOSPC: SPACE, getattr(errno, "EDQUOT", errno.ENOSPC): SPACE, errno.EROFS: ACCESS, errno.EACCES: ACCESS,
+    errno.EPERM: ACCESS, errno.EMFILE: FILES, errno.ENFILE: FILES,
+    errno.ENAMETOOLONG: sentence("choose a shorter name"),
+    errno.ENOMEM: sentence("close other programs or choose smaller settings"),
+    errno.EIO: sentence("the disk itself fails: copy what matters to another one"),
 }
 
 NOT_DETERMINISTIC = " does not have a deterministic implementation"
@@ -146,8 +150,9 @@ WINDOWS_CODES = (8, 14, 1455)
 
 # 在哪里发生的 -> 屏幕上的说法
 PHASES = {
-    "forward": "oom_in_forward", "sum": "oom_in_sum", "update": "oom_in_update", "evaluation": "oom_in_evaluation",
-    "training": "oom_in_training",
+    "forward": sentence("forward or backward pass"), "sum": sentence("sum of the gradients over the processes"),
+    "update": sentence("optimizer's update"), "evaluation": sentence("evaluation"),
+    "training": sentence("training loop"),
 }
 
 

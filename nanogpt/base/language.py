@@ -1,7 +1,7 @@
 """The sentences that a person reads on the console, in English and Chinese, and the error class ConfigError."""
 
 # 屏幕上的每一句话都从这里出去，英文或中文；错误也是一句话（ConfigError）
-# 英文就写在说它的地方，中文在旁边的 zh.json，以英文句子为键；几处都说的、由数据挑出来说的，在 NAMED 里起名
+# 英文就写在说它的地方（表里的写成 sentence(…)），中文在旁边的 zh.json，以英文句子为键；几处都说的在 NAMED 里起名
 # show 是唯一的打印：文件里来的控制字符写成转义，指挥不了终端
 # ConfigError 存的是句子与值，到 str() 时才译：语言可以在抛出之后才定下来
 
@@ -52,6 +52,12 @@ def language_from_arguments(arguments: list[str]) -> str:
 def text(message: str, **values) -> str:
     """A sentence, given in English or by its name in NAMED, in the current language and filled in."""
     return text_in(_language, message, **values)
+
+
+def sentence(english: str) -> str:
+    """A sentence that a table holds and text() says later, marked so that it is known to have its Chinese."""
+    # gettext 的 N_()：什么也不做，只让测试在表里也找得到
+    return english
 
 
 def text_in(language: str | None, message: str, **values) -> str:
@@ -185,21 +191,13 @@ def presentable(value):
     return "".join(c if ok else c.encode("unicode_escape").decode("ascii") for c, ok in zip(line, plain))
 
 
-# 几处都要说的、由数据挑出来说的，在这里起个名字；其余的英文就写在说它的地方
+# 几处都要说的在这里起个名字；其余的英文就写在说它的地方
 NAMED = {
     "error": "error: {line}",
-    "remedy_space": "free some disk space or choose another disk, then start again",
-    "remedy_access": "change its permissions or choose another place",
-    "remedy_files": "too many files are open: close other programs or raise the limit (ulimit -n)",
-    "remedy_name": "choose a shorter name",
-    "remedy_memory": "close other programs or choose smaller settings",
-    "remedy_disk": "the disk itself fails: copy what matters to another one",
     "unread_key": "+{key}: nothing reads this key; correct its name or leave it out",
     "unwritable_text": (
         "{key}={got}: this holds {what}, which our files cannot hold; write it differently, or rename what it refers to"
     ),
-    "what_nul": "a NUL character",
-    "what_half": "bytes that are not UTF-8, or half a character",
     "missing_key": "{key} is missing; write it into the yaml",
     "not_a_part": "{key}={got} cannot be used as {want}; name a class or function that can",
     "did_you_mean": " (did you mean {guess}?)",
@@ -277,8 +275,6 @@ NAMED = {
     "api_not_found": "there is nothing at this address",
     "api_method": "this address does not take {got}",
     "damaged_checkpoint": "{file} is damaged ({reason}); {remedy}",
-    "older_checkpoint": "the next older good one is checkpoint={name}",
-    "other_checkpoint": "a good one is checkpoint={name}",
     "run_in_use": "{path}: process {process} is training there; wait until it ends, or choose another out_dir",
     "peak_of_card": "the fastest matrix product seen on {name}",
     "peak_of_threads": "{threads} x the fastest one-thread matrix product seen on {name}",
@@ -324,17 +320,6 @@ NAMED = {
         "trained in)"
     ),
     "setting_none": "control=none: nothing is asked (if every text had one of the labels, evenly: {chance:.1%})",
-    "column_label": "label",
-    "column_hits": "hits",
-    "column_rate": "hit rate",
-    "column_interval": "95%",
-    "column_judge": "real",
-    "column_distinct": "distinct-1/2/3",
-    "column_pairs": "known pairs",
-    "column_copies": "copies",
-    "column_length": "length",
-    "column_finished": "finished",
-    "column_perplexity": "perplexity",
     "column_run": "run",
     "column_loss": "val loss",
     "column_tokens": "tokens",
@@ -355,29 +340,8 @@ NAMED = {
     "state_stopped": "stopped",
     "state_empty": "empty",
     "state_damaged": "damaged",
-    "miss_empty": "empty",
-    "miss_repetitive": "turning in circles",
-    "miss_formless": "no form",
-    "miss_unfinished": "unfinished",
-    "miss_repeated": "written before",
     "plan_vocab_assumed": "assumed, the data is not prepared yet; type model.vocab_size=… if you know better",
-    "plan_weights": "weights",
-    "plan_gradients": "gradients",
-    "plan_optimizer": "optimizer state",
-    "plan_activations": "activations",
-    "plan_temporaries": "temporaries",
-    "plan_rounding": "rounding, fragments",
-    "plan_workspace": "cuBLAS workspace",
-    "plan_context": "CUDA context",
-    "plan_process": "the process itself",
-    "plan_desktop": "desktop, others",
-    "plan_fits": "FITS",
     "plan_tight": "TIGHT",
-    "plan_does_not_fit": "DOES NOT FIT",
-    "plan_advice": "to make it fit, fastest first (speed relative to the setting above):",
-    "plan_no_advice": (
-        "no combination of batch_size, memory=… and block_size that was tried fits; choose a smaller model"
-    ),
     "trial_defaults": "the defaults",
     "report_title": "Which setting is the fastest that fits",
     "report_use": "Train with the fastest setting",
@@ -400,18 +364,6 @@ NAMED = {
     "column_reason": "reason",
     "chart_vram": "peak VRAM, GiB",
     "chart_ram": "peak RAM, GiB",
-    "status_ok": "ok",
-    "status_spilled": "spilled",
-    "status_oom": "out of memory",
-    "status_skipped": "skipped",
-    "status_timeout": "timeout",
-    "status_crashed": "crashed",
-    "status_invalid": "invalid",
-    "oom_in_forward": "forward or backward pass",
-    "oom_in_sum": "sum of the gradients over the processes",
-    "oom_in_training": "training loop",
-    "oom_in_update": "optimizer's update",
-    "oom_in_evaluation": "evaluation",
     "sample_skipped": (
         "iter {iteration}: not enough memory to write a sample; training goes on (sample_tokens=0 writes none)"
     ),
@@ -447,7 +399,6 @@ NAMED = {
     "not_a_dataset": (
         "{path} has no readable meta.json ({reason}); delete the folder and start again to prepare it anew"
     ),
-    "not_an_option": "{got}: there is no such option; choose from: {options}",
     "nothing_chosen": "{group}: nothing is chosen; choose one of: {options}",
     "nothing_written": "no text has been written yet; type a beginning first",
     "output_not_writable": "output={got} cannot be written ({reason}); choose another file",

@@ -64,10 +64,12 @@ def check_value(key: str, value: Any) -> None:
         raise ConfigError("{key}={got} is too large; write a smaller number", key=key, got=value)
     if not isinstance(value, str):
         return
-    for what, pattern in (("what_nul", "\0"), ("what_half", "[\ud800-\udfff]")):
-        # 配置要存成 UTF-8 的 yaml：写不进去的现在就说
-        if re.search(pattern, value):
-            raise ConfigError("unwritable_text", key=key, got=value, what=text(what))
+    # 配置要存成 UTF-8 的 yaml：写不进去的现在就说
+    if "\0" in value:
+        raise ConfigError("unwritable_text", key=key, got=value, what=text("a NUL character"))
+    if re.search("[\ud800-\udfff]", value):
+        what = text("bytes that are not UTF-8, or half a character")
+        raise ConfigError("unwritable_text", key=key, got=value, what=what)
     # 目录名里的转义序列会在屏幕上作怪；要写作的文字则由人
     if key in PATH_KEYS and re.search("[\x01-\x1f\x7f]", value):
         raise ConfigError("unwritable_text", key=key, got=value, what=text("a control character"))

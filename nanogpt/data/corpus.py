@@ -283,14 +283,6 @@ def _prepare_in(folder: Path, name: str, module, options: dict) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError("not_a_dataset", path=folder, reason="meta.json is missing")
     say("preparing the data set {name} …", name=name)
-    before = home_of(name) / "prepared"
-    if (before / "meta.json").is_file() and folder.parent == before.parent:
-        # 早先的版本不论选项都放在这里
-        say(
-            "{path} is from an earlier version, which did not note what it was prepared from, and is left alone; "
-            "dataset.dir={path} uses it all the same",
-            path=before,
-        )
     if folder.is_dir():
         folder.rmdir()
     # 只清这个数据集自己的：旁边可能是使用者的文件
@@ -318,16 +310,14 @@ def typed_options(name: str, arguments: list[str]) -> dict:
         raise ConfigError("unknown_option", group="dataset", got=name, options=", ".join(options))
     node = OmegaConf.load(file)
     OmegaConf.set_struct(node, True)
+    known = [key for key in node if key != "name"]
     for argument in arguments:
-        if "=" not in argument:
-            raise ConfigError(
-                "not_an_option", got=argument, options=" ".join(f"{key}=" for key in node if key != "name"),
-            )
-        key, _, value = argument.partition("=")
+        key, equals, value = argument.partition("=")
         check_value(f"dataset.{key}", value or "-")
-        if key not in node or key == "name":
+        if not equals or key not in known:
             raise ConfigError(
-                "not_an_option", got=argument, options=" ".join(f"{key}=" for key in node if key != "name"),
+                "{got}: there is no such option; choose from: {options}",
+                got=argument, options=" ".join(f"{key}=" for key in known),
             )
     # 路径照敲下的原文：yaml 会把 [、#、: 当成语法
     paths = [argument for argument in arguments if f"dataset.{argument.partition('=')[0]}" in PATH_KEYS]

@@ -86,7 +86,11 @@ def _beats(one: Advice, other: Advice) -> bool:
 def show(plan: Plan, planner: Planner, console: Console) -> None:
     """Print the advice for a plan that does not fit."""
     found = advise(plan, planner)
-    console.line("plan_advice" if found else "plan_no_advice")
+    console.line(
+        "to make it fit, fastest first (speed relative to the setting above):",
+    ) if found else console.line(
+        "no combination of batch_size, memory=… and block_size that was tried fits; choose a smaller model",
+    )
     for advice in found:
         note = f"   # {text('plan_tight')}" if advice.plan.verdict == "tight" else ""
         console.plain(f"  {advice.speed:.2f}x  {advice.typed}{note}")

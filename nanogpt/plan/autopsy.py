@@ -15,7 +15,7 @@ from nanogpt.base.language import first_line, text
 from nanogpt.base.quoting import command
 from nanogpt.plan.advice import Advice, changed, presets
 from nanogpt.plan.plan import Plan, Planner
-from nanogpt.plan.show import table
+from nanogpt.plan.show import NAMES, table
 
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 AMOUNT = r"([\d.]+) (bytes|KiB|MiB|GiB)"
@@ -91,7 +91,7 @@ def _judge(plan: Plan, console: Console) -> None:
     """Name the largest part, and say by how much the prediction is above the budget or that it is not."""
     parts = {key: size for key, size in asdict(plan.parts).items() if key not in ("context", "desktop", "rounding")}
     largest = max(parts, key=parts.get)
-    console.line("largest part: {part}, {gib:.2f} GiB", part=text(f"plan_{largest}"), gib=parts[largest] / GIB)
+    console.line("largest part: {part}, {gib:.2f} GiB", part=text(NAMES[largest]), gib=parts[largest] / GIB)
     if plan.total > UNEXPECTED * plan.budget.total:
         console.line(
             "predicted peak {total:.2f} GiB, budget {budget:.2f} GiB: {over:.2f} GiB too much",

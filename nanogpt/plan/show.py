@@ -14,7 +14,7 @@ from nanogpt.base import run_names
 from nanogpt.base.config import TrainConfig, check
 from nanogpt.base.console import Console, aligned, duration
 from nanogpt.base.hardware import GIB
-from nanogpt.base.language import text
+from nanogpt.base.language import sentence, text
 from nanogpt.plan import advice, matrix
 from nanogpt.plan.plan import Plan, Planner
 from nanogpt.plan.roofline import BANDWIDTH_EFFICIENCY, LAUNCH_S, PRODUCT_EFFICIENCY
@@ -22,11 +22,12 @@ from nanogpt.run import rundir
 
 BAR = 30
 NAMES = {
-    "weights": "plan_weights", "gradients": "plan_gradients", "optimizer": "plan_optimizer",
-    "activations": "plan_activations", "temporaries": "plan_temporaries", "rounding": "plan_rounding",
-    "workspace": "plan_workspace", "context": "plan_context", "desktop": "plan_desktop",
+    "weights": sentence("weights"), "gradients": sentence("gradients"), "optimizer": sentence("optimizer state"),
+    "activations": sentence("activations"), "temporaries": sentence("temporaries"),
+    "rounding": sentence("rounding, fragments"), "workspace": sentence("cuBLAS workspace"),
+    "context": sentence("CUDA context"), "desktop": sentence("desktop, others"),
 }
-VERDICTS = {"fits": "plan_fits", "tight": "plan_tight", "does_not_fit": "plan_does_not_fit"}
+VERDICTS = {"fits": sentence("FITS"), "tight": "plan_tight", "does_not_fit": sentence("DOES NOT FIT")}
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -64,7 +65,7 @@ def show(plan: Plan, console: Console) -> None:
 def table(plan: Plan) -> list[str]:
     """Lines of aligned columns: part, GiB, share of the budget as a bar."""
     on_cpu = plan.budget.device_type == "cpu"
-    names = NAMES | ({"context": "plan_process"} if on_cpu else {})
+    names = NAMES | ({"context": sentence("the process itself")} if on_cpu else {})
     # CPU 上没有分配器的取整、工作区与桌面
     hidden = ("rounding", "workspace", "desktop") if on_cpu else ()
     rows = [(text(names[key]), size) for key, size in asdict(plan.parts).items() if key not in hidden]

@@ -10,16 +10,18 @@ Neither torch nor NaN occurs in it.
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from nanogpt.base.files import write_text
+from nanogpt.base.language import sentence
 
 # 状态 -> 屏幕上的词；ok 测到了，spilled 测到了但显存溢到内存，其余没有测到速度
 STATUS_MESSAGES = {
-    "ok": "status_ok", "spilled": "status_spilled", "oom": "status_oom", "skipped": "status_skipped",
-    "timeout": "status_timeout", "crashed": "status_crashed", "invalid": "status_invalid",
+    "ok": sentence("ok"), "spilled": sentence("spilled"), "oom": sentence("out of memory"),
+    "skipped": sentence("skipped"), "timeout": sentence("timeout"), "crashed": sentence("crashed"),
+    "invalid": sentence("invalid"),
 }
 STATUSES = tuple(STATUS_MESSAGES)
 # 扫描里意料之中的结果；其余说明有东西坏了，退出码要说出来
@@ -148,11 +150,6 @@ def collect(folder: Path) -> list[TrialResult]:
         if result:
             found.setdefault(result.key or " ".join(result.overrides), result)
     return list(found.values())
-
-
-def with_status(result: TrialResult, status: str, reason: str) -> TrialResult:
-    """The same measurement, judged differently."""
-    return replace(result, status=status, reason=reason)
 
 
 # ---- 名次 ----

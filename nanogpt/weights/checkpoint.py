@@ -234,9 +234,12 @@ def _unusable(folder: Path, reason: str, good: list[Checkpoint], *, best: bool =
     # 逐个核对要读完所有文件：找到一个完好的就停
     offered = [*_by_loss(newest_first), *newest_first] if best else newest_first
     instead = next((c for c in offered if c.problem() is None), None)
-    remedy = text("other_checkpoint" if best else "older_checkpoint", name=instead.name) if instead else text(
-        "no_older_checkpoint",
-    )
+    if instead is None:
+        remedy = text("no_older_checkpoint")
+    elif best:
+        remedy = text("a good one is checkpoint={name}", name=instead.name)
+    else:
+        remedy = text("the next older good one is checkpoint={name}", name=instead.name)
     return ConfigError("damaged_checkpoint", file=folder, reason=reason, remedy=remedy)
 
 

@@ -5,7 +5,7 @@ import pytest
 from nanogpt.sweep.result import TrialResult
 from nanogpt.sweep.spill import judge_all, spill_reason
 
-FULL = {"held_gib": 11.0, "budget_gib": 12.0, "free_gib": 11.8, "predicted_tokens_per_s": 8000.0}
+FULL = {"reserved_gib": 11.0, "budget_gib": 12.0, "free_gib": 11.8, "predicted_tokens_per_s": 8000.0}
 
 
 @pytest.mark.parametrize(("change", "expected"), [
@@ -13,18 +13,19 @@ FULL = {"held_gib": 11.0, "budget_gib": 12.0, "free_gib": 11.8, "predicted_token
     ({"tokens_per_s": 2001.0}, None),
     ({"tokens_per_s": 1999.0}, "8,000 were predicted"),
     # 占用不高：慢是别的缘故，不是溢出
-    ({"tokens_per_s": 1000.0, "held_gib": 6.0}, None),
+    ({"tokens_per_s": 1000.0, "reserved_gib": 6.0}, None),
     # 实测不高，但预测的峰值已近预算
-    ({"tokens_per_s": 1000.0, "held_gib": 6.0, "predicted_gib": 11.5}, "8,000 were predicted"),
+    ({"tokens_per_s": 1000.0, "reserved_gib": 6.0, "predicted_gib": 11.5}, "8,000 were predicted"),
     # 占用多于开始时空闲的：不可能都在显存里
     ({"tokens_per_s": 7900.0, "free_gib": 10.5}, "only 10.5 were free"),
-    ({"tokens_per_s": 2900.0, "smaller_tokens_per_s": 6000.0}, "a smaller micro-batch made 6,000"),
-    ({"tokens_per_s": 3100.0, "smaller_tokens_per_s": 6000.0}, None),
+    ({"tokens_per_s": 2900.0, "smaller": 6000.0}, "a smaller micro-batch made 6,000"),
+    ({"tokens_per_s": 3100.0, "smaller": 6000.0}, None),
     ({"tokens_per_s": 10.0, "budget_gib": None, "free_gib": None}, None),
     ({"tokens_per_s": None}, None),
 ])
 def test_the_rule(change, expected):
-    got = spill_reason(**{**FULL, **change})
+    change = FULL | change
+    got = spill_reason(smaller=change.pop("smaller", None), result=TrialResult((), "ok", **change))
     assert got is None if expected is None else expected in got
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from nanogpt.base.config import check_range
 from nanogpt.base.language import ConfigError, joined, text
+from nanogpt.base.value_checks import check_types
 from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.write.control.prefixes import KINDS, PrefixControl, distinct, prefix, say_once, table
 from nanogpt.write.request import Request
@@ -106,8 +107,7 @@ class CodesControl:
 
 def codes(*, guidance: float = 1.0, aliases: dict | None = None, **settings) -> CodesControl:
     """The control of conf/control/codes.yaml; the keys are explained there, `settings` in prefix.yaml."""
-    if isinstance(guidance, bool) or not isinstance(guidance, int | float):
-        raise ConfigError("wrong_type", key="control.guidance", got=guidance, want="float")
+    check_types(prefix, "control", settings)
     check_range("control.guidance", guidance, *GUIDANCE)
     listed = table("control.aliases", aliases)
     lists = {kind: _lists(f"control.aliases.{kind}", listed.get(kind)) for kind in KINDS}

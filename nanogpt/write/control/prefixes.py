@@ -190,14 +190,7 @@ def prefix(
     templates: dict | None = None, styles: dict | None = None, emotions: dict | None = None,
 ) -> PrefixControl:
     """The control of conf/control/prefix.yaml; the keys are explained there."""
-    for kind, typed in (("style", style), ("emotion", emotion)):
-        if isinstance(typed, dict | list | bool):
-            raise ConfigError("wrong_type", key=f"control.{kind}", got=typed, want="str")
-    if isinstance(strength, bool) or not isinstance(strength, int | float):
-        raise ConfigError("wrong_type", key="control.strength", got=strength, want="float")
     check_range("control.strength", strength, -100, 100)
-    if not isinstance(bias, bool):
-        raise ConfigError("wrong_type", key="control.bias", got=bias, want="bool")
     labels = {"style": _labels("styles", styles), "emotion": _labels("emotions", emotions)}
     listed = table("control.templates", templates)
     sentences = {language: table(f"control.templates.{language}", node) for language, node in listed.items()}
@@ -205,8 +198,7 @@ def prefix(
         for kind, sentence in node.items():
             if not isinstance(sentence, str | None):
                 raise ConfigError("wrong_type", key=f"control.templates.{language}.{kind}", got=sentence, want="str")
-    both = {"style": style, "emotion": emotion}
-    named = {kind: None if typed is None else str(typed).strip() for kind, typed in both.items()}
+    named = {kind: typed and typed.strip() for kind, typed in (("style", style), ("emotion", emotion))}
     return PrefixControl(**named, strength=strength, bias=bias, templates=sentences, labels=labels)
 
 

@@ -4,13 +4,21 @@
 # command 每得到一部分就调用一次；这里只排版，不算任何数
 
 from nanogpt.base.console import aligned
-from nanogpt.base.language import joined, text
+from nanogpt.base.language import joined, sentence, text
 
 # 没有标签的原因 -> 消息
 WHY = {
-    "empty": "miss_empty", "repetitive": "miss_repetitive", "formless": "miss_formless",
-    "unfinished": "miss_unfinished", "repeated": "miss_repeated",
+    "empty": sentence("empty"), "repetitive": sentence("turning in circles"), "formless": sentence("no form"),
+    "unfinished": sentence("unfinished"), "repeated": sentence("written before"),
 }
+RATE, INTERVAL, DISTINCT, COPIES = (
+    sentence("hit rate"), sentence("95%"), sentence("distinct-1/2/3"), sentence("copies"),
+)
+HEADS = (
+    sentence("label"), sentence("hits"), RATE, INTERVAL, sentence("real"), DISTINCT,
+    sentence("known pairs"), COPIES, sentence("length"), sentence("finished"),
+)
+"""Of the table of one setting."""
 
 
 def heading(record: dict) -> list[str]:
@@ -62,8 +70,7 @@ def summary(record: dict) -> list[str]:
     """One line per setting, where there are several."""
     if len(record["results"]) < 2:
         return []
-    heads = ("column_setting", "column_rate", "column_interval", "column_perplexity", "column_distinct",
-             "column_copies")
+    heads = ("column_setting", RATE, INTERVAL, sentence("perplexity"), DISTINCT, COPIES)
     table = []
     for entry in record["results"]:
         total, name = entry["total"], f"control={entry['control']}"
@@ -77,8 +84,6 @@ def summary(record: dict) -> list[str]:
 
 def rows(part: dict, real: dict) -> list[str]:
     """The table of one setting (or of the real texts themselves)."""
-    heads = ("column_label", "column_hits", "column_rate", "column_interval", "column_judge", "column_distinct",
-             "column_pairs", "column_copies", "column_length", "column_finished")
     table = []
     for label, row in [*part["labels"].items(), (None, part["total"])]:
         accuracy = real["labels"][label] if label else real["total"]
@@ -87,7 +92,7 @@ def rows(part: dict, real: dict) -> list[str]:
             percent(accuracy["rate"]), distinct(row), percent(row["known_pairs"]), percent(row["copies"]["rate"]),
             "-" if row["length"] is None else f"{row['length']:.1f}", percent(row["finished"]),
         ])
-    return aligned([text(head) for head in heads], table)
+    return aligned([text(head) for head in HEADS], table)
 
 
 def tune_line(found: dict | None, real: dict | None) -> list[str]:
