@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from nanogpt.base import quoting, report
 from nanogpt.base.files import write_text
-from nanogpt.base.language import current_language, show, shown, text
+from nanogpt.base.language import current_language, sentence, show, shown, text
 from nanogpt.base.report import formatted
 from nanogpt.base.user_yaml import conf_folders, is_group
 from nanogpt.sweep import chart
@@ -85,6 +85,9 @@ def command(result: TrialResult, folder: Path) -> str:
 
 # 不论哪次扫描，最近的最佳设置总在这里
 FIT = Path("outputs") / "fit"
+# 屏幕上与网页里的表说的是同样的词
+STATUS, STEP = sentence("status"), sentence("step ms")
+PEAK, PREDICTED, BATCH = sentence("peak / budget GiB"), sentence("predicted GiB"), sentence("effective batch")
 # 图的名字 -> 它在网页里的标题与说明
 TITLES = {"report": ("report_chart", "report_chart_note"), "loss": ("report_loss", "report_loss_note")}
 # 输出到文件或管道时的表宽
@@ -147,6 +150,7 @@ def page(found: Sequence[TrialResult], *, margin: float, command: str | None, cr
     known = sum(result.known for result in found)
     return report.page(
         Path(__file__).with_name("report.html"), title=text("report_title"), statuses=STATUS_MESSAGES,
+        heads=[text("column_setting"), text(STATUS), "tokens/s", *map(text, (STEP, PEAK, PREDICTED, BATCH))],
         subtitle=text(
             "{device} · {created} · {count} trials, {known} of them known from before",
             device=device, created=created, known=known, count=len(found),
@@ -180,8 +184,7 @@ def print_table(order: Sequence[TrialResult], margin: float) -> None:
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else PLAIN_WIDTH, **plain)
     # 窄终端上少后三列：report.html 里都有，而设置与原因要看得全
     count = 8 if console.width >= WIDE else 5
-    heads = ("#", text("column_setting"), text("status"), "tokens/s", text("peak / budget GiB"), text("step ms"),
-             text("predicted GiB"), text("effective batch"))
+    heads = ("#", text("column_setting"), text(STATUS), "tokens/s", *map(text, (PEAK, STEP, PREDICTED, BATCH)))
     table = Table(title=text("report_title"), title_justify="left", box=None, padding=(0, 2, 0, 0))
     for index, head in enumerate(heads[:count]):
         # 数字列不许折行

@@ -203,6 +203,8 @@ def sentences_said():
             name = getattr(node, "func", None) and (getattr(node.func, "attr", None) or getattr(node.func, "id", None))
             if name in SAYING and len(node.args) > SAYING[name] and isinstance(said := getattr(node.args[SAYING[name]], "value", None), str):
                 yield said
+    for path in (ROOT / "nanogpt").rglob("*.html"):
+        yield from re.findall(r'\btext\("([^"]+)"', path.read_text(encoding="utf-8"))
 
 
 def test_every_sentence_has_its_chinese_with_the_same_placeholders_and_none_is_dead():

@@ -91,6 +91,8 @@ def test_the_page_is_self_contained_escaped_and_in_the_consoles_language(languag
     html = page(SWEEP, margin=0.05, command=NASTY, created="2026-01-01")
     assert "<script" not in html and "&lt;script&gt;" in html
     assert not re.search(r"(?:src|href|url)\s*[=(](?!['\"]?#)|https?://|@import", html)
+    # 名字要译成词，标题与表头也在内
+    assert not re.search("(report|column|tile|status)_", html) and ("每步 ms" if language == "zh" else "step ms") in html
     assert f'lang="{language}"' in html and f"<h1>{messages.text('report_title')}</h1>" in html and ("内存占用与速度" in html) == (language == "zh")
     assert html.count("<svg") == 2 and "prefers-color-scheme: dark" in html
     assert all(f"{r.tokens_per_s:,.0f}" in html for r in SWEEP if r.tokens_per_s)
