@@ -120,6 +120,9 @@ def test_every_command_of_the_documents_is_understood(in_tmp):
         checked.add((script, *words))
     assert len(checked) > 60
     assert all('pip install -c constraints.txt -e ".[dev]" && pytest' in read(readme) for readme in PAIRS[0])
+    # 文档里的 torch 版本就是 constraints 里的：否则后一条 pip install 又换一遍
+    named = {version for pair in PAIRS for name in pair for version in re.findall(r"torch==[\d.]+", read(name))}
+    assert named == set(re.findall(r"^torch==\S+", read("constraints.txt"), flags=re.MULTILINE))
 
 
 # 试跑、测批量要起子进程，扫描要好几次，网页要浏览器，GPT-2 XL 太大：各有自己的测试
