@@ -7,6 +7,7 @@
 # 同样的内容画出同样的字节；jinja2 与 matplotlib 载入要近一秒，用到才 import
 
 import contextlib
+import functools
 import io
 import math
 import warnings
@@ -35,13 +36,18 @@ MOST_POINTS = 500
 
 def page(template: Path, **values: Any) -> str:
     """The html of a template that extends page.html, in the console's language; every text is escaped."""
+    common = {"text": text, "formatted": formatted, "language": current_language(), "variables": VARIABLES}
+    return _loaded(template).render(**common, **values)
+
+
+@functools.cache
+def _loaded(template: Path):
+    # 扫描里每个任务都写一页：模板只编译一次
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader([template.parent, Path(__file__).parent])
     neat = {"trim_blocks": True, "lstrip_blocks": True}
-    templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **neat)
-    common = {"text": text, "formatted": formatted, "language": current_language(), "variables": VARIABLES}
-    return templates.get_template(template.name).render(**common, **values)
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **neat).get_template(template.name)
 
 
 def formatted(value: float | None, form: str) -> str:

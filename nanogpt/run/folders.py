@@ -8,7 +8,6 @@ Needs no torch.
 # 坏了的、早先版本的、正在训练的都列出来，知道多少说多少：列表是人去找丢了的东西的地方，不能自己先停下
 # 正在写的一方不受打扰：只读，锁只问一下
 
-import json
 import math
 import os
 import re
@@ -20,6 +19,7 @@ from typing import Any
 
 from nanogpt.base.console import aligned, clock, file_size, short
 from nanogpt.base.errors import Arguments, forgive_output, one_line_each
+from nanogpt.base.groups import leaves
 from nanogpt.base.hashed_json import DamagedError, read_object
 from nanogpt.base.language import ConfigError, language_from_arguments, set_language, show, text
 from nanogpt.base.lock import is_held
@@ -27,6 +27,7 @@ from nanogpt.base.quoting import command
 from nanogpt.base.report import formatted
 from nanogpt.base.run_names import OUTPUTS, is_latest, locate, recorded
 from nanogpt.base.saved_config import read_saved
+from nanogpt.run.loggers import history, number
 from nanogpt.run.rundir import LOCK
 
 # 扫描的训练在 outputs/sweeps/<时间>/<任务> 里
@@ -127,12 +128,6 @@ class Run:
         return max([counted or None, *told], key=lambda value: value or 0.0)
 
 
-def number(value: Any, nothing: float | None = None) -> float | None:
-    """A finite number as it is; anything else counts as none."""
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if usable else nothing
-
-
 # ---- 读一个目录 ----
 
 
@@ -156,7 +151,7 @@ def look(path: Path) -> Run:
     found = [p.stat() for p in _files(path) if p != path / LOCK]
     named = [p for p in (path / "ckpt").glob("iter_*") if re.fullmatch(r"iter_\d+", p.name)]
     return Run(
-        path, settings, summary, _curve(path / "metrics.jsonl"), running=is_held(path / LOCK),
+        path, settings, summary, _curve(path), running=is_held(path / LOCK),
         size=sum(stat.st_size for stat in found), changed=max((stat.st_mtime for stat in found), default=0.0),
         checkpoints=len(named), problem=problem,
     )
@@ -171,44 +166,20 @@ def _files(path: Path) -> Iterator[Path]:
 def _settings(path: Path) -> tuple[dict[str, Any], str]:
     """(the saved config by dotted keys, why it cannot be read)."""
     try:
-        return dict(_dotted(read_saved((path / "config.yaml").read_text(encoding="utf-8")))), ""
+        return leaves(read_saved((path / "config.yaml").read_text(encoding="utf-8"))), ""
     except (OSError, ValueError) as error:
         problem = str(error) if isinstance(error, DamagedError) else f"config.yaml: {type(error).__name__}"
     try:
-        return dict(_dotted(read_saved(recorded(path).config_text))), ""
+        return leaves(read_saved(recorded(path).config_text)), ""
     except DamagedError:
         return {}, problem
 
 
-def _dotted(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict) and value:
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _curve(file: Path) -> list[dict[str, float]]:
+def _curve(path: Path) -> list[dict[str, float]]:
     try:
-        lines = file.read_bytes().split(b"\n")
+        return history(path)[0]
     except OSError:
         return []
-    found: dict[float, dict[str, float]] = {}
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            # 被杀在半行的，正写着的
-            continue
-        if not isinstance(record, dict) or (iteration := number(record.get("iteration"))) is None:
-            continue
-        if record.get("event") == "resume":
-            # 从更早的接着训：之后的那一段已放弃
-            found = {at: values for at, values in found.items() if at <= iteration}
-        else:
-            values = {key: value for key, value in record.items() if number(value) is not None}
-            found.setdefault(iteration, {}).update(values)
-    return [found[at] for at in sorted(found)]
 
 
 # ---- 找目录 ----

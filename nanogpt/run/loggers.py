@@ -10,6 +10,7 @@ A logger of your own is a class with open, log, text and close, named in a yaml 
 
 import contextlib
 import json
+import math
 import os
 import threading
 import uuid
@@ -45,26 +46,35 @@ COMPARED = {
 }
 
 
-def history(run_dir: Path) -> tuple[list[dict], dict[int, str]]:
+def history(run_dir: Path) -> tuple[list[dict[str, float]], dict[int, str]]:
     """What metrics.jsonl tells of a whole run: its records in order, and the samples by iteration.
 
     What a killed training did behind the checkpoint from which it went on is left out, and so is a torn line.
     """
-    records: dict[int, dict] = {}
+    records: dict[int, dict[str, float]] = {}
     samples: dict[int, str] = {}
     for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             record = json.loads(line)
-            at = int(record["iteration"])
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, RecursionError):
+            # 被杀在半行的，正写着的
+            continue
+        if not isinstance(record, dict) or not isinstance(at := record.get("iteration"), int):
             continue
         if record.get("event") == "resume":
+            # 从更早的接着训：之后的那一段已放弃
             records, samples = ({i: kept for i, kept in one.items() if i <= at} for one in (records, samples))
         elif "sample" in record:
             samples[at] = str(record["sample"])
         else:
-            records[at] = record
+            records.setdefault(at, {}).update((k, v) for k, v in record.items() if number(v) is not None)
     return [records[i] for i in sorted(records)], samples
+
+
+def number(value: Any, nothing: float | None = None) -> float | None:
+    """A finite number as it is; anything else counts as none."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if usable else nothing
 
 
 def grouped(metrics: dict[str, float], device: str) -> dict[str, float]:

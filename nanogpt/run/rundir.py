@@ -1,12 +1,13 @@
 """Choose, protect and find run folders, and compose the config of a run that is resumed.
 
 A run folder holds run.json (its id, and the config it began with), config.yaml, tokenizer.json, metrics.jsonl,
-logs/, ckpt/, data/ (small data sets), lock (held while the run lives) and, at the end, summary.json. Needs no torch.
+logs/, ckpt/, data/ (small data sets), lock (held while the run lives) and, at the end, summary.json and report.html.
+Needs no torch.
 """
 
 # 训练目录：选名字、占住、不覆盖别人的东西，以及续训时把存下的配置与这次敲的合起来
 # 目录里有 run.json（编号与起始的配置）、config.yaml、tokenizer.json、metrics.jsonl、logs/、ckpt/、data/（小数据集），
-# 训练着的还有 lock，结束了的还有 summary.json
+# 训练着的还有 lock，结束了的还有 summary.json 与 report.html
 # choose 只看不写，hold 加锁，claim 造目录并清掉旧的，abandon 收回没开成的
 # 续训：存下的配置为底，只有这次敲了的键盖上去；改了就不再是同一次训练的键，一律拒绝
 # 不导入 torch：写错了要马上说
@@ -39,7 +40,7 @@ from nanogpt.base.user_yaml import is_group
 # 属于一次训练的名字；清空目录时只认这些
 RUN_FILES = {
     "run.json", "config.yaml", "tokenizer.json", "metrics.jsonl", "summary.json", "logs", "ckpt", "data", "wandb",
-    "swanlog",
+    "swanlog", "report.html",
 }
 LOCK = "lock"
 # 其中训练会往里写的：data 只读

@@ -12,6 +12,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -348,15 +349,7 @@ class Session:
                     "finetune=lora without init_from: the frozen weights are random; type init_from=gpt2 (or a "
                     "folder, or a run) to start from trained ones",
                 )
-        world = distributed.world()
-        line(
-            "{model}: {parameters} parameters ({arch}), {precision}, {device}, {tokens:,} tokens/iter ({batch} x "
-            "{accum} x {block}{world})",
-            model=cfg.model.name, parameters=f"{trainer.model.parameter_count() / 1e6:.2f}M", arch=cfg.model.arch,
-            precision=trainer.precision.label, device=self.device, tokens=trainer.global_rows * trainer.block_size,
-            batch=trainer.micro_batch, accum=math.ceil(trainer.local_rows / trainer.micro_batch),
-            block=trainer.block_size, world=f" x {world}" if world > 1 else "",
-        )
+        line("run_line", **self._described(trainer))
         line(
             "MFU, the share of the peak that the model's products reach: 100% is {tflops:.2f} TFLOP/s, {source}",
             source=trainer.peak_source, tflops=trainer.peak,
@@ -366,6 +359,17 @@ class Session:
             "validation: {tokens:,} of {total:,} tokens, the same ones every time",
             tokens=self.data.val_targets(trainer.windows), total=self.data.val_targets(every),
         )
+
+    def _described(self, trainer: Training) -> dict[str, Any]:
+        """The model and its training in one line: the values of run_line."""
+        world, model = distributed.world(), self.cfg.model
+        return {
+            "model": model.name, "parameters": f"{trainer.model.parameter_count() / 1e6:.2f}M", "arch": model.arch,
+            "precision": trainer.precision.label, "device": self.device,
+            "tokens": trainer.global_rows * trainer.block_size, "batch": trainer.micro_batch,
+            "accum": math.ceil(trainer.local_rows / trainer.micro_batch), "block": trainer.block_size,
+            "world": f" x {world}" if world > 1 else "",
+        }
 
     def _explain(self, error: OutOfMemory, *, has_checkpoint: bool) -> None:
         """One screen about what did not fit and what to type instead."""
@@ -401,11 +405,13 @@ class Session:
 
     def _finish(self, trainer: Training, summary: dict) -> None:
         console, path = self.console, self.run_dir
+        curves = any((path / "logs").glob("events.*"))
+        commands = self._next(summary, curves=curves)
+        reported = self._report(trainer, summary, commands)
         if summary["stopped_by"] == "interrupted":
-            again = command("run_train.py", *self._named("train"), override("resume", path))
             console.line(
                 "stopped at iteration {iteration}, saved; continue with:\n  {command}",
-                iteration=summary["iters"], command=again,
+                iteration=summary["iters"], command=commands["next_resume"],
             )
             return
         if trainer.last_sample:
@@ -418,15 +424,29 @@ class Session:
             val_loss=summary["val_loss"], best=summary["best_val_loss"], iteration=summary["iters"],
             wall=f"{minutes}:{seconds:02d}", speed=summary["tokens_per_s"],
         )
-        curves = any((path / "logs").glob("events.*"))
         console.line(
-            "everything is in {path}: ckpt/ (weights), metrics.jsonl, {logs}config.yaml, summary.json",
-            path=path, logs=text("logs/ (TensorBoard), ") if curves else "",
+            "everything is in {path}: {report}ckpt/ (weights), metrics.jsonl, {logs}config.yaml, summary.json",
+            path=path, report=text("report.html, ") if reported else "",
+            logs=text("logs/ (TensorBoard), ") if curves else "",
         )
         console.line("next:")
-        for what, typed in self._next(summary, curves=curves).items():
+        for what, typed in commands.items():
             # 说明另起一行：cmd 与 zsh 不认行末的 #
             console.line("  {what}:\n    {command}", what=text(what), command=typed)
+
+    def _report(self, trainer: Training, summary: dict, commands: dict[str, str]) -> bool:
+        """Write report.html; whether that was possible."""
+        # 只在这里用到：jinja2 不必每个进程都载入
+        from nanogpt.run.report import write_report
+
+        try:
+            model = text("run_line", **self._described(trainer))
+            write_report(self.run_dir, self.cfg, summary, model=model, commands=commands)
+            return True
+        except Exception as error:
+            # 权重与曲线都已存好：报告只是给人看的，无论为什么写不成
+            self.console.line("report.html is not written ({reason}); all else is saved", reason=reason_of(error))
+            return False
 
     def _next(self, summary: dict, *, curves: bool) -> dict[str, str]:
         """What may be typed now: the name of what it does -> the command."""
@@ -436,12 +456,11 @@ class Session:
         # 因为它们停下的，不关掉就又会停在原处
         ends = {"early_stop": ["early_stop_evals=0"], "target_reached": ["target_val_loss=null"]}
         off = ends.get(summary["stopped_by"], [])
+        again = ["run_train.py", *self._named("train"), override("resume", path)]
+        longer = {"next_longer": command(*again, f"max_iters={2 * summary['iters']}", *off)}
         commands = {
             "next_sample": command("run_sample.py", *self._named("sample"), override("out_dir", path), *label),
-            "next_longer": command(
-                "run_train.py", *self._named("train"), override("resume", path),
-                f"max_iters={2 * summary['iters']}", *off,
-            ),
+            **({"next_resume": command(*again)} if summary["stopped_by"] == "interrupted" else longer),
         }
         if curves:
             # outputs/ 里的几次训练画在一起比

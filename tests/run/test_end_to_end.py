@@ -56,7 +56,7 @@ def test_train_then_resume_then_move_to_another_machine(own_text):
     assert len(typed(Path(write[0]).name, folder, *write[1:], "fast=false").stdout) > 400 and curves == ["--logdir", "outputs"]
     refused = run(folder, *overrides, f"dataset.path={text.name}", f"out_dir={out.relative_to(folder)}", expect=2).stderr
     assert f"continue it with {quoting.word(longer[1])}, or" in refused
-    assert {p.name for p in out.iterdir()} == {*"run.json lock config.yaml tokenizer.json metrics.jsonl summary.json logs ckpt data".split()}
+    assert {p.name for p in out.iterdir()} == {*"run.json lock config.yaml tokenizer.json metrics.jsonl summary.json report.html logs ckpt data".split()}
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     for key in ("val_loss", "best_val_loss", "iters", "tokens_per_s", "mfu", "peak_vram_gib", "wall_s", "parameters", "device", "versions"):
         assert key in summary
@@ -91,6 +91,7 @@ def check_interrupted(folder, out):
     assert "interrupted" in out and re.search(r"continue with:\n  python \S*run_train.py resume=outputs/a\n", out)
     stopped = json.loads((folder / "outputs/a/summary.json").read_text(encoding="utf-8"))
     assert stopped["stopped_by"] == "interrupted" and stopped["iters"] >= 3
+    assert "run_train.py resume=outputs/a" in (folder / "outputs/a/report.html").read_text(encoding="utf-8")
     done = run(folder, "resume=outputs/a", f"max_iters={stopped['iters'] + 2}", "logger=none")
     assert f"continuing outputs/a at iteration {stopped['iters']}" in done.stdout
 
