@@ -28,7 +28,6 @@ from nanogpt.base.sample_config import SampleConfig, check_sample, register_sche
 from nanogpt.data.corpus import write_dataset
 from nanogpt.data.documents import Document, write_documents
 from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer
-from nanogpt.run.loggers import Loggers
 from nanogpt.run.loop import Training
 from nanogpt.run.session import Session
 
@@ -121,7 +120,7 @@ class Lab:
         session = Session.new(cfg, self.run_folder(), [])
         # 15 亿个随机数在 CPU 上要十几秒，在卡上一瞬间
         with torch.device(drawn_on or session.device):
-            return session.build_trainer(Loggers([]), kind)
+            return session.build_trial(kind)
 
     def losses(self, cfg: TrainConfig, steps: int) -> list[float]:
         """Losses of the first steps, from the same weights on every device."""

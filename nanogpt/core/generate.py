@@ -103,7 +103,7 @@ class Decoder:
             self.newest = torch.cat((self.newest, torch.zeros_like(self.newest)))
         self.lanes += lanes
         self.cache.lengths += [0] * len(lanes)
-        self._settle_order()
+        self._note_order()
 
     @torch.inference_mode()
     def step(self) -> torch.Tensor:
@@ -144,7 +144,7 @@ class Decoder:
         self.uniforms[slot] = self.uniforms[last]
         self.rows[slot] = self.rows[last]
         self.rows.pop()
-        self._settle_order()
+        self._note_order()
 
     # ---- 哪条 lane 是谁的 ----
 
@@ -152,7 +152,7 @@ class Decoder:
         """The lanes of a row."""
         return [slot for slot, lane in enumerate(self.lanes) if lane.row.key == key]
 
-    def _settle_order(self) -> None:
+    def _note_order(self) -> None:
         """Note which lane is whose; None where lanes are rows, so that a step without guidance pays nothing for it."""
         same = [lane.row for lane in self.lanes] == self.rows
         self._order = None if same else order_of(self.rows, self.lanes, self.device)

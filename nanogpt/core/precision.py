@@ -125,7 +125,7 @@ def default_format(device: torch.device, stated: str | None = None) -> str:
     return own if stated in (None, "bf16") else stated
 
 
-def settle_scale(scaler, *, skipped: bool, overflow: bool) -> bool:
+def adjust_scale(scaler, *, skipped: bool, overflow: bool) -> bool:
     """Let a GradScaler learn from the step that it has just unscaled; True where it lowered its scale, down to
     SMALLEST_SCALE.
 

@@ -9,7 +9,7 @@ import torch
 
 from nanogpt.core.machine import Reading
 from nanogpt.core.optimizers import Optimizer
-from nanogpt.core.precision import settle_scale
+from nanogpt.core.precision import adjust_scale
 
 
 class Step:
@@ -103,7 +103,7 @@ class Step:
         if not self.precision.scaler.is_enabled():
             return False
         # 梯度溢出是 fp16 的日常：跳过这一步并减半 scale，下一步就好了
-        return settle_scale(self.precision.scaler, skipped=not finite, overflow=not norm_is_finite) and loss_is_finite
+        return adjust_scale(self.precision.scaler, skipped=not finite, overflow=not norm_is_finite) and loss_is_finite
 
     @property
     def decides_on_device(self) -> bool:

@@ -29,20 +29,23 @@ class Trainer:
     def __init__(
         self, computation: Step, data: TokenData, *, schedule: Schedule, seed: int, rows: int,
         micro_batch: int | None = None, eval_batch: int | None = None, eval_tokens: int | None = None,
-        grad_clip: float = 0.0,
+        grad_clip: float = 0.0, progress: Progress | None = None, order: int = ORDER,
     ):
-        """rows: sequences per step and process; eval_tokens: of the validation part, None for all."""
+        """rows: sequences per step and process; eval_tokens: of the validation part, None for all.
+
+        progress and order: where a training that goes on stands, and which order its data has.
+        """
         self.computation = computation
         self.model, self.optimizer, self.precision = computation.model, computation.optimizer, computation.precision
         self.parameters = computation.parameters
         self.device = self.parameters[0].device
-        self.data, self.order = data, ORDER
+        self.data, self.order = data, order
         self.schedule, self.seed, self.limit = schedule, seed, grad_clip or math.inf
         self.local_rows, self.micro_batch = rows, micro_batch or rows
         self.eval_batch = eval_batch or self.micro_batch
         self.block_size = self.model.config.block_size
         self.windows = data.val_windows(self.block_size, eval_tokens)
-        self.progress = Progress()
+        self.progress = progress or Progress()
         self.stop_requested = False
         # 显卡上由设备自己决定跳不跳过，数值晚一步再看：主机不必每步停下来等它
         self.reads_late = self.device.type == "cuda" and computation.decides_on_device

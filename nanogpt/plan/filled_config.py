@@ -2,7 +2,7 @@
 
 # 把配置补全到可以规划：词表多大、有没有篇章分隔符、init_from 的权重是什么形状
 # 训练时这些来自准备好的数据与权重；规划时什么也不下载、不准备，读得到就读，读不到就用写明的假定
-# settled 是入口，plan 用它；结果里带着词表的出处，打印时说给人听
+# filled 是入口，plan 用它；结果里带着词表的出处，打印时说给人听
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ ENGLISH_CHARACTERS = 100
 OTHER_CHARACTERS = 6000
 
 
-def settled(cfg: TrainConfig, overrides: list[str] | None = None) -> tuple[TrainConfig, str]:
+def filled(cfg: TrainConfig, overrides: list[str] | None = None) -> tuple[TrainConfig, str]:
     """(a copy of cfg whose model has its final shape and vocabulary, where the vocabulary comes from)."""
     if cfg.init_from:
         return replace(cfg, model=_pretrained_model(cfg, overrides or [])), text("init_from")

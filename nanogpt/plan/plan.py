@@ -16,7 +16,7 @@ from nanogpt.base.quoting import quoted
 from nanogpt.core import distributed
 from nanogpt.plan.allocator import Replay, replay
 from nanogpt.plan.budget import Budget, budget_for
-from nanogpt.plan.filled_config import settled
+from nanogpt.plan.filled_config import filled
 from nanogpt.plan.roofline import Rates, rates_of
 from nanogpt.plan.trace import Shape, Trace, trace
 from nanogpt.run.loop import share_batch
@@ -177,7 +177,7 @@ class Planner:
 
     def predict(self, cfg: TrainConfig, overrides: list[str] | None = None) -> Plan:
         """The plan of cfg; `overrides` as typed say which model fields override init_from."""
-        cfg, vocab_source = settled(cfg, overrides)
+        cfg, vocab_source = filled(cfg, overrides)
         if cfg.batch_size == "auto":
             rows = self.largest_batch(cfg, BATCHES) or 1
             cfg = replace(cfg, batch_size=rows, gradient_accumulation_steps=1)
@@ -231,7 +231,7 @@ class Planner:
         return replay(with_workspace(cfg, traced), capacity)
 
     def judge(self, cfg: TrainConfig, vocab_source: str) -> Plan:
-        """The plan of a settled config with a batch_size."""
+        """The plan of a filled config with a batch_size."""
         total, rows = share_batch(cfg, distributed.world())
         traced = self.trace(cfg, rows, total, cfg.eval_batch_size or rows)
         result, verdict = self._within(cfg, traced, TIGHT), "fits"

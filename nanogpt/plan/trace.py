@@ -112,7 +112,7 @@ class Trace:
 
 
 def trace(cfg: TrainConfig, shape: Shape) -> Trace:
-    """Trace set-up, two steps, an evaluation and a sample of cfg, whose batch_size and vocabulary are settled."""
+    """Trace set-up, two steps, an evaluation and a sample of cfg, whose batch_size and vocabulary are known."""
     try:
         # 追踪中收走循环引用会改变释放的时刻：结果要每次相同
         with _no_collector(), torch.random.fork_rng(devices=[]), fake_tensors() as mode:

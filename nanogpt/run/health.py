@@ -10,9 +10,10 @@ Each of these ends the run with one line before anything bad reaches a checkpoin
 
 import math
 from collections import deque
+from collections.abc import Callable
 
-from nanogpt.base.language import ConfigError, text
-from nanogpt.weights import checkpoint
+from nanogpt.base.language import ConfigError
+from nanogpt.core.progress import Progress
 from nanogpt.weights.tensors import first_not_finite, floating
 
 # 最近这么多步里，多半的训练损失高于“乱猜”才算发散：偏高的学习率开头也会冲上去十几步，但会自己下来
@@ -34,23 +35,32 @@ def broken_tensor(model, optimizer) -> str | None:
 
 
 class Health:
-    """What a trainer knows about how well it goes; every process decides alike, from the same numbers."""
+    """Watches over the weights and the losses of a training; every process decides alike, from the same numbers."""
 
-    # 只看 trainer 手里的数，不改它的步子；要存进 checkpoint 的计数在 Progress 里，续训时才接得上
+    # 只看数，不改训练的步子；要存进 checkpoint 的计数在 Progress 里，续训时才接得上
 
-    def __init__(self, trainer):
-        self.trainer = trainer
+    def __init__(
+        self, model, optimizer, progress: Progress, *, max_nonfinite_steps: int, partial_updates: bool = False,
+        say: Callable[..., None], remedy: Callable[[bool], str],
+    ):
+        """partial_updates: a step may have changed some parameters before a bad gradient is met (in the backward pass).
+
+        say(line, **values) shows a line; remedy(best) says how to go on from the last or the best checkpoint.
+        """
+        self.model, self.optimizer, self.progress = model, optimizer, progress
+        self.max_nonfinite_steps, self.partial_updates = max_nonfinite_steps, partial_updates
+        self.say, self.remedy = say, remedy
         self.lowest = math.inf
         """Smallest training loss of a step since this process began."""
         self.absurd: deque[bool] = deque(maxlen=RUNAWAY_STEPS)
         """Whether each of the latest steps was worse than guessing and than every one before it."""
-        self.uniform = math.log(trainer.model.config.vocab_size)
+        self.uniform = math.log(model.config.vocab_size)
         """Loss of guessing every token with the same probability, nats."""
 
     def before_start(self) -> None:
         """Refuse to train from weights or states that are not finite."""
         # 旧版本存下的、别人给的权重都可能已经坏了
-        if tensor := broken_tensor(self.trainer.model, self.trainer.optimizer):
+        if tensor := broken_tensor(self.model, self.optimizer):
             raise Diverged(
                 "{tensor} is not finite in what this run starts from; choose another checkpoint=… (best, or an older "
                 "iter_…) or another init_from",
@@ -59,14 +69,14 @@ class Health:
 
     def before_save(self) -> None:
         """Refuse to write a checkpoint with weights or optimizer states that are not finite: they never heal."""
-        self._require_finite(self.trainer.progress.iteration)
+        self._require_finite(self.progress.iteration)
 
     def _require_finite(self, iteration: int) -> None:
-        if tensor := broken_tensor(self.trainer.model, self.trainer.optimizer):
+        if tensor := broken_tensor(self.model, self.optimizer):
             raise Diverged(
                 "iter {iteration}: {tensor} is not finite any more and cannot recover; this state is not saved; "
                 "{remedy}",
-                iteration=iteration, tensor=tensor, remedy=self._remedy(),
+                iteration=iteration, tensor=tensor, remedy=self.remedy(False),
             )
 
     def after_update(self, loss: float, norm: float, *, iteration: int, healing: bool) -> None:
@@ -74,7 +84,7 @@ class Health:
 
         `healing` says that an fp16 overflow has just lowered the loss scale: that is no fault, but no good step either.
         """
-        trainer, progress = self.trainer, self.trainer.progress
+        progress = self.progress
         if math.isfinite(loss) and math.isfinite(norm):
             progress.nonfinite_in_a_row = 0
             self._compare_with_guessing(loss)
@@ -87,22 +97,22 @@ class Health:
         progress.nonfinite_in_a_row += 1
         what = "gradient" if math.isfinite(loss) else "loss"
         # 反向里边走边更新：其余参数已经更新，跳过的只有坏梯度的那些
-        partly = what == "gradient" and trainer.computation.in_backward
+        partly = what == "gradient" and self.partial_updates
         line = "nonfinite_partly" if partly else "nonfinite"
-        trainer.console.line(line, iteration=iteration, what=what, count=progress.nonfinite_in_a_row)
-        if progress.nonfinite_in_a_row >= trainer.cfg.max_nonfinite_steps:
+        self.say(line, iteration=iteration, what=what, count=progress.nonfinite_in_a_row)
+        if progress.nonfinite_in_a_row >= self.max_nonfinite_steps:
             raise Diverged(
                 "{count} steps in a row were not finite; {remedy}",
-                count=progress.nonfinite_in_a_row, remedy=self._remedy(),
+                count=progress.nonfinite_in_a_row, remedy=self.remedy(False),
             )
 
     def after_evaluation(self, loss: float) -> bool:
         """Whether a validation loss is a number; one that is not counts as no evaluation."""
         if math.isfinite(loss):
             return True
-        iteration = self.trainer.progress.iteration
+        iteration = self.progress.iteration
         self._require_finite(iteration)
-        self.trainer.console.line(
+        self.say(
             "iter {iteration}: the validation loss is not finite although every weight is; this evaluation does not "
             "count",
             iteration=iteration,
@@ -117,27 +127,12 @@ class Health:
         """
         self.lowest = min(self.lowest, loss)
         # 续训时这一程的最低值还不可靠，参考存下来的最好验证损失
-        known = min(self.lowest, self.trainer.progress.best_val_loss)
+        known = min(self.lowest, self.progress.best_val_loss)
         self.absurd.append(loss > max(self.uniform, known) + RUNAWAY_MARGIN)
         if sum(self.absurd) > RUNAWAY_STEPS // 2:
             raise Diverged(
                 "{count} of the last {steps} steps had a training loss above that of guessing ({uniform:.2f}; now "
                 "{loss:.2f}), which had been lower before: the run has diverged; {remedy}",
                 loss=loss, count=sum(self.absurd), steps=RUNAWAY_STEPS, uniform=self.uniform,
-                remedy=self._remedy(best=True),
+                remedy=self.remedy(True),
             )
-
-    def _remedy(self, *, best: bool = False) -> str:
-        """What to type: go on from the last (or best) checkpoint with a lower rate, or begin again without one."""
-        trainer = self.trainer
-        found = checkpoint.checkpoints(trainer.run_dir)
-        rate = trainer.cfg.learning_rate / 3
-        if not found:
-            return text(
-                "nothing has been saved yet; start again with a lower rate: learning_rate={rate:.1e}",
-                rate=rate,
-            )
-        chosen = (checkpoint.best_of(found) if best else None) or found[-1]
-        which = "" if chosen.iteration == found[-1].iteration else f" checkpoint={chosen.name}"
-        remedy = "remedy_best" if best else "remedy_last"
-        return text(remedy, checkpoint=chosen.name, resume=trainer.resuming, which=which, rate=rate)

@@ -1,8 +1,8 @@
 """The training loop: one function that steps, evaluates, logs, saves, samples and stops."""
 
 # 训练循环：什么时候走步、评估、打印、保存、写样本、停下；怎么算一步在 core/trainer
-# fit() 里就是整个循环；每一项到期才做，做之前先等显卡把最近一步的数交出来（settle）
-# 坏步由 health 计数，checkpoint 由 saving 存取，总结由 summary 写；写样本的函数由 run_train.py 交进来
+# fit() 里就是整个循环；每一项到期才做，做之前先等显卡把最近一步的数交出来（judge_latest）
+# 坏步由 health 计数，checkpoint 由 saver 写，总结由 summary 写；写样本的函数由 run_train.py 交进来
 # session 造出 Training 并调用 fit；试跑用它的子类 TrialTrainer，只走其中的步
 
 import contextlib
@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from nanogpt.base.config import TrainConfig, schedule_of
 from nanogpt.base.console import Console, duration
@@ -22,17 +21,16 @@ from nanogpt.base.value_checks import unescaped
 from nanogpt.core import distributed
 from nanogpt.core.compilation import compile_hidden, compile_updates, pays
 from nanogpt.core.machine import any_kernels
-from nanogpt.core.progress import StepResult
+from nanogpt.core.progress import Progress, StepResult
 from nanogpt.core.sampling import sampler
 from nanogpt.core.step import Step
 from nanogpt.core.trainer import LARGEST_SEED, Trainer
-from nanogpt.data.tokens import TokenData
-from nanogpt.run import saving
+from nanogpt.data.tokens import ORDER, TokenData
 from nanogpt.run.health import Health
 from nanogpt.run.loggers import Loggers
 from nanogpt.run.metrics import Forecast, Stopwatch, flops_per_token, memory_gib, peak_tflops
+from nanogpt.run.saving import Saver, state_of
 from nanogpt.run.summary import write_summary
-from nanogpt.weights import checkpoint
 
 # 评估取样、生成样本各用自己的种子流，互不干扰
 SAMPLE_STREAM = 1_000_003
@@ -51,30 +49,26 @@ class Interval:
 
 
 class Training(Trainer):
-    """A Trainer with a run around it: its folder, its console and loggers, its health."""
+    """A Trainer with a run around it: its saver, its console and loggers, its health."""
 
     # 继承而不是另拿一个 trainer：走一步的两处插话（prepare、judge）要在计数之前发生
 
     def __init__(
-        self, cfg: TrainConfig, *, computation: Step, data: TokenData, loggers: Loggers, run_dir: Path,
-        console: Console, write_sample: Callable[..., str] | None = None,
+        self, cfg: TrainConfig, *, computation: Step, data: TokenData, loggers: Loggers, saver: Saver,
+        console: Console, write_sample: Callable[..., str] | None = None, progress: Progress | None = None,
+        order: int = ORDER,
     ):
         """`write_sample` is that of nanogpt.write.engine; without it no samples are written."""
         rows, micro_batch = share_batch(cfg, distributed.world())
         super().__init__(
             computation, data, schedule=schedule_of(cfg), seed=cfg.seed, rows=rows, micro_batch=micro_batch,
             eval_batch=cfg.eval_batch_size, eval_tokens=cfg.eval_tokens, grad_clip=cfg.grad_clip,
+            progress=progress, order=order,
         )
-        self.cfg, self.loggers, self.run_dir, self.console = cfg, loggers, run_dir, console
+        self.cfg, self.loggers, self.saver, self.console = cfg, loggers, saver, console
         # 写作在训练之上：由 run_train.py 交进来
         self.write_sample = write_sample
-        self.config_text = ""
-        self.run_id: str | None = None
-        # 说“接着训”时写给人敲的
-        self.resuming = f"resume={run_dir}"
-        self.retry_at: float | None = None
         self.evaluated_at: int | None = None
-        self.saved: checkpoint.Checkpoint | None = None
         self.last_sample = ""
         self.peak_source, self.peak = peak_tflops(cfg.hardware, self.device, self.precision)
         self.stopwatch, self.interval = Stopwatch(), Interval()
@@ -83,7 +77,11 @@ class Training(Trainer):
         self.latest_loss = math.nan
         self.unjudged: StepResult | None = None
         self.shapes_met: set[int] = set()
-        self.health = Health(self)
+        self.health = Health(
+            self.model, self.optimizer, self.progress, max_nonfinite_steps=cfg.max_nonfinite_steps, say=console.line,
+            partial_updates=bool(computation.in_backward),
+            remedy=lambda best: saver.remedy(cfg.learning_rate / 3, best=best),
+        )
         obstacle, worth = self._no_compile(), self._compiling_pays()
         self.compiles = compile_hidden(self.model, cfg.compile, self.device, console, obstacle=obstacle, pays=worth)
         compile_updates(self.optimizer, cfg.compile, self.device, console)
@@ -116,14 +114,14 @@ class Training(Trainer):
         super().prepare()
 
     def judge(self, result: StepResult) -> None:
-        """Count a step that was skipped and stop a run that cannot go on; on a card one step later, or at settle()."""
+        """Count a skipped step and stop a run that cannot go on; on a card one step later or in judge_latest()."""
         # 显卡上晚一步才读数：马上读就要等它算完，下一步排不上队
-        self.settle()
+        self.judge_latest()
         self.unjudged = result
         if not self.reads_late:
-            self.settle()
+            self.judge_latest()
 
-    def settle(self) -> None:
+    def judge_latest(self) -> None:
         """Wait for the latest step and judge it: before anything that is shown or kept."""
         result, self.unjudged = self.unjudged, None
         if result is not None:
@@ -156,7 +154,7 @@ class Training(Trainer):
                         result = self._timed_step()
                         self._advance(advance)
                         reason = self._between_steps(result)
-            if self.saved is None or self.saved.iteration < progress.iteration:
+            if self.saver.saved is None or self.saver.saved.iteration < progress.iteration:
                 self._save(final=True)
         except BaseException:
             # 出事前的曲线最有用，TensorBoard 攒着的也要写出；关不上也不能盖住真正的原因
@@ -164,7 +162,18 @@ class Training(Trainer):
                 self.loggers.close()
             raise
         self.loggers.close()
-        return write_summary(self, reason or "finished", time.perf_counter() - started)
+        return self._summary(reason or "finished", time.perf_counter() - started)
+
+    def _summary(self, reason: str, wall_s: float) -> dict:
+        progress = self.progress
+        timed = progress.tokens_trained - progress.untimed_tokens
+        # 只走了编译的那一步：速度只能连编译一起算
+        measured = self.metrics(timed, progress.train_s) if timed else self.metrics(progress.tokens_trained, wall_s)
+        return write_summary(
+            self.saver.run_dir, progress, measured, stopped_by=reason, wall_s=wall_s, micro_batch=self.micro_batch,
+            parameters=self.model.parameter_count(), precision=self.precision, device=self.device,
+            console=self.console,
+        )
 
     def _between_steps(self, result: StepResult) -> str | None:
         """Evaluate, log, save and sample if it is time to; the reason to stop, or None."""
@@ -178,7 +187,7 @@ class Training(Trainer):
         if evaluated or reason or self._every(cfg.log_interval):
             self._log(result, evaluated and progress.val_loss is not None)
         save_due = self._every(cfg.save_interval) if cfg.save_interval else evaluated
-        if save_due or reason or saving.overdue(self):
+        if save_due or reason or self.saver.overdue:
             self._save(final=bool(reason) or last)
         if evaluated and cfg.sample_tokens and self.write_sample and reason != "interrupted":
             self._write_sample()
@@ -206,14 +215,14 @@ class Training(Trainer):
         self.interval.results.append(result)
         if self.micro_batch not in self.shapes_met and (self.device.type == "cuda" or self.compiles):
             # 编译、加载 kernel 要几十秒：算进速度，短训练就只剩零头；要等它做完，才不拖到下一步里
-            self.settle()
+            self.judge_latest()
             self.stopwatch.cancel()
             self.progress.untimed_tokens += tokens
         else:
             # 接着要显示、保存它的结果：等它做完的时间也算这一步的
             last = self.progress.iteration == cfg.max_iters
             if last or any(map(self._every, (cfg.eval_interval, cfg.log_interval, cfg.save_interval))):
-                self.settle()
+                self.judge_latest()
             self.forecast.step(self.stopwatch.stop())
             self.interval.tokens += tokens
         self.shapes_met.add(self.micro_batch)
@@ -221,10 +230,15 @@ class Training(Trainer):
 
     def _save(self, *, final: bool) -> None:
         # 最后一步的好坏也要记进去
-        self.settle()
+        self.judge_latest()
         # 坏掉的权重宁可不存：它会把完好的旧 checkpoint 挤掉
         self.health.before_save()
-        saving.save(self, final=final)
+        progress = self.progress
+        self.saver.save(
+            self.model, state_of(self.computation, progress, self.data, self.order), iteration=progress.iteration,
+            # 两次评估之间存的没有验证损失：最好的只能是评估过的那一份
+            val_loss=progress.val_loss if self.evaluated_at == progress.iteration else None, final=final,
+        )
 
     def _evaluate_and_judge(self) -> str | None:
         progress, loss = self.progress, self._evaluate_in_sight()
@@ -276,7 +290,7 @@ class Training(Trainer):
     def _log(self, result: StepResult, evaluated: bool) -> None:
         seconds = self.stopwatch.take()
         self.progress.train_s += seconds
-        self.settle()
+        self.judge_latest()
         finite = [result.loss for result in self.interval.results if math.isfinite(result.loss)]
         record = {
             "train/loss": sum(finite) / len(finite) if finite else math.nan,

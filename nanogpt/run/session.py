@@ -3,7 +3,7 @@
 # 一次训练的从头到尾：打开数据，造模型与训练循环，占住目录，训练，最后说出结果与接下来可以敲什么
 # new 从头开始，resume 接着以前的；次序按“错误应该多早出现”来排：不花时间的先查，目录最后才动
 # 占住目录之前什么也不写：开不成的新训练不留痕迹，接着训的也不会被改坏
-# run_train.py 调用它，Hooks 里是上层交进来的能力；试跑只用它的 build_trainer
+# run_train.py 调用它，Hooks 里是上层交进来的能力；试跑只用它的 build_trial
 
 import contextlib
 import math
@@ -33,13 +33,16 @@ from nanogpt.base.value_checks import unescaped
 from nanogpt.core import distributed, machine
 from nanogpt.core.memory.lora import add_adapters
 from nanogpt.core.precision import Precision
+from nanogpt.core.progress import Progress
+from nanogpt.core.step import Step
 from nanogpt.data import corpus
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.documents import open_data
-from nanogpt.data.tokens import TokenData, copy_dataset, dataset_bytes, find_prepared
-from nanogpt.run import rundir, saving
+from nanogpt.data.tokens import ORDER, TokenData, copy_dataset, dataset_bytes, find_prepared
+from nanogpt.run import rundir
 from nanogpt.run.loggers import JsonlLogger, Loggers
 from nanogpt.run.loop import Training, share_batch
+from nanogpt.run.saving import Saver, restore
 from nanogpt.weights import checkpoint
 from nanogpt.weights.build import build_model, build_step, check_weights
 from nanogpt.weights.pretrained import Pretrained, adapted, build_pretrained, check_vocabulary, open_pretrained
@@ -218,7 +221,7 @@ class Session:
             try:
                 summary = trainer.fit()
             except OutOfMemory as error:
-                self._explain(error, has_checkpoint=trainer.saved is not None)
+                self._explain(error, has_checkpoint=trainer.saver.saved is not None)
                 raise
             finally:
                 distributed.stop()
@@ -234,18 +237,34 @@ class Session:
     def _build(self) -> Training:
         backends = [build_part(node, f"logger.{name}") for name, node in (self.cfg.logger or {}).items()]
         loggers = Loggers([JsonlLogger(), *backends] if distributed.rank() == 0 else [])
-        trainer = self.build_trainer(loggers)
-        if self.source:
-            saving.restore(trainer, self.source)
+        computation = self._build_step()
+        progress, order = restore(self.source, computation, self.data) if self.source else (Progress(), ORDER)
+        node = OmegaConf.structured(self.cfg)
+        config_text = OmegaConf.to_yaml(node)
         if distributed.rank() == 0:
-            node = OmegaConf.structured(self.cfg)
-            trainer.config_text = OmegaConf.to_yaml(node)
             # auto 是哪个设备，到这里才定
             config = {**OmegaConf.to_container(node), "device": str(self.device)}
-            self._begin(loggers, trainer.config_text, config, trainer.progress.iteration)
-            trainer.run_dir, trainer.run_id = self.run_dir, self.record.id
-            trainer.resuming = " ".join(map(word, [*self._named("train"), override("resume", self.run_dir)]))
-        return trainer
+            self._begin(loggers, config_text, config, progress.iteration)
+        return Training(
+            self.cfg, computation=computation, data=self.data, loggers=loggers, saver=self._saver(config_text),
+            console=self.console, write_sample=self.hooks.write_sample, progress=progress, order=order,
+        )
+
+    def build_trial(self, kind: type[Training] = Training) -> Training:
+        """The trainer that a run would have, at iteration 0, and nothing written: for trials and measurements."""
+        return kind(
+            self.cfg, computation=self._build_step(), data=self.data, loggers=Loggers([]), saver=self._saver(""),
+            console=self.console, write_sample=self.hooks.write_sample,
+        )
+
+    def _saver(self, config_text: str) -> Saver:
+        """What writes checkpoints into the run folder."""
+        # 说“接着训”时写给人敲的
+        resuming = " ".join(map(word, [*self._named("train"), override("resume", self.run_dir)]))
+        return Saver(
+            self.run_dir, keep=self.cfg.keep, tokenizer=self.data.tokenizer, console=self.console, resuming=resuming,
+            config_text=config_text, run_id=self.record.id if self.record else None, saved=self.source,
+        )
 
     def _begin(self, loggers: Loggers, config_text: str, config: dict, iteration: int) -> None:
         """Take the run folder and open the loggers.
@@ -268,16 +287,12 @@ class Session:
                     raise ConfigError("not_writable", path=self.run_dir, reason=reason_of(error)) from None
                 raise
 
-    def build_trainer(self, loggers: Loggers, kind: type[Training] = Training) -> Training:
-        """Model, step and trainer, on the device; writes nothing, so that a trial builds what a run would."""
+    def _build_step(self) -> Step:
+        """The model and the computation of its steps, on the device."""
         model = self._build_model().to(self.device)
         weights, automatic = self.cfg.memory.weights, self.cfg.hardware.dtype
         precision = Precision(self.cfg.precision, self.device, weights, automatic=automatic)
-        computation = build_step(self.cfg, model, precision)
-        return kind(
-            self.cfg, computation=computation, data=self.data, loggers=loggers,
-            run_dir=self.run_dir, console=self.console, write_sample=self.hooks.write_sample,
-        )
+        return build_step(self.cfg, model, precision)
 
     def _build_model(self):
         """The model with its starting weights, and with adapters beside them under finetune=lora."""

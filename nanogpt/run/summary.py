@@ -1,19 +1,23 @@
 """Write summary.json: what a finished run reached, for people and for sweeps."""
 
 # summary.json：一次训练走到了哪里，给人看，也给脚本与比较用
-# loop 结束时写一次；versions 与 device_name 也给评估与试跑的记录用
+# loop 把走到哪里、多快交进来，结束时写一次；versions 与 device_name 也给评估与试跑的记录用
 # 写不下只报一行：权重都已存好，少一份总结不算失败
 
 import json
 import math
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
+from nanogpt.base.console import Console
 from nanogpt.base.files import write_text
 from nanogpt.base.hashed_json import reason_of
 from nanogpt.core import distributed
+from nanogpt.core.precision import Precision
+from nanogpt.core.progress import Progress
 
 
 def versions() -> dict[str, str]:
@@ -35,37 +39,36 @@ def device_name(device: torch.device) -> str:
     return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def write_summary(trainer, reason: str, wall_s: float) -> dict:
-    """Write <run>/summary.json (first process only) and return its content."""
-    progress = trainer.progress
-    timed = progress.tokens_trained - progress.untimed_tokens
-    # 只走了编译的那一步：速度只能连编译一起算
-    trained = trainer.metrics(timed, progress.train_s) if timed else trainer.metrics(progress.tokens_trained, wall_s)
+def write_summary(
+    run_dir: Path, progress: Progress, measured: dict[str, float], *, stopped_by: str, wall_s: float, micro_batch: int,
+    parameters: int, precision: Precision, device: torch.device, console: Console,
+) -> dict:
+    """Write <run>/summary.json (first process only) and return its content; measured: metrics of the whole training."""
     summary = {
-        "stopped_by": reason,
+        "stopped_by": stopped_by,
         "val_loss": progress.val_loss,
         "best_val_loss": progress.best_val_loss if math.isfinite(progress.best_val_loss) else None,
         "iters": progress.iteration,
         "tokens": progress.tokens_trained,
-        "tokens_per_s": trained["tokens_per_s"],
-        "mfu": trained["mfu"],
-        "mfu_rtx3060": trained["mfu_rtx3060"],
-        "peak_vram_gib": trained["memory/peak_gib"] if trainer.device.type == "cuda" else None,
-        "peak_ram_gib": trained["memory/peak_gib"] if trainer.device.type == "cpu" else None,
+        "tokens_per_s": measured["tokens_per_s"],
+        "mfu": measured["mfu"],
+        "mfu_rtx3060": measured["mfu_rtx3060"],
+        "peak_vram_gib": measured["memory/peak_gib"] if device.type == "cuda" else None,
+        "peak_ram_gib": measured["memory/peak_gib"] if device.type == "cpu" else None,
         "wall_s": wall_s,
         "train_s": progress.train_s,
         "nonfinite_steps": progress.nonfinite_steps,
-        "micro_batch": trainer.micro_batch,
-        "parameters": trainer.model.parameter_count(),
-        "precision": trainer.precision.label,
-        "device": device_name(trainer.device),
+        "micro_batch": micro_batch,
+        "parameters": parameters,
+        "precision": precision.label,
+        "device": device_name(device),
         "processes": distributed.world(),
         "versions": versions(),
     }
     if not distributed.rank():
         try:
-            write_text(trainer.run_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+            write_text(run_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
         except OSError as error:
             # 权重都已存好：少一份总结不算失败
-            trainer.console.line("logger_failed", name="summary.json", reason=reason_of(error))
+            console.line("logger_failed", name="summary.json", reason=reason_of(error))
     return summary

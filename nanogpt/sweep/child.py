@@ -189,7 +189,6 @@ def measure(
     """Open the data, predict, set the memory limit, train a few steps, and emit what was found."""
     import torch
 
-    from nanogpt.run.loggers import Loggers
     from nanogpt.run.session import Session
     from nanogpt.run.summary import device_name
     from nanogpt.sweep.trial_trainer import TrialTrainer
@@ -218,7 +217,7 @@ def measure(
         emit(watch_gib=budget)
     _forget_peak()
     emit(phase="build")
-    trainer = session.build_trainer(Loggers([]), TrialTrainer)
+    trainer = session.build_trial(TrialTrainer)
     emit(micro_batch=trainer.micro_batch, effective_batch=trainer.global_rows, precision=trainer.precision.label)
     try:
         emit(**_train(trainer, cfg, emit))

@@ -1,7 +1,7 @@
 """The trainer of a trial: the same steps, but running out of memory is its result and is not repaired."""
 
 # 试跑用的训练器：步子与真的训练一样，只是显存不足时不把微批改小，而是当作结果报出去
-# 由 child 交给 run/session 的 build_trainer 来造；评估与样本只为量出它们的显存峰值
+# 由 child 交给 run/session 的 build_trial 来造；评估与样本只为量出它们的显存峰值
 
 from nanogpt.core.machine import any_kernels
 from nanogpt.core.sampling import sampler

@@ -88,7 +88,7 @@ def test_the_largest_batch_fits_and_is_planned_for_auto():
     planner = Planner(cfg)
     got = planner.predict(cfg)
     assert got.verdict == "fits" and got.batch_size * got.accumulation >= 96 and 1 <= got.batch_size < 96
-    assert not planner.fits(filled_config.settled(cfg)[0], 96)
+    assert not planner.fits(filled_config.filled(cfg)[0], 96)
 
 
 def test_advice_fits_keeps_the_effective_batch_and_is_sorted_by_speed(monkeypatch):
@@ -138,23 +138,23 @@ VOCABULARIES = {
 @pytest.mark.parametrize("overrides", VOCABULARIES)
 def test_the_vocabulary_is_known_without_preparing_data(overrides, tmp_path):
     cfg = make_config(*overrides.split(), f"dataset.dir={tmp_path / 'none'}")
-    got, source = filled_config.settled(cfg)
+    got, source = filled_config.filled(cfg)
     assert got.model.vocab_size == VOCABULARIES[overrides] and source and not list(tmp_path.iterdir())
 
 
 def test_a_prepared_data_set_says_its_vocabulary(corpus_folder):
-    got, source = filled_config.settled(make_config("dataset=text_file", f"dataset.dir={corpus_folder}"))
+    got, source = filled_config.filled(make_config("dataset=text_file", f"dataset.dir={corpus_folder}"))
     assert got.model.vocab_size < 40 and source == "the prepared data set"
 
 
 def test_weights_that_would_have_to_be_fetched_are_refused_in_one_line():
     with pytest.raises(ConfigError, match="init_from=someone/model: the plan needs a local copy") as error:
-        filled_config.settled(make_config("init_from=someone/model"))
+        filled_config.filled(make_config("init_from=someone/model"))
     assert "\n" not in str(error.value)
 
 
 def test_presets_of_init_from_have_their_own_shape():
-    got, _ = filled_config.settled(make_config("init_from=gpt2-xl"))
+    got, _ = filled_config.filled(make_config("init_from=gpt2-xl"))
     assert (got.model.n_layer, got.model.n_embd, got.model.position) == (48, 1600, "learned")
 
 

@@ -118,7 +118,7 @@ def test_two_runs_that_took_the_same_name_get_a_folder_each(in_tmp, tiny_overrid
 
     named = in_tmp / "outputs" / "same"
     sessions = [Session.new(cfg, named) for _ in range(2)]
-    folders = [s._build().run_dir for s in sessions]
+    folders = [s._build().saver.run_dir for s in sessions]
     assert folders[0] == named != folders[1] and (folders[1] / "run.json").is_file()
 
 
@@ -131,7 +131,7 @@ def test_a_run_without_a_checkpoint_begins_again_and_ends_the_same(in_tmp, tiny_
     again._announce(trainer)
     trainer.fit()
     assert "outputs/killed has no checkpoint yet: beginning again" in capsys.readouterr().out
-    assert (weights(trainer.model) == weights(whole.model)).all() and trainer.run_id == rundir.read_record(Path("outputs/killed")).id
+    assert (weights(trainer.model) == weights(whole.model)).all() and trainer.saver.run_id == rundir.read_record(Path("outputs/killed")).id
 
 
 def test_a_run_of_an_earlier_version_gets_an_id_and_keeps_its_checkpoints(in_tmp, tiny_overrides):
@@ -163,13 +163,13 @@ def test_a_record_of_a_newer_version_is_kept_and_said(own_run):
 
 @pytest.mark.parametrize("content", [None, '{"format": 2'])
 def test_a_run_without_checkpoint_and_record_begins_again_and_has_one_way_out(in_tmp, tiny_overrides, content):
-    begun = new_trainer(tiny_overrides, "max_iters=3")
-    run, config = Path("outputs/run"), begun.config_text
+    new_trainer(tiny_overrides, "max_iters=3")
+    run, config = Path("outputs/run"), Path("outputs/run/config.yaml").read_text(encoding="utf-8")
     (run / "run.json").unlink()
     if content:
         (run / "run.json").write_text(content, encoding="utf-8")
     again = resume("outputs/run")
-    assert again.begun_again and again.cfg.max_iters == 3 and again._build().run_id == rundir.read_record(run).id
+    assert again.begun_again and again.cfg.max_iters == 3 and again._build().saver.run_id == rundir.read_record(run).id
     again.lock.release()
     for left in ("model: [", None):
         (run / "run.json").unlink(missing_ok=True)

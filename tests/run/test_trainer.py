@@ -85,7 +85,7 @@ def test_a_run_of_an_earlier_version_goes_on_in_its_own_order(in_tmp, tiny_overr
         return trainer
 
     whole = old("outputs/whole")
-    half = old("outputs/half", overrides=["max_iters=3"]).saved.folder
+    half = old("outputs/half", overrides=["max_iters=3"]).saver.saved.folder
     # 那时的 manifest 是格式 2，状态里没有次序
     state = json.loads((half / "state.json").read_text(encoding="utf-8"))
     (half / "state.json").write_text(json.dumps({"dict": [pair for pair in state["dict"] if pair[0] != "order"]}), encoding="utf-8")
@@ -94,9 +94,9 @@ def test_a_run_of_an_earlier_version_goes_on_in_its_own_order(in_tmp, tiny_overr
     reseal(half)
     resumed = resumed_trainer("outputs/half", "max_iters=6")
     resumed.fit()
-    assert torch.equal(weights(resumed.model), weights(whole.model)) and resumed.saved.load_state()["order"] == 1
+    assert torch.equal(weights(resumed.model), weights(whole.model)) and resumed.saver.saved.load_state()["order"] == 1
     new = train(tiny_overrides, "lr_decay_iters=6", out="outputs/new")
-    assert not torch.equal(weights(new.model), weights(whole.model)) and new.saved.load_state()["order"] == 2
+    assert not torch.equal(weights(new.model), weights(whole.model)) and new.saver.saved.load_state()["order"] == 2
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not(in_tmp, tiny_overrides):
@@ -262,7 +262,7 @@ def test_a_full_disk_is_reported_and_training_goes_on(in_tmp, tiny_overrides, mo
 
     monkeypatch.setattr(checkpoint, "save", save)
     trainer.fit()
-    assert "No space left on device" in capsys.readouterr().out and trainer.saved.iteration == 6
+    assert "No space left on device" in capsys.readouterr().out and trainer.saver.saved.iteration == 6
 
 
 def test_a_run_that_cannot_save_at_the_end_fails_loudly(in_tmp, tiny_overrides, monkeypatch):

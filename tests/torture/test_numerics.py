@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanogpt.base.language import ConfigError
-from nanogpt.run import saving
 from nanogpt.run.health import Diverged
 from nanogpt.weights import checkpoint
 
@@ -157,7 +156,7 @@ def test_a_step_with_bad_numbers_is_skipped_and_all_else_is_bit_exact_across_a_r
         for _ in range(stop):
             real.step()
     if stop < STEPS:
-        saving.save(real, final=False)
+        real._save(final=False)
         real = resumed_trainer("outputs/real")
         with injected(real, fault):
             for _ in range(STEPS - stop):
@@ -240,11 +239,11 @@ def test_a_bad_weight_or_state_is_never_saved_and_the_last_checkpoint_goes_on(co
 
     trainer.step = step
     ended = fit(trainer)
-    found = assert_good_checkpoints(trainer.run_dir)
+    found = assert_good_checkpoints(trainer.saver.run_dir)
     assert isinstance(ended, Diverged) and "cannot recover" in str(ended) and all(one.iteration <= at for one in found)
     if found:
         assert found[-1].name in str(ended)
-        again = resumed_trainer(trainer.run_dir)
+        again = resumed_trainer(trainer.saver.run_dir)
         assert fit(again) is None
         assert_equal(snapshot(again), clean(variant))
 
@@ -266,9 +265,9 @@ def test_a_bad_validation_loss_or_sample_is_passed_over(corpus_folder, in_tmp, c
     trainer.model.loss = lambda x, y: real(x, y) * (value if trainer.progress.iteration in bad and not trainer.model.training else 1)
     trainer.write_sample = raising(ConfigError("nonfinite_logits"))
     assert fit(trainer) is None and "no sample is written" in capsys.readouterr().out
-    found = assert_good_checkpoints(trainer.run_dir)
+    found = assert_good_checkpoints(trainer.saver.run_dir)
     assert found and all((one.val_loss is None) == (one.iteration in bad) for one in found)
-    assert_strict_json(trainer.run_dir)
+    assert_strict_json(trainer.saver.run_dir)
     assert_equal(snapshot(trainer), clean(variant))
 
 
@@ -284,9 +283,9 @@ def test_an_absurd_learning_rate_ends_with_a_good_checkpoint_and_one_line(corpus
         f"grad_clip={clip}", f"max_iters={iters}", f"eval_interval={iters // 4}", "log_interval=50", "overwrite=true",
     ]
     trainer = new_trainer(quick(corpus_folder, *given, *(["model.ngrams=[]"] if arch == "gpt2" else [])))
-    ended, found = fit(trainer), assert_good_checkpoints(trainer.run_dir)
+    ended, found = fit(trainer), assert_good_checkpoints(trainer.saver.run_dir)
     if ended is None:
-        return assert_strict_json(trainer.run_dir)
+        return assert_strict_json(trainer.saver.run_dir)
     assert isinstance(ended, Diverged) and "learning_rate=" in str(ended)
     named = checkpoint.best_of(found) if "the run has diverged" in str(ended) else None
     assert not found or (named or found[-1]).name in str(ended)

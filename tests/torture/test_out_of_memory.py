@@ -239,11 +239,11 @@ def test_where_nothing_can_be_divided_the_run_ends_with_one_line_and_a_good_chec
     trainer = new_trainer(quick(corpus_folder, "optimizer=muon", "overwrite=true", *rows))
     with broken(trainer, place, error, at, operations):
         ended = fit(trainer)
-    found = assert_good_checkpoints(trainer.run_dir)
+    found = assert_good_checkpoints(trainer.saver.run_dir)
     assert isinstance(ended, OutOfMemory) and (ended.phase, ended.detail) == (ENDINGS[place], str(error))
     assert len(found) == (0 if place == "first update" else min(2, at // 4)) and all(one.iteration <= at for one in found)
     if found and place != "one row":
-        again = resumed_trainer(trainer.run_dir)
+        again = resumed_trainer(trainer.saver.run_dir)
         assert fit(again) is None
         assert_equal(snapshot(again), clean)
 
@@ -262,7 +262,7 @@ def test_a_save_or_a_sample_that_fails_is_survived(corpus_folder, in_tmp, clean,
             patch.setattr(checkpoint, "model_tensors", lambda *a: real(*a) if trainer.progress.iteration >= 12 else raising(error)())
         assert fit(trainer) is None
     assert_equal(snapshot(trainer), clean)
-    assert [one.iteration for one in assert_good_checkpoints(trainer.run_dir)][-1:] == [12]
+    assert [one.iteration for one in assert_good_checkpoints(trainer.saver.run_dir)][-1:] == [12]
 
 
 # ---- 写作 ----
