@@ -27,7 +27,9 @@ def free_ram() -> int:
     with contextlib.suppress(OSError, ValueError):
         # 容器（cgroup v2）里看到的空闲是整台机器的；没有上限时写着 max
         most, taken = (int((CGROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
-        limits.append(most - taken + _reclaimable())
+        counts = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
+        # 缓存着的文件也算它占的，要用时就让出来
+        limits.append(most - taken + int(counts.get("inactive_file", 0)))
     with contextlib.suppress(ImportError):
         # Windows 没有 ulimit
         import resource
@@ -36,14 +38,6 @@ def free_ram() -> int:
             most = resource.getrlimit(getattr(resource, name))[0]
             limits += [] if most == resource.RLIM_INFINITY else [most - taken]
     return max(0, min(limits))
-
-
-def _reclaimable() -> int:
-    """Bytes of cached files that the container counts as taken but gives up on demand."""
-    with contextlib.suppress(OSError, ValueError):
-        counts = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
-        return int(counts.get("inactive_file", 0))
-    return 0
 
 
 # ---- 显卡 ----

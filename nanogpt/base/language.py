@@ -97,11 +97,8 @@ COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud
 
 def shown(written: str, file: TextIO) -> str:
     """A text as it may be printed to `file`: escaped where it would command a terminal; unchanged elsewhere."""
-    return COMMANDS.sub(_escaped, written) if file.isatty() else written
-
-
-def _escaped(found: re.Match) -> str:
-    return found[0].encode("unicode_escape").decode("ascii")
+    escaped = COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), written)
+    return escaped if file.isatty() else written
 
 
 def show(written: str, *, file: TextIO | None = None, end: str = "\n") -> None:

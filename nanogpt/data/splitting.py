@@ -130,15 +130,23 @@ def _runs_of_piece(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     previous = np.full(len(codes), -1)
     again = codes[order][1:] == codes[order][:-1]
     previous[order[1:][again]] = order[:-1][again]
-    mixed = _mixed(codes.astype(np.uint64))
-    # 多项式 hash，所有起点一起滚动；64 位溢出即取模
-    hashes = np.zeros(starts, dtype=np.uint64)
+    hashes = run_hashes(_mixed(codes.astype(np.uint64)))
     distinct = np.zeros(starts, dtype=np.uint8)
     for k in range(RUN):
-        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + mixed[k : k + starts]
         distinct += previous[k : k + starts] < np.arange(starts)
     inside = (owner[:starts] == owner[RUN - 1 :]) & (distinct >= DISTINCT)
     return hashes[inside], owner[:starts][inside]
+
+
+def run_hashes(codes: np.ndarray) -> np.ndarray:
+    """A 64-bit polynomial hash of every run of RUN codes (uint64)."""
+    count = max(len(codes) - RUN + 1, 0)
+    hashes = np.zeros(count, dtype=np.uint64)
+    # 所有起点一起滚动；无符号整数溢出时回绕，正是模 2^64
+    for at in range(RUN):
+        hashes *= np.uint64(0x9E3779B97F4A7C15)
+        hashes += codes[at : at + count]
+    return hashes
 
 
 def _mixed(numbers: np.ndarray) -> np.ndarray:

@@ -244,7 +244,7 @@ class Planner:
                 result = replay(with_workspace(cfg, traced))
         live, by_kind = traced.peak()
         on_cuda = self.budget.device_type == "cuda"
-        workspace = cublas_workspace(cfg) if on_cuda else 0
+        workspace = CUBLAS_HANDLES * CUBLAS_WORKSPACE[cfg.deterministic] if on_cuda else 0
         parts = Parts(
             **by_kind, rounding=max(0, result.reserved - workspace - live), workspace=workspace,
             context=self.budget.context, desktop=self.budget.desktop,
@@ -292,11 +292,6 @@ def plan_for(*overrides: str) -> Plan:
     cfg = train_config(typed)
     check(cfg)
     return predict(cfg, typed)
-
-
-def cublas_workspace(cfg: TrainConfig) -> int:
-    """Bytes that cuBLAS keeps for itself through PyTorch's allocator."""
-    return CUBLAS_HANDLES * CUBLAS_WORKSPACE[cfg.deterministic]
 
 
 def with_workspace(cfg: TrainConfig, traced: Trace) -> Iterator[tuple[int, int]]:

@@ -29,6 +29,7 @@ from nanogpt.base.language import ConfigError, set_language, text
 from nanogpt.plan.budget import process_bytes
 from nanogpt.sweep.process import limit_memory
 from nanogpt.sweep.result import STEPS_FOR_LOSS
+from nanogpt.weights.build import typed_node
 
 # 够量出采样的峰值，又不花时间
 SAMPLE_TOKENS = 32
@@ -114,7 +115,7 @@ def run(job: dict[str, Any]) -> None:
             file.flush()
 
         try:
-            measure(typed_config(job["config"]), job["overrides"], Path(job["folder"]), emit)
+            measure(typed_node(TrainConfig, job["config"]), job["overrides"], Path(job["folder"]), emit)
         except BaseException as error:
             # 子进程的结局就是报告：任何异常都要变成一行
             traceback.print_exc()
@@ -123,13 +124,6 @@ def run(job: dict[str, Any]) -> None:
     sys.stderr.flush()
     # 不等 torch 的清理：CUDA 出错之后它可能挂住
     os._exit(0)
-
-
-def typed_config(node: dict) -> TrainConfig:
-    """The TrainConfig that the parent composed."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), node))
 
 
 def _leave_with_parent() -> None:

@@ -50,7 +50,8 @@ def trial_job(cfg: TrainConfig, overrides: list[str]) -> float:
 
 def line_of(result: TrialResult) -> str:
     """What the console says of one trial when it is done."""
-    typed = shown_overrides(result)
+    # 说明“这是试跑、怎样试”的不必说
+    typed = [o for o in result.overrides if not o.startswith(("experiment=fit", "trial.", "lang="))]
     # 敲下时就已写死的，每个任务都一样，不必重复
     what = " ".join([o for o in typed if o not in sys.argv] or typed) or text("trial_defaults")
     if result.status == "ok":
@@ -64,11 +65,6 @@ def line_of(result: TrialResult) -> str:
             what=what, status=text(STATUS_MESSAGES[result.status]), reason=result.reason,
         )
     return line + (text(" (known from before)") if result.known else "")
-
-
-def shown_overrides(result: TrialResult) -> list[str]:
-    """Overrides without those that only say that and how it is a trial."""
-    return [o for o in result.overrides if not o.startswith(("experiment=fit", "trial.", "lang="))]
 
 
 def exit_code(found: list[TrialResult]) -> int:

@@ -38,7 +38,8 @@ def run_trial(cfg: TrainConfig, overrides: list[str], folder: Path, *, command: 
     A mistake in the config is a result too (status invalid). KeyboardInterrupt ends the child and is passed on, and
     nothing is recorded.
     """
-    common = {"overrides": overrides, "experiment": _recipe(cfg)}
+    named = cfg.groups.get("experiment")
+    common = {"overrides": overrides, "experiment": None if named == "fit" else named}
     try:
         check(cfg)
         refuse(cfg)
@@ -74,11 +75,6 @@ def refuse(cfg: TrainConfig) -> None:
         raise ConfigError("trial_not_with", key="resume", got=cfg.resume)
     if not isinstance(cfg.batch_size, int):
         raise ConfigError("trial_not_with", key="batch_size", got=cfg.batch_size)
-
-
-def _recipe(cfg: TrainConfig) -> str | None:
-    named = cfg.groups.get("experiment")
-    return None if named in (None, "fit") else named
 
 
 def _peak(ended: Ended, status: str) -> Any:

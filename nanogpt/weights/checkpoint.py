@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from nanogpt.base import run_names
-from nanogpt.base.files import folder_aside, remove_leftovers, sha256, sync, write_text
+from nanogpt.base.files import folder_aside, numbered, remove_leftovers, sha256, sync, write_text
 from nanogpt.base.hashed_json import DamagedError, read_sealed, reason_of, write_sealed
 from nanogpt.base.language import ConfigError, text
 from nanogpt.weights.foreign_files import load_plain
@@ -305,10 +305,9 @@ def set_aside_newer(run_dir: Path, iteration: int) -> None:
     # 从最新的开始：中途被杀，剩下的仍是一段连续的历史
     for folder in sorted([*(c.folder for c in found.good), *found.bad], reverse=True):
         if int(NAME.fullmatch(folder.name)[1]) > iteration:
-            target = folder.with_name(f"replaced_{folder.name}")
             # 同名的更早一次放弃过：编号，绝不覆盖
-            numbered = (folder.with_name(f"replaced_{folder.name}_{n}") for n in range(2, 10**6))
-            folder.rename(target if not target.exists() else next(p for p in numbered if not p.exists()))
+            names = numbered(folder.with_name(f"replaced_{folder.name}"))
+            folder.rename(next(path for path in names if not path.exists()))
     if (run_dir / "ckpt").is_dir():
         # 断电后不能又回到放弃了的那一段
         sync(run_dir / "ckpt")

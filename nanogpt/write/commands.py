@@ -134,7 +134,7 @@ class InteractiveSession:
                 if piece.key != opened:
                     opened = piece.key
                     self._open("" if goes_on else piece.prompt)
-                self._print(whole(piece.text) if piece.result else piece.text, end="\n" if piece.result else "")
+                show(whole(piece.text) if piece.result else piece.text, end="\n" if piece.result else "")
                 if piece.result:
                     finished(piece.result)
         except KeyboardInterrupt:
@@ -142,14 +142,14 @@ class InteractiveSession:
         except ConfigError:
             if opened >= 0:
                 # 错误信息另起一行
-                self._print("", end="\n")
+                show("")
             raise
 
     def _interrupted(self, writer: Writer, key: int, finished: Callable[[Result], None]) -> None:
         # 还没显示的（key 为 -1）和排在后面的不留
         if key in writer.texts:
             piece = writer.interrupt(key)
-            self._print(piece.text, end="\n")
+            show(piece.text)
             self.records.add(piece.result, self.settings)
             finished(piece.result)
         say("[stopped]")
@@ -159,12 +159,9 @@ class InteractiveSession:
 
     def _open(self, prompt: str) -> None:
         if self.printed:
-            self._print(SEPARATOR, end="\n")
+            show(SEPARATOR)
         self.printed = True
-        self._print(prompt)
-
-    def _print(self, piece: str, end: str = "") -> None:
-        show(piece, end=end)
+        show(prompt, end="")
 
     def begin(self) -> None:
         """A new line was read: on a terminal its texts stand for themselves."""

@@ -17,6 +17,7 @@ from nanogpt.base.language import ConfigError
 from nanogpt.base.sample_config import check_sample
 from nanogpt.base.user_yaml import group_options
 from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer
+from nanogpt.write import commands
 from nanogpt.write.commands import InteractiveSession
 from nanogpt.write.control import prefixes
 from nanogpt.write.engine import Writer
@@ -93,17 +94,16 @@ def test_lines_of_other_encodings_are_read(monkeypatch):
 
 
 @pytest.mark.parametrize("tokens", range(1, 34))
-def test_no_chinese_character_is_ever_split(cfg, capsys, tokens):
+def test_no_chinese_character_is_ever_split(cfg, monkeypatch, tokens):
     """A byte model that writes one sentence, cut off anywhere: only whole characters are printed, piece by piece."""
     network = Scripted(list(SPRING.encode()), 256)
     session = InteractiveSession(cfg, Model("bytes", network, ByteTokenizer(), contextlib.nullcontext), piped=False)
     pieces = []
-    session._print = lambda piece, end="": pieces.append(piece + end)
+    monkeypatch.setattr(commands, "show", lambda piece, end="\n": pieces.append(piece + end))
     assert piped(session, f"/tokens {tokens}", "花") == 0
     shown = "".join(pieces)
     assert shown == "花" + SPRING.encode()[:tokens].decode(errors="ignore") + "\n" and "\ufffd" not in shown
     assert session.written[-1].shown + "\n" == shown
-    capsys.readouterr()
 
 
 def test_more_goes_on_and_again_takes_the_next_seed(session, capsys):

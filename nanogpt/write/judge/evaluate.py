@@ -347,7 +347,11 @@ def evaluate(
         }
         if options.keep_texts:
             entry["texts"] = {
-                label: list(map(_text_record, results, verdicts[label])) for label, results in written.items()
+                label: [
+                    {"text": r.text, "finish": r.finish, "seed": r.request.seed, "judged": v.label or v.why}
+                    for r, v in zip(results, verdicts[label])
+                ]
+                for label, results in written.items()
             }
         record["results"].append(entry)
         show("result", record)
@@ -357,8 +361,3 @@ def evaluate(
 def _plain_settings(cfg: SampleConfig) -> dict:
     keys = ("checkpoint", "max_new_tokens", "stop", "stop_at_end_of_text", "seed", "batch_size")
     return {**{key: getattr(cfg, key) for key in keys}, "precision": cfg.precision.dtype, "sampler": dict(cfg.sampler)}
-
-
-def _text_record(result: Result, verdict: Verdict) -> dict:
-    judged_as, seed = verdict.label or verdict.why, result.request.seed
-    return {"text": result.text, "finish": result.finish, "seed": seed, "judged": judged_as}

@@ -10,9 +10,12 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from nanogpt.data.splitting import RUN, run_hashes
+
 # 汉字：基本区、扩展 A 及其后、兼容区
 HAN = "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-COPY = 20
+# 切分时把同源的放在一起，凭的也是这么多字
+COPY = RUN
 """A text copies where it shares so many characters in a row with one training text."""
 # 少于这么多对汉字时，见过的比例没有意义
 FEWEST_PAIRS = 8
@@ -92,13 +95,13 @@ class TrainingTexts:
         codes = _codes(self.text)
         self.chinese = is_chinese(self.text)
         # 400 万字的指纹 32 MB，排序不到一秒；查找是二分，重复的不碍事
-        self._passages = np.sort(_fingerprints(codes))
+        self._passages = np.sort(run_hashes(codes))
         self._pairs = np.sort(_pairs(codes))
 
     def copies(self, text: str) -> bool:
         """Whether the text shares COPY characters in a row with a training text; white space does not count."""
         text = without_space(text).replace("\0", "")
-        found = _among(_fingerprints(_codes(text)), self._passages)
+        found = _among(run_hashes(_codes(text)), self._passages)
         # 指纹相同还要文字真的相同，结果才是精确的
         return any(text[i : i + COPY] in self.text for i in found.nonzero()[0])
 
@@ -110,17 +113,6 @@ class TrainingTexts:
 
 def _codes(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32).astype(np.uint64)
-
-
-def _fingerprints(codes: np.ndarray) -> np.ndarray:
-    """A 64-bit polynomial hash of every passage of COPY characters."""
-    count = max(len(codes) - COPY + 1, 0)
-    hashes = np.zeros(count, dtype=np.uint64)
-    # 无符号整数溢出时回绕，正是模 2^64 的多项式
-    for at in range(COPY):
-        hashes *= np.uint64(0x9E3779B97F4A7C15)
-        hashes += codes[at : at + count]
-    return hashes
 
 
 def _pairs(codes: np.ndarray) -> np.ndarray:
