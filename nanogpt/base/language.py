@@ -307,7 +307,7 @@ NAMED = {
     "next_sample": "write with it",
     "next_resume": "go on",
     "next_longer": "train longer",
-    "next_curves": "see the curves",
+    "next_curves": "see the curves, at http://localhost:6006/#custom_scalars",
     "next_own": "your own text",
     "judge_form": (
         "judge: the form. Segments and their lengths decide, exactly for the four regular forms; 宋词, 元曲 or neither "

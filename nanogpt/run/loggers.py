@@ -38,11 +38,11 @@ GROUPED = {
 BOTH_LOSSES = "loss/(train|val)$"
 # CPU 上没有意义的：与显卡比的利用率；“已预留”在 CPU 上只是虚拟内存
 OF_A_CARD = {"mfu_rtx3060", "memory/reserved_gib"}
-# 比较几次训练时要看的设置；优化器的键随它而变，全要
+# 比较几次训练时要看的设置；优化器的键随它而变，全要。HPARAMS 按字母只先显示前几个，多了就看不到学习率
 COMPARED = {
     "model.name", "model.arch", "model.n_layer", "model.n_head", "model.n_embd", "model.block_size", "model.dropout",
-    "dataset.name", "batch_size", "gradient_accumulation_steps", "global_batch_size", "learning_rate", "min_lr",
-    "lr_schedule", "warmup_iters", "max_iters", "grad_clip", "precision.name", "finetune.method", "seed",
+    "dataset.name", "batch_size", "gradient_accumulation_steps", "global_batch_size", "learning_rate", "lr_schedule",
+    "warmup_iters", "max_iters", "precision.name", "seed",
 }
 
 

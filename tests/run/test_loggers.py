@@ -91,12 +91,18 @@ def test_every_log_line_carries_the_promised_figures(in_tmp, tiny_overrides):
         assert all(r[key] > 0 for r in rows)
 
 
-def test_wandb_is_offline_by_default_and_goes_on_as_the_same_run(in_tmp, tiny_overrides):
+def test_wandb_is_offline_by_default_and_goes_on_as_the_same_run(in_tmp, tiny_overrides, monkeypatch):
+    import wandb
+
     train(tiny_overrides, "logger=wandb")
-    resumed_trainer("outputs/run", "max_iters=8").fit()
     run_id = (in_tmp / "outputs/run/logs/wandb_id").read_text(encoding="utf-8")
     folders = [p.name for p in (in_tmp / "outputs/run/wandb").glob("offline-run-*")]
     assert folders and all(name.endswith(run_id) for name in folders)
+    # 再 init 一次要几秒，只看给了它什么
+    given, run = {}, SimpleNamespace(log=lambda values, step: None, finish=lambda: None)
+    monkeypatch.setattr(wandb, "init", lambda **options: given.update(options) or run)
+    resumed_trainer("outputs/run", "max_iters=8").fit()
+    assert (given["id"], given["resume"], given["mode"]) == (run_id, "allow", "offline")
 
 
 def test_swanlab_gets_grouped_curves_the_samples_and_the_same_id_when_the_run_goes_on(in_tmp, tiny_overrides, monkeypatch):
