@@ -65,7 +65,8 @@ def _pretrained_model(cfg: TrainConfig, overrides: list[str]) -> ModelConfig:
 
 
 def _shape_of(named: str, code: str) -> ModelConfig:
-    from nanogpt.weights.pretrained import GPT2_NAMES, open_pretrained, read_config
+    from nanogpt.weights.hub import GPT2_NAMES, model_on_hub, repository_of
+    from nanogpt.weights.pretrained import open_pretrained, read_config
 
     path = Path(named)
     if (path / "config.json").is_file():
@@ -80,6 +81,10 @@ def _shape_of(named: str, code: str) -> ModelConfig:
         return open_pretrained(named).config
     if named in GPT2_NAMES:
         return preset(named.replace("-", "_"), vocab_size=GPT2_VOCAB)
+    # 以前取过的，缓存里有它的形状
+    fetched = repository_of(named) and model_on_hub(named, "init_from").folder()
+    if fetched and (fetched / "config.json").is_file():
+        return read_config(fetched / "config.json", path.name)
     raise ConfigError(
         "init_from={got}: the plan needs a local copy or gpt2, gpt2-medium, gpt2-large, gpt2-xl; download it, or plan "
         "with model=… of its shape",

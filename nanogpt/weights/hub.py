@@ -21,6 +21,7 @@ from nanogpt.weights.foreign_files import WEIGHTS, shard_names
 
 # 只取形状、权重与词表；仓库里的代码从不下载
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt")
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 MODELSCOPE = "modelscope:"
 # 文件的列表最多读这么多
 MOST_LIST = 2**24
@@ -82,7 +83,7 @@ class ModelScope:
     variable = "MODELSCOPE_ENDPOINT"
 
     def __init__(self, name: str):
-        self.place = os.environ.get(self.variable) or "https://modelscope.cn"
+        self.name, self.place = name, os.environ.get(self.variable) or "https://modelscope.cn"
         self.address = f"{self.place.rstrip('/')}/api/v1/models/{name}/repo"
         self.into = assets.cache_folder() / "modelscope" / name
         self.files: dict[str, Asset] = {}
@@ -114,10 +115,24 @@ class ModelScope:
         assets.fetch_into(self.into, self.files[file])
 
 
-def download(named: str, repository: str, key: str) -> Path:
+def repository_of(named: str) -> str | None:
+    """The owner/name on a hub that a person means by gpt2 …, owner/name or modelscope:owner/name; None for no such."""
+    if named in GPT2_NAMES:
+        return f"openai-community/{named}"
+    name = named.removeprefix(MODELSCOPE)
+    wanted = r"[\w-][\w.-]*/[\w-][\w.-]*" if name != named else r"[\w.-]+(/[\w.-]+)?"
+    return name if re.fullmatch(wanted, name) else None
+
+
+def model_on_hub(named: str, key: str) -> HuggingFace | ModelScope:
+    """The model that `named` means, which repository_of knows; nothing is asked of the network yet."""
+    name = repository_of(named)
+    return ModelScope(name) if named.startswith(MODELSCOPE) else HuggingFace(name, named, key)
+
+
+def download(named: str, key: str) -> Path:
     """The local folder of a model on a hub, downloaded if not cached; `named` is what the user typed for `key`."""
-    scope = named.startswith(MODELSCOPE)
-    hub = ModelScope(repository) if scope else HuggingFace(repository, named, key)
+    hub = model_on_hub(named, key)
     place, parts = without_password(hub.place), urlsplit(hub.place)
     if parts.scheme != "https" and parts.hostname not in ("localhost", "127.0.0.1"):
         # 这里没有事先知道的 SHA-256：路上不被改动全靠 TLS
@@ -138,7 +153,7 @@ def download(named: str, repository: str, key: str) -> Path:
             return folder
         raise _unreachable(key, named, place, hub.variable, error) from None
     try:
-        return _brought(hub, sizes, repository)
+        return _brought(hub, sizes)
     except ConfigError:
         raise
     except Exception as error:
@@ -167,16 +182,16 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:160] or first_line(error)
 
 
-def _brought(hub: HuggingFace | ModelScope, sizes: dict[str, int], name: str) -> Path:
+def _brought(hub: HuggingFace | ModelScope, sizes: dict[str, int]) -> Path:
     """The folder with config, tokenizer and weights of a model, the weights last."""
     weights = next((file for file in WEIGHTS if file in sizes), " or ".join(WEIGHTS))
-    _bring(hub, sizes, [*(file for file in TOKENIZER if file in sizes), "config.json", weights], name)
+    _bring(hub, sizes, [*(file for file in TOKENIZER if file in sizes), "config.json", weights])
     if weights.endswith(".index.json"):
-        _bring(hub, sizes, shard_names(hub.folder() / weights), name)
+        _bring(hub, sizes, shard_names(hub.folder() / weights))
     return hub.folder()
 
 
-def _bring(hub: HuggingFace | ModelScope, sizes: dict[str, int], files: list[str], name: str) -> None:
+def _bring(hub: HuggingFace | ModelScope, sizes: dict[str, int], files: list[str]) -> None:
     """Fetch what is not here, saying its size before and the time it took behind."""
     for file in files:
         if file not in sizes:
@@ -185,8 +200,8 @@ def _bring(hub: HuggingFace | ModelScope, sizes: dict[str, int], files: list[str
     if not missing:
         return
     size, began = sum(sizes[file] for file in missing) / 1e6, time.monotonic()
-    say("fetching", name=name, size=size, place=without_password(hub.place))
+    say("fetching", name=hub.name, size=size, place=without_password(hub.place))
     for file in missing:
         hub.get(file)
     if not sys.stderr.isatty():
-        say("fetched", name=name, size=size, seconds=time.monotonic() - began)
+        say("fetched", name=hub.name, size=size, seconds=time.monotonic() - began)

@@ -27,7 +27,6 @@ from nanogpt.weights.build import build_model, model_of, preset
 from nanogpt.weights.foreign_files import read_json, read_weights
 from nanogpt.weights.tensors import first_not_finite, floating
 
-GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 # Hugging Face 的名字 -> 我们的；gelu_new 就是 tanh 近似
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
 # 会改变结果、而我们没有实现的设置：只接受这些值
@@ -60,9 +59,6 @@ def open_pretrained(
     `key` is the key that the name was typed for; `which` is the checkpoint of a run (None: its best); `code` is the
     model class that was typed.
     """
-    if re.fullmatch(rf"{hub.MODELSCOPE}[\w-][\w.-]*/[\w-][\w.-]*", named):
-        repository = named.removeprefix(hub.MODELSCOPE)
-        return read_folder(hub.download(named, repository, key), repository.partition("/")[2])
     path = Path(named)
     # 本机的文件优先：断网的人把权重放在 ./gpt2 就能用
     if path.is_file() and path.suffix == ".pt":
@@ -71,15 +67,14 @@ def open_pretrained(
         return read_folder(path)
     if run_names.names_run(named):
         return read_run(named, key, which, code)
-    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", named):
+    if path.exists() or hub.repository_of(named) is None:
         raise ConfigError(
             "{key}={got}: there is no such folder or file here, and it is no name on the hub; give gpt2, gpt2-medium, "
             "gpt2-large, gpt2-xl, owner/name, modelscope:owner/name, a folder with config.json and model.safetensors, "
             "a run folder, or a nanoGPT ckpt.pt",
             key=key, got=named,
         )
-    repository = f"openai-community/{named}" if named in GPT2_NAMES else named
-    return read_folder(hub.download(named, repository, key), path.name)
+    return read_folder(hub.download(named, key), path.name)
 
 
 def build_pretrained(pretrained: Pretrained, seed: int = 0, weights: str = "fp32") -> torch.nn.Module:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GPT2_RECIPE, make_sample_config, no_grad_eval, tiny_model_config, train
+from conftest import GPT2_RECIPE, make_config, make_sample_config, no_grad_eval, tiny_model_config, train
 from safetensors.torch import load_file, save_file
 
 from nanogpt.base.config import ROOT
@@ -24,6 +24,7 @@ from nanogpt.base.language import ConfigError
 from nanogpt.data import assets
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.tokenizer_files import byte_level_bpe
+from nanogpt.plan.filled_config import filled
 from nanogpt.weights import nanogpt_checkpoint
 from nanogpt.weights.build import build_model
 from nanogpt.weights.pretrained import build_pretrained, open_pretrained
@@ -396,6 +397,9 @@ def test_modelscope_gives_a_model_without_its_code_and_the_cache_serves_when_it_
     assert sorted(modelscope.asked) == kept == ["config.json", "model.safetensors", "tokenizer.json"]
     open_pretrained("modelscope:me/tiny")
     assert len(modelscope.asked) == 3 and not capsys.readouterr().err
+    # 预测只看缓存，什么也不问
+    planned, _ = filled(make_config("init_from=modelscope:me/tiny"))
+    assert planned.model.n_embd == 48 and len(modelscope.asked) == 3
     # 上面的文件换了：只取换了的
     config = (folder / "config.json").read_text(encoding="utf-8")
     (folder / "config.json").write_text(config + "\n", encoding="utf-8")
