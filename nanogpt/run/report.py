@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from nanogpt.base.config import TrainConfig
-from nanogpt.base.console import clock
+from nanogpt.base.console import clock, short
 from nanogpt.base.files import write_text
 from nanogpt.base.groups import leaves, train_config
 from nanogpt.base.language import text
@@ -64,7 +64,7 @@ def _tiles(records: list[dict], summary: Mapping[str, Any], max_iters: int) -> l
         (formatted(max(peaks, default=None), ".2f"), "chart_ram" if summary["peak_vram_gib"] is None else "chart_vram"),
         # wall_s 只是这一次的，train_s 是全程的，但不含评估
         (clock(max(summary["wall_s"], summary["train_s"])), "tile_time"),
-        (f"{summary['iters']:,} / {max_iters:,}", "tile_iterations"),
+        (f"{short(summary['iters'])} / {short(max_iters)}", "tile_iterations"),
     ]
 
 
