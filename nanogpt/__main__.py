@@ -15,7 +15,7 @@ from nanogpt.base.language import language_from_arguments, set_language, show, t
 
 SCRIPTS = ("train", "sample")
 # 管理已有训练的命令：只在用到时导入
-COMMANDS = {"runs": "nanogpt.run.folders", "compare": "nanogpt.sweep.compare"}
+COMMANDS = {"runs": "nanogpt.run.folders", "compare": "nanogpt.sweep.compare", "clean": "nanogpt.run.cleaning"}
 
 
 def main() -> None:
@@ -59,6 +59,7 @@ def _explain(program: str) -> None:
         "prepare NAME …": text("prepare a data set: data/NAME/prepare.py"),
         "runs": text("list the trainings in outputs/"),
         "compare A B …": text("what differs between trainings, and their curves"),
+        "clean": text("free disk space, after showing what would go"),
     }
     lines = [f"nanogpt {typed:<22} {what}" for typed, what in programs.items()]
     lines.append(text("every setting: nanogpt train --help, nanogpt sample --help; nanogpt --version"))

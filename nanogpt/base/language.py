@@ -336,6 +336,21 @@ NAMED = {
     "column_speed": "tokens/s",
     "column_reached": "what they reached",
     "compare_data": "These trainings were evaluated on different data: their losses cannot be compared.",
+    "which_runs": "run folders, or folders of them",
+    "clean_about": (
+        "Free disk space: old checkpoints (the last and the best of every run stay), runs that never saved one, failed "
+        "trials of sweeps. Nothing is deleted before you agree."
+    ),
+    "clean_old": "older checkpoints: {count}",
+    "clean_optimizer": "optimizer states: {count}",
+    "clean_unsaved": "a run that never saved a checkpoint",
+    "clean_trial": "a trial that failed",
+    "clean_optimizer_help": "also delete optimizer states: one can then write with the run, but not train it further",
+    "clean_optimizer_note": (
+        "Without its optimizer state a run can be written with, served and exported, but not resumed (init_from= still "
+        "begins a new training from its weights)."
+    ),
+    "clean_changed": "it is not as it was listed",
     "state_failed": "failed",
     "state_running": "running",
     "state_finished": "done",

@@ -8,6 +8,7 @@ Needs no torch.
 # 坏了的、早先版本的、正在训练的都列出来，知道多少说多少：列表是人去找丢了的东西的地方，不能自己先停下
 # 正在写的一方不受打扰：只读，锁只问一下
 
+import contextlib
 import math
 import os
 import re
@@ -148,7 +149,7 @@ def look(path: Path) -> Run:
         # 还没走完的没有它；坏了的，数都在 metrics.jsonl 里
         summary = {}
     # 锁不算：问它一下也会改动时间
-    found = [p.stat() for p in _files(path) if p != path / LOCK]
+    found = [stat for file, stat in _files(path) if file != path / LOCK]
     named = [p for p in (path / "ckpt").glob("iter_*") if re.fullmatch(r"iter_\d+", p.name)]
     return Run(
         path, settings, summary, _curve(path), running=is_held(path / LOCK),
@@ -157,10 +158,17 @@ def look(path: Path) -> Run:
     )
 
 
-def _files(path: Path) -> Iterator[Path]:
+def _files(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
     for folder, _, names in os.walk(path):
-        # 训练着的随时在删：看到时还在的才算
-        yield from (p for p in (Path(folder, name) for name in names) if p.is_file() and not p.is_symlink())
+        for name in names:
+            # 训练着的随时在删：看到时还在的才算
+            with contextlib.suppress(OSError):
+                yield Path(folder, name), os.lstat(Path(folder, name))
+
+
+def size_of(path: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(stat.st_size for _, stat in _files(path))
 
 
 def _settings(path: Path) -> tuple[dict[str, Any], str]:
@@ -279,7 +287,7 @@ def shown_name(run: Run) -> str:
 def parser() -> Arguments:
     """The parser of `nanogpt runs`."""
     program = Arguments(prog="nanogpt runs", description=text("List the trainings in outputs/ or in other folders"))
-    program.add_argument("folders", nargs="*", metavar="FOLDER", help=text("run folders, or folders of them"))
+    program.add_argument("folders", nargs="*", metavar="FOLDER", help=text("which_runs"))
     program.add_argument("--sort", choices=ORDERS, default="time", help=text("time: the newest first"))
     program.add_argument(
         "--filter", action="append", default=[], metavar="KEY=VALUE", help=text("such as model=tiny or dataset=NAME")

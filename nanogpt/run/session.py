@@ -154,6 +154,7 @@ class Session:
         hooks: Hooks,
     ) -> "Session":
         source = checkpoint.find(run_dir, typed.checkpoint or "last")
+        source.refuse_without_state()
         cfg = replace(rundir.resumed_config(source.config_text(), typed, overrides, source.folder), resume=str(run_dir))
         check(cfg)
         check_weights(source, cfg.model, cfg.finetune)

@@ -26,6 +26,7 @@ from nanogpt.base import run_names
 from nanogpt.base.files import folder_aside, numbered, remove_leftovers, sha256, sync, write_text
 from nanogpt.base.hashed_json import DamagedError, read_sealed, reason_of, write_sealed
 from nanogpt.base.language import ConfigError, text
+from nanogpt.base.quoting import typed_override
 from nanogpt.weights.foreign_files import load_plain
 from nanogpt.weights.tensors import UNREADABLE, flatten, read_tensors, restore, shapes_in, write_tensors
 
@@ -34,6 +35,8 @@ from nanogpt.weights.tensors import UNREADABLE, flatten, read_tensors, restore, 
 FORMAT = 4
 FILES = ("model.safetensors", "state.safetensors", "state.json", "config.yaml", "tokenizer.json")
 FILES_1 = ("model.safetensors", "state.pt", "config.yaml", "tokenizer.json")
+# nanogpt clean --optimizer 之后只剩这些：能写作，不能接着训
+WITHOUT_STATE = ("model.safetensors", "config.yaml", "tokenizer.json")
 NAME = re.compile(r"iter_(\d{8,12})")
 # 内容合不上时，读的一方会抛出这些
 UNFIT = (*UNREADABLE, KeyError, IndexError, AttributeError, RecursionError)
@@ -55,6 +58,21 @@ class Checkpoint:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def resumable(self) -> bool:
+        """Whether training can go on from it; without its optimizer state one can only write with it."""
+        return set(self.sha256) != set(WITHOUT_STATE)
+
+    def drop_state(self) -> None:
+        """Delete the optimizer, scaler and counters for good; the weights stay."""
+        left = {file: self.sha256[file] for file in WITHOUT_STATE}
+        values = {"iteration": self.iteration, "val_loss": self.val_loss, "run": self.run}
+        # 先换清单再删文件：停在中间，多出来的文件没有登记，也就没有人用
+        write_sealed(self.folder / "manifest.json", {"format": FORMAT, **values, "sha256": left})
+        sync(self.folder)
+        for file in set(self.sha256) - set(left):
+            (self.folder / file).unlink(missing_ok=True)
 
     def problem(self) -> str | None:
         """What is wrong with the files, or None; reads them all."""
@@ -115,8 +133,18 @@ class Checkpoint:
         if others := (set(missing) - shared) | set(unexpected):
             raise self.damaged(f"model.safetensors: other parameters: {sorted(others)[:3]}")
 
+    def refuse_without_state(self) -> None:
+        """ConfigError where its optimizer state was removed."""
+        if not self.resumable:
+            raise ConfigError(
+                "{path}: its optimizer state was removed (nanogpt clean --optimizer), so that training cannot go on "
+                "from where it was; begin a new training from its weights: {init_from}",
+                path=self.folder, init_from=typed_override("init_from", self.folder.parent.parent),
+            )
+
     def load_state(self) -> dict:
         """Optimizer, scaler and counters; tensors and plain values only, no code is run."""
+        self.refuse_without_state()
         try:
             if "state.pt" in self.sha256:
                 return load_plain(self.folder / "state.pt")
@@ -182,7 +210,9 @@ def read_manifest(folder: Path) -> Checkpoint:
         assert loss is None or (type(loss) in (int, float) and math.isfinite(loss)), "val_loss"
         assert run is None or isinstance(run, str), "run"
         # 多一个、少一个文件名都不行：没登记的文件就没人核对
-        assert set(hashes) == set(FILES if manifest["format"] > 1 else FILES_1), "other files"
+        allowed = [set(FILES if manifest["format"] > 1 else FILES_1)]
+        allowed += [set(WITHOUT_STATE)] if manifest["format"] > 3 else []
+        assert set(hashes) in allowed, "other files"
         return Checkpoint(folder, iteration, loss, dict(hashes), run)
     except (KeyError, TypeError, ValueError, AssertionError) as error:
         raise DamagedError(f"manifest.json: {reason_of(error)}") from None
@@ -315,9 +345,18 @@ def set_aside_newer(run_dir: Path, iteration: int) -> None:
 
 def prune(run_dir: Path, keep: int) -> None:
     """Delete all checkpoints but the newest `keep` and the best, and the remains of killed saves; damaged ones stay."""
-    found = checkpoints(run_dir)
+    remove(run_dir, superseded(checkpoints(run_dir), keep))
+    remove_leftovers(run_dir / "ckpt")
+
+
+def superseded(found: list[Checkpoint], keep: int) -> list[Checkpoint]:
+    """Those of a run's checkpoints, oldest first, that are neither among the newest `keep` nor the best."""
     best = best_of(found)
-    doomed = [one for one in found[:-keep] if one is not best]
+    return [one for one in found[:-keep] if one is not best]
+
+
+def remove(run_dir: Path, doomed: list[Checkpoint]) -> None:
+    """Delete checkpoints of a run; killed at any moment, each is whole or gone."""
     for old in doomed:
         # 先改名再删：删到一半被杀、断电，留下的是临时文件夹而不是残缺的 checkpoint
         aside = old.folder.with_name(f".{old.name}.old.tmp")
@@ -325,4 +364,4 @@ def prune(run_dir: Path, keep: int) -> None:
         old.folder.rename(aside)
     if doomed:
         sync(run_dir / "ckpt")
-    remove_leftovers(run_dir / "ckpt")
+        remove_leftovers(run_dir / "ckpt")

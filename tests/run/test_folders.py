@@ -9,10 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import resume
+from test_old_runs import greedy_text
 
+from nanogpt.base import run_names
 from nanogpt.base.config import ROOT
+from nanogpt.base.hashed_json import write_sealed
+from nanogpt.base.language import ConfigError
 from nanogpt.base.lock import Lock
-from nanogpt.run import folders
+from nanogpt.run import cleaning, folders
+from nanogpt.weights import checkpoint
+from nanogpt.weights.huggingface import export
 
 RUNS = Path(__file__).parents[1] / "runs"
 
@@ -89,3 +96,83 @@ def test_a_mistake_in_a_command_about_runs_is_one_line(outputs, capsys, words, l
 def test_listing_never_imports_torch():
     code = "import sys; from nanogpt.run import folders; folders.main(['tests/runs']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+# ---- nanogpt clean ----
+
+
+@pytest.fixture
+def runs(own_run):
+    """outputs/run with three checkpoints, of which the second is the best, and what else may lie there."""
+    folder = own_run / "outputs"
+    for copy, iteration in enumerate((4, 7), 1):
+        # 第三个最新，却不是最好的
+        source = checkpoint.checkpoints(folder / "run")[copy - 1].folder
+        shutil.copytree(source, source.with_name(f"iter_{iteration:08}"))
+        manifest = json.loads((source / "manifest.json").read_text(encoding="utf-8"))
+        loss = 0.5 if iteration == 4 else 9.0
+        write_sealed(source.with_name(f"iter_{iteration:08}") / "manifest.json", {**manifest, "iteration": iteration, "val_loss": loss})
+    (folder / "begun" / "ckpt").mkdir(parents=True)
+    run_names.write_record(folder / "begun", "a: 1")
+    for name, status in (("0", "ok"), ("1", "oom")):
+        (folder / "fit" / "monday" / name).mkdir(parents=True)
+        (folder / "fit" / "monday" / name / "trial.json").write_text(json.dumps({"status": status, "overrides": []}), encoding="utf-8")
+    (folder / "fit" / "monday" / "trials.jsonl").touch()
+    return folder
+
+
+def kept(folder) -> list[int]:
+    return [one.iteration for one in checkpoint.checkpoints(folder / "run")]
+
+
+def test_cleaning_shows_first_and_deletes_only_when_told(runs, capsys, monkeypatch):
+    before = sorted(runs.rglob("*"))
+    cleaning.main([])
+    said = capsys.readouterr().out
+    assert "nothing was deleted; add --yes" in said and "older checkpoints: 2" in said and sorted(runs.rglob("*")) == before
+    monkeypatch.setattr(cleaning, "_agreed", lambda: False)
+    cleaning.main([])
+    assert sorted(runs.rglob("*")) == before
+    cleaning.main(["--yes"])
+    assert kept(runs) == [4, 7] and all(one.problem() is None and one.resumable for one in checkpoint.checkpoints(runs / "run"))
+    assert not (runs / "begun").exists() and [path.name for path in (runs / "fit" / "monday").iterdir() if path.is_dir()] == ["0"]
+    cleaning.main(["--yes"])
+    assert "nothing to clean" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("reason", ["training", "last damaged", "best damaged", "manifest damaged", "strange file", "changed meanwhile"])
+def test_cleaning_leaves_alone_what_is_in_use_damaged_or_strange(runs, capsys, reason):
+    lock = Lock(runs / "run" / "lock")
+    items = cleaning.everything(["run"], optimizer=False)
+    if reason == "training":
+        assert lock.take() and not cleaning.everything(["run"], optimizer=True) and "is being trained" in capsys.readouterr().out
+    elif reason == "manifest damaged":
+        (runs / "run" / "ckpt" / "iter_00000003" / "manifest.json").write_text("{", encoding="utf-8")
+        assert not cleaning.everything(["run"], optimizer=True)
+    elif reason == "strange file":
+        (runs / "begun" / "novel.txt").touch()
+        assert not cleaning.everything(["begun"], optimizer=True)
+        items = []
+    elif reason == "changed meanwhile":
+        shutil.rmtree(runs / "run" / "ckpt" / "iter_00000003")
+    else:
+        damaged = runs / "run" / "ckpt" / ("iter_00000004" if "best" in reason else "iter_00000007") / "model.safetensors"
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    before = sorted((runs / "run" / "ckpt").rglob("*"))
+    assert cleaning.remove(items) == 0 and sorted((runs / "run" / "ckpt").rglob("*")) == before
+    lock.release()
+
+
+def test_without_its_optimizer_state_a_run_writes_as_before_and_says_why_it_cannot_go_on(in_tmp, capsys):
+    shutil.copytree(RUNS / "modern_muon", "outputs/run")
+    text = greedy_text("outputs/run", capsys, "fast=false")
+    cleaning.main(["run", "--optimizer"])
+    assert "can be written with, served and exported, but not resumed" in capsys.readouterr().out and checkpoint.find(Path("outputs/run"), "last").resumable
+    cleaning.main(["run", "--optimizer", "--yes"])
+    assert greedy_text("outputs/run", capsys, "fast=false") == text and not list(Path("outputs/run").rglob("state.*"))
+    with pytest.raises(ConfigError, match=r"its optimizer state was removed .*: init_from=outputs/run$"):
+        resume("outputs/run", "max_iters=50")
+    export("outputs/run", Path("exported"), None)
+    # 读得懂它的清单里，少一个文件仍然是损坏
+    next(Path("outputs/run").rglob("model.safetensors")).unlink()
+    assert "missing" in checkpoint.checkpoints(Path("outputs/run"))[0].problem()

@@ -1,0 +1,205 @@
+"""Free disk space that trainings hold: `nanogpt clean` says what would go, and deletes it only when told to."""
+
+# 腾出磁盘：先列出可以删的与各占多少，说了 yes 才动手
+# 每次训练的最后一个与最好的 checkpoint 一定留下，而且删别的之前先逐个文件核对它们；坏的、看不懂的一概不碰
+# 正在训练的不碰：动手时拿着它的锁，再看一遍，列表之后有了变化的就跳过
+# --optimizer 另删优化器状态（占一多半），之后只能写作、导出、服务，不能接着训
+
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanogpt.base.console import aligned, file_size
+from nanogpt.base.errors import Arguments, forgive_output, one_line_each
+from nanogpt.base.hashed_json import DamagedError, read_object
+from nanogpt.base.language import ConfigError, language_from_arguments, set_language, show, text
+from nanogpt.base.lock import is_held
+from nanogpt.base.run_names import OUTPUTS
+from nanogpt.run import folders, rundir
+from nanogpt.run.rundir import LOCK, RUN_FILES
+from nanogpt.weights import checkpoint
+from nanogpt.weights.checkpoint import Checkpoint
+
+# 试跑的扫描写完报告才有它：里面有每次试跑的结果，失败的那几个的文件夹就没有用了
+TRIALS = "trials.jsonl"
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that may go."""
+
+    # 只记名字，不记怎样删：动手时重新看过，才知道还是不是它
+
+    kind: str
+    """One of KINDS."""
+    folder: Path
+    """The run, or the trial."""
+    names: tuple[str, ...]
+    """The checkpoints that it is about."""
+    size: int
+
+
+# 种类 -> 列表里怎样说
+KINDS = {
+    "old": "clean_old", "optimizer": "clean_optimizer", "unsaved": "clean_unsaved", "trial": "clean_trial",
+}
+
+
+# ---- 可以删什么 ----
+
+
+def proposed(run_dir: Path, *, optimizer: bool) -> Iterator[Item]:
+    """What may go of a run that is not being trained."""
+    found = checkpoint.listed(run_dir)
+    if _unsaved(run_dir):
+        yield Item("unsaved", run_dir, (), folders.size_of(run_dir))
+    if found.bad or not found.good:
+        # 看不懂的那个可能正是要紧的：这次训练的 checkpoint 一个也不动
+        return
+    old = checkpoint.superseded(found.good, 1)
+    if old:
+        yield Item("old", run_dir, tuple(one.name for one in old), sum(folders.size_of(one.folder) for one in old))
+    kept = [one for one in found.good if one not in old and one.resumable]
+    if optimizer and kept:
+        state = sum(path.stat().st_size for one in kept for path in one.folder.glob("state.*"))
+        yield Item("optimizer", run_dir, tuple(one.name for one in kept), state)
+
+
+def _unsaved(run_dir: Path) -> bool:
+    """Whether a run ended before its first checkpoint and holds nothing but what its start wrote."""
+    strange = {path.name for path in run_dir.iterdir()} - RUN_FILES - {LOCK}
+    saved = [path for path in (run_dir / "ckpt").glob("*") if not re.fullmatch(r"\..+\.tmp", path.name)]
+    return not strange and not saved and (run_dir / "run.json").is_file()
+
+
+def failed_trials(folder: Path) -> Iterator[Item]:
+    """The folders of trials below `folder` that measured nothing, where the sweep has written its report."""
+    for file in sorted(folder.glob("**/trial.json")):
+        try:
+            failed = read_object(file).get("status") in ("oom", "skipped", "timeout", "crashed", "invalid")
+        except DamagedError:
+            continue
+        if failed and (file.parent.parent / TRIALS).is_file():
+            yield Item("trial", file.parent, (), folders.size_of(file.parent))
+
+
+def everything(words: list[str], *, optimizer: bool) -> list[Item]:
+    """What may go of the runs that a person named, or of all of outputs/."""
+    items: list[Item] = []
+    for run_dir in folders.named(words):
+        if is_held(run_dir / LOCK):
+            show(text("{run} is being trained: left alone", run=run_dir.as_posix()))
+        else:
+            items += proposed(run_dir, optimizer=optimizer)
+    for word in words or [OUTPUTS]:
+        items += failed_trials(Path(word))
+    return items
+
+
+# ---- 动手 ----
+
+
+def remove(items: Iterable[Item]) -> int:
+    """Delete what is still as it was listed; returns the bytes that this freed."""
+    freed = 0
+    for item in items:
+        try:
+            _remove_trial(item) if item.kind == "trial" else _remove_of_run(item)
+        except (ConfigError, OSError) as error:
+            # 正要删时有人接着训了、磁盘不让写：别的照删
+            show(text("{run} is left as it is: {reason}", run=item.folder.as_posix(), reason=error))
+        else:
+            freed += item.size
+    return freed
+
+
+def _remove_trial(item: Item) -> None:
+    shutil.rmtree(item.folder)
+
+
+def _remove_of_run(item: Item) -> None:
+    """Delete a part of a run with its lock held, so that no training begins meanwhile."""
+    lock = rundir.hold(item.folder)
+    try:
+        if item.kind == "unsaved":
+            if not _unsaved(item.folder):
+                raise ConfigError("clean_changed")
+            rundir.abandon(item.folder, lock)
+            return
+        found = checkpoint.listed(item.folder)
+        named = [one for one in found.good if one.name in item.names]
+        if found.bad or len(named) < len(item.names):
+            raise ConfigError("clean_changed")
+        _verify(named if item.kind == "optimizer" else [one for one in found.good if one not in named])
+        if item.kind == "optimizer":
+            for one in named:
+                one.drop_state()
+        else:
+            checkpoint.remove(item.folder, named)
+    finally:
+        lock.release(remove=lock.made)
+
+
+def _verify(kept: list[Checkpoint]) -> None:
+    """ConfigError unless every file of these checkpoints is as it was saved, and there is one."""
+    for one in kept:
+        if reason := one.problem():
+            raise one.damaged(reason)
+    if not kept:
+        raise ConfigError("clean_changed")
+
+
+# ---- nanogpt clean ----
+
+
+def parser() -> Arguments:
+    """The parser of `nanogpt clean`."""
+    program = Arguments(prog="nanogpt clean", description=text("clean_about"))
+    program.add_argument("runs", nargs="*", metavar="RUN", help=text("which_runs"))
+    program.add_argument("--optimizer", action="store_true", help=text("clean_optimizer_help"))
+    program.add_argument("--yes", action="store_true", help=text("delete without asking"))
+    return program
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line of `nanogpt clean`; exit code 2 on a mistake."""
+    forgive_output()
+    words = sys.argv[1:] if arguments is None else arguments
+    set_language(language_from_arguments(words))
+    with one_line_each():
+        typed = parser().parse_args([word for word in words if not word.startswith("lang=")])
+        items = everything(typed.runs, optimizer=typed.optimizer)
+        if not items:
+            show(text("nothing to clean: every run keeps only its last and its best checkpoint"))
+            return
+        for line in table(items):
+            show(line)
+        if any(item.kind == "optimizer" for item in items):
+            show(text("clean_optimizer_note"))
+        if typed.yes or _agreed():
+            show(text("{size} freed", size=file_size(remove(items))))
+        else:
+            show(text("nothing was deleted; add --yes to delete this"))
+
+
+def table(items: list[Item]) -> list[str]:
+    """What would go, as lines."""
+    rows = [
+        [item.folder.as_posix(), text(KINDS[item.kind], count=len(item.names)), file_size(item.size)] for item in items
+    ]
+    rows.append([text("in all"), "", file_size(sum(item.size for item in items))])
+    return aligned([text("column_run"), text("what would go"), text("column_size")], rows, sides="llr")
+
+
+def _agreed() -> bool:
+    """Whether a person at a terminal types yes."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return False
+    show(text("type yes to delete this:"), end=" ")
+    try:
+        return input().strip().lower() == "yes"
+    except EOFError:
+        return False
