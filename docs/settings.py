@@ -19,10 +19,10 @@ SECTIONS = (
 HEADS = {
     "en": (
         "Settings", "[中文](settings.zh-CN.md)",
-        "Every key with its default and its range; `docs/settings.py` writes this page from the code and conf/.",
+        "Every key with its default and its range; `docs/settings.py` writes this page from the code and conf/. `python run_train.py --help` and `python run_sample.py --help` show it in short.",
         "| key | default | range | |",
     ),
-    "zh": ("设置", "[English](settings.md)", "每个键、默认值与范围；本页由 `docs/settings.py` 从代码与 conf/ 生成。", "| 键 | 默认 | 范围 | |"),
+    "zh": ("设置", "[English](settings.md)", "每个键、默认值与范围；本页由 `docs/settings.py` 从代码与 conf/ 生成。`python run_train.py --help` 与 `python run_sample.py --help` 列出其中的要点。", "| 键 | 默认 | 范围 | |"),
 }
 
 
