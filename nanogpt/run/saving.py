@@ -9,11 +9,14 @@ import json
 import time
 from pathlib import Path
 
+import torch
+
 from nanogpt.base.console import Console
 from nanogpt.base.errors import is_out_of_memory
 from nanogpt.base.hashed_json import reason_of
 from nanogpt.base.language import ConfigError, text
 from nanogpt.core import distributed
+from nanogpt.core.optimizers import Optimizer
 from nanogpt.core.progress import Progress
 from nanogpt.core.step import Step
 from nanogpt.data.tokens import ORDERS, TokenData
@@ -53,6 +56,24 @@ def restore(source: checkpoint.Checkpoint, computation: Step, data: TokenData) -
         # 摘要对得上、内容却合不上：换了优化器，或者不是这个程序写的
         raise source.damaged(f"state: {reason_of(error)}") from None
     return progress, order
+
+
+def largest_bytes(computation: Step) -> int:
+    """How large a checkpoint can become: weights and optimizer states, every row of them filled."""
+    optimizer = computation.optimizer
+    weights = sum(tensor.nbytes for tensor in checkpoint.model_tensors(computation.model).values())
+    if not isinstance(optimizer, Optimizer):
+        # 别人的优化器：多半与 AdamW 一样，每个参数两份 fp32
+        return weights + sum(8 * p.numel() for group in optimizer.param_groups for p in group["params"])
+    # 照真的那样造一遍，只是造在 meta 上、造完放回：各种省法各有各的格式，不必另记一份
+    before, optimizer.state = optimizer.state, {}
+    try:
+        for group in optimizer.param_groups:
+            for name, p in zip(group["names"], group["params"], strict=True):
+                optimizer.started(name, torch.empty_like(p, device="meta"), group)
+        return weights + sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
+    finally:
+        optimizer.state = before
 
 
 class Saver:

@@ -8,6 +8,7 @@
 import contextlib
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from omegaconf import OmegaConf
 
 from nanogpt.base import run_names
 from nanogpt.base.config import TrainConfig, check
-from nanogpt.base.console import Console
+from nanogpt.base.console import Console, file_size
 from nanogpt.base.errors import OutOfMemory
 from nanogpt.base.files import folders_around, sync_names, write_text
 from nanogpt.base.groups import naming
@@ -40,9 +41,10 @@ from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.documents import open_data
 from nanogpt.data.tokens import ORDER, TokenData, copy_dataset, dataset_bytes, find_prepared
 from nanogpt.run import rundir
+from nanogpt.run.folders import size_of
 from nanogpt.run.loggers import JsonlLogger, Loggers
 from nanogpt.run.loop import Training, share_batch
-from nanogpt.run.saving import Saver, restore
+from nanogpt.run.saving import Saver, largest_bytes, restore
 from nanogpt.weights import checkpoint
 from nanogpt.weights.build import build_model, build_step, check_weights
 from nanogpt.weights.pretrained import Pretrained, adapted, build_pretrained, check_vocabulary, open_pretrained
@@ -375,6 +377,30 @@ class Session:
             "validation: {tokens:,} of {total:,} tokens, the same ones every time",
             tokens=self.data.val_targets(trainer.windows), total=self.data.val_targets(every),
         )
+        self._announce_size(trainer)
+
+    def _announce_size(self, trainer: Training) -> None:
+        """Say how much the checkpoints will take, and warn where the disk has no room for them."""
+        if distributed.rank():
+            return
+        cfg, each = self.cfg, largest_bytes(trainer.computation)
+        there = len(checkpoint.listed(self.run_dir).good)
+        saves = math.ceil((cfg.max_iters - trainer.progress.iteration) / (cfg.save_interval or cfg.eval_interval))
+        # 最好的可能另算一份；步数少的训练存不了那么多
+        kept = max(1, min(cfg.keep + 1, there + saves))
+        self.console.line(
+            "checkpoints: up to {each} each, at most {kept} kept (keep={keep} and the best): {total}",
+            each=file_size(each), kept=kept, keep=cfg.keep, total=file_size(kept * each),
+        )
+        # 新的写完才删旧的：删之前多占一份
+        need = (min(kept + 1, there + saves) - there) * each
+        free = shutil.disk_usage(self.run_dir).free
+        if need > free:
+            self.console.line(
+                "the disk may become full: {free} are free in {path}, and the checkpoints can take {need}; free some "
+                "disk space (nanogpt clean), choose another out_dir, or keep=1",
+                free=file_size(free), path=self.run_dir, need=file_size(need),
+            )
 
     def _described(self, trainer: Training) -> dict[str, Any]:
         """The model and its training in one line: the values of run_line."""
@@ -441,8 +467,8 @@ class Session:
             wall=f"{minutes}:{seconds:02d}", speed=summary["tokens_per_s"],
         )
         console.line(
-            "everything is in {path}: {report}ckpt/ (weights), metrics.jsonl, {logs}config.yaml, summary.json",
-            path=path, report=text("report.html, ") if reported else "",
+            "everything is in {path} ({size}): {report}ckpt/ (weights), metrics.jsonl, {logs}config.yaml, summary.json",
+            path=path, size=file_size(size_of(path)), report=text("report.html, ") if reported else "",
             logs=text("logs/ (TensorBoard), ") if curves else "",
         )
         console.line("next:")

@@ -9,17 +9,20 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import resume
+from conftest import new_session, resume
 from test_old_runs import greedy_text
 
 from nanogpt.base import run_names
 from nanogpt.base.config import ROOT
+from nanogpt.base.console import file_size
 from nanogpt.base.hashed_json import write_sealed
 from nanogpt.base.language import ConfigError
 from nanogpt.base.lock import Lock
 from nanogpt.run import cleaning, folders
+from nanogpt.run.saving import largest_bytes, state_of
 from nanogpt.weights import checkpoint
 from nanogpt.weights.huggingface import export
+from nanogpt.weights.tensors import flatten
 
 RUNS = Path(__file__).parents[1] / "runs"
 
@@ -176,3 +179,26 @@ def test_without_its_optimizer_state_a_run_writes_as_before_and_says_why_it_cann
     # 读得懂它的清单里，少一个文件仍然是损坏
     next(Path("outputs/run").rglob("model.safetensors")).unlink()
     assert "missing" in checkpoint.checkpoints(Path("outputs/run"))[0].problem()
+
+
+# ---- 一次训练写多少 ----
+
+
+@pytest.mark.parametrize("memory", ["default", "lean8", "minimal"])
+def test_a_training_says_how_much_its_checkpoints_take_and_when_the_disk_is_too_small(in_tmp, tiny_overrides, monkeypatch, capsys, memory):
+    session = new_session(tiny_overrides, f"memory={memory}")
+    trainer = session._build()
+    told = largest_bytes(trainer.computation)
+    assert not trainer.optimizer.state
+    session._announce(trainer)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(told * 9, told * 8, told))
+    session._announce(trainer)
+    said = capsys.readouterr().out
+    # 六步，每三步一次：只会有两份
+    assert said.count(f"up to {file_size(told)} each, at most 2 kept (keep=2 and the best): {file_size(2 * told)}") == 2
+    assert said.count("the disk may become full") == 1 and f"can take {file_size(2 * told)}" in said
+    trainer.prepare()
+    tensors = checkpoint.model_tensors(trainer.model)
+    flatten(state_of(trainer.computation, trainer.progress, trainer.data, trainer.order), tensors)
+    assert told == sum(tensor.nbytes for tensor in tensors.values())
+    session.lock.release()
