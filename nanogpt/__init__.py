@@ -8,6 +8,8 @@
     plan = nanogpt.plan_for("model=medium", "hardware=rtx3060_12gb")
 """
 
+import os
+import sys
 from functools import partial
 from importlib import import_module
 
@@ -27,6 +29,9 @@ __all__ = [*PUBLIC]
 __version__ = "0.1.0"
 
 keep_earlier_names()
+if sys.platform == "darwin":
+    # MPS 还没有的运算改由 CPU 算；torch 在导入时读它
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 
 def __getattr__(name: str):

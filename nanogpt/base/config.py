@@ -273,7 +273,7 @@ class TrainConfig:
     seed: int = number(0, 2**63 - 1)
     """Same seed, machine and versions: same result."""
     device: str
-    """auto | cpu | cuda | cuda:0 …"""
+    """auto | cpu | cuda | cuda:0 … | xpu (Intel's GPU) | mps (a Mac's GPU)."""
     lang: str = choice("auto", "zh", "en")
     """Language of the console; auto takes the system's."""
     compile: str = choice("auto", "true", "false")
@@ -430,8 +430,8 @@ def check_checkpoint(cfg: Any) -> None:
 
 def check_device(named: str) -> None:
     """Refuse a device name that no machine has."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", named):
-        raise ConfigError("not_a_choice", key="device", got=named, allowed="auto | cpu | cuda | cuda:0 | cuda:1 …")
+    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", named):
+        raise ConfigError("not_a_choice", key="device", got=named, allowed="auto | cpu | cuda | cuda:0 | xpu | mps")
 
 
 def check_start(init_from: str | None) -> None:

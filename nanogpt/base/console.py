@@ -83,7 +83,7 @@ class Console:
     def iteration(self, iteration: int, record: dict[str, float], device_type: str, *, best: float) -> None:
         """The line of one log interval and, where it was evaluated, a second one; each fits into 80 columns."""
         # 一行放不下的宁可另起一行：折成两截的行，竖着看不出走势
-        card = device_type == "cuda"
+        card = device_type != "cpu"
         held = record["memory/reserved_gib" if card else "memory/allocated_gib"]
         speed = text(
             "{speed:.0f} tok/s, MFU {mfu:.1%}, ",

@@ -178,8 +178,8 @@ def release(device) -> None:
 
     # 重算与 hook 会连成环，等垃圾回收才放开张量；在 except 里，异常还牵着那一帧的张量，收不走
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    if device.type != "cpu":
+        getattr(torch, device.type).empty_cache()
 
 
 class OutOfMemory(ConfigError):  # noqa: N818 - 与 torch.OutOfMemoryError 区分

@@ -2,11 +2,12 @@
 
 # 机器上有什么：进程还能用多少内存，显卡叫什么、有多快、许给训练多少显存
 # 卡的数据只写在 conf/hardware/*.yaml；自动识别、plan 的预测、MFU 与显存上限都从这里取
-# 除了 present_card 都不需要 torch：查配置、做预测的命令不必等它
+# 除了问设备的几个（present_card、device_name、device_memory）都不需要 torch：查配置、做预测的命令不必等它
 # 容器与 ulimit 给的内存可能比整台机器的少，free_ram 取最小的一个
 
 import contextlib
 import functools
+import platform
 from pathlib import Path
 
 import yaml
@@ -76,6 +77,27 @@ def present_card(device) -> HardwareConfig | None:
 
     properties = torch.cuda.get_device_properties(device)
     return known_card(properties.name, properties.total_memory / GIB)
+
+
+def device_name(device) -> str:
+    """What the driver calls a card, or Apple's chip."""
+    import torch
+
+    if device.type == "mps":
+        # 2.8 起才说得出芯片的名字
+        return getattr(torch.backends.mps, "get_name", platform.machine)()
+    return getattr(torch, device.type).get_device_name(device)
+
+
+def device_memory(device) -> tuple[int, int]:
+    """(free, all) bytes of a card's memory; of the RAM that a Mac shares with its GPU, what Metal recommends to use."""
+    import torch
+
+    if device.type != "mps":
+        return getattr(torch, device.type).mem_get_info(device)
+    total = torch.mps.recommended_max_memory()
+    # 内存是共用的：别的程序占了的，GPU 也用不上
+    return max(0, min(total - torch.mps.driver_allocated_memory(), free_ram())), total
 
 
 def peak_tflops_of(card: HardwareConfig, *, half: bool, tf32: bool) -> float | None:

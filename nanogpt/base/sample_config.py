@@ -80,7 +80,7 @@ class SampleConfig:
     checkpoint: str
     """best | last | iter_00001000 …"""
     device: str
-    """auto | cpu | cuda | cuda:0 …"""
+    """auto | cpu | cuda | cuda:0 … | xpu (Intel's GPU) | mps (a Mac's GPU)."""
     start: str | None
     """A prompt; None: nothing where the model writes documents, else a line break, or what else begins a text in a
     vocabulary without one."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanogpt.core.kernels import is_short, rms_norm, rotate, short_attention
+from nanogpt.core.kernels import device_type, is_short, rms_norm, rotate, short_attention
 from nanogpt.core.kv_cache import KVCache
 
 # 归一化后 q·k 不超过 hs；除以 hs 再乘它，注意力足够尖锐，与 head 大小无关
@@ -68,6 +68,9 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (*qk.unbind(2), v.squeeze(2)))
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
+        if device_type(q) == "mps":
+            # 那里的 SDPA 读换过轴的张量会读错（pytorch#181133、#163597）
+            q, k, v = (t.contiguous() for t in (q, k, v))
         # 单 token 续写时自己的每个 key 都可见；整段预填充才是因果的
         mask = cache.mask if cache is not None else visible
         if cache is not None and 1 < T < k.size(2):

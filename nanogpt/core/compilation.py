@@ -33,6 +33,8 @@ def unavailable(device: torch.device) -> str | None:
         except ImportError:
             return "triton is not installed"
         return None
+    if device.type != "cpu":
+        return f"not tried on {device.type}"
     if not any(shutil.which(name) for name in ("g++", "clang++", "cl")):
         return "no C++ compiler"
     return None

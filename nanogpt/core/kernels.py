@@ -7,6 +7,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from torch.optim.adamw import adamw as adamw_kernel
 
 from nanogpt.core.machine import any_kernels
 
@@ -19,7 +20,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def device_type(x: torch.Tensor) -> str:
-    """cpu | cuda: where x is computed with."""
+    """cpu | cuda | xpu | mps: where x is computed with."""
     return x.device.type
 
 
@@ -170,7 +171,7 @@ def cross_entropy(
     if softcap:
         squashed = (logits.to(wide) / softcap).tanh_()
         logits = squashed * softcap
-    if device_type(logits) == "cuda":
+    if device_type(logits) != "cpu":
         # 显卡上一个 kernel 就得出 log-probs；logsumexp 要把词表那么宽的内存走五遍
         log_p, logits = torch.log_softmax(logits, dim=-1, dtype=wide), None
         losses = -log_p.gather(1, expected)
@@ -231,6 +232,24 @@ def _sums_in_product(device: torch.device) -> bool:
     except (RuntimeError, TypeError):
         return False
     return bool((total == 17).all())
+
+
+def adamw(parameters: list, gradients: list, states: tuple[list, list, list], group: dict, skip) -> None:
+    """One AdamW update (Loshchilov & Hutter, arXiv:1711.05101) through torch's fused kernel, unless `skip` () is 1.0.
+
+    states: first moments, second moments, numbers of updates.
+    """
+    if skip is not None and device_type(parameters[0]) == "mps":
+        # MPS 的 kernel 收下 found_inf 却不看：只好问一次
+        if skip.item():
+            return
+        skip = None
+    # fused：一个 kernel 更新全部张量，CPU 与 CUDA、XPU、MPS 都有
+    adamw_kernel(
+        parameters, gradients, *states[:2], [], states[2], fused=True, amsgrad=False, found_inf=skip,
+        beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
+        eps=group["eps"], maximize=False,
+    )
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int) -> torch.Tensor:

@@ -1,8 +1,10 @@
 # 训练之前把机器摆好：选设备、确定性、CPU 与 CUDA 的分配器；以及主机与显卡之间怎样搬数而不互相等
+# 设备先问 torch.accelerator：一个 torch 只带一种加速器，cuda（含 ROCm）、xpu（Intel）或 mps（Mac）
 """The machine under a run: device, threads, allocator, reproducibility."""
 
 import contextlib
 import ctypes
+import functools
 import os
 import platform
 import sys
@@ -11,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from nanogpt.base.config import HardwareConfig
-from nanogpt.base.hardware import GIB, allocator_cap
+from nanogpt.base.hardware import GIB, allocator_cap, device_memory
 from nanogpt.base.language import ConfigError, say
 from nanogpt.core import distributed
 
@@ -27,21 +29,50 @@ ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 def choose_device(named: str, hardware: HardwareConfig) -> torch.device:
     """auto takes this process's GPU if there is one (and hardware is not cpu), else the CPU."""
+    have = accelerators()
     if named == "auto":
-        named = "cuda" if torch.cuda.is_available() and hardware.name != "cpu" else "cpu"
+        named = have[0].partition(":")[0] if have and hardware.name != "cpu" else "cpu"
     if named == "cpu":
         return torch.device("cpu")
-    have = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    kind, _, number = named.partition(":")
+    if distributed.world() > 1 and kind != "cuda":
+        raise ConfigError("device={got}: several processes need CUDA cards or device=cpu; choose device=cpu", got=named)
     # torchrun 下每个进程用自己的那张卡
-    index = int(named[5:]) if ":" in named else int(os.environ.get("LOCAL_RANK", 0)) if distributed.world() > 1 else 0
-    if f"cuda:{index}" not in have:
-        raise ConfigError(
-            "device={got}: this machine offers {have}; choose device={have} or install the CUDA build of torch "
-            "(README)",
-            got=named, have=" | ".join(have) or "cpu",
+    index = int(number or (os.environ.get("LOCAL_RANK", 0) if distributed.world() > 1 else 0))
+    if named == "mps" and named in have:
+        return torch.device("mps")
+    if f"{kind}:{index}" not in have:
+        raise _not_here(named, " | ".join(have) or "cpu")
+    device = torch.device(kind, index)
+    getattr(torch, kind).set_device(device)
+    return device
+
+
+def _not_here(named: str, have: str) -> ConfigError:
+    if named == "mps":
+        return ConfigError(
+            "device=mps is the GPU of a Mac with Apple silicon; this machine offers {have}: choose device={have}",
+            have=have,
         )
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
+    if named.startswith("xpu"):
+        return ConfigError(
+            "device={got}: this machine offers {have}; choose device={have} or install the XPU build of torch "
+            "(pytorch.org)",
+            got=named, have=have,
+        )
+    return ConfigError(
+        "device={got}: this machine offers {have}; choose device={have} or install the CUDA build of torch (README)",
+        got=named, have=have,
+    )
+
+
+def accelerators() -> list[str]:
+    """The devices besides the CPU that this machine and this build of torch offer: cuda:0 …, xpu:0 … or mps."""
+    kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else None
+    if kind == "mps":
+        return ["mps"]
+    # 别的加速器（NPU、HPU）没有写过，不当作有
+    return [f"{kind}:{i}" for i in range(torch.accelerator.device_count())] if kind in ("cuda", "xpu") else []
 
 
 def set_up(device: torch.device, *, deterministic: bool, hardware: HardwareConfig) -> None:
@@ -52,6 +83,8 @@ def set_up(device: torch.device, *, deterministic: bool, hardware: HardwareConfi
         return_freed_memory()
     else:
         keep_freed_memory()
+    if device.type == "mps":
+        cap_allocator(device, hardware)
     if device.type != "cuda":
         return
     if deterministic:
@@ -84,7 +117,7 @@ def grow_segments(device: torch.device) -> None:
 
 def cap_allocator(device: torch.device, hardware: HardwareConfig) -> None:
     """Cap the allocator at the stated VRAM budget; on Windows, where the driver pages into RAM, and at what is free."""
-    free, total = torch.cuda.mem_get_info(device)
+    free, total = device_memory(device)
     # 与预测用同一个数：计划说放得下的，这里就真的给这么多
     if (cap := allocator_cap(hardware)) is not None:
         if total < (hardware.vram_gib - 0.05) * GIB:
@@ -97,7 +130,10 @@ def cap_allocator(device: torch.device, hardware: HardwareConfig) -> None:
         cap = free - WINDOWS_MARGIN
     else:
         return
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, cap / total)), device)
+    part = min(1.0, max(0.0, cap / total))
+    # MPS 的份额是对建议上限说的，也没有编号
+    where = () if device.type == "mps" else (device,)
+    getattr(torch, device.type).set_per_process_memory_fraction(part, *where)
 
 
 @contextlib.contextmanager
@@ -146,19 +182,41 @@ def on_device(values, device: torch.device) -> torch.Tensor:
     """Numbers or a tensor of the host on a device, without making the host wait for what a card has queued."""
     host = torch.as_tensor(values)
     # 只有锁页内存的拷贝是异步的；普通内存的要等卡上排着的一切做完，提前排下一步就白排了
-    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+    if device.type == "cuda":
+        return host.pin_memory().to(device, non_blocking=True)
+    # MPS 的异步拷贝会去读已经放掉的内存（pytorch#139550、#189690），数就错了
+    return host.to(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a card has done what it was asked for; nothing on a CPU."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+@functools.cache
+def has_float64(device: torch.device) -> bool:
+    """Whether the device computes in float64: not a Mac's GPU, and not every one of Intel's."""
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
+    return device.type != "mps"
+
+
+def in_float64(x: torch.Tensor) -> torch.Tensor:
+    """x in float64: where it lies, or in RAM where its device has none."""
+    return x.double() if has_float64(x.device) else x.cpu().double()
 
 
 class Reading:
     """Numbers that the device may still be computing; read() waits for these only, not for later work."""
 
     def __init__(self, *scalars: torch.Tensor):
-        self._tensor = torch.stack([scalar.detach().double() for scalar in scalars])
+        self._tensor = torch.stack([scalar.detach().float() for scalar in scalars])
         self._arrived: torch.cuda.Event | None = None
         self._numbers: list[float] | None = None
         if self._tensor.is_cuda:
             # 锁页内存加事件：读上一步的数，不等后面排着的下一步
-            pinned = torch.empty(self._tensor.shape, dtype=torch.float64, pin_memory=True)
+            pinned = torch.empty(self._tensor.shape, dtype=torch.float32, pin_memory=True)
             self._tensor = pinned.copy_(self._tensor, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()

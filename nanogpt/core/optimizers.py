@@ -7,8 +7,8 @@
 import math
 
 import torch
-from torch.optim.adamw import adamw as adamw_kernel
 
+from nanogpt.core import kernels
 from nanogpt.core.kernels import orthogonalized
 
 # 同形状的矩阵一起正交化：小模型快数倍，大模型不为此多占显存
@@ -110,16 +110,11 @@ class Optimizer:
             self.muon(group, portion, skip=skip, factor=factor)
 
     def adamw(self, group: dict, named: list[tuple[str, torch.Tensor]], *, skip=None, factor=None) -> None:
-        """One AdamW update (Loshchilov & Hutter, arXiv:1711.05101) through torch's fused kernel."""
+        """One AdamW update."""
         states = [self.started(name, p, group) for name, p in named]
         if states:
-            # fused：一个 kernel 更新全部张量，CPU 与 CUDA 都有
-            adamw_kernel(
-                [p for _, p in named], [p.grad for _, p in named],
-                [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states],
-                fused=True, amsgrad=False, found_inf=skip, beta1=group["betas"][0], beta2=group["betas"][1],
-                lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
-            )
+            moments = tuple([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+            kernels.adamw([p for _, p in named], [p.grad for _, p in named], moments, group, skip)
 
     def muon(self, group: dict, named: list[tuple[str, torch.Tensor]], *, skip=None, factor=None) -> None:
         """One Muon update (Jordan 2024; scaled as in Moonlight, arXiv:2502.16982) of matrices.

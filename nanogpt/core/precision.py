@@ -3,12 +3,15 @@
 """Number formats: autocast and loss scaling on a GPU, faithful rounding on a CPU."""
 
 import contextlib
+import math
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from nanogpt.base.language import ConfigError
+from nanogpt.base.hardware import device_name
+from nanogpt.base.language import ConfigError, first_line
 
 # 在 GPU 上由张量核心以 16 位输入、fp32 累加完成的运算
 PRODUCTS = (F.linear, torch.mm, torch.matmul, torch.bmm, torch.baddbmm, F.scaled_dot_product_attention)
@@ -74,9 +77,10 @@ class Precision:
         name = "bf16" if weights == "bf16" else stated or default_format(device, automatic)
         if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ConfigError(
-                "precision.dtype=bf16: {device} has no bf16; use precision=fp16",
-                device=torch.cuda.get_device_name(device),
+                "precision.dtype=bf16: {device} has no bf16; use precision=fp16", device=device_name(device),
             )
+        if name != "fp32" and device.type in ("mps", "xpu"):
+            check_half(device, name)
         self.name = name
         self.dtype = DTYPES[name]
         self.weights = DTYPES[weights]
@@ -113,10 +117,38 @@ class Precision:
         return torch.autocast(self.device_type, dtype=self.dtype)
 
 
+def check_half(device: torch.device, name: str) -> None:
+    """Refuse a 16-bit format that this device, with this system and this torch, does not train in: by a tiny step."""
+    # 支不支持随 macOS、芯片与 torch 的版本而变：问一次比列一张表可靠
+    try:
+        linear = torch.nn.Linear(8, 8, device=device)
+        scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+        with torch.autocast(device.type, dtype=DTYPES[name]):
+            loss = linear(torch.ones(2, 8, device=device)).float().mean()
+        scaler.scale(loss).backward()
+        if scaler.is_enabled():
+            # 与 Step 走同样的路；只要参数在哪里，不必是真的优化器
+            scaler.unscale_(SimpleNamespace(param_groups=[{"params": list(linear.parameters())}]))
+            scaler.update()
+        reason = None if math.isfinite(loss.item()) else "NaN"
+    except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
+        reason = first_line(error)
+    if reason:
+        raise ConfigError(
+            "precision.dtype={name} does not work on {device} ({reason}); use precision=fp32",
+            name=name, device=device_name(device), reason=reason,
+        )
+
+
 def default_format(device: torch.device, stated: str | None = None) -> str:
-    """fp32 on a CPU; on a card what hardware.dtype states, else the first of bf16, fp16, fp32 with tensor cores."""
-    if device.type == "cpu":
+    """fp32 on a CPU and a Mac; on a card what hardware.dtype states, else the first of bf16, fp16, fp32 with tensor
+    cores.
+    """
+    if device.type in ("cpu", "mps"):
+        # Mac 的 16 位还没有人跑过：要的人自己写 precision=fp16
         return "fp32"
+    if device.type == "xpu":
+        return stated or ("bf16" if torch.xpu.is_bf16_supported() else "fp32")
     name = torch.cuda.get_device_name(device)
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return stated or "bf16"

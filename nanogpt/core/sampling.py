@@ -15,6 +15,7 @@ import torch
 
 from nanogpt.base.config import check_range
 from nanogpt.base.language import ConfigError
+from nanogpt.core.machine import in_float64
 
 Stage = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # `sampler` 的设置 -> (类型, 下限, 上限)；API 的字段也由它得出
@@ -135,10 +136,11 @@ def smallest_set(logits: torch.Tensor, probabilities: torch.Tensor, rank_by: tor
     """Keep ids in ascending order of rank_by until their mass reaches `mass`; at least one."""
     # 稳定排序：并列时 id 小的在前
     order = rank_by.argsort(dim=-1, stable=True)
-    ordered = probabilities.gather(-1, order).double()
+    ordered = in_float64(probabilities.gather(-1, order))
     # 排在前面的合计已经达到 mass，就不再需要；float64 里求和，词表大也不丢位
     spare = ordered.cumsum(-1) - ordered >= mass
     spare[:, 0] = False
+    spare = spare.to(logits.device)
     return logits.masked_fill(torch.zeros_like(spare).scatter_(1, order, spare), -torch.inf)
 
 
@@ -188,7 +190,8 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     One uniform number per token makes a row's text independent of the rows beside it.
     """
     # float64 的累加：五万个词的尾巴也不会被舍入吞掉
-    cumulative = torch.softmax(logits, dim=-1, dtype=torch.float32).double().cumsum(-1)
-    target = uniforms.double()[:, None] * cumulative[:, -1:]
+    cumulative = in_float64(torch.softmax(logits, dim=-1, dtype=torch.float32)).cumsum(-1)
+    target = in_float64(uniforms)[:, None] * cumulative[:, -1:]
     # right=True：概率为 0 的 id 不占任何区间，永远抽不到
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.size(-1) - 1)
+    drawn = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.size(-1) - 1)
+    return drawn.to(logits.device)

@@ -13,7 +13,7 @@ import torch
 from nanogpt.base.config import Schedule
 from nanogpt.base.errors import OutOfMemory, is_out_of_memory, not_divisible, release
 from nanogpt.core import distributed
-from nanogpt.core.machine import on_device
+from nanogpt.core.machine import has_float64, on_device
 from nanogpt.core.progress import Progress, StepResult
 from nanogpt.core.schedule import learning_rate_at
 from nanogpt.core.step import Step
@@ -158,16 +158,22 @@ class Trainer:
         for start, length in self.windows[distributed.rank() :: distributed.world()]:
             # 末尾的窗口可能短一截：同样长的才能拼成一批
             by_length[length].append(start)
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(2, dtype=torch.float64, device=self._sums_on())
         for length, starts in by_length.items():
             sums += self._sums(starts, length, told)
         loss_sum, count = distributed.total(sums).tolist()
         return loss_sum / count
 
+    def _sums_on(self) -> torch.device:
+        """Where losses are added up in float64."""
+        # 没有 float64 的设备（MPS）上，每批取回两个数，在主机上加
+        return self.device if has_float64(self.device) else torch.device("cpu")
+
     def _sums(self, starts: list[int], length: int, told: Callable[[int], None]) -> torch.Tensor:
         """(sum of losses, number of targets) of windows of one length, in batches of self.eval_batch or fewer."""
         # 累加留在设备上：每批取回一次，GPU 就要停一次
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        where = self._sums_on()
+        total = torch.zeros(2, dtype=torch.float64, device=where)
         again = False
         while starts:
             batch, said = np.array(starts[: self.eval_batch]), None
@@ -176,8 +182,8 @@ class Trainer:
                 with self.precision.context():
                     loss = self.model.loss(x, y)
                 # 标签与行尾的空位（-1）不算
-                count = (y >= 0).sum().double()
-                total += torch.stack((loss.double() * count, count))
+                count, loss = (y >= 0).sum().to(where).double(), loss.to(where).double()
+                total += torch.stack((loss * count, count))
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise

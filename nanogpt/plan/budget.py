@@ -8,7 +8,7 @@ import functools
 from dataclasses import dataclass
 
 from nanogpt.base.config import TrainConfig
-from nanogpt.base.hardware import GIB, allocator_cap, free_ram
+from nanogpt.base.hardware import GIB, allocator_cap, device_memory, device_name, free_ram
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Budget:
     # 总量减去 context 与 desktop 才是张量能用的：三者分开，表里才说得清少了的去哪了
 
     device_type: str
-    """cpu | cuda"""
+    """cpu | cuda | xpu | mps"""
     name: str
     """For the console."""
     total: int
@@ -26,10 +26,16 @@ class Budget:
     capacity: int
     """What tensors may take: all that PyTorch's allocator may reserve."""
     context: int
-    """CUDA's own part; on a CPU this process before any tensor."""
+    """The card's own part; on a CPU this process before any tensor."""
     desktop: int
     present: bool
     """Whether the device is in this machine, so that it can be measured."""
+
+    @property
+    def traced_as(self) -> str:
+        """cpu | cuda: whose way of computing is traced."""
+        # Intel 与 Mac 的 GPU 与显卡走同样的路；分配器的取整只有 CUDA 的是知道的
+        return "cpu" if self.device_type == "cpu" else "cuda"
 
 
 def budget_for(cfg: TrainConfig) -> Budget:
@@ -49,11 +55,13 @@ def budget_for(cfg: TrainConfig) -> Budget:
     device = choose_device(cfg.device, hardware)
     if device.type == "cpu":
         return _cpu(cfg)
-    free, total = torch.cuda.mem_get_info(device)
+    free, total = device_memory(device)
+    if device.type == "mps":
+        return Budget("mps", device_name(device), total, free, 0, total - free, True)
     # 本进程已占的还能再用；free 里已经扣掉了自己的上下文
-    free += torch.cuda.memory_reserved(device)
+    free += getattr(torch, device.type).memory_reserved(device)
     context = min(int(hardware.context_gib * GIB), total - free)
-    return Budget("cuda", torch.cuda.get_device_name(device), total, free, context, total - free - context, True)
+    return Budget(device.type, device_name(device), total, free, context, total - free - context, True)
 
 
 @functools.cache

@@ -167,7 +167,7 @@ class Planner:
     def trace(self, cfg: TrainConfig, rows: int, total: int, eval_rows: int) -> Trace:
         """The trace of cfg with micro-batches of `rows` out of `total`."""
         # 累积两次以上与两次的内存相同
-        shape = Shape(rows, min(2, -(-total // rows)), eval_rows, self.budget.device_type)
+        shape = Shape(rows, min(2, -(-total // rows)), eval_rows, self.budget.traced_as)
         key = repr((
             cfg.model, cfg.precision, cfg.hardware.dtype, cfg.memory, cfg.optimizer, cfg.finetune, cfg.seed, shape,
         ))
@@ -210,7 +210,7 @@ class Planner:
             cfg.global_batch_size,
         ))
         if key not in self._estimates:
-            self._estimates[key] = Estimate(cfg, self.budget.device_type)
+            self._estimates[key] = Estimate(cfg, self.budget.traced_as)
         return self._estimates[key]
 
     def fits(self, cfg: TrainConfig, rows: int) -> bool:
@@ -225,7 +225,7 @@ class Planner:
 
     def _within(self, cfg: TrainConfig, traced: Trace, part: float) -> Replay:
         capacity = int(self.budget.capacity * part)
-        if self.budget.device_type == "cpu":
+        if self.budget.device_type != "cuda":
             live, _ = traced.peak()
             return Replay(live + traced.ram <= capacity, live, live)
         return replay(with_workspace(cfg, traced), capacity)

@@ -9,16 +9,16 @@ from collections import Counter
 from dataclasses import dataclass
 
 from nanogpt.base.config import HardwareConfig
-from nanogpt.base.hardware import peak_tflops_of, present_card, reference
+from nanogpt.base.hardware import device_name, peak_tflops_of, present_card, reference
 from nanogpt.plan.budget import Budget
 from nanogpt.run.metrics import measured_peak
 
 PCIE_GB_PER_S = 12.0
 """Pinned copies over PCIe 4.0 x16 of a desktop, each way."""
 # 假设的达成率：大矩阵乘与逐元素 kernel 在消费级卡上的常见水平
-PRODUCT_EFFICIENCY = {"cuda": 0.80, "cpu": 0.85}
-BANDWIDTH_EFFICIENCY = {"cuda": 0.85, "cpu": 0.85}
-LAUNCH_S = {"cuda": 6e-6, "cpu": 6e-6}
+PRODUCT_EFFICIENCY = {"cuda": 0.80, "xpu": 0.80, "mps": 0.80, "cpu": 0.85}
+BANDWIDTH_EFFICIENCY = dict.fromkeys(PRODUCT_EFFICIENCY, 0.85)
+LAUNCH_S = dict.fromkeys(PRODUCT_EFFICIENCY, 6e-6)
 """One eager operation with nothing to do."""
 COPY_BYTES = 2**26
 
@@ -46,7 +46,7 @@ class Rates:
             busy = max(flops / (peak * products), traffic / (self.bandwidth * passes), over_pcie / self.pcie)
             # 发射与执行重叠：小运算受发射限制，大运算看不见它
             launch = LAUNCH_S[self.device_type]
-            total += count * (max(busy, launch) if self.device_type == "cuda" else busy + launch)
+            total += count * (max(busy, launch) if self.device_type != "cpu" else busy + launch)
         return total
 
 
@@ -79,10 +79,10 @@ def _measure(budget: Budget, tf32: bool) -> tuple[float, float, float, str]:
     if budget.device_type == "cuda" and not budget.present:
         return *_peaks(reference(), tf32), reference().name
     device = torch.device(budget.device_type)
-    if device.type == "cuda":
-        if card := present_card(device):
-            return *_peaks(card, tf32), card.name
-        name = torch.cuda.get_device_name(device)
+    if device.type == "cuda" and (card := present_card(device)):
+        return *_peaks(card, tf32), card.name
+    if device.type != "cpu":
+        name = device_name(device)
         fp32, half = measured_peak(device, torch.float32), measured_peak(device, torch.float16)
         return fp32, half, copy_bandwidth(device), f"{name}, measured"
     peak = measured_peak(device, torch.float32)
@@ -97,13 +97,14 @@ def copy_bandwidth(device) -> float:
 
     import torch
 
+    from nanogpt.core.machine import synchronize
+
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
     sink = torch.empty_like(source)
     best = float("inf")
     for _ in range(8):
         start = time.perf_counter()
         sink.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * COPY_BYTES / best / 1e9

@@ -64,10 +64,10 @@ def show(plan: Plan, console: Console) -> None:
 
 def table(plan: Plan) -> list[str]:
     """Lines of aligned columns: part, GiB, share of the budget as a bar."""
-    on_cpu = plan.budget.device_type == "cpu"
-    names = NAMES | ({"context": sentence("the process itself")} if on_cpu else {})
-    # CPU 上没有分配器的取整、工作区与桌面
-    hidden = ("rounding", "workspace", "desktop") if on_cpu else ()
+    kind = plan.budget.device_type
+    names = NAMES | ({"context": sentence("the process itself")} if kind == "cpu" else {})
+    # CPU 上没有分配器的取整、工作区与桌面；别家的 GPU 怎样取整不知道
+    hidden = {"cpu": ("rounding", "workspace", "desktop"), "cuda": ()}.get(kind, ("rounding", "workspace"))
     rows = [(text(names[key]), size) for key, size in asdict(plan.parts).items() if key not in hidden]
     rows += [(text("predicted peak"), plan.total), (text("budget"), plan.budget.total)]
     cells = []

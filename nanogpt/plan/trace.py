@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nanogpt.base.config import TrainConfig
 from nanogpt.base.language import ConfigError
 from nanogpt.core.kv_cache import KVCache
+from nanogpt.core.machine import accelerators
 from nanogpt.core.memory.lora import add_adapters
 from nanogpt.core.precision import default_format
 from nanogpt.core.step import Step
@@ -147,9 +148,10 @@ def _no_collector() -> Iterator[None]:
 
 def automatic_format(cfg: TrainConfig) -> str:
     """What precision=auto takes on the card that cfg is planned for."""
-    if cfg.hardware.dtype or not torch.cuda.is_available():
+    here = accelerators()
+    if cfg.hardware.dtype or not here:
         return cfg.hardware.dtype or "bf16"
-    return default_format(torch.device("cuda", torch.cuda.current_device()))
+    return default_format(torch.device(here[0].partition(":")[0]))
 
 
 class _Run:

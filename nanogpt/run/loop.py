@@ -213,7 +213,7 @@ class Training(Trainer):
         self.stopwatch.start()
         result = self.step()
         self.interval.results.append(result)
-        if self.micro_batch not in self.shapes_met and (self.device.type == "cuda" or self.compiles):
+        if self.micro_batch not in self.shapes_met and (self.device.type != "cpu" or self.compiles):
             # 编译、加载 kernel 要几十秒：算进速度，短训练就只剩零头；要等它做完，才不拖到下一步里
             self.judge_latest()
             self.stopwatch.cancel()

@@ -19,15 +19,16 @@ import psutil
 import torch
 
 from nanogpt.base.files import write_text
-from nanogpt.base.hardware import GIB, peak_tflops_of, present_card
+from nanogpt.base.hardware import GIB, device_name, peak_tflops_of, present_card
 from nanogpt.base.language import text
+from nanogpt.core.machine import synchronize
 from nanogpt.data.assets import cache_folder
 
 # 在缓存文件夹里：每种处理器、torch 版本、数字格式见过的最快一次
 PEAKS = "peaks.json"
 BURST_S, REFRESH_S = 0.3, 60.0
 # 几种大小里总有一种最合这台机器的缓存；CPU 上一次约 1 ms，忙的机器也来不及打断每一次
-SIZES = {"cuda": (4096,), "cpu": (256, 384, 512)}
+SIZES = {"card": (4096,), "cpu": (256, 384, 512)}
 _measured: dict[str, tuple[float, float]] = {}
 
 
@@ -55,21 +56,19 @@ def measured_peak(device: torch.device, dtype: torch.dtype, *, keep: bool = Fals
 
 def _burst(device: torch.device, dtype: torch.dtype) -> float:
     """TFLOP/s of the fastest of many products; of one thread on a CPU."""
-    cuda, threads = device.type == "cuda", torch.get_num_threads()
-    generator = torch.Generator(device).manual_seed(0)
-    matrices = [torch.randn(size, size, device=device, dtype=dtype, generator=generator) for size in SIZES[device.type]]
+    card, threads = device.type != "cpu", torch.get_num_threads()
+    generator, sizes = torch.Generator(device).manual_seed(0), SIZES["card" if card else "cpu"]
+    matrices = [torch.randn(size, size, device=device, dtype=dtype, generator=generator) for size in sizes]
     best, until = 0.0, time.perf_counter() + BURST_S
     # 一起算的线程互相等：别的程序占着一个核，几个线程的乘积就慢几十倍，再取最好的也量不出峰值
     torch.set_num_threads(1)
     try:
         while time.perf_counter() < until:
             for a in matrices:
-                if cuda:
-                    torch.cuda.synchronize(device)
+                synchronize(device)
                 start = time.perf_counter()
                 torch.mm(a, a)
-                if cuda:
-                    torch.cuda.synchronize(device)
+                synchronize(device)
                 best = max(best, 2 * len(a) ** 3 / (time.perf_counter() - start) / 1e12)
     finally:
         torch.set_num_threads(threads)
@@ -95,8 +94,8 @@ def _keep_peak(key: str, tflops: float) -> None:
 @functools.cache
 def processor_name(device: torch.device) -> str:
     """What the driver calls the card, or the system the processor, with the instructions that torch uses of it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device_name(device)
     # Linux 上 platform.processor() 只说架构
     info = Path("/proc/cpuinfo")
     told = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
@@ -113,17 +112,23 @@ def peak_tflops(hardware, device: torch.device, precision) -> tuple[str, float]:
     if device.type == "cuda" and (card := present_card(device)):
         return card.name, peak_tflops_of(card, half=half, tf32=tf32)
     name, dtype = processor_name(device), precision.dtype if half else torch.float32
-    message = "peak_of_card" if device.type == "cuda" else "peak_of_threads"
+    message = "peak_of_card" if device.type != "cpu" else "peak_of_threads"
     return text(message, name=name, threads=torch.get_num_threads()), measured_peak(device, dtype, keep=True)
 
 
 def memory_gib(device: torch.device) -> dict[str, float]:
-    """allocated, reserved and peak in GiB: of the CUDA allocator, or of this process on a CPU."""
-    if device.type == "cuda":
+    """allocated, reserved and peak in GiB: of the card's allocator, or of this process on a CPU."""
+    if device.type == "mps":
+        # Metal 没有峰值：分配器要来的很少还回去，它就是见过的最高处
+        allocated, reserved = torch.mps.current_allocated_memory() / GIB, torch.mps.driver_allocated_memory() / GIB
+        return {"allocated": allocated, "reserved": reserved, "peak": reserved}
+    if device.type != "cpu":
+        # torch.cuda 与 torch.xpu 的名字相同
+        card = getattr(torch, device.type)
         return {
-            "allocated": torch.cuda.memory_allocated(device) / GIB,
-            "reserved": torch.cuda.memory_reserved(device) / GIB,
-            "peak": torch.cuda.max_memory_allocated(device) / GIB,
+            "allocated": card.memory_allocated(device) / GIB,
+            "reserved": card.memory_reserved(device) / GIB,
+            "peak": card.max_memory_allocated(device) / GIB,
         }
     info = psutil.Process().memory_info()
     return {"allocated": info.rss / GIB, "reserved": info.vms / GIB, "peak": peak_resident(info) / GIB}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from nanogpt.base import hardware
 from nanogpt.base.console import Console
 from nanogpt.base.files import write_text
 from nanogpt.base.hashed_json import reason_of
@@ -34,8 +35,8 @@ def versions() -> dict[str, str]:
 
 def device_name(device: torch.device) -> str:
     """The card's name, or the processor with its thread count."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return hardware.device_name(device)
     return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
@@ -53,7 +54,7 @@ def write_summary(
         "tokens_per_s": measured["tokens_per_s"],
         "mfu": measured["mfu"],
         "mfu_rtx3060": measured["mfu_rtx3060"],
-        "peak_vram_gib": measured["memory/peak_gib"] if device.type == "cuda" else None,
+        "peak_vram_gib": measured["memory/peak_gib"] if device.type != "cpu" else None,
         "peak_ram_gib": measured["memory/peak_gib"] if device.type == "cpu" else None,
         "wall_s": wall_s,
         "train_s": progress.train_s,

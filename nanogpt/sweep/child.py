@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.base.config import TrainConfig
-from nanogpt.base.hardware import GIB, allocator_cap, free_ram
+from nanogpt.base.hardware import GIB, allocator_cap, device_memory, free_ram
 from nanogpt.base.language import ConfigError, set_language, text
 from nanogpt.plan.budget import process_bytes
 from nanogpt.sweep.process import limit_memory
@@ -223,7 +223,7 @@ def measure(
 
 def _train(trainer, cfg: TrainConfig, emit: Emit) -> dict[str, float]:
     """Warm up, time the steps, then touch the other peaks: one evaluation, one short sample."""
-    import torch
+    from nanogpt.core.machine import synchronize
 
     emit(phase="warmup")
     for _ in range(cfg.trial.warmup_steps):
@@ -233,9 +233,8 @@ def _train(trainer, cfg: TrainConfig, emit: Emit) -> dict[str, float]:
     for _ in range(cfg.trial.steps):
         started = time.perf_counter()
         result = trainer.step()
-        if trainer.device.type == "cuda":
-            # 不同步只量到把任务排进队列的时间
-            torch.cuda.synchronize(trainer.device)
+        # 不同步只量到把任务排进队列的时间
+        synchronize(trainer.device)
         seconds.append(time.perf_counter() - started)
     # 中位数：机器上别的程序偶尔插进来，不该算在这个设置头上
     typical = statistics.median(seconds)
@@ -257,10 +256,9 @@ def _train(trainer, cfg: TrainConfig, emit: Emit) -> dict[str, float]:
 def _free_and_total(device) -> tuple[int, int]:
     """Bytes free and in all on the device, now."""
     import psutil
-    import torch
 
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)
+    if device.type != "cpu":
+        return device_memory(device)
     return free_ram(), psutil.virtual_memory().total
 
 
@@ -284,9 +282,14 @@ def _forget_peak() -> None:
 
 
 def _peaks(device, torch) -> dict[str, float | None]:
-    from nanogpt.run.metrics import peak_resident
+    from nanogpt.run.metrics import memory_gib, peak_resident
 
-    if device.type == "cuda":
-        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-        return {"peak_gib": allocated / GIB, "reserved_gib": reserved / GIB}
+    if device.type == "mps":
+        found = memory_gib(device)
+        return {"peak_gib": found["allocated"], "reserved_gib": found["peak"]}
+    if device.type != "cpu":
+        card = getattr(torch, device.type)
+        return {
+            "peak_gib": card.max_memory_allocated(device) / GIB, "reserved_gib": card.max_memory_reserved(device) / GIB,
+        }
     return {"peak_gib": peak_resident() / GIB}

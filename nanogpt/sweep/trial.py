@@ -150,7 +150,7 @@ def lock_path(device: str) -> Path:
     GPUs that a launcher handed out have files of their own.
     """
     # auto 与 cuda 都是第一张看得见的卡；父进程不导入 torch，只能按名字分
-    named = device if re.fullmatch(r"cuda:[1-9]\d*", device) else "first"
+    named = device if re.fullmatch(r"(cuda|xpu):[1-9]\d*", device) else "first"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     # 不放公用的临时文件夹：谁都能先占住那个名字；主目录可能几台机器共用，名字里要有机器
     return cache_folder() / ("trial-" + re.sub(r"\W+", "-", f"{platform.node()}-{visible}-{named}") + ".lock")

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from torch.optim.adamw import adamw as adamw_kernel
 
 from nanogpt.base.config import MemoryConfig
 from nanogpt.base.language import ConfigError
@@ -40,7 +39,7 @@ class Storage:
     # 格式与公式分开：四种省法可以任意组合，AdamW 与 Muon 都只写一遍
 
     def __init__(self, memory: MemoryConfig, device_type: str = "cpu"):
-        self.piece = PIECE[device_type]
+        self.piece = PIECE["cpu" if device_type == "cpu" else "card"]
         self.int8 = memory.optimizer_state == "int8"
         self.kahan = memory.bf16_rounding == "kahan"
         self.offload = memory.offload_optimizer
@@ -186,12 +185,9 @@ def adamw_update(
     for span in lowbit.spans(p.numel(), storage.piece, whole):
         weights = storage.read_weights(state, p, span)
         first, second = (storage.read(state, key, span, p.device) for key in ("exp_avg", "exp_avg_sq"))
-        adamw_kernel(
-            # kernel 自己把步数加一：每块都从同一个数起
-            [weights], [_gradient(grad, span, factor)], [first], [second], [], [step.clone()], fused=True,
-            amsgrad=False, found_inf=skip, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
-            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
-        )
+        # kernel 自己把步数加一：每块都从同一个数起
+        moments = ([first], [second], [step.clone()])
+        kernels.adamw([weights], [_gradient(grad, span, factor)], moments, group, skip)
         storage.write(state, "exp_avg", span, first)
         storage.write(state, "exp_avg_sq", span, second)
         storage.write_weights(state, p, span, weights, skip)

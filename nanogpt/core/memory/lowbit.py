@@ -25,7 +25,7 @@ BLOCK = 256
 SMALL = 4096
 # 更新时一次处理这么多个值，是 BLOCK 的整数倍：CPU 上留在缓存里，快三倍
 # 显卡上太小就只剩 kernel 启动，太大则临时张量占显存
-PIECE = {"cpu": 2**18, "cuda": 2**20}
+PIECE = {"cpu": 2**18, "card": 2**20}
 
 
 def dynamic_map(signed: bool) -> list[float]:

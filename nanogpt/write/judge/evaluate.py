@@ -64,7 +64,7 @@ def guided_perplexity(
     for c, u, targets in _logits(model, data, limit):
         for i, guidance in enumerate(guidances):
             mixed = torch.lerp(u, c, guidance)
-            sums[i] += torch.nn.functional.cross_entropy(mixed, targets, reduction="sum").double().cpu()
+            sums[i] += torch.nn.functional.cross_entropy(mixed, targets, reduction="sum").cpu().double()
         count += len(targets)
     return [math.exp(total / count) for total in sums.tolist()]
 

@@ -80,7 +80,7 @@ def accelerate(model, precision: str, *, fast: bool = True):
     Without `fast` only the number format changes: the plain path that the others must equal.
     """
     name = default_format(model.device) if precision == "auto" else precision
-    if model.device.type == "cuda" and name != "fp32":
+    if model.device.type != "cpu" and name != "fp32":
         # 写作受读权重的带宽限制：半精度存放，字节减半，速度约翻倍
         # 没有张量核心的老卡训练用 fp32，量化之后的其余权重仍用 fp16 存放
         model.to(HALF.get(default_format(model.device), torch.float16) if name == "int8" else HALF[name])
@@ -88,7 +88,7 @@ def accelerate(model, precision: str, *, fast: bool = True):
         quantize_model(model)
     if fast and model.device.type == "cpu":
         install_cpu_step(model)
-    elif fast:
+    elif fast and model.device.type == "cuda":
         install(model, GraphStep(model))
     return model
 
