@@ -8,9 +8,11 @@
 import contextlib
 import copy
 import difflib
+import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nanogpt.base import run_names
 from nanogpt.base.composing import SCHEMAS, check_whole, composing, one_line, refuse_unknown_hydra_keys
 from nanogpt.base.config import PATH_KEYS, RECORD_SUFFIXES, ROOT, TEXT_KEYS, TrainConfig
+from nanogpt.base.console import Console, duration
 from nanogpt.base.errors import EXIT_USER_ERROR, explained, forgive_output, leave_quietly, one_line_each
 from nanogpt.base.help import help_page, versions
 from nanogpt.base.language import ConfigError, language_from_arguments, say, set_language, show, text
@@ -41,6 +44,8 @@ EXPONENT = r"(?<![\w.])[+-]?\d[\d_]*(?:\.\d*)?[eE]\+?\d{1,3}(?![\w.])"
 WHOLE_FLOAT = rf"(?:{EXPONENT}|(?<![\w.])[+-]?\d[\d_]*\.0*(?![\w.]))"
 # 内容随选项而变的配置组；model 一类形状固定的不在内
 SWAPPABLE = ("optimizer", "dataset", "logger")
+# 扫描还要这么久（秒）才值得说一声
+WORTH_SAYING_S = 5
 # 我们自己的帮助；Hydra 的在 --hydra-help
 HELP = {"--help", "-h"}
 
@@ -224,6 +229,9 @@ class _Script:
         self.reported: list[Exception] = []
         self.jobs: dict[int, Job] = {}
         self.checked = 0
+        self.swept: list[str] = []
+        """Of each job what not all of them share, where the number of jobs is known before the end."""
+        self.began = 0.0
 
     def run(self, flags: list[str]) -> None:
         """Compose and run every job; SystemExit on a mistake."""
@@ -256,7 +264,8 @@ class _Script:
             with composing(self.config_name):
                 typed, overrides = self.composed(cfg, hydra_config)
             # 扫描器（Optuna 等）要这个返回值
-            return self.task(typed, overrides)
+            with self.in_sight(typed, hydra_config.job.get("num")):
+                return self.task(typed, overrides)
         except BrokenPipeError:
             leave_quietly()
         except Exception as error:
@@ -271,6 +280,27 @@ class _Script:
             if hydra_config.mode == RunMode.MULTIRUN:
                 raise
             sys.exit(EXIT_USER_ERROR)
+
+    @contextlib.contextmanager
+    def in_sight(self, cfg: TrainConfig | SampleConfig, number: int | None) -> Iterator[None]:
+        """Say which job of a sweep begins, or show a bar where it is a trial; behind it, how long the others take."""
+        if not self.swept:
+            yield
+            return
+        count = len(self.swept)
+
+        def left(done: int) -> float | None:
+            return (time.time() - self.began) / done * (count - done) if done else None
+
+        # 训练有自己的进度条；试跑在子进程里，没有声响，做完了才说结果
+        trial = isinstance(cfg, TrainConfig) and cfg.trial.enabled
+        if not trial:
+            say("{number} of {count}: {what}", number=number + 1, count=count, what=self.swept[number])
+        with Console(stream="stderr", quiet=not trial).progress(count, number, title="progress_trials") as advance:
+            advance(number, left=left(number))
+            yield
+        if (seconds := left(number + 1)) > WORTH_SAYING_S:
+            say("so_far", done=number + 1, count=count, time=duration(seconds))
 
     @contextlib.contextmanager
     def checked_sweeps(self) -> Iterator[None]:
@@ -311,6 +341,14 @@ class _Script:
             raise self.reported[-1]
         self.jobs |= jobs
         self.checked += len(batch)
+        # Optuna 与分批的扫描，到最后才知道有多少
+        # Hydra 把插件另载一遍，类不是同一个，只能看名字
+        if type(sweeper).__name__ == "BasicSweeper" and not sweeper.max_batch_size and len(batch) > 1:
+            shared = set.intersection(*map(set, batch))
+            self.swept = [", ".join(word for word in words if word not in shared) for words in batch]
+            self.began = time.time()
+            # 它会打出每个任务的整串命令；一行放得下的，只有扫的那几项
+            logging.getLogger("hydra._internal.core_plugins.basic_launcher").setLevel(logging.WARNING)
 
     def check_job(self, composed: DictConfig, used: set[Path]) -> Path | None:
         """Add the folder of a job to `used`, and return it.

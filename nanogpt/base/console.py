@@ -8,7 +8,8 @@
 import contextlib
 import io
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from nanogpt.base.language import show, shown, text, wrapped
 
@@ -61,7 +62,7 @@ class Console:
         return self._rich is not None
 
     @contextlib.contextmanager
-    def progress(self, total: int, done: int = 0, *, title: str = "progress") -> Iterator[Callable[..., None]]:
+    def progress(self, total: int | None, done: int = 0, *, title: str = "progress") -> Iterator[Callable[..., None]]:
         """Show a bar on a terminal, below the one that is there; yields advance(done, note="", left=None).
 
         `note` stands behind the count; `left` are the seconds that remain, where the caller knows better than the bar.
@@ -100,6 +101,14 @@ class Console:
                 iteration=iteration, val_loss=record["val/loss"], best=best,
                 memory=text("vram_peak" if card else "ram_peak", peak=record["memory/peak_gib"]),
             )
+
+
+def in_sight(items: Iterable[Any], total: int | None) -> Iterator[Any]:
+    """The items of a preparation, of which there are `total`, with a bar on a terminal for those that were taken."""
+    with Console(stream="stderr").progress(total, title="progress_preparing") as advance:
+        for number, item in enumerate(items, 1):
+            yield item
+            advance(number)
 
 
 def _bars(console):

@@ -281,6 +281,10 @@ NAMED = {
     "ram_peak": "RAM peak {peak:.2f}GB",
     "progress": "training",
     "progress_evaluating": "evaluating",
+    "progress_trials": "trials",
+    "progress_advice": "searching",
+    "progress_preparing": "preparing",
+    "so_far": "{done} of {count} done, about {time} more",
     "oom_final": (
         "out of memory in the {phase} with {rows} rows at a time, which cannot be divided further; add memory=lean, "
         "or choose a smaller model or model.block_size"

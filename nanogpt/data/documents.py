@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nanogpt.base.console import in_sight
 from nanogpt.base.files import folder_aside
 from nanogpt.base.hashed_json import reason_of
 from nanogpt.base.language import ConfigError, say
@@ -99,7 +100,7 @@ def _tokens(
     """(split, ids) of every document; notes its length and labels in columns[split]."""
     index = {kind: {label: i for i, label in enumerate(listed)} for kind, listed in names.items()}
     for split in SPLITS:
-        for document in parts[split]:
+        for document in in_sight(parts[split], len(parts[split])):
             # 词表只取自训练部分：验证文本里的生字略过
             ids = tokenizer.encode(document.text, skip_unknown=split != "train")
             columns[split].append([len(ids), *(index[kind].get(getattr(document, kind), -1) for kind in names)])

@@ -14,11 +14,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from nanogpt.base.console import Console
 from nanogpt.base.files import sha256
 from nanogpt.base.language import ConfigError, say, text
 
 # 每次读这么多字节：大文件不进内存
 PIECE = 4 * 2**20
+# 有这么多段，才看得出进度条在走
+MANY = 4
 TEXT_SUFFIXES = (".txt", ".md", ".text")
 # 常被当成文本给进来的文件，按开头几个字节认
 BINARY = {
@@ -264,8 +267,10 @@ def check_encoding(encoding: str) -> None:
 def decode_pieces(path: Path, encoding: str, errors: str = "strict") -> Iterator[str]:
     """Yield a file's text in pieces; UnicodeDecodeError.start is the offset in the file."""
     decoder = codecs.getincrementaldecoder(encoding)(errors)
-    read = 0
-    with naming(path), path.open("rb") as file:
+    read, size = 0, path.stat().st_size
+    # 读得快的不值得显示
+    bar = Console(stream="stderr", quiet=size < MANY * PIECE)
+    with naming(path), path.open("rb") as file, bar.progress(size // PIECE, title="progress_preparing") as advance:
         while piece := file.read(PIECE):
             pending = len(decoder.getstate()[0])
             try:
@@ -274,6 +279,7 @@ def decode_pieces(path: Path, encoding: str, errors: str = "strict") -> Iterator
                 error.start += read - pending
                 raise
             read += len(piece)
+            advance(read // PIECE)
         pending = len(decoder.getstate()[0])
         try:
             yield decoder.decode(b"", final=True)

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from nanogpt.base.console import in_sight
 from nanogpt.base.language import say
 from nanogpt.data.documents import Document
 from nanogpt.data.labels import LABEL_KINDS
@@ -35,7 +36,8 @@ def split_documents(
 
     Documents that share RUN characters in a row, directly or through others, fall into the same part.
     """
-    documents = list(documents)
+    # 有多少篇，读完才知道
+    documents = list(in_sight(documents, None))
     kept, texts = without_duplicates(documents)
     group = groups_of(texts)
     sizes = np.bincount(group) if len(group) else np.zeros(1, dtype=int)

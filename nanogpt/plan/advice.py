@@ -5,6 +5,7 @@
 # show 由 plan=true 用，presets 与 changed 由 autopsy 用；找到够用的、或过了 SECONDS 秒就停，不求穷尽
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 
 from nanogpt.base.config import MemoryConfig, TrainConfig, check
@@ -57,17 +58,24 @@ def presets() -> list[Change]:
     return [Change(f"memory={name}", asdict(node)) for name, node in list(memory_options().items())[1:]]
 
 
-def advise(plan: Plan, planner: Planner) -> list[Advice]:
+def advise(plan: Plan, planner: Planner, looked: Callable[[float], None] = lambda seconds: None) -> list[Advice]:
     """At most LINES ways to make plan.cfg fit, the fastest first: a smaller batch, one key, a preset.
 
     Where none of them fits, those that fit tightly; where there are none either, a shorter context.
+    looked(seconds since the beginning) is called on the way.
     """
-    until = time.monotonic() + SECONDS
+    began = time.monotonic()
+    until = began + SECONDS
     found = _ways(plan, planner, ())
-    useful = [change for change in KEYS if time.monotonic() < until and _is_useful(change, plan, planner)]
+    useful = []
+    for change in KEYS:
+        looked(time.monotonic() - began)
+        if time.monotonic() < until and _is_useful(change, plan, planner):
+            useful.append(change)
     whole = presets()
     # 次序：最便宜的成套设置、有用的单项、更彻底的成套设置
     for changes in [(whole[0],), *((c,) for c in useful), *((c,) for c in whole[1:])]:
+        looked(time.monotonic() - began)
         # 单项已经够用时，不必再劝人用更重的成套设置
         if len(found) < LINES and time.monotonic() < until and not (found and changes[0] in whole[1:]):
             found += _ways(plan, planner, changes)
@@ -85,7 +93,11 @@ def _beats(one: Advice, other: Advice) -> bool:
 
 def show(plan: Plan, planner: Planner, console: Console) -> None:
     """Print the advice for a plan that does not fit."""
-    found = advise(plan, planner)
+    if not console.live:
+        console.line("looking for settings that fit, at most about {seconds:.0f} s …", seconds=SECONDS)
+    # 找到够用的就停，所以进度条走的是时间：走到头也就不再找了
+    with console.progress(round(SECONDS), title="progress_advice") as advance:
+        found = advise(plan, planner, lambda seconds: advance(round(min(seconds, SECONDS)), left=SECONDS - seconds))
     console.line(
         "to make it fit, fastest first (speed relative to the setting above):",
     ) if found else console.line(

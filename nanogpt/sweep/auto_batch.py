@@ -6,12 +6,13 @@
 
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from nanogpt.base.config import TrainConfig
-from nanogpt.base.console import Console
+from nanogpt.base.console import Console, duration
 from nanogpt.base.files import write_text
 from nanogpt.base.hardware import GIB
 from nanogpt.base.language import ConfigError
@@ -67,6 +68,30 @@ def fastest(sizes: list[int], measure: Callable[[int], TrialResult], margin: flo
     return best
 
 
+def in_sight(measure: Callable[[int], TrialResult], count: int, console: Console) -> Callable[[int], TrialResult]:
+    """measure() with a bar while it runs and a line behind it: how much of at most `count` is to come."""
+    # 连着变慢就停：只说得出上限
+    began, done = time.monotonic(), 0
+
+    def left() -> float:
+        return (time.monotonic() - began) / done * (count - done)
+
+    def seen(size: int) -> TrialResult:
+        nonlocal done
+        with console.progress(count, done, title="progress_trials") as advance:
+            advance(done, left=left() if done else None)
+            result = measure(size)
+        done += 1
+        if done < count:
+            console.line(
+                "  {done} of at most {count} tried, at most about {time} more",
+                done=done, count=count, time=duration(left()),
+            )
+        return result
+
+    return seen
+
+
 def choose(cfg: TrainConfig, overrides: list[str], *, processes: int, console: Console) -> int:
     """The micro-batch for cfg.global_batch_size rows per step; remembered per machine, driver, versions and config."""
     rows = cfg.global_batch_size // processes
@@ -106,7 +131,13 @@ def choose(cfg: TrainConfig, overrides: list[str], *, processes: int, console: C
         plans[size] = predict(trial_config(size), overrides)
         return plans[size].total <= plans[size].budget.total * HOPEFUL
 
-    best = fastest(worth_trying(sizes, promising), measure, cfg.trial.margin)
+    hopeful = worth_trying(sizes, promising)
+    if hopeful:
+        console.line(
+            "at most {count} trials, each a process of its own and about {time} of training by the prediction …",
+            count=len(hopeful), time=duration((WARMUP_STEPS + STEPS) * plans[hopeful[0]].step_s),
+        )
+    best = fastest(hopeful, in_sight(measure, len(hopeful), console), cfg.trial.margin)
     if best is None:
         smallest = plans.get(sizes[-1]) or predict(trial_config(sizes[-1]), overrides)
         raise ConfigError(

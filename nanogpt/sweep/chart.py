@@ -75,7 +75,7 @@ def memory_chart(found: Sequence[TrialResult], best: TrialResult | None, languag
         if x is None:
             continue
         kind = "best" if result is best else result.status if fast else "failed"
-        batch = [part for part in name.split(" ") if key_of_override(part) == "batch_size"]
+        batch = [part for part in name.split(", ") if key_of_override(part) == "batch_size"]
         label = batch[0].split("=", 1)[1] if batch else ""
         said = f"{result.tokens_per_s:,.0f} tokens/s, {x:.2f} GiB" if fast else printable(result.reason)
         y = result.tokens_per_s if fast else 0.0

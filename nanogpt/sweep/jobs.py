@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from nanogpt.base.config import TrainConfig
 from nanogpt.base.errors import EXIT_INTERRUPTED
-from nanogpt.base.language import ConfigError, say, show, text
+from nanogpt.base.language import ConfigError, say, show, text, wrapped
 from nanogpt.sweep import result as results
 from nanogpt.sweep.result import EXPECTED, STATUS_MESSAGES, TrialResult
 from nanogpt.sweep.spill import judge_all
@@ -42,7 +42,7 @@ def trial_job(cfg: TrainConfig, overrides: list[str]) -> float:
         sys.exit(EXIT_INTERRUPTED)
     except OSError as error:
         raise ConfigError("not_writable", path=folder, reason=error.strerror) from None
-    show(line_of(result))
+    show(wrapped(line_of(result), sys.stdout))
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.RUN and (code := exit_code([result])):
         sys.exit(code)
     return result.objective
@@ -53,7 +53,7 @@ def line_of(result: TrialResult) -> str:
     # 说明“这是试跑、怎样试”的不必说
     typed = [o for o in result.overrides if not o.startswith(("experiment=fit", "trial.", "lang="))]
     # 敲下时就已写死的，每个任务都一样，不必重复
-    what = " ".join([o for o in typed if o not in sys.argv] or typed) or text("trial_defaults")
+    what = ", ".join([o for o in typed if o not in sys.argv] or typed) or text("trial_defaults")
     if result.status == "ok":
         line = text(
             "trial {what}: {speed:,.0f} tokens/s, {held:.2f} of {budget:.2f} GiB",

@@ -190,12 +190,12 @@ def names(found: Sequence[TrialResult]) -> list[str]:
     def told(override: str) -> bool:
         return override not in shared and key_of_override(override).split(".")[0] not in TRIAL_KEYS
 
-    return [" ".join(override for override in result.overrides if told(override)) for result in found]
+    return [", ".join(override for override in result.overrides if told(override)) for result in found]
 
 
 def series_name(name: str) -> str:
     """A result's name without the keys that only change the micro-batch."""
-    return " ".join(part for part in name.split(" ") if key_of_override(part) not in BATCH_KEYS)
+    return ", ".join(part for part in name.split(", ") if key_of_override(part) not in BATCH_KEYS)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -2,12 +2,15 @@
 
 import io
 import re
+import time
 
 import pytest
+from conftest import make_config
 from rich.cells import cell_len
 from rich.console import Console as RichConsole
 
 from nanogpt.base import language
+from nanogpt.base.cli import _Script
 from nanogpt.base.console import Console, _bars, duration
 from nanogpt.base.language import PIECE, set_language, text, wrapped
 
@@ -78,6 +81,17 @@ def test_a_bar_below_a_bar_goes_away_with_its_work_and_without_a_terminal_there_
 
 def test_times_have_two_significant_parts():
     assert [duration(s) for s in (0.25, 30, 600, 7260, 400000)] == ["250 ms", "30.0 s", "10 min", "2 h 01 min", "4.6 d"]
+
+
+def test_a_sweep_says_which_job_begins_and_how_long_the_others_take(capsys):
+    script = _Script("train", None, None, None, [], sweep=True)
+    with script.in_sight(make_config(), 0):
+        pass
+    assert capsys.readouterr().err == ""
+    script.swept, script.began = [f"learning_rate={n}" for n in range(24)], time.time() - 7 * 42
+    with script.in_sight(make_config(), 6):
+        assert capsys.readouterr().err == "7 of 24: learning_rate=6\n"
+    assert capsys.readouterr().err == "7 of 24 done, about 12 min more\n"
 
 
 def test_a_sentence_is_broken_between_words_and_keeps_every_character(spoken, narrow):

@@ -179,7 +179,7 @@ def test_plan_true_prints_a_verdict_and_writes_nothing(tmp_path):
 
 def test_what_does_not_fit_ends_with_advice_and_exit_code_1(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(advice, "advise", lambda plan, planner: [advice.Advice("memory=lean", 0.71, plan)])
+    monkeypatch.setattr(advice, "advise", lambda plan, planner, looked: [advice.Advice("memory=lean", 0.71, plan)])
     with pytest.raises(SystemExit) as stopped:
         run_plan(with_vram(small("plan=true", "batch_size=64"), 0.05), [])
     shown = capsys.readouterr().out

@@ -70,7 +70,7 @@ def machine(in_tmp, monkeypatch):
     tried = []
 
     def predict(cfg, overrides):
-        return SimpleNamespace(total=cfg.batch_size * GIB // 2, budget=SimpleNamespace(total=10 * GIB))
+        return SimpleNamespace(total=cfg.batch_size * GIB // 2, step_s=0.5, budget=SimpleNamespace(total=10 * GIB))
 
     def run_trial(cfg, overrides, folder):
         tried.append(cfg)
@@ -101,6 +101,13 @@ def test_auto_keeps_the_effective_batch_and_remembers_the_verdict(machine):
         file.write_text("{", encoding="utf-8")
     assert auto_batch.choose(cfg, [], processes=1, console=Console(quiet=True)) == 16
     assert len(machine) == 16
+
+
+def test_behind_each_trial_stands_how_many_may_come(capsys):
+    measure = auto_batch.in_sight(lambda size: result(size, 1.0), 3, Console())
+    assert [measure(size).micro_batch for size in (8, 4, 2)] == [8, 4, 2]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(", ")[0].strip() for line in lines] == ["1 of at most 3 tried", "2 of at most 3 tried"]
 
 
 def test_several_processes_share_the_effective_batch(machine):

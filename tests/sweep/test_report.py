@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import composed, make_config
+from rich.cells import cell_len
 
 from nanogpt.base import language as messages
 from nanogpt.base import report
@@ -41,8 +42,8 @@ def test_best_is_the_fastest_within_the_margin():
 
 
 def test_names_tell_only_what_differs():
-    assert names(SWEEP)[:2] == ["batch_size=1 precision=fp16", "batch_size=2 precision=fp16"]
-    assert names(SWEEP[:1]) == ["model=medium batch_size=1 precision=fp16"]
+    assert names(SWEEP)[:2] == ["batch_size=1, precision=fp16", "batch_size=2, precision=fp16"]
+    assert names(SWEEP[:1]) == ["model=medium, batch_size=1, precision=fp16"]
 
 
 def test_the_pareto_front_is_what_no_other_point_beats():
@@ -131,8 +132,26 @@ def test_80_columns_show_every_setting_and_reason_whole(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     print_table(ranked(SWEEP, 0.05), 0.05)
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 80 and lines[2].split() == ["1", "batch_size=4", "precision=fp16", "ok", "3,000", "6.00", "/", "12.00"]
+    assert max(map(len, lines)) <= 80 and lines[2].split() == ["1", "batch_size=4,", "precision=fp16", "ok", "3,000", "6.00", "/", "12.00"]
     assert all(any(name in line for line in lines) for name in names(SWEEP)) and "predicted 200.0 GiB > 12.0" in "".join(lines)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_table_of_large_values_fits_into_80_columns_and_is_wrapped_at_commas(language, monkeypatch, capsys):
+    messages.set_language(language)
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    more = ("memory=lean", "precision=bf16", "model.block_size=1024", "optimizer.weight_decay=0.1")
+    found = [
+        TrialResult((*more, f"batch_size={size}", f"learning_rate={size}e-4", f"dropout=0.{size}", f"model=m{size}"), "ok",
+                    tokens_per_s=1234567.0, peak_gib=99.99, budget_gib=99.99, step_ms=12345.6, predicted_gib=99.99, effective_batch=1000000)
+        for size in range(1, 4)
+    ]
+    print_table(found, 0.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(cell_len, lines)) <= 80 and not any(shared in line for shared in more for line in lines)
+    settings = " ".join(re.sub(r"  +.*", "", line[3:]) for line in lines[2:])
+    assert settings == " ".join(names(found)) and all(line.endswith((",", "1", "2", "3")) for line in re.findall(r"^.. (\S.*?)(?:  |$)", "\n".join(lines[2:]), re.MULTILINE))
 
 
 def test_without_a_success_the_report_says_so(in_tmp, capsys):
