@@ -4,9 +4,12 @@
 # converse 由 run_sample.py 调用，按 stdin 是不是终端选一种；一行该做什么全由 commands 的 InteractiveSession 决定
 # 管道里错了一行照写其余的，最后以退出码 2 说明；终端上 Ctrl-C 只清掉这一行
 
+import contextlib
 import locale
+import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import TextIO
 
 from nanogpt.base.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from nanogpt.base.language import ConfigError, say, text
@@ -69,15 +72,42 @@ def decoded(raw: bytes) -> str:
 def at_the_terminal(session: InteractiveSession, prompt) -> int:
     """Ask for lines until /quit or Ctrl-D; Ctrl-C only clears the line."""
     say("type a beginning and press Enter; /help shows the commands, Ctrl-C stops a text, Ctrl-D leaves")
-    while not session.done:
-        try:
-            line = prompt.prompt()
-            obey(session, line)
-        except KeyboardInterrupt:
-            continue
-        except EOFError:
-            break
+    with unechoed(sys.stdin):
+        while not session.done:
+            try:
+                line = prompt.prompt()
+                obey(session, line)
+            except KeyboardInterrupt:
+                continue
+            except EOFError:
+                break
     return 0
+
+
+@contextlib.contextmanager
+def unechoed(stdin: TextIO) -> Iterator[None]:
+    """Do not show what is typed while a text is written: the next prompt reads it. Afterwards all is as before."""
+    try:
+        import termios
+    except ImportError:
+        # Windows 的控制台只在读的时候回显
+        termios = None
+    if termios is None or not stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(stdin)
+    quiet = termios.tcgetattr(stdin)
+    # 一个键一个键地留着：方向键、Ctrl-D、回车原样交给下一次提示；Ctrl-C 照旧停下文字
+    quiet[0] &= ~termios.ICRNL
+    quiet[3] &= ~(termios.ECHO | termios.ICANON)
+    # 默认的 SIGTERM 不走 finally，终端就一直没有回显
+    ended = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    termios.tcsetattr(stdin, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(stdin, termios.TCSADRAIN, before)
+        signal.signal(signal.SIGTERM, ended)
 
 
 def prompt_session(session: InteractiveSession, **surface):

@@ -3,7 +3,11 @@
 import contextlib
 import io
 import json
+import os
 import re
+import select
+import signal
+import sys
 
 import pytest
 from conftest import make_sample_config, wild_model
@@ -23,7 +27,16 @@ from nanogpt.write.control import prefixes
 from nanogpt.write.engine import Writer
 from nanogpt.write.loading import Model
 from nanogpt.write.samples import SEPARATOR, write_samples
-from nanogpt.write.terminal import at_the_terminal, completer, decoded, from_a_pipe, obey, prompt_session, toolbar
+from nanogpt.write.terminal import (
+    at_the_terminal,
+    completer,
+    decoded,
+    from_a_pipe,
+    obey,
+    prompt_session,
+    toolbar,
+    unechoed,
+)
 
 LETTERS = "\n !',.:|/ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-春天花朵"
 SPRING = "春天来了，花儿都开了。"
@@ -398,3 +411,29 @@ def test_the_command_reads_prompts_from_a_pipe_with_sampler_and_controls_of_ones
 
 def test_standard_input_that_is_closed_is_an_end(session):
     assert from_a_pipe(session, io.BytesIO(b"")) == 0
+
+
+@pytest.mark.parametrize("end", [None, KeyboardInterrupt, "SIGTERM"])
+def test_what_is_typed_during_a_text_is_not_echoed_and_kept_for_the_next_prompt(end):
+    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
+    master, slave = pty.openpty()
+    with open(slave, encoding="utf-8") as stdin, open(master, "rb", buffering=0) as terminal:
+        before = termios.tcgetattr(stdin)
+        ended = {None: contextlib.nullcontext(), KeyboardInterrupt: pytest.raises(KeyboardInterrupt), "SIGTERM": pytest.raises(SystemExit)}[end]
+        with ended, unechoed(stdin):
+            os.write(master, b"a\x1b[D\r/quit\r")
+            assert os.read(slave, 100) == b"a\x1b[D\r/quit\r" and not select.select([terminal], [], [], 0)[0]
+            assert termios.tcgetattr(stdin)[3] & termios.ISIG
+            if end == "SIGTERM":
+                os.kill(os.getpid(), signal.SIGTERM)
+            elif end:
+                raise end
+        assert termios.tcgetattr(stdin) == before and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_pipe_and_windows_need_no_change_of_the_terminal(monkeypatch):
+    with unechoed(io.StringIO("So")):
+        pass
+    monkeypatch.setitem(sys.modules, "termios", None)
+    with unechoed(sys.stdin):
+        pass
