@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanogpt.base.console import aligned, file_size
+from nanogpt.base.console import Console, aligned, file_size
 from nanogpt.base.errors import Arguments, forgive_output, one_line_each
 from nanogpt.base.hashed_json import DamagedError, read_object
 from nanogpt.base.language import ConfigError, language_from_arguments, set_language, show, text
@@ -178,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
         for line in table(items):
             show(line)
         if any(item.kind == "optimizer" for item in items):
-            show(text("clean_optimizer_note"))
+            Console().line("clean_optimizer_note")
         if typed.yes or _agreed():
             show(text("{size} freed", size=file_size(remove(items))))
         else:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.base import report
-from nanogpt.base.console import aligned, clock, short
+from nanogpt.base.console import Console, aligned, clock, short
 from nanogpt.base.errors import Arguments, forgive_output, one_line_each
 from nanogpt.base.files import check_writable, write_text
 from nanogpt.base.language import ConfigError, language_from_arguments, say, set_language, show, text
@@ -168,7 +168,7 @@ def finish(keys: Sequence[str], rows: Sequence[Row], path: Path) -> None:
     """Show the comparison and write its page."""
     show_table(keys, rows)
     if not _same_data(rows):
-        show(text("compare_data"))
+        Console().line("compare_data")
     write_page(keys, rows, path)
     show(text("the curves are in {path}", path=path))
 

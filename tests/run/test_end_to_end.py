@@ -141,7 +141,7 @@ def test_two_processes_train_like_one(own_text):
     assert losses("two") == pytest.approx(losses("one"), abs=2e-3) and len(losses("two")) == 5
     summary = json.loads((folder / "outputs/two/summary.json").read_text(encoding="utf-8"))
     assert summary["processes"] == 2 and summary["tokens"] == 5 * 4 * 16
-    assert done.stdout.count("iter 5:") == 1
+    assert done.stdout.count("iter 5: loss") == 1
 
 
 def test_a_sweep_runs_every_job_in_its_own_folder(own_text):
