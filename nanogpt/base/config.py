@@ -237,7 +237,7 @@ class TrialConfig:
     # 试跑在子进程里：显存不足、崩溃、超时都只是一个结果，不连累别的试验
 
     enabled: bool
-    """Run trials instead of a training; experiment=fit sets it."""
+    """Run trials, not a training; experiment=fit sets it."""
     warmup_steps: int = number(0, 10**6)
     """Optimizer steps before the clock starts."""
     steps: int = number(1, 10**6)
@@ -304,7 +304,7 @@ class TrainConfig:
     decay_fraction: float = number(0, 1)
     """Part of the training in which lr_schedule=wsd decays."""
     grad_clip: float = number(0, HUGE)
-    """Limit of the global L2 gradient norm; 0 switches clipping off."""
+    """Limit of the global L2 gradient norm; 0: no clipping."""
     dropout: float
     """Probability that a value is dropped; 0.1 to 0.2 where a small text is read many times."""
     label_dropout: float = number(0, 1)
@@ -314,7 +314,7 @@ class TrainConfig:
     eval_tokens: int | None = number(1, 10**15)
     """Tokens of the validation split, always the same ones, that an evaluation reads; None: all."""
     eval_batch_size: int | None = number(1, 10**6)
-    """Rows per micro-batch of an evaluation; None: batch_size."""
+    """Rows per micro-batch when evaluating; None: batch_size."""
     early_stop_evals: int = number(0, MANY)
     """Stop after so many evaluations without a better loss; 0 never does."""
     target_val_loss: float | None
@@ -322,7 +322,7 @@ class TrainConfig:
     log_interval: int = number(1, MANY)
     """Steps between two lines."""
     save_interval: int | None = number(1, MANY)
-    """Steps between two checkpoints; None: one per evaluation."""
+    """Steps between checkpoints; None: one per evaluation."""
     keep: int = number(1, MANY)
     """Latest checkpoints that are kept, beside the best one."""
     max_nonfinite_steps: int = number(1, MANY)
@@ -330,11 +330,11 @@ class TrainConfig:
     sample_tokens: int = number(0, 10**7)
     """Length of the sample that is written behind each evaluation, in tokens; 0 writes none."""
     sample_prompt: str | None
-    """What the sample continues; None: what writing starts from."""
+    """What the sample continues; None: as in writing."""
     sample_temperature: float = number(0, 100)
     """Of the sample; 0 is greedy."""
     bundle_data_mib: int = number(0, 10**9)
-    """A data set up to this size is copied into the run folder."""
+    """Data sets up to this size are copied into the run."""
     model: ModelConfig = field(default_factory=ModelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     optimizer: Any
