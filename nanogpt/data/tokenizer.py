@@ -151,7 +151,23 @@ def as_word(spelled: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
 
-class CharTokenizer:
+class _OfBytes:
+    """What the tokenizers have in common whose every token stands for the same bytes wherever it is."""
+
+    # 字节固定，前后不相干：才能逐个解码（TextStream），也才说得出一个 token 单独是什么
+    special: dict[str, int]
+
+    def stream(self, after: Iterable[int] = ()) -> TextStream:
+        """Decodes ids one by one, behind those of `after`."""
+        return TextStream(self.token_bytes, after)
+
+    def word(self, token: int) -> str:
+        """The name of a token in a list of tokens."""
+        named = next((name for name, number in self.special.items() if number == token), f"<{token}>")
+        return as_word(self.token_bytes(token)) or named
+
+
+class CharTokenizer(_OfBytes):
     """One token per Unicode character of the training text, in code-point order."""
 
     # 最简单、也最适合中文小语料：词表就是用到的字；代价是没见过的字写不了
@@ -188,19 +204,14 @@ class CharTokenizer:
         # 切片而不是下标：特殊 token 得到空串
         return "".join(self._texts[i : i + 1] for i in ids)
 
-    def stream(self, after: Iterable[int] = ()) -> TextStream:
-        """Decodes ids one by one, behind those of `after`."""
-        return TextStream(lambda token: self._texts[token : token + 1].encode("utf-8"), after)
-
-    def word(self, token: int) -> str:
-        """The name of a token in a list of tokens."""
-        return self._texts[token : token + 1] or _special_word(self.special, token)
+    def token_bytes(self, token: int) -> bytes:
+        return self._texts[token : token + 1].encode("utf-8")
 
     def to_dict(self) -> dict:
         return {"kind": self.kind, "characters": self.characters, **_described(self)}
 
 
-class ByteTokenizer:
+class ByteTokenizer(_OfBytes):
     """One token per UTF-8 byte: any text, 256 tokens."""
 
     # 什么字都写得了；一个汉字三个 token，同样的 block_size 看到的上下文只有三分之一
@@ -221,19 +232,14 @@ class ByteTokenizer:
         # 截断在半个汉字处时用 U+FFFD 表示，而不是报错
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
 
-    def stream(self, after: Iterable[int] = ()) -> TextStream:
-        """Decodes ids one by one, behind those of `after`."""
-        return TextStream(lambda token: bytes((token,)) if token < 256 else b"", after)
-
-    def word(self, token: int) -> str:
-        """The name of a token in a list of tokens."""
-        return as_word(bytes((token,))) if token < 256 else _special_word(self.special, token)
+    def token_bytes(self, token: int) -> bytes:
+        return bytes((token,)) if token < 256 else b""
 
     def to_dict(self) -> dict:
         return {"kind": self.kind, **_described(self)}
 
 
-class BPETokenizer:
+class BPETokenizer(_OfBytes):
     """Byte-pair encoding through tiktoken; ranks and pattern are kept, so that it loads without a network."""
 
     # tiktoken 编码快，但只懂 GPT-2 这一类字节级 BPE；别的词表见 LibraryTokenizer
@@ -265,15 +271,7 @@ class BPETokenizer:
             known = {*self.ranks.values(), *self.special.values()}
             return self._encoding.decode([i for i in ids if i in known], errors="replace")
 
-    def stream(self, after: Iterable[int] = ()) -> TextStream:
-        """Decodes ids one by one, behind those of `after`."""
-        return TextStream(self._token_bytes, after)
-
-    def word(self, token: int) -> str:
-        """The name of a token in a list of tokens."""
-        return as_word(self._token_bytes(token)) or f"<{token}>"
-
-    def _token_bytes(self, token: int) -> bytes:
+    def token_bytes(self, token: int) -> bytes:
         try:
             return self._encoding.decode_single_token_bytes(token)
         except KeyError:
@@ -386,10 +384,6 @@ def _decoders_of(described: dict | None) -> set[str]:
 
 
 Tokenizer = CharTokenizer | ByteTokenizer | BPETokenizer | LibraryTokenizer
-
-
-def _special_word(special: dict[str, int], token: int) -> str:
-    return next((name for name, number in special.items() if number == token), f"<{token}>")
 
 
 def _labels_of(tokenizer: Tokenizer) -> dict:

@@ -199,10 +199,6 @@ async def read(request: Request) -> Completion:
     if content_type != "application/json":
         raise ConfigError("api_content_type", got=content_type or "-")
     limit = reader.limits.max_body_kib * 2**10
-    too_large = ConfigError("api_too_large", limit=reader.limits.max_body_kib)
-    # 先问能不能发的客户端（Expect: 100-continue），不必让它发完
-    if "expect" in headers and int(headers.get("content-length", 0)) > limit:
-        raise too_large
     try:
         async with asyncio.timeout(reader.limits.read_seconds):
             async for part in request.stream():
@@ -212,7 +208,7 @@ async def read(request: Request) -> Completion:
     except TimeoutError:
         raise ConfigError("api_slow_body", seconds=reader.limits.read_seconds) from None
     if size > limit:
-        raise too_large
+        raise ConfigError("api_too_large", limit=reader.limits.max_body_kib)
     return reader.read(bytes(body))
 
 

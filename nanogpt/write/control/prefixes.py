@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nanogpt.base.config import check_range
-from nanogpt.base.language import ConfigError, joined, say
+from nanogpt.base.language import ConfigError, joined, presentable, say
 from nanogpt.base.parts import build_part
 from nanogpt.data.labels import LABEL_KINDS as KINDS
 from nanogpt.data.tokenizer import Tokenizer
@@ -254,13 +254,9 @@ def writable(tokenizer: Tokenizer, text: str) -> bool:
 def say_once(message: str, **values) -> None:
     """Print a message on stderr, unless it was printed before or MOST_SAID others were."""
     # 词来自请求：控制字符会操纵终端，太长会淹没屏幕
-    values = {name: _plain(value) if isinstance(value, str) else value for name, value in values.items()}
+    values = {name: presentable(value) for name, value in values.items()}
     key = (message, *sorted(values.items()))
     # 服务器上谁都可以写新词：说满就不再说，内存不涨，没人读的管道也不会被写满而卡住写作
     if key not in _said and len(_said) < MOST_SAID:
         _said.add(key)
         say(message, **values)
-
-
-def _plain(value: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in value[:200])
