@@ -73,9 +73,9 @@ def table(plan: Plan) -> list[str]:
     cells = []
     for name, size in rows:
         share = size / plan.budget.total
-        # 超出预算的部分用另一种字符，一眼看出差多少
-        bar = "#" * round(min(share, 1) * BAR) + "!" * min(BAR, round(max(0.0, share - 1) * BAR))
-        cells.append((name, f"{size / GIB:7.2f}", f"{share:6.1%} {bar}"))
+        # 超出预算的部分用另一种字符，一眼看出；超出很多的，80 列放不下，看百分数
+        bar = "#" * round(min(share, 1) * BAR) + "!" * min(BAR // 3, round(max(0.0, share - 1) * BAR))
+        cells.append((name, f"{size / GIB:7.2f}", f"{share:6.{1 if share < 10 else 0}%} {bar}"))
     return aligned((text("part"), "GiB", text("of the budget")), cells, sides="lrl")
 
 

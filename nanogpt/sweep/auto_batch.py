@@ -15,9 +15,10 @@ from nanogpt.base.config import TrainConfig
 from nanogpt.base.console import Console, duration
 from nanogpt.base.files import write_text
 from nanogpt.base.hardware import GIB
-from nanogpt.base.language import ConfigError
+from nanogpt.base.language import ConfigError, text
 from nanogpt.plan.plan import Plan, predict
 from nanogpt.sweep import earlier_results as known_results
+from nanogpt.sweep.result import STATUS_MESSAGES
 from nanogpt.sweep.trial import TrialResult, run_trial
 
 FOLDER = Path("outputs") / "fit" / "auto"
@@ -116,7 +117,8 @@ def choose(cfg: TrainConfig, overrides: list[str], *, processes: int, console: C
         what = f"{result.tokens_per_s:.0f} tokens/s" if result.status == "ok" else result.reason
         console.line(
             "  {batch} x {pieces}: {status}, {what}, peak {peak:.2f} GiB",
-            batch=size, pieces=math.ceil(rows / size), status=result.status, what=what, peak=result.held_gib or 0.0,
+            batch=size, pieces=math.ceil(rows / size), status=text(STATUS_MESSAGES[result.status]), what=what,
+            peak=result.held_gib or 0.0,
         )
         return result
 

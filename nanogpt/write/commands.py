@@ -8,6 +8,7 @@
 import difflib
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from typing import Any
 from nanogpt.base.config import check_in, choices_of, range_of
 from nanogpt.base.files import folders_around
 from nanogpt.base.groups import option, parsed
-from nanogpt.base.language import ConfigError, say, show, text
+from nanogpt.base.language import ConfigError, say, show, text, wrapped
 from nanogpt.base.quoting import typed_override, word
 from nanogpt.base.sample_config import SampleConfig
 from nanogpt.base.user_yaml import group_options
@@ -217,17 +218,24 @@ class InteractiveSession:
     # ---- 命令：_do_<名字>(其后的文字) ----
 
     def _do_help(self, value: str) -> None:
+        keys = textwrap.wrap(" ".join(f"/{key}" for key in self.sampler_keys()), 72)
         say(
-            "  /temperature 0.5           lower is safer, 0 is greedy; other keys of the sampler: {sampler_keys}\n  "
-            "/sampler top_p             another strategy; /tokens 200 /samples 3 /seed 7 /stop \\n\n  /style poetic  "
-            "/emotion happy   for all texts from now on; nothing behind it clears it\n  style:poetic| emotion:happy| "
-            "It was     for this text only\n  /control                   styles and emotions, the model's labels "
-            "first; /control guidance 2, /control strength 3, /control none\n  /again  /more              the same "
-            "beginning with the next seed; go on from the last text\n  /unknown skip              pass over "
-            "characters that the vocabulary lacks; /unknown error names them\n  /save [all] FILE.txt|.jsonl     "
-            "append the last text, or all texts, to a file\n  /settings  /help  /quit    Alt-Enter starts a new line, "
-            "// begins a text with a slash",
-            sampler_keys=" ".join(f"/{key}" for key in self.sampler_keys()),
+            "  /temperature 0.5        lower is safer, 0 greedy; other keys of the sampler:\n"
+            "      {sampler_keys}\n"
+            "  /sampler top_p          another strategy\n"
+            "  /tokens 200             how long; /samples 3  /seed 7  /stop \\n\n"
+            "  /style poetic           for all texts from now on; without a word: none\n"
+            "  /emotion happy          style:poetic| emotion:happy| It was  (this text only)\n"
+            "  /control [none]         styles and emotions, the model's labels first;\n"
+            "                          /control guidance 2  /control strength 3\n"
+            "  /again  /more           the same beginning with the next seed; go on from the\n"
+            "                          last text\n"
+            "  /unknown skip           pass over characters that the vocabulary lacks;\n"
+            "                          /unknown error names them\n"
+            "  /save [all] FILE.txt    append the last text, or all, to a file; or .jsonl\n"
+            "  /settings  /help  /quit\n"
+            "  Alt-Enter starts a new line, // begins a text with a slash",
+            sampler_keys="\n      ".join(keys),
         )
 
     def _do_quit(self, value: str) -> None:
@@ -235,7 +243,7 @@ class InteractiveSession:
 
     def _do_settings(self, value: str) -> None:
         for line in self.overview():
-            show(line, file=sys.stderr)
+            show(wrapped(line, sys.stderr), file=sys.stderr)
 
     def overview(self) -> list[str]:
         """Every setting as key=value, as it would be typed on the command line."""

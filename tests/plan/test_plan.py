@@ -47,6 +47,17 @@ def test_the_parts_add_up_to_the_total_and_the_table_shows_them(plan):
     assert all(cell_len(a[: a.index(".")]) == cell_len(b[: b.index(".")]) for a, b in zip(table(plan)[1:], table(plan)[2:], strict=False))
 
 
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_a_plan_far_beyond_the_budget_is_one_table_in_80_columns(plan, lang, monkeypatch, capsys):
+    language.set_language(lang)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    budget = replace(plan.budget, total=7 * GIB)
+    large = replace(plan, budget=budget, parts=replace(plan.parts, activations=900 * GIB, rounding=99 * GIB))
+    lines = table(large)
+    assert len(lines) == 12 and max(map(cell_len, lines)) < 80 and not any("…" in line for line in lines)
+
+
 def test_fits_means_that_the_replay_succeeds_under_the_capacity(plan):
     cfg = plan.cfg
     reserved = plan.reserved / GIB

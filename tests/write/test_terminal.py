@@ -11,6 +11,7 @@ import sys
 
 import pytest
 from conftest import make_sample_config, wild_model
+from rich.cells import cell_len
 from test_engine import Scripted
 from typed import typed
 
@@ -216,7 +217,7 @@ def test_help_and_settings_and_control_tell_everything(session, capsys):
         messages.set_language(language)
         assert piped(session, "/help", "/settings", "/control") == 0
         done = capsys.readouterr()
-        assert done.out == ""
+        assert done.out == "" and max(cell_len(line) for line in done.err.splitlines() if line.startswith("  ")) < 80
         for name in session.names():
             assert f"/{name}" in done.err, name
         for expected in ("sampler=temperature", "sampler.top_k=0", "control.strength=2.0", "control.emotion=null", "max_new_tokens=12", "seed=1337", "num_samples=1", "stop=[]", "unknown=error", "开心", "happy"):
