@@ -35,6 +35,9 @@ def read(name):
 
 
 def blocks(name, language):
+    if name.endswith(".ipynb"):
+        cells = json.loads(read(name))["cells"] if language == "bash" else []
+        return ["".join(line.removeprefix("!") for line in cell["source"] if line.startswith("!")) + "\n" for cell in cells]
     return re.findall(rf"```{language}\n(.*?)```", read(name), flags=re.DOTALL)
 
 
@@ -103,7 +106,7 @@ def test_every_command_of_the_documents_is_understood(in_tmp):
         (in_tmp / name).write_text(TEXT, encoding="utf-8")
     checked = set()
     # docs/extend.md 用的是读者自己的 yaml：下面的测试照它写出来再敲
-    for script, words in commands(*(name for name in ENGLISH if name != "docs/extend.md")):
+    for script, words in commands("docs/nanogpt.ipynb", *(name for name in ENGLISH if name != "docs/extend.md")):
         if any(word.startswith(("--", "hydra/")) for word in words):
             # Hydra 自己的选项，与读者自己的 yaml
             continue
@@ -129,7 +132,9 @@ def test_every_command_of_the_documents_is_understood(in_tmp):
 ELSEWHERE = {"-m", "batch_size=auto", "experiment=fit", "experiment=gpt2_xl_8gb", "serve=true"}
 
 
-def test_the_commands_of_the_readme_are_typed_to_their_end(in_tmp, corpus_folder):
+@pytest.fixture
+def type_command(in_tmp, corpus_folder):
+    """Types a command of a page to its end, with little data and a tiny model; returns whether it is one that is."""
     poem = "春天的花朵今天气很好，夏夜。"
     (in_tmp / "my.txt").write_text(TEXT, encoding="utf-8")
     texts = [{"text": f"{poem}{poem[i % 9 :]}", "style": "七言绝句"} for i in range(80)]
@@ -138,19 +143,63 @@ def test_the_commands_of_the_readme_are_typed_to_their_end(in_tmp, corpus_folder
     own = ["dataset=labelled", "dataset.path=my.jsonl", "dataset.dir=labelled"]
     # 诗在 npm 上：换成带同样标签的几句；剧本换成准备好的文字
     data = {"experiment=poetry": own, "dataset.path=my.jsonl": own, "dataset.path=my.txt": ["dataset.dir=mine"]}
-    done = 0
-    for script, words in commands("README.md"):
+
+    def type_it(script, words):
         if ELSEWHERE & set(words):
-            continue
+            return False
         if script == "run_sample.py":
             more = ["max_new_tokens=4", "fast=false", "unknown=skip"]
-        elif "resume=latest" in words:
+        elif any(word.startswith("resume=") for word in words):
             more = ["max_iters=6"]
         else:
             more = [*QUICK, *next((data[word] for word in words if word in data), [f"dataset.dir={corpus_folder}"])]
         typed(script, in_tmp, *words, *more, lines="The\n")
-        done += 1
-    assert done >= 12
+        return True
+
+    return type_it
+
+
+def test_the_commands_of_the_readme_are_typed_to_their_end(type_command):
+    assert sum(type_command(*command) for command in commands("README.md")) >= 12
+
+
+def test_the_notebook_runs_cell_by_cell_in_both_languages(in_tmp, type_command, capsys):
+    notebook, shells = json.loads(read("docs/nanogpt.ipynb")), []
+    assert notebook["nbformat"] == 4 and all(cell["id"] for cell in notebook["cells"])
+    for cell in notebook["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            assert re.search(r"[一-鿿]", text) and re.search(r"[A-Za-z]{4}", text), text
+
+    def shell(line):
+        words = shlex.split(line)
+        shells.append(words)
+        # 其余的与 README 里的相同，那里敲过
+        if "out_dir=outputs/first" in words or "resume=outputs/first" in words:
+            assert type_command(words[1], words[2:])
+
+    names = {"shell": shell}
+    for cell in (cell for cell in notebook["cells"] if cell["cell_type"] == "code"):
+        assert cell["outputs"] == [] and cell["execution_count"] is None
+        exec(re.sub(r"^( *)[!%](.*)$", r"\1shell(r'''\2''')", "".join(cell["source"]).replace('", "max_new', '", "fast=false", "unknown=skip", "max_new'), flags=re.MULTILINE), names)
+    assert [words[:2] for words in shells[:3]] == [["git", "clone"], ["cd", "nanogpt"], ["pip", "install"]]
+    assert [tuple(words[1:]) for words in shells[3:]] == [(script, *words) for script, words in commands("docs/nanogpt.ipynb")]
+    assert (in_tmp / "first.zip").is_file() and torch.__version__ in capsys.readouterr().out
+
+
+def test_the_image_copies_what_is_there_and_installs_as_the_documents_say():
+    lines = [line for line in read("docs/Dockerfile").splitlines() if not line.startswith("#")]
+    copied = {name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]}
+    assert {"conf", "data", "nanogpt", "run_train.py", "run_sample.py", "setup.cfg", "setup.py", "README.md", "LICENSE"} <= copied
+    assert all((ROOT / name).exists() for name in copied)
+    kept = {line[1:].partition("/")[0] for line in read("docs/Dockerfile.dockerignore").splitlines() if line.startswith("!")}
+    assert kept == copied
+    (pip,) = (line.removeprefix("RUN ") for line in lines if "pip install" in line)
+    assert pip.replace(" .", " -e .").replace(' "', ' -e "') in read("docs/serve.md")
+    # 不用 root，两个卷归那个用户
+    assert lines.index("USER nanogpt") > lines.index(f"RUN {pip}") and 'VOLUME ["/work/data", "/work/outputs"]' in lines
+    arguments = {line.split()[1].partition("=")[0] for line in lines if line.startswith("ARG ")}
+    assert arguments == set(re.findall(r"--build-arg (\w+)=", read("docs/machines.md")))
 
 
 def test_the_pages_of_settings_are_what_the_code_and_the_yaml_say():
