@@ -348,7 +348,7 @@ NAMED = {
     "clean_old": "older checkpoints: {count}",
     "clean_optimizer": "optimizer states: {count}",
     "clean_unsaved": "a run that never saved a checkpoint",
-    "clean_trial": "a trial that failed",
+    "clean_trial": "a trial or a job that failed",
     "clean_optimizer_help": "also delete optimizer states: one can then write with the run, but not train it further",
     "clean_optimizer_note": (
         "Without its optimizer state a run can be written with, served and exported, but not resumed (init_from= still "

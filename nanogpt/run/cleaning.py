@@ -76,7 +76,11 @@ def _unsaved(run_dir: Path) -> bool:
 
 
 def failed_trials(folder: Path) -> Iterator[Item]:
-    """The folders of trials below `folder` that measured nothing, where the sweep has written its report."""
+    """The folders below `folder` of trials that measured nothing, once the sweep has its report, and empty ones."""
+    for sweep in sorted(folder.glob("**/multirun.yaml")):
+        for job in sorted(path for path in sweep.parent.iterdir() if path.is_dir() and not path.is_symlink()):
+            if not any(job.iterdir()):
+                yield Item("trial", job, (), 0)
     for file in sorted(folder.glob("**/trial.json")):
         try:
             failed = read_object(file).get("status") in ("oom", "skipped", "timeout", "crashed", "invalid")
@@ -117,7 +121,11 @@ def remove(items: Iterable[Item]) -> int:
 
 
 def _remove_trial(item: Item) -> None:
-    shutil.rmtree(item.folder)
+    if (item.folder / "trial.json").is_file():
+        shutil.rmtree(item.folder)
+    else:
+        # 列出之后若有任务开始往里写，就不再是空的，删不掉
+        item.folder.rmdir()
 
 
 def _remove_of_run(item: Item) -> None:
@@ -131,7 +139,9 @@ def _remove_of_run(item: Item) -> None:
             return
         found = checkpoint.listed(item.folder)
         named = [one for one in found.good if one.name in item.names]
-        if found.bad or len(named) < len(item.names):
+        # 从旧的接着训过，它就成了最后一个
+        kept = [one for one in named if one not in checkpoint.superseded(found.good, 1)] if item.kind == "old" else []
+        if found.bad or kept or len(named) < len(item.names):
             raise ConfigError("clean_changed")
         _verify(named if item.kind == "optimizer" else [one for one in found.good if one not in named])
         if item.kind == "optimizer":

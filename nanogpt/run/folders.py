@@ -134,9 +134,8 @@ class Run:
 
 def is_run(path: Path) -> bool:
     """Whether a folder is that of a run."""
-    names = ("run.json", "ckpt", "metrics.jsonl")
     return (path / "run.json").is_file() or (path / "ckpt").is_dir() or (
-        (path / "config.yaml").is_file() and any((path / name).exists() for name in names)
+        (path / "config.yaml").is_file() and (path / "metrics.jsonl").is_file()
     )
 
 

@@ -121,6 +121,8 @@ def runs(own_run):
         (folder / "fit" / "monday" / name).mkdir(parents=True)
         (folder / "fit" / "monday" / name / "trial.json").write_text(json.dumps({"status": status, "overrides": []}), encoding="utf-8")
     (folder / "fit" / "monday" / "trials.jsonl").touch()
+    (folder / "sweeps" / "0").mkdir(parents=True)
+    (folder / "sweeps" / "multirun.yaml").touch()
     return folder
 
 
@@ -138,12 +140,12 @@ def test_cleaning_shows_first_and_deletes_only_when_told(runs, capsys, monkeypat
     assert sorted(runs.rglob("*")) == before
     cleaning.main(["--yes"])
     assert kept(runs) == [4, 7] and all(one.problem() is None and one.resumable for one in checkpoint.checkpoints(runs / "run"))
-    assert not (runs / "begun").exists() and [path.name for path in (runs / "fit" / "monday").iterdir() if path.is_dir()] == ["0"]
+    assert not (runs / "begun").exists() and not (runs / "sweeps" / "0").exists() and [path.name for path in (runs / "fit" / "monday").iterdir() if path.is_dir()] == ["0"]
     cleaning.main(["--yes"])
     assert "nothing to clean" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("reason", ["training", "last damaged", "best damaged", "manifest damaged", "strange file", "changed meanwhile"])
+@pytest.mark.parametrize("reason", ["training", "last damaged", "best damaged", "manifest damaged", "strange file", "changed meanwhile", "resumed from an older one"])
 def test_cleaning_leaves_alone_what_is_in_use_damaged_or_strange(runs, capsys, reason):
     lock = Lock(runs / "run" / "lock")
     items = cleaning.everything(["run"], optimizer=False)
@@ -156,6 +158,9 @@ def test_cleaning_leaves_alone_what_is_in_use_damaged_or_strange(runs, capsys, r
         (runs / "begun" / "novel.txt").touch()
         assert not cleaning.everything(["begun"], optimizer=True)
         items = []
+    elif reason == "resumed from an older one":
+        checkpoint.set_aside_newer(runs / "run", 3)
+        items = [cleaning.Item("old", runs / "run", ("iter_00000003",), 1)]
     elif reason == "changed meanwhile":
         shutil.rmtree(runs / "run" / "ckpt" / "iter_00000003")
     else:
