@@ -126,6 +126,15 @@ def test_a_run_looks_at_its_peak_again_at_every_evaluation(in_tmp, tiny_override
     assert trainer.peak == 3
 
 
+def test_a_long_evaluation_is_announced_where_there_is_no_bar(in_tmp, tiny_overrides, capsys):
+    trainer = Session.new(make_config(*tiny_overrides, "out_dir=run"), in_tmp / "run")._build()
+    capsys.readouterr()
+    for seconds, said in ((20.0, ""), (90.0, "iter 0: evaluating and saving, about 90.0 s …\n")):
+        trainer.forecast.pause("evaluation", seconds)
+        trainer._evaluate_in_sight()
+        assert capsys.readouterr().out == said
+
+
 def test_memory_is_that_of_this_process():
     before = memory_gib(CPU)
     # 512 MiB，直接向系统要：堆里可能还有前面的测试释放的，不算新占的
