@@ -280,8 +280,15 @@ class TrainConfig:
     """torch.compile of training steps; auto on a card with Triton when the training is long enough, never in trials."""
     deterministic: bool
     """Demand deterministic kernels on a card; an operation without one is an error."""
-    max_iters: int = number(1, MANY)
-    """Optimizer steps."""
+    max_iters: int | None = number(1, MANY)
+    """Optimizer steps; None: 250, or no limit where max_tokens or max_minutes is given. What is reached first ends the
+    training."""
+    max_tokens: int | str | None
+    """Training tokens; auto: 20 for each parameter of the blocks (Chinchilla, arXiv:2203.15556), but at most 4 passes
+    over the training text (arXiv:2305.16264)."""
+    max_minutes: float | None = number(0, 10**7, open="low")
+    """Minutes of training with its evaluations and saves, those before a resume included; the last evaluation and save
+    come on top. How many steps that is depends on the machine: such a run cannot be repeated bit-exactly."""
     plan: str = choice("false", "true", "matrix")
     """Say what would fit and how fast it would be, train nothing; matrix: a table of presets and formats."""
     batch_size: int | str
@@ -296,9 +303,9 @@ class TrainConfig:
     """End of the decay."""
     warmup_iters: int | None = number(0, MANY)
     """Linear warm-up: step i (from 0) takes (i + 1) / warmup_iters of learning_rate, so the last one takes all of it;
-    nanoGPT divides by warmup_iters + 1. None: 2% of the training, 100 at most."""
+    nanoGPT divides by warmup_iters + 1. None: 2% of the budget, 100 at most."""
     lr_decay_iters: int | None = number(1, MANY)
-    """Step at which min_lr is reached; None: max_iters."""
+    """Step at which min_lr is reached; None: the end of the training."""
     lr_schedule: str = choice("cosine", "linear", "wsd", "constant")
     """Decay behind the warm-up; wsd stays at the peak until its last part."""
     decay_fraction: float = number(0, 1)
@@ -470,13 +477,22 @@ def check_schedule(cfg: Any) -> None:
             "{key}={got} is above {other}={limit}; lower {key} or raise {other}",
             key="min_lr", got=cfg.min_lr, other="learning_rate", limit=cfg.learning_rate,
         )
-    end = cfg.lr_decay_iters or cfg.max_iters
-    if (cfg.warmup_iters or 0) >= end:
+    span = span_of(cfg)
+    end = cfg.lr_decay_iters or span.iters
+    if end is not None and (cfg.warmup_iters or 0) >= end:
         other = "lr_decay_iters" if cfg.lr_decay_iters else "max_iters"
         raise ConfigError(
             "warmup_iters={got} is not shorter than {other}={limit}; lower warmup_iters or train longer",
             got=cfg.warmup_iters, other=other, limit=end,
         )
+
+
+def check_budget(cfg: Any) -> None:
+    """Refuse a number of tokens that is none."""
+    if isinstance(cfg.max_tokens, int):
+        check_range("max_tokens", cfg.max_tokens, 1, 10**15)
+    elif cfg.max_tokens not in (None, "auto"):
+        raise ConfigError("not_a_choice", key="max_tokens", got=cfg.max_tokens, allowed="1000000 … | auto | null")
 
 
 def check_batch(cfg: Any) -> None:
@@ -534,6 +550,64 @@ def check_memory(cfg: Any) -> None:
             )
 
 
+# 什么也没写时先看一眼的长度
+FIRST_LOOK = 250
+# 计算量一定时，每个参数看 20 个 token 左右损失最低；同一段文字读到第 4 遍，还几乎和新的一样有用
+TOKENS_PER_PARAMETER, PASSES = 20, 4
+
+
+@dataclass(frozen=True)
+class Span:
+    """How long a training lasts: to the first of its limits."""
+
+    # token 数在一次训练里折成步数，与 max_iters 是同一件事，学习率逐位相同；只有时间事先不知道是多少步
+
+    iters: int | None
+    """Optimizer steps; None: no limit."""
+    seconds: float | None
+    """On the clock of Progress.wall_s; None: no limit."""
+    key: str = "max_iters"
+    """Where iters comes from: max_iters or max_tokens."""
+
+    def spent(self, iteration: int, wall_s: float) -> float:
+        """The share that is used up; the training ends at 1."""
+        return max(iteration / self.iters if self.iters else 0.0, wall_s / self.seconds if self.seconds else 0.0)
+
+    def ended_by(self, iteration: int) -> str:
+        """The key whose limit is reached after this step."""
+        return self.key if self.iters and iteration >= self.iters else "max_minutes"
+
+
+def span_of(cfg: Any, iteration: int = 0, tokens: int = 0) -> Span:
+    """The span of a training that stands at `iteration` and has been trained on so many tokens."""
+    iters, key = cfg.max_iters, "max_iters"
+    if iters is None and cfg.max_tokens is None and cfg.max_minutes is None:
+        iters = FIRST_LOOK
+    if cfg.max_tokens is not None:
+        limit = auto_tokens(cfg.model) if cfg.max_tokens == "auto" else cfg.max_tokens
+        # 走完的步按那时的批量计，剩下的按现在的
+        steps = iteration + max(0, math.ceil((limit - tokens) / tokens_per_step(cfg)))
+        if iters is None or steps < iters:
+            iters, key = steps, "max_tokens"
+    return Span(iters, cfg.max_minutes and cfg.max_minutes * 60, key)
+
+
+def tokens_per_step(cfg: Any) -> int:
+    """Tokens of one optimizer step, all processes together."""
+    return (cfg.global_batch_size or cfg.batch_size * cfg.gradient_accumulation_steps) * cfg.model.block_size
+
+
+def block_parameters(model: ModelConfig) -> int:
+    """Weights of the matrices in the blocks: what computes, without embeddings, look-up tables and head."""
+    return model.n_layer * (4 + 2 * model.mlp_ratio) * model.n_embd**2
+
+
+def auto_tokens(model: ModelConfig, text_tokens: int | None = None) -> int:
+    """The budget of max_tokens=auto; text_tokens: of the training split, None where it is not prepared yet."""
+    wanted = TOKENS_PER_PARAMETER * block_parameters(model)
+    return wanted if text_tokens is None else min(wanted, PASSES * text_tokens)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Learning-rate schedule with every default filled in; see core.schedule.learning_rate_at."""
@@ -543,16 +617,17 @@ class Schedule:
     learning_rate: float
     min_lr: float
     warmup_iters: int
-    lr_decay_iters: int
+    lr_decay_iters: int | None
+    """None: with the share of the budget that is used up, where time is part of it."""
     lr_schedule: str
     decay_fraction: float
 
 
-def schedule_of(cfg: TrainConfig) -> Schedule:
+def schedule_of(cfg: TrainConfig, span: Span) -> Schedule:
     """The schedule of a run; decay ends with the run and warm-up takes 2% of it unless set otherwise."""
-    end = cfg.lr_decay_iters or cfg.max_iters
+    end = cfg.lr_decay_iters or (None if span.seconds else span.iters)
     # 短跑几步的试验也能用默认值，不会撞上“预热比训练长”
-    warmup = min(100, end // 50) if cfg.warmup_iters is None else cfg.warmup_iters
+    warmup = min(100, MANY if end is None else end // 50) if cfg.warmup_iters is None else cfg.warmup_iters
     return Schedule(cfg.learning_rate, cfg.min_lr, warmup, end, cfg.lr_schedule, cfg.decay_fraction)
 
 
@@ -577,6 +652,7 @@ def check(cfg: Any) -> None:
     check_model(cfg.model)
     check_batch(cfg)
     check_memory(cfg)
+    check_budget(cfg)
     check_schedule(cfg)
     check_checkpoint(cfg)
     check_device(cfg.device)

@@ -4,6 +4,7 @@
 
 import functools
 import logging
+import math
 import os
 import shutil
 import warnings
@@ -46,14 +47,16 @@ def seconds_to_compile(layers: int) -> float:
 
 
 def pays(
-    layers: int, flops_per_token: float, tokens_per_step: int, micro_batches: int, steps: int, peak_tflops: float,
+    layers: int, flops_per_token: float, tokens_per_step: int, micro_batches: int, steps: float, peak_tflops: float,
+    seconds: float = math.inf,
 ) -> bool:
-    """Whether compiling saves more time than it takes, by a rough estimate from the whole length of the training.
+    """Whether compiling saves more time than it takes, by a rough estimate from the whole length of the training:
+    `steps`, or `seconds` where these are over earlier.
 
     It must not depend on how far the training is: a resumed run takes the same way as an uninterrupted one.
     """
     products_s = flops_per_token * tokens_per_step / (REACHED * peak_tflops * 1e12)
-    planned_s = steps * max(products_s, layers * LAUNCH_S_PER_LAYER * micro_batches)
+    planned_s = min(seconds, steps * max(products_s, layers * LAUNCH_S_PER_LAYER * micro_batches))
     return planned_s * GAIN > seconds_to_compile(layers)
 
 

@@ -54,3 +54,6 @@ class Progress:
     tokens_trained: int = 0
     untimed_tokens: int = 0
     """Those of tokens_trained whose seconds are not in train_s."""
+    wall_s: float = 0.0
+    """Seconds since the training began, with its evaluations and saves but without the time between two resumes; 0 in a
+    checkpoint of a version that did not count them."""

@@ -46,6 +46,8 @@ class Trainer:
         self.block_size = self.model.config.block_size
         self.windows = data.val_windows(self.block_size, eval_tokens)
         self.progress = progress or Progress()
+        self.spent = 0.0
+        """Share of the budget that is used up, where the schedule goes by it; whoever drives the steps keeps it."""
         self.stop_requested = False
         # 显卡上由设备自己决定跳不跳过，数值晚一步再看：主机不必每步停下来等它
         self.reads_late = self.device.type == "cuda" and computation.decides_on_device
@@ -73,7 +75,7 @@ class Trainer:
         if not self.prepared:
             self.prepare()
         progress = self.progress
-        rate = learning_rate_at(progress.iteration, self.schedule)
+        rate = learning_rate_at(progress.iteration, self.schedule, self.spent)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         starts = self.data.starts(self.seed, progress.samples_seen, self.global_rows, self.block_size, order=self.order)

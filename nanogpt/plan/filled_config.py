@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanogpt.base import run_names
-from nanogpt.base.config import ModelConfig, TrainConfig
+from nanogpt.base.config import ModelConfig, TrainConfig, auto_tokens
 from nanogpt.base.language import ConfigError, text
 from nanogpt.base.saved_config import read_saved, refuse_unnamed_code
 from nanogpt.data import corpus
@@ -32,6 +32,16 @@ def filled(cfg: TrainConfig, overrides: list[str] | None = None) -> tuple[TrainC
         return cfg, text("model.vocab_size")
     vocab, separator, source = vocabulary(cfg)
     return replace(cfg, model=replace(cfg.model, vocab_size=vocab, separator=separator)), source
+
+
+def with_tokens(cfg: TrainConfig) -> TrainConfig:
+    """The same with max_tokens=auto as a number, which knows of the text's length only where it is prepared."""
+    if cfg.max_tokens != "auto":
+        return cfg
+    options = {k: v for k, v in cfg.dataset.items() if k not in ("name", "dir")}
+    folder = corpus.folder_of(cfg.dataset["name"], cfg.dataset["dir"], options)
+    known = read_meta(folder)["tokens"]["train"] if (folder / "meta.json").is_file() else None
+    return replace(cfg, max_tokens=auto_tokens(cfg.model, known))
 
 
 def vocabulary(cfg: TrainConfig) -> tuple[int, int | None, str]:

@@ -5,18 +5,19 @@
 # predict 是最短的入口；show、advice、matrix、autopsy、sweep 都从这里拿结果
 # 放得下的意思是：分配器模型在容量的 95% 之内走得完
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 
-from nanogpt.base.config import TrainConfig, check
+from nanogpt.base.config import TrainConfig, check, span_of
 from nanogpt.base.groups import train_config
 from nanogpt.base.quoting import quoted
 from nanogpt.core import distributed
 from nanogpt.plan.allocator import Replay, replay
 from nanogpt.plan.budget import Budget, budget_for
-from nanogpt.plan.filled_config import filled
+from nanogpt.plan.filled_config import filled, with_tokens
 from nanogpt.plan.roofline import Rates, rates_of
 from nanogpt.plan.trace import Shape, Trace, trace
 from nanogpt.run.loop import share_batch
@@ -141,7 +142,9 @@ class Plan:
     step_s: float
     tokens_per_s: float
     train_s: float
-    """max_iters steps and their evaluations."""
+    """The steps of the budget and their evaluations."""
+    iters: int
+    """Those steps."""
 
     @property
     def total(self) -> int:
@@ -181,7 +184,7 @@ class Planner:
         if cfg.batch_size == "auto":
             rows = self.largest_batch(cfg, BATCHES) or 1
             cfg = replace(cfg, batch_size=rows, gradient_accumulation_steps=1)
-        return self.judge(cfg, vocab_source)
+        return self.judge(with_tokens(cfg), vocab_source)
 
     def largest_batch(self, cfg: TrainConfig, candidates: tuple[int, ...]) -> int | None:
         """The largest of `candidates` rows that fits by a full trace, None where not even the first does."""
@@ -249,23 +252,26 @@ class Planner:
             **by_kind, rounding=max(0, result.reserved - workspace - live), workspace=workspace,
             context=self.budget.context, desktop=self.budget.desktop,
         )
-        step_s = step_seconds(traced, self.rates, total)
+        step_s, evaluation_s = step_seconds(traced, self.rates, total), self._evaluation_s(cfg, traced)
+        span = span_of(cfg)
+        steps = span.iters or math.inf
+        if span.seconds:
+            steps = max(1, min(steps, int(span.seconds / (step_s + evaluation_s / cfg.eval_interval))))
         return Plan(
             cfg=cfg, budget=self.budget, rates=self.rates, parts=parts, allocated=result.allocated,
             reserved=result.reserved, ram=traced.ram, verdict=verdict, batch_size=traced.shape.rows,
             accumulation=-(-total // traced.shape.rows), parameters=traced.parameters,
             precision=str(traced.dtype).removeprefix("torch."), vocab_source=vocab_source, step_s=step_s,
             tokens_per_s=total * distributed.world() * cfg.model.block_size / step_s,
-            train_s=cfg.max_iters * step_s + self._evaluation_s(cfg, traced),
+            train_s=steps * step_s + -(-steps // cfg.eval_interval) * evaluation_s, iters=steps,
         )
 
     def _evaluation_s(self, cfg: TrainConfig, traced: Trace) -> float:
-        """All evaluations of the run, 0 where eval_tokens leaves their size to the data."""
+        """One evaluation, 0 where eval_tokens leaves its size to the data."""
         if cfg.eval_tokens is None:
             return 0.0
         batches = cfg.eval_tokens / (traced.shape.eval_rows * cfg.model.block_size)
-        times = -(-cfg.max_iters // cfg.eval_interval)
-        return times * batches * self.rates.seconds(traced.ops["evaluate"])
+        return batches * self.rates.seconds(traced.ops["evaluate"])
 
 
 def step_seconds(traced: Trace, rates: Rates, rows: int) -> float:

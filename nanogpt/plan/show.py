@@ -50,7 +50,7 @@ def show(plan: Plan, console: Console) -> None:
     )
     line(
         "about {speed:,.0f} tokens/s, {step}/step, {wall} for {iters} iterations with evaluation",
-        speed=plan.tokens_per_s, step=duration(plan.step_s), wall=duration(plan.train_s), iters=cfg.max_iters,
+        speed=plan.tokens_per_s, step=duration(plan.step_s), wall=duration(plan.train_s), iters=plan.iters,
     )
     rates, kind = plan.rates, plan.budget.device_type
     line(

@@ -38,7 +38,7 @@ STATES = {
     "running": "state_running", "finished": "state_finished", "stopped": "state_stopped", "empty": "state_empty",
     "damaged": "state_damaged",
 }
-ENDED = ("finished", "early_stop", "target_reached")
+ENDED = ("finished", "max_tokens", "max_minutes", "early_stop", "target_reached")
 COLUMNS = (
     "column_run", "column_loss", "column_tokens", "column_took", "column_size", "column_state", "column_model",
     "column_data", "column_bpb",

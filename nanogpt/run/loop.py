@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from nanogpt.base.config import TrainConfig, schedule_of
+from nanogpt.base.config import MANY, TrainConfig, schedule_of, span_of
 from nanogpt.base.console import Console, duration
 from nanogpt.base.errors import is_out_of_memory, not_divisible
 from nanogpt.base.hardware import peak_tflops_of, reference
@@ -60,10 +60,12 @@ class Training(Trainer):
     ):
         """`write_sample` is that of nanogpt.write.engine; without it no samples are written."""
         rows, micro_batch = share_batch(cfg, distributed.world())
+        at = progress or Progress()
+        self.span = span_of(cfg, at.iteration, at.tokens_trained)
         super().__init__(
-            computation, data, schedule=schedule_of(cfg), seed=cfg.seed, rows=rows, micro_batch=micro_batch,
+            computation, data, schedule=schedule_of(cfg, self.span), seed=cfg.seed, rows=rows, micro_batch=micro_batch,
             eval_batch=cfg.eval_batch_size, eval_tokens=cfg.eval_tokens, grad_clip=cfg.grad_clip,
-            progress=progress, order=order,
+            progress=at, order=order,
         )
         self.cfg, self.loggers, self.saver, self.console = cfg, loggers, saver, console
         # 写作在训练之上：由 run_train.py 交进来
@@ -73,7 +75,7 @@ class Training(Trainer):
         self.peak_source, self.peak = peak_tflops(cfg.hardware, self.device, self.precision)
         self.stopwatch, self.interval = Stopwatch(), Interval()
         work = FORWARD * len(self.windows) / self.global_rows
-        self.forecast = Forecast(cfg.max_iters, cfg.eval_interval, cfg.save_interval, work)
+        self.forecast = Forecast(self.span.iters or MANY, cfg.eval_interval, cfg.save_interval, work)
         self.latest_loss = math.nan
         self.unjudged: StepResult | None = None
         self.shapes_met: set[int] = set()
@@ -104,7 +106,8 @@ class Training(Trainer):
         micro_batches = math.ceil(self.local_rows / self.micro_batch)
         flops = flops_per_token(self.model)
         tokens, layers = self.local_rows * self.block_size, self.model.config.n_layer
-        return pays(layers, flops, tokens, micro_batches, self.cfg.max_iters, self.peak)
+        steps, seconds = self.span.iters or math.inf, self.span.seconds or math.inf
+        return pays(layers, flops, tokens, micro_batches, steps, self.peak, seconds)
 
     # ---- 一步前后 ----
 
@@ -144,11 +147,14 @@ class Training(Trainer):
     # ---- 整个训练 ----
 
     def fit(self) -> dict:
-        """Train to max_iters or until something asks to stop; return the summary."""
-        cfg, progress, started, reason = self.cfg, self.progress, time.perf_counter(), None
+        """Train to the end of the budget or until something asks to stop; return the summary."""
+        progress, started, reason = self.progress, time.perf_counter(), None
+        # 以前各程的时间也算：从那里接着走的钟
+        self.began = started - progress.wall_s
+        self._count_time()
         try:
-            with self.console.progress(cfg.max_iters, progress.iteration) as advance:
-                while progress.iteration < cfg.max_iters and reason is None:
+            with self.console.progress(*self._of_span()) as advance:
+                while self.spent < 1 and reason is None:
                     # 能分小的都分过了：还有别处的内存不足，也是一种结局
                     with not_divisible("training", rows=self.micro_batch):
                         result = self._timed_step()
@@ -162,7 +168,27 @@ class Training(Trainer):
                 self.loggers.close()
             raise
         self.loggers.close()
-        return self._summary(reason or "finished", time.perf_counter() - started)
+        return self._summary(reason or self._end(), time.perf_counter() - started)
+
+    def _end(self) -> str:
+        """What the summary says of a training that used up its budget."""
+        key = self.span.ended_by(self.progress.iteration)
+        return "finished" if key == "max_iters" else key
+
+    def _count_time(self) -> None:
+        """Read the clock of the first process, and from it the share of the budget that is used up."""
+        # 各进程用同一个钟：学习率、停不停才处处一样；没有时间预算就不必为它通信
+        passed = time.perf_counter() - self.began
+        if self.span.seconds:
+            passed, = distributed.largest([0.0 if distributed.rank() else passed], self.device)
+        self.progress.wall_s = passed
+        self.spent = self.span.spent(self.progress.iteration, self.progress.wall_s)
+
+    def _of_span(self) -> tuple[int, int]:
+        """(all, done) of what the bar counts: iterations, or seconds where only these are limited."""
+        if self.span.iters:
+            return self.span.iters, self.progress.iteration
+        return round(self.span.seconds), round(self.progress.wall_s)
 
     def _summary(self, reason: str, wall_s: float) -> dict:
         progress = self.progress
@@ -178,12 +204,13 @@ class Training(Trainer):
     def _between_steps(self, result: StepResult) -> str | None:
         """Evaluate, log, save and sample if it is time to; the reason to stop, or None."""
         cfg, progress, began, reason = self.cfg, self.progress, time.perf_counter(), None
-        last = progress.iteration == cfg.max_iters
-        evaluated = last or self._every(cfg.eval_interval)
+        last = self.spent >= 1
+        evaluated = last or (self._every(cfg.eval_interval) and self._leaves_time())
         if result.stop_requested:
             reason = "interrupted"
         elif evaluated:
             reason = self._evaluate_and_judge()
+            self._count_time()
         if evaluated or reason or self._every(cfg.log_interval):
             self._log(result, evaluated and progress.val_loss is not None)
         save_due = self._every(cfg.save_interval) if cfg.save_interval else evaluated
@@ -195,6 +222,14 @@ class Training(Trainer):
             self.forecast.pause("evaluation" if evaluated else "save", time.perf_counter() - began)
         return reason
 
+    def _leaves_time(self) -> bool:
+        """Whether there is time for steps behind an evaluation: if not, the one at the end is enough."""
+        # 评估正好用完最后的时间，学习率就降不到底
+        if self.span.seconds is None:
+            return True
+        too_long = self.forecast.evaluation_s >= self.span.seconds - self.progress.wall_s
+        return not distributed.largest([float(too_long)], self.device)[0]
+
     def _advance(self, advance: Callable[..., None]) -> None:
         """Move the bar to this iteration, where there is one."""
         if not self.console.live:
@@ -202,7 +237,9 @@ class Training(Trainer):
         step_s = self.forecast.step_s
         speed = self.global_rows * self.block_size / step_s if step_s else 0.0
         note = text("loss {loss:.4f}, {speed:.0f} tok/s", loss=self.latest_loss, speed=speed)
-        advance(self.progress.iteration, note, self.forecast.left_s(self.progress.iteration) if step_s else None)
+        left = [self.forecast.left_s(self.progress.iteration)] if step_s and self.span.iters else []
+        left += [self.span.seconds - self.progress.wall_s] if self.span.seconds else []
+        advance(self._of_span()[1], note, min(left, default=None))
 
     def _every(self, interval: int | None) -> bool:
         return bool(interval) and self.progress.iteration % interval == 0
@@ -212,6 +249,7 @@ class Training(Trainer):
         cfg, tokens = self.cfg, self.global_rows * self.block_size
         self.stopwatch.start()
         result = self.step()
+        self._count_time()
         self.interval.results.append(result)
         if self.micro_batch not in self.shapes_met and (self.device.type != "cpu" or self.compiles):
             # 编译、加载 kernel 要几十秒：算进速度，短训练就只剩零头；要等它做完，才不拖到下一步里
@@ -220,8 +258,7 @@ class Training(Trainer):
             self.progress.untimed_tokens += tokens
         else:
             # 接着要显示、保存它的结果：等它做完的时间也算这一步的
-            last = self.progress.iteration == cfg.max_iters
-            if last or any(map(self._every, (cfg.eval_interval, cfg.log_interval, cfg.save_interval))):
+            if self.spent >= 1 or any(map(self._every, (cfg.eval_interval, cfg.log_interval, cfg.save_interval))):
                 self.judge_latest()
             self.forecast.step(self.stopwatch.stop())
             self.interval.tokens += tokens

@@ -203,7 +203,7 @@ class Forecast:
         return self._pauses.get("evaluation", self._relative * self.step_s)
 
     def left_s(self, iteration: int) -> float:
-        """Seconds from the end of this step until max_iters is done; what is due right after it counts."""
+        """Seconds from the end of this step until max_iters are done; what is due right after it counts."""
 
         def ahead(interval: int) -> int:
             return self.max_iters // interval - (iteration - 1) // interval

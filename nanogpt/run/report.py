@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from nanogpt.base.config import TrainConfig
+from nanogpt.base.config import TrainConfig, span_of
 from nanogpt.base.console import clock, short
 from nanogpt.base.files import write_text
 from nanogpt.base.groups import leaves, train_config
@@ -41,7 +41,7 @@ def write_report(
     html = page(
         Path(__file__).with_name("report.html"), title=printable(title),
         subtitle=f"{model} · {summary['device']} · {time.strftime('%Y-%m-%d %H:%M')}",
-        tiles=_tiles(records, summary, cfg.max_iters), commands=commands,
+        tiles=_tiles(records, summary, span_of(cfg).iters), commands=commands,
         curves=curves(lines, title, **axes) if lines else "",
         samples=[(at, "\n".join(map(printable, sample.strip("\n").split("\n")))) for at, sample in _spread(samples)],
         settings=[tuple(map(printable, row)) for row in changed(cfg)],
@@ -53,7 +53,7 @@ def _curve(records: list[dict], key: str) -> list[tuple[float, float]]:
     return [(record["iteration"], record[key]) for record in records if key in record]
 
 
-def _tiles(records: list[dict], summary: Mapping[str, Any], max_iters: int) -> list[tuple[str, str]]:
+def _tiles(records: list[dict], summary: Mapping[str, Any], planned: int | None) -> list[tuple[str, str]]:
     """The figures at the top of the page and the messages that name them."""
     bits = [value for _, value in _curve(records, "val/bpb")]
     peaks = [value for _, value in _curve(records, "memory/peak_gib")]
@@ -64,7 +64,7 @@ def _tiles(records: list[dict], summary: Mapping[str, Any], max_iters: int) -> l
         (formatted(max(peaks, default=None), ".2f"), "chart_ram" if summary["peak_vram_gib"] is None else "chart_vram"),
         # wall_s 只是这一次的，train_s 是全程的，但不含评估
         (clock(max(summary["wall_s"], summary["train_s"])), "tile_time"),
-        (f"{short(summary['iters'])} / {short(max_iters)}", "tile_iterations"),
+        (short(summary["iters"]) + (f" / {short(planned)}" if planned else ""), "tile_iterations"),
     ]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from nanogpt.base import run_names
-from nanogpt.base.config import TrainConfig, check
+from nanogpt.base.config import MANY, TrainConfig, auto_tokens, block_parameters, check, span_of, tokens_per_step
 from nanogpt.base.console import Console, file_size
 from nanogpt.base.errors import OutOfMemory
 from nanogpt.base.files import folders_around, sync_names, write_text
@@ -100,6 +100,9 @@ class Session:
         self.run_dir, cfg.batch_size = distributed.broadcast((run_dir, cfg.batch_size))
         self.data = self._open_data()
         self._check_against_data()
+        if cfg.max_tokens == "auto":
+            # 记下算出的数：接着训时要加，就在它上面加
+            cfg.max_tokens = auto_tokens(cfg.model, len(self.data.tokens["train"]))
 
     @classmethod
     def new(
@@ -160,11 +163,12 @@ class Session:
         cfg = replace(rundir.resumed_config(source.config_text(), typed, overrides, source.folder), resume=str(run_dir))
         check(cfg)
         check_weights(source, cfg.model, cfg.finetune)
-        if source.iteration >= cfg.max_iters:
+        span = span_of(cfg)
+        if span.key == "max_iters" and span.iters and source.iteration >= span.iters:
             raise ConfigError(
                 "the run already stands at iteration {iteration} of max_iters={max_iters}; add max_iters={more} to "
                 "train on",
-                iteration=source.iteration, max_iters=cfg.max_iters, more=2 * source.iteration,
+                iteration=source.iteration, max_iters=span.iters, more=2 * source.iteration,
             )
         bundled = run_dir / "data"
         # 试的是同一个形状：权重是什么不影响快慢与内存
@@ -242,6 +246,7 @@ class Session:
         loggers = Loggers([JsonlLogger(), *backends] if distributed.rank() == 0 else [])
         computation = self._build_step()
         progress, order = restore(self.source, computation, self.data) if self.source else (Progress(), ORDER)
+        self._refuse_used_up(progress)
         node = OmegaConf.structured(self.cfg)
         config_text = OmegaConf.to_yaml(node)
         if distributed.rank() == 0:
@@ -252,6 +257,14 @@ class Session:
             self.cfg, computation=computation, data=self.data, loggers=loggers, saver=self._saver(config_text),
             console=self.console, write_sample=self.hooks.write_sample, progress=progress, order=order,
         )
+
+    def _refuse_used_up(self, progress: Progress) -> None:
+        """Refuse to go on with a run that has used up its time or its tokens."""
+        span = span_of(self.cfg, progress.iteration, progress.tokens_trained)
+        if span.spent(progress.iteration, progress.wall_s) >= 1:
+            key = span.ended_by(progress.iteration)
+            got = getattr(self.cfg, key)
+            raise ConfigError("{key}={got} is used up; add {key}={more} to train on", key=key, got=got, more=2 * got)
 
     def build_trial(self, kind: type[Training] = Training) -> Training:
         """The trainer that a run would have, at iteration 0, and nothing written: for trials and measurements."""
@@ -372,6 +385,7 @@ class Session:
             "MFU, the share of the peak that the model's products reach: 100% is {tflops:.2f} TFLOP/s, {source}",
             source=trainer.peak_source, tflops=trainer.peak,
         )
+        self._announce_budget(trainer)
         every = self.data.val_windows(trainer.block_size, None)
         line(
             "validation: {tokens:,} of {total:,} tokens, the same ones every time",
@@ -385,7 +399,9 @@ class Session:
             return
         cfg, each = self.cfg, largest_bytes(trainer.computation)
         there = len(checkpoint.listed(self.run_dir).good)
-        saves = math.ceil((cfg.max_iters - trainer.progress.iteration) / (cfg.save_interval or cfg.eval_interval))
+        # 只有时间预算时不知道会有多少步：当作存得满
+        left = (trainer.span.iters or MANY) - trainer.progress.iteration
+        saves = math.ceil(left / (cfg.save_interval or cfg.eval_interval))
         # 最好的可能另算一份；步数少的训练存不了那么多
         kept = max(1, min(cfg.keep + 1, there + saves))
         self.console.line(
@@ -412,6 +428,23 @@ class Session:
             "accum": math.ceil(trainer.local_rows / trainer.micro_batch), "block": trainer.block_size,
             "world": f" x {world}" if world > 1 else "",
         }
+
+    def _announce_budget(self, trainer: Training) -> None:
+        """What the budget is in passes over the text and in tokens per parameter, and what would be in proportion."""
+        cfg, text_tokens, line = self.cfg, len(self.data.tokens["train"]), self.console.line
+        if cfg.max_minutes:
+            used = trainer.progress.wall_s / 60
+            line("budget: {minutes:g} minutes, of which {used:.1f} are used", minutes=cfg.max_minutes, used=used)
+        if not trainer.span.iters:
+            return
+        tokens, wanted = trainer.span.iters * tokens_per_step(cfg), auto_tokens(cfg.model, text_tokens)
+        line(
+            "budget: {iters:,} iterations read {tokens:.3g}M tokens: {passes:.2g} passes over the text, {each:.2g} per "
+            "parameter of the blocks{hint}",
+            iters=trainer.span.iters, tokens=tokens / 1e6, passes=tokens / text_tokens,
+            each=tokens / block_parameters(cfg.model),
+            hint=text("; max_tokens=auto would read {tokens:.3g}M", tokens=wanted / 1e6) if tokens < wanted / 2 else "",
+        )
 
     def _explain(self, error: OutOfMemory, *, has_checkpoint: bool) -> None:
         """One screen about what did not fit and what to type instead."""
@@ -499,7 +532,10 @@ class Session:
         ends = {"early_stop": ["early_stop_evals=0"], "target_reached": ["target_val_loss=null"]}
         off = ends.get(summary["stopped_by"], [])
         again = ["run_train.py", *self._named("train"), override("resume", path)]
-        longer = {"next_longer": command(*again, f"max_iters={2 * summary['iters']}", *off)}
+        span = span_of(self.cfg)
+        key = span.key if span.iters and summary["stopped_by"] != "max_minutes" else "max_minutes"
+        more = 2 * (summary["iters"] if key == "max_iters" else getattr(self.cfg, key))
+        longer = {"next_longer": command(*again, f"{key}={more}", *off)}
         commands = {
             "next_sample": command("run_sample.py", *self._named("sample"), override("out_dir", path), *label),
             **({"next_resume": command(*again)} if summary["stopped_by"] == "interrupted" else longer),

@@ -121,5 +121,17 @@ def test_each_schedule_has_its_shape():
     assert learning_rate_at(87, schedule("wsd")) == 1.0 and learning_rate_at(99, schedule("wsd")) == pytest.approx(0.55)
 
 
+@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "constant"])
+def test_a_schedule_over_a_share_of_the_budget_has_the_shape_of_one_over_iterations(kind):
+    by_share, by_step = (schedule(kind, warmup_iters=0, lr_decay_iters=end) for end in (None, 100))
+    for i in range(101):
+        assert learning_rate_at(i, by_share, i / 100) == pytest.approx(learning_rate_at(i, by_step))
+    # 预热数步数，却至多占预算的 2%：步子慢的机器也走得完
+    warming = schedule(kind, warmup_iters=10, lr_decay_iters=None)
+    assert learning_rate_at(0, warming, 0.0) == pytest.approx(0.1) and learning_rate_at(4, warming, 0.01) == pytest.approx(
+        0.5 * learning_rate_at(4, by_share, 0.01))
+    assert learning_rate_at(1, warming, 0.02) == learning_rate_at(1, by_share, 0.02)
+
+
 def test_no_warm_up_starts_at_the_peak():
     assert learning_rate_at(0, schedule("cosine", warmup_iters=0)) == 1.0

@@ -1,15 +1,19 @@
 """The loop: accumulation equals the large batch, resume equals the uninterrupted run, faults are survived."""
 
+import dataclasses
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_config, new_trainer, reseal, resume, resumed_trainer, train
+from conftest import make_config, new_session, new_trainer, reseal, resume, resumed_trainer, train
 
+from nanogpt.base.config import auto_tokens, block_parameters, span_of
 from nanogpt.base.language import ConfigError
 from nanogpt.base.lock import Lock
+from nanogpt.run import loop
 from nanogpt.run.loop import share_batch
 from nanogpt.weights import checkpoint
 
@@ -28,6 +32,80 @@ def test_training_lowers_the_loss(in_tmp, tiny_overrides):
     trainer = train(tiny_overrides, "max_iters=40", "eval_interval=40")
     losses = [r["train/loss"] for r in records() if "train/loss" in r]
     assert losses[-1] < losses[0] - 0.5 and trainer.progress.val_loss < losses[0] - 0.5
+
+
+def test_a_budget_of_tokens_is_a_training_of_as_many_iterations_and_can_be_raised(in_tmp, tiny_overrides):
+    whole = train(tiny_overrides, out="outputs/a")
+    step = whole.global_rows * whole.block_size
+    same = train(tiny_overrides, "max_iters=null", f"max_tokens={6 * step - 1}", out="outputs/b")
+    assert torch.equal(weights(same.model), weights(whole.model)) and same.progress.tokens_trained == 6 * step
+    with pytest.raises(ConfigError, match=f"max_tokens={6 * step - 1} is used up; add max_tokens={12 * step - 2} to train on"):
+        resumed_trainer("outputs/b")
+    assert resumed_trainer("outputs/b", f"max_tokens={8 * step}").fit()["iters"] == 8
+    # 先到的那一项结束训练
+    assert train(tiny_overrides, f"max_tokens={9 * step}", out="outputs/c").progress.iteration == 6
+
+
+def test_an_automatic_budget_fits_model_and_text_and_is_written_down_as_a_number(in_tmp, tiny_overrides):
+    session = new_session(tiny_overrides, "max_iters=null", "max_tokens=auto")
+    text_tokens = len(session.data.tokens["train"])
+    blocks = sum(p.numel() for p in session._build().model.h.parameters() if p.dim() > 1)
+    assert blocks == block_parameters(session.cfg.model)
+    assert session.cfg.max_tokens == min(20 * blocks, 4 * text_tokens) == auto_tokens(session.cfg.model, text_tokens)
+    cfg = make_config()
+    assert (cfg.max_iters, span_of(cfg).iters, span_of(make_config("max_minutes=3")).iters) == (None, 250, None)
+
+
+class Clock:
+    """A clock on which each step of a trainer takes ten seconds and all else nothing."""
+
+    def __init__(self, trainer, monkeypatch):
+        self.now, self.rates, real = 0.0, [], trainer.step
+
+        def step():
+            result = real()
+            self.now += 10
+            self.rates.append(result.learning_rate)
+            return result
+
+        trainer.step = step
+        monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+
+def test_a_budget_of_minutes_ends_the_run_with_its_decay_done_and_a_resume_has_what_is_left(in_tmp, tiny_overrides, monkeypatch):
+    timed = [*tiny_overrides, "max_iters=null", "max_minutes=1", "warmup_iters=0", "eval_interval=3"]
+    whole = new_trainer(timed, out="outputs/whole")
+    clock = Clock(whole, monkeypatch)
+    summary = whole.fit()
+    assert (summary["stopped_by"], summary["iters"], whole.progress.wall_s) == ("max_minutes", 6, 60)
+    assert clock.rates == pytest.approx([1e-2 * (6 - i) / 6 for i in range(6)])
+    half = new_trainer(timed, out="outputs/half")
+    Clock(half, monkeypatch)
+    half.span = dataclasses.replace(half.span, iters=3)
+    half.fit()
+    rest = resumed_trainer("outputs/half")
+    again = Clock(rest, monkeypatch)
+    assert rest.fit()["iters"] == 6 and again.rates == pytest.approx(clock.rates[3:])
+    with pytest.raises(ConfigError, match="max_minutes=1.0 is used up; add max_minutes=2.0 to train on"):
+        resumed_trainer("outputs/half")
+    longer = resumed_trainer("outputs/half", "max_minutes=2")
+    Clock(longer, monkeypatch)
+    assert longer.fit()["iters"] == 12
+
+
+def test_an_evaluation_that_would_use_up_the_time_is_left_to_the_end(in_tmp, tiny_overrides, monkeypatch):
+    trainer = new_trainer(tiny_overrides, "max_iters=null", "max_minutes=1", "eval_interval=1")
+    clock, real, at = Clock(trainer, monkeypatch), trainer.evaluate, []
+
+    def evaluate(*told):
+        at.append(trainer.progress.iteration)
+        clock.now += 15
+        return real(*told)
+
+    trainer.evaluate = evaluate
+    trainer.fit()
+    # 10 + 15、35 + 15；60 秒时结束，再评估
+    assert at == [1, 2, 3] and trainer.progress.iteration == 3
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

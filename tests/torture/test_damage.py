@@ -85,7 +85,7 @@ def go_on(run: Path, which: str = "last") -> tuple:
     finally:
         session.lock.release()
     tensors = [*trainer.model.state_dict().values(), *(t for s in trainer.optimizer.state_dict()["state"].values() for t in s.values())]
-    progress = {key: value for key, value in vars(trainer.progress).items() if key != "train_s"}
+    progress = {key: value for key, value in vars(trainer.progress).items() if key not in ("train_s", "wall_s")}
     return tuple(t.cpu().numpy().tobytes() for t in tensors), json.dumps(progress), trainer.data.fingerprint
 
 
