@@ -5,6 +5,7 @@
 # rich 知道汉字占两列；没有终端、也没有表时不导入它，启动更快
 # 读的人走了（… | head）或磁盘满了，训练都不能因此丢：见 plain
 
+import atexit
 import contextlib
 import io
 import sys
@@ -72,6 +73,9 @@ class Console:
             return
         outermost = self._bar is None
         self._bar = bar = self._bar or _bars(self._rich)
+        if outermost:
+            # 生成器里的进度条，出错时未必轮得到收尾：光标不能一直藏着
+            atexit.register(bar.stop)
         with bar if outermost else contextlib.nullcontext():
             task = bar.add_task(text(title), total=total, completed=done, note="", left=None)
             try:
@@ -80,6 +84,7 @@ class Console:
                 bar.remove_task(task)
                 if outermost:
                     self._bar = None
+                    atexit.unregister(bar.stop)
 
     def iteration(self, iteration: int, record: dict[str, float], device_type: str, *, best: float) -> None:
         """The line of one log interval and, where it was evaluated, a second one; each fits into 80 columns."""

@@ -122,7 +122,7 @@ def joined(words: Iterable[str]) -> str:
 
 # 可以折行的一段：一个汉字，或一串没有空格的别的字；开口的标点跟着后面，闭合的跟着前面
 WIDE = "\u2e80-\u9fff\uff00-\uffef"
-PIECE = re.compile(f"( *)([（“「《]*(?:[{WIDE}]|[^ {WIDE}]+)[，。；：、！？）”」》…]*)")
+PIECE = re.compile(f"( *)([（“「《［]*(?:[{WIDE}]|[^ {WIDE}]+)[，。；：、！？）”」》］…]*)")
 
 
 def wrapped(written: str, file: TextIO) -> str:
