@@ -28,6 +28,11 @@ def run_folder(cfg: TrainConfig) -> Path:
 
 def before_sweep(cfg: TrainConfig) -> Path | None:
     """Check a job of a sweep before the first begins; the folder that it trains in, None for a plan or a trial."""
+    if cfg.search.enabled:
+        from nanogpt.sweep.search import check_search
+
+        check_search(cfg)
+        return None
     if cfg.plan.lower() != "false" or cfg.trial.enabled:
         return None
     run_dir = run_folder(cfg)
@@ -46,6 +51,10 @@ def main(cfg: TrainConfig, overrides: list[str]) -> float | None:
 
         run_plan(cfg, overrides)
         return None
+    if cfg.search.enabled:
+        from nanogpt.sweep.search import search_job
+
+        return search_job(cfg, overrides)
     if cfg.trial.enabled:
         from nanogpt.sweep.jobs import trial_job
 

@@ -4,13 +4,23 @@
 
 from collections.abc import Iterator
 
-from nanogpt.base.config import ROOT, FinetuneConfig, HardwareConfig, MemoryConfig, Range, TrainConfig, TrialConfig
+from nanogpt.base.config import (
+    ROOT,
+    FinetuneConfig,
+    HardwareConfig,
+    MemoryConfig,
+    Range,
+    SearchConfig,
+    TrainConfig,
+    TrialConfig,
+)
 from nanogpt.base.help import commented, described
 from nanogpt.base.sample_config import SampleConfig, ServerConfig
 
 # 哪个 schema 的键写在哪个 yaml 的哪一层
 SECTIONS = (
     ("nanogpt train", "", TrainConfig, "train.yaml"), ("trial", "trial.", TrialConfig, "train.yaml"),
+    ("search", "search.", SearchConfig, "experiment/search.yaml"),
     ("memory", "memory.", MemoryConfig, "memory/default.yaml"),
     ("finetune", "finetune.", FinetuneConfig, "finetune/lora.yaml"),
     ("hardware", "hardware.", HardwareConfig, "hardware/auto.yaml"),
@@ -31,7 +41,7 @@ def rows(prefix: str, schema: type, yaml: str, language: str) -> Iterator[str]:
     english, lines = described(schema), commented(ROOT / "conf" / yaml)
     for name, field in schema.__dataclass_fields__.items():
         # 一组自己的 yaml 里，键不带组名
-        line = lines.get(f"{prefix}{name}" if "/" not in yaml else name)
+        line = lines.get(f"{prefix}{name}") or (lines.get(name) if "/" in yaml else None)
         if line is None or name not in english:
             continue
         allowed: Range | str = field.metadata.get("range", " ".join(field.metadata.get("choices", ())))

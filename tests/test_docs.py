@@ -15,12 +15,13 @@ from test_end_to_end import QUICK, TEXT
 from typed import typed
 
 import nanogpt
-from nanogpt.base.cli import implied_dataset
+from nanogpt.base.cli import implied_dataset, searched
 from nanogpt.base.config import ROOT
 from nanogpt.base.language import ConfigError
 from nanogpt.base.quoting import quoted
 from nanogpt.data import corpus
 from nanogpt.data.tokens import TokenData
+from nanogpt.sweep.search import check_search
 from nanogpt.weights import build
 from nanogpt.weights.build import build_sampler
 
@@ -109,6 +110,11 @@ def test_every_command_of_the_documents_is_understood(in_tmp):
     for script, words in commands("docs/nanogpt.ipynb", *(name for name in ENGLISH if name != "docs/extend.md")):
         if any(word.startswith(("--", "hydra/")) for word in words):
             # Hydra 自己的选项，与读者自己的 yaml
+            continue
+        if "experiment=search" in words:
+            searching = searched([quoted(word, sweep=True) for word in words if word != "-m"])
+            check_search(make_config(*searching, *implied_dataset(words), checked=False))
+            checked.add((script, *words))
             continue
         # 扫描：每一项取第一个值
         typed_words = [word for word in words if word != "-m"]

@@ -21,6 +21,8 @@ import hydra
 import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -33,7 +35,7 @@ from nanogpt.base.console import Console, duration
 from nanogpt.base.errors import EXIT_USER_ERROR, explained, forgive_output, leave_quietly, one_line_each
 from nanogpt.base.help import help_page, versions
 from nanogpt.base.language import ConfigError, language_from_arguments, say, set_language, show, text
-from nanogpt.base.quoting import QUOTED, override, quoted, typed_override, word
+from nanogpt.base.quoting import QUOTED, in_quotes, override, quoted, typed_override, word
 from nanogpt.base.sample_config import SampleConfig, register_schemas
 from nanogpt.base.sweep_folder import Job, naming_jobs, tidy_latest
 from nanogpt.base.user_yaml import checked_yaml, group_options, is_group
@@ -74,8 +76,9 @@ def remembered_groups(arguments: list[str]) -> list[str]:
 def implied_dataset(arguments: list[str]) -> list[str]:
     """The data set that dataset.path=… implies when none is named: labelled for files of records, else text_file."""
     typed = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    # 配方与旧的训练自己定了数据集
-    if "dataset.path" not in typed or typed.keys() & {"dataset", "experiment", "resume"}:
+    # 配方与旧的训练自己定了数据集；试跑与搜索没有，用哪份文字都行
+    decided = typed.keys() & {"dataset", "resume"} or typed.get("experiment") not in (None, "fit", "search")
+    if "dataset.path" not in typed or decided:
         return []
     return ["dataset=labelled" if typed["dataset.path"].lower().endswith(RECORD_SUFFIXES) else "dataset=text_file"]
 
@@ -140,6 +143,26 @@ def refuse_glob_of_values(arguments: list[str]) -> None:
                 "only groups have options to go through",
             ), remedy=remedy,
             )
+
+
+def searched(typed: list[str]) -> list[str]:
+    """Beside experiment=search a key with several values is one search over them, not several jobs.
+
+    Such keys go into search.typed, in Hydra's words.
+    """
+    if "experiment=search" not in typed:
+        return typed
+    several = [word for word in typed if word.startswith("shape=") or _is_swept(word)]
+    listed = ",".join(map(in_quotes, several))
+    return [*(word for word in typed if word not in several), *([f"search.typed=[{listed}]"] if several else [])]
+
+
+def _is_swept(word: str) -> bool:
+    try:
+        return OverridesParser.create().parse_override(word).is_sweep_override()
+    except HydraException:
+        # 读不懂的，由拼配置的那一步去说
+        return False
 
 
 # ---- 运行 ----
@@ -224,7 +247,7 @@ class _Script:
         self.remembered = remembered_groups(overrides)
         exact = [with_integers(argument, SCHEMAS[config_name]) for argument in overrides]
         typed = [quoted(argument, sweep=sweep) for argument in exact]
-        self.overrides = [*typed, *self.remembered, *implied_dataset(overrides)]
+        self.overrides = [*searched(typed), *self.remembered, *implied_dataset(overrides)]
         self.sweep, self.started = sweep, False
         self.reported: list[Exception] = []
         self.jobs: dict[int, Job] = {}

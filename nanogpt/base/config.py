@@ -252,6 +252,33 @@ class TrialConfig:
     """Measure anew what an earlier sweep has measured."""
 
 
+@dataclass
+class SearchConfig:
+    """A search for the settings that learn most in a given time; see nanogpt.sweep.search."""
+
+    # 只要 minutes 就够用；其余的键说怎样分这段时间
+
+    enabled: bool = False
+    """Search instead of a training; experiment=search sets it."""
+    minutes: float = number(0, 10**6, 60.0, open="low")
+    """Wall-clock minutes of the whole search."""
+    trials: int = number(1, 10**5, 27)
+    """Settings that are tried, at most."""
+    eta: int = number(2, 100, 3)
+    """Of so many settings one goes on to the next rung, which is so many times as long."""
+    rungs: int = number(1, 10, 3)
+    """At most so many budgets, each eta times the one before."""
+    top: int = number(1, 1000, 2)
+    """So many of the best settings are trained with all seeds."""
+    seeds: int = number(1, 1000, 3)
+    """Trainings of each of the best settings, with different seeds."""
+    space: list[str] = field(default_factory=list)
+    """What is searched, a line for each key, written as in a sweep; keys that are typed beside experiment=search
+    replace theirs, with one value or with several."""
+    typed: list[str] = field(default_factory=list)
+    """Keys that were typed with several values; filled in by the program."""
+
+
 @dataclass(kw_only=True)
 class TrainConfig:
     """Top level of conf/train.yaml, which has the defaults."""
@@ -291,6 +318,10 @@ class TrainConfig:
     come on top. How many steps that is depends on the machine: such a run cannot be repeated bit-exactly."""
     plan: str = choice("false", "true", "matrix")
     """Say what would fit and how fast it would be, train nothing; matrix: a table of presets and formats."""
+    objective: str = choice("tokens_per_s", "val_loss", "val_bpb")
+    """What trials measure and are ranked by."""
+    holdout: float = number(0, 0.5)
+    """Part of the training split to validate on instead."""
     batch_size: int | str
     """Rows per micro-batch, or auto: the fastest that fits, by trials."""
     gradient_accumulation_steps: int = number(1, 10**6)
@@ -350,6 +381,7 @@ class TrainConfig:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     trial: TrialConfig
+    search: SearchConfig = field(default_factory=SearchConfig)
     dataset: Any
     """Name, folder and the options of its preparation."""
     logger: Any = field(default_factory=dict)

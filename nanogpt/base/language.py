@@ -395,6 +395,16 @@ NAMED = {
     "tile_done": "trials measured",
     "column_setting": "setting",
     "column_reason": "reason",
+    "column_status": "status",
+    "column_spread": "spread",
+    "column_seeds": "seeds",
+    "column_minutes": "minutes",
+    "learned_use": "Train with the best setting",
+    "learned_keys": "Which key mattered",
+    "learned_keys_note": (
+        "Share of each key in what set the better settings apart, after the first rung (PED-ANOVA)."
+    ),
+    "search_interrupted": "interrupted; what is finished is kept, the same command goes on from there",
     "chart_vram": "peak VRAM, GiB",
     "chart_ram": "peak RAM, GiB",
     "sample_skipped": (

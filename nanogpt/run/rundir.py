@@ -46,11 +46,11 @@ LOCK = "lock"
 # 其中训练会往里写的：data 只读
 WRITTEN = RUN_FILES - {"data"}
 # 继续训练时不可改：改了就不再是同一次训练
-FIXED_ON_RESUME = ("model", "dataset", "seed", "init_from", "finetune")
+FIXED_ON_RESUME = ("model", "dataset", "seed", "init_from", "finetune", "holdout")
 # 其中这些例外：不影响参数的形状
 CHANGEABLE = {("model", "dropout"), ("dataset", "dir"), ("finetune", "dropout")}
 # 后来才有的键，更早的训练目录没有它们：不能取这次写的，那时就是这样
-ADDED_LATER = {"init_from": None, "finetune": asdict(FinetuneConfig()), "groups": {}}
+ADDED_LATER = {"init_from": None, "finetune": asdict(FinetuneConfig()), "groups": {}, "holdout": 0.0}
 # 顶层的短名字同时决定的键
 ALIASES = {"dropout": ("dropout", "model.dropout")}
 

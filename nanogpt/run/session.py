@@ -64,6 +64,8 @@ class Hooks:
     """nanogpt.plan.autopsy.show: what did not fit, and what to type."""
     write_sample: Callable[..., str] | None = None
     """nanogpt.write.engine.write_sample: the text that is shown after an evaluation."""
+    remember: bool = True
+    """Whether `latest` means this run from now on."""
 
     def measure_batch(self, cfg: TrainConfig, overrides: list[str]) -> int | str:
         """Measure batch_size=auto (first process only) and put the outcome into cfg; returns it."""
@@ -99,6 +101,8 @@ class Session:
         # 默认目录名含时间，batch_size=auto 由第一个进程实测：各进程要用同一个
         self.run_dir, cfg.batch_size = distributed.broadcast((run_dir, cfg.batch_size))
         self.data = self._open_data()
+        if cfg.holdout:
+            self.data.hold_out(cfg.holdout)
         self._check_against_data()
         if cfg.max_tokens == "auto":
             # 记下算出的数：接着训时要加，就在它上面加
@@ -219,10 +223,10 @@ class Session:
 
     # ---- 训练 ----
 
-    def run(self) -> None:
-        """Build, announce, train, show what came out."""
+    def run(self, kind: type[Training] = Training) -> dict:
+        """Build, announce, train, show what came out; the summary."""
         try:
-            trainer = self._build()
+            trainer = self._build(kind)
             self._announce(trainer)
             self._catch_signals(trainer)
             try:
@@ -240,8 +244,9 @@ class Session:
         if self.console.gone:
             # 读的一方先走了：该存的都存了，再照常结束
             raise BrokenPipeError
+        return summary
 
-    def _build(self) -> Training:
+    def _build(self, kind: type[Training] = Training) -> Training:
         backends = [build_part(node, f"logger.{name}") for name, node in (self.cfg.logger or {}).items()]
         loggers = Loggers([JsonlLogger(), *backends] if distributed.rank() == 0 else [])
         computation = self._build_step()
@@ -253,7 +258,7 @@ class Session:
             # auto 是哪个设备，到这里才定
             config = {**OmegaConf.to_container(node), "device": str(self.device)}
             self._begin(loggers, config_text, config, progress.iteration)
-        return Training(
+        return kind(
             self.cfg, computation=computation, data=self.data, loggers=loggers, saver=self._saver(config_text),
             console=self.console, write_sample=self.hooks.write_sample, progress=progress, order=order,
         )
@@ -294,7 +299,8 @@ class Session:
                 loggers.open(self.run_dir, config, iteration)
                 if self.source:
                     checkpoint.set_aside_newer(self.run_dir, self.source.iteration)
-                run_names.remember(self.run_dir)
+                if self.hooks.remember:
+                    run_names.remember(self.run_dir)
             except BaseException as error:
                 if fresh and self.lock:
                     # 一步都还没训：不留下半个训练目录

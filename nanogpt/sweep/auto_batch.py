@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from nanogpt.base.config import TrainConfig
 from nanogpt.base.console import Console, duration
 from nanogpt.base.files import write_text
 from nanogpt.base.hardware import GIB
 from nanogpt.base.language import ConfigError, text
-from nanogpt.plan.plan import Plan, predict
 from nanogpt.sweep import earlier_results as known_results
 from nanogpt.sweep.result import STATUS_MESSAGES
 from nanogpt.sweep.trial import TrialResult, run_trial
@@ -93,6 +93,14 @@ def in_sight(measure: Callable[[int], TrialResult], count: int, console: Console
     return seen
 
 
+def predict(cfg: TrainConfig, overrides: list[str]) -> Any:
+    """The Plan of a setting."""
+    # 搜索的父进程也用 candidates 与 fastest，它不导入 torch：到用时才导入
+    from nanogpt.plan import plan
+
+    return plan.predict(cfg, overrides)
+
+
 def choose(cfg: TrainConfig, overrides: list[str], *, processes: int, console: Console) -> int:
     """The micro-batch for cfg.global_batch_size rows per step; remembered per machine, driver, versions and config."""
     rows = cfg.global_batch_size // processes
@@ -108,7 +116,7 @@ def choose(cfg: TrainConfig, overrides: list[str], *, processes: int, console: C
     def trial_config(size: int) -> TrainConfig:
         # 试的是整个优化器步：累积几次、更新一次，快慢才与真正训练时一样
         return replace(
-            cfg, batch_size=size, gradient_accumulation_steps=1, global_batch_size=rows,
+            cfg, batch_size=size, gradient_accumulation_steps=1, global_batch_size=rows, objective="tokens_per_s",
             trial=replace(cfg.trial, enabled=True, warmup_steps=WARMUP_STEPS, steps=STEPS, skip_predicted=False),
         )
 
@@ -127,7 +135,7 @@ def choose(cfg: TrainConfig, overrides: list[str], *, processes: int, console: C
         "batch_size=auto: looking for the fastest micro-batch for {rows} rows per step; candidates: {sizes}",
         rows=rows, sizes=", ".join(map(str, sizes)),
     )
-    plans: dict[int, Plan] = {}
+    plans: dict[int, Any] = {}
 
     def promising(size: int) -> bool:
         plans[size] = predict(trial_config(size), overrides)

@@ -185,10 +185,15 @@ def measure(
 
     from nanogpt.run.session import Session
     from nanogpt.run.summary import device_name
-    from nanogpt.sweep.trial_trainer import TrialTrainer
+    from nanogpt.sweep import learning
 
     emit(phase="data")
-    session = Session.new(cfg, folder, overrides)
+    learns = cfg.objective != "tokens_per_s"
+    if learns and (found := learning.finished(cfg, folder)):
+        # 上次训完了，还没来得及记下
+        emit(**found, status="ok")
+        return
+    session = learning.session(cfg, folder, overrides) if learns else Session.new(cfg, folder, overrides)
     device = session.device
     free, total = _free_and_total(device)
     budget = _budget(cfg, device.type, free)
@@ -211,20 +216,25 @@ def measure(
         emit(watch_gib=budget)
     _forget_peak()
     emit(phase="build")
-    trainer = session.build_trial(TrialTrainer)
-    emit(micro_batch=trainer.micro_batch, effective_batch=trainer.global_rows, precision=trainer.precision.label)
     try:
-        emit(**_train(trainer, cfg, emit))
+        if learns:
+            emit(phase="training")
+            emit(**learning.train(session, cfg, folder))
+        else:
+            emit(**_time(session, cfg, emit))
     finally:
         # 显存不足时也要说峰值到了哪里
         emit(**_peaks(device, torch))
     emit(status="ok")
 
 
-def _train(trainer, cfg: TrainConfig, emit: Emit) -> dict[str, float]:
+def _time(session, cfg: TrainConfig, emit: Emit) -> dict[str, float]:
     """Warm up, time the steps, then touch the other peaks: one evaluation, one short sample."""
     from nanogpt.core.machine import synchronize
+    from nanogpt.sweep.trial_trainer import TrialTrainer
 
+    trainer = session.build_trial(TrialTrainer)
+    emit(micro_batch=trainer.micro_batch, effective_batch=trainer.global_rows, precision=trainer.precision.label)
     emit(phase="warmup")
     for _ in range(cfg.trial.warmup_steps):
         trainer.step()

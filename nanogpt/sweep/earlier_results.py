@@ -30,7 +30,7 @@ from nanogpt.sweep.result import LASTING, TrialResult
 
 FOLDER = Path("outputs") / "fit" / "trials"
 # 不影响测量的键
-IRRELEVANT = ("out_dir", "overwrite", "lang", "logger", "groups", "plan")
+IRRELEVANT = ("out_dir", "overwrite", "lang", "logger", "groups", "plan", "search")
 
 
 def container(cfg: TrainConfig) -> dict[str, Any]:

@@ -29,7 +29,7 @@ FIT = Path("outputs") / "fit"
 
 
 def trial_job(cfg: TrainConfig, overrides: list[str]) -> float:
-    """Run one trial, leave its result in cfg.out_dir/trial.json, and return the objective: tokens/s, 0 for a failure.
+    """Run one trial, leave its result in cfg.out_dir/trial.json, and return what the objective asks for.
 
     Outside a sweep the process ends with the exit code that a sweep of this one trial would have.
     """
@@ -38,23 +38,29 @@ def trial_job(cfg: TrainConfig, overrides: list[str]) -> float:
         result = run_trial(cfg, overrides, folder)
         results.write(result, folder / "trial.json")
     except KeyboardInterrupt:
-        say("interrupted; what is finished is kept, the same command goes on from there")
+        say("search_interrupted")
         sys.exit(EXIT_INTERRUPTED)
     except OSError as error:
         raise ConfigError("not_writable", path=folder, reason=error.strerror) from None
     show(wrapped(line_of(result), sys.stdout))
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.RUN and (code := exit_code([result])):
         sys.exit(code)
-    return result.objective
+    return result.score
 
 
 def line_of(result: TrialResult) -> str:
     """What the console says of one trial when it is done."""
     # 说明“这是试跑、怎样试”的不必说
-    typed = [o for o in result.overrides if not o.startswith(("experiment=fit", "trial.", "lang="))]
+    typed = [o for o in result.overrides if not o.startswith(("experiment=fit", "trial.", "lang=", "objective="))]
     # 敲下时就已写死的，每个任务都一样，不必重复
     what = ", ".join([o for o in typed if o not in sys.argv] or typed) or text("trial_defaults")
-    if result.status == "ok":
+    if result.status == "ok" and result.objective != "tokens_per_s":
+        line = text(
+            "trial {what}: {objective} {value:.4f} after {minutes:.1f} min, {tokens:,} tokens",
+            what=what, objective=result.objective, value=result.value, minutes=result.minutes or 0.0,
+            tokens=result.tokens or 0,
+        )
+    elif result.status == "ok":
         line = text(
             "trial {what}: {speed:,.0f} tokens/s, {held:.2f} of {budget:.2f} GiB",
             what=what, speed=result.tokens_per_s, held=result.held_gib or 0.0, budget=result.budget_gib or 0.0,
@@ -88,10 +94,12 @@ class SweepReport(Callback):
         if not found:
             # 普通的 -m 训练，没有试跑
             return
-        from nanogpt.sweep.report import write_report
-
         try:
-            write_report(found, folder, margin=config.trial.margin)
+            if found[0].objective == "tokens_per_s":
+                from nanogpt.sweep.report import write_report as write
+            else:
+                from nanogpt.sweep.learning_report import write_trials as write
+            write(found, folder, margin=config.trial.margin)
         except OSError as error:
             # Hydra 会把回调里的异常压成警告；写不出报告要让退出码知道
             say("error", line=text("not_writable", path=folder, reason=error.strerror))

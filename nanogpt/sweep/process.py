@@ -56,8 +56,13 @@ class Ended:
     """Processes that the kernel ended for want of memory meanwhile; None where it does not say."""
 
 
-def run_child(job: dict[str, Any], folder: Path, *, timeout_s: float, command: Sequence[str] = CHILD) -> Ended:
-    """Run `command` with the job on its stdin until it ends or has to be ended; an exception here ends it too."""
+def run_child(
+    job: dict[str, Any], folder: Path, *, timeout_s: float, signs: Sequence[Path] = (), command: Sequence[str] = CHILD
+) -> Ended:
+    """Run `command` with the job on its stdin until it ends or has to be ended; an exception here ends it too.
+
+    With `signs` of life, the time counts from the latest change of one of these files.
+    """
     report, log = folder / "report.jsonl", folder / "trial.log"
     report.write_bytes(b"")
     # 自成一组：Ctrl-C 只到父进程，结束时连同孙进程一起
@@ -71,7 +76,7 @@ def run_child(job: dict[str, Any], folder: Path, *, timeout_s: float, command: S
     try:
         inherited = {"path": [str(Path(p).absolute()) for p in sys.path], "arguments": sys.argv[1:]}
         _send(process, {**job, **inherited, "report": str(report.absolute())})
-        ended.killed = _wait(process, report, time.monotonic() + timeout_s, ended)
+        ended.killed = _wait(process, report, timeout_s, signs, ended)
     finally:
         # 正常结束、超时、Ctrl-C 都走这里
         kill_group(process)
@@ -123,10 +128,17 @@ def _send(process: subprocess.Popen, job: dict[str, Any]) -> None:
         pass
 
 
-def _wait(process: subprocess.Popen, report: Path, deadline: float, ended: Ended) -> str | None:
+def _wait(
+    process: subprocess.Popen, report: Path, timeout_s: float, signs: Sequence[Path], ended: Ended
+) -> str | None:
     """Watch the child until it ends by itself (None) or has to be killed (timeout, memory)."""
+    started = seen = time.monotonic()
+    latest = 0
     while process.poll() is None:
-        if time.monotonic() > deadline:
+        # 学的试跑有多长由预算定：卡住，是很久没有新的一行
+        if signs and (changed := max(map(_changed, (report, *signs)))) > latest:
+            seen, latest = time.monotonic(), changed
+        if time.monotonic() > (seen if signs else started) + timeout_s:
             return "timeout"
         rss = resident(process.pid)
         ended.rss_gib = max(ended.rss_gib, rss / GIB)
@@ -139,6 +151,14 @@ def _wait(process: subprocess.Popen, report: Path, deadline: float, ended: Ended
         except subprocess.TimeoutExpired:
             continue
     return None
+
+
+def _changed(path: Path) -> int:
+    """When a file was written last, ns; 0 where there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def resident(pid: int) -> int:

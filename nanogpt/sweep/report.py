@@ -24,7 +24,10 @@ from nanogpt.sweep.result import STATUS_MESSAGES, TrialResult, best_of, names, r
 # ---- best.yaml ----
 
 # 试跑自己的，或会拦住正常训练的键
-LEFT_OUT = ("experiment", "trial", "hydra", "out_dir", "overwrite", "resume", "checkpoint", "plan", "lang")
+LEFT_OUT = (
+    "experiment", "trial", "hydra", "out_dir", "overwrite", "resume", "checkpoint", "plan", "lang",
+    "objective", "search",
+)
 
 
 def recipe(result: TrialResult) -> str:
@@ -43,10 +46,14 @@ def recipe(result: TrialResult) -> str:
         # 没有敲过的也写明：换了默认值，这份设置仍是测过的那个
         values["batch_size"] = result.micro_batch
     # 设备名里若有换行，注释就断成了配置
-    header = " ".join(text(
+    header = " ".join((text(
         "The fastest setting of a sweep: {speed:,.0f} tokens/s, {held:.2f} GiB on {device}",
         speed=result.tokens_per_s or 0.0, held=result.held_gib or 0.0, device=result.device or "-",
-    ).split())
+    ) if result.objective == "tokens_per_s" else text(
+        "The best setting of a sweep: {objective} {value:.4f} after {minutes:.1f} min on {device}",
+        objective=result.objective, value=result.value or 0.0, minutes=result.minutes or 0.0,
+        device=result.device or "-",
+    )).split())
     body = yaml.safe_dump({**({"defaults": groups} if groups else {}), **values}, allow_unicode=True, sort_keys=False)
     return f"# @package _global_\n# {header}\n{body}"
 

@@ -10,7 +10,7 @@ Neither torch nor NaN occurs in it.
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,17 @@ from nanogpt.base.language import sentence
 STATUS_MESSAGES = {
     "ok": sentence("ok"), "spilled": sentence("spilled"), "oom": sentence("out of memory"),
     "skipped": sentence("skipped"), "timeout": sentence("timeout"), "crashed": sentence("crashed"),
-    "invalid": sentence("invalid"),
+    "invalid": sentence("invalid"), "pruned": sentence("pruned"),
 }
 STATUSES = tuple(STATUS_MESSAGES)
 # 扫描里意料之中的结果；其余说明有东西坏了，退出码要说出来
-EXPECTED = ("ok", "spilled", "oom", "skipped", "invalid")
+EXPECTED = ("ok", "spilled", "oom", "skipped", "invalid", "pruned")
 # 值得记住、下次不再测的；崩溃可能已被修好，invalid 重查不花时间
 LASTING = ("ok", "spilled", "oom", "skipped", "timeout")
 # 少于这么多步的损失说明不了什么，不报告
 STEPS_FOR_LOSS = 100
+# 没有测到的排在最后，又是有限数：NaN 与无穷会让扫描器崩溃
+WORST_LOSS = 1e9
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,20 @@ class TrialResult:
     predicted_tokens_per_s: float | None = None
     train_loss: float | None = None
     val_loss: float | None = None
-    """Both only after STEPS_FOR_LOSS steps."""
+    """Both only after STEPS_FOR_LOSS steps; with a loss as objective, the best evaluation of the training."""
+    val_bpb: float | None = None
+    """The same in bits per byte of text."""
+    objective: str = "tokens_per_s"
+    """What the trial was run for; see the key objective."""
+    iters: int | None = None
+    tokens: int | None = None
+    """Trained on."""
+    minutes: float | None = None
+    """In training steps, evaluation and saving not included."""
+    curve: tuple[tuple[float, ...], ...] = ()
+    """(tokens, minutes, val_loss) of every evaluation."""
+    run_dir: str | None = None
+    """Of the trial's own training."""
     micro_batch: int | None = None
     effective_batch: int | None = None
     """Rows per optimizer step."""
@@ -78,9 +93,22 @@ class TrialResult:
         return self.peak_gib if self.reserved_gib is None else self.reserved_gib
 
     @property
-    def objective(self) -> float:
-        """tokens/s for a sweeper that maximises; a failure is the worst, and finite: NaN would crash Optuna."""
-        return self.tokens_per_s if self.status == "ok" and self.tokens_per_s else 0.0
+    def value(self) -> float | None:
+        """What was measured of the objective."""
+        return getattr(self, self.objective)
+
+    @property
+    def score(self) -> float:
+        """The objective for Hydra's sweepers; a failure is the worst, and finite: NaN would crash them."""
+        measured = self.value if self.status == "ok" else None
+        if self.objective == "tokens_per_s":
+            return measured or 0.0
+        return WORST_LOSS if measured is None else measured
+
+    @property
+    def place(self) -> float:
+        """The smaller, the better."""
+        return -self.score if self.objective == "tokens_per_s" else self.score
 
     def fits(self, margin: float) -> bool:
         """True for a success that leaves `margin` of the budget free."""
@@ -100,6 +128,14 @@ def _number(value: Any, kind: type) -> float | int | None:
     return kind(value)
 
 
+def _points(value: Any) -> tuple[tuple[float, ...], ...]:
+    try:
+        points = [tuple(_number(number, float) for number in point) for point in value]
+    except TypeError:
+        return ()
+    return tuple(point for point in points if None not in point)
+
+
 def made(values: dict[str, Any]) -> TrialResult:
     """A TrialResult of loose values: unknown names are dropped, and what is no finite number becomes None."""
     clean: dict[str, Any] = {}
@@ -109,6 +145,8 @@ def made(values: dict[str, Any]) -> TrialResult:
         value, kind = values[field.name], str(field.type)
         if field.name == "overrides":
             value = tuple(str(item) for item in value)
+        elif field.name == "curve":
+            value = _points(value)
         elif "float" in kind or "int" in kind:
             value = _number(value, float if "float" in kind else int)
         elif field.type is bool:
@@ -162,20 +200,20 @@ TRIAL_KEYS = ("experiment", "trial", "lang", "out_dir", "hydra")
 
 
 def ranked(found: Sequence[TrialResult], margin: float) -> list[TrialResult]:
-    """Fastest first; successes that leave no margin, spilled ones and failures behind them."""
+    """Best first; successes that leave no margin, spilled ones and failures behind them."""
 
     def order(result: TrialResult) -> tuple:
-        # 没有速度的按预测的显存排：离放得下最近的在前
-        speed, predicted = result.tokens_per_s or 0.0, result.predicted_gib or 0.0
-        return (not result.fits(margin), STATUSES.index(result.status), -speed, predicted)
+        # 没有测到的按预测的显存排：离放得下最近的在前；被淘汰的、溢出的也有数，照数排
+        found = replace(result, status="ok").place
+        return (not result.fits(margin), STATUSES.index(result.status), found, result.predicted_gib or 0.0)
 
     return sorted(found, key=order)
 
 
 def best_of(found: Sequence[TrialResult], margin: float) -> TrialResult | None:
-    """The fastest success within the margin."""
+    """The best success within the margin."""
     fitting = [result for result in found if result.fits(margin)]
-    return max(fitting, key=lambda result: result.tokens_per_s or 0.0, default=None)
+    return min(fitting, key=lambda result: result.place, default=None)
 
 
 def key_of_override(override: str) -> str:

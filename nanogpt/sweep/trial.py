@@ -32,14 +32,24 @@ from nanogpt.sweep.spill import judge
 ABORT_PHRASES = ("MemoryError", "Thread creation failed")
 
 
-def run_trial(cfg: TrainConfig, overrides: list[str], folder: Path, *, command: Sequence[str] = CHILD) -> TrialResult:
+# 目标是损失的试跑，各有自己的训练目录：中断了从 checkpoint 接着走，晋级的也从这里走下去
+RUNS = Path("outputs") / "fit" / "runs"
+
+
+def run_trial(
+    cfg: TrainConfig, overrides: list[str], folder: Path, *, run_dir: Path | None = None,
+    command: Sequence[str] = CHILD,
+) -> TrialResult:
     """Measure one setting, or take what an earlier sweep measured; `folder` gets the child's log.
 
-    A mistake in the config is a result too (status invalid). KeyboardInterrupt ends the child and is passed on, and
-    nothing is recorded.
+    With a loss as objective it trains in `run_dir` (None: one that only this setting and budget have), and goes on
+    with what is there. A mistake in the config is a result too (status invalid). KeyboardInterrupt ends the child and
+    is passed on, and nothing is recorded.
     """
     named = cfg.groups.get("experiment")
-    common = {"overrides": overrides, "experiment": None if named == "fit" else named}
+    common = {
+        "overrides": overrides, "experiment": None if named in ("fit", "search") else named, "objective": cfg.objective,
+    }
     try:
         check(cfg)
         refuse(cfg)
@@ -56,12 +66,14 @@ def run_trial(cfg: TrainConfig, overrides: list[str], folder: Path, *, command: 
         earlier = None if cfg.trial.again else earlier_results.find(key)
         if earlier:
             return made({**vars(earlier), **common, "known": True})
-        started = time.perf_counter()
+        started, learns = time.perf_counter(), cfg.objective != "tokens_per_s"
+        where = (run_dir or RUNS / key) if learns else folder
         job = {
-            "config": earlier_results.container(cfg), "overrides": overrides, "folder": str(folder.absolute()),
+            "config": earlier_results.container(cfg), "overrides": overrides, "folder": where.as_posix(),
             "lang": language.current_language(),
         }
-        ended = run_child(job, folder, timeout_s=cfg.trial.timeout_s, command=command)
+        signs = [where / "metrics.jsonl"] if learns else []
+        ended = run_child(job, folder, timeout_s=cfg.trial.timeout_s, signs=signs, command=command)
     status, reason = classified(ended, cfg.trial.timeout_s)
     result = judge(made({**common, **ended.values, "key": key, "status": status, "reason": reason, "known": False,
                          "peak_gib": _peak(ended, status), "wall_s": time.perf_counter() - started}))

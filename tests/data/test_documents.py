@@ -269,3 +269,12 @@ def test_a_vocabulary_that_must_keep_its_size_writes_labels_as_text():
 def test_running_text_is_opened_as_before(corpus_folder):
     data = open_data(corpus_folder)
     assert type(data) is TokenData and data.separator is None
+
+
+def test_held_out_documents_are_spread_over_the_training_split_and_keep_their_labels(folder):
+    every = list(open_data(folder).documents("train"))
+    data = open_data(folder)
+    data.hold_out(0.1)
+    train, held = list(data.documents("train")), list(data.documents("val"))
+    assert held == every[9::10] and train == [document for i, document in enumerate(every) if i % 10 != 9]
+    assert data.val_targets(data.val_windows(16, None)) == sum(len(document.text) + 1 for document in held)

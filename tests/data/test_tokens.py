@@ -286,3 +286,10 @@ def test_copying_a_dataset_keeps_it_valid(tmp_path):
     copy_dataset(folder, tmp_path / "run" / "data")
     shutil.rmtree(folder)
     assert len(TokenData(tmp_path / "run" / "data").tokens["train"]) == 1000
+
+
+def test_a_held_out_part_is_validated_on_and_never_trained_on(tmp_path):
+    data = TokenData(counting_dataset(tmp_path / "d"))
+    data.hold_out(0.1)
+    assert data.tokens["val"].tolist() == list(range(900, 1000))
+    assert set(data.rows("train", data.starts(1, 0, 60, 16), 16)[1].flatten().tolist()) == set(range(900))

@@ -123,19 +123,6 @@ def test_the_parent_of_trials_never_imports_torch():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-@pytest.mark.skipif(not find_spec("hydra_plugins.hydra_optuna_sweeper"), reason="extra sweep is not installed")
-def test_optuna_survives_failures_and_finds_the_fastest(own_text):
-    folder, overrides = own_text
-    for batch_size in (2, 4):
-        remember(overrides, batch_size)
-    run(folder, *overrides, "hydra/sweeper=optuna", "hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=8", "hydra.sweeper.n_jobs=1", "hydra.sweeper.sampler.seed=0",
-        "batch_size=choice(2,4,0)")
-    found = {r["micro_batch"]: r["status"] for r in trials(folder)}
-    best = next(folder.glob("outputs/fit/*/optimization_results.yaml")).read_text(encoding="utf-8")
-    # 失败记 0，Optuna 既不会崩也不会选它
-    assert "best_value: 4000.0" in best and "batch_size: 4" in best and found[None] == "invalid" and found[4] == "ok"
-
-
 def test_results_of_jobs_are_read_in_order_and_damaged_ones_left_out(tmp_path):
     for number in (10, 2, 1):
         result.write(TrialResult((f"batch_size={number}",), "ok", key=str(number)), tmp_path / str(number) / "trial.json")

@@ -221,7 +221,7 @@ def test_the_child_leaves_when_its_parent_is_killed(quick):
 @pytest.mark.parametrize("bad", ["batch_size=0", "model.n_embd=15", "batch_size=auto", "resume=latest", "init_from=latest"])
 def test_a_setting_that_cannot_be_is_a_result(quick, bad):
     got = trial(quick, bad, code="os.abort()")
-    assert got.status == "invalid" and got.reason and "\n" not in got.reason and got.objective == 0.0
+    assert got.status == "invalid" and got.reason and "\n" not in got.reason and got.score == 0.0
     assert not (quick[1] / "job").exists()
 
 

@@ -1,0 +1,290 @@
+"""Successive halving: many settings for a short time, the best of them for longer, the very best with several seeds."""
+
+# 搜索的循环：Optuna 的 TPE 提设置，逐级减半来淘汰；不知道一次试跑怎么做，由 search 把 run 递进来
+# 学习率随预算衰减的两次短训练没法比，也没法接着走：衰减过的权重再走下去，就不是那个更长预算的训练了
+# 所以各级都停在 wsd 的平台上：预热相同、学习率相同，同样的时间比同样的位置，晋级的从自己的 checkpoint 接着走，
+# 只有走到最后一级的才在末尾衰减，它的损失才是这个预算的损失
+# 平台上的名次不完全是衰减之后的名次：高学习率在平台上吃亏，所以第一级之后还留 1/eta，而不只留第一名
+# 循环只由种子与各次的结果决定，结果都记着：中断之后同样的命令重放一遍，测过的立刻有答案，从断处接着走
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+from typing import Any
+
+from nanogpt.base.language import ConfigError, text
+from nanogpt.sweep.result import TrialResult
+from nanogpt.sweep.space import Dimension
+
+# 第一级至少训这么久，否则比的只是预热
+LEAST_MINUTES = 0.3
+# 评估与保存在训练之外的时间，按训练的几成算
+BESIDE = 1.25
+# 这一代里放不下、崩溃的不算数，另提一个；至多再提这么多倍
+MOST_ASKED = 2
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a search divides its time."""
+
+    # 时间更多时，各次训得更久，而不是试得更多：短训练的名次偏爱学得快的，训得越久越接近真正的训练
+
+    rungs: tuple[float, ...]
+    """Minutes of training at the end of each rung."""
+    generations: int
+    eta: int
+    top: int
+    """So many settings are trained with all seeds at the end."""
+    seeds: int
+    start_minutes: float
+    """That a trial takes besides training: its process, the data, the compiler."""
+
+    @property
+    def size(self) -> int:
+        """Settings of a generation."""
+        return self.eta ** (len(self.rungs) - 1)
+
+    @property
+    def generation_minutes(self) -> float:
+        """Of one generation; survivors go on, so that only the difference to the rung before counts."""
+        total, before = 0.0, 0.0
+        for rung, minutes in enumerate(self.rungs):
+            count = self.size // self.eta**rung
+            # 第一级之前，每个设置还要量一次快慢
+            total += count * ((minutes - before) * BESIDE + self.start_minutes * (2 if rung == 0 else 1))
+            before = minutes
+        return total
+
+    @property
+    def final_minutes(self) -> float:
+        """Of the other seeds of the best settings."""
+        return self.top * (self.seeds - 1) * (self.rungs[-1] * BESIDE + self.start_minutes)
+
+    @property
+    def minutes(self) -> float:
+        return self.generations * self.generation_minutes + self.final_minutes
+
+
+def divide(
+    minutes: float, start_minutes: float, *, trials: int, eta: int, rungs: int, top: int, seeds: int
+) -> Schedule:
+    """The division of `minutes`: as many settings as `trials` allows, if the first rung is long enough to say a thing.
+
+    With less time there are fewer settings, then fewer rungs, then fewer seeds; ConfigError where nothing is left.
+    """
+    for count_rungs in range(rungs, 0, -1):
+        size = eta ** (count_rungs - 1)
+        for generations in range(max(1, trials // size), 0, -1):
+            for count_seeds, count_top in ((seeds, min(top, generations)), (min(seeds, 2), 1), (1, 1)):
+                shares = tuple(1 / eta ** (count_rungs - 1 - rung) for rung in range(count_rungs))
+                one = Schedule(shares, generations, eta, count_top, count_seeds, start_minutes)
+                none = Schedule((0.0,) * count_rungs, generations, eta, count_top, count_seeds, start_minutes)
+                # 总时间是最后一级长度的一次函数
+                longest = (minutes - none.minutes) / (one.minutes - none.minutes)
+                worth = generations == 1 or count_seeds == seeds
+                if longest * shares[0] >= LEAST_MINUTES and size * generations <= trials and worth:
+                    return Schedule(tuple(share * longest for share in shares), generations, eta, count_top,
+                                    count_seeds, start_minutes)
+    shortest = Schedule((LEAST_MINUTES,), 1, eta, 1, 1, start_minutes).minutes
+    raise ConfigError(
+        "search.minutes={got:g} is too short for a single trial; give at least {least:.0f}",
+        got=minutes, least=math.ceil(2 * shortest),
+    )
+
+
+@dataclass
+class Candidate:
+    """One setting and what became of it."""
+
+    # 名次表的一行：走到第几级、为什么停下，都在这里
+
+    number: int
+    setting: dict[str, str]
+    """Key of the space -> its value, as typed."""
+    results: list[TrialResult] = field(default_factory=list)
+    """Of each rung that it reached."""
+    others: list[TrialResult] = field(default_factory=list)
+    """Of the other seeds at the last rung."""
+    tried: list[TrialResult] = field(default_factory=list)
+    """Every piece of training, failures too."""
+    status: str = "ok"
+    reason: str = ""
+
+    @property
+    def rung(self) -> int:
+        """The last rung that it finished, from 0; -1 for none."""
+        return len(self.results) - 1
+
+    @property
+    def values(self) -> list[float]:
+        """At the last rung that it finished, one for each seed."""
+        finished = [*self.results[-1:], *self.others]
+        return [one.value for one in finished if one.status == "ok" and one.value is not None]
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.values) if self.values else math.inf
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over the seeds; None for one seed."""
+        return stdev(self.values) if len(self.values) > 1 else None
+
+
+Run = Callable[[dict[str, str], int, int], TrialResult]
+Say = Callable[[Candidate, TrialResult, int], None]
+
+
+class Search:
+    """The loop; deterministic in its seed and in what `run` returns."""
+
+    # 一个对象只为少传几个参数：study、已用的时间与各个设置
+
+    def __init__(
+        self, space: Sequence[Dimension], schedule: Schedule, run: Run, *, minutes: float, seed: int, say: Say,
+        first: dict[str, Any] | None = None, prune: Callable[[Candidate], None] = lambda candidate: None,
+        spent: float = 0.0,
+    ):
+        """`run(setting, rung, seed)` trains to the end of a rung; `first` is the setting that is tried first.
+
+        `prune` is told of settings that go no further; `spent` minutes are used already.
+        """
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.states = optuna.trial.TrialState
+        # 默认的前十次随机太多：一代九个随机的之后就用 TPE
+        sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=min(10, schedule.size))
+        self.study = optuna.create_study(direction="minimize", sampler=sampler)
+        if first:
+            # 先试配置里本来的设置：搜出来的至少不比它差，报告也有得比
+            self.study.enqueue_trial(first)
+        self.space = {one.key: one for one in space}
+        self.distributions = {key: one.distribution() for key, one in self.space.items()}
+        self.schedule, self.run_one, self.minutes, self.say, self.prune = schedule, run, minutes, say, prune
+        self.spent, self.candidates = spent, list[Candidate]()
+        self.best: list[Candidate] = []
+
+    def run(self) -> list[Candidate]:
+        """Search until the time or the number of settings is used up; every setting that was tried."""
+        schedule = self.schedule
+        for generation in range(schedule.generations):
+            left = self.minutes - self.spent
+            # 第一代总要走：否则什么也没有
+            if generation and left < schedule.generation_minutes + schedule.final_minutes:
+                break
+            self._generation()
+        finished = [one for one in self.candidates if one.status == "ok" and one.values]
+        furthest = max((one.rung for one in finished), default=-1)
+        ranked = sorted((one for one in finished if one.rung == furthest), key=lambda one: one.mean)
+        self.best = ranked[: schedule.top]
+        if furthest == len(schedule.rungs) - 1:
+            self._seeds()
+        self.best.sort(key=lambda one: one.mean)
+        return self.candidates
+
+    def _step(self, candidate: Candidate, rung: int, seed: int = 0) -> TrialResult | None:
+        """One more piece of training; None when the time is over."""
+        # 至少有一个走完第一级，时间再短也有个结果
+        if self.spent >= self.minutes and self.candidates:
+            return None
+        result = self.run_one(candidate.setting, rung, seed)
+        # 时间按结果里记着的算：重放时与当时做同样的决定
+        self.spent += (result.wall_s or 0.0) / 60
+        candidate.tried.append(result)
+        self.say(candidate, result, rung)
+        return result
+
+    def _generation(self) -> None:
+        alive, asked = [], 0
+        while len(alive) < self.schedule.size and asked < MOST_ASKED * self.schedule.size:
+            asked += 1
+            trial = self.study.ask(self.distributions)
+            setting = {key: one.word(trial.params[key]) for key, one in self.space.items()}
+            candidate = Candidate(len(self.candidates), setting)
+            result = self._step(candidate, 0)
+            if result is None:
+                self.study.tell(trial, state=self.states.FAIL)
+                break
+            self.candidates.append(candidate)
+            if self._ended(candidate, result):
+                # 没有中间值的 PRUNED 在 TPE 眼里最差：发散的、放不下的附近少去；FAIL 则什么也学不到
+                self.study.tell(trial, state=self.states.PRUNED)
+                continue
+            trial.report(result.place, 0)
+            alive.append((candidate, trial))
+        for rung in range(1, len(self.schedule.rungs)):
+            alive = self._promote(alive, rung)
+        for candidate, trial in alive:
+            self.study.tell(trial, candidate.results[-1].place)
+
+    def _promote(self, alive: list, rung: int) -> list:
+        """Prune all but the best 1/eta, and train these to the end of the next rung."""
+        alive = sorted(alive, key=lambda pair: pair[0].results[-1].place)
+        count = max(1, len(alive) // self.schedule.eta)
+        for place, (candidate, trial) in enumerate(alive[count:], count + 1):
+            self._drop(candidate, trial, text(
+                "{objective} {value:.4f} after {minutes:.1f} min: place {place} of {all}, the best {count} went on",
+                objective=candidate.results[-1].objective, value=candidate.results[-1].value,
+                minutes=self.schedule.rungs[rung - 1], place=place, all=len(alive), count=count,
+            ))
+        survivors = []
+        for candidate, trial in alive[:count]:
+            result = self._step(candidate, rung)
+            if result is None:
+                # 没有时间了：到这里为止，仍参加排名
+                self.study.tell(trial, candidate.results[-1].place)
+            elif self._ended(candidate, result):
+                self.study.tell(trial, state=self.states.PRUNED)
+            else:
+                trial.report(result.place, rung)
+                survivors.append((candidate, trial))
+        return survivors
+
+    def _drop(self, candidate: Candidate, trial, reason: str) -> None:
+        candidate.status, candidate.reason = "pruned", reason
+        self.study.tell(trial, state=self.states.PRUNED)
+        self.prune(candidate)
+
+    def _ended(self, candidate: Candidate, result: TrialResult) -> bool:
+        """Keep a result; whether it is the end of this setting."""
+        if result.status == "ok" and result.value is not None:
+            candidate.results.append(result)
+            return False
+        candidate.status, candidate.reason = result.status, result.reason
+        return True
+
+    def _seeds(self) -> None:
+        """Train the best settings with the other seeds; one setting after the other, so that each has as many."""
+        for seed in range(1, self.schedule.seeds):
+            for candidate in self.best:
+                if self.spent + self.schedule.rungs[-1] > self.minutes:
+                    return
+                if (result := self._step(candidate, len(self.schedule.rungs) - 1, seed)) is not None:
+                    candidate.others.append(result)
+
+
+def importance(candidates: Sequence[Candidate], space: Sequence[Dimension]) -> dict[str, float]:
+    """How much each key mattered, from 0 to 1, by PED-ANOVA (Watanabe et al., arXiv:2304.10255) over the first rung.
+
+    All settings are compared there after the same time; empty where too few were tried.
+    """
+    import optuna
+
+    distributions = {one.key: one.distribution() for one in space}
+    study = optuna.create_study(direction="minimize")
+    for candidate in candidates:
+        if candidate.results:
+            params = {
+                key: word if one.choices else (int if one.whole else float)(word)
+                for (key, word), one in zip(candidate.setting.items(), space)
+            }
+            value = candidate.results[0].value
+            study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=value))
+    if len(study.trials) < 2 * len(space):
+        return {}
+    return optuna.importance.get_param_importances(
+        study, evaluator=optuna.importance.PedAnovaImportanceEvaluator(),
+    )

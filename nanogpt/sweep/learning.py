@@ -1,0 +1,98 @@
+"""What a trial does whose objective is a loss: a real training in a folder of its own, begun or gone on with."""
+
+# 目标是损失的试跑：一次真的短训练，与 run_train.py 的完全一样，在自己的训练目录里
+# 子进程（child）调用：目录里已有 checkpoint 就接着走，中断过的、晋级到更长预算的，都是同一条路
+# 结果取自训练自己写下的 metrics.jsonl 与 summary.json：被杀之前的那一段也在里面
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from nanogpt.base.config import TrainConfig
+from nanogpt.base.language import ConfigError
+from nanogpt.base.saved_config import read_saved
+
+# 晋级时会变的键：走多远，以及平台之后怎样收尾；其余的与开始时一样
+BUDGET = (
+    "max_iters", "max_tokens", "max_minutes", "lr_schedule", "lr_decay_iters", "decay_fraction", "eval_interval",
+    "save_interval",
+)
+
+
+def budget_of(cfg: TrainConfig) -> dict[str, Any]:
+    """The keys that say how long a training is."""
+    known = {field.name for field in fields(cfg)}
+    return {key: getattr(cfg, key) for key in BUDGET if key in known}
+
+
+def session(cfg: TrainConfig, run_dir: Path, overrides: list[str]):
+    """The training in run_dir: a new one, or the one that is there with this budget laid over it."""
+    from nanogpt.run.session import Hooks, Session
+
+    # 存下的是一次普通的训练：往后也能照常接着训；latest 仍是人自己训的那一次
+    cfg, hooks = replace(cfg, trial=replace(cfg.trial, enabled=False)), Hooks(remember=False)
+    if not (run_dir / "run.json").is_file():
+        return Session.new(replace(cfg, out_dir=str(run_dir)), run_dir, overrides, hooks)
+    # 有总结，就是这个预算走完了：见 finished
+    (run_dir / "summary.json").unlink(missing_ok=True)
+    typed = [f"{key}={'null' if value is None else value}" for key, value in budget_of(cfg).items()]
+    return Session.resume(replace(cfg, resume=str(run_dir), out_dir=None), typed, run_dir, hooks)
+
+
+def train(begun, cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
+    """Train to the end of the budget; what a TrialResult holds of it."""
+    from nanogpt.sweep.trial_trainer import TrialTrainer
+
+    begun.run(TrialTrainer)
+    return outcome(cfg, run_dir)
+
+
+def finished(cfg: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
+    """The outcome of a training that has already come to the end of this budget, else None."""
+    try:
+        saved = read_saved((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        wanted = budget_of(cfg)
+        return outcome(cfg, run_dir) if all(saved[key] == value for key, value in wanted.items()) else None
+    except (OSError, ValueError, KeyError, TypeError, ConfigError):
+        # 还没有、没走完、读不了：照常训练
+        return None
+
+
+def outcome(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
+    """What a finished training reached; ConfigError where there is no number for the objective."""
+    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    iters = max(1, summary["iters"])
+    curve = [
+        # 步子一样长：第几步就是几分之几的时间
+        (record["tokens"], summary["train_s"] / 60 * record["iteration"] / iters, record["val/loss"])
+        for record in evaluations(run_dir)
+    ]
+    found = {"val_loss": summary["best_val_loss"], "val_bpb": summary.get("best_val_bpb")}
+    value = found[cfg.objective]
+    if value is None or not math.isfinite(value):
+        raise ConfigError(
+            "objective={objective} never appeared: no evaluation within the budget gave a finite number; raise the "
+            "budget, lower learning_rate or choose another objective",
+            objective=cfg.objective,
+        )
+    return {
+        **found, "curve": curve, "iters": summary["iters"], "tokens": summary["tokens"],
+        "minutes": summary["train_s"] / 60, "tokens_per_s": summary["tokens_per_s"],
+        "step_ms": summary["train_s"] * 1000 / iters, "micro_batch": summary["micro_batch"],
+        "effective_batch": cfg.global_batch_size or cfg.batch_size * cfg.gradient_accumulation_steps,
+        "precision": summary["precision"], "run_dir": run_dir.as_posix(),
+    }
+
+
+def evaluations(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl with a validation loss, by iteration; of two for one iteration the later counts."""
+    found = {}
+    for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if "val/loss" in record:
+            found[record["iteration"]] = record
+    for iteration in sorted(found):
+        yield found[iteration]

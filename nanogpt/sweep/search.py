@@ -1,0 +1,332 @@
+"""Find the settings that learn most in a given time: experiment=search.
+
+Needs no torch: the trials train in child processes.
+"""
+
+# 搜索的一头一尾：把空间、时间、真的试跑接到 halving 的循环上，再把结果交给报告
+# 先用配置里本来的设置量一次快慢：由它知道起一个进程要多久、每级有多少步、评估能用多少 token，再把时间分好，说给人听
+# 每个设置先照 experiment=fit 量几步（放不下的到此为止，绝不训练），步时把分钟换成步数：
+# 从此一切由步数决定，同样的设置、同样的种子得到同样的结果，续训逐位一致；时间预算只在换算的那一刻进来
+# 微批只找一次：在最大的批量上量出最快的那档，其余设置用它与自己批量中较小的
+
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import OmegaConf, open_dict
+
+from nanogpt.base.cli import at_home
+from nanogpt.base.config import TrainConfig, check
+from nanogpt.base.errors import EXIT_INTERRUPTED
+from nanogpt.base.language import ConfigError, say, show, text
+from nanogpt.base.value_checks import check_values
+from nanogpt.data import corpus
+from nanogpt.sweep import earlier_results, result
+from nanogpt.sweep.auto_batch import candidates as batch_sizes
+from nanogpt.sweep.auto_batch import fastest
+from nanogpt.sweep.halving import Candidate, Schedule, Search, divide
+from nanogpt.sweep.result import STATUS_MESSAGES, TrialResult
+from nanogpt.sweep.space import OWN, Dimension, default_of, overrides_of, space_of
+from nanogpt.sweep.trial import RUNS, run_trial
+
+FIT = Path("outputs") / "fit"
+# 量快慢：预热一步，计时两步
+SPEED = ("trial.warmup_steps=1", "trial.steps=2")
+# 短于这么久的搜索不去找最快的微批：量它要几次试跑
+MINUTES_FOR_BATCH = 20
+# 一级里至少走这么多步的批量才进空间
+LEAST_STEPS = 20
+# 每级评估几次，以及评估至多占这一级的几成
+EVALUATIONS, EVALUATING = 3, 0.15
+# 前向比一整步快约三倍
+FORWARD = 3
+# 平台之后衰减的一段：wsd 论文与 train.yaml 都用五分之一
+DECAY = 0.2
+LEAST_EVAL_TOKENS = 2048
+
+
+def search_job(cfg: TrainConfig, overrides: list[str]) -> float:
+    """Search, leave the report and best.yaml, and return the best mean of the objective."""
+    try:
+        return _search(cfg, overrides)
+    except KeyboardInterrupt:
+        say("search_interrupted")
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _search(cfg: TrainConfig, overrides: list[str]) -> float:
+    from nanogpt.sweep.learning_report import write_search
+
+    check_search(cfg)
+    if cfg.objective == "tokens_per_s":
+        return _fastest(cfg, overrides)
+    space = searched(cfg, overrides)
+    dataset = {k: v for k, v in cfg.dataset.items() if k not in ("name", "dir")}
+    # 准备数据不算进搜索的时间，也不算进哪次试跑
+    corpus.prepare(cfg.dataset["name"], cfg.dataset["dir"], dataset)
+    trials = Trials(cfg, overrides, _folder())
+    schedule, space = trials.prepared(space)
+    announce(cfg, space, schedule)
+    search = Search(
+        space, schedule, trials.run, minutes=cfg.search.minutes, seed=cfg.seed, say=tell,
+        first=default_of(space, cfg), prune=trials.forget, spent=trials.spent,
+    )
+    search.run()
+    write_search(cfg, space, search, trials.folder)
+    return search.best[0].mean if search.best else result.WORST_LOSS
+
+
+def _fastest(cfg: TrainConfig, overrides: list[str]) -> float:
+    """The search for speed: TPE alone over what was typed, a few steps of each; there is nothing to go on with."""
+    from nanogpt.sweep.report import write_report
+
+    space = searched(cfg, overrides)
+    trials = Trials(cfg, overrides, _folder())
+    schedule = Schedule((0.0,), cfg.search.trials, cfg.search.eta, 1, 1, 0.0)
+    search = Search(
+        space, schedule, lambda setting, rung, seed: trials.trial(overrides_of(setting, cfg.model)),
+        minutes=cfg.search.minutes, seed=cfg.seed, say=tell,
+    )
+    search.run()
+    found = list({got.key: got for one in search.candidates for got in one.tried}.values())
+    trials.folder.mkdir(parents=True, exist_ok=True)
+    write_report(found, trials.folder, margin=cfg.trial.margin)
+    return max(got.score for got in found)
+
+
+def searched(cfg: TrainConfig, overrides: Sequence[str] = ()) -> list[Dimension]:
+    """The space of a search; for speed only what was typed, the micro-batch too."""
+    speed = cfg.objective == "tokens_per_s"
+    lines, own = ([], ()) if speed else (cfg.search.space, OWN)
+    return space_of(lines, cfg.search.typed, overrides, own=own)
+
+
+def check_search(cfg: TrainConfig) -> None:
+    """ConfigError for what cannot be searched, before anything begins, and where no recent Optuna is installed."""
+    check(cfg)
+    searched(cfg)
+    try:
+        from optuna.importance import PedAnovaImportanceEvaluator  # noqa: F401 - 旧版没有它
+    except ImportError:
+        raise ConfigError("missing_package", what="experiment=search", package="'optuna>=4'") from None
+
+
+def _folder() -> Path:
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN:
+        return Path(hydra_config.sweep.dir)
+    return FIT / time.strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def announce(cfg: TrainConfig, space: Sequence[Dimension], schedule: Schedule) -> None:
+    """Say what is searched and how the time will be divided."""
+    show(text("searching {space}", space="; ".join(map(str, space))))
+    minutes = [f"{minutes:.1f}" for minutes in schedule.rungs]
+    kept = [schedule.generations * (schedule.size // schedule.eta**rung) for rung in range(len(minutes))]
+    steps = ", ".join(text("{count} to {minutes} min", count=n, minutes=m) for n, m in zip(kept, minutes))
+    show(text(
+        "{minutes:g} minutes: {steps}; then the best {top} with {seeds} seeds in all; about {all:.0f} min in all",
+        minutes=cfg.search.minutes, steps=steps, top=schedule.top, seeds=schedule.seeds, all=schedule.minutes,
+    ))
+    if cfg.holdout:
+        show(text(
+            "chosen on {part:.0%} of the training split, which is held out; the validation split is not looked at",
+            part=cfg.holdout,
+        ))
+
+
+def tell(candidate: Candidate, got: TrialResult, rung: int) -> None:
+    """One line on the console for every piece of training."""
+    words = " ".join(f"{key}={word}" for key, word in candidate.setting.items())
+    if got.status == "ok":
+        what = f"{got.objective} {got.value:.4f}"
+    else:
+        what = f"{text(STATUS_MESSAGES[got.status])}: {got.reason}"
+    seed = f" seed+{len(candidate.others) + 1}" if len(candidate.results) > rung else ""
+    show(f"{candidate.number:>3} [{rung + 1}{seed}] {words}: {what}")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Optimizer steps of one setting at every rung."""
+
+    # 分钟换成了步数：同一个设置的步时只量一次
+
+    rungs: tuple[int, ...]
+
+    def overrides(self, rung: int) -> list[str]:
+        """The keys of the training up to the end of a rung."""
+        whole, end = self.rungs[-1], self.rungs[rung]
+        before = self.rungs[rung - 1] if rung else 0
+        return [
+            f"max_iters={end}", f"lr_decay_iters={whole}", "lr_schedule=wsd", f"decay_fraction={DECAY}",
+            f"eval_interval={max(1, (end - before) // EVALUATIONS)}", "save_interval=null", "warmup_iters=null",
+        ]
+
+
+class Trials:
+    """The real trials of a search."""
+
+    # Search 只知道 run(设置, 级, 种子)；怎样拼配置、量快慢、接着训，都在这里
+
+    def __init__(self, cfg: TrainConfig, overrides: list[str], folder: Path):
+        self.cfg, self.folder = cfg, folder
+        self.base = [word for word in overrides if not word.startswith(("search.", "+search."))]
+        self.spent = 0.0
+        self.number = 0
+        self.micro_batch = cfg.batch_size if isinstance(cfg.batch_size, int) else None
+        self.evaluated: list[str] = []
+        self.schedule: Schedule | None = None
+
+    # ---- 配置 ----
+
+    def composed(self, more: Sequence[str]) -> TrainConfig:
+        """The configuration with these overrides behind the typed ones, checked."""
+        node = compose("train", [*self.base, *more], return_hydra_config=True)
+        choices = OmegaConf.to_container(node.hydra.runtime.choices)
+        with open_dict(node):
+            del node["hydra"]
+        cfg = OmegaConf.to_object(node)
+        cfg.groups = {group: option for group, option in choices.items() if option and not group.startswith("hydra/")}
+        at_home(cfg)
+        check_values(cfg)
+        return replace(cfg, search=replace(cfg.search, enabled=False), trial=replace(cfg.trial, enabled=True))
+
+    def words(self, setting: dict[str, str]) -> list[str]:
+        """The overrides of a setting, its micro-batch included."""
+        words = overrides_of(setting, self.cfg.model)
+        rows = int(setting.get("global_batch_size") or self.rows)
+        return [*words, *batch_words(rows, self.micro_batch)]
+
+    @property
+    def rows(self) -> int:
+        """Rows per step of the configuration itself."""
+        cfg = self.cfg
+        return cfg.global_batch_size or (cfg.batch_size if isinstance(cfg.batch_size, int) else 16) * (
+            cfg.gradient_accumulation_steps
+        )
+
+    # ---- 试跑 ----
+
+    def trial(self, more: list[str], run_dir: Path | None = None) -> TrialResult:
+        """One child process with these overrides behind the typed ones; a mistake in them is a result."""
+        self.number += 1
+        shown = [*self.base, *more]
+        try:
+            return run_trial(self.composed(more), shown, self.folder / str(self.number), run_dir=run_dir)
+        except ConfigError as error:
+            return result.made({"overrides": shown, "status": "invalid", "reason": str(error)})
+
+    def speed(self, setting: dict[str, str], words: list[str] | None = None) -> TrialResult:
+        """Whether the setting fits, and how long its steps are; not trained at all where the plan says no."""
+        words = self.words(setting) if words is None else words
+        # 学习率与种子不影响快慢：写成一样的，量过的就认得
+        alike = [word for word in words if not word.startswith("learning_rate=")]
+        return self.trial([*alike, "objective=tokens_per_s", *SPEED])
+
+    def prepared(self, space: list[Dimension]) -> tuple[Schedule, list[Dimension]]:
+        """Measure the default setting and the fastest micro-batch; the division of the time, and what can be searched.
+
+        Batches of which a rung would hold only a few steps leave the space, unless they were typed.
+        """
+        search = self.cfg.search
+        first = self.speed({})
+        if first.status != "ok":
+            raise ConfigError(
+                "the setting from which the search starts cannot be trained ({status}: {reason}); choose a smaller "
+                "model or batch_size, or memory=lean",
+                status=text(STATUS_MESSAGES[first.status]), reason=first.reason,
+            )
+        self.spent = (first.wall_s or 0.0) / 60
+        start = max(0.0, self.spent - 3 * first.step_ms / 60_000)
+        rows_per_minute = first.tokens_per_s * 60 / self.cfg.model.block_size
+        most = self._divided(start).rungs[0] * rows_per_minute / LEAST_STEPS
+        typed = {line.partition("=")[0] for line in search.typed}
+        space = [one if one.key in typed else fewer(one, max(most, self.rows)) for one in space]
+        if search.minutes >= MINUTES_FOR_BATCH and not self._typed("batch_size"):
+            self._find_micro_batch(space)
+        # 找微批用掉的时间也是搜索的时间：剩下的才分
+        self.schedule = self._divided(start)
+        tokens = int(EVALUATING / EVALUATIONS * self.schedule.rungs[0] * 60 * first.tokens_per_s * FORWARD)
+        tokens = max(LEAST_EVAL_TOKENS, tokens)
+        self.evaluated = [f"eval_tokens={min(tokens, self.cfg.eval_tokens or tokens)}"]
+        return self.schedule, space
+
+    def _divided(self, start_minutes: float) -> Schedule:
+        search = self.cfg.search
+        return divide(
+            search.minutes - self.spent, start_minutes, trials=search.trials, eta=search.eta, rungs=search.rungs,
+            top=search.top, seeds=search.seeds,
+        )
+
+    def _typed(self, key: str) -> bool:
+        return any(word.startswith(f"{key}=") for word in self.base)
+
+    def _find_micro_batch(self, space: Sequence[Dimension]) -> None:
+        """Take the fastest micro-batch at the largest batch of the space."""
+        rows = max([self.rows, *(int(w) for one in space if one.key == "global_batch_size" for w in one.choices)])
+
+        def measure(size: int) -> TrialResult:
+            got = self.speed({}, batch_words(rows, size))
+            self.spent += (got.wall_s or 0.0) / 60
+            return got
+
+        best = fastest([size for size in batch_sizes(rows, whole=False) if size * 8 >= self.rows], measure,
+                       self.cfg.trial.margin)
+        if best:
+            self.micro_batch = best.micro_batch
+            show(text("micro-batch {batch}: the fastest that fits, of {rows} rows", batch=best.micro_batch, rows=rows))
+
+    def run(self, setting: dict[str, str], rung: int, seed: int) -> TrialResult:
+        """Train a setting to the end of a rung, from where the rung before ended."""
+        measured = self.speed(setting)
+        if measured.status != "ok":
+            return measured
+        steps = steps_of(self.schedule, measured.step_ms)
+        words = [*self.words(setting), *self.evaluated, f"seed={self.cfg.seed + seed}"]
+        got = self.trial([*words, *steps.overrides(rung)], self.run_dir(words, steps))
+        # 量快慢的时间记在第一级上
+        beside = measured.wall_s or 0.0 if rung == 0 and seed == 0 else 0.0
+        # 配方里要有的：设置与学习率怎样走；训多久由人另说
+        schedule = ("lr_schedule=wsd", f"decay_fraction={DECAY}")
+        return replace(got, overrides=(*self.base, *self.words(setting), *schedule),
+                       wall_s=(got.wall_s or 0.0) + beside)
+
+    def run_dir(self, words: list[str], steps: Steps) -> Path:
+        """The run folder of a setting and seed, the same at every rung."""
+        whole = self.composed([*words, *steps.overrides(len(steps.rungs) - 1)])
+        return RUNS / earlier_results.key_of(whole)
+
+    def forget(self, candidate: Candidate) -> None:
+        """Delete the weights of a setting that goes no further: a search would fill the disk; its curve stays."""
+        run_dir = candidate.results[-1].run_dir
+        if run_dir:
+            shutil.rmtree(Path(run_dir) / "ckpt", ignore_errors=True)
+
+
+def batch_words(rows: int, micro_batch: int | None) -> list[str]:
+    """The overrides of a batch of `rows` in pieces of at most `micro_batch`."""
+    size = min(rows, micro_batch or rows)
+    return [f"global_batch_size={rows}", f"batch_size={size}", "gradient_accumulation_steps=1"]
+
+
+def steps_of(schedule: Schedule, step_ms: float) -> Steps:
+    """The minutes of every rung in steps of this length; every rung has at least one more than the one before."""
+    steps = [int(minutes * 60_000 / step_ms) for minutes in schedule.rungs]
+    return Steps(tuple(max(count, number) for number, count in enumerate(steps, 1)))
+
+
+def fewer(one: Dimension, most: float) -> Dimension:
+    """The batch sizes of at most `most` rows; any other key as it is."""
+    if one.key != "global_batch_size" or not one.choices:
+        return one
+    kept = tuple(word for word in one.choices if int(word) <= most)
+    return replace(one, choices=kept or one.choices[:1])
+
+

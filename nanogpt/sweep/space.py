@@ -1,0 +1,198 @@
+"""The space of a search: which keys take which values, in the words that a sweep is typed with."""
+
+# 搜索空间：一个键一行，写法就是 -m 扫描的写法（逗号、choice、range、interval、tag(log, …)），由 Hydra 自己的语法来读
+# 默认的空间在 conf/experiment/search.yaml；命令行上写几个值的键换掉那一行，只写一个值的键就此定下，不再搜索
+# shape 不是配置里的键：同样的计算量下换一种宽与深，由 shapes 换成 model.n_layer 等
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from nanogpt.base.config import ModelConfig, TrainConfig
+from nanogpt.base.language import ConfigError
+
+# 搜索自己定的键：每次试跑训多久、怎样收尾、用哪个种子
+OWN = (
+    "max_iters", "max_minutes", "max_tokens", "lr_schedule", "lr_decay_iters", "decay_fraction", "warmup_iters", "seed",
+    "batch_size", "gradient_accumulation_steps", "objective", "holdout", "eval_tokens", "eval_interval", "experiment",
+    "resume", "out_dir", "init_from", "dataset", "search", "trial",
+)
+# 宽与深由 shape 一起定
+SHAPE = ("model.n_layer", "model.n_head", "model.n_embd", "model")
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One key and the values that it may take: a list of words, or all numbers between two."""
+
+    # 词都是字符串，与命令行上敲的一样：一套写法，从空间一直用到 best.yaml
+
+    key: str
+    choices: tuple[str, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    whole: bool = False
+    """Integers only."""
+
+    def __str__(self) -> str:
+        if self.choices:
+            return f"{self.key}={','.join(self.choices)}"
+        return f"{self.key}={self.low:g} … {self.high:g}{' (log)' if self.log else ''}"
+
+    def distribution(self):
+        """The same for Optuna."""
+        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+        if self.choices:
+            return CategoricalDistribution(self.choices)
+        if self.whole:
+            return IntDistribution(int(self.low), int(self.high), log=self.log)
+        return FloatDistribution(self.low, self.high, log=self.log)
+
+    def word(self, value: Any) -> str:
+        """A value as it is typed; four digits of a number are more than a search can tell apart."""
+        return value if isinstance(value, str) else str(value) if self.whole else f"{value:.4g}"
+
+
+def space_of(
+    lines: Sequence[str], typed: Sequence[str], fixed: Sequence[str], *, own: Sequence[str] = OWN
+) -> list[Dimension]:
+    """The dimensions of a search: `lines` of the configuration, `typed` over them, without what is `fixed`.
+
+    The keys of `own` are the search's and refused.
+    """
+    given = {one.key: one for one in (dimension(line, own) for line in lines)}
+    mine = [dimension(line, own) for line in typed]
+    if twice := [one.key for one in mine if sum(other.key == one.key for other in mine) > 1]:
+        raise ConfigError("{key} is given twice; write all its values into one: {key}=a,b,c", key=twice[0])
+    decided = {override.key_or_group for override in map(_parsed, fixed)} | {one.key for one in mine}
+    if "shape" in given and "shape" not in {one.key for one in mine} and decided & {*SHAPE[:3]}:
+        # 自己定了宽或深：默认的 shape 就不再管它
+        del given["shape"]
+    space = {key: one for key, one in given.items() if key not in decided} | {one.key: one for one in mine}
+    if clash := sorted({*SHAPE} & {*space}):
+        if "shape" in space:
+            raise ConfigError(
+                "the search space contradicts itself: shape and {key} both decide the model's width and depth; leave "
+                "one of the two out",
+                key=clash[0],
+            )
+    if not space:
+        raise ConfigError(
+            "the search space is empty: no key has several values; give one of them several, such as "
+            "learning_rate=5e-3,1e-2",
+        )
+    return list(space.values())
+
+
+def dimension(line: str, own: Sequence[str] = OWN) -> Dimension:
+    """One line of a search space; ConfigError where it cannot be read or holds no value."""
+    override = _parsed(line)
+    key, value = override.key_or_group, override.value()
+    if key.split(".")[0] in own:
+        raise ConfigError(
+            "{line}: the search decides {key} by itself; leave it out (search.minutes, search.seeds and search.trials "
+            "say how long and how many)",
+            line=line, key=key,
+        )
+    if isinstance(value, IntervalSweep):
+        return _interval(line, override, value)
+    if isinstance(value, ChoiceSweep | RangeSweep):
+        words = tuple(dict.fromkeys(part.partition("=")[2] for part in _each(override)))
+        if words:
+            return Dimension(_name(override), words)
+    elif not override.is_delete():
+        return Dimension(_name(override), (line.partition("=")[2],))
+    raise ConfigError(
+        "{line}: no value is left to search; write {key}=a,b,c or {key}=interval(1,2)", line=line, key=key,
+    )
+
+
+def _parsed(line: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(line)
+    except HydraException as error:
+        raise ConfigError(
+            "search.space: {line}: this cannot be read ({reason}); write it as in a sweep: learning_rate=1e-3,1e-2 or "
+            "learning_rate=tag(log,interval(1e-3,1e-1))",
+            line=line, reason=str(error).partition("\n")[0],
+        ) from None
+
+
+def _name(override: Override) -> str:
+    return ("+" if override.is_add() else "") + override.key_or_group
+
+
+def _each(override: Override) -> list[str]:
+    key = override.get_key_element()
+    return [f"{key}={word}" for word in override.sweep_string_iterator()]
+
+
+def _interval(line: str, override: Override, value: IntervalSweep) -> Dimension:
+    low, high, log = value.start, value.end, "log" in value.tags
+    if not low < high:
+        raise ConfigError(
+            "{line}: the search space contradicts itself: {low} is not below {high}",
+            line=line, low=low, high=high,
+        )
+    if log and low <= 0:
+        raise ConfigError("{line}: a logarithmic interval begins above 0, not at {low}", line=line, low=low)
+    whole = isinstance(low, int) and isinstance(high, int)
+    return Dimension(_name(override), low=low, high=high, log=log, whole=whole)
+
+
+# ---- 从空间里的词到配置 ----
+
+
+def default_of(space: Sequence[Dimension], cfg: TrainConfig) -> dict[str, Any]:
+    """What the configuration itself has, as far as it lies in the space: the first setting that is tried."""
+    node, found = OmegaConf.structured(cfg), {}
+    for one in space:
+        value = cfg.model.name if one.key == "model" else OmegaConf.select(node, one.key.lstrip("+"))
+        if one.key == "shape":
+            value = "as_is"
+        if one.key == "global_batch_size" and value is None and isinstance(cfg.batch_size, int):
+            value = cfg.batch_size * cfg.gradient_accumulation_steps
+        same = [word for word in one.choices if yaml.safe_load(word) == _plain(value)]
+        if same:
+            found[one.key] = same[0]
+        elif not one.choices and isinstance(value, int | float) and one.low <= value <= one.high:
+            found[one.key] = value
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def overrides_of(setting: dict[str, str], model: ModelConfig) -> list[str]:
+    """The setting as one would type it."""
+    words = []
+    for key, word in setting.items():
+        words += shaped(model, word) if key == "shape" else [f"{key}={word}"]
+    return words
+
+
+def shaped(model: ModelConfig, word: str) -> list[str]:
+    """Width and depth with about the same work per token: as_is, deeper or wider.
+
+    The blocks of a GPT take 12 n_layer n_embd² products per token: half as many layers may be 1.41 times as wide.
+    """
+    # 步子不会恰好一样快：每个设置按自己实测的步时换算成步数，比的总是同样的时间，这里只要差不多
+    if word == "as_is":
+        return []
+    if word not in ("deeper", "wider"):
+        raise ConfigError("not_a_choice", key="shape", got=word, allowed="as_is | deeper | wider")
+    factor = 1.5 if word == "deeper" else 1 / 1.5
+    layers = max(1, round(model.n_layer * factor))
+    head = model.n_embd // model.n_head
+    # 头的大小不变，宽度仍是它的倍数
+    heads = max(1, round(model.n_embd * (model.n_layer / layers) ** 0.5 / head))
+    return [f"model.n_layer={layers}", f"model.n_head={heads}", f"model.n_embd={heads * head}"]

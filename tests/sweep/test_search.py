@@ -1,0 +1,265 @@
+"""A search: what it proposes, who goes on, how the time is divided, and that an interrupted one comes to the same end."""
+
+import dataclasses
+import json
+import math
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import composed, make_config
+from test_end_to_end import QUICK, TEXT
+from typed import typed
+
+from nanogpt.base.language import ConfigError
+from nanogpt.sweep import child, process, result, search
+from nanogpt.sweep.extrapolation import estimate
+from nanogpt.sweep.halving import LEAST_MINUTES, Search, divide, importance
+from nanogpt.sweep.result import TrialResult
+from nanogpt.sweep.space import default_of, overrides_of, shaped, space_of
+
+OPTUNA = pytest.mark.skipif(not find_spec("optuna"), reason="extra search is not installed")
+SPACE = ["learning_rate=tag(log,interval(1e-3,1e-1))", "global_batch_size=8,16,32", "dropout=0.0,0.1"]
+
+
+# ---- 循环，用假的试跑 ----
+
+
+class Fake:
+    """Trials whose loss is known: the best learning rate is 1e-2, dropout helps, high rates diverge."""
+
+    # 时间按结果里写的算，不真的过去
+
+    def __init__(self, schedule, stop=10**9):
+        self.schedule, self.calls, self.stop, self.known = schedule, [], stop, {}
+
+    def __call__(self, setting, rung, seed):
+        asked = (tuple(setting.items()), rung, seed)
+        if asked not in self.known:
+            if len(self.calls) == self.stop:
+                raise KeyboardInterrupt
+            self.calls.append(asked)
+            self.known[asked] = self.trained(setting, rung, seed)
+        return self.known[asked]
+
+    def trained(self, setting, rung, seed):
+        rate, rungs = float(setting["learning_rate"]), self.schedule.rungs
+        if rate > 0.05:
+            return TrialResult((), "crashed", "diverged", objective="val_loss", wall_s=5.0)
+        loss = 2 + (math.log10(rate) + 2) ** 2 - 0.1 * float(setting["dropout"]) + 1 / rungs[rung] + 0.01 * seed
+        minutes = rungs[rung] - (rungs[rung - 1] if rung and not seed else 0.0)
+        return TrialResult((), "ok", val_loss=loss, objective="val_loss", wall_s=60 * minutes + 6)
+
+
+def searched(fake, minutes=60.0, seed=1):
+    found = Search(space_of(SPACE, [], []), fake.schedule, fake, minutes=minutes, seed=seed, say=lambda *said: None, first={"learning_rate": 0.02})
+    found.run()
+    return found
+
+
+def told(found):
+    return [(one.setting, one.status, one.reason, one.values) for one in found.candidates], [one.number for one in found.best]
+
+
+@OPTUNA
+def test_survivors_go_on_the_others_are_pruned_with_a_reason_and_the_best_is_found():
+    schedule = divide(60.0, 0.1, trials=27, eta=3, rungs=3, top=2, seeds=3)
+    fake = Fake(schedule)
+    found = searched(fake)
+    assert found.candidates[0].setting["learning_rate"] == "0.02" and found.spent <= 60.0
+    for generation in range(schedule.generations):
+        mine = [one for one in found.candidates if one.status != "crashed"][9 * generation : 9 * generation + 9]
+        assert sorted(one.rung for one in mine) == [0] * 6 + [1] * 2 + [2]
+        for rung in (0, 1):
+            gone = [one.results[rung].value for one in mine if one.rung == rung]
+            assert min(gone) >= max(one.results[rung].value for one in mine if one.rung > rung)
+    pruned = next(one for one in found.candidates if one.status == "pruned" and one.rung == 0)
+    assert "of 9, the best 3 went on" in pruned.reason and pruned.reason.startswith("val_loss")
+    best = found.best[0]
+    assert [len(one.values) for one in found.best] == [3, 3] and best.mean <= found.best[1].mean and best.spread == pytest.approx(0.01)
+    assert abs(math.log10(float(best.setting["learning_rate"])) + 2) < 0.2
+    # 每一段只训一次：晋级的从自己停下的地方接着
+    assert len(set(fake.calls)) == len(fake.calls)
+    shares = importance(found.candidates, space_of(SPACE, [], []))
+    assert max(shares, key=shares.get) == "learning_rate" and sum(shares.values()) == pytest.approx(1)
+
+
+@OPTUNA
+def test_an_interrupted_search_typed_again_comes_to_the_same_end():
+    schedule = divide(30.0, 0.1, trials=9, eta=3, rungs=3, top=1, seeds=2)
+    whole = Fake(schedule)
+    expected = told(searched(whole, 30.0))
+    for stop in (1, 8, 13):
+        fake = Fake(schedule, stop)
+        with pytest.raises(KeyboardInterrupt):
+            searched(fake, 30.0)
+        fake.stop = 10**9
+        assert told(searched(fake, 30.0)) == expected and fake.calls == whole.calls
+
+
+@OPTUNA
+def test_trials_that_take_longer_than_planned_end_the_search_with_what_there_is():
+    schedule = divide(30.0, 0.1, trials=27, eta=3, rungs=3, top=2, seeds=3)
+    slow = Fake(schedule)
+    trained = slow.trained
+    slow.trained = lambda *asked: dataclasses.replace(trained(*asked), wall_s=10 * trained(*asked).wall_s)
+    found = searched(slow, 30.0)
+    longest = max(one.wall_s for one in slow.known.values()) / 60
+    assert 30.0 <= found.spent <= 30.0 + longest and found.best and found.best[0].values
+
+
+@pytest.mark.parametrize("minutes", [2, 5, 20, 60, 120, 1000])
+def test_the_time_is_divided_whole_and_no_rung_is_too_short_to_say_anything(minutes):
+    one = divide(minutes, 0.15, trials=27, eta=3, rungs=3, top=2, seeds=3)
+    assert one.minutes == pytest.approx(minutes) and one.rungs[0] >= LEAST_MINUTES and one.generations * one.size <= 27
+    assert all(b == pytest.approx(3 * a) for a, b in zip(one.rungs, one.rungs[1:]))
+    with pytest.raises(ConfigError, match=r"search.minutes=0.1 is too short"):
+        divide(0.1, 0.15, trials=27, eta=3, rungs=3, top=2, seeds=3)
+
+
+# ---- 空间 ----
+
+
+def test_typed_keys_replace_those_of_the_space_and_single_values_end_the_search_over_a_key():
+    lines = [*SPACE, "shape=as_is,deeper", "model.ngrams=[2,3],[]"]
+    space = {one.key: str(one) for one in space_of(lines, ["dropout=0.0,0.3", "optimizer=muon,adamw"], ["learning_rate=1e-2", "model.n_layer=3"])}
+    assert space == {
+        "global_batch_size": "global_batch_size=8,16,32", "model.ngrams": "model.ngrams=[2,3],[]", "dropout": "dropout=0.0,0.3", "optimizer": "optimizer=muon,adamw",
+    }
+    cfg = make_config("batch_size=8", "gradient_accumulation_steps=2")
+    assert default_of(space_of(lines, [], []), cfg) == {"learning_rate": 0.01, "global_batch_size": "16", "dropout": "0.0", "shape": "as_is"}
+
+
+@pytest.mark.parametrize(("typed_words", "said"), [
+    (["learning_rate=interval(1e-2,1e-3)"], "contradicts itself: 0.01 is not below 0.001"),
+    (["learning_rate=tag(log,interval(0,1e-3))"], "a logarithmic interval begins above 0"),
+    (["shape=as_is,wider", "model.n_embd=64,128"], "shape and model.n_embd both decide"),
+    (["dropout=0.1,0.2", "dropout=0.3,0.4"], "dropout is given twice"),
+    (["max_iters=10,20"], "the search decides max_iters by itself"),
+    (["dropout=choice(0.1,"], "this cannot be read"),
+])
+def test_a_space_that_contradicts_itself_is_refused_in_one_line(typed_words, said):
+    with pytest.raises(ConfigError) as refused:
+        space_of(SPACE, typed_words, [])
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+    with pytest.raises(ConfigError, match="the search space is empty"):
+        space_of([], [], [])
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small", "medium", "gpt2_xl"])
+def test_other_shapes_have_about_the_same_work_and_whole_heads(preset):
+    model = make_config(f"model={preset}").model
+    for word in ("deeper", "wider"):
+        other = make_config(f"model={preset}", *overrides_of({"shape": word}, model)).model
+        work = other.n_layer * other.n_embd**2 / (model.n_layer * model.n_embd**2)
+        assert 0.8 < work < 1.25 and other.n_embd % other.n_head == 0 and other.n_layer != model.n_layer
+    assert shaped(model, "as_is") == []
+
+
+# ---- 估计 ----
+
+
+def test_a_power_law_is_found_again_and_the_estimate_says_how_sure_it_is():
+    def curve(gain, noise=0.0):
+        plateau = [(t, 1.2 + 3 * t**-0.4 + noise * (-1) ** i) for i, t in enumerate(np.linspace(1e3, 8e3, 8))]
+        return [*plateau, (1e4, 1.2 + 3 * 1e4**-0.4 - gain)]
+
+    exact = estimate([curve(0.05)], 1e5, plateau=0.8)
+    wanted = 1.2 + 3 * 1e5**-0.4 - 0.05
+    assert exact.value == pytest.approx(wanted, abs=5e-3) and exact.low <= wanted <= exact.high
+    rough = estimate([curve(0.05, 0.01), curve(0.07, -0.01)], 1e5, plateau=0.8)
+    assert rough.high - rough.low > exact.high - exact.low and rough.low < wanted < rough.high
+    assert estimate([[(1e3, 2.0), (2e3, 1.9)]], 1e5, plateau=0.8) is None
+
+
+# ---- 真的短训练，在这个进程里 ----
+
+
+def learned(tiny_overrides, folder, *more):
+    lines = []
+    overrides = [*tiny_overrides, "trial.enabled=true", "objective=val_loss", "dropout=0.1", "lr_schedule=wsd", "lr_decay_iters=8", *more]
+    child.measure(make_config(*overrides), overrides, folder, lambda **said: lines.append(said), predict=lambda cfg, device: None, limit=lambda gib: None)
+    return {key: value for line in lines for key, value in line.items()}
+
+
+def test_a_survivor_goes_on_exactly_as_if_it_had_not_stopped(tiny_overrides, in_tmp):
+    first = learned(tiny_overrides, Path("outputs/fit/runs/a"), "max_iters=4", "eval_interval=2")
+    went_on = learned(tiny_overrides, Path("outputs/fit/runs/a"), "max_iters=8", "eval_interval=2")
+    whole = learned(tiny_overrides, Path("outputs/fit/runs/b"), "max_iters=8", "eval_interval=2")
+    assert (first["status"], first["iters"], went_on["iters"]) == ("ok", 4, 8) and first["val_loss"] > went_on["val_loss"]
+    assert [(t, loss) for t, _, loss in went_on["curve"]] == [(t, loss) for t, _, loss in whole["curve"]] and went_on["val_loss"] == whole["val_loss"]
+    # 已走完、还没记下的，不再训练；latest 仍是人自己训的那一次
+    again = learned(tiny_overrides, Path("outputs/fit/runs/a"), "max_iters=8", "eval_interval=2")
+    assert again["val_loss"] == whole["val_loss"] and "micro_batch" in again and not Path("outputs/.latest").exists()
+
+
+def test_an_objective_that_never_appears_is_a_line(tiny_overrides, in_tmp, monkeypatch):
+    monkeypatch.setattr("nanogpt.sweep.trial_trainer.TrialTrainer.evaluate", lambda trainer, *told: math.nan)
+    with pytest.raises(ConfigError, match=r"objective=val_loss never appeared: no evaluation within the budget"):
+        learned(tiny_overrides, Path("outputs/fit/runs/a"), "max_iters=2", "eval_interval=2")
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_training_that_still_writes_is_not_taken_for_one_that_hangs(tmp_path, writes):
+    sign = tmp_path / "metrics.jsonl"
+    code = f"import sys, time; sys.stdin.readline(); [({writes} and open({str(sign)!r}, 'w').close(), time.sleep(0.2)) for _ in range(10)]"
+    ended = process.run_child({}, tmp_path, timeout_s=1, signs=[sign], command=[process.sys.executable, "-S", "-c", code])
+    assert ended.killed == (None if writes else "timeout")
+
+
+# ---- 敲下的命令 ----
+
+
+@OPTUNA
+def test_a_search_as_it_is_typed_ends_with_a_report_and_a_recipe(in_tmp, monkeypatch):
+    (in_tmp / "my.txt").write_text(TEXT, encoding="utf-8")
+    asked = []
+
+    def faked(cfg, overrides, folder, *, run_dir=None):
+        asked.append((cfg, run_dir))
+        common = {"overrides": overrides, "status": "ok", "objective": cfg.objective, "wall_s": 6.0, "step_ms": 10.0, "tokens_per_s": 5000.0, "micro_batch": cfg.batch_size,
+                  "effective_batch": cfg.global_batch_size, "device": "cpu"}
+        if cfg.objective == "tokens_per_s":
+            return result.made(common)
+        loss = 2 + (math.log10(cfg.learning_rate) + 2) ** 2 + 1 / cfg.max_iters
+        curve = [(n * 100.0, n / 10, loss + 1 / n) for n in range(1, 8)]
+        return result.made({**common, "val_loss": loss, "curve": curve, "tokens": 700, "minutes": 0.7, "run_dir": str(run_dir)})
+
+    monkeypatch.setattr(search, "run_trial", faked)
+    words = ["-m", "experiment=search", "objective=val_loss", "search.minutes=15", "search.trials=9", "learning_rate=3e-3,1e-2,3e-2", "dropout=0", "dataset.path=my.txt",
+             "dataset.dir=prepared", *(word for word in QUICK if not word.startswith(("logger", "sample", "eval")))]
+    done = typed("run_train.py", in_tmp, *words, "max_iters=5000")
+    assert "chosen on 10% of the training split" in done.stdout and "--config-dir outputs/fit +fit=best" in done.stdout
+    trainings = [(cfg, run_dir) for cfg, run_dir in asked if cfg.objective == "val_loss"]
+    assert all(cfg.holdout == 0.1 and cfg.lr_schedule == "wsd" and cfg.dropout == 0 and cfg.trial.enabled for cfg, _ in trainings)
+    assert {cfg.learning_rate for cfg, _ in trainings} <= {3e-3, 1e-2, 3e-2}
+    # 晋级的在同一个目录里，终点不变，停得更晚
+    again = [pair for pair in trainings if pair[1] == trainings[0][1]]
+    assert len({cfg.lr_decay_iters for cfg, _ in again}) == 1 and again[0][0].max_iters < again[0][0].lr_decay_iters
+    best = yaml.safe_load((in_tmp / "outputs/fit/fit/best.yaml").read_text(encoding="utf-8"))
+    assert best["learning_rate"] == 0.01 and best["lr_schedule"] == "wsd" and best["max_iters"] == 5000 and "holdout" not in best
+    cfg = composed("train", [f"hydra.searchpath=[file://{(in_tmp / 'outputs/fit').as_posix()}]", "+fit=best"])
+    assert not cfg.search.enabled and not cfg.trial.enabled and cfg.holdout == 0 and cfg.dataset["path"] == "my.txt"
+    report = next(in_tmp.glob("outputs/fit/*/report.html")).read_text(encoding="utf-8")
+    assert report.count("<svg") == 3 and "pruned" in report and "<script" not in report and "is expected" in report
+    rows = [json.loads(line) for line in next(in_tmp.glob("outputs/fit/*/trials.jsonl")).read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == len(trainings)
+    refused = typed("run_train.py", in_tmp, *words, "search.minutes=0", expect=2)
+    assert "search.minutes=0" in refused.stderr and "Traceback" not in refused.stderr
+
+
+@OPTUNA
+def test_speed_can_be_searched_too(in_tmp, monkeypatch):
+    (in_tmp / "my.txt").write_text(TEXT, encoding="utf-8")
+
+    def faked(cfg, overrides, folder, *, run_dir=None):
+        fits = cfg.batch_size < 32
+        return result.made({"overrides": overrides, "key": f"{cfg.batch_size}", "status": "ok" if fits else "oom", "tokens_per_s": 100.0 * cfg.batch_size if fits else None,
+                            "micro_batch": cfg.batch_size, "wall_s": 1.0})
+
+    monkeypatch.setattr(search, "run_trial", faked)
+    done = typed("run_train.py", in_tmp, "-m", "experiment=search", "objective=tokens_per_s", "search.trials=8", "batch_size=4,8,16,32", "dataset.path=my.txt")
+    best = yaml.safe_load((in_tmp / "outputs/fit/fit/best.yaml").read_text(encoding="utf-8"))
+    assert best["batch_size"] == 16 and "train with the fastest setting" in done.stdout
