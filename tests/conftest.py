@@ -268,6 +268,13 @@ GPT2_RECIPE = {
     "arch": "gpt2", "position": "learned", "norm": "layernorm", "activation": "gelu_tanh", "bias": True, "qk_norm": False,
     "embed_norm": False, "tie_embeddings": True, "init": "gpt2", "logit_softcap": 0.0,
 }
+LLAMA_RECIPE = {
+    "arch": "llama", "norm_gain": True, "norm_eps": 1e-5, "activation": "swiglu", "intermediate_size": 24, "qk_norm": False, "embed_norm": False,
+    "logit_softcap": 0.0, "n_head": 4, "n_kv_head": 2, "rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_length": 16,
+}
+QWEN3_RECIPE = {
+    **LLAMA_RECIPE, "arch": "qwen3", "qk_norm": True, "n_kv_head": 1, "head_dim": 6, "tie_embeddings": True, "rope_scaling": "linear", "qkv_bias": True,
+}
 
 
 @contextlib.contextmanager

@@ -93,7 +93,11 @@ class ModelConfig:
     n_layer: int = number(1, 10**4, 4)
     """Transformer blocks."""
     n_head: int = number(1, 10**5, 4)
-    """Attention heads; n_embd is a multiple of it."""
+    """Attention heads; n_embd is a multiple of it unless head_dim is set."""
+    n_kv_head: int | None = number(1, 10**5, None)
+    """Heads of keys and values, of which each serves n_head / n_kv_head heads of queries; None: n_head."""
+    head_dim: int | None = number(1, 10**5, None)
+    """Size of a head; None: n_embd / n_head."""
     n_embd: int = number(1, 10**6, 256)
     """Width of the residual stream."""
     block_size: int = number(1, 10**8, 128)
@@ -107,13 +111,22 @@ class ModelConfig:
     position: str = choice("rope", "learned", default="rope")
     """Rotary position encoding or learned position embeddings."""
     norm: str = choice("rmsnorm", "layernorm", default="rmsnorm")
-    """Normalisation; rmsnorm has no parameters."""
-    activation: str = choice("relu2", "gelu", "gelu_tanh", default="relu2")
-    """Of the feed-forward layer; relu2 is the square of ReLU."""
+    """Normalisation; rmsnorm has no parameters unless norm_gain=true."""
+    norm_gain: bool = False
+    """Whether RMSNorm, that of qk_norm included, has a trained gain for each value."""
+    norm_eps: float = number(0, 1, 1e-6, open="low")
+    """What RMSNorm adds to the mean square; LayerNorm adds 1e-5 to the variance."""
+    activation: str = choice("relu2", "gelu", "gelu_tanh", "swiglu", default="relu2")
+    """Of the feed-forward layer; relu2 is the square of ReLU, swiglu multiplies a SiLU of one half with the other."""
     mlp_ratio: int = number(1, 1000, 4)
     """Width of the feed-forward layer in units of n_embd."""
+    intermediate_size: int | None = number(1, 10**7, None)
+    """Width of the feed-forward layer; None: mlp_ratio x n_embd, with swiglu two thirds of it, up to a multiple of
+    64."""
     bias: bool = False
     """Whether linears and LayerNorms have biases."""
+    qkv_bias: bool = False
+    """Whether queries, keys and values have biases where bias=false (Qwen2)."""
     qk_norm: bool = True
     """Normalise queries and keys, which allows a higher learning rate."""
     embed_norm: bool = True
@@ -126,6 +139,16 @@ class ModelConfig:
     """Bound of |logit|; 0 switches the cap off."""
     rope_base: float = number(1, HUGE, 10000.0)
     """Base of the rotary frequencies."""
+    rope_scaling: str = choice("none", "linear", "llama3", default="none")
+    """How rotary positions were stretched for a longer context: not, all by rope_factor, or only the slow ones."""
+    rope_factor: float = number(1, HUGE, 1.0)
+    """By how much the context was stretched."""
+    rope_low_freq_factor: float = number(0, HUGE, 1.0, open="low")
+    """llama3: frequencies with fewer turns than this in rope_original_length are divided by rope_factor."""
+    rope_high_freq_factor: float = number(0, HUGE, 4.0, open="low")
+    """llama3: frequencies with more turns than this in rope_original_length stay as they are."""
+    rope_original_length: int = number(1, 10**8, 8192)
+    """llama3: the context before it was stretched."""
     ngrams: list[int] = field(default_factory=lambda: [2, 3, 4, 5])
     """Sizes n of the hashed n-gram embeddings, each 2 … 8, for example [2, 3]; [] has none."""
     ngram_buckets: int = number(1, 10**9, 16384)
@@ -138,6 +161,23 @@ class ModelConfig:
     def __post_init__(self):
         # 旧的训练目录与自己的 yaml 写着旧名字
         self._target_ = present_name(self._target_)
+
+    @property
+    def head_size(self) -> int:
+        """Size of a head."""
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of the feed-forward layer behind the activation."""
+        width = self.mlp_ratio * self.n_embd
+        # SwiGLU 有三个矩阵：缩到三分之二，参数才与两个矩阵的一样多
+        return self.intermediate_size or (-(-width // 96) * 64 if self.activation == "swiglu" else width)
 
 
 @dataclass
@@ -486,12 +526,27 @@ def check_start(init_from: str | None) -> None:
 
 def check_model(model: Any) -> None:
     """Rules between the fields of a ModelConfig."""
-    if model.n_embd % model.n_head:
+    if model.head_dim is None and model.n_embd % model.n_head:
         raise ConfigError(
             "{key}={got} is not divisible by {other}={by}; choose a multiple of {by}",
             key="model.n_embd", got=model.n_embd, other="model.n_head", by=model.n_head,
         )
-    if model.position == "rope" and (model.n_embd // model.n_head) % 2:
+    if model.n_head % model.kv_heads:
+        raise ConfigError(
+            "model.n_head={got} is not divisible by model.n_kv_head={by}; choose a divisor of {got}",
+            got=model.n_head, by=model.n_kv_head,
+        )
+    if model.position == "rope" and (model.head_dim or 0) % 2:
+        raise ConfigError(
+            "model.head_dim={got} is odd, and RoPE turns pairs; choose an even one or model.position=learned",
+            got=model.head_dim,
+        )
+    if model.rope_scaling == "llama3" and model.rope_low_freq_factor >= model.rope_high_freq_factor:
+        raise ConfigError(
+            "out_of_range", key="model.rope_low_freq_factor", got=model.rope_low_freq_factor,
+            wanted=f"> 0, < {model.rope_high_freq_factor:g}",
+        )
+    if model.position == "rope" and model.head_size % 2:
         raise ConfigError(
             "model.n_embd={n_embd} / model.n_head={n_head} is odd, and RoPE turns pairs; choose an even head size or "
             "model.position=learned",

@@ -1,26 +1,16 @@
 # 注意力：q、k、v 一次矩阵乘得出，可选 QK-norm 与 RoPE，再按上下文长短选一种算法
-# 短上下文在 CPU 上用自己的两次批量乘法（kernels），其余交给 PyTorch 的 SDPA；写作时 key、value 从 KVCache 里取
-"""Causal self-attention and rotary position embedding."""
+# 短上下文在 CPU 上用自己的两次批量乘法，其余交给 PyTorch 的 SDPA（都在 kernels）；写作时 key、value 从 KVCache 里取
+# key、value 的 head 可以比 query 少（GQA）：几个 query 共用一份，写作时缓存也小这么多倍
+"""Causal self-attention."""
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
-from nanogpt.core.kernels import device_type, is_short, rms_norm, rotate, short_attention
+from nanogpt.core.kernels import attention, is_short, rms_norm, rotate, short_attention
 from nanogpt.core.kv_cache import KVCache
 
-# 归一化后 q·k 不超过 hs；除以 hs 再乘它，注意力足够尖锐，与 head 大小无关
+# 归一化后 q·k 不超过 hs；除以 hs 再乘它，注意力足够尖锐，与 head 大小无关；有增益的自己学会多尖锐
 QK_NORM_MAX_LOGIT = 12.0
-
-
-def rope_table(head_size: int, length: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos and signed sin, (length, 1, 1, head_size) in float32 (RoFormer, arXiv:2104.09864)."""
-    # 频率按几何级数递减：低维看近处，高维看远处
-    frequency = base ** -(torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
-    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
-    cos, sin = angle.cos(), angle.sin()
-    # 符号写进表里，旋转只需一次交换加一次乘加；中间的 1 与 (B, T, 2, nh, hs) 广播
-    return torch.cat((cos, cos), dim=-1)[:, None, None], torch.cat((-sin, sin), dim=-1)[:, None, None]
 
 
 class CausalSelfAttention(nn.Module):
@@ -29,52 +19,53 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer: int):
         super().__init__()
         self.layer = layer
-        self.n_head = config.n_head
-        self.dropout = config.dropout
-        self.qk_norm = config.qk_norm
-        head_size = config.n_embd // config.n_head
-        self.scale = QK_NORM_MAX_LOGIT / head_size if config.qk_norm else head_size**-0.5
-        # q、k、v 合成一次矩阵乘，小模型上省两次 kernel 启动
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head, kv, hs = config.n_head, config.kv_heads, config.head_size
+        self.dropout, self.qk_norm, self.eps = config.dropout, config.qk_norm, config.norm_eps
+        gains = config.qk_norm and config.norm_gain
+        self.scale = QK_NORM_MAX_LOGIT / hs if config.qk_norm and not gains else hs**-0.5
+        self.groups, self.joint = config.n_head // kv, kv == config.n_head and not gains
+        # c_attn 的输出怎样分开：q 与 k 的归一化、旋转完全相同时一起算，调用次数减半
+        self.layout = (3, kv, hs) if self.joint else (1, config.n_head + 2 * kv, hs)
+        self.sizes, self.dim = ((2, 1), 2) if self.joint else ((config.n_head, kv, kv), 3)
+        # q、k、v 合成一次矩阵乘，小模型上省两次 kernel 启动；Muon 更新时再分开
+        self.c_attn = nn.Linear(config.n_embd, (config.n_head + 2 * kv) * hs, bias=config.bias or config.qkv_bias)
+        self.c_proj = nn.Linear(config.n_head * hs, config.n_embd, bias=config.bias)
+        self.q_gain, self.k_gain = (nn.Parameter(torch.ones(hs)) if gains else None for _ in range(2))
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(
         self, x: torch.Tensor, rope=None, cache: KVCache | None = None, visible: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        B, T, _ = x.shape
+        qkv = self.c_attn(x).view(B, T, *self.layout)
         dropout = self.dropout if self.training else 0.0
         short = cache is None and is_short(qkv, dropout)
-        if short and not self.qk_norm and rope is None:
+        if short and self.joint and not self.qk_norm and rope is None:
             # q、k 原样使用时不必先拆开：反向少一次拼接
             y = short_attention(self.scale, visible, qkv)
         else:
-            # q 与 k 的归一化、旋转完全相同，一起算，调用次数减半
-            qk, v = qkv.split((2, 1), dim=2)
+            *qk, v = qkv.split(self.sizes, dim=self.dim)
             if self.qk_norm:
                 # 限住 q·k 的幅度，学习率可以更大而注意力不发散
-                qk = rms_norm(qk)
+                qk = [rms_norm(part, gain, self.eps) for part, gain in zip(qk, (self.q_gain, self.k_gain))]
             if rope is not None:
-                qk = rotate(qk, *rope)
-            y = short_attention(self.scale, visible, qk, v) if short else self._attend(qk, v, cache, dropout, visible)
-        # (B, nh, T, hs) -> (B, T, C)
-        y = y.transpose(1, 2).reshape(B, T, C)
-        return self.resid_dropout(self.c_proj(y))
+                qk = [rotate(part, *rope) for part in qk]
+            y = self._attend([*qk, v], cache, dropout, visible, short)
+        # (B, nh, T, hs) -> (B, T, nh * hs)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, -1)))
 
-    def _attend(self, qk, v, cache: KVCache | None, dropout: float, visible: torch.Tensor | None) -> torch.Tensor:
-        """Scaled dot-product attention through PyTorch's kernel, of qk (B, T, 2, nh, hs) and v (B, T, 1, nh, hs)."""
-        T = qk.size(1)
-        q, k, v = (t.transpose(1, 2) for t in (*qk.unbind(2), v.squeeze(2)))
+    def _attend(self, parts: list[torch.Tensor], cache: KVCache | None, dropout: float, visible, short: bool):
+        """Attention (B, nh, T, hs) of parts (B, T, ., ., hs) that are q, k and v, the heads in the last but one."""
+        if short:
+            if self.groups > 1:
+                parts = [parts[0], *(part.repeat_interleave(self.groups, dim=3) for part in parts[1:])]
+            return short_attention(self.scale, visible, *parts)
+        q, k, v = (t.transpose(1, 2) for part in parts for t in part.unbind(2))
+        T, mask = q.size(2), visible
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        if device_type(q) == "mps":
-            # 那里的 SDPA 读换过轴的张量会读错（pytorch#181133、#163597）
-            q, k, v = (t.contiguous() for t in (q, k, v))
-        # 单 token 续写时自己的每个 key 都可见；整段预填充才是因果的
-        mask = cache.mask if cache is not None else visible
-        if cache is not None and 1 < T < k.size(2):
-            mask = torch.ones(T, k.size(2), dtype=torch.bool, device=qk.device).tril(k.size(2) - T)
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=T > 1 and mask is None, dropout_p=dropout, scale=self.scale
-        )
+            # 单 token 续写时自己的每个 key 都可见；整段预填充才是因果的
+            mask = cache.mask
+            if 1 < T < k.size(2):
+                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=q.device).tril(k.size(2) - T)
+        return attention(q, k, v, mask, dropout, self.scale)

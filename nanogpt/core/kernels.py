@@ -28,11 +28,11 @@ class _RMSNorm(torch.autograd.Function):
     """y = x * r with r = (mean(x^2) + eps)^-1/2; dx = r * (g - y * mean(g * y))."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, eps):
         # 半精度的平方和会丢位，在 fp32 里求
         wide = torch.promote_types(x.dtype, torch.float32)
         square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_()
-        r = square.div_(x.size(-1)).add_(RMS_EPS).rsqrt_()
+        r = square.div_(x.size(-1)).add_(eps).rsqrt_()
         y = (x * r).to(x.dtype)
         # y 本来就要留给后面的线性层，存它不多占内存
         ctx.save_for_backward(y, r)
@@ -42,22 +42,25 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, grad):
         y, r = ctx.saved_tensors
         mean = (grad * y).sum(-1, keepdim=True, dtype=r.dtype).div_(y.size(-1))
-        return torch.addcmul(grad, y, mean.to(y.dtype), value=-1).mul_(r.to(y.dtype))
+        return torch.addcmul(grad, y, mean.to(y.dtype), value=-1).mul_(r.to(y.dtype)), None
 
 
-def rms_norm(x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm without a gain over the last dimension (arXiv:1910.07467)."""
+def rms_norm(x: torch.Tensor, gain: torch.Tensor | None = None, eps: float = RMS_EPS) -> torch.Tensor:
+    """RMSNorm over the last dimension (arXiv:1910.07467), times a gain of its size if there is one."""
+    # fp32 的增益会把半精度的激活悄悄提升
+    gain = None if gain is None else gain.to(x.dtype)
     # GPU 与 torch.compile 自带融合的实现
     if device_type(x) == "cpu" and not torch.compiler.is_compiling():
-        return _RMSNorm.apply(x)
-    return fused_rms_norm(x)
+        y = _RMSNorm.apply(x, eps)
+        return y if gain is None else y * gain
+    return fused_rms_norm(x, gain, eps)
 
 
-def fused_rms_norm(x: torch.Tensor) -> torch.Tensor:
+def fused_rms_norm(x: torch.Tensor, gain: torch.Tensor | None, eps: float) -> torch.Tensor:
     """The same in one kernel of PyTorch's."""
     # 有的版本的 autocast 会把它提到 fp32：q、k 跟着变宽，就用不上 flash 了
     with torch.autocast(x.device.type, enabled=False):
-        return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
+        return F.rms_norm(x, (x.size(-1),), gain, eps)
 
 
 class _SquaredReLU(torch.autograd.Function):
@@ -80,6 +83,31 @@ class _SquaredReLU(torch.autograd.Function):
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
     """relu(x)^2, which keeps one tensor for the backward pass."""
     return _SquaredReLU.apply(x)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of x = (gate, up) along the last dimension; eager autograd would keep silu(gate) as well."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        grads = torch.empty_like(x)
+        of_gate, of_up = grads.chunk(2, dim=-1)
+        of_up.copy_(F.silu(gate)).mul_(grad)
+        of_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        return grads
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up (..., n) of x = (gate, up) (..., 2 n) (arXiv:2002.05202), which keeps x for the backward pass."""
+    return _SwiGLU.apply(x)
 
 
 def _swap_halves(x: torch.Tensor) -> torch.Tensor:
@@ -155,6 +183,33 @@ def is_short(qkv: torch.Tensor, dropout: float) -> bool:
 def short_attention(scale: float, visible: torch.Tensor | None, *parts: torch.Tensor) -> torch.Tensor:
     """Causal attention (B, nh, T, hs) of parts that make q, k, v (B, T, 3, nh, hs) when joined along dimension 2."""
     return _ShortAttention.apply(scale, visible, *parts)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask, dropout: float, scale: float) -> torch.Tensor:
+    """SDPA of q (B, nh, T, hs) with k, v (B, nkv, L, hs), causal if T > 1 and there is no mask; nkv divides nh."""
+    settings = {"is_causal": q.size(2) > 1 and mask is None, "dropout_p": dropout, "scale": scale}
+    shape, groups = q.shape, q.size(1) // k.size(1)
+    if groups > 1 and q.size(2) == 1:
+        # 只有一个位置：共用一份 key 的几个 head 当作几个位置，哪种 kernel 都不必抄 key
+        q = q.reshape(q.size(0), k.size(1), groups, q.size(3))
+    elif groups > 1 and mask is None and _has_flash(q):
+        settings["enable_gqa"] = True
+    elif groups > 1:
+        # 别的 kernel 不认分组，会退回到存下整个概率矩阵的那一种
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    if device_type(q) == "mps":
+        # 那里的 SDPA 读换过轴的张量会读错（pytorch#181133、#163597）
+        q, k, v = (t.contiguous() for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **settings).reshape(shape)
+
+
+def _has_flash(q: torch.Tensor) -> bool:
+    """Whether SDPA takes its flash kernel where q is computed with, which shares keys among heads by itself."""
+    if device_type(q) != "cuda":
+        return device_type(q) == "cpu"
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    # 规划时张量不在卡上：当作 30 系以后的卡
+    return half and (q.device.type != "cuda" or torch.cuda.get_device_capability(q.device) >= (8, 0))
 
 
 def cross_entropy(

@@ -10,7 +10,7 @@ from nanogpt.core.machine import on_device
 
 
 class KVCache:
-    """Preallocated keys and values of every layer, each (n_layer, B, nh, L, hs), and the ids read so far, (B, L).
+    """Preallocated keys and values of every layer, each (n_layer, B, nkv, L, hs), and the ids read so far, (B, L).
 
     `lengths` says how many positions of each row are filled; rows may differ. The active rows are the
     first len(lengths), so that a finished row costs nothing. L is block_size unless a shorter `length` is given.
@@ -19,7 +19,7 @@ class KVCache:
     def __init__(self, model, batch_size: int, length: int | None = None):
         config = model.config
         self.max_length = min(length or config.block_size, config.block_size)
-        shape = (config.n_layer, batch_size, config.n_head, self.max_length, config.n_embd // config.n_head)
+        shape = (config.n_layer, batch_size, config.kv_heads, self.max_length, config.head_size)
         # 一次分配好，逐 token 生成时不再申请显存
         self.k = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self.v = torch.zeros_like(self.k)
@@ -74,7 +74,7 @@ class KVCache:
         return self.position
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write k, v (B, nh, T, hs) where begin() said; return all (B, nh, end, hs), the unfilled behind `mask`."""
+        """Write k, v (B, nkv, T, hs) where begin() said; return all (B, nkv, end, hs), the unfilled behind `mask`."""
         rows = len(self.lengths)
         if self.mask is None:
             self.k[layer, :rows, :, self.position] = k

@@ -3,7 +3,8 @@
 """The GPT model: embeddings, blocks, head; forward gives logits, loss never holds all of them.
 
 `arch=gpt2` is GPT-2 (Radford et al. 2019), parameter names included. `arch=modern` swaps in RoPE,
-RMSNorm, QK-norm, squared ReLU and zero-initialised output projections.
+RMSNorm, QK-norm, squared ReLU and zero-initialised output projections. `arch=llama` and `arch=qwen3` compute what
+transformers' LlamaForCausalLM and Qwen3ForCausalLM compute.
 """
 
 import torch
@@ -11,39 +12,40 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanogpt.base.config import ModelConfig
-from nanogpt.core.attention import CausalSelfAttention, rope_table
+from nanogpt.core.attention import CausalSelfAttention
 from nanogpt.core.initialize import initialize
-from nanogpt.core.kernels import rms_norm, squared_relu
+from nanogpt.core.kernels import rms_norm, squared_relu, swiglu
 from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.loss import chunked_cross_entropy
 from nanogpt.core.ngrams import NgramEmbedding
+from nanogpt.core.rope import rope_table
 
 
 class Norm(nn.Module):
-    """RMSNorm without parameters, or LayerNorm with weight and optional bias, over the last dimension."""
+    """RMSNorm with or without a gain, or LayerNorm with weight and optional bias, over the last dimension."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.kind = config.norm
-        if config.norm == "layernorm":
-            self.weight = nn.Parameter(torch.ones(config.n_embd))
-            self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+        self.kind, self.eps = config.norm, config.norm_eps
+        layernorm = config.norm == "layernorm"
+        self.weight = nn.Parameter(torch.ones(config.n_embd)) if layernorm or config.norm_gain else None
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if layernorm and config.bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # RMSNorm 不带可学习的增益：紧跟其后的线性层能吸收它，少一次乘法
+        # RMSNorm 可以不带增益：紧跟其后的线性层能吸收它，少一次乘法
         if self.kind == "rmsnorm":
-            return rms_norm(x)
+            return rms_norm(x, self.weight, self.eps)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
 
 
 class MLP(nn.Module):
-    """Position-wise feed-forward layer C -> mlp_ratio * C -> C."""
+    """Position-wise feed-forward layer C -> mlp_width -> C."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        width = config.mlp_ratio * config.n_embd
-        self.activation = config.activation
-        self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
+        width, self.activation = config.mlp_width, config.activation
+        # SwiGLU 的两个矩阵合成一次乘法：前一半过 SiLU，再乘后一半
+        self.c_fc = nn.Linear(config.n_embd, width * (2 if self.activation == "swiglu" else 1), bias=config.bias)
         self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -52,6 +54,8 @@ class MLP(nn.Module):
         if self.activation == "relu2":
             # ReLU² 只有比较和乘法，CPU 上比 GELU 快几倍，loss 不差（Primer, arXiv:2109.08668）
             x = squared_relu(x)
+        elif self.activation == "swiglu":
+            x = swiglu(x)
         else:
             # GPT-2 原版用 tanh 近似的 GELU，导入权重时必须一致
             x = F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
@@ -102,10 +106,9 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.wte.weight
         if config.position == "rope":
-            cos, sin = rope_table(config.n_embd // config.n_head, config.block_size, config.rope_base)
             # 可由配置重算，不必存进 checkpoint
-            self.register_buffer("rope_cos", cos, persistent=False)
-            self.register_buffer("rope_sin", sin, persistent=False)
+            for name, table in zip(("rope_cos", "rope_sin"), rope_table(config), strict=True):
+                self.register_buffer(name, table, persistent=False)
         self.reset_parameters()
 
     def make_attention(self, layer: int) -> nn.Module:

@@ -132,9 +132,9 @@ class Optimizer:
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         # Nesterov：向前多看一步
         ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
-        splits = [group["splits"].get(name, 1) for name, _ in named]
-        directions = [part for direction, n in zip(ahead, splits, strict=True) for part in direction.chunk(n)]
-        weights = [part for (_, p), n in zip(named, splits, strict=True) for part in p.detach().chunk(n)]
+        splits = [group["splits"].get(name) or [len(p)] for name, p in named]
+        directions = [part for direction, rows in zip(ahead, splits, strict=True) for part in direction.split(rows)]
+        weights = [part for (_, p), rows in zip(named, splits, strict=True) for part in p.detach().split(rows)]
         del ahead, gradients
         updates = orthogonalized(directions, group["ns_steps"])
         del directions
@@ -176,6 +176,17 @@ def split_parameters(model: torch.nn.Module) -> tuple[list, list, list]:
     return matrices, tables, [(name, p) for name, p in trained if p.dim() < 2]
 
 
+def joined_rows(model: torch.nn.Module) -> dict[str, list[int]]:
+    """Rows of the matrices inside each weight of the blocks that holds several: q, k, v; gate and up of SwiGLU."""
+    c = model.config
+    rows = {"attn.c_attn.weight": [heads * c.head_size for heads in (c.n_head, c.kv_heads, c.kv_heads)]}
+    if c.activation == "swiglu":
+        rows["mlp.c_fc.weight"] = [c.mlp_width] * 2
+    named = ((name, p, rows.get(name.split(".", 2)[-1])) for name, p in model.named_parameters())
+    # 各自正交化：合在一起的只有一个谱，会互相牵制；使用者自己的层可以有别的形状
+    return {name: sizes for name, p, sizes in named if sizes and p.dim() == 2 and sum(sizes) == len(p)}
+
+
 def _group(named: list, **settings) -> dict:
     return {"names": [n for n, _ in named], "params": [p for _, p in named], "lr": 0.0, **settings}
 
@@ -214,7 +225,7 @@ def muon(
     groups = [
         _group(
             matrices, rule="muon", states=("momentum",), lr_scale=1.0, weight_decay=weight_decay, momentum=momentum,
-            ns_steps=ns_steps, splits={n: 3 for n, _ in matrices if n.endswith("attn.c_attn.weight")},
+            ns_steps=ns_steps, splits=joined_rows(model),
         ),
         # 每步只有少数行有梯度，查表参数要更大的步长
         _group(embeddings, lr_scale=embedding_lr_scale, **shared),

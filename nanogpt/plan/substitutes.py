@@ -109,23 +109,24 @@ class PlannedPrecision:
 class FusedRMSNorm(torch.autograd.Function):
     """Allocates and saves what the CUDA kernel behind F.rms_norm does (torch >= 2.9).
 
-    That is its input and one float32 per row.
+    That is its input and one float32 per row, and a gain's sums.
     """
 
     # CPU 上 F.rms_norm 是一串小运算，存下的多得多：照它追踪，显存就估大了
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, gain, eps):
         # kernel 只认连续的输入；q、k 是切片，会临时抄一份
         r = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
         y = torch.mul(x.contiguous(), 1.0)
-        ctx.save_for_backward(x, r)
+        ctx.save_for_backward(x, r, gain)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, _ = ctx.saved_tensors
-        return torch.mul(grad.contiguous(), x.contiguous())
+        x, _, gain = ctx.saved_tensors
+        of_gain = None if gain is None else torch.empty_like(gain)
+        return torch.mul(grad.contiguous(), x.contiguous()), of_gain, None
 
 
 @contextlib.contextmanager

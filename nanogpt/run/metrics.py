@@ -164,7 +164,7 @@ def flops_per_token(model) -> int:
     for name, p in model.named_parameters(remove_duplicate=False):
         if name in outputs:
             # 注意力的乘积在输出投影之前；反向恰是前向的两倍
-            flops += (4 + 8 * trained) * c.n_embd * c.block_size
+            flops += (4 + 8 * trained) * c.n_head * c.head_size * c.block_size
         if p.dim() > 1 and name not in tables:
             # 前向、自己的梯度、往回传的梯度各两次；LoRA 冻结的矩阵没有第二项，第一个 adapter 之前没有第三项
             flops += (2 + 2 * p.requires_grad + 2 * trained) * p.numel()

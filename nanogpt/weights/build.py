@@ -68,7 +68,9 @@ def parameters_at_least(config: ModelConfig) -> int:
     vocab, width = config.vocab_size or 1, config.n_embd
     tables = vocab * (1 if config.tie_embeddings else 2) + (config.block_size if config.position == "learned" else 0)
     tables += sum(min((vocab + 1) ** n, config.ngram_buckets) for n in config.ngrams)
-    return width * tables + config.n_layer * (4 + 2 * config.mlp_ratio) * width**2
+    attention = 2 * (config.n_head + config.kv_heads) * config.head_size
+    mlp = (3 if config.activation == "swiglu" else 2) * config.mlp_width
+    return width * (tables + config.n_layer * (attention + mlp))
 
 
 def build_sampler(node: dict):

@@ -14,6 +14,7 @@ import inspect
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -48,6 +49,8 @@ def export(named: str, target: Path, which: str | None = None, *, code: str | No
         raise ConfigError("TARGET={target} already holds something; choose an empty or new folder", target=target)
     pretrained = open_pretrained(named, key="OUT_DIR", which=which, code=code)
     own, plain = pretrained.config._target_ not in trusted_targets(), is_gpt2(pretrained.config)
+    if not own and not plain:
+        check_custom(pretrained.config)
     try:
         if target.is_dir():
             target.rmdir()
@@ -67,8 +70,31 @@ def is_gpt2(config: ModelConfig) -> bool:
     flags = (config.qk_norm, config.embed_norm, config.logit_softcap, list(config.ngrams))
     recipe = (config.position, config.norm, *flags)
     same = recipe == ("learned", "layernorm", False, False, 0.0, []) and config.activation in ACTIVATIONS.values()
+    same = same and next(beyond_custom(config), "intermediate_size") == "intermediate_size"
     # 自己的类算什么，从配置看不出来
     return same and config._target_ in trusted_targets()
+
+
+def beyond_custom(config: ModelConfig) -> Iterator[str]:
+    """The fields in which a config differs from every recipe of before `arch=llama`."""
+    usual = {
+        "n_kv_head": (None, config.n_head), "head_dim": (None, config.n_embd // config.n_head), "qkv_bias": (False,),
+        "norm_gain": (False,), "norm_eps": (1e-6,), "rope_scaling": ("none",),
+        "intermediate_size": (None, config.mlp_ratio * config.n_embd),
+    }
+    if config.activation == "swiglu":
+        yield "activation"
+    yield from (field for field, values in usual.items() if getattr(config, field) not in values)
+
+
+def check_custom(config: ModelConfig) -> None:
+    """Refuse what neither a plain GPT-2 nor modeling_nanogpt.py computes."""
+    if field := next(beyond_custom(config), None):
+        raise ConfigError(
+            "model.{field}={got} has no form that transformers reads; export a run with arch=modern or arch=gpt2 as "
+            "they are",
+            field=field, got=getattr(config, field),
+        )
 
 
 def write_gpt2(folder: Path, pretrained: Pretrained) -> None:
@@ -78,7 +104,7 @@ def write_gpt2(folder: Path, pretrained: Pretrained) -> None:
     write_json(folder / "config.json", {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": config.vocab_size,
         "n_positions": config.block_size, "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd,
-        "n_inner": config.mlp_ratio * config.n_embd, "activation_function": activation,
+        "n_inner": config.mlp_width, "activation_function": activation,
         "layer_norm_epsilon": 1e-5, "tie_word_embeddings": config.tie_embeddings,
         "resid_pdrop": config.dropout, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout,
         "bos_token_id": end, "eos_token_id": end, "dtype": "float32", **about_documents(pretrained),

@@ -88,7 +88,8 @@ def test_gpt2_presets_bring_their_recipe_and_the_command_line_wins():
 
 BAD = {
     "model.n_embd=100 model.n_head=12": "model.n_embd=100 is not divisible by model.n_head=12; choose a multiple of 12",
-    "model.n_embd=36 model.n_head=4": "odd",
+    "model.n_embd=36 model.n_head=4": "odd", "arch=qwen3 model.head_dim=7": "model.head_dim=7 is odd",
+    "arch=llama model.n_kv_head=3": "model.n_head=4 is not divisible by model.n_kv_head=3; choose a divisor of 4",
     "learning_rate=-1": "learning_rate=-1.0 is out of range",
     "learning_rate=0": "learning_rate",
     "learning_rate=nan": "learning_rate",

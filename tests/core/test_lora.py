@@ -5,7 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GPT2_RECIPE, new_session, no_grad_eval, reseal, resume, resumed_trainer, train, wild_model
+from conftest import (
+    GPT2_RECIPE,
+    QWEN3_RECIPE,
+    new_session,
+    no_grad_eval,
+    reseal,
+    resume,
+    resumed_trainer,
+    train,
+    wild_model,
+)
 from test_trainer import weights
 
 from nanogpt.base.config import FinetuneConfig
@@ -17,7 +27,7 @@ from nanogpt.weights.build import build_model, model_of
 from nanogpt.weights.pretrained import build_pretrained, open_pretrained
 
 LORA = ["finetune=lora", "finetune.rank=4", "finetune.dropout=0.1", "model.dropout=0.1"]
-RECIPES = {"modern": {}, "gpt2": GPT2_RECIPE}
+RECIPES = {"modern": {}, "gpt2": GPT2_RECIPE, "qwen3": QWEN3_RECIPE}
 
 
 def idx():

@@ -386,6 +386,7 @@ MODES = {
 
 @pytest.mark.parametrize("recipe", [
     [], ["arch=gpt2", "model.position=learned", "model.bias=true", "dropout=0.2"], ["dropout=0.2", "model.block_size=192"], ["precision=bf16"], ["memory.weights=bf16"],
+    ["arch=llama", "model.n_kv_head=1", "model.block_size=192"],
 ])
 def test_recomputing_changes_no_gradient(recipe):
     found = {}
@@ -465,9 +466,11 @@ def test_every_preset_is_traced_without_allocating(optimizer, preset):
         assert all(t.shape is not None for tensors in step.optimizer.state.values() for t in tensors.values()) and step.optimizer.state
 
 
-@pytest.mark.parametrize(("preset", "optimizer"), [("lean8", "muon"), ("offload", "adamw"), ("minimal", "muon"), ("minimal", "adamw")])
-def test_resume_equals_the_uninterrupted_run_to_the_bit_under_every_preset(in_tmp, wide, preset, optimizer):
-    base = [*wide, f"memory={preset}", f"optimizer={optimizer}", "eval_interval=2", "lr_decay_iters=6", "model.dropout=0.1", "warmup_iters=0"]
+@pytest.mark.parametrize(("preset", "optimizer", "arch"), [
+    ("lean8", "muon", "qwen3"), ("offload", "adamw", "modern"), ("minimal", "muon", "llama"), ("minimal", "adamw", "modern"),
+])
+def test_resume_equals_the_uninterrupted_run_to_the_bit_under_every_preset(in_tmp, wide, preset, optimizer, arch):
+    base = [*wide, f"arch={arch}", "model.n_kv_head=1", f"memory={preset}", f"optimizer={optimizer}", "eval_interval=2", "lr_decay_iters=6", "model.dropout=0.1", "warmup_iters=0"]
     whole = train(base, "max_iters=4", out="outputs/whole")
     train(base, "max_iters=2", out="outputs/half")
     second = resumed_trainer("outputs/half", "max_iters=4")

@@ -3,17 +3,20 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GPT2_RECIPE, no_grad_eval, tiny_model_config
+from conftest import GPT2_RECIPE, LLAMA_RECIPE, QWEN3_RECIPE, no_grad_eval, tiny_model_config
 
 import nanogpt
 from nanogpt.core.attention import CausalSelfAttention
+from nanogpt.core.kernels import attention, swiglu
 from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.loss import chunked_cross_entropy
 from nanogpt.core.memory.recompute import recompute_blocks
 from nanogpt.core.model import GPT
 from nanogpt.weights.build import build_model, preset, preset_names
 
-RECIPES = {"modern": {}, "gpt2": GPT2_RECIPE, "ngrams": {"ngrams": [2, 3], "ngram_buckets": 101}}
+RECIPES = {
+    "modern": {}, "gpt2": GPT2_RECIPE, "ngrams": {"ngrams": [2, 3], "ngram_buckets": 101}, "llama": LLAMA_RECIPE, "qwen3": QWEN3_RECIPE,
+}
 
 
 def random_ids(rows=2, length=16, vocab=11):
@@ -131,6 +134,23 @@ def test_activation_checkpointing_changes_no_gradient(recipe):
         gradients.append(torch.autograd.grad(model.loss(idx, targets), list(model.parameters())))
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(("T", "L", "masked", "dtype"), [
+    (1, 9, False, torch.float32), (1, 9, True, torch.float32), (9, 9, False, torch.bfloat16), (9, 9, True, torch.float32),
+])
+def test_fewer_key_heads_equal_as_many_that_are_copies(T, L, masked, dtype):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, length, 8, dtype=dtype) for heads, length in ((6, T), (2, L), (2, L)))
+    mask = torch.ones(2, 1, T, L, dtype=torch.bool).tril(L - T) if masked else None
+    copied = attention(q, *(t.repeat_interleave(3, dim=1) for t in (k, v)), mask, 0.0, 0.3)
+    torch.testing.assert_close(attention(q, k, v, mask, 0.0, 0.3), copied)
+
+
+def test_the_swiglu_kernel_has_the_gradient_of_its_formula():
+    x = torch.randn(3, 8, dtype=torch.double, requires_grad=True)
+    torch.testing.assert_close(swiglu(x), F.silu(x[:, :4]) * x[:, 4:])
+    assert torch.autograd.gradcheck(swiglu, x)
 
 
 def test_modern_starts_as_a_uniform_guess():

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model_config
+from conftest import LLAMA_RECIPE, tiny_model_config
 
-from nanogpt.base.config import ROOT
+from nanogpt.base.config import ROOT, MemoryConfig
 from nanogpt.core.kernels import orthogonalize
+from nanogpt.core.memory.lean_optimizers import configure
 from nanogpt.core.optimizers import adamw, muon
 from nanogpt.core.schedule import learning_rate_at
 from nanogpt.weights.build import build_model
@@ -67,6 +68,22 @@ def test_muon_moves_matrices_by_the_update_of_an_adamw_step():
     optimizer.step()
     change = model.h[0].mlp.c_fc.weight - before["h.0.mlp.c_fc.weight"]
     assert change.square().mean().sqrt().item() == pytest.approx(0.01 * 0.2, rel=0.35)
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_muon_moves_each_of_the_matrices_that_share_a_weight_as_if_it_stood_alone(lean):
+    """The rows of q, k and v differ in number with fewer key heads; gate and up share the weight of SwiGLU."""
+    model = build_model(tiny_model_config(**LLAMA_RECIPE), 0)
+    optimizer = muon(model, **{**settings("muon"), "weight_decay": 0.0, "momentum": 0.0})
+    configure(optimizer, MemoryConfig(optimizer_in_backward=lean))
+    gradients(model, 0)
+    for group in optimizer.param_groups:
+        group["lr"] = 1.0
+    for weight, sizes in ((model.h[0].attn.c_attn.weight, (16, 8, 8)), (model.h[1].mlp.c_fc.weight, (24, 24))):
+        before, parts = weight.detach().clone(), weight.grad.clone().split(sizes)
+        alone = [orthogonalize(part[None], 5)[0] * 0.2 * max(part.shape) ** 0.5 for part in parts]
+        optimizer.step()
+        torch.testing.assert_close(before - weight, torch.cat(alone), atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("factory", "name"), [(adamw, "adamw"), (muon, "muon")])

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import GPT2_RECIPE, make_config, tiny_model_config
+from conftest import GPT2_RECIPE, QWEN3_RECIPE, make_config, tiny_model_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanogpt.base.config import FinetuneConfig, HardwareConfig
@@ -155,10 +155,10 @@ def test_the_stopwatch_counts_only_between_start_and_stop():
 
 
 @pytest.mark.parametrize("linears", [None, ["c_attn", "c_proj", "c_fc"], ["c_fc"], ["c_proj"]])
-@pytest.mark.parametrize("arch", ["modern", "gpt2"])
-def test_flops_per_token_are_those_that_a_training_step_counts(arch, linears):
+@pytest.mark.parametrize("recipe", [{}, GPT2_RECIPE, QWEN3_RECIPE], ids=["modern", "gpt2", "qwen3"])
+def test_flops_per_token_are_those_that_a_training_step_counts(recipe, linears):
     """None: all weights are trained; else LoRA beside these linears. The rows are short, so that attention is explicit products."""
-    model = build_model(tiny_model_config(**GPT2_RECIPE if arch == "gpt2" else {}), 0)
+    model = build_model(tiny_model_config(**recipe), 0)
     if linears:
         add_adapters(model, FinetuneConfig(method="lora", rank=3, linears=linears))
     idx = torch.zeros(2, model.config.block_size, dtype=torch.long)

@@ -400,14 +400,18 @@ class Lean(Stored):
             muon_direction(self.storage, state, group, p, p.grad, skip=skip, factor=factor)
             for (_, p), state in zip(named, states, strict=True)
         ]
-        splits = [d.chunk(group["splits"].get(name, 1)) for (name, _), d in zip(named, directions, strict=True)]
+        rows = [group["splits"].get(name) or [len(p)] for name, p in named]
+        splits = [direction.split(sizes) for direction, sizes in zip(directions, rows, strict=True)]
         parts = [part for chunks in splits for part in chunks]
         for part, update in zip(parts, orthogonalized(parts, group["ns_steps"]), strict=True):
             # 写回原处：一份方向、一份结果之外不再有第三份
             part.copy_(update)
         for (_, p), state, update, chunks in zip(named, states, directions, splits, strict=True):
-            scale = group["lr"] * update_scale(chunks[0].shape)
-            muon_apply(self.storage, state, group, p, update, scale=scale, skip=skip)
+            scale = update_scale(chunks[0].shape)
+            for chunk in chunks[1:]:
+                if (own := update_scale(chunk.shape)) != scale:
+                    chunk.mul_(own / scale)
+            muon_apply(self.storage, state, group, p, update, scale=group["lr"] * scale, skip=skip)
 
 
 def configure(optimizer, memory: MemoryConfig, device_type: str = "cpu") -> None:

@@ -21,7 +21,6 @@ import torch
 from numba import config, njit, prange, set_num_threads
 
 from nanogpt.core.attention import CausalSelfAttention
-from nanogpt.core.kernels import RMS_EPS
 from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.model import GPT, MLP, Block, Norm
 from nanogpt.core.ngrams import NgramEmbedding
@@ -33,7 +32,7 @@ REORDER = {"reassoc", "contract", "nsz"}
 # int8 到 48 行都快
 # 定死而不在启动时量：量出的选择随机器忙闲而变，同一个种子就写不出同样的字
 MAX_ROWS = {torch.float32: 16, torch.int8: 48}
-ACTIVATIONS = {"none": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3}
+ACTIVATIONS = {"none": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3, "swiglu": 4}
 
 
 @njit(inline="always")
@@ -95,8 +94,19 @@ def _linear(weight, scale, bias, x, y, activation, add, pieces):
 
 
 @njit(fastmath=REORDER, cache=True)
-def _normalise(x, gain, bias, layernorm, y):
-    """LayerNorm or gainless RMSNorm of every row of x (B, C) into y."""
+def _gate(fused, y):
+    """silu(gate) * up of fused (B, 2 I) = (gate, up) into y (B, I)."""
+    # 一行只有几千个数：不值得为它再开一次并行
+    size = y.shape[1]
+    for b in range(y.shape[0]):
+        for i in range(size):
+            gate = fused[b, i]
+            y[b, i] = fused[b, size + i] * gate / (np.float32(1.0) + _exp(min(-gate, np.float32(87.0))))
+
+
+@njit(fastmath=REORDER, cache=True)
+def _normalise(x, gain, bias, layernorm, eps, y):
+    """LayerNorm or RMSNorm of every row of x (B, C) into y."""
     size = x.shape[1]
     for b in range(x.shape[0]):
         mean = np.float32(0.0)
@@ -112,13 +122,13 @@ def _normalise(x, gain, bias, layernorm, y):
             for c in range(size):
                 y[b, c] = (x[b, c] - mean) * r * gain[c] + bias[c]
         else:
-            r = np.float32(1.0) / np.sqrt(square / np.float32(size) + np.float32(RMS_EPS))
+            r = np.float32(1.0) / np.sqrt(square / np.float32(size) + eps)
             for c in range(size):
-                y[b, c] = x[b, c] * r
+                y[b, c] = x[b, c] * r * gain[c]
 
 
 @njit(fastmath=REORDER, cache=True)
-def _turn(x, cos, sin, qk_norm, out):
+def _turn(x, gain, cos, sin, qk_norm, eps, out):
     """QK-norm and rotary embedding of one head's vector x (hs,)."""
     size = x.shape[0]
     r = np.float32(1.0)
@@ -126,69 +136,81 @@ def _turn(x, cos, sin, qk_norm, out):
         square = np.float32(0.0)
         for i in range(size):
             square += x[i] * x[i]
-        r = np.float32(1.0) / np.sqrt(square / np.float32(size) + np.float32(RMS_EPS))
+        r = np.float32(1.0) / np.sqrt(square / np.float32(size) + eps)
     half = size // 2
     for i in range(size):
         if cos.shape[0] > 0:
-            out[i] = r * (x[i] * cos[i] + x[i + half if i < half else i - half] * sin[i])
+            j = i + half if i < half else i - half
+            out[i] = r * (x[i] * gain[i] * cos[i] + x[j] * gain[j] * sin[i])
         else:
-            out[i] = r * x[i]
+            out[i] = r * x[i] * gain[i]
 
 
 @njit(parallel=True, fastmath=REORDER, cache=True)
-def _attend(qkv, keys, values, lengths, cos, sin, n_head, scale, qk_norm, y):
-    """Write this token's key and value at lengths[b] of keys, values (B, nh, L, hs); attend into y (B, C)."""
-    head_size = keys.shape[3]
-    width = n_head * head_size
-    for job in prange(lengths.shape[0] * n_head):
-        b, h = job // n_head, job % n_head
-        at, last = h * head_size, lengths[b]
+def _attend(qkv, keys, values, lengths, q_gain, k_gain, cos, sin, n_head, scale, qk_norm, eps, y):
+    """Write this token's key and value at lengths[b] of keys, values (B, nkv, L, hs); attend into y (B, nh * hs)."""
+    heads, head_size = keys.shape[1], keys.shape[3]
+    # 一份 key 由几个 query 共用：同一个 job 先写它，再替它们读
+    groups = n_head // heads
+    for job in prange(lengths.shape[0] * heads):
+        b, h = job // heads, job % heads
+        last = lengths[b]
         row = last if cos.shape[0] > 1 else 0
-        q = np.empty(head_size, np.float32)
-        _turn(qkv[b, at : at + head_size], cos[row], sin[row], qk_norm, q)
-        _turn(qkv[b, width + at : width + at + head_size], cos[row], sin[row], qk_norm, keys[b, h, last])
+        q, out = np.empty(head_size, np.float32), np.empty(head_size, np.float32)
+        at = (n_head + h) * head_size
+        _turn(qkv[b, at : at + head_size], k_gain, cos[row], sin[row], qk_norm, eps, keys[b, h, last])
         for i in range(head_size):
-            values[b, h, last, i] = qkv[b, 2 * width + at + i]
+            values[b, h, last, i] = qkv[b, at + heads * head_size + i]
         weights = np.empty(last + 1, np.float32)
-        highest = np.float32(-np.inf)
-        for t in range(last + 1):
-            score = np.float32(0.0)
+        for member in range(groups):
+            at = (h * groups + member) * head_size
+            _turn(qkv[b, at : at + head_size], q_gain, cos[row], sin[row], qk_norm, eps, q)
+            highest = np.float32(-np.inf)
+            for t in range(last + 1):
+                score = np.float32(0.0)
+                for i in range(head_size):
+                    score += q[i] * keys[b, h, t, i]
+                weights[t] = score * scale
+                highest = max(highest, weights[t])
+            total = np.float32(0.0)
+            out[:] = np.float32(0.0)
+            for t in range(last + 1):
+                weight = _exp(weights[t] - highest)
+                total += weight
+                for i in range(head_size):
+                    out[i] += weight * values[b, h, t, i]
             for i in range(head_size):
-                score += q[i] * keys[b, h, t, i]
-            weights[t] = score * scale
-            highest = max(highest, weights[t])
-        total = np.float32(0.0)
-        out = np.zeros(head_size, np.float32)
-        for t in range(last + 1):
-            weight = _exp(weights[t] - highest)
-            total += weight
-            for i in range(head_size):
-                out[i] += weight * values[b, h, t, i]
-        for i in range(head_size):
-            y[b, at + i] = out[i] / total
+                y[b, at + i] = out[i] / total
 
 
 @njit(cache=True)
 def _step(
-    x, norm_1, attn, proj, norm_2, fc, out, norm_f, head, settings, keys, values, lengths, cos, sin, pieces, logits
+    x, norm_1, attn, gains, proj, norm_2, fc, out, norm_f, head, settings, keys, values, lengths, cos, sin, pieces,
+    logits,
 ):
     """All blocks, the last norm and the head; x (B, C) is overwritten, logits (B, V) filled.
 
-    Each matrix is (weight, scale, bias) and each norm (gain, bias), stacked over the layers.
+    Each matrix is (weight, scale, bias), each norm (gain, bias), and gains are those of q and k, stacked over the
+    layers.
     """
-    n_head, layernorm, qk_norm, activation, scale = settings
-    rows, width = x.shape
-    normed, qkv = np.empty((rows, width), np.float32), np.empty((rows, 3 * width), np.float32)
-    inner = np.empty((rows, fc[0].shape[1]), np.float32)
+    n_head, layernorm, qk_norm, activation, scale, eps = settings
+    rows = x.shape[0]
+    normed, qkv = np.empty(x.shape, np.float32), np.empty((rows, attn[0].shape[1]), np.float32)
+    attended, fused = np.empty((rows, proj[0].shape[2]), np.float32), np.empty((rows, fc[0].shape[1]), np.float32)
+    inner = np.empty((rows, out[0].shape[2]), np.float32) if activation == 4 else fused
     for i in range(attn[0].shape[0]):
-        _normalise(x, norm_1[0][i], norm_1[1][i], layernorm, normed)
+        _normalise(x, norm_1[0][i], norm_1[1][i], layernorm, eps, normed)
         _linear(attn[0][i], attn[1][i], attn[2][i], normed, qkv, 0, False, pieces)
-        _attend(qkv, keys[i], values[i], lengths, cos, sin, n_head, scale, qk_norm, normed)
-        _linear(proj[0][i], proj[1][i], proj[2][i], normed, x, 0, True, pieces)
-        _normalise(x, norm_2[0][i], norm_2[1][i], layernorm, normed)
-        _linear(fc[0][i], fc[1][i], fc[2][i], normed, inner, activation, False, pieces)
+        _attend(
+            qkv, keys[i], values[i], lengths, gains[0][i], gains[1][i], cos, sin, n_head, scale, qk_norm, eps, attended
+        )
+        _linear(proj[0][i], proj[1][i], proj[2][i], attended, x, 0, True, pieces)
+        _normalise(x, norm_2[0][i], norm_2[1][i], layernorm, eps, normed)
+        _linear(fc[0][i], fc[1][i], fc[2][i], normed, fused, activation, False, pieces)
+        if activation == 4:
+            _gate(fused, inner)
         _linear(out[0][i], out[1][i], out[2][i], inner, x, 0, True, pieces)
-    _normalise(x, norm_f[0], norm_f[1], layernorm, normed)
+    _normalise(x, norm_f[0], norm_f[1], layernorm, eps, normed)
     _linear(head[0], head[1], head[2], normed, logits, 0, False, pieces)
 
 
@@ -222,13 +244,16 @@ class FastStep:
         set_num_threads(self.pieces)
         blocks = list(model.h)
         self.parts = (
-            _norms([b.ln_1 for b in blocks]), _matrices([b.attn.c_attn for b in blocks]),
-            _matrices([b.attn.c_proj for b in blocks]), _norms([b.ln_2 for b in blocks]),
+            _norms([b.ln_1 for b in blocks], c.n_embd), _matrices([b.attn.c_attn for b in blocks]),
+            tuple(_stacked([getattr(b.attn, name) for b in blocks], c.head_size, 1.0) for name in ("q_gain", "k_gain")),
+            _matrices([b.attn.c_proj for b in blocks]), _norms([b.ln_2 for b in blocks], c.n_embd),
             _matrices([b.mlp.c_fc for b in blocks]), _matrices([b.mlp.c_proj for b in blocks]),
-            tuple(part[0] for part in _norms([model.ln_f])), tuple(part[0] for part in _matrices([model.lm_head])),
+            tuple(part[0] for part in _norms([model.ln_f], c.n_embd)),
+            tuple(part[0] for part in _matrices([model.lm_head])),
         )
         scale = np.float32(blocks[0].attn.scale)
-        self.settings = (c.n_head, c.norm == "layernorm", c.qk_norm, ACTIVATIONS[c.activation], scale)
+        eps = np.float32(c.norm_eps)
+        self.settings = (c.n_head, c.norm == "layernorm", c.qk_norm, ACTIVATIONS[c.activation], scale, eps)
         nothing = np.zeros((1, 0), np.float32)
         rope = c.position == "rope"
         self.cos = model.rope_cos.view(c.block_size, -1).numpy() if rope else nothing
@@ -247,13 +272,14 @@ class FastStep:
         return self.model.softcapped(torch.from_numpy(logits))
 
 
-def _norms(norms: list[Norm]) -> tuple[np.ndarray, np.ndarray]:
-    """Gains and biases (layers, C); without parameters (layers, 0)."""
-    if norms[0].kind == "rmsnorm":
-        return np.zeros((len(norms), 0), np.float32), np.zeros((len(norms), 0), np.float32)
-    gains = torch.stack([n.weight.detach() for n in norms])
-    biases = torch.stack([torch.zeros_like(n.weight) if n.bias is None else n.bias.detach() for n in norms])
-    return gains.numpy(), biases.numpy()
+def _norms(norms: list[Norm], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gains and biases (layers, size)."""
+    return _stacked([n.weight for n in norms], size, 1.0), _stacked([n.bias for n in norms], size, 0.0)
+
+
+def _stacked(vectors: list[torch.Tensor | None], size: int, missing: float) -> np.ndarray:
+    """Vectors (layers, size); those that are not there are filled with `missing`."""
+    return torch.stack([torch.full((size,), missing) if v is None else v.detach() for v in vectors]).numpy()
 
 
 def _matrices(linears: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
