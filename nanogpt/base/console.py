@@ -102,8 +102,9 @@ class Console:
         )
         if "val/loss" in record:
             self.line(
-                "iter {iteration}: val loss {val_loss:.4f}, best {best:.4f}, {memory}",
+                "iter {iteration}: val loss {val_loss:.4f}{bits}, best {best:.4f}, {memory}",
                 iteration=iteration, val_loss=record["val/loss"], best=best,
+                bits=text(" ({bits:.3f} bpb)", bits=record["val/bpb"]) if "val/bpb" in record else "",
                 memory=text("vram_peak" if card else "ram_peak", peak=record["memory/peak_gib"]),
             )
 

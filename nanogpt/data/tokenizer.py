@@ -370,6 +370,12 @@ class LibraryTokenizer:
         byte_of = bytes_of_letters()
         return bytes(byte_of[letter] for letter in word) if byte_of.keys() >= set(word) else word.encode("utf-8")
 
+    def byte_counts(self) -> np.ndarray | None:
+        """The same as the function of this name."""
+        if self._decoders != {"ByteLevel"}:
+            return None
+        return np.array([len(self._letters_to_bytes(id_)) for id_ in range(self.vocab_size)], dtype=np.int64)
+
     def to_dict(self) -> dict:
         return {"kind": self.kind, "tokenizers": self.description, "end_of_text": self._end_word, **_labels_of(self)}
 
@@ -384,6 +390,18 @@ def _decoders_of(described: dict | None) -> set[str]:
 
 
 Tokenizer = CharTokenizer | ByteTokenizer | BPETokenizer | LibraryTokenizer
+
+
+def byte_counts(tokenizer: Tokenizer) -> np.ndarray | None:
+    """UTF-8 bytes of text that each id stands for, (vocab_size,): 0 for special tokens, which are no text.
+
+    None where that depends on the ids around it: vocabularies of the `tokenizers` library that are not byte-level.
+    """
+    ids = range(tokenizer.vocab_size)
+    if isinstance(tokenizer, LibraryTokenizer):
+        return tokenizer.byte_counts()
+    special = set(tokenizer.special.values())
+    return np.array([0 if id_ in special else len(tokenizer.token_bytes(id_)) for id_ in ids], dtype=np.int64)
 
 
 def _labels_of(tokenizer: Tokenizer) -> dict:

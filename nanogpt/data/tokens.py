@@ -10,6 +10,7 @@ any part of any batch.
 # 每个 epoch 从随机的位置起把文字切成块、打乱，所以每个 token 每轮都是目标，块的边界却轮轮不同
 
 import contextlib
+import math
 import os
 import shutil
 from pathlib import Path
@@ -191,6 +192,20 @@ class TokenData:
     def val_targets(self, windows: list[tuple[int, int]]) -> int:
         """How many tokens are predicted in these windows of val_windows()."""
         return sum(length for _, length in windows)
+
+    def bits_per_byte(self, windows: list[tuple[int, int]]) -> float | None:
+        """What a mean loss over these windows, nats per target, is multiplied by to be bits per byte of their text.
+
+        The bytes are those of the text that the targets stand for: the ends of documents cost nats and add no bytes.
+        None where the vocabulary has no fixed bytes for each token.
+        """
+        if (sizes := tokenizers.byte_counts(self.tokenizer)) is None:
+            return None
+        targets = total = 0
+        for start, length in windows:
+            y = self.rows("val", np.array([start]), length)[1].numpy()
+            targets, total = targets + int((y >= 0).sum()), total + int(sizes[y[y >= 0]].sum())
+        return targets / total / math.log(2) if total else None
 
     def val_windows(self, block_size: int, limit: int | None) -> list[tuple[int, int]]:
         """(start, length) of the windows to evaluate: all of the split, or `limit` tokens spread evenly over it."""

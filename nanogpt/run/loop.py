@@ -6,6 +6,7 @@
 # session 造出 Training 并调用 fit；试跑用它的子类 TrialTrainer，只走其中的步
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -198,7 +199,7 @@ class Training(Trainer):
         return write_summary(
             self.saver.run_dir, progress, measured, stopped_by=reason, wall_s=wall_s, micro_batch=self.micro_batch,
             parameters=self.model.parameter_count(), precision=self.precision, device=self.device,
-            console=self.console,
+            console=self.console, bits=self.bits,
         )
 
     def _between_steps(self, result: StepResult) -> str | None:
@@ -315,6 +316,12 @@ class Training(Trainer):
         with self.console.progress(len(self.windows) // distributed.world(), title="progress_evaluating") as advance:
             return self.evaluate(told)
 
+    @functools.cached_property
+    def bits(self) -> float | None:
+        """Bits per byte of the evaluated text for each nat of validation loss; None where that is not known."""
+        # 评估的窗口固定，字节数就是个常数：数一次，之后不花时间
+        return self.data.bits_per_byte(self.windows)
+
     def metrics(self, tokens: int, seconds: float) -> dict[str, float]:
         """Speed, utilisation and memory of `tokens` trained in `seconds`."""
         speed = tokens / seconds if seconds else 0.0
@@ -341,6 +348,8 @@ class Training(Trainer):
             del record["tokens_per_s"], record["mfu"], record["mfu_rtx3060"]
         if evaluated:
             record["val/loss"] = self.progress.val_loss
+            if self.bits:
+                record["val/bpb"] = self.bits * self.progress.val_loss
         if self.precision.scaler.is_enabled():
             record["loss_scale"] = self.precision.scaler.get_scale()
         self.interval = Interval()

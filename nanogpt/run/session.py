@@ -499,10 +499,11 @@ class Session:
             console.line("what it writes now:")
             console.plain("  | " + trainer.last_sample.strip("\n").replace("\n", "\n  | "))
         minutes, seconds = divmod(round(summary["wall_s"]), 60)
+        bits = text(", {bits:.3f} bits per byte,", bits=summary["val_bpb"]) if summary["val_bpb"] is not None else ""
         console.line(
-            "done: val loss {val_loss:.4f} (best {best:.4f}) after {iteration} iterations in {wall}, {speed:.0f} "
+            "done: val loss {val_loss:.4f} (best {best:.4f}){bits} after {iteration} iterations in {wall}, {speed:.0f} "
             "tokens/s",
-            val_loss=summary["val_loss"], best=summary["best_val_loss"], iteration=summary["iters"],
+            bits=bits, val_loss=summary["val_loss"], best=summary["best_val_loss"], iteration=summary["iters"],
             wall=f"{minutes}:{seconds:02d}", speed=summary["tokens_per_s"],
         )
         console.line(

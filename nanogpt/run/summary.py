@@ -43,12 +43,23 @@ def device_name(device: torch.device) -> str:
 def write_summary(
     run_dir: Path, progress: Progress, measured: dict[str, float], *, stopped_by: str, wall_s: float, micro_batch: int,
     parameters: int, precision: Precision, device: torch.device, console: Console,
+    bits: float | None,
 ) -> dict:
-    """Write <run>/summary.json (first process only) and return its content; measured: metrics of the whole training."""
+    """Write <run>/summary.json (first process only) and return its content.
+
+    measured: metrics of the whole training; bits: bits per byte for each nat of validation loss, where that is known.
+    """
+    best = progress.best_val_loss if math.isfinite(progress.best_val_loss) else None
+
+    def per_byte(loss: float | None) -> float | None:
+        return loss * bits if bits and loss is not None else None
+
     summary = {
         "stopped_by": stopped_by,
         "val_loss": progress.val_loss,
-        "best_val_loss": progress.best_val_loss if math.isfinite(progress.best_val_loss) else None,
+        "best_val_loss": best,
+        "val_bpb": per_byte(progress.val_loss),
+        "best_val_bpb": per_byte(best),
         "iters": progress.iteration,
         "tokens": progress.tokens_trained,
         "tokens_per_s": measured["tokens_per_s"],

@@ -293,3 +293,21 @@ def test_a_held_out_part_is_validated_on_and_never_trained_on(tmp_path):
     data.hold_out(0.1)
     assert data.tokens["val"].tolist() == list(range(900, 1000))
     assert set(data.rows("train", data.starts(1, 0, 60, 16), 16)[1].flatten().tolist()) == set(range(900))
+
+
+def test_bits_per_byte_are_the_bits_of_the_text_over_its_bytes_whatever_the_vocabulary(tmp_path):
+    text = "春眠不觉晓, spring sleep\n" * 8
+    per_byte = {}
+    for tokenizer in (build_char_tokenizer([text]), ByteTokenizer(), ByteTokenizer(("<|endoftext|>",))):
+        ids = tokenizer.encode(text)
+        data = TokenData(write_dataset(
+            tmp_path / f"{tokenizer.kind}{tokenizer.vocab_size}", name="t", source="t", tokenizer=tokenizer, train=[ids], val=[ids]))
+        counts = tokenizers.byte_counts(tokenizer)
+        assert counts[ids].sum() == len(text.encode()) and (tokenizer.special == {} or counts[-1] == 0)
+        # 第一个 token 不是目标：它的字节也不算
+        targets, total = len(ids) - 1, len(text.encode()) - counts[ids[0]]
+        bits = data.bits_per_byte(data.val_windows(16, None))
+        assert bits == pytest.approx(targets / total / np.log(2))
+        per_byte[tokenizer.kind] = bits * np.log(tokenizer.vocab_size)
+        assert per_byte[tokenizer.kind] == pytest.approx(targets * np.log2(tokenizer.vocab_size) / total)
+    assert per_byte["char"] < per_byte["byte"]

@@ -141,8 +141,8 @@ def test_a_validation_loss_that_is_not_finite_counts_as_no_evaluation(in_tmp, ti
     assert summary["best_val_loss"] == found[0].val_loss and summary["val_loss"] is None and summary["iters"] == 9
     assert "NaN" not in (in_tmp / "outputs/run/summary.json").read_text(encoding="utf-8") and "does not count" in capsys.readouterr().out
     line = messages.text(
-        "done: val loss {val_loss:.4f} (best {best:.4f}) after {iteration} iterations in {wall}, {speed:.0f} tokens/s",
-        val_loss=None, best=None, iteration=9, wall="0:01", speed=1.0,
+        "done: val loss {val_loss:.4f} (best {best:.4f}){bits} after {iteration} iterations in {wall}, {speed:.0f} tokens/s",
+        val_loss=None, best=None, bits="", iteration=9, wall="0:01", speed=1.0,
     )
     assert line.startswith("done: val loss - (best -) after 9")
 

@@ -32,6 +32,10 @@ def test_training_lowers_the_loss(in_tmp, tiny_overrides):
     trainer = train(tiny_overrides, "max_iters=40", "eval_interval=40")
     losses = [r["train/loss"] for r in records() if "train/loss" in r]
     assert losses[-1] < losses[0] - 0.5 and trainer.progress.val_loss < losses[0] - 0.5
+    # ASCII 的字符各一个字节
+    bits = [r["val/bpb"] for r in records() if "val/bpb" in r]
+    assert bits == pytest.approx([trainer.progress.val_loss / math.log(2)])
+    assert json.loads((in_tmp / "outputs/run/summary.json").read_text(encoding="utf-8"))["best_val_bpb"] == bits[0]
 
 
 def test_a_budget_of_tokens_is_a_training_of_as_many_iterations_and_can_be_raised(in_tmp, tiny_overrides):
