@@ -6,16 +6,17 @@
 
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanogpt.base import report
-from nanogpt.base.config import TrainConfig
+from nanogpt.base.config import TrainConfig, auto_tokens, span_of
 from nanogpt.base.console import aligned
 from nanogpt.base.files import write_text
-from nanogpt.base.language import show, text
+from nanogpt.base.language import show, text, wrapped
 from nanogpt.base.saved_config import read_saved
 from nanogpt.sweep.extrapolation import Estimate, estimate
 from nanogpt.sweep.halving import Candidate, Search, importance
@@ -151,14 +152,24 @@ def notes_of(cfg: TrainConfig, search: Search) -> list[str]:
 
 
 def expectation(cfg: TrainConfig, search: Search, tokens: float | None = None) -> Estimate | None:
-    """The estimate for the best setting after `tokens`; None: after the iterations that the configuration has."""
+    """The estimate for the best setting after `tokens`; None: after the budget that was typed beside the search."""
     best = search.best[0]
     results = [*best.results[-1:], *best.others]
-    full = tokens or cfg.max_iters * (results[0].effective_batch or 1) * cfg.model.block_size
+    full = tokens or full_budget(cfg, results[0])
     if not tokens and full <= (results[0].tokens or 0):
         # 试跑已经比它久：没有什么可估计的
         return None
     return estimate([curve(one, 0) for one in results if one.curve], full, plateau=PLATEAU)
+
+
+def full_budget(cfg: TrainConfig, best: TrialResult) -> float:
+    """Tokens that the best setting would be trained on with the budget of the configuration, at its own speed."""
+    a_step = (best.effective_batch or 1) * cfg.model.block_size
+    span = span_of(replace(cfg, max_tokens=None, gradient_accumulation_steps=1, batch_size=1))
+    limits = [span.iters * a_step] if span.iters and (cfg.max_iters or not cfg.max_tokens) else []
+    limits += [span.seconds * (best.tokens_per_s or 0.0)] if span.seconds else []
+    limits += [auto_tokens(cfg.model) if cfg.max_tokens == "auto" else cfg.max_tokens] if cfg.max_tokens else []
+    return min(limits)
 
 
 def trained(best: TrialResult, objective: str) -> list[tuple[str, int, float]]:
@@ -253,7 +264,7 @@ def _write(
         note=text("Smaller is better; the spread is the standard deviation over the seeds."),
     ))
     for line in notes:
-        show(line)
+        show(wrapped(line, sys.stdout))
     show(text("the report is in {path}: report.html, trials.jsonl", path=folder))
     show(text("train with the best setting:\n  {command}", command=use) if use else text(
         "no setting could be trained; the reasons are in the table above",

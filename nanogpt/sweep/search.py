@@ -24,7 +24,7 @@ from omegaconf import OmegaConf, open_dict
 from nanogpt.base.cli import at_home
 from nanogpt.base.config import TrainConfig, check
 from nanogpt.base.errors import EXIT_INTERRUPTED
-from nanogpt.base.language import ConfigError, say, show, text
+from nanogpt.base.language import ConfigError, say, show, text, wrapped
 from nanogpt.base.value_checks import check_values
 from nanogpt.data import corpus
 from nanogpt.sweep import earlier_results, result
@@ -126,19 +126,21 @@ def _folder() -> Path:
 
 def announce(cfg: TrainConfig, space: Sequence[Dimension], schedule: Schedule) -> None:
     """Say what is searched and how the time will be divided."""
-    show(text("searching {space}", space="; ".join(map(str, space))))
+    lines = [text("searching {space}", space="; ".join(map(str, space)))]
     minutes = [f"{minutes:.1f}" for minutes in schedule.rungs]
     kept = [schedule.generations * (schedule.size // schedule.eta**rung) for rung in range(len(minutes))]
     steps = ", ".join(text("{count} to {minutes} min", count=n, minutes=m) for n, m in zip(kept, minutes))
-    show(text(
+    lines.append(text(
         "{minutes:g} minutes: {steps}; then the best {top} with {seeds} seeds in all; about {all:.0f} min in all",
         minutes=cfg.search.minutes, steps=steps, top=schedule.top, seeds=schedule.seeds, all=schedule.minutes,
     ))
     if cfg.holdout:
-        show(text(
+        lines.append(text(
             "chosen on {part:.0%} of the training split, which is held out; the validation split is not looked at",
             part=cfg.holdout,
         ))
+    for line in lines:
+        show(wrapped(line, sys.stdout))
 
 
 def tell(candidate: Candidate, got: TrialResult, rung: int) -> None:
@@ -149,7 +151,7 @@ def tell(candidate: Candidate, got: TrialResult, rung: int) -> None:
     else:
         what = f"{text(STATUS_MESSAGES[got.status])}: {got.reason}"
     seed = f" seed+{len(candidate.others) + 1}" if len(candidate.results) > rung else ""
-    show(f"{candidate.number:>3} [{rung + 1}{seed}] {words}: {what}")
+    show(wrapped(f"{candidate.number} [{rung + 1}{seed}] {words}: {what}", sys.stdout))
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,8 @@ class Steps:
         whole, end = self.rungs[-1], self.rungs[rung]
         before = self.rungs[rung - 1] if rung else 0
         return [
-            f"max_iters={end}", f"lr_decay_iters={whole}", "lr_schedule=wsd", f"decay_fraction={DECAY}",
+            f"max_iters={end}", "max_tokens=null", "max_minutes=null", f"lr_decay_iters={whole}", "lr_schedule=wsd",
+            f"decay_fraction={DECAY}",
             f"eval_interval={max(1, (end - before) // EVALUATIONS)}", "save_interval=null", "warmup_iters=null",
         ]
 

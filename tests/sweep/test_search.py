@@ -17,6 +17,7 @@ from nanogpt.base.language import ConfigError
 from nanogpt.sweep import child, process, result, search
 from nanogpt.sweep.extrapolation import estimate
 from nanogpt.sweep.halving import LEAST_MINUTES, Search, divide, importance
+from nanogpt.sweep.learning_report import full_budget
 from nanogpt.sweep.result import TrialResult
 from nanogpt.sweep.space import default_of, overrides_of, shaped, space_of
 
@@ -172,6 +173,14 @@ def test_a_power_law_is_found_again_and_the_estimate_says_how_sure_it_is():
     rough = estimate([curve(0.05, 0.01), curve(0.07, -0.01)], 1e5, plateau=0.8)
     assert rough.high - rough.low > exact.high - exact.low and rough.low < wanted < rough.high
     assert estimate([[(1e3, 2.0), (2e3, 1.9)]], 1e5, plateau=0.8) is None
+
+
+def test_the_expectation_is_for_the_budget_that_was_typed():
+    best = TrialResult((), "ok", effective_batch=8, tokens_per_s=100.0)
+    block = make_config().model.block_size
+    budgets = {"max_iters=3000": 3000 * 8 * block, "max_tokens=5000000": 5e6, "max_minutes=60": 360_000, "max_minutes=60 max_tokens=1000": 1000, "seed=1": 250 * 8 * block}
+    for words, tokens in budgets.items():
+        assert full_budget(make_config(*words.split()), best) == tokens
 
 
 # ---- 真的短训练，在这个进程里 ----

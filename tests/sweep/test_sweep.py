@@ -119,7 +119,7 @@ def test_a_plain_sweep_and_a_plain_run_have_no_trials():
 
 
 def test_the_parent_of_trials_never_imports_torch():
-    code = "import sys, nanogpt.sweep.jobs, nanogpt.sweep.trial, nanogpt.sweep.report, nanogpt.sweep.report, nanogpt.sweep.child; assert 'torch' not in sys.modules"
+    code = "import sys, nanogpt.sweep.jobs, nanogpt.sweep.trial, nanogpt.sweep.report, nanogpt.sweep.search, nanogpt.sweep.learning_report, nanogpt.sweep.child; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
