@@ -121,16 +121,33 @@ async def run(cfg: SampleConfig, model, bound: socket.socket, *, on_start=None) 
         await asyncio.to_thread(worker.join, 30)
 
 
+def _labels(control, known: dict[str, list[str]], tokenizer) -> dict[str, dict]:
+    """The labels that the model was trained with, of each kind, and which of them a known name means."""
+    from nanogpt.write.control.codes import CodesControl
+
+    # 学过的标签与只能请求的愿望要分得开；只有 codes 用得上标签，别名指的也是标签
+    if not isinstance(control, CodesControl):
+        return {"labels": {kind: [] for kind in known}, "names": {kind: {} for kind in known}}
+    means = {kind: {name: control.label(kind, name, tokenizer) for name in names} for kind, names in known.items()}
+    return {
+        "labels": {kind: list(tokenizer.labels.get(kind, ())) for kind in known},
+        "names": {
+            kind: {name.lower(): label for name, label in names.items() if label} for kind, names in means.items()
+        },
+    }
+
+
 def announcement(cfg: SampleConfig, model) -> dict:
     """What the page and other clients want to know of a model."""
     from nanogpt.write.control import build_control
 
     limits, sampler = cfg.server, {key: value for key, value in cfg.sampler.items() if key != "_target_"}
-    known = build_control(dict(cfg.control)).known(model.tokenizer)
-    labels = [label for listed in model.tokenizer.labels.values() for label in listed]
-    controls = {"styles": known["style"], "emotions": known["emotion"], "labels": labels}
+    control = build_control(dict(cfg.control))
+    known = control.known(model.tokenizer)
+    controls = {"styles": known["style"], "emotions": known["emotion"], **_labels(control, known, model.tokenizer)}
     # 没有标签的模型拧不动它：页面不给这个旋钮
-    guidance = {"guidance": cfg.control["guidance"]} if labels and "guidance" in cfg.control else {}
+    labelled = any(controls["labels"].values())
+    guidance = {"guidance": cfg.control["guidance"]} if labelled else {}
     return {
         **({"controls": controls} if any(known.values()) else {}),
         # 只报最后一段：本机的目录结构与访客无关

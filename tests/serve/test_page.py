@@ -11,6 +11,7 @@ from test_server import POEM, POEM_SAMPLER, Served, tiny
 
 from nanogpt.base import language as messages
 from nanogpt.base.config import ROOT
+from nanogpt.data.labels import with_labels
 from nanogpt.data.tokenizer import ByteTokenizer
 from nanogpt.write.loading import Settings
 
@@ -57,6 +58,15 @@ class Page:
 
     def options(self, name):
         return [option.text for option in self[name].find_elements("tag name", "option")]
+
+    def names(self, part):
+        return [option.text.strip() for option in part.find_elements("tag name", "option")]
+
+    def choose(self, name, words):
+        next(option for option in self[name].find_elements("tag name", "option") if option.text.strip() == words).click()
+
+    def marked(self):
+        return [mark.get_property("textContent") for mark in self["marks"].find_elements("tag name", "mark")]
 
     def turn(self, name, value):
         self[name].clear()
@@ -168,6 +178,91 @@ def test_the_dials_reach_the_sampler_and_undo_keeps_what_was_typed_later(driver,
     page.write()
     assert len(page.text) == len("the king and more") + 63 and not page.shown("error")
     assert page.complaints() == []
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    tokenizer = with_labels(ByteTokenizer(), {"style": ["宋词"], "emotion": ["positive"]}, grow=True)
+    server = Served(tiny(tokenizer), sampler=POEM_SAMPLER, read_seconds=20, max_texts=3)
+    yield server
+    server.stop()
+
+
+@needs_chromium
+def test_labels_and_wishes_stand_apart_and_what_the_model_does_not_know_says_so(driver, labelled):
+    page = Page(driver, labelled.port).open()
+
+    def groups(name):
+        return {group.get_attribute("label"): page.names(group) for group in page[name].find_elements("tag name", "optgroup")}
+
+    emotions = groups("emotion")
+    assert emotions["Labels that it was trained with"] == ["positive"] and "sad" in emotions["Wishes, not trained"]
+    # 开心、happy 是 positive 的别名，不是另一个愿望；一次只有一种语言
+    assert not {"happy", "开心", "悲伤"} & {name for names in emotions.values() for name in names}
+    page.choose("emotion", "positive")
+    assert not page.shown("emotion-note")
+    page.choose("emotion", "sad")
+    assert "Not a label of this model" in page["emotion-note"].text
+    page.choose("style", "own words …")
+    for typed, known in (("充满诗意的", False), ("宋词", True)):
+        page.turn("style-words", typed)
+        assert page.shown("style-note") is not known
+    page.turn("max_tokens", 3)
+    page["text"].send_keys("|")
+    page.write()
+    assert not page.shown("error") and driver.execute_script("return asked().style") == "宋词"
+    driver.get(page.url + "?lang=zh")
+    page.until(lambda: page.all("seed"))
+    assert list(groups("emotion")) == ["模型学过的标签", "愿望，没有训练过"] and "悲伤" in groups("emotion")["愿望，没有训练过"]
+    page["language"].click()
+    assert driver.current_url.endswith("?lang=en") and page["write"].text == "Write"
+    assert page.complaints() == []
+
+
+@needs_chromium
+def test_several_samples_to_choose_from_and_what_the_model_wrote_is_tinted(driver, labelled):
+    page = Page(driver, labelled.port).open()
+    driver.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]})
+    page.turn("max_tokens", 15)
+    page.turn("n", 3)
+    page["text"].send_keys("my own|")
+    page.write()
+    cards = page["samples"].find_elements("tag name", "article")
+    assert page.text == "my own|" and [card.find_element("tag name", "p").text for card in cards] == [POEM[:5]] * 3
+    page.open(forget=False)
+    assert len(page["samples"].find_elements("tag name", "article")) == 3
+    page["samples"].find_elements("tag name", "button")[2].click()
+    assert page.text == "my own|" + POEM[:5] and page.marked() == [POEM[:5]] and not page.shown("samples")
+    assert "5 of them by the model" in page["status"].text
+    # 在模型写的中间插几个字：那几个字是人的
+    driver.execute_script("text.setRangeText('XY', 9, 9, 'end'); text.dispatchEvent(new Event('input'))")
+    assert page.text == "my own|春天XY的花朵" and page.marked() == ["春天", "的花朵"]
+    page.open(forget=False)
+    assert page.marked() == ["春天", "的花朵"]
+    page["copy"].click()
+    page.until(lambda: page["status"].text == "copied")
+    assert driver.execute_async_script("navigator.clipboard.readText().then(arguments[0], error => arguments[0](String(error)))") == page.text
+    driver.execute_script("HTMLAnchorElement.prototype.click = function () { window.saved = [this.download, this.href] }")
+    page["download"].click()
+    assert driver.execute_script("return saved[0]") == "nanogpt.txt" and driver.execute_script("return saved[1]").startswith("blob:")
+    assert page.complaints() == []
+
+
+@needs_chromium
+def test_undo_brings_the_other_samples_back_and_the_tint_lies_under_the_words(driver, labelled):
+    page = Page(driver, labelled.port).open()
+    page.turn("max_tokens", 9)
+    page.turn("n", 2)
+    page["text"].send_keys("\n" * 40 + "a|")
+    page.write()
+    page["samples"].find_elements("tag name", "button")[0].click()
+    page["undo"].click()
+    assert page.text.strip() == "a|" and page.marked() == [] and len(page["samples"].find_elements("tag name", "article")) == 2
+    page.turn("n", 1)
+    page.turn("max_tokens", 99)
+    page.write()
+    same = driver.execute_script("const [a, b] = [document.getElementById('text'), document.getElementById('marks')]; return [a.scrollHeight - b.scrollHeight, a.clientWidth - b.clientWidth, a.scrollTop - b.scrollTop]")
+    assert len(page.text) > 60 and all(abs(difference) <= 2 for difference in same) and not page.shown("samples")
 
 
 @needs_chromium
