@@ -394,7 +394,7 @@ class TrainConfig:
     eval_batch_size: int | None = number(1, 10**6)
     """Rows per micro-batch when evaluating; None: batch_size."""
     early_stop_evals: int = number(0, MANY)
-    """Stop after so many evaluations without a better loss; 0 never does."""
+    """Stop after so many evaluations without a better loss; 0 never does, but says when three in a row were not."""
     target_val_loss: float | None
     """Stop at this validation loss; None never does."""
     log_interval: int = number(1, MANY)

@@ -18,6 +18,7 @@ from nanogpt.base.errors import is_out_of_memory, not_divisible
 from nanogpt.base.hardware import peak_tflops_of, reference
 from nanogpt.base.hashed_json import reason_of
 from nanogpt.base.language import ConfigError, text
+from nanogpt.base.quoting import command
 from nanogpt.base.value_checks import unescaped
 from nanogpt.core import distributed
 from nanogpt.core.compilation import compile_hidden, compile_updates, pays
@@ -37,6 +38,8 @@ from nanogpt.run.summary import write_summary
 SAMPLE_STREAM = 1_000_003
 # 没有进度条时，要停这么久（秒）的评估先说一声；一行的前向约是一整步的三分之一
 LONG_S, FORWARD = 30, 1 / 3
+# 连着这么多次评估没有变好，就说验证损失已经掉头；一两次多半只是起伏
+TURNED = 3
 
 
 @dataclass
@@ -78,6 +81,7 @@ class Training(Trainer):
         work = FORWARD * len(self.windows) / self.global_rows
         self.forecast = Forecast(self.span.iters or MANY, cfg.eval_interval, cfg.save_interval, work)
         self.latest_loss = math.nan
+        self.told_turned = False
         self.unjudged: StepResult | None = None
         self.shapes_met: set[int] = set()
         self.health = Health(
@@ -297,7 +301,24 @@ class Training(Trainer):
         if self.cfg.early_stop_evals and progress.evals_without_gain >= self.cfg.early_stop_evals:
             self.console.line("early_stop", count=progress.evals_without_gain)
             return "early_stop"
+        self._say_turned()
         return None
+
+    def _say_turned(self) -> None:
+        """Say once, while there is something to save, that validation gets no better any more."""
+        # 不替人停：学习率还要降，最后一段常常又好起来；试跑与短的训练评估不了这么多次，不会说
+        count = self.progress.evals_without_gain
+        if count != TURNED or self.told_turned or self.spent >= 1:
+            return
+        self.told_turned = True
+        self.console.line(
+            "validation has not improved since iteration {since}: more text, or a new training with dropout={dropout}, "
+            "goes further; Ctrl-C saves and stops, the best checkpoint is kept; to have it stop by itself:\n"
+            "  {resume} early_stop_evals={count}",
+            since=self.progress.iteration - count * self.cfg.eval_interval, count=count,
+            dropout=0.2 if self.cfg.dropout < 0.2 else min(0.5, self.cfg.dropout + 0.1),
+            resume=f"{command('run_train.py')} {self.saver.resuming}",
+        )
 
     def _evaluate_in_sight(self) -> float:
         """evaluate() with a bar, or with a line before it where there is none and it takes long."""

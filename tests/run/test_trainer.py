@@ -60,6 +60,16 @@ def test_an_automatic_budget_fits_model_and_text_and_is_written_down_as_a_number
     assert (cfg.max_iters, span_of(cfg).iters, span_of(make_config("max_minutes=3")).iters) == (None, 250, None)
 
 
+def test_a_validation_loss_that_has_turned_is_said_once_with_what_to_type(in_tmp, tiny_overrides, capsys):
+    trainer = new_trainer(tiny_overrides, "max_iters=10", "eval_interval=1", "dropout=0.1")
+    losses = iter([3.0, 2.0, 2.1, 2.2, 2.3, 2.4, 1.9, 2.0, 2.0, 2.0])
+    trainer.evaluate = lambda *told: next(losses)
+    trainer.fit()
+    said = [line for line in capsys.readouterr().out.splitlines() if "has not improved" in line or "early_stop" in line]
+    assert len(said) == 2 and "since iteration 2:" in said[0] and "dropout=0.2" in said[0]
+    assert said[1].startswith("  python ") and said[1].endswith("run_train.py resume=outputs/run early_stop_evals=3")
+
+
 class Clock:
     """A clock on which each step of a trainer takes ten seconds and all else nothing."""
 
