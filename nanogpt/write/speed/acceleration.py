@@ -12,7 +12,7 @@ import torch.nn as nn
 
 from nanogpt.base.language import say
 from nanogpt.core.kv_cache import KVCache
-from nanogpt.core.precision import default_format
+from nanogpt.core.precision import check_half, default_format
 from nanogpt.core.wrapping import mix_in
 from nanogpt.write.speed.cuda_graph import GraphStep
 from nanogpt.write.speed.int8 import quantize_model
@@ -80,6 +80,8 @@ def accelerate(model, precision: str, *, fast: bool = True):
     Without `fast` only the number format changes: the plain path that the others must equal.
     """
     name = default_format(model.device) if precision == "auto" else precision
+    if model.device.type in ("mps", "xpu") and name in HALF:
+        check_half(model.device, name)
     if model.device.type != "cpu" and name != "fp32":
         # 写作受读权重的带宽限制：半精度存放，字节减半，速度约翻倍
         # 没有张量核心的老卡训练用 fp32，量化之后的其余权重仍用 fp16 存放
