@@ -27,6 +27,7 @@ from nanogpt.base.errors import EXIT_INTERRUPTED
 from nanogpt.base.language import ConfigError, say, show, text, wrapped
 from nanogpt.base.value_checks import check_values
 from nanogpt.data import corpus
+from nanogpt.data import tokenizer as tokenizers
 from nanogpt.sweep import earlier_results, result
 from nanogpt.sweep.auto_batch import candidates as batch_sizes
 from nanogpt.sweep.auto_batch import fastest
@@ -36,8 +37,8 @@ from nanogpt.sweep.space import OWN, Dimension, default_of, overrides_of, space_
 from nanogpt.sweep.trial import RUNS, run_trial
 
 FIT = Path("outputs") / "fit"
-# 量快慢：预热一步，计时两步
-SPEED = ("trial.warmup_steps=1", "trial.steps=2")
+# 量快慢：预热一步，计时的各步合起来约这么久，取中位数；别的程序偶尔插进来就不算数
+TIMED_S, TIMED_STEPS = 2.0, (2, 30)
 # 短于这么久的搜索不去找最快的微批：量它要几次试跑
 MINUTES_FOR_BATCH = 20
 # 一级里至少走这么多步的批量才进空间
@@ -69,7 +70,13 @@ def _search(cfg: TrainConfig, overrides: list[str]) -> float:
     space = searched(cfg, overrides)
     dataset = {k: v for k, v in cfg.dataset.items() if k not in ("name", "dir")}
     # 准备数据不算进搜索的时间，也不算进哪次试跑
-    corpus.prepare(cfg.dataset["name"], cfg.dataset["dir"], dataset)
+    folder = corpus.prepare(cfg.dataset["name"], cfg.dataset["dir"], dataset)
+    if cfg.objective == "val_bpb" and tokenizers.byte_counts(tokenizers.load(folder / "tokenizer.json")) is None:
+        # 否则每次试训训完才说没有这个数
+        raise ConfigError(
+            "objective=val_bpb: the tokens of this vocabulary stand for no fixed number of bytes; type "
+            "objective=val_loss",
+        )
     trials = Trials(cfg, overrides, _folder())
     schedule, space = trials.prepared(space)
     announce(cfg, space, schedule)
@@ -169,7 +176,7 @@ class Steps:
         return [
             f"max_iters={end}", "max_tokens=null", "max_minutes=null", f"lr_decay_iters={whole}", "lr_schedule=wsd",
             f"decay_fraction={DECAY}",
-            f"eval_interval={max(1, (end - before) // EVALUATIONS)}", "save_interval=null", "warmup_iters=null",
+            f"eval_interval={max(1, -(-(end - before) // EVALUATIONS))}", "save_interval=null", "warmup_iters=null",
         ]
 
 
@@ -181,8 +188,9 @@ class Trials:
     def __init__(self, cfg: TrainConfig, overrides: list[str], folder: Path):
         self.cfg, self.folder = cfg, folder
         self.base = [word for word in overrides if not word.startswith(("search.", "+search."))]
-        self.spent = 0.0
-        self.number = 0
+        self.spent, self.number = 0.0, 0
+        self.row_ms: float | None = None
+        """Of the setting from which the search starts."""
         self.micro_batch = cfg.batch_size if isinstance(cfg.batch_size, int) else None
         self.evaluated: list[str] = []
         self.schedule: Schedule | None = None
@@ -231,7 +239,10 @@ class Trials:
         words = self.words(setting) if words is None else words
         # 学习率与种子不影响快慢：写成一样的，量过的就认得
         alike = [word for word in words if not word.startswith("learning_rate=")]
-        return self.trial([*alike, "objective=tokens_per_s", *SPEED])
+        rows = next(int(word.split("=")[1]) for word in words if word.startswith("global_batch_size="))
+        least, most = TIMED_STEPS
+        steps = max(least, min(most, int(TIMED_S * 1000 / (self.row_ms * rows)))) if self.row_ms else least
+        return self.trial([*alike, "objective=tokens_per_s", "trial.warmup_steps=1", f"trial.steps={steps}"])
 
     def prepared(self, space: list[Dimension]) -> tuple[Schedule, list[Dimension]]:
         """Measure the default setting and the fastest micro-batch; the division of the time, and what can be searched.
@@ -246,7 +257,7 @@ class Trials:
                 "model or batch_size, or memory=lean",
                 status=text(STATUS_MESSAGES[first.status]), reason=first.reason,
             )
-        self.spent = (first.wall_s or 0.0) / 60
+        self.spent, self.row_ms = (first.wall_s or 0.0) / 60, first.step_ms / self.rows
         start = max(0.0, self.spent - 3 * first.step_ms / 60_000)
         rows_per_minute = first.tokens_per_s * 60 / self.cfg.model.block_size
         most = self._divided(start).rungs[0] * rows_per_minute / LEAST_STEPS
