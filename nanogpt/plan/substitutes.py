@@ -36,7 +36,7 @@ class LikeCuda(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.Tensor.is_cuda.__get__:
+        if func == torch.Tensor.is_cuda.__get__:
             return True
         if func is F.scaled_dot_product_attention and kwargs.get("dropout_p"):
             # CUDA 的 flash 自己做 dropout，不存概率矩阵；CPU 的会退回到存

@@ -13,6 +13,7 @@ from nanogpt.core.memory import lean_optimizers, lowbit
 from nanogpt.core.model import GPT
 from nanogpt.core.precision import Precision
 from nanogpt.plan.plan import Estimate
+from nanogpt.plan.substitutes import LikeCuda
 from nanogpt.plan.trace import Shape, trace
 from nanogpt.run.metrics import flops_per_token
 from nanogpt.weights.build import build_model, build_step
@@ -214,3 +215,9 @@ def test_the_guess_is_close_on_both_sides_of_a_full_chunk_of_logits():
     guess = Estimate(cfg, "cuda")
     for rows in (1, 4, 24):
         assert guess.live(rows) == pytest.approx(trace(cfg, Shape(rows, 2, rows, "cuda")).peak()[0], rel=0.07)
+
+
+def test_a_tensor_that_is_planned_for_a_card_says_that_it_lies_on_one():
+    with LikeCuda():
+        assert torch.ones(1).is_cuda
+    assert not torch.ones(1).is_cuda
