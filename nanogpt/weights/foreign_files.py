@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nanogpt.base.hashed_json import reason_of
-from nanogpt.base.language import ConfigError
-from nanogpt.weights.tensors import UNREADABLE
+from nanogpt.base.language import ConfigError, text
+from nanogpt.weights.tensors import UNREADABLE, first_not_finite, floating
 
 # 依次尝试；safetensors 在前：不含代码，读得也快
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -44,16 +44,24 @@ def shard_names(index: Path) -> list[str]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, from safetensors if there are any."""
+    """All tensors of a folder, from safetensors if there are any; none with NaN or Inf."""
     for file in WEIGHTS:
         if (folder / file).is_file():
             files = shard_names(folder / file) if file.endswith(".index.json") else [file]
             tensors: dict[str, Tensor] = {}
             for name in files:
                 read = read_safetensors if name.endswith(".safetensors") else read_torch
-                tensors |= read(folder / name)
+                tensors |= check_finite(folder / name, read(folder / name))
             return tensors
     raise ConfigError("pretrained_damaged", file=folder, reason="no " + " or ".join(WEIGHTS))
+
+
+def check_finite(path: Path, tensors: dict) -> dict:
+    """These tensors of a file; ConfigError names the file and the first tensor that holds NaN or Inf."""
+    # 趁还叫着文件里的名字：合并、改名之后，就说不出坏在哪个文件的哪里
+    if name := first_not_finite(floating(tensors)):
+        raise ConfigError("pretrained_damaged", file=path, reason=text("nan_weights", tensor=name))
+    return tensors
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -26,10 +26,11 @@ from nanogpt.base.config import ModelConfig, trusted_targets
 from nanogpt.base.errors import Arguments, forgive_output, one_line_each
 from nanogpt.base.files import folder_aside, write_text
 from nanogpt.base.groups import sample_config
-from nanogpt.base.language import ConfigError, say, set_language
+from nanogpt.base.language import ConfigError, say, set_language, text
 from nanogpt.base.value_checks import check_path
 from nanogpt.data.tokenizer_files import END_WORDS, to_library_json
 from nanogpt.weights.pretrained import ACTIVATIONS, TRANSPOSED, Pretrained, build_pretrained, open_pretrained
+from nanogpt.weights.tensors import first_not_finite
 
 __all__ = ["Pretrained", "build_pretrained", "export", "open_pretrained"]
 
@@ -168,9 +169,15 @@ def about_documents(pretrained: Pretrained) -> dict:
 
 
 def write_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write model.safetensors in float32; transformers asks for the metadata `format`."""
+    """Write model.safetensors in float32, never NaN or Inf; transformers asks for the metadata `format`."""
     # 共享内存的张量 save_file 不收：各抄一份
     copies = {name: tensor.detach().float().contiguous().clone() for name, tensor in tensors.items()}
+    if name := first_not_finite(copies.items()):
+        # 读进来时查过；自己的类还会添上别的权重
+        raise ConfigError(
+            "{reason}: such a model is not exported; choose another checkpoint with --checkpoint",
+            reason=text("nan_weights", tensor=name),
+        )
     save_file(copies, folder / "model.safetensors", metadata={"format": "pt"})
 
 

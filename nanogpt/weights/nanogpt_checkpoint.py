@@ -17,7 +17,7 @@ from nanogpt.base.language import ConfigError
 from nanogpt.data.tokenizer import CharTokenizer, Tokenizer
 from nanogpt.data.tokenizer_files import read_tokenizer
 from nanogpt.weights.build import preset
-from nanogpt.weights.foreign_files import read_torch
+from nanogpt.weights.foreign_files import check_finite, read_torch
 
 # model_args 里决定形状的几项
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
@@ -41,7 +41,7 @@ def read_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], T
     config = preset("gpt2", name=name, bias=bias, activation="gelu", **sizes)
     # 旧版把因果掩码也存成了 buffer
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".attn.bias")}
-    return config, tensors, find_tokenizer(path, saved.get("config"), config.vocab_size)
+    return config, check_finite(path, tensors), find_tokenizer(path, saved.get("config"), config.vocab_size)
 
 
 def find_tokenizer(path: Path, settings, vocab_size: int) -> Tokenizer:

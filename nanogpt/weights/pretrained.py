@@ -4,7 +4,7 @@ Files are data: shapes are compared with the config before anything is used, and
 """
 
 # 已有的权重从哪里来都变成同一样东西：Pretrained（配置、张量、词表），供微调、写作、导出
-# open_pretrained 看名字认出是哪一种，本机的文件优先；每一种都要过 checked：名字、形状、有限数，先核对再用
+# open_pretrained 看名字认出是哪一种，本机的文件优先；每一种都要过 checked：名字与形状先核对再用，有限数读文件时已看过
 # adapted 与 check_vocabulary 在微调开始时把它与这次的配置、数据对上，合不上的现在就说
 # GPT-2 会改变结果的设置只接受我们实现了的（REQUIRED）：悄悄算错比拒绝更糟
 
@@ -210,7 +210,7 @@ def with_documents(path: Path, config: ModelConfig, tokenizer: Tokenizer) -> tup
 
 
 def checked(path: Path, config: ModelConfig, tensors: dict[str, Tensor], tokenizer: Tokenizer) -> Pretrained:
-    """A Pretrained of these parts, after comparing every name and shape with the config and looking for NaN and Inf."""
+    """A Pretrained of these parts, after comparing every name and shape with the config."""
     # 先看层数，再造模型：配置里写着十亿层的文件不会把内存吃光
     layers = {int(match[1]) for name in tensors if (match := re.match(r"h\.(\d{1,6})\.", str(name)))}
     if len(layers) != config.n_layer or max(layers) != config.n_layer - 1:
@@ -231,6 +231,4 @@ def checked(path: Path, config: ModelConfig, tensors: dict[str, Tensor], tokeniz
             found = "missing" if got is None else type(got).__name__
         reason = f"{name}: {found}, wanted: {'nothing' if want is None else want}"
         raise ConfigError("pretrained_damaged", file=path, reason=reason)
-    if name := first_not_finite(floating(tensors)):
-        raise ConfigError("pretrained_damaged", file=path, reason=text("nan_weights", tensor=name))
     return Pretrained(config, tensors, tokenizer)

@@ -13,7 +13,7 @@ stand for themselves.
 
 # 我们自己的张量文件：权重与优化器状态逐个张量写，边写边算摘要；读由 safetensors 库来
 # 优化器状态是嵌套的字典与列表：拆成 json 与一张张量表，不用 pickle，文件里就没有代码
-# checkpoint 写它、读它；first_not_finite 也给训练的 health 与 pretrained 的核对用
+# checkpoint 写它、读它；first_not_finite 也给训练的 health、读别人的文件与导出用
 # 格式很简单，所以自己写：库的 save_file 要全部张量同时在内存里
 # n-gram 的表从零开始，没遇到过的行，连同它的两份动量，一直是零：不写它们，短训练的 checkpoint 小到几分之一
 
@@ -196,7 +196,7 @@ def floating(state, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def first_not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """Name of the first tensor that holds NaN or Inf, or None if all are finite.
+    """Name of the first tensor that holds NaN, Inf or more than float32 can hold, or None if all are finite.
 
     Takes hardly any memory and waits for each device once.
     """
@@ -204,8 +204,10 @@ def first_not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
     for name, tensor in named:
         # 八位浮点没有 aminmax；这样的权重只从别人的文件来
         low, high = torch.aminmax(tensor.float() if tensor.element_size() == 1 else tensor)
+        # float64 里太大的数，换成我们的 float32 就是 Inf
+        low, high = low.float(), high.float()
         # NaN 会传过 aminmax；Inf 减自己得 NaN，有限数得 0
-        by_device[tensor.device].append((name, ((low - low) + (high - high)).float()))
+        by_device[tensor.device].append((name, (low - low) + (high - high)))
     for pairs in by_device.values():
         names, values = zip(*pairs, strict=True)
         # 一次取回：逐个张量去问，GPU 要停几百次

@@ -12,6 +12,7 @@ from conftest import GPT2_RECIPE, make_config, no_grad_eval, resumed_trainer, ti
 from test_pretrained import LINES, bpe_json, hf_folder, ids, save_checkpoint  # noqa: F401 - bpe_json is a fixture
 
 from nanogpt.base.config import FinetuneConfig
+from nanogpt.base.language import ConfigError
 from nanogpt.core.memory.lora import add_adapters, merge
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.corpus import build_char_tokenizer
@@ -73,6 +74,20 @@ def test_transformers_loads_the_export_with_equal_logits(tmp_path, kind):
         # 往返：导出的再读回来，权重不变
         again = open_pretrained(str(tmp_path / "hf"))
         assert all(torch.equal(again.tensors[k], v) for k, v in model.state_dict().items() if k in again.tensors)
+
+
+def test_nan_is_neither_read_from_a_run_nor_exported(tmp_path, monkeypatch):
+    model = random_model(CHARACTERS, **GPT2_RECIPE)
+    whole = open_pretrained(str(saved_run(tmp_path / "whole", model, CHARACTERS)))
+    model.wpe.weight.data[3, 3] = torch.nan
+    with pytest.raises(ConfigError, match=r"iter_00000007 .*wpe.weight holds NaN or Inf"):
+        export(str(saved_run(tmp_path / "run", model, CHARACTERS)), tmp_path / "hf")
+    # 读进来之后才坏的，例如自己的类添上的权重
+    whole.tensors["ln_f.weight"][0] = torch.inf
+    monkeypatch.setattr(huggingface, "open_pretrained", lambda *args, **options: whole)
+    with pytest.raises(ConfigError, match=r"transformer.ln_f.weight holds NaN or Inf: such a model is not exported"):
+        export("run", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
 
 
 def test_generation_goes_on_beyond_the_context(tmp_path):

@@ -205,6 +205,14 @@ def test_a_nanogpt_checkpoint_loads_with_its_characters(tmp_path, bias, protocol
         open_pretrained(str(out / "ckpt.pt"))
 
 
+def test_a_nanogpt_checkpoint_with_nan_is_refused_by_the_name_of_its_tensor(tmp_path):
+    model = build_model(tiny_model_config(**{**GPT2_RECIPE, "activation": "gelu", "vocab_size": 3}), 3)
+    model.h[1].attn.c_attn.weight.data[5, 2] = -torch.inf
+    save_checkpoint(tmp_path / "ckpt.pt", model.config, model)
+    with pytest.raises(ConfigError, match=r"ckpt.pt cannot be used \(h.1.attn.c_attn.weight holds NaN or Inf\)"):
+        open_pretrained(str(tmp_path / "ckpt.pt"))
+
+
 @pytest.mark.parametrize("name", ["my-text", "v1.0", "诗 2"])
 def test_the_characters_of_a_nanogpt_data_set_are_found_whatever_its_name(tmp_path, name):
     (tmp_path / "data" / name).mkdir(parents=True)
@@ -267,8 +275,9 @@ DAMAGE = {
     "h.1.ln_1.bias: torch.int64": damage_tensor("transformer.h.1.ln_1.bias", lambda t: t.long()),
     "h.2.mlp.c_fc.weight: missing": damage_tensor("transformer.h.2.mlp.c_fc.weight", lambda t: None),
     "h.0.attn.c_attn.weight: torch.float32": damage_tensor("transformer.h.0.attn.c_attn.weight", lambda t: t.t().contiguous()),
-    "h.1.mlp.c_fc.bias holds NaN or Inf": damage_tensor("transformer.h.1.mlp.c_fc.bias", lambda t: t * torch.nan),
-    "wte.weight holds NaN or Inf": damage_tensor("transformer.wte.weight", lambda t: (t + torch.inf).half()),
+    r"model.safetensors cannot be used \(transformer.h.1.mlp.c_fc.bias holds NaN or Inf\)": damage_tensor("transformer.h.1.mlp.c_fc.bias", lambda t: t * torch.nan),
+    "transformer.wte.weight holds NaN or Inf": damage_tensor("transformer.wte.weight", lambda t: (t + torch.inf).half()),
+    "transformer.wpe.weight holds NaN or Inf": damage_tensor("transformer.wpe.weight", lambda t: t.double() + 1e300),
     "config.json cannot be used": lambda f: (f / "config.json").write_text("{", encoding="utf-8"),
     "model.safetensors cannot be used": lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]),
     "no model.safetensors or": lambda f: (f / "model.safetensors").unlink(),
@@ -283,6 +292,18 @@ def test_a_file_that_cannot_be_right_is_one_line(folder, expected):
     with pytest.raises(ConfigError, match=expected) as error:
         open_pretrained(str(folder))
     assert "\n" not in str(error.value)
+
+
+def test_of_several_weight_files_the_one_that_holds_nan_is_named(folder):
+    tensors = load_file(folder / "model.safetensors")
+    broken = "transformer.h.2.ln_2.weight"
+    save_file({broken: tensors.pop(broken) * torch.nan}, folder / "model-00002.safetensors")
+    torch.save(tensors, folder / "model-00001.bin")
+    (folder / "model.safetensors").unlink()
+    names = {name: "model-00001.bin" for name in tensors} | {broken: "model-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"model-00002.safetensors cannot be used \({broken} holds NaN or Inf\)"):
+        open_pretrained(str(folder))
 
 
 def test_an_index_cannot_point_outside_its_folder(folder):
