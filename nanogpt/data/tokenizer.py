@@ -114,6 +114,7 @@ class LibraryStream:
 
     def _begin_behind(self, ids: list[int]) -> None:
         """Keep only the last ids, as many as later text depends on, so that the cost does not grow with the text."""
+        # 长起来的只有一串字节 token 与一串什么也不写的 token：到写出字来为止
         is_byte, end, count = self._tokenizer.is_byte, self._settled(ids)[-1:], 1
         # 排在最前的 token 会被去掉空格，可能什么也不剩：那样不能当前文
         while count < len(ids) and (is_byte(ids[-count]) or not end or not self._settled(ids[-count:]).endswith(end)):
@@ -125,7 +126,7 @@ class LibraryStream:
         self._given = len(self._settled(self._ids)) - half
 
     def _settled(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids).rstrip(self._tokenizer.unsettled)
+        return self._tokenizer.decode(ids).removesuffix(self._tokenizer.unsettled)
 
 
 class UnknownCharacters(ConfigError):  # noqa: N818 - 与 Diverged 一样，名字说的是情形
@@ -314,7 +315,7 @@ class LibraryTokenizer:
         self._decoders = _decoders_of(description.get("decoder"))
         self._is_word_piece = description["model"].get("type") == "WordPiece"
         self.unsettled = " " if self._is_word_piece else "\ufffd" if "ByteLevel" in self._decoders else ""
-        """Characters at the end of a text that later ids may still change."""
+        """The character that later ids may still change where a text ends with it; at most one."""
 
     def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
         """Ids of a text, shape (n,), without the marks that some tokenizers add at both ends.

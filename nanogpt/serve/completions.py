@@ -272,7 +272,8 @@ class Reader:
     def _request(self, settings: Settings, prompt: str | list[int], number: int, scored: dict[str, Any]) -> Request:
         if isinstance(prompt, str):
             return dataclasses.replace(settings.request(prompt, number), **scored)
-        text = self.tokenizer.decode(prompt)
+        # 开头停在半个字上：这个字随续写出来，回显里先没有它
+        text = self.tokenizer.decode(prompt).removesuffix(self.tokenizer.stream(prompt).finish())
         return dataclasses.replace(settings.request("", number), prompt=text, ids=tuple(prompt), **scored)
 
     def _settings(self, given: dict[str, Any]) -> Settings:

@@ -199,7 +199,7 @@ class Writer:
                     return [Piece(key, request.prompt, "", error=ConfigError("nonfinite_logits"))]
             if not request.max_new_tokens:
                 # 只评不写：一次一段，别人的文字不必等一整批
-                return [self._end(key, "", "length")]
+                return [self._end(key, text.stream.finish(), "length")]
             if self.decoder is None:
                 self.decoder = self._new_decoder()
             self.waiting.popleft()

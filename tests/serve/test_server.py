@@ -251,6 +251,14 @@ def test_streamed_pieces_are_whole_characters_that_join_to_the_same_text(poet):
     assert len(pieces) > 20 and not any("�" in piece for piece in pieces)
 
 
+def test_half_a_character_at_the_end_of_a_prompt_of_ids_is_shown_once_whole_and_flushed_where_nothing_follows(poet):
+    half = list("|春".encode()[:-1])
+    whole = poet.write(prompt=half, echo=True, max_tokens=10)["choices"][0]["text"]
+    pieces = [c["text"] for e in poet.events(prompt=half, echo=True, max_tokens=10)[:-1] for c in e["choices"]]
+    assert "".join(pieces) == whole == "|春天的花"
+    assert poet.write(prompt=half, echo=True, max_tokens=0)["choices"][0]["text"] == "|\ufffd"
+
+
 def test_two_requests_are_written_together(poet):
     one, first = poet.open_stream(prompt="~|", max_tokens=100_000)
     two, second = poet.open_stream(prompt="~|", max_tokens=100_000)

@@ -1,9 +1,13 @@
 """Requests in, whole characters out: stop strings, end of text, queueing, out of memory."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import tiny_model_config, wild_model
-from test_tokenizer import STREAMED
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_tokenizer import STREAMED, some_ids
 
 from nanogpt.base.language import ConfigError
 from nanogpt.core import generate
@@ -122,6 +126,25 @@ def test_what_a_library_tokenizer_holds_back_is_searched_for_stop_strings_and_su
         writer = Writer(Scripted(ids, tokenizer.vocab_size), tokenizer)
         key = writer.submit(Request("a", GREEDY, 9, seed=0))
         assert not any(writer.step() for _ in ids) and writer.interrupt(key).text == text
+
+
+@pytest.mark.parametrize("kind", STREAMED)
+def test_any_ids_are_shown_as_they_decode_behind_the_prompt_up_to_the_first_stop_string(kind):
+    tokenizer = STREAMED[kind]()
+
+    @settings(max_examples=6)
+    @given(some_ids(tokenizer), some_ids(tokenizer), st.integers(0, 20))
+    def check(prompt, ids, at):
+        # 词表之外的 id 抽不到
+        prompt, ids = ([i for i in some if i < tokenizer.vocab_size] for some in ([0, *prompt], [*ids, 0]))
+        left = len(tokenizer.decode(prompt)) - len(tokenizer.stream(prompt).finish())
+        text = tokenizer.decode(prompt + ids)[left:]
+        model, base = Scripted(ids, tokenizer.vocab_size), Request("…", GREEDY, len(ids), seed=0, ids=tuple(prompt), stop_at_end_of_text=False)
+        assert write(model, base, tokenizer=tokenizer) == [text]
+        model.read, stop = 0, text[at : at + 2] or "无"
+        assert write(model, replace(base, stop=(stop,)), tokenizer=tokenizer) == [text.partition(stop)[0]]
+
+    check()
 
 
 def test_a_word_behind_the_prompt_keeps_its_space():
