@@ -19,6 +19,7 @@ from pathlib import Path
 
 import hydra
 import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -48,6 +49,8 @@ WHOLE_FLOAT = rf"(?:{EXPONENT}|(?<![\w.])[+-]?\d[\d_]*\.0*(?![\w.]))"
 SWAPPABLE = ("optimizer", "dataset", "logger")
 # 扫描还要这么久（秒）才值得说一声
 WORTH_SAYING_S = 5
+# 没有写 hydra.mode 时，Hydra 自己添的一句
+SINGLE = "hydra.mode=RUN"
 # 我们自己的帮助；Hydra 的在 --hydra-help
 HELP = {"--help", "-h"}
 
@@ -233,6 +236,39 @@ def run_script(
         _Script(config_name, task, before_sweep, after_sweep, overrides, sweep=sweep).run(flags)
 
 
+@contextlib.contextmanager
+def composed_once() -> Iterator[None]:
+    """Let Hydra compose a single job once inside, which of itself it does twice, at first only to read hydra.mode."""
+    # 敲错一个键时，多拼的一次占三成时间；有扫描的，两次拼出的不一样，照旧
+    load = ConfigLoaderImpl.load_configuration
+    first: list[tuple[list[str], DictConfig | Exception]] = []
+
+    def once(loader, config_name: str, overrides: list[str], run_mode: RunMode, **how) -> DictConfig:
+        asks_for_mode = run_mode is RunMode.MULTIRUN and not how.get("validate_sweep_overrides", True)
+        if asks_for_mode and not any(map(_is_swept, overrides)):
+            try:
+                found = load(loader, config_name, overrides, RunMode.RUN)
+            except Exception as error:
+                found = error
+            first.append((list(overrides), found))
+        elif run_mode is RunMode.RUN and first and overrides in (first[0][0], [*first[0][0], SINGLE]):
+            before, found = first.pop()
+            if isinstance(found, DictConfig) and len(before) < len(overrides):
+                found.hydra.mode = RunMode.RUN
+                found.hydra.overrides.hydra.append(SINGLE)
+        else:
+            return load(loader, config_name, overrides, run_mode, **how)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    ConfigLoaderImpl.load_configuration = once
+    try:
+        yield
+    finally:
+        ConfigLoaderImpl.load_configuration = load
+
+
 class _Script:
     """One run of hydra.main: the job, and what has been said about its mistakes."""
 
@@ -260,7 +296,7 @@ class _Script:
         """Compose and run every job; SystemExit on a mistake."""
         sys.argv[1:] = [*flags, *self.overrides, *(naming_jobs(self.overrides) if self.sweep else [])]
         try:
-            with checked_yaml(), self.checked_sweeps():
+            with checked_yaml(), composed_once(), self.checked_sweeps():
                 # Hydra 会看函数定义在哪个文件：要给它一个函数，而不是方法
                 main = hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=self.config_name)
                 main(lambda cfg: self.job(cfg))()

@@ -46,6 +46,32 @@ def build_model(config: ModelConfig, seed: int, weights: str = "fp32"):
         torch.set_default_dtype(usual)
 
 
+def build_undrawn(config: ModelConfig):
+    """Like build_model, for weights that will be loaded: those of our own class hold nothing yet."""
+    from contextlib import nullcontext
+
+    from nanogpt.core.initialize import Undrawn
+
+    # 自己的类可能另有不在文件里的权重：照旧抽
+    with Undrawn() if config._target_ == ModelConfig._target_ else nullcontext():
+        return build_model(config, seed=0)
+
+
+def weight_shapes(config: ModelConfig, finetune: FinetuneConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight of such a model by name; allocates nothing."""
+    import torch
+
+    from nanogpt.core.memory.lora import add_adapters
+
+    # RoPE 的表不是权重；在 meta 上算它，也会带进 torch._dynamo
+    bare = replace(config, position="none") if config.position == "rope" else config
+    with torch.device("meta"):
+        model = build_undrawn(bare)
+        if finetune.method == "lora":
+            add_adapters(model, finetune)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
 def check_memory_for(config: ModelConfig, bytes_each: int) -> None:
     """Refuse a model whose weights alone need more memory than is free, before the system kills a process for it."""
     import torch
@@ -161,7 +187,7 @@ def model_of(source, named: str | None = None):
     except (DamagedError, OmegaConfBaseException, TypeError) as error:
         raise source.damaged(f"config.yaml: {reason_of(error)}") from None
     check_weights(source, config, finetune)
-    model = build_model(config, seed=0)
+    model = build_undrawn(config)
     if finetune.method == "lora":
         add_adapters(model, finetune)
     source.load_model(model)
@@ -174,10 +200,6 @@ def check_weights(source, config: ModelConfig, finetune: FinetuneConfig) -> None
     A config that asks for a billion layers does not get the memory to build them. Only our own model class is checked:
     what a user's own class does, nothing here can know.
     """
-    import torch
-
-    from nanogpt.core.memory.lora import add_adapters
-
     if config._target_ != ModelConfig._target_:
         return
     have = source.weight_shapes()
@@ -189,13 +211,9 @@ def check_weights(source, config: ModelConfig, finetune: FinetuneConfig) -> None
         # 每层至少有几个张量；RoPE 的表不在文件里，不许大过权重许多
         if config.n_layer > len(have) or config.block_size * config.n_embd > max(total, LEAST_TABLE) * 64:
             raise ValueError(f"{config.n_layer} layers and {config.block_size} positions for {total} weights")
-        with torch.device("meta"):
-            model = build_model(config, seed=0)
-            if finetune.method == "lora":
-                add_adapters(model, finetune)
+        want = weight_shapes(config, finetune)
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise source.damaged(f"config.yaml: {reason_of(error)}") from None
-    want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     shared = {"lm_head.weight"} if config.tie_embeddings else set()
     wrong = sorted((set(have) ^ set(want)) - shared) or sorted(n for n in set(have) & set(want) if have[n] != want[n])
     if wrong:

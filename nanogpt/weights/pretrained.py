@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from nanogpt.base import run_names
-from nanogpt.base.config import ModelConfig
+from nanogpt.base.config import FinetuneConfig, ModelConfig
 from nanogpt.base.language import ConfigError, text
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.labels import LABEL_KINDS, with_labels
 from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.data.tokenizer_files import read_tokenizer
 from nanogpt.weights import checkpoint, hub, nanogpt_checkpoint
-from nanogpt.weights.build import build_model, model_of, preset
+from nanogpt.weights.build import build_model, build_undrawn, model_of, preset, weight_shapes
 from nanogpt.weights.foreign_files import read_json, read_weights
 from nanogpt.weights.tensors import first_not_finite, floating
 
@@ -77,9 +77,13 @@ def open_pretrained(
     return read_folder(hub.download(named, key), path.name)
 
 
-def build_pretrained(pretrained: Pretrained, seed: int = 0, weights: str = "fp32") -> torch.nn.Module:
-    """A model that holds these weights; `seed` only matters for weights that a subclass adds."""
-    model = build_model(pretrained.config, seed, weights)
+def build_pretrained(pretrained: Pretrained, seed: int | None = None, weights: str = "fp32") -> torch.nn.Module:
+    """A model that holds these weights; a `seed`, given for training, draws the weights that a subclass adds.
+
+    It also says where torch's global generator goes on.
+    """
+    # LoRA 接着抽数：训练时照旧抽完，同一个种子才有同样的结果
+    model = build_undrawn(pretrained.config) if seed is None else build_model(pretrained.config, seed, weights)
     model.load_state_dict(pretrained.tensors, strict=False)
     return model
 
@@ -215,9 +219,7 @@ def checked(path: Path, config: ModelConfig, tensors: dict[str, Tensor], tokeniz
     layers = {int(match[1]) for name in tensors if (match := re.match(r"h\.(\d{1,6})\.", str(name)))}
     if len(layers) != config.n_layer or max(layers) != config.n_layer - 1:
         raise ConfigError("pretrained_damaged", file=path, reason=f"{len(layers)} blocks, config says {config.n_layer}")
-    with torch.device("meta"):
-        model = build_model(replace(config, dropout=0.0), 0)
-    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    expected = weight_shapes(config, FinetuneConfig())
     if config.tie_embeddings:
         expected.pop("lm_head.weight")
         tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}

@@ -11,13 +11,15 @@ import yaml
 from conftest import GPT2_RECIPE, tiny_model_config
 from safetensors.torch import load_file, save_file
 
+from nanogpt.base.config import FinetuneConfig
 from nanogpt.base.files import sha256
 from nanogpt.base.hashed_json import DamagedError
 from nanogpt.base.language import ConfigError
 from nanogpt.base.saved_config import read_saved
+from nanogpt.core.memory.lora import add_adapters
 from nanogpt.weights import checkpoint
 from nanogpt.weights import tensors as tensor_files
-from nanogpt.weights.build import build_model, model_of
+from nanogpt.weights.build import build_model, model_of, weight_shapes
 from nanogpt.weights.foreign_files import read_safetensors
 
 
@@ -270,6 +272,17 @@ def test_a_config_that_contradicts_the_weights_allocates_nothing(tmp_path, saver
         model_of(source)
     (source.folder / "config.yaml").write_text(yaml.safe_dump({"model": config}), encoding="utf-8")
     assert model_of(source).parameter_count()
+
+
+@pytest.mark.parametrize("changes", [{}, {"position": "learned", "tie_embeddings": True}, {"ngrams": [2]}, {"init": "gpt2"}])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_shapes_of_weights_are_known_without_drawing_any(monkeypatch, changes, method):
+    config, finetune = tiny_model_config(**changes), FinetuneConfig(method=method)
+    model = build_model(config, 0)
+    if method == "lora":
+        add_adapters(model, finetune)
+    monkeypatch.setattr(torch.Tensor, "normal_", None)
+    assert weight_shapes(config, finetune) == {name: tuple(p.shape) for name, p in model.state_dict().items()}
 
 
 def test_rows_of_zeros_take_no_space_and_come_back_to_the_bit(tmp_path):

@@ -1,0 +1,42 @@
+"""The command line of the run scripts: how often Hydra composes, and what comes out of it."""
+
+import contextlib
+import sys
+
+import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from nanogpt.base import cli
+
+
+@pytest.fixture
+def composed_how_often(monkeypatch):
+    done, compose = [], ConfigLoaderImpl._load_configuration_impl
+    monkeypatch.setattr(ConfigLoaderImpl, "_load_configuration_impl", lambda *a, **k: done.append(1) or compose(*a, **k))
+    return done
+
+
+def what_the_task_sees(monkeypatch, *typed):
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["run_train.py", *typed])
+    cli.run_script("train", lambda cfg, words: seen.append(
+        (cfg, words, OmegaConf.to_container(HydraConfig.get(), resolve=False)),
+    ))
+    return seen
+
+
+@pytest.mark.parametrize("typed", [("max_iters=3", "model=small"), ("hydra.mode=RUN",)])
+def test_a_job_is_composed_once_and_as_hydra_itself_does(in_tmp, monkeypatch, composed_how_often, typed):
+    once = what_the_task_sees(monkeypatch, *typed)
+    assert len(composed_how_often) == 1
+    monkeypatch.setattr(cli, "composed_once", contextlib.nullcontext)
+    assert what_the_task_sees(monkeypatch, *typed) == once and len(composed_how_often) == 3
+
+
+@pytest.mark.parametrize(("typed", "often"), [("model.n_lyer=3", 1), ("model=tinny", 1), ("batch_size=4,8", 2)])
+def test_a_mistake_is_composed_no_oftener_than_it_must(in_tmp, monkeypatch, capsys, composed_how_often, typed, often):
+    with pytest.raises(SystemExit):
+        what_the_task_sees(monkeypatch, typed)
+    assert len(composed_how_often) == often and capsys.readouterr().err.startswith("error: ")
