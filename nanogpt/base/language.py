@@ -401,9 +401,7 @@ NAMED = {
     "column_minutes": "minutes",
     "learned_use": "Train with the best setting",
     "learned_keys": "Which key mattered",
-    "learned_keys_note": (
-        "Share of each key in what set the better settings apart, after the first rung (PED-ANOVA)."
-    ),
+    "learned_keys_note": "Share of each key in how far the settings lay apart after the first rung (fANOVA).",
     "search_interrupted": "interrupted; what is finished is kept, the same command goes on from there",
     "chart_vram": "peak VRAM, GiB",
     "chart_ram": "peak RAM, GiB",

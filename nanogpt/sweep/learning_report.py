@@ -201,8 +201,8 @@ def curve_charts(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     made = []
     for axis, title, label in ((1, text("Loss against minutes"), text("column_minutes")),
                                (0, text("Loss against tokens"), "tokens")):
-        lines = {f"{row.number}: {row.name}": curve(row.last, axis) for row in drawn}
-        note = text("Minutes of training steps; evaluations are the points. The best comes first in the legend.")
+        lines = {f"{row.number}: {report.formatted(row.value, '.4f')}": curve(row.last, axis) for row in drawn}
+        note = text("The points are evaluations; the numbers in the legend are those of the ranking, the best first.")
         made.append((title, note, report.curves(lines, title, x_label=label, y_label=drawn[0].last.objective)))
     return made
 

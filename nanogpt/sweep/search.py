@@ -39,6 +39,8 @@ from nanogpt.sweep.trial import RUNS, run_trial
 FIT = Path("outputs") / "fit"
 # 量快慢：预热一步，计时的各步合起来约这么久，取中位数；别的程序偶尔插进来就不算数
 TIMED_S, TIMED_STEPS = 2.0, (2, 30)
+# 这一版起的 ask 与 tell
+OPTUNA = 4
 # 短于这么久的搜索不去找最快的微批：量它要几次试跑
 MINUTES_FOR_BATCH = 20
 # 一级里至少走这么多步的批量才进空间
@@ -119,9 +121,12 @@ def check_search(cfg: TrainConfig) -> None:
     check(cfg)
     searched(cfg)
     try:
-        from optuna.importance import PedAnovaImportanceEvaluator  # noqa: F401 - 旧版没有它
+        import optuna
+        import sklearn  # noqa: F401 - optuna 的 fANOVA 用它
     except ImportError:
-        raise ConfigError("missing_package", what="experiment=search", package="'optuna>=4'") from None
+        optuna = None
+    if optuna is None or int(optuna.__version__.split(".")[0]) < OPTUNA:
+        raise ConfigError("missing_package", what="experiment=search", package="'optuna>=4' scikit-learn")
 
 
 def _folder() -> Path:
@@ -136,7 +141,7 @@ def announce(cfg: TrainConfig, space: Sequence[Dimension], schedule: Schedule) -
     lines = [text("searching {space}", space="; ".join(map(str, space)))]
     minutes = [f"{minutes:.1f}" for minutes in schedule.rungs]
     kept = [schedule.generations * (schedule.size // schedule.eta**rung) for rung in range(len(minutes))]
-    steps = ", ".join(text("{count} to {minutes} min", count=n, minutes=m) for n, m in zip(kept, minutes))
+    steps = " → ".join(text("{count} to {minutes} min", count=n, minutes=m) for n, m in zip(kept, minutes))
     lines.append(text(
         "{minutes:g} minutes: {steps}; then the best {top} with {seeds} seeds in all; about {all:.0f} min in all",
         minutes=cfg.search.minutes, steps=steps, top=schedule.top, seeds=schedule.seeds, all=schedule.minutes,

@@ -188,7 +188,7 @@ def test_the_expectation_is_for_the_budget_that_was_typed():
 
 def learned(tiny_overrides, folder, *more):
     lines = []
-    overrides = [*tiny_overrides, "trial.enabled=true", "objective=val_loss", "dropout=0.1", "lr_schedule=wsd", "lr_decay_iters=8", *more]
+    overrides = [*tiny_overrides, "trial.enabled=true", "objective=val_loss", "dropout=0.1", "hardware.peak_tflops_fp32=0.1", "lr_schedule=wsd", "lr_decay_iters=8", *more]
     child.measure(make_config(*overrides), overrides, folder, lambda **said: lines.append(said), predict=lambda cfg, device: None, limit=lambda gib: None)
     return {key: value for line in lines for key, value in line.items()}
 
