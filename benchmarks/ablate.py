@@ -1,0 +1,246 @@
+"""What each part of the recipe is worth: one study is a table of variants, each trained with several seeds.
+
+    python benchmarks/ablate.py STUDY [--seeds 1337 1 2] [--tokens 1500000] [--equal time|tokens] [--jobs 2] [--only NAME …]
+
+Studies: tables, recipe, turn, rates (see STUDIES below). Every training has a process of its own with one thread; with
+`--equal time` a variant trains on as many more tokens as it is faster than the first one, measured in turn. A variant is
+judged on the last tenth of the *training* part of tiny-shakespeare, so that the validation part stays unseen.
+
+Writes benchmarks/results/ablate_<study>.json after every training; the same command goes on where it stopped.
+`--quick` trains a few iterations of a small model and writes nothing.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+# nanoGPT 的切法：前九成训练，后一成验证；这里只用前九成，其中的最后一成拿来挑选
+TRAINING_PART = 0.9
+SMALL = ["model.n_layer=4", "model.n_head=4", "model.n_embd=128", "model.block_size=64", "batch_size=32"]
+CHAR, BPE, GPT2 = (["dataset.tokenizer=char"], ["dataset.tokenizer=bpe", "dataset.vocab_size=4096"], ["dataset.tokenizer=gpt2"])
+
+# 研究 -> (共有的设置, 变体)；第一个变体是基准
+STUDIES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
+    "tables": (
+        [*SMALL, *CHAR],
+        {
+            "default": [],
+            "none": ["model.ngrams=[]"],
+            "2": ["model.ngrams=[2]"],
+            "2-3": ["model.ngrams=[2,3]"],
+            "4096 rows": ["model.ngram_buckets=4096"],
+            "65536 rows": ["model.ngram_buckets=65536"],
+            "rate x 1": ["optimizer.ngram_lr_scale=1"],
+            "dropout 0.1": ["dropout=0.1"],
+            "none, dropout 0.1": ["model.ngrams=[]", "dropout=0.1"],
+        },
+    ),
+    "recipe": (
+        [*SMALL, *CHAR],
+        {
+            "default": [],
+            "gelu": ["model.activation=gelu"],
+            "no soft-cap": ["model.logit_softcap=0"],
+            "no qk-norm": ["model.qk_norm=false"],
+            "tied": ["model.tie_embeddings=true"],
+            "gpt2 init": ["model.init=gpt2"],
+            "no embed-norm": ["model.embed_norm=false"],
+            "adamw": ["optimizer=adamw", "learning_rate=3e-3"],
+        },
+    ),
+    # 同样的 token、四种宽度、五种学习率：最好的学习率该不该随宽度变
+    "rates": (
+        [*CHAR, "model.n_layer=4", "model.n_head=4", "model.block_size=64", "batch_size=32"],
+        {
+            f"{width} wide, {rate:g}": [f"model.n_embd={width}", f"learning_rate={rate:g}"]
+            for width in (64, 128, 256, 384)
+            for rate in (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)
+        },
+    ),
+    # 文字多大、训几遍：长的那次不该更差
+    "turn": (
+        CHAR,
+        {
+            f"{name}, {passes} passes": [*settings, f"passes={passes}"]
+            for name, settings in {
+                "default": [], "no tables": ["model.ngrams=[]"], "dropout 0.1": ["dropout=0.1"],
+                "no tables, dropout 0.1": ["model.ngrams=[]", "dropout=0.1"], "2-grams, dropout 0.1": ["model.ngrams=[2]", "dropout=0.1"],
+                "no tables, dropout 0.2": ["model.ngrams=[]", "dropout=0.2"],
+            }.items()
+            for passes in (2, 8)
+        },
+    ),
+}
+QUICK = ["model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "batch_size=4", "eval_tokens=512"]
+
+
+def run(text: Path, out: Path, overrides: list[str], *, environment: dict[str, str]) -> dict:
+    """Train in a process of its own; what its summary and its evaluations say."""
+    command = [
+        sys.executable, str(ROOT / "run_train.py"), "dataset=text_file", f"dataset.path={text.as_posix()}", "device=cpu", "compile=false",
+        "sample_tokens=0", "logger=jsonl", "log_interval=1000000", "bundle_data_mib=0", "keep=1", "lang=en", f"out_dir={out.as_posix()}",
+        *overrides,
+    ]
+    done = subprocess.run(command, cwd=out.parent, env=environment, capture_output=True, text=True, encoding="utf-8", check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(overrides)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    summary["curve"] = [[r["tokens"], round(r["val/loss"], 4)] for r in records if "val/loss" in r]
+    summary["train_loss"] = next((round(r["train/loss"], 4) for r in reversed(records) if "train/loss" in r), None)
+    return summary
+
+
+class Study:
+    """One study under way: what is known of it on disk, and how its trainings are started."""
+
+    # 每训完一次就存：中断之后再敲一遍，只补没训的
+
+    def __init__(self, arguments: argparse.Namespace, work: Path):
+        self.arguments, self.work = arguments, work
+        self.shared, self.variants = STUDIES[arguments.study]
+        self.shared = [*self.shared, *(QUICK if arguments.quick else []), *arguments.overrides]
+        self.file = RESULTS / f"ablate_{arguments.study}.json"
+        self.text = work / "training_part.txt"
+        whole = arguments.text.read_text(encoding="utf-8")
+        part = whole[: int(len(whole) * TRAINING_PART)]
+        self.text.write_text(part[:20_000] if arguments.quick else part[: arguments.characters or None], encoding="utf-8", newline="\n")
+        self.training_tokens = int(len(self.text.read_text(encoding="utf-8")) * 0.9)
+        about = {"shared": self.shared, "tokens": arguments.tokens, "equal": arguments.equal, "characters": self.training_tokens}
+        kept = json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() and not arguments.quick else {}
+        if kept.get("about", about) != about:
+            sys.exit(f"{self.file.name} holds another study ({kept['about']}); move it away first")
+        self.found = {"about": about, "device": kept.get("device"), "speed": kept.get("speed", {}), "runs": kept.get("runs", [])}
+        # 每次训练一个线程：两次并排也互不争核
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+
+    def settings(self, variant: str) -> list[str]:
+        """Overrides of a variant, and where its prepared text lies."""
+        typed = [*self.shared, *(o for o in self.variants[variant] if not o.startswith("passes="))]
+        vocabulary = "-".join(o.partition("=")[2] for o in typed if o.startswith(("dataset.tokenizer", "dataset.vocab_size")))
+        return [*typed, f"dataset.dir={(self.work / f'prepared-{vocabulary}').as_posix()}"]
+
+    def tokens_per_iteration(self, variant: str) -> int:
+        """Rows times context of one step."""
+        values = dict(o.split("=", 1) for o in self.settings(variant))
+        return int(values.get("batch_size", 16)) * int(values["model.block_size"])
+
+    def time_all(self, rounds: int = 3) -> None:
+        """Tokens/s of each variant as a multiple of the first one's, measured in turn."""
+        if self.arguments.equal == "tokens" or self.arguments.quick:
+            return
+        missing = [v for v in self.chosen if v not in self.found["speed"]]
+        base = next(iter(self.variants))
+        ratios: dict[str, list[float]] = {v: [] for v in missing}
+        for _ in range(rounds if missing else 0):
+            reference = self.speed(base)
+            for variant in missing:
+                ratios[variant].append(1.0 if variant == base else self.speed(variant) / reference)
+        self.found["speed"] |= {v: round(statistics.median(r), 3) for v, r in ratios.items()}
+        self.save()
+
+    def speed(self, variant: str) -> float:
+        """Tokens/s of a short trial."""
+        with tempfile.TemporaryDirectory(dir=self.work) as folder:
+            out = Path(folder) / "trial"
+            command = [
+                sys.executable, str(ROOT / "run_train.py"), "experiment=fit", "trial.again=true", "trial.steps=12", "trial.skip_predicted=false",
+                "dataset=text_file", f"dataset.path={self.text.as_posix()}", "device=cpu", f"out_dir={out.as_posix()}", *self.settings(variant),
+            ]
+            subprocess.run(command, cwd=folder, env=self.environment, check=True, stdout=subprocess.DEVNULL)
+            return json.loads((out / "trial.json").read_text(encoding="utf-8"))["tokens_per_s"]
+
+    def train(self, variant: str, seed: int) -> dict:
+        """One training of a variant."""
+        passes = next((float(o.partition("=")[2]) for o in self.variants[variant] if o.startswith("passes=")), None)
+        tokens = passes * self.training_tokens if passes else self.arguments.tokens * self.found["speed"].get(variant, 1.0)
+        iterations = 4 if self.arguments.quick else max(8, round(tokens / self.tokens_per_iteration(variant)))
+        with tempfile.TemporaryDirectory(dir=self.work) as folder:
+            summary = run(
+                self.text, Path(folder) / "run",
+                [*self.settings(variant), f"seed={seed}", f"max_iters={iterations}", f"eval_interval={max(1, iterations // 8)}",
+                 *([] if self.arguments.quick else ["eval_tokens=null"])],
+                environment=self.environment,
+            )
+        kept = ("val_loss", "best_val_loss", "val_bpb", "train_loss", "iters", "tokens", "parameters", "train_s", "curve")
+        figures = {k: round(v, 4) if isinstance(v, float) else v for k in kept if (v := summary.get(k)) is not None}
+        self.found["device"] = summary["device"]
+        return {"variant": variant, "seed": seed, **figures}
+
+    @property
+    def chosen(self) -> list[str]:
+        """Names of the variants to train."""
+        only = self.arguments.only
+        if unknown := [name for name in only or [] if name not in self.variants]:
+            sys.exit(f"--only {unknown[0]}: choose of {', '.join(self.variants)}")
+        return [v for v in self.variants if not only or v in only]
+
+    def save(self) -> None:
+        """Keep what is known."""
+        if not self.arguments.quick:
+            self.file.write_text(json.dumps(self.found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def finish(self) -> None:
+        """Train what is missing, the seeds outermost so that every variant has as many."""
+        self.time_all()
+        done = {(r["variant"], r["seed"]) for r in self.found["runs"]}
+        missing = [(v, s) for s in self.arguments.seeds for v in self.chosen if (v, s) not in done]
+        with concurrent.futures.ThreadPoolExecutor(self.arguments.jobs) as pool:
+            under_way = [pool.submit(self.train, *job) for job in missing]
+            for done_one in concurrent.futures.as_completed(under_way):
+                self.found["runs"].append(found := done_one.result())
+                self.save()
+                print(f"{found['variant']}, seed {found['seed']}: {found['val_loss']:.4f} (best {found['best_val_loss']:.4f})", flush=True)
+        for line in table(self.found, self.chosen):
+            print(line)
+
+
+def table(found: dict, variants: list[str]) -> list[str]:
+    """Mean and spread of each variant, the best first."""
+    rows = []
+    for variant in variants:
+        runs = [r for r in found["runs"] if r["variant"] == variant]
+        if runs:
+            losses, best = [r["val_loss"] for r in runs], [r["best_val_loss"] for r in runs]
+            spread = max(losses) - min(losses)
+            rows.append((statistics.mean(losses), variant, spread, statistics.mean(best), runs[0], len(runs)))
+    lines = [f"{'variant':28} {'loss':>8} {'spread':>7} {'best':>8} {'train':>7} {'M par.':>7} {'speed':>6} seeds"]
+    for loss, variant, spread, best, one, count in sorted(rows, key=lambda row: row[0]):
+        speed = found["speed"].get(variant, 1.0)
+        lines.append(
+            f"{variant:28} {loss:8.4f} {spread:7.4f} {best:8.4f} {one['train_loss'] or 0:7.4f} {one['parameters'] / 1e6:7.2f} {speed:6.2f} {count:5}"
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("overrides", nargs="*", help="settings of every variant, for example model.n_embd=256")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 1, 2])
+    parser.add_argument("--tokens", type=float, default=1.5e6, help="of the first variant")
+    parser.add_argument("--equal", choices=("time", "tokens"), default="time")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings beside each other, one thread each")
+    parser.add_argument("--only", nargs="+", help="names of variants")
+    parser.add_argument("--characters", type=int, help="of the text; all by default")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--text", type=Path, default=Path(os.environ.get("NANOGPT_ASSETS", "."), "tinyshakespeare.txt"))
+    arguments = parser.parse_intermixed_args()
+    if not arguments.text.is_file():
+        sys.exit(f"--text {arguments.text}: no such file; fetch tiny-shakespeare with data/shakespeare_char/prepare.py or name a text")
+    with tempfile.TemporaryDirectory() as work:
+        Study(arguments, Path(work)).finish()
+
+
+if __name__ == "__main__":
+    main()
