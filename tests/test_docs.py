@@ -19,6 +19,7 @@ from nanogpt.base.cli import implied_dataset, searched
 from nanogpt.base.config import ROOT
 from nanogpt.base.language import ConfigError
 from nanogpt.base.quoting import quoted
+from nanogpt.core.ngrams import size_text
 from nanogpt.data import corpus
 from nanogpt.data.tokens import TokenData
 from nanogpt.sweep.search import check_search
@@ -87,7 +88,7 @@ def test_every_link_leads_somewhere_and_every_page_can_be_reached(name):
 def test_the_preset_table_is_what_the_code_reports():
     for name in shipped_options()["model"]:
         with torch.device("meta"):
-            counts = [f"{nanogpt.create_model(name, vocab_size=v).parameter_count():,}" for v in (76, 50257)]
+            counts = [size_text(nanogpt.create_model(name, vocab_size=v)).partition(" in ")[0] for v in (76, 50257)]
         c = build.preset(name)
         for page in ("docs/models.md", "docs/models.zh-CN.md"):
             assert f"| `{name}` | {c.n_layer} | {c.n_head} | {c.n_embd} | {c.block_size} | {counts[0]} | {counts[1]} |" in read(page)

@@ -304,10 +304,8 @@ NAMED = {
     ),
     "early_stop": "val loss has not improved for {count} evaluations; stopping (early_stop_evals)",
     "target_reached": "val loss {loss:.4f} is at or below target_val_loss={target}; stopping",
-    "run_line": (
-        "{model}: {parameters} parameters ({arch}), {precision}, {device}, {tokens:,} tokens/iter ({batch} x {accum} x "
-        "{block}{world})"
-    ),
+    "size_line": "{model} ({arch}), parameters: {size}",
+    "run_line": "{precision} on {device}, {tokens:,} tokens/iter ({batch} x {accum} x {block}{world})",
     "next_sample": "write with it",
     "next_resume": "go on",
     "next_longer": "train longer",

@@ -208,4 +208,6 @@ class GPT(nn.Module):
 
     def parameter_count(self) -> int:
         """Number of distinct parameters (tied weights count once), frozen ones included."""
-        return sum(p.numel() for p in self.parameters())
+        # 写作时的 int8 权重是 buffer，一样算
+        int8 = (b for name, b in self.named_buffers() if name.rpartition(".")[2] in ("weight", "bias"))
+        return sum(t.numel() for t in {*self.parameters(), *int8})

@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 
 from nanogpt.base.config import ModelConfig
+from nanogpt.base.language import text
 
 
 class NgramEmbedding(nn.Module):
@@ -45,3 +46,16 @@ class NgramEmbedding(nn.Module):
             # int64 溢出时自然回绕，不影响哈希
             key = key * self.multiplier + before
         return self.table(key % self.table.num_embeddings)
+
+
+def table_count(model: nn.Module) -> int:
+    """How many of a model's parameters lie in n-gram tables."""
+    return sum(part.table.weight.numel() for part in model.modules() if isinstance(part, NgramEmbedding))
+
+
+def size_text(model: nn.Module) -> str:
+    """How many parameters a model has, for people; look-up tables stand apart."""
+    # 表占了小模型的大半，却几乎不参与计算：合成一个数，会被当成一个大得多的模型
+    tables = table_count(model)
+    rest = f"{(model.parameter_count() - tables) / 1e6:.2f}M"
+    return text("{rest} + {tables} in look-up tables", rest=rest, tables=f"{tables / 1e6:.2f}M") if tables else rest

@@ -137,6 +137,8 @@ class Plan:
     batch_size: int
     accumulation: int
     parameters: int
+    size: str
+    """The parameters, for people."""
     precision: str
     vocab_source: str
     step_s: float
@@ -260,7 +262,7 @@ class Planner:
         return Plan(
             cfg=cfg, budget=self.budget, rates=self.rates, parts=parts, allocated=result.allocated,
             reserved=result.reserved, ram=traced.ram, verdict=verdict, batch_size=traced.shape.rows,
-            accumulation=-(-total // traced.shape.rows), parameters=traced.parameters,
+            accumulation=-(-total // traced.shape.rows), parameters=traced.parameters, size=traced.size,
             precision=str(traced.dtype).removeprefix("torch."), vocab_source=vocab_source, step_s=step_s,
             tokens_per_s=total * distributed.world() * cfg.model.block_size / step_s,
             train_s=steps * step_s + -(-steps // cfg.eval_interval) * evaluation_s, iters=steps,

@@ -35,7 +35,7 @@ def show(plan: Plan, console: Console) -> None:
     cfg, line = plan.cfg, console.line
     line(
         "plan: {model}, {parameters}, {precision}, memory={memory}, batch {batch} x {accum} x {block}, {device}",
-        model=cfg.model.name, parameters=f"{plan.parameters / 1e6:.1f}M", precision=plan.precision,
+        model=cfg.model.name, parameters=plan.size, precision=plan.precision,
         memory=cfg.groups.get("memory", "default"), batch=plan.batch_size, accum=plan.accumulation,
         block=cfg.model.block_size, device=plan.budget.name,
     )

@@ -23,6 +23,7 @@ from nanogpt.base.language import ConfigError
 from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.machine import accelerators
 from nanogpt.core.memory.lora import add_adapters
+from nanogpt.core.ngrams import size_text
 from nanogpt.core.precision import default_format
 from nanogpt.core.step import Step
 from nanogpt.plan.substitutes import PlannedPrecision, substituted
@@ -72,6 +73,8 @@ class Trace:
     weight_bytes: int = 0
     optimizer_bytes: int = 0
     parameters: int = 0
+    size: str = ""
+    """The parameters, for people."""
 
     def timeline(self) -> Iterator[tuple[int, int]]:
         """All events of set-up, two steps, an evaluation, a sample and one more step."""
@@ -203,6 +206,7 @@ class _Run:
         self.result.events["set_up"] = events
         self.result.weight_bytes = sum(size for _, size in events)
         self.result.parameters = sum(p.numel() for p in step.model.parameters())
+        self.result.size = size_text(step.model)
         return step
 
     def _gradient_arrived(self, p: torch.Tensor) -> None:

@@ -23,6 +23,7 @@ from nanogpt.base.value_checks import unescaped
 from nanogpt.core import distributed
 from nanogpt.core.compilation import compile_hidden, compile_updates, pays
 from nanogpt.core.machine import any_kernels
+from nanogpt.core.ngrams import table_count
 from nanogpt.core.progress import Progress, StepResult
 from nanogpt.core.sampling import sampler
 from nanogpt.core.step import Step
@@ -202,8 +203,8 @@ class Training(Trainer):
         measured = self.metrics(timed, progress.train_s) if timed else self.metrics(progress.tokens_trained, wall_s)
         return write_summary(
             self.saver.run_dir, progress, measured, stopped_by=reason, wall_s=wall_s, micro_batch=self.micro_batch,
-            parameters=self.model.parameter_count(), precision=self.precision, device=self.device,
-            console=self.console, bits=self.bits,
+            parameters=self.model.parameter_count(), table_parameters=table_count(self.model),
+            precision=self.precision, device=self.device, console=self.console, bits=self.bits,
         )
 
     def _between_steps(self, result: StepResult) -> str | None:

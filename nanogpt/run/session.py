@@ -33,6 +33,7 @@ from nanogpt.base.saved_config import PARTS
 from nanogpt.base.value_checks import unescaped
 from nanogpt.core import distributed, machine
 from nanogpt.core.memory.lora import add_adapters
+from nanogpt.core.ngrams import size_text
 from nanogpt.core.precision import Precision
 from nanogpt.core.progress import Progress
 from nanogpt.core.step import Step
@@ -386,6 +387,7 @@ class Session:
                     "finetune=lora without init_from: the frozen weights are random; type init_from=gpt2 (or a "
                     "folder, or a run) to start from trained ones",
                 )
+        line("size_line", **self._described(trainer))
         line("run_line", **self._described(trainer))
         line(
             "MFU, the share of the peak that the model's products reach: 100% is {tflops:.2f} TFLOP/s, {source}",
@@ -425,10 +427,10 @@ class Session:
             )
 
     def _described(self, trainer: Training) -> dict[str, Any]:
-        """The model and its training in one line: the values of run_line."""
+        """The model and its training: the values of size_line and run_line."""
         world, model = distributed.world(), self.cfg.model
         return {
-            "model": model.name, "parameters": f"{trainer.model.parameter_count() / 1e6:.2f}M", "arch": model.arch,
+            "model": model.name, "size": size_text(trainer.model), "arch": model.arch,
             "precision": trainer.precision.label, "device": self.device,
             "tokens": trainer.global_rows * trainer.block_size, "batch": trainer.micro_batch,
             "accum": math.ceil(trainer.local_rows / trainer.micro_batch), "block": trainer.block_size,
@@ -522,7 +524,8 @@ class Session:
         from nanogpt.run.report import write_report
 
         try:
-            model = text("run_line", **self._described(trainer))
+            described = self._described(trainer)
+            model = f"{text('size_line', **described)}; {text('run_line', **described)}"
             write_report(self.run_dir, self.cfg, summary, model=model, commands=commands)
             return True
         except Exception as error:

@@ -42,7 +42,7 @@ def device_name(device: torch.device) -> str:
 
 def write_summary(
     run_dir: Path, progress: Progress, measured: dict[str, float], *, stopped_by: str, wall_s: float, micro_batch: int,
-    parameters: int, precision: Precision, device: torch.device, console: Console,
+    parameters: int, table_parameters: int, precision: Precision, device: torch.device, console: Console,
     bits: float | None,
 ) -> dict:
     """Write <run>/summary.json (first process only) and return its content.
@@ -72,6 +72,7 @@ def write_summary(
         "nonfinite_steps": progress.nonfinite_steps,
         "micro_batch": micro_batch,
         "parameters": parameters,
+        "table_parameters": table_parameters,
         "precision": precision.label,
         "device": device_name(device),
         "processes": distributed.world(),

@@ -20,6 +20,7 @@ from nanogpt.base.language import ConfigError, say
 from nanogpt.base.sample_config import FROM_FILE, SampleConfig, file_of
 from nanogpt.base.value_checks import unescaped
 from nanogpt.core import machine
+from nanogpt.core.ngrams import size_text
 from nanogpt.core.precision import Precision
 from nanogpt.core.sampling import Sampler
 from nanogpt.data import tokenizer as tokenizers
@@ -92,7 +93,7 @@ class Model:
 
     def announce(self) -> None:
         """Say on stderr what is written with."""
-        size = f"{self.network.parameter_count() / 1e6:.2f}M"
+        size = size_text(self.network)
         if self.source is None:
             say("writing with {name} ({size})", name=self.name, size=size)
             return

@@ -137,7 +137,7 @@ def test_time_grows_with_work_and_shrinks_with_a_faster_card(plan):
     assert once < twice < thrice and thrice - twice == pytest.approx(twice - once, rel=0.3)
     slower = replace(rates, half_flops=rates.half_flops / 1000)
     assert step_seconds(traced, slower, 8) > once
-    assert plan.tokens_per_s == pytest.approx(16 * 64 / plan.step_s) and plan.train_s > cfg.max_iters * plan.step_s
+    assert plan.tokens_per_s == pytest.approx(16 * 64 / plan.step_s) and plan.train_s > plan.iters * plan.step_s
 
 
 VOCABULARIES = {
