@@ -207,7 +207,6 @@ class GPT(nn.Module):
         return self.cross_entropy(hidden, self.lm_head.weight, targets, softcap=c.logit_softcap, ignoring=ignoring)
 
     def parameter_count(self) -> int:
-        """Number of distinct parameters (tied weights count once), frozen ones included."""
-        # 写作时的 int8 权重是 buffer，一样算
+        """Number of distinct parameters (tied weights count once), frozen ones and int8 weights included."""
         int8 = (b for name, b in self.named_buffers() if name.rpartition(".")[2] in ("weight", "bias"))
         return sum(t.numel() for t in {*self.parameters(), *int8})

@@ -111,7 +111,7 @@ class Step:
         return isinstance(self.optimizer, Optimizer) and not self.precision.scaler.is_enabled()
 
     def update_if_finite(self, loss: torch.Tensor, norm: torch.Tensor, limit: float) -> None:
-        """Clip to norm `limit` and update() unless loss () or norm () is not finite, without waiting for either."""
+        """Clip to norm `limit` and update unless loss () or norm () is not finite, without waiting; gradients stay."""
         if not self.in_backward:
             skip = (~(torch.isfinite(loss) & torch.isfinite(norm))).float()
             if self.optimizer.takes_factor:
@@ -121,4 +121,3 @@ class Step:
                 if limit < math.inf:
                     self.clip(norm, limit)
                 self.optimizer.step(skip=skip)
-        self.optimizer.zero_grad()
