@@ -230,7 +230,7 @@ def outcome(run: Path) -> tuple:
     """Everything that two equal runs must have in common: weights, optimizer and counters of the last checkpoint."""
     last = checkpoint.find(run, "last")
     # 用时不同，其余逐位相同
-    progress = {key: value for key, value in last.load_state()["progress"].items() if key != "train_s"}
+    progress = {key: value for key, value in last.load_state()["progress"].items() if key not in ("train_s", "wall_s")}
     return last.iteration, last.val_loss, last.sha256["model.safetensors"], last.sha256["state.safetensors"], json.dumps(progress)
 
 

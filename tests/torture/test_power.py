@@ -124,7 +124,7 @@ def check_latest(reached: Reached, *, other: bool) -> None:
 
 def held(one: checkpoint.Checkpoint) -> tuple:
     """What a checkpoint holds, without clock times; its validation loss first."""
-    progress = json.dumps({key: value for key, value in one.load_state()["progress"].items() if key != "train_s"})
+    progress = json.dumps({key: value for key, value in one.load_state()["progress"].items() if key not in ("train_s", "wall_s")})
     return one.val_loss, one.sha256["model.safetensors"], one.sha256["state.safetensors"], progress
 
 
