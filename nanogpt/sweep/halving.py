@@ -23,8 +23,8 @@ LEAST_MINUTES = 0.3
 BESIDE = 1.25
 # 少于这么多个设置，看不出哪个键要紧
 LEAST_SETTINGS = 8
-# 这一代里放不下、崩溃的不算数，另提一个；至多再提这么多倍
-MOST_ASKED = 2
+# 这一代里放不下、崩溃、重复的不算数，另提一个；至多提这么多倍
+MOST_ASKED = 3
 
 
 @dataclass(frozen=True)
@@ -205,6 +205,8 @@ class Search:
             asked += 1
             trial = self.study.ask(self.distributions)
             setting = {key: one.word(trial.params[key]) for key, one in self.space.items()}
+            if self._tried(setting, trial):
+                continue
             candidate = Candidate(len(self.candidates), setting)
             result = self._step(candidate, 0)
             if result is None:
@@ -221,6 +223,17 @@ class Search:
             alive = self._promote(alive, rung)
         for candidate, trial in alive:
             self.study.tell(trial, candidate.results[-1].place)
+
+    def _tried(self, setting: dict[str, str], trial) -> bool:
+        """Whether this setting was tried before; the study hears again what came out."""
+        # 空间小时常会重提：两个候选不能共用一个训练目录，其中一个被淘汰，另一个的权重也就没了
+        same = next((one for one in self.candidates if one.setting == setting), None)
+        if same is None:
+            return False
+        if same.results:
+            trial.report(same.results[0].place, 0)
+        self.study.tell(trial, state=self.states.PRUNED)
+        return True
 
     def _promote(self, alive: list, rung: int) -> list:
         """Prune all but the best 1/eta, and train these to the end of the next rung."""

@@ -101,6 +101,16 @@ def test_an_interrupted_search_typed_again_comes_to_the_same_end():
 
 
 @OPTUNA
+def test_no_setting_is_tried_twice_however_small_the_space():
+    schedule = divide(60.0, 0.1, trials=27, eta=3, rungs=2, top=1, seeds=1)
+    fake = Fake(schedule)
+    found = Search(space_of(["learning_rate=1e-3,1e-2", "dropout=0.0,0.1"], [], []), schedule, fake, minutes=60.0, seed=0, say=lambda *said: None)
+    found.run()
+    settings = [tuple(one.setting.items()) for one in found.candidates]
+    assert len(settings) == len(set(settings)) <= 4 and found.best[0].setting == {"learning_rate": "0.01", "dropout": "0.1"}
+
+
+@OPTUNA
 def test_trials_that_take_longer_than_planned_end_the_search_with_what_there_is():
     schedule = divide(30.0, 0.1, trials=27, eta=3, rungs=3, top=2, seeds=3)
     slow = Fake(schedule)
