@@ -237,7 +237,7 @@ class FinetuneConfig:
     dropout: float = number(0, 1, 0.0, open="high")
     """On the input of the low-rank branch only; 0.05 to 0.1 where there is little text."""
     linears: list[str] = field(default_factory=lambda: ["c_attn", "c_proj", "c_fc"])
-    """Names of the linears inside the blocks that get adapters."""
+    """Names of the linears inside the blocks that get adapters; c_attn is q, k and v, c_fc gate and up of SwiGLU."""
 
 
 @dataclass

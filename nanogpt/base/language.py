@@ -219,7 +219,7 @@ NAMED = {
     "missing_package": "{what} needs the package {package}; install it with: pip install {package}",
     "pretrained_damaged": "{file} cannot be used ({reason}); get an undamaged copy or choose another model",
     "pretrained_unsupported": (
-        "{file}: {field}={got} is not GPT-2 as this program computes it (wanted: {want}); choose another model"
+        "{file}: {field}={got} is not supported (wanted: {want}); choose another model"
     ),
     "out_dir_exists": (
         "out_dir={path} already holds a run; choose another out_dir, continue it with {resume}, or add overwrite=true"

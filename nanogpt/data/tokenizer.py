@@ -300,13 +300,17 @@ class LibraryTokenizer:
 
     kind = "library"
 
-    def __init__(self, description: dict, end_of_text: str | None = None):
+    def __init__(self, description: dict, end_of_text: str | None = None, other_ends: tuple[int, ...] = ()):
         try:
             import tokenizers
         except ImportError:
             raise ConfigError("missing_package", what="tokenizer.json", package="tokenizers") from None
-        self.description, self._end_word = description, end_of_text
+        self.description, self._end_word, self.other_ends = description, end_of_text, other_ends
         self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description))
+        # 文字里写着 <|im_end|> 也只是普通文字
+        self._tokenizer.encode_special_tokens = True
+        self.begin = _begin_of(description.get("post_processor"))
+        """Id that this tokenizer puts before every text, and nothing behind it; None for none."""
         # 词表里的空号也占 embedding 的一行
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.end_of_text = None if end_of_text is None else self._tokenizer.token_to_id(end_of_text)
@@ -378,7 +382,21 @@ class LibraryTokenizer:
         return np.array([len(self._letters_to_bytes(id_)) for id_ in range(self.vocab_size)], dtype=np.int64)
 
     def to_dict(self) -> dict:
-        return {"kind": self.kind, "tokenizers": self.description, "end_of_text": self._end_word, **_labels_of(self)}
+        others = {"other_ends": list(self.other_ends)} if self.other_ends else {}
+        described = {"kind": self.kind, "tokenizers": self.description, "end_of_text": self._end_word}
+        return {**described, **others, **_labels_of(self)}
+
+
+def _begin_of(described: dict | None) -> int | None:
+    """The id in front of a text alone, where that is all that a post-processor adds (Llama)."""
+    if described and described["type"] == "Sequence":
+        return next((found for part in described["processors"] if (found := _begin_of(part)) is not None), None)
+    if not described or described["type"] != "TemplateProcessing":
+        return None
+    if [next(iter(part)) for part in described["single"]] != ["SpecialToken", "Sequence"]:
+        return None
+    (begin,) = described["special_tokens"][described["single"][0]["SpecialToken"]["id"]]["ids"]
+    return int(begin)
 
 
 def _decoders_of(described: dict | None) -> set[str]:
@@ -403,6 +421,17 @@ def byte_counts(tokenizer: Tokenizer) -> np.ndarray | None:
         return tokenizer.byte_counts()
     special = set(tokenizer.special.values())
     return np.array([0 if id_ in special else len(tokenizer.token_bytes(id_)) for id_ in ids], dtype=np.int64)
+
+
+def ends_of(tokenizer: Tokenizer) -> set[int | None]:
+    """The ids that end a text: end_of_text, and those that generation_config.json names beside it."""
+    return {tokenizer.end_of_text, *(tokenizer.other_ends if isinstance(tokenizer, LibraryTokenizer) else ())}
+
+
+def begin_of(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What stands before every text that is no document of ours."""
+    begin = tokenizer.begin if isinstance(tokenizer, LibraryTokenizer) else None
+    return () if begin is None else (begin,)
 
 
 def _labels_of(tokenizer: Tokenizer) -> dict:
@@ -446,7 +475,7 @@ def _from_dict(saved: dict) -> Tokenizer:
         end = saved.get("end_of_text", END_OF_TEXT)
         return BPETokenizer(saved["name"], saved["pattern"], ranks, saved["special"], end)
     if saved["kind"] == "library":
-        return LibraryTokenizer(saved["tokenizers"], saved["end_of_text"])
+        return LibraryTokenizer(saved["tokenizers"], saved["end_of_text"], tuple(saved.get("other_ends", ())))
     raise ValueError(f"unknown tokenizer kind {saved['kind']!r}")
 
 

@@ -72,21 +72,33 @@ def _read(folder: Path) -> Tokenizer | None:
         described = _from_word_pieces(folder / "vocab.txt", lower=settings.get("do_lower_case", True))
     if not described:
         return None
-    end = _end_word(described, settings)
+    ends = _end_ids(folder)
+    end = _end_word(described, settings, ends)
     found = byte_level_bpe(described, end or END_OF_TEXT) or LibraryTokenizer(described, end)
+    if isinstance(found, LibraryTokenizer):
+        # 对话模型有几种结尾：哪一种都到此为止
+        found.other_ends = tuple(i for i in ends if i != found.end_of_text and found.is_silent(i))
     # 标签就是照这个写法起名的特殊 token：名字里已经说清了种类
     found.labels = labels_in({token["content"]: token["id"] for token in described.get("added_tokens") or []})
     return found
 
 
-def _end_word(described: dict, settings: dict) -> str | None:
+def _end_word(described: dict, settings: dict, ends: list[int]) -> str | None:
     """The word of the end-of-text token, or None."""
     named = settings.get("eos_token")
     named = named.get("content") if isinstance(named, dict) else named
-    words = {t["content"] for t in described.get("added_tokens", [])}
+    added = {t["id"]: t["content"] for t in described.get("added_tokens") or []}
     vocabulary = described["model"].get("vocab")
-    words |= set(vocabulary) if isinstance(vocabulary, dict) else set()
-    return next((word for word in (named, *END_WORDS) if word in words), None)
+    words = {*added.values(), *(vocabulary if isinstance(vocabulary, dict) else ())}
+    return next((word for word in (named, *map(added.get, ends), *END_WORDS) if word in words), None)
+
+
+def _end_ids(folder: Path) -> list[int]:
+    """The ids that generation_config.json, or else config.json, says end a text."""
+    for file in ("generation_config.json", "config.json"):
+        if (found := _json(folder / file).get("eos_token_id")) is not None:
+            return [i for i in (found if isinstance(found, list) else [found]) if type(i) is int]
+    return []
 
 
 def _from_merges(folder: Path) -> dict:

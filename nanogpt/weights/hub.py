@@ -20,7 +20,9 @@ from nanogpt.data.assets import Asset, without_password
 from nanogpt.weights.foreign_files import WEIGHTS, shard_names
 
 # 只取形状、权重与词表；仓库里的代码从不下载
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt")
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "generation_config.json", "vocab.json", "merges.txt", "vocab.txt",
+)
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 MODELSCOPE = "modelscope:"
 # 文件的列表最多读这么多

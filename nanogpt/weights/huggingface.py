@@ -1,11 +1,12 @@
 """Exports a run as a Hugging Face folder: `python -m nanogpt.huggingface export OUT_DIR TARGET`.
 
-GPT-2's architecture becomes a plain GPT2LMHeadModel; any other brings its own modeling file along, and a user's own
-model class (named with model=…) also the module that defines it.
+The architectures of GPT-2, Llama and Qwen become the plain models of transformers; any other brings its own modeling
+file along, and a user's own model class (named with model=…) also the module that defines it.
 """
 
 # 导出：把训练好的模型写成 transformers 载得进的文件夹（python -m nanogpt.huggingface export）
-# 架构恰是 GPT-2 的写成 GPT2LMHeadModel；别的带上 modeling_nanogpt.py；自己的类带上自己的模块与 modeling_own.py
+# 架构恰是 GPT-2、Llama、Qwen 的写成 transformers 自己的模型；别的带上 modeling_nanogpt.py
+# 自己的类带上自己的模块与 modeling_own.py
 # 词表也写成 tokenizers 库的格式，id 相同；读别人的文件夹在 pretrained.py
 # 写出来的要与我们自己算的一致：改 core 里的公式时，三种写法都要跟着改
 
@@ -14,7 +15,7 @@ import inspect
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +30,7 @@ from nanogpt.base.groups import sample_config
 from nanogpt.base.language import ConfigError, say, set_language, text
 from nanogpt.base.value_checks import check_path
 from nanogpt.data.tokenizer_files import END_WORDS, to_library_json
+from nanogpt.weights import families
 from nanogpt.weights.pretrained import ACTIVATIONS, TRANSPOSED, Pretrained, build_pretrained, open_pretrained
 from nanogpt.weights.tensors import first_not_finite
 
@@ -49,14 +51,12 @@ def export(named: str, target: Path, which: str | None = None, *, code: str | No
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError("TARGET={target} already holds something; choose an empty or new folder", target=target)
     pretrained = open_pretrained(named, key="OUT_DIR", which=which, code=code)
-    own, plain = pretrained.config._target_ not in trusted_targets(), is_gpt2(pretrained.config)
-    if not own and not plain:
-        check_custom(pretrained.config)
+    write = writer_of(pretrained.config)
     try:
         if target.is_dir():
             target.rmdir()
         with folder_aside(target) as aside:
-            (write_own if own else write_gpt2 if plain else write_custom)(aside, pretrained)
+            write(aside, pretrained)
             write_tokenizer(aside, pretrained)
     except OSError as error:
         raise ConfigError(
@@ -64,6 +64,18 @@ def export(named: str, target: Path, which: str | None = None, *, code: str | No
             target=target, reason=error.strerror or error,
         ) from None
     return pretrained
+
+
+def writer_of(config: ModelConfig) -> Callable[[Path, Pretrained], None]:
+    """What writes a model of this config; ConfigError if nothing can."""
+    if config._target_ not in trusted_targets():
+        return write_own
+    if is_gpt2(config):
+        return write_gpt2
+    if families.family_of(config):
+        return write_family
+    check_custom(config)
+    return write_custom
 
 
 def is_gpt2(config: ModelConfig) -> bool:
@@ -92,8 +104,8 @@ def check_custom(config: ModelConfig) -> None:
     """Refuse what neither a plain GPT-2 nor modeling_nanogpt.py computes."""
     if field := next(beyond_custom(config), None):
         raise ConfigError(
-            "model.{field}={got} has no form that transformers reads; export a run with arch=modern or arch=gpt2 as "
-            "they are",
+            "model.{field}={got} has no form that transformers reads; export a run with arch=modern, gpt2, llama or "
+            "qwen3 as they are",
             field=field, got=getattr(config, field),
         )
 
@@ -118,6 +130,16 @@ def write_gpt2(folder: Path, pretrained: Pretrained) -> None:
             # GPT2LMHeadModel 总有 bias：补零，结果不变
             tensors[theirs.replace(".weight", ".bias")] = torch.zeros(tensor.size(0))
     write_tensors(folder, tensors)
+
+
+def write_family(folder: Path, pretrained: Pretrained) -> None:
+    """config.json and model.safetensors of a LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM."""
+    config, end = pretrained.config, pretrained.tokenizer.end_of_text
+    write_json(folder / "config.json", {
+        **families.family_json(config), "bos_token_id": end, "eos_token_id": end, "dtype": "float32",
+        **about_documents(pretrained),
+    })
+    write_tensors(folder, families.their_tensors(config, pretrained.tensors))
 
 
 def write_custom(folder: Path, pretrained: Pretrained) -> None:
@@ -214,7 +236,8 @@ def main(arguments: list[str] | None = None) -> None:
             check_path(key, value)
         code = sample_config(named).model["_target_"] if named else None
         pretrained = export(typed.out_dir, typed.target, typed.checkpoint, code=code)
-    trust = "" if is_gpt2(pretrained.config) else ", trust_remote_code=True"
+    plain = writer_of(pretrained.config) in (write_gpt2, write_family)
+    trust = "" if plain else ", trust_remote_code=True"
     say(
         "written: {target}; load it with {command}",
         target=typed.target, command=f"transformers.AutoModelForCausalLM.from_pretrained({str(typed.target)!r}{trust})",

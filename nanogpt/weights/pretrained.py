@@ -1,4 +1,4 @@
-"""Opens pretrained weights: GPT-2 in Hugging Face's format (folder or hub), a nanoGPT ckpt.pt, or a run of ours.
+"""Opens pretrained weights: GPT-2, Llama, Qwen2 and Qwen3 in Hugging Face's format, a nanoGPT ckpt.pt, or a run.
 
 Files are data: shapes are compared with the config before anything is used, and no code is run.
 """
@@ -6,7 +6,7 @@ Files are data: shapes are compared with the config before anything is used, and
 # 已有的权重从哪里来都变成同一样东西：Pretrained（配置、张量、词表），供微调、写作、导出
 # open_pretrained 看名字认出是哪一种，本机的文件优先；每一种都要过 checked：名字与形状先核对再用，有限数读文件时已看过
 # adapted 与 check_vocabulary 在微调开始时把它与这次的配置、数据对上，合不上的现在就说
-# GPT-2 会改变结果的设置只接受我们实现了的（REQUIRED）：悄悄算错比拒绝更糟
+# GPT-2 会改变结果的设置只接受我们实现了的（REQUIRED）：悄悄算错比拒绝更糟；Llama、Qwen 的在 families
 
 import re
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.labels import LABEL_KINDS, with_labels
 from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.data.tokenizer_files import read_tokenizer
-from nanogpt.weights import checkpoint, hub, nanogpt_checkpoint
+from nanogpt.weights import checkpoint, families, hub, nanogpt_checkpoint
 from nanogpt.weights.build import build_model, build_undrawn, model_of, preset, weight_shapes
 from nanogpt.weights.foreign_files import read_json, read_weights
 from nanogpt.weights.tensors import first_not_finite, floating
@@ -31,7 +31,7 @@ from nanogpt.weights.tensors import first_not_finite, floating
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
 # 会改变结果、而我们没有实现的设置：只接受这些值
 REQUIRED = {
-    "model_type": "gpt2", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False, "layer_norm_epsilon": 1e-5,
 }
 # Hugging Face 的 Conv1D 存的是转置
@@ -134,7 +134,7 @@ def check_vocabulary(pretrained: Pretrained, other: Tokenizer, named: str) -> No
     """Refuse data whose ids have another meaning than the model's."""
     own = pretrained.tokenizer
     # 名字不影响 id；标签是别的数据的也没关系
-    ignored = {"name": "", "labels": {}}
+    ignored = {"name": "", "labels": {}, "other_ends": []}
     if own.to_dict() | ignored != other.to_dict() | ignored:
         raise ConfigError(
             "init_from={named}: its vocabulary ({want} tokens, {want_kind}) is not that of the data ({got} tokens, "
@@ -150,8 +150,10 @@ def check_vocabulary(pretrained: Pretrained, other: Tokenizer, named: str) -> No
 def read_folder(folder: Path, name: str | None = None) -> Pretrained:
     """Config, weights and tokenizer of a folder with config.json."""
     config = read_config(folder / "config.json", name or folder.resolve().name)
-    tensors = {}
-    for hf_name, tensor in read_weights(folder).items():
+    found, tensors = read_weights(folder), {}
+    if config.norm_gain:
+        tensors, found = families.own_tensors(folder, found), {}
+    for hf_name, tensor in found.items():
         own = hf_name.removeprefix("transformer.")
         if not own.endswith(MASKS):
             tensors[own] = tensor.t() if own.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
@@ -160,8 +162,13 @@ def read_folder(folder: Path, name: str | None = None) -> Pretrained:
 
 
 def read_config(path: Path, name: str) -> ModelConfig:
-    """The ModelConfig of a GPT-2 config.json; ConfigError names a field that our model cannot follow."""
+    """The ModelConfig of a config.json; ConfigError names a field that our model cannot follow."""
     given = read_json(path)
+    kind = given.get("model_type", "gpt2")
+    if kind in families.FAMILIES:
+        return families.read_family(path, given, name)
+    if kind != "gpt2":
+        raise families.unsupported(path, "model_type", kind, " | ".join(("gpt2", *families.FAMILIES)))
     for field, want in REQUIRED.items():
         if field in given and given[field] != want:
             raise ConfigError("pretrained_unsupported", file=path, field=field, got=given[field], want=want)

@@ -26,7 +26,7 @@ from nanogpt.core.generate import Decoder
 from nanogpt.core.sampling import Sampler
 from nanogpt.core.scoring import Likely, Score
 from nanogpt.data.labels import label_tokens
-from nanogpt.data.tokenizer import LibraryStream, TextStream, Tokenizer
+from nanogpt.data.tokenizer import LibraryStream, TextStream, Tokenizer, begin_of, ends_of
 from nanogpt.write.request import Piece, Request, Result, default_prompt, encode_prompt, labels_of
 
 # 训练中给人看的样本最多写几种标签
@@ -74,6 +74,8 @@ class Writer:
         self.model, self.tokenizer, self.context = model, tokenizer, context
         self.capacity, self.max_length = capacity, max_length
         self.separator: int | None = model.config.separator
+        self.begin = begin_of(tokenizer) if self.separator is None else ()
+        self.ends = ends_of(tokenizer)
         # GPU 上先排下一步，再读上一步的结果：取数与解码文字的时间藏在计算后面
         self.lookahead = model.device.type == "cuda"
         self._flight: tuple[list[int | None], torch.Tensor, Likely | None] | None = None
@@ -103,7 +105,8 @@ class Writer:
 
     def _prompt_ids(self, request: Request) -> np.ndarray:
         if request.ids is None:
-            return encode_prompt(self.tokenizer, request.prefix + request.prompt, skip_unknown=request.skip_unknown)
+            ids = encode_prompt(self.tokenizer, request.prefix + request.prompt, skip_unknown=request.skip_unknown)
+            return np.concatenate((np.array(self.begin, dtype=np.int64), ids))
         prefix = encode_prompt(self.tokenizer, request.prefix, skip_unknown=request.skip_unknown)
         return np.concatenate((prefix, np.array(request.ids, dtype=np.int64)))
 
@@ -259,7 +262,7 @@ class Writer:
             self.cancel(key)
             return Piece(key, request.prompt, "", error=ConfigError("nonfinite_logits"))
         text.first_token = text.first_token or time.perf_counter()
-        finish = "end_of_text" if request.stop_at_end_of_text and token == self.tokenizer.end_of_text else None
+        finish = "end_of_text" if request.stop_at_end_of_text and token in self.ends else None
         if not finish:
             text.ids.append(token)
             if request.logprobs is not None:

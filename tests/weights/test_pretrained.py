@@ -12,23 +12,37 @@ import sys
 import threading
 import urllib.parse
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import GPT2_RECIPE, make_config, make_sample_config, no_grad_eval, tiny_model_config, train
+from conftest import (
+    GPT2_RECIPE,
+    make_config,
+    make_sample_config,
+    no_grad_eval,
+    resumed_trainer,
+    tiny_model_config,
+    train,
+)
 from safetensors.torch import load_file, save_file
 
 from nanogpt.base.config import ROOT
 from nanogpt.base.language import ConfigError
+from nanogpt.core.sampling import Sampler
 from nanogpt.data import assets
 from nanogpt.data import tokenizer as tokenizers
-from nanogpt.data.tokenizer_files import byte_level_bpe
+from nanogpt.data.tokenizer import begin_of, ends_of
+from nanogpt.data.tokenizer_files import byte_level_bpe, read_tokenizer
 from nanogpt.plan.filled_config import filled
 from nanogpt.weights import nanogpt_checkpoint
 from nanogpt.weights.build import build_model
-from nanogpt.weights.pretrained import build_pretrained, open_pretrained
+from nanogpt.weights.huggingface import export
+from nanogpt.weights.pretrained import build_pretrained, open_pretrained, read_config
+from nanogpt.write.engine import Writer
 from nanogpt.write.loading import open_model
+from nanogpt.write.request import Request
 from nanogpt.write.samples import write_samples
 
 transformers = pytest.importorskip("transformers")
@@ -82,6 +96,192 @@ def same_logits(reference, pretrained):
 def test_logits_equal_those_of_transformers(tmp_path, bpe_json, settings):
     folder, reference = hf_folder(tmp_path / "m", bpe_json, **settings)
     same_logits(reference, open_pretrained(str(folder)))
+
+
+# ---- Llama、Qwen：各家真的 config.json，层数、宽度与词表缩小，比例与开关照旧 ----
+
+SHARED = {"hidden_act": "silu", "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16"}
+QWEN = {**SHARED, "sliding_window": None, "use_sliding_window": False, "max_window_layers": 28, "rms_norm_eps": 1e-6, "rope_theta": 1000000}
+LLAMA3 = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"}
+FAMILIES = {
+    "SmolLM2-135M": {
+        **SHARED, "model_type": "llama", "hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 192, "rms_norm_eps": 1e-5,
+        "rope_theta": 100000, "rope_scaling": None, "rope_interleaved": False, "tie_word_embeddings": True, "max_position_embeddings": 8192,
+        "attention_bias": False, "mlp_bias": False, "is_llama_config": True, "pretraining_tp": 1,
+    },
+    "TinyLlama-1.1B": {
+        **SHARED, "model_type": "llama", "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 1, "intermediate_size": 176, "rms_norm_eps": 1e-5,
+        "rope_scaling": None, "tie_word_embeddings": False, "max_position_embeddings": 2048, "pretraining_tp": 1,
+    },
+    "Llama-3.2-1B": {
+        **SHARED, "model_type": "llama", "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 256, "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0, "rope_scaling": LLAMA3, "head_dim": 8, "tie_word_embeddings": True, "max_position_embeddings": 131072, "attention_bias": False,
+    },
+    "stretched linearly": {
+        **SHARED, "model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 96, "rms_norm_eps": 1e-6,
+        "rope_scaling": {"type": "linear", "factor": 2.0}, "tie_word_embeddings": False, "max_position_embeddings": 64,
+    },
+    "Qwen2.5-0.5B": {
+        **QWEN, "model_type": "qwen2", "hidden_size": 56, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 304,
+        "tie_word_embeddings": True, "max_position_embeddings": 32768,
+    },
+    "Qwen3-0.6B": {
+        **QWEN, "model_type": "qwen3", "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96, "head_dim": 16,
+        "tie_word_embeddings": True, "max_position_embeddings": 40960, "attention_bias": False, "rope_scaling": None,
+    },
+    "MiniMind": {
+        **QWEN, "model_type": "qwen3", "hidden_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 320, "head_dim": 12,
+        "tie_word_embeddings": True, "max_position_embeddings": 32768,
+    },
+}
+
+
+def family_folder(folder, bpe_json, name="Qwen3-0.6B", **changes):
+    """A random tiny model of a family in two bf16 shards, its config.json as it is published; (folder, the model in float32)."""
+    folder.mkdir(parents=True)
+    described = {"vocab_size": 301, "num_hidden_layers": 2, "bos_token_id": 300, "eos_token_id": 300, **FAMILIES[name], **changes}
+    (folder / "config.json").write_text(json.dumps(described), encoding="utf-8")
+    torch.manual_seed(0)
+    random = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder)).bfloat16()
+    for p in random.parameters():
+        torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.2)
+    random.save_pretrained(folder, max_shard_size="60KB")
+    newer = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert (folder / "model.safetensors.index.json").is_file() and "rope_parameters" in newer
+    (folder / "newer.json").write_text(json.dumps(newer), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(described), encoding="utf-8")
+    shutil.copyfile(bpe_json, folder / "tokenizer.json")
+    # 载入时再转：.float() 转不回旋转频率丢掉的位
+    return folder, transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_llama_and_qwen_give_the_logits_of_transformers_and_go_back_as_they_came(tmp_path, bpe_json, name):
+    folder, reference = family_folder(tmp_path / "model", bpe_json, name)
+    opened = open_pretrained(str(folder))
+    assert all(tensor.dtype == torch.bfloat16 for tensor in opened.tensors.values())
+    assert read_config(folder / "newer.json", "model") == opened.config
+    same_logits(reference, opened)
+    export(str(folder), tmp_path / "again")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", attn_implementation="eager")
+    assert type(back) is type(reference)
+    torch.testing.assert_close(back(ids(301)).logits, reference(ids(301)).logits, atol=1e-5, rtol=1e-5)
+    again = open_pretrained(str(tmp_path / "again"))
+    assert again.config == replace(opened.config, name="again") and all(torch.equal(again.tensors[k], v.float()) for k, v in opened.tensors.items())
+
+
+@pytest.mark.parametrize(("name", "changes", "expected"), [
+    ("Llama-3.2-1B", {"rope_scaling": {**LLAMA3, "rope_type": "yarn"}}, "rope_scaling.rope_type=yarn is not supported"),
+    ("Llama-3.2-1B", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_parameters.rope_type=dynamic"),
+    ("Llama-3.2-1B", {"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "low_freq_factor=None"),
+    ("SmolLM2-135M", {"attention_bias": True}, "attention_bias=True"), ("SmolLM2-135M", {"hidden_act": "gelu"}, "hidden_act=gelu"),
+    ("SmolLM2-135M", {"num_key_value_heads": 2}, "model.n_head=9 is not divisible by model.n_kv_head=2"),
+    ("SmolLM2-135M", {"hidden_size": None}, "hidden_size=None"), ("SmolLM2-135M", {"num_hidden_layers": 3}, "2 blocks, config says 3"),
+    ("SmolLM2-135M", {"intermediate_size": 191}, r"h.0.mlp.c_fc.weight: torch.bfloat16 \(384, 72\), wanted: \(382, 72\)"),
+    ("Qwen3-0.6B", {"use_sliding_window": True}, "use_sliding_window=True"), ("Qwen3-0.6B", {"quantization_config": {"bits": 4}}, "quantization_config="),
+    ("Qwen3-0.6B", {"layer_types": ["sliding_attention"] * 2}, "layer_types="),
+], ids=lambda value: value if isinstance(value, str) and "=" in value else "")
+def test_what_llama_and_qwen_have_and_we_lack_is_one_line_with_file_and_field(tmp_path, bpe_json, name, changes, expected):
+    folder, _ = family_folder(tmp_path / "model", bpe_json, name)
+    damage_config(**changes)(folder)
+    with pytest.raises(ConfigError, match=expected) as error:
+        open_pretrained(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def special(word, number):
+    return {"id": number, "content": word, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+
+
+def qwen_tokenizer(bpe_json):
+    """Byte-level BPE with Qwen's own way of cutting words, and the ends of a chat beside that of a text; 303 tokens."""
+    described = json.loads(bpe_json.read_text(encoding="utf-8"))
+    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return described | {
+        "normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, byte_level]}, "post_processor": byte_level,
+        "decoder": byte_level, "added_tokens": [special(word, 300 + i) for i, word in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))],
+    }
+
+
+def llama_tokenizer():
+    """Llama 2's: ▁ for spaces, bytes for what is unknown, <s> before every text; 290 tokens."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghijklmnopqrstuvwxyz", "▁t", "▁th", "▁the", "be"]
+    merges = [["▁", "t"], ["▁t", "h"], ["▁th", "e"], ["b", "e"]]
+    steps = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [special(word, i) for i, word in enumerate(words[:3])],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+        "pre_tokenizer": None, "decoder": {"type": "Sequence", "decoders": steps},
+        "post_processor": {
+            "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}], "pair": [],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        },
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
+            "byte_fallback": True, "vocab": {word: i for i, word in enumerate(words)}, "merges": merges,
+        },
+    }
+
+
+def with_tokenizer(folder, described, ends):
+    """The folder with this tokenizer.json and generation_config.json."""
+    (folder / "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Llama 2"])
+def test_special_tokens_are_read_and_never_written_by_a_text_that_names_them(tmp_path, bpe_json, family):
+    described, ends = (qwen_tokenizer(bpe_json), [302, 300]) if family == "Qwen3" else (llama_tokenizer(), 2)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    tokenizer = read_tokenizer(with_tokenizer(folder, described, ends), 400)
+    assert (tokenizer.end_of_text, ends_of(tokenizer), begin_of(tokenizer)) == ((302, {300, 302}, ()) if family == "Qwen3" else (2, {2}, (1,)))
+    again = tokenizers.from_dict(json.loads(json.dumps(tokenizer.to_dict())))
+    reference = library.Tokenizer.from_str(json.dumps(described))
+    for text in ["the bee <|im_end|></s><s>", "春江 to be"]:
+        got = tokenizer.encode(text).tolist()
+        assert not set(got) & {token["id"] for token in described["added_tokens"]} and tokenizer.decode(got) == text == again.decode(got)
+    assert tokenizer.encode("the bee").tolist() == reference.encode("the bee", add_special_tokens=False).ids
+    assert ends_of(again) == ends_of(tokenizer) and begin_of(again) == begin_of(tokenizer)
+
+
+def test_a_model_of_qwen_is_planned_tuned_resumed_and_written_with(tmp_path, bpe_json, in_tmp, capsys):
+    folder, _ = family_folder(tmp_path / "qwen", bpe_json, vocab_size=320)
+    with_tokenizer(folder, qwen_tokenizer(bpe_json), [302, 300])
+    Path("my.txt").write_text("\n".join(LINES) * 60, encoding="utf-8")
+    typed = [f"init_from={folder}", "finetune=lora", "memory.weights=bf16", "dataset=text_file", "dataset.path=my.txt", "dataset.dir=prepared", "logger=none",
+             "device=cpu", "max_iters=2", "eval_interval=1", "batch_size=2", "sample_tokens=3", "model.block_size=16", "eval_tokens=64"]
+    planned, _ = filled(make_config(*typed), typed)
+    trainer = train(typed, out="outputs/a")
+    c = trainer.model.config
+    assert c == planned.model and (c.arch, c.n_kv_head, c.head_size, c.block_size, trainer.model.dtype) == ("qwen3", 2, 16, 16, torch.bfloat16)
+    shutil.rmtree(folder)
+    resumed_trainer("outputs/a", "max_iters=3").fit()
+    capsys.readouterr()
+    cfg = make_sample_config("out_dir=outputs/a", "max_new_tokens=5", "device=cpu", "start=To be")
+    model = open_model(cfg, Path(cfg.out_dir))
+    write_samples(cfg, model)
+    assert capsys.readouterr().out.startswith("To be")
+    assert ends_of(model.tokenizer) == {300, 302}
+
+
+def test_a_model_of_llama_reads_its_beginning_first_and_stops_at_any_of_its_ends(tmp_path, bpe_json):
+    folder, _ = family_folder(tmp_path / "llama", bpe_json, "TinyLlama-1.1B")
+    pretrained = open_pretrained(str(with_tokenizer(folder, llama_tokenizer(), [2, 1])))
+    model = build_pretrained(pretrained).eval()
+    writer = Writer(model, pretrained.tokenizer)
+    writer.submit(Request("the be", Sampler((lambda logits: logits,)), 4, seed=0))
+    assert writer.texts[0].prompt_ids.tolist() == [1, *pretrained.tokenizer.encode("the be")]
+
+    def always(token):
+        return Sampler((lambda logits, *_: torch.full_like(logits, -torch.inf).index_fill_(1, torch.tensor(token), 0.0),))
+
+    for end in (1, 2):
+        (piece,) = [p for p in Writer(model, pretrained.tokenizer).write([Request("the be", always(end), 4, seed=0)]) if p.result]
+        assert (piece.result.finish, piece.result.text) == ("end_of_text", "")
 
 
 def test_half_precision_shards_and_torch_files_load_alike(folder):
@@ -262,9 +462,9 @@ def damage_tensor(name, change):
 
 
 DAMAGE = {
-    "activation_function=tanh is not GPT-2": damage_config(activation_function="tanh"),
+    "activation_function=tanh is not supported": damage_config(activation_function="tanh"),
     "scale_attn_by_inverse_layer_idx=True": damage_config(scale_attn_by_inverse_layer_idx=True),
-    "model_type=llama": damage_config(model_type="llama"),
+    "model_type=mamba is not supported": damage_config(model_type="mamba"),
     "n_layer=-3": damage_config(n_layer=-3),
     "n_embd=wide": damage_config(n_embd="wide"),
     "n_inner=100": damage_config(n_inner=100),
@@ -413,19 +613,19 @@ def test_modelscope_gives_a_model_without_its_code_and_the_cache_serves_when_it_
     got, here = open_pretrained("modelscope:me/tiny"), open_pretrained(str(folder))
     assert got.config.n_embd == 48 and all(torch.equal(t, here.tensors[name]) for name, t in got.tensors.items())
     said = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"fetching me/tiny \(0\.\d MB\) from http://127.*", said[0]) and re.fullmatch(r"me/tiny: 0\.\d MB in 0 s", said[1])
+    assert re.fullmatch(r"fetching me/tiny \(0\.\d MB\) from http://127.*", said[0]) and re.fullmatch(r"me/tiny: 0\.\d MB in \d+ s", said[1])
     kept = sorted(path.name for path in (tmp_path / "cache" / "modelscope" / "me" / "tiny").iterdir())
-    assert sorted(modelscope.asked) == kept == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(modelscope.asked) == kept == ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
     open_pretrained("modelscope:me/tiny")
-    assert len(modelscope.asked) == 3 and not capsys.readouterr().err
+    assert len(modelscope.asked) == 4 and not capsys.readouterr().err
     # 预测只看缓存，什么也不问
     planned, _ = filled(make_config("init_from=modelscope:me/tiny"))
-    assert planned.model.n_embd == 48 and len(modelscope.asked) == 3
+    assert planned.model.n_embd == 48 and len(modelscope.asked) == 4
     # 上面的文件换了：只取换了的
     config = (folder / "config.json").read_text(encoding="utf-8")
     (folder / "config.json").write_text(config + "\n", encoding="utf-8")
     open_pretrained("modelscope:me/tiny")
-    assert modelscope.asked[3:] == ["config.json"]
+    assert modelscope.asked[4:] == ["config.json"]
     modelscope.model = "me/gone"
     capsys.readouterr()
     assert open_pretrained("modelscope:me/tiny").config.n_embd == 48

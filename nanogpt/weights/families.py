@@ -1,0 +1,184 @@
+"""Llama, Qwen2 and Qwen3 in transformers' files: their config.json and names of tensors, as ours and back."""
+
+# Llama、Qwen2、Qwen3 三家：transformers 的 config.json 与张量名，和我们的互换
+# 读由 pretrained 调用，写由 huggingface 调用
+# 三家是同一个结构的不同开关：Qwen2 是 q、k、v 带 bias，Qwen3 是 QK-norm 带增益
+# 他们的 q、k、v 与 gate、up 各存各的，我们合成一个矩阵：按行拼起来就是
+# 会改变结果、而我们没有实现的设置一律拒绝，说出文件与字段；config.json 有新旧两种写法（rope_parameters）
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanogpt.base.config import ModelConfig
+from nanogpt.base.hashed_json import reason_of
+from nanogpt.base.language import ConfigError
+from nanogpt.weights.build import preset
+
+# 会改变结果的设置：没写，或是其中之一
+FAMILIES = {
+    "llama": {"attention_bias": (False,), "mlp_bias": (False,), "rope_interleaved": (False,)},
+    "qwen2": {"use_sliding_window": (False,), "use_mrope": (False,)},
+    "qwen3": {"attention_bias": (False,), "use_sliding_window": (False,)},
+}
+EVERY = {"hidden_act": ("silu",), "partial_rotary_factor": (1.0,), "quantization_config": ()}
+# 上下文动辄几万：照着开，缓存与一行训练数据就先把内存占满；要更长的写 model.block_size
+LONGEST = 2048
+# 我们的名字 -> 他们的，按行拼接
+BLOCK = {
+    "ln_1.weight": ("input_layernorm.weight",), "ln_2.weight": ("post_attention_layernorm.weight",),
+    "attn.c_attn.weight": tuple(f"self_attn.{part}_proj.weight" for part in "qkv"),
+    "attn.c_attn.bias": tuple(f"self_attn.{part}_proj.bias" for part in "qkv"),
+    "attn.q_gain": ("self_attn.q_norm.weight",), "attn.k_gain": ("self_attn.k_norm.weight",),
+    "attn.c_proj.weight": ("self_attn.o_proj.weight",),
+    "mlp.c_fc.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "mlp.c_proj.weight": ("mlp.down_proj.weight",),
+}
+OWNERS = {theirs: ours for ours, parts in BLOCK.items() for theirs in parts}
+OUTSIDE = {
+    "model.embed_tokens.weight": "wte.weight", "model.norm.weight": "ln_f.weight", "lm_head.weight": "lm_head.weight",
+}
+
+
+# ---- 读 ----
+
+
+def read_family(path: Path, given: dict, name: str) -> ModelConfig:
+    """The ModelConfig of a config.json whose model_type is one of FAMILIES; ConfigError names a field we lack."""
+    family = given["model_type"]
+    for field, allowed in (EVERY | FAMILIES[family]).items():
+        if given.get(field) is not None and given[field] not in allowed:
+            raise unsupported(path, field, given[field], " | ".join(map(str, (*allowed, "null"))))
+    if set(given.get("layer_types") or []) - {"full_attention"}:
+        raise unsupported(path, "layer_types", given["layer_types"], "full_attention")
+
+    def size(field: str, default: int | None = None) -> int:
+        got = default if given.get(field) is None else given[field]
+        if type(got) is not int or not 0 < got < 2**31:
+            raise unsupported(path, field, got, "> 0")
+        return got
+
+    width, heads = size("hidden_size"), size("num_attention_heads")
+    head_dim = size("head_dim", 128 if family == "qwen3" else max(1, width // heads))
+    return preset(
+        "tiny", "qwen3" if family == "qwen3" else "llama", name=name, n_layer=size("num_hidden_layers"), n_head=heads,
+        n_kv_head=size("num_key_value_heads", heads), head_dim=None if head_dim * heads == width else head_dim,
+        n_embd=width, intermediate_size=size("intermediate_size"), vocab_size=size("vocab_size"),
+        block_size=min(size("max_position_embeddings"), LONGEST), norm_eps=number(path, given, "rms_norm_eps", 1e-6),
+        qkv_bias=family == "qwen2", tie_embeddings=given.get("tie_word_embeddings") is True, **rope(path, given),
+    )
+
+
+def rope(path: Path, given: dict) -> dict:
+    """The fields of a ModelConfig about rotary positions, from either way of writing them."""
+    new = given.get("rope_parameters") is not None
+    field = "rope_parameters" if new else "rope_scaling"
+    said = given.get(field) or {}
+    if not isinstance(said, dict):
+        raise unsupported(path, field, said, "{rope_type: …}")
+    base = number(path, said if new else given, "rope_theta", 10000.0)
+    kind = said.get("rope_type", said.get("type", "default"))
+    if kind == "default":
+        return {"rope_base": base}
+    if kind not in ("linear", "llama3"):
+        raise unsupported(path, f"{field}.rope_type", kind, "default | linear | llama3")
+    found = {"rope_base": base, "rope_scaling": kind, "rope_factor": number(path, said, "factor")}
+    if kind == "linear":
+        return found
+    return {
+        **found, "rope_low_freq_factor": number(path, said, "low_freq_factor"),
+        "rope_high_freq_factor": number(path, said, "high_freq_factor"),
+        "rope_original_length": int(number(path, said, "original_max_position_embeddings")),
+    }
+
+
+def number(path: Path, given: dict, field: str, default: float | None = None) -> float:
+    """A positive number of a config.json."""
+    got = default if given.get(field) is None else given[field]
+    if type(got) not in (int, float) or not 0 < got < 1e38:
+        raise unsupported(path, field, got, "> 0")
+    return float(got)
+
+
+def unsupported(path: Path, field: str, got, want: str) -> ConfigError:
+    """The error that a field of a config.json asks for what we do not compute."""
+    return ConfigError("pretrained_unsupported", file=path, field=field, got=got, want=want)
+
+
+def own_tensors(path: Path, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by our names; those that are no part of such a model keep their name."""
+    found = {}
+    for name, tensor in theirs.items():
+        block = re.fullmatch(r"model\.layers\.(\d{1,6})\.(.+)", str(name))
+        if name in OUTSIDE:
+            found[OUTSIDE[name]] = tensor
+        elif block and block[2] in OWNERS:
+            ours = OWNERS[block[2]]
+            parts = [f"model.layers.{block[1]}.{part}" for part in BLOCK[ours]]
+            if missing := [part for part in parts if part not in theirs]:
+                raise ConfigError("pretrained_damaged", file=path, reason=f"{missing[0]}: missing")
+            if name == parts[0]:
+                found[f"h.{block[1]}.{ours}"] = joined(path, name, [theirs[part] for part in parts])
+        elif not str(name).endswith("rotary_emb.inv_freq"):
+            # 旧文件里的旋转频率可由配置重算
+            found[name] = tensor
+    return found
+
+
+def joined(path: Path, name: str, parts: list[Tensor]) -> Tensor:
+    """The parts, one below the other."""
+    try:
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError("pretrained_damaged", file=path, reason=f"{name}: {reason_of(error)}") from None
+
+
+# ---- 写 ----
+
+
+def family_of(config: ModelConfig) -> str | None:
+    """The model_type of transformers that computes what a GPT of this config does; None: none of these."""
+    recipe = (config.position, config.norm, config.norm_gain, config.activation, config.bias, config.embed_norm)
+    if recipe != ("rope", "rmsnorm", True, "swiglu", False, False) or config.logit_softcap or config.ngrams:
+        return None
+    kinds = {(False, False): "llama", (True, False): "qwen2", (False, True): "qwen3"}
+    return kinds.get((config.qkv_bias, config.qk_norm))
+
+
+def family_json(config: ModelConfig) -> dict:
+    """What config.json says of such a model."""
+    family = family_of(config)
+    scaling = {} if config.rope_scaling == "none" else {"factor": config.rope_factor}
+    if config.rope_scaling == "llama3":
+        scaling |= {
+            "low_freq_factor": config.rope_low_freq_factor, "high_freq_factor": config.rope_high_freq_factor,
+            "original_max_position_embeddings": config.rope_original_length,
+        }
+    kind = "default" if config.rope_scaling == "none" else config.rope_scaling
+    return {
+        "architectures": [f"{family.capitalize()}ForCausalLM"], "model_type": family, "vocab_size": config.vocab_size,
+        "hidden_size": config.n_embd, "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.kv_heads, "head_dim": config.head_size, "intermediate_size": config.mlp_width,
+        "max_position_embeddings": config.block_size, "hidden_act": "silu", "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings, "attention_dropout": 0.0,
+        # 新旧两种写法都写：transformers 4 与别的引擎只认旧的
+        "rope_theta": config.rope_base, "rope_scaling": {"rope_type": kind, **scaling} if scaling else None,
+        "rope_parameters": {"rope_type": kind, "rope_theta": config.rope_base, **scaling},
+        **{field: False for field in ("attention_bias", "mlp_bias") if field in FAMILIES[family]},
+    }
+
+
+def their_tensors(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names of transformers."""
+    heads = [count * config.head_size for count in (config.n_head, config.kv_heads, config.kv_heads)]
+    rows = {3: heads, 2: [config.mlp_width] * 2}
+    found = {theirs: tensors[ours] for theirs, ours in OUTSIDE.items() if ours in tensors}
+    for name, tensor in tensors.items():
+        if name in OUTSIDE.values():
+            continue
+        _, layer, ours = name.split(".", 2)
+        parts = BLOCK[ours]
+        pieces = tensor.split(rows[len(parts)]) if len(parts) > 1 else [tensor]
+        found |= {f"model.layers.{layer}.{part}": piece for part, piece in zip(parts, pieces, strict=True)}
+    return found
