@@ -6,7 +6,7 @@ never produces them; decoded by a character or byte vocabulary they leave nothin
 
 # 文字与 id 互换：字符、字节、BPE，或 tokenizers 库认得的任何词表；存成 json，从不用 pickle
 # 四个类的接口相同（encode、decode、stream、word、to_dict），训练、写作、服务都不问是哪一种
-# 逐个 id 地解码要等一个字的字节齐了才吐（stream）：直接 decode 半个汉字会打出 �
+# 逐个 id 地解码要等一个字的字节齐了才吐（stream）：直接 decode 半个汉字会打出 �；连起来与整段 decode 一字不差
 # encode 从不产生特殊 token（结尾与标签）：文字里写着 <|endoftext|>，也只是普通文字
 # 文件可能来自陌生人：load 先核对正则
 
@@ -77,56 +77,74 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
-class LibraryStream:
-    """A TextStream for a LibraryTokenizer: decodes the last few ids again and returns what is new.
+class LibraryWords:
+    """Turns ids of a LibraryTokenizer into the words that its decoder joins, one by one.
 
-    The text of an id depends on its neighbours there.
+    Bytes such as <0xE6> become the characters that they make up, U+FFFD where they make up none.
     """
 
-    # WordPiece 的空格、SentencePiece 的开头与字节 token 都要看前后：只能带着前文重解，吐出不会再变的部分
+    # 库的 ByteFallback 遇到一个坏字节，就把整串都写成 �，好的字也没了：字节由我们拼成字，齐了一个就是一个
+
+    def __init__(self, tokenizer: "LibraryTokenizer"):
+        self._tokenizer = tokenizer
+        self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> list[str]:
+        """New words, if any."""
+        word = self._tokenizer.word_of(token)
+        if word is None:
+            return []
+        if self._tokenizer.has_bytes and BYTE_WORD.fullmatch(word):
+            return list(self._bytes.decode(bytes.fromhex(word[3:5])))
+        return [*self.finish(), word]
+
+    def finish(self) -> list[str]:
+        """What is left: half a character."""
+        return list(self._bytes.decode(b"", final=True))
+
+
+class LibraryStream:
+    """A TextStream for a LibraryTokenizer: joins the last few words again and returns what is new.
+
+    The text of a word depends on its neighbours there.
+    """
+
+    # WordPiece 的空格、SentencePiece 的开头都要看前后：只能带着前文重解，吐出不会再变的部分
 
     def __init__(self, tokenizer: "LibraryTokenizer", after: Iterable[int] = ()):
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
+        self._tokenizer, self._spelling = tokenizer, LibraryWords(tokenizer)
+        self._words: list[str] = []
         self._given = 0
-        """Number of characters of these ids' text that were returned already, or belong to `after`."""
-        # 没有文字的 id 挡在中间，后面的就不知道前文是什么：一律不留
-        if before := [int(i) for i in after if not tokenizer.is_silent(int(i))]:
+        """Number of characters of these words' text that were returned already, or belong to `after`."""
+        if before := [word for token in after for word in self._spelling.push(int(token))]:
             self._begin_behind(before)
 
     def push(self, token: int) -> str:
         """New characters that later ids cannot change."""
-        if self._tokenizer.is_silent(token):
+        if not (words := self._spelling.push(token)):
             return ""
-        self._ids.append(token)
-        # 一串表示字节的 token 只要有一个不对，库就把整串写成 U+FFFD：完了才知道
-        if self._tokenizer.is_byte(token):
-            return ""
-        settled = self._settled(self._ids)
+        self._words += words
+        settled = self._settled(self._words)
         new, self._given = settled[self._given :], max(len(settled), self._given)
         if new:
-            self._begin_behind(self._ids)
+            self._begin_behind(self._words)
         return new
 
     def finish(self) -> str:
         """What is left."""
-        return self._tokenizer.decode(self._ids)[self._given :]
+        return self._tokenizer.joined([*self._words, *self._spelling.finish()])[self._given :]
 
-    def _begin_behind(self, ids: list[int]) -> None:
-        """Keep only the last ids, as many as later text depends on, so that the cost does not grow with the text."""
-        # 长起来的只有一串字节 token 与一串什么也不写的 token：到写出字来为止
-        is_byte, end, count = self._tokenizer.is_byte, self._settled(ids)[-1:], 1
-        # 排在最前的 token 会被去掉空格，可能什么也不剩：那样不能当前文
-        while count < len(ids) and (is_byte(ids[-count]) or not end or not self._settled(ids[-count:]).endswith(end)):
+    def _begin_behind(self, words: list[str]) -> None:
+        """Keep only the last words, as many as later text depends on, so that the cost does not grow with the text."""
+        # 排在最前的会被去掉空格，可能什么也不剩：那样不能当前文；长起来的只有一串什么也不写的，到写出字来为止
+        end, count = self._settled(words)[-1:], 1
+        while count < len(words) and not (end and self._settled(words[-count:]).endswith(end)):
             count += 1
-        self._ids = ids[-count:]
-        row = list(itertools.takewhile(is_byte, reversed(self._ids)))[::-1]
-        # 前文停在半个字上：这个字写全了才算
-        half = len(row) if row and self._tokenizer.decode(row) == "\ufffd" * len(row) else 0
-        self._given = len(self._settled(self._ids)) - half
+        self._words = words[-count:]
+        self._given = len(self._settled(self._words))
 
-    def _settled(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids).removesuffix(self._tokenizer.unsettled)
+    def _settled(self, words: list[str]) -> str:
+        return self._tokenizer.joined(words).removesuffix(self._tokenizer.unsettled)
 
 
 class UnknownCharacters(ConfigError):  # noqa: N818 - 与 Diverged 一样，名字说的是情形
@@ -317,6 +335,8 @@ class LibraryTokenizer:
         self.labels: Labels = {}
         self._special = {token["id"] for token in description.get("added_tokens") or [] if token["special"]}
         self._decoders = _decoders_of(description.get("decoder"))
+        self.has_bytes = "ByteFallback" in self._decoders
+        """Whether words such as <0xE6> stand for one byte; several of them make up a character."""
         self._is_word_piece = description["model"].get("type") == "WordPiece"
         self.unsettled = " " if self._is_word_piece else "\ufffd" if "ByteLevel" in self._decoders else ""
         """The character that later ids may still change where a text ends with it; at most one."""
@@ -343,7 +363,18 @@ class LibraryTokenizer:
             return None
 
     def decode(self, ids) -> str:
-        text = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        ids = [int(i) for i in ids]
+        if self.has_bytes:
+            spelling = LibraryWords(self)
+            return self.joined([*itertools.chain.from_iterable(map(spelling.push, ids)), *spelling.finish()])
+        return self._closed_up(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def joined(self, words: list[str]) -> str:
+        """The text of words of the vocabulary, one behind the other."""
+        decoder = self._tokenizer.decoder
+        return self._closed_up(decoder.decode(words) if decoder else " ".join(words))
+
+    def _closed_up(self, text: str) -> str:
         # WordPiece 用空格连接各 token；汉字之间本来没有空格
         return re.sub(rf"(?<={CJK}) | (?={CJK})", "", text) if self._is_word_piece else text
 
@@ -361,17 +392,16 @@ class LibraryTokenizer:
 
     def is_silent(self, token: int) -> bool:
         """Whether an id adds nothing to a text: a special token, or an id that the vocabulary lacks."""
-        return token in self._special or self._tokenizer.id_to_token(token) is None
+        return self.word_of(token) is None
 
-    def is_byte(self, token: int) -> bool:
-        """Whether an id stands for one byte, such as <0xE6>; several of them make up a character."""
-        return "ByteFallback" in self._decoders and bool(BYTE_WORD.fullmatch(self._tokenizer.id_to_token(token) or ""))
+    def word_of(self, token: int) -> str | None:
+        """The word of an id as its decoder takes it; None if it adds nothing to a text."""
+        return None if token in self._special else self._tokenizer.id_to_token(token)
 
     def _letters_to_bytes(self, token: int) -> bytes:
         """The bytes that a token of a byte-level vocabulary stands for; a word in other letters stands for itself."""
-        if self.is_silent(token):
+        if (word := self.word_of(token)) is None:
             return b""
-        word = self._tokenizer.id_to_token(token)
         byte_of = bytes_of_letters()
         return bytes(byte_of[letter] for letter in word) if byte_of.keys() >= set(word) else word.encode("utf-8")
 

@@ -354,8 +354,7 @@ class InteractiveSession:
 
 def whole(piece: str) -> str:
     """A text's last piece without the half character that max_new_tokens may have cut off."""
-    # 用几个 token 表示一个字的词表，半个字是几个 �
-    return piece.rstrip("\ufffd")
+    return piece.removesuffix("\ufffd")
 
 
 def saved_text(written: Written) -> str:

@@ -116,16 +116,14 @@ def test_half_a_character_at_the_very_end_is_marked():
     assert write(Scripted(broken, 256), Request("x", GREEDY, 4, seed=0), tokenizer=ByteTokenizer()) == [ByteTokenizer().decode(broken)]
 
 
-def test_what_a_library_tokenizer_holds_back_is_searched_for_stop_strings_and_survives_an_interruption():
+def test_bytes_of_a_library_tokenizer_end_a_text_at_once_and_half_a_character_is_dropped_by_an_interruption():
     tokenizer = STREAMED["byte fallback"]()
     the, newline = tokenizer.encode("the")[-1], 3 + ord("\n")
-    stopped = list(Writer(Scripted([the, newline], tokenizer.vocab_size), tokenizer).write([Request("a", GREEDY, 2, seed=0, stop=("\n",))]))
-    assert "".join(p.text for p in stopped) == "the" and stopped[-1].result.finish == "stop"
-    han = [3 + byte for byte in "春".encode()]
-    for ids, text in ((han, "春"), (han[:2], "")):
-        writer = Writer(Scripted(ids, tokenizer.vocab_size), tokenizer)
-        key = writer.submit(Request("a", GREEDY, 9, seed=0))
-        assert not any(writer.step() for _ in ids) and writer.interrupt(key).text == text
+    stopped = list(Writer(Scripted([the, newline], tokenizer.vocab_size), tokenizer).write([Request("a", GREEDY, 9, seed=0, stop=("\n",))]))
+    assert "".join(p.text for p in stopped) == "the" and (stopped[-1].result.finish, stopped[-1].result.tokens) == ("stop", 2)
+    writer = Writer(Scripted([3 + byte for byte in "春天".encode()], tokenizer.vocab_size), tokenizer)
+    key = writer.submit(Request("a", GREEDY, 9, seed=0))
+    assert "".join(piece.text for _ in range(5) for piece in writer.step()) == "春" and writer.interrupt(key).text == ""
 
 
 @pytest.mark.parametrize("kind", STREAMED)
