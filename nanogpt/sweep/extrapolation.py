@@ -29,6 +29,10 @@ class Estimate:
     low: float
     high: float
 
+    def moved(self, by: float) -> "Estimate":
+        """The same for a text on which every loss is larger by so much."""
+        return Estimate(self.tokens, self.value + by, self.low + by, self.high + by)
+
 
 def power_laws(points: Sequence[tuple[float, float]]) -> list[tuple[float, float, float, float]]:
     """(squared error, floor, scale, power) for every power, with floor and scale at least 0."""

@@ -44,10 +44,10 @@ def session(cfg: TrainConfig, run_dir: Path, overrides: list[str]):
 
 def train(begun, cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
     """Train to the end of the budget; what a TrialResult holds of it."""
-    from nanogpt.sweep.trial_trainer import TrialTrainer
+    from nanogpt.sweep.trial_trainer import LearningTrainer
 
-    begun.run(TrialTrainer)
-    return outcome(cfg, run_dir)
+    summary = begun.run(LearningTrainer)
+    return {**outcome(cfg, run_dir), "validation": summary.get("validation", {}).get(cfg.objective)}
 
 
 def finished(cfg: TrainConfig, run_dir: Path) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean, pstdev
 
 from nanogpt.base import report
 from nanogpt.base.config import TrainConfig, auto_tokens, span_of
@@ -123,17 +124,21 @@ def rows_of(search: Search) -> list[Row]:
 
 
 def notes_of(cfg: TrainConfig, search: Search) -> list[str]:
-    """What is expected of the full budget, and what came out where the recipe has been trained."""
-    best = search.best[0]
+    """What the best setting gained, reaches on the validation split and should reach with the full budget."""
+    best, first = search.best[0], search.candidates[0]
     lines = []
-    if default := next((one for one in search.candidates if one.number == 0 and one.rung == best.rung), None):
-        if default is not best:
-            lines.append(text(
-                "the setting without a search reached {default:.4f} in the same time, the best {best:.4f}",
-                default=default.mean, best=best.mean,
-            ))
-    expected = expectation(cfg, search)
-    if expected:
+    if first is not best and first.results:
+        lines.append(text(
+            "the setting without a search: {default:.4f} after {minutes:.1f} min; the best one then: {best:.4f}",
+            default=first.results[-1].value, minutes=search.schedule.rungs[first.rung],
+            best=best.results[first.rung].value,
+        ))
+    if seen := validations(best):
+        lines.append(text(
+            "on the validation split, looked at once: {value:.4f} (spread {spread:.4f}, {count} seeds)",
+            value=fmean(seen), spread=pstdev(seen), count=len(seen),
+        ))
+    if expected := expectation(cfg, search):
         lines.append(text(
             "after {tokens:,.0f} tokens {objective} {value:.3f} is expected, between {low:.3f} and {high:.3f}, if the "
             "curve goes on as it did: a power law through {count} trainings; a small text that is learnt by heart ends "
@@ -151,6 +156,12 @@ def notes_of(cfg: TrainConfig, search: Search) -> list[str]:
     return lines
 
 
+def validations(best: Candidate) -> list[float]:
+    """What the trainings of a setting reach on the validation split; empty unless all of them looked."""
+    seen = [one.validation for one in (*best.results[-1:], *best.others)]
+    return [] if None in seen else seen
+
+
 def expectation(cfg: TrainConfig, search: Search, tokens: float | None = None) -> Estimate | None:
     """The estimate for the best setting after `tokens`; None: after the budget that was typed beside the search."""
     best = search.best[0]
@@ -159,7 +170,10 @@ def expectation(cfg: TrainConfig, search: Search, tokens: float | None = None) -
     if not tokens and full <= (results[0].tokens or 0):
         # 试跑已经比它久：没有什么可估计的
         return None
-    return estimate([curve(one, 0) for one in results if one.curve], full, plateau=PLATEAU)
+    found = estimate([curve(one, 0) for one in results if one.curve], full, plateau=PLATEAU)
+    seen = validations(best)
+    # 曲线在留出的那份上；验证部分是另一段文字，难一些或容易一些，差多少在末尾看过一次
+    return found.moved(fmean(seen) - fmean(curve(one, 0)[-1][1] for one in results)) if found and seen else found
 
 
 def full_budget(cfg: TrainConfig, best: TrialResult) -> float:

@@ -67,6 +67,8 @@ class TrialResult:
     """Both only after STEPS_FOR_LOSS steps; with a loss as objective, the best evaluation of the training."""
     val_bpb: float | None = None
     """The same in bits per byte of text."""
+    validation: float | None = None
+    """The objective on the validation split, where holdout kept it out of sight: one look, when the training ended."""
     objective: str = "tokens_per_s"
     """What the trial was run for; see the key objective."""
     iters: int | None = None

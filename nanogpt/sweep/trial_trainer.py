@@ -2,9 +2,11 @@
 
 # 试跑用的训练器：步子与真的训练一样，只是显存不足时不把微批改小，而是当作结果报出去
 # 由 child 交给 run/session 的 build_trial 来造；评估与样本只为量出它们的显存峰值
+# 学的试跑用 LearningTrainer，它在末尾多看一眼验证部分
 
 from nanogpt.core.machine import any_kernels
 from nanogpt.core.sampling import sampler
+from nanogpt.data.documents import open_data
 from nanogpt.run.loop import Training
 from nanogpt.write.engine import write_sample
 
@@ -40,3 +42,24 @@ class TrialTrainer(Training):
                 self.model, self.data.tokenizer, self.sample_prompt(), tokens,
                 sampler=sampler(temperature=self.cfg.sample_temperature), seed=self.cfg.seed,
             )
+
+
+# 最后看一眼验证部分，用这么多 token：只看一次，看得准些
+VALIDATION_TOKENS = 2**18
+
+
+class LearningTrainer(TrialTrainer):
+    """The trainer of a trial that learns; at its very end it looks once at the validation split that holdout hides."""
+
+    # 挑选只用留出的那份；这个数在全部挑完之后才用，说给人听
+
+    def fit(self) -> dict:
+        """Train, and add what it reaches on the validation split to the summary that is returned."""
+        summary, cfg = super().fit(), self.cfg
+        ended = cfg.lr_decay_iters in (None, self.progress.iteration)
+        if cfg.holdout and ended and summary["stopped_by"] != "interrupted":
+            self.data = open_data(self.data.folder, cfg.label_dropout)
+            self.windows = self.data.val_windows(self.block_size, VALIDATION_TOKENS)
+            loss, bits = self.evaluate(), self.data.bits_per_byte(self.windows)
+            summary["validation"] = {"val_loss": loss, "val_bpb": bits and bits * loss}
+        return summary

@@ -214,6 +214,13 @@ def test_a_survivor_goes_on_exactly_as_if_it_had_not_stopped(tiny_overrides, in_
     assert again["val_loss"] == whole["val_loss"] and "micro_batch" in again and not Path("outputs/.latest").exists()
 
 
+def test_the_validation_split_is_looked_at_once_when_the_training_has_ended(tiny_overrides, in_tmp):
+    stopped = learned(tiny_overrides, Path("outputs/fit/runs/a"), "max_iters=4", "eval_interval=4", "holdout=0.2")
+    ended = learned(tiny_overrides, Path("outputs/fit/runs/a"), "max_iters=8", "eval_interval=4", "holdout=0.2")
+    assert stopped["validation"] is None and ended["validation"] != ended["val_loss"] and abs(ended["validation"] - ended["val_loss"]) < 1
+    assert ended["validation"] == learned(tiny_overrides, Path("outputs/fit/runs/b"), "max_iters=8", "eval_interval=8", "holdout=0.2", "eval_tokens=64")["validation"]
+
+
 def test_an_objective_that_never_appears_is_a_line(tiny_overrides, in_tmp, monkeypatch):
     monkeypatch.setattr("nanogpt.sweep.trial_trainer.TrialTrainer.evaluate", lambda trainer, *told: math.nan)
     with pytest.raises(ConfigError, match=r"objective=val_loss never appeared: no evaluation within the budget"):
