@@ -364,17 +364,18 @@ class LibraryTokenizer:
 
     def decode(self, ids) -> str:
         ids = [int(i) for i in ids]
-        if self.has_bytes:
+        if self.has_bytes or self._is_word_piece:
             spelling = LibraryWords(self)
             return self.joined([*itertools.chain.from_iterable(map(spelling.push, ids)), *spelling.finish()])
-        return self._closed_up(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def joined(self, words: list[str]) -> str:
         """The text of words of the vocabulary, one behind the other."""
+        if self._is_word_piece and words:
+            # 前面没有词可接的词尾，库连 ## 也写出来
+            words = [words[0].removeprefix(self.description["model"]["continuing_subword_prefix"]), *words[1:]]
         decoder = self._tokenizer.decoder
-        return self._closed_up(decoder.decode(words) if decoder else " ".join(words))
-
-    def _closed_up(self, text: str) -> str:
+        text = decoder.decode(words) if decoder else " ".join(words)
         # WordPiece 用空格连接各 token；汉字之间本来没有空格
         return re.sub(rf"(?<={CJK}) | (?={CJK})", "", text) if self._is_word_piece else text
 

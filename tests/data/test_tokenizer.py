@@ -146,6 +146,12 @@ def test_what_is_streamed_equals_prompt_and_continuation_decoded_together_less_t
     check()
 
 
+def test_the_end_of_a_word_behind_nothing_is_written_without_its_mark():
+    tokenizer = STREAMED["vocab.txt"]()
+    unknown, end = WORDS.index("[UNK]"), WORDS.index("##s")
+    assert tokenizer.decode([unknown, end, WORDS.index("hello")]) == "s hello" and tokenizer.stream([unknown]).push(end) == "s"
+
+
 def test_word_pieces_and_unigrams_go_on_behind_the_prompt_with_their_spaces():
     for kind, ids, wanted in (("vocab.txt", [6, 1, 7, 8, 2, 3], ["hello", "", " world", "s", "春", "天"]), ("unigram", [5, 0, 7, 8], ["the", "", " king", "春"])):
         tokenizer = STREAMED[kind]()
