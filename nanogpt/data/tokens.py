@@ -25,6 +25,8 @@ from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.corpus import FORMAT, home_of
 
 SPLITS = ("train", "val")
+# 留出的部分分成这么多段；更大的文件只留末尾一段
+HELD_SLICES, MOST_HELD_BYTES = 20, 2**28
 # 训练样本的次序；1：文末不满一块的部分从不是目标，只为更早的 checkpoint 留着
 ORDER = 2
 ORDERS = (1, ORDER)
@@ -126,11 +128,18 @@ class TokenData:
         return max(largest)
 
     def hold_out(self, fraction: float) -> None:
-        """Validate on the last part of the training split from now on, and train without it."""
-        # 只换两个视图，不抄数据：几十 GB 也一样快
+        """Validate on slices of the training split from now on, spread over it, and train without them."""
+        # 只留末尾一段不行：它离验证部分最近，没读过它的模型在验证部分上差得多（莎士比亚 1.77，散着留 1.60 上下）
+        # 大的语料不抄进内存：那里多半是打散的文章，末尾一段也就够好
         train = self.tokens["train"]
-        kept = len(train) - round(len(train) * fraction)
-        self.tokens = {"train": train[:kept], "val": train[kept:]}
+        count = HELD_SLICES if train.nbytes <= MOST_HELD_BYTES else 1
+        edges = np.linspace(0, len(train), count + 1).astype(int)
+        cuts = edges[1:] - np.round(np.diff(edges) * fraction).astype(int)
+        parts = {
+            "train": [train[start:cut] for start, cut in zip(edges, cuts)],
+            "val": [train[cut:end] for cut, end in zip(cuts, edges[1:])],
+        }
+        self.tokens = {split: np.concatenate(part) if count > 1 else part[0] for split, part in parts.items()}
 
     @property
     def fingerprint(self) -> str:
