@@ -129,7 +129,8 @@ class TokenData:
 
     def hold_out(self, fraction: float) -> None:
         """Validate on slices of the training split from now on, spread over it, and train without them."""
-        # 只留末尾一段不行：它离验证部分最近，没读过它的模型在验证部分上差得多（莎士比亚 1.77，散着留 1.60 上下）
+        # 只留末尾一段不行：它离验证部分最近，没读过它的模型在验证部分上差得多
+        # 莎士比亚：没读过的训 350 万 token 才到 1.77，读过的 160 万时已到 1.62
         # 大的语料不抄进内存：那里多半是打散的文章，末尾一段也就够好
         train = self.tokens["train"]
         count = HELD_SLICES if train.nbytes <= MOST_HELD_BYTES else 1

@@ -148,7 +148,8 @@ def announce(cfg: TrainConfig, space: Sequence[Dimension], schedule: Schedule) -
     ))
     if cfg.holdout:
         lines.append(text(
-            "chosen on {part:.0%} of the training split, which is held out; the validation split is not looked at",
+            "chosen on {part:.0%} of the training split, which is held out; the validation split is looked at once, at the "
+            "end",
             part=cfg.holdout,
         ))
     for line in lines:
