@@ -142,14 +142,16 @@ def announce(cfg: TrainConfig, space: Sequence[Dimension], schedule: Schedule) -
     minutes = [f"{minutes:.1f}" for minutes in schedule.rungs]
     kept = [schedule.generations * (schedule.size // schedule.eta**rung) for rung in range(len(minutes))]
     steps = " → ".join(text("{count} to {minutes} min", count=n, minutes=m) for n, m in zip(kept, minutes))
+    if schedule.seeds > 1:
+        steps += text(", then the best {top} with {seeds} seeds each", top=schedule.top, seeds=schedule.seeds)
     lines.append(text(
-        "{minutes:g} minutes: {steps}; then the best {top} with {seeds} seeds in all; about {all:.0f} min in all",
-        minutes=cfg.search.minutes, steps=steps, top=schedule.top, seeds=schedule.seeds, all=schedule.minutes,
+        "{minutes:g} minutes: {steps}; about {all:.0f} min in all",
+        minutes=cfg.search.minutes, steps=steps, all=schedule.minutes,
     ))
     if cfg.holdout:
         lines.append(text(
-            "chosen on {part:.0%} of the training split, which is held out; the validation split is looked at once, at the "
-            "end",
+            "chosen on {part:.0%} of the training split, which is held out; the validation split is looked at once, at "
+            "the end",
             part=cfg.holdout,
         ))
     for line in lines:
