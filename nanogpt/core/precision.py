@@ -86,6 +86,8 @@ class Precision:
         self.weights = DTYPES[weights]
         self.device_type = device.type
         self.rounded = device.type == "cpu" and name != "fp32"
+        # 反向里外层的函数模式不起作用，重算时要自己再舍入；autocast 则由 checkpoint 恢复
+        self.again = self.context if self.rounded else None
         self.tf32 = device.type == "cuda" and config.tf32
         # fp16 的最小正规数约 6e-5，梯度先放大再反传；bf16 指数够宽，不需要
         self.scaler = torch.amp.GradScaler(

@@ -87,6 +87,8 @@ class PlannedPrecision:
         self.device_type = device_type
         self.rounded = device_type == "cpu" and name != "fp32"
         self.half = name != "fp32" and not self.rounded
+        # 与舍入一样是函数模式：反向里重算时要自己再进一次
+        self.again = self.context if self.rounded or device_type == "cuda" else None
         self.scaler = TracedScaler(name == "fp16")
 
     @contextlib.contextmanager

@@ -152,9 +152,7 @@ def build_step(cfg: TrainConfig, model, precision):
     memory, expect = cfg.memory, None
     model.cross_entropy = partial(chunked_cross_entropy, chunk_mib=memory.loss_chunk_mib)
     if memory.activation_checkpointing != "none":
-        # 反向里外层的函数模式不起作用，重算时要自己再舍入；autocast 则由 checkpoint 恢复
-        again_in = precision.context if precision.rounded else None
-        recompute_blocks(model, memory.activation_checkpointing, second_in=again_in)
+        recompute_blocks(model, memory.activation_checkpointing, second_in=precision.again)
     if memory.activation_checkpointing == "budget":
         expect = partial(fit_budget, model, budget_mib=memory.activation_budget_mib, context=precision.context)
     optimizer = build_part(cfg.optimizer, "optimizer", model)

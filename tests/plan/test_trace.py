@@ -81,6 +81,12 @@ def test_traced_activations_are_what_the_real_forward_pass_saves(overrides):
     assert kept <= traced.activations <= kept + 64 + 0.002 * kept
 
 
+def test_what_is_recomputed_on_a_card_takes_the_cards_path_with_dropout_too():
+    """CUDA's attention drops by itself; the CPU's keeps all probabilities for it."""
+    without, dropped = (traced_once(CARD, "precision=bf16", "memory=lean", *more) for more in ((), ("dropout=0.1",)))
+    assert without.activations <= dropped.activations <= 1.5 * without.activations
+
+
 def test_gpt2_124m_needs_what_was_found_for_it_before():
     cfg = make_config("model=gpt2", "model.vocab_size=50257", "precision=bf16", "optimizer=adamw")
     traced = trace(cfg, Shape(8, 1, 8, "cuda"))
