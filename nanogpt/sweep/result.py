@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from nanogpt.base.config import TrainConfig, choices_of
 from nanogpt.base.files import write_text
 from nanogpt.base.language import sentence
 
@@ -156,6 +157,8 @@ def made(values: dict[str, Any]) -> TrialResult:
         elif value is not None or field.type is str:
             value = " ".join(str(value or "").split())[:400]
         clean[field.name] = value
+    if clean.get("objective", "tokens_per_s") not in choices_of(TrainConfig, "objective"):
+        del clean["objective"]
     if clean.get("status") not in STATUSES:
         clean.update(status="crashed", reason=clean.get("reason") or f"status {clean.get('status')!r}")
     return TrialResult(**clean)

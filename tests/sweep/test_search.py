@@ -159,7 +159,7 @@ def test_a_space_that_contradicts_itself_is_refused_in_one_line(typed_words, sai
         space_of([], [], [])
 
 
-@pytest.mark.parametrize("preset", ["tiny", "small", "medium", "gpt2_xl"])
+@pytest.mark.parametrize("preset", ["tiny", "gpt2_xl"])
 def test_other_shapes_have_about_the_same_work_and_whole_heads(preset):
     model = make_config(f"model={preset}").model
     for word in ("deeper", "wider"):
@@ -230,7 +230,7 @@ def test_an_objective_that_never_appears_is_a_line(tiny_overrides, in_tmp, monke
 @pytest.mark.parametrize("writes", [True, False])
 def test_a_training_that_still_writes_is_not_taken_for_one_that_hangs(tmp_path, writes):
     sign = tmp_path / "metrics.jsonl"
-    code = f"import sys, time; sys.stdin.readline(); [({writes} and open({str(sign)!r}, 'w').close(), time.sleep(0.2)) for _ in range(10)]"
+    code = f"import sys, time; sys.stdin.readline(); [({writes} and open({str(sign)!r}, 'w').close(), time.sleep(0.2)) for _ in range(7)]"
     ended = process.run_child({}, tmp_path, timeout_s=1, signs=[sign], command=[process.sys.executable, "-S", "-c", code])
     assert ended.killed == (None if writes else "timeout")
 
@@ -286,6 +286,8 @@ def test_speed_can_be_searched_too(in_tmp, monkeypatch):
                             "micro_batch": cfg.batch_size, "wall_s": 1.0})
 
     monkeypatch.setattr(search, "run_trial", faked)
+    # 画图要一秒多，test_report.py 已看过
+    monkeypatch.setattr("nanogpt.sweep.report.write_pictures", lambda *asked: [])
     done = typed("run_train.py", in_tmp, "-m", "experiment=search", "objective=tokens_per_s", "search.trials=8", "batch_size=4,8,16,32", "dataset.path=my.txt")
     best = yaml.safe_load((in_tmp / "outputs/fit/fit/best.yaml").read_text(encoding="utf-8"))
     assert best["batch_size"] == 16 and "train with the fastest setting" in done.stdout

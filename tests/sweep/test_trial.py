@@ -272,7 +272,7 @@ def test_results_survive_json_and_never_hold_nan(tmp_path):
               "known": 1, "strange": 3, "device": None}
     got = made(values)
     assert (got.tokens_per_s, got.peak_gib, got.step_ms, got.micro_batch, got.reason, got.known) == (None, None, None, None, "a b", True)
-    assert got.objective == 0.0
+    assert got.score == 0.0 and made({**values, "objective": "__class__"}).value is None
 
     def refuse(constant):
         raise AssertionError(constant)
