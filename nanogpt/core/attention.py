@@ -23,7 +23,7 @@ class CausalSelfAttention(nn.Module):
         self.dropout, self.qk_norm, self.eps = config.dropout, config.qk_norm, config.norm_eps
         gains = config.qk_norm and config.norm_gain
         self.scale = QK_NORM_MAX_LOGIT / hs if config.qk_norm and not gains else hs**-0.5
-        self.groups, self.joint = config.n_head // kv, kv == config.n_head and not gains
+        self.joint = kv == config.n_head and not gains
         # c_attn 的输出怎样分开：q 与 k 的归一化、旋转完全相同时一起算，调用次数减半
         self.layout = (3, kv, hs) if self.joint else (1, config.n_head + 2 * kv, hs)
         self.sizes, self.dim = ((2, 1), 2) if self.joint else ((config.n_head, kv, kv), 3)
@@ -57,8 +57,6 @@ class CausalSelfAttention(nn.Module):
     def _attend(self, parts: list[torch.Tensor], cache: KVCache | None, dropout: float, visible, short: bool):
         """Attention (B, nh, T, hs) of parts (B, T, ., ., hs) that are q, k and v, the heads in the last but one."""
         if short:
-            if self.groups > 1:
-                parts = [parts[0], *(part.repeat_interleave(self.groups, dim=3) for part in parts[1:])]
             return short_attention(self.scale, visible, *parts)
         q, k, v = (t.transpose(1, 2) for part in parts for t in part.unbind(2))
         T, mask = q.size(2), visible

@@ -181,7 +181,13 @@ def is_short(qkv: torch.Tensor, dropout: float) -> bool:
 
 
 def short_attention(scale: float, visible: torch.Tensor | None, *parts: torch.Tensor) -> torch.Tensor:
-    """Causal attention (B, nh, T, hs) of parts that make q, k, v (B, T, 3, nh, hs) when joined along dimension 2."""
+    """Causal attention (B, nh, T, hs) of parts that make q, k, v (B, T, 3, nh, hs) when joined along dimension 2.
+
+    Keys and values may have fewer heads, a divisor of nh.
+    """
+    heads = parts[0].size(3)
+    # 上下文短，抄几份 key 也不多
+    parts = [part if part.size(3) == heads else part.repeat_interleave(heads // part.size(3), dim=3) for part in parts]
     return _ShortAttention.apply(scale, visible, *parts)
 
 

@@ -29,6 +29,7 @@ from nanogpt.base.files import folder_aside, write_text
 from nanogpt.base.groups import sample_config
 from nanogpt.base.language import ConfigError, say, set_language, text
 from nanogpt.base.value_checks import check_path
+from nanogpt.data.tokenizer import begin_of, ends_of
 from nanogpt.data.tokenizer_files import END_WORDS, to_library_json
 from nanogpt.weights import families
 from nanogpt.weights.pretrained import ACTIVATIONS, TRANSPOSED, Pretrained, build_pretrained, open_pretrained
@@ -135,8 +136,10 @@ def write_gpt2(folder: Path, pretrained: Pretrained) -> None:
 def write_family(folder: Path, pretrained: Pretrained) -> None:
     """config.json and model.safetensors of a LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM."""
     config, end = pretrained.config, pretrained.tokenizer.end_of_text
+    others = sorted(ends_of(pretrained.tokenizer) - {end})
     write_json(folder / "config.json", {
-        **families.family_json(config), "bos_token_id": end, "eos_token_id": end, "dtype": "float32",
+        **families.family_json(config), "eos_token_id": [end, *others] if others else end,
+        "bos_token_id": next(iter(begin_of(pretrained.tokenizer)), end), "dtype": "float32",
         **about_documents(pretrained),
     })
     write_tensors(folder, families.their_tensors(config, pretrained.tensors))
@@ -208,13 +211,18 @@ def write_tokenizer(folder: Path, pretrained: Pretrained) -> None:
     described = to_library_json(pretrained.tokenizer)
     write_json(folder / "tokenizer.json", described)
     words = {token["content"]: token["id"] for token in described["added_tokens"]}
-    end = next((word for word in (*END_WORDS, *words) if words.get(word, -1) == pretrained.tokenizer.end_of_text), None)
+
+    def word_of(token: int | None) -> str | None:
+        return next((word for word in (*END_WORDS, *words) if words.get(word, -1) == token), None)
+
+    end = word_of(pretrained.tokenizer.end_of_text)
+    begin = word_of(next(iter(begin_of(pretrained.tokenizer)), None)) or end
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": pretrained.config.block_size,
         "clean_up_tokenization_spaces": False,
         # 旧版 transformers 默认还会给 token_type_ids，GPT 不认
         "model_input_names": ["input_ids", "attention_mask"],
-        **({"bos_token": end, "eos_token": end} if end else {}),
+        **({"bos_token": begin, "eos_token": end} if end else {}),
     })
 
 

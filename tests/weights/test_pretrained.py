@@ -270,7 +270,10 @@ def test_a_model_of_qwen_is_planned_tuned_resumed_and_written_with(tmp_path, bpe
 
 def test_a_model_of_llama_reads_its_beginning_first_and_stops_at_any_of_its_ends(tmp_path, bpe_json):
     folder, _ = family_folder(tmp_path / "llama", bpe_json, "TinyLlama-1.1B")
-    pretrained = open_pretrained(str(with_tokenizer(folder, llama_tokenizer(), [2, 1])))
+    export(str(with_tokenizer(folder, llama_tokenizer(), [2, 0])), tmp_path / "exported")
+    theirs, library_too = (kind.from_pretrained(tmp_path / "exported") for kind in (transformers.AutoConfig, transformers.AutoTokenizer))
+    assert (theirs.bos_token_id, theirs.eos_token_id, library_too.bos_token, library_too.eos_token) == (1, [2, 0], "<s>", "</s>")
+    pretrained = open_pretrained(str(tmp_path / "exported"))
     model = build_pretrained(pretrained).eval()
     writer = Writer(model, pretrained.tokenizer)
     writer.submit(Request("the be", Sampler((lambda logits: logits,)), 4, seed=0))
@@ -279,7 +282,7 @@ def test_a_model_of_llama_reads_its_beginning_first_and_stops_at_any_of_its_ends
     def always(token):
         return Sampler((lambda logits, *_: torch.full_like(logits, -torch.inf).index_fill_(1, torch.tensor(token), 0.0),))
 
-    for end in (1, 2):
+    for end in (0, 2):
         (piece,) = [p for p in Writer(model, pretrained.tokenizer).write([Request("the be", always(end), 4, seed=0)]) if p.result]
         assert (piece.result.finish, piece.result.text) == ("end_of_text", "")
 
