@@ -280,7 +280,8 @@ def test_results_survive_json_and_never_hold_nan(tmp_path):
     json.loads(got.to_json(), parse_constant=refuse)
     result.write(got, tmp_path / "x" / "trial.json")
     assert result.read(tmp_path / "x" / "trial.json") == got
-    assert TrialResult((), "ok", tokens_per_s=3.0).objective == 3.0 and TrialResult((), "spilled", tokens_per_s=3.0).objective == 0.0
+    assert TrialResult((), "ok", tokens_per_s=3.0).score == 3.0 and TrialResult((), "spilled", tokens_per_s=3.0).score == 0.0
+    assert TrialResult((), "ok", val_loss=3.0, objective="val_loss").score == 3.0 < TrialResult((), "oom", objective="val_loss").score < math.inf
 
 
 def test_a_kernel_kill_is_out_of_memory_and_an_unnamed_signal_a_crash():
