@@ -55,6 +55,7 @@ def device_step(step, seed, *, poison=None):
     loss = step.micro_batch(idx, idx, 1.0 if poison is None else poison)
     norm = step.gradient_norm()
     step.update_if_finite(loss, norm, 1.0)
+    step.drop_gradients()
     return loss, norm
 
 

@@ -40,7 +40,7 @@ def test_a_cliff_within_one_sweep_is_found_and_other_settings_do_not_count():
     sweep = [made(4, 6000.0, 5.0), made(8, 6400.0, 8.0), made(16, 900.0, 11.5), made(16, 2500.0, 11.5, memory="lean"), made(32, 5000.0, 11.6, memory="lean")]
     assert [r.status for r in judge_all(sweep)] == ["ok", "ok", "spilled", "ok", "ok"]
     spilled = judge_all(sweep)[2]
-    assert spilled.objective == 0.0 and spilled.tokens_per_s == 900.0
+    assert spilled.score == 0.0 and spilled.tokens_per_s == 900.0
 
 
 def test_a_cpu_and_a_failure_are_left_alone():
