@@ -1,7 +1,7 @@
 """Text of your own: one file, or all .txt, .md and .text files of a folder; the last part is held out."""
 
 # 使用者自己的文字（dataset=text_file）：一个文件或一个文件夹，编码自己认，最后一段留作验证
-# 大文件从不整个进内存：先数一遍 token 定切分点，再读一遍边编码边写；几遍之间文件被改就拒绝
+# 大文件从不整个进内存：边读边编码边写，写完才切出末尾；几遍之间文件被改就拒绝
 # 留最后一段而不是随机抽：随机切分会让同一段的两半分落两边，验证损失虚低
 
 from collections.abc import Callable, Iterable, Iterator
@@ -11,9 +11,9 @@ import numpy as np
 
 from nanogpt.base.config import RECORD_SUFFIXES
 from nanogpt.base.language import ConfigError
-from nanogpt.data.corpus import check_tokenizer, split_by_length, tokenizer_for, write_tagged
+from nanogpt.data.corpus import check_tokenizer, encoded, tokenizer_for, write_split
 from nanogpt.data.source_text import check_encoding, iter_text, own_source, resolved, text_files, unchanged
-from nanogpt.data.tokenizer import CharTokenizer, Tokenizer
+from nanogpt.data.tokenizer import Tokenizer
 
 # 一个输入加一个目标：再少就没有可学、可验证的
 SHORTEST = 2
@@ -88,23 +88,25 @@ def write(
     coder = tokenizer_for(tokenizer, made_from, vocab_size)
 
     def ids() -> Iterator[np.ndarray]:
-        for piece in pieces(files):
-            yield coder.encode(piece)
+        yield from encoded(coder, pieces(files))
         # 最后一段写完、还没改名之前：读的几遍必须是同一份文字
         check()
 
-    # 先数一遍再写：切分点准确，内存里始终只有一段；字符词表一字一个 token，不必编码就数得出
-    total = sum(map(len, pieces(files))) if isinstance(coder, CharTokenizer) else sum(map(len, ids()))
-    train = total - round(total * val_fraction)
-    if not total:
-        raise ConfigError("empty_text", key="dataset.path", got=source)
-    if train < SHORTEST or total - train < SHORTEST:
-        raise ConfigError(
-            "dataset.path={got}: {tokens} tokens, {val} of them for validation, are too few (at least {least} each); "
-            "give more text or another dataset.val_fraction",
-            got=source, tokens=total, val=total - train, least=SHORTEST,
-        )
-    write_tagged(folder, name="text_file", source=source.name, tokenizer=coder, stream=split_by_length(ids(), train))
+    def train_tokens(total: int) -> int:
+        train = total - round(total * val_fraction)
+        if not total:
+            raise ConfigError("empty_text", key="dataset.path", got=source)
+        if train < SHORTEST or total - train < SHORTEST:
+            raise ConfigError(
+                "dataset.path={got}: {tokens} tokens, {val} of them for validation, are too few (at least {least} "
+                "each); give more text or another dataset.val_fraction",
+                got=source, tokens=total, val=total - train, least=SHORTEST,
+            )
+        return train
+
+    write_split(
+        folder, name="text_file", source=source.name, tokenizer=coder, stream=ids(), train_tokens=train_tokens,
+    )
 
 
 if __name__ == "__main__":

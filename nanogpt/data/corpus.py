@@ -15,8 +15,11 @@ import importlib.util
 import inspect
 import json
 import os
+import shutil
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +42,8 @@ from nanogpt.data.source_text import digest, stem_of, text_files
 FORMAT = 2
 # 读法（编码、换行、分词、切分）变了就加一：早先准备好的便不再沿用
 READING = 1
+# 每个线程手里一段文字与它的 id，约 25 MiB
+MOST_THREADS = 8
 
 
 def build_char_tokenizer(pieces: Iterable[str]) -> tokenizers.CharTokenizer:
@@ -111,12 +116,52 @@ def write_tagged(folder: Path, *, name: str, source: str, tokenizer, stream: Ite
     """Like write_dataset, from one stream of (split, ids): nothing has to be held or read twice."""
     with folder_aside(folder) as aside:
         dtype, counts = write_tokens(aside, tokenizer, stream)
-        meta = write_meta(aside, name=name, source=source, tokenizer=tokenizer, dtype=dtype, tokens=counts)
+        write_meta(aside, name=name, source=source, tokenizer=tokenizer, dtype=dtype, tokens=counts)
+    return _written(folder, name, tokenizer, counts)
+
+
+def _written(folder: Path, name: str, tokenizer, tokens: dict[str, int]) -> Path:
     say(
         "{name}: {train:,} training and {val:,} validation tokens, vocabulary {vocab} -> {path}",
-        name=name, train=meta["tokens"]["train"], val=meta["tokens"]["val"], vocab=tokenizer.vocab_size, path=folder,
+        name=name, train=tokens["train"], val=tokens["val"], vocab=tokenizer.vocab_size, path=folder,
     )
     return folder
+
+
+def encoded(tokenizer: tokenizers.Tokenizer, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+    """The ids of each piece of a text, byte-pair encoding on all cores; only a few pieces are held at a time."""
+    if not isinstance(tokenizer, tokenizers.BPETokenizer):
+        # 字符只是查表；tokenizers 库编码一段要几百 MB，不能几段一起
+        yield from map(tokenizer.encode, pieces)
+        return
+    # tiktoken 编码时放开 GIL：线程就够，不必另开进程
+    workers = min(os.cpu_count() or 1, MOST_THREADS)
+    waiting: deque[Future] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for piece in pieces:
+            waiting.append(pool.submit(tokenizer.encode, piece))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def write_split(
+    folder: Path, *, name: str, source: str, tokenizer, stream: Iterable[np.ndarray],
+    train_tokens: Callable[[int], int],
+) -> Path:
+    """Like write_dataset, from one stream of which the first train_tokens(number of all ids) are for training."""
+    # 总数写完才知道：先写成一个文件，再把末尾搬出去，文字只编码一遍
+    with folder_aside(folder) as aside:
+        dtype, counts = write_tokens(aside, tokenizer, (("train", ids) for ids in stream))
+        counts["val"] = (total := counts["train"]) - train_tokens(total)
+        counts["train"] = total - counts["val"]
+        with (aside / "train.bin").open("r+b") as whole, (aside / "val.bin").open("wb") as rest:
+            whole.seek(counts["train"] * dtype.itemsize)
+            shutil.copyfileobj(whole, rest, 2**22)
+            whole.truncate(counts["train"] * dtype.itemsize)
+        write_meta(aside, name=name, source=source, tokenizer=tokenizer, dtype=dtype, tokens=counts)
+    return _written(folder, name, tokenizer, counts)
 
 
 def write_tokens(folder: Path, tokenizer, stream: Iterable[tuple[str, np.ndarray]]) -> tuple[np.dtype, dict[str, int]]:
@@ -143,17 +188,6 @@ def write_meta(
     }
     write_sealed(folder / "meta.json", meta)
     return meta
-
-
-def split_by_length(stream: Iterable[np.ndarray], train_tokens: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Tag the first train_tokens ids as train, the rest as val."""
-    left = train_tokens
-    for ids in stream:
-        if left > 0:
-            yield "train", ids[:left]
-        if len(ids) > left:
-            yield "val", ids[max(left, 0) :]
-        left -= len(ids)
 
 
 def _script(name: str):

@@ -279,7 +279,12 @@ class BPETokenizer(_OfBytes):
 
     def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
         """Ids of a text, shape (n,); special tokens in it are ordinary text, and there are no unknown characters."""
-        return np.array(self._encoding.encode_ordinary(text), dtype=np.int64)
+        try:
+            # 直接得到数组：不为每个 token 造一个 Python 整数
+            return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
+        except UnicodeEncodeError:
+            # 半个代理对编不成 UTF-8：encode_ordinary 另有办法
+            return np.array(self._encoding.encode_ordinary(text), dtype=np.int64)
 
     def decode(self, ids) -> str:
         ids = [int(i) for i in ids]

@@ -2,15 +2,19 @@
 
 import importlib.util
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nanogpt.base.config import ROOT
 from nanogpt.base.language import ConfigError
-from nanogpt.data import corpus, source_text
-from nanogpt.data.corpus import split_by_length
+from nanogpt.data import bpe, corpus, source_text
 from nanogpt.data.source_text import iter_text, resolved, text_files
+from nanogpt.data.tokenizer import GPT2_PATTERN, BPETokenizer, ByteTokenizer
 from nanogpt.data.tokens import TokenData
 
 CHINESE = "春眠不觉晓，处处闻啼鸟。\n夜来风雨声，花落知多少。\n"
@@ -92,11 +96,33 @@ def test_a_folder_gives_its_text_files_in_a_fixed_order(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [0, 1, 4, 5, 9, 10])
-def test_splitting_a_stream_keeps_every_token_in_order(cut):
-    stream = [np.arange(4), np.arange(4, 5), np.arange(5, 10)]
-    tagged = list(split_by_length(stream, cut))
-    joined = {s: [int(i) for split, ids in tagged if split == s for i in ids] for s in ("train", "val")}
-    assert joined == {"train": list(range(cut)), "val": list(range(cut, 10))}
+def test_splitting_a_stream_keeps_every_token_in_order(tmp_path, cut):
+    stream, totals = [np.arange(4), np.arange(4, 5), np.arange(5, 10)], []
+    corpus.write_split(
+        tmp_path / "d", name="n", source="s", tokenizer=ByteTokenizer(), stream=stream,
+        train_tokens=lambda total: totals.append(total) or cut,
+    )
+    data = TokenData(tmp_path / "d")
+    assert {split: ids.tolist() for split, ids in data.tokens.items()} == {
+        "train": list(range(cut)), "val": list(range(cut, 10)),
+    } and totals == [10]
+
+
+def test_encoding_on_all_cores_keeps_the_order_and_the_ids_of_each_piece():
+    coder = BPETokenizer("b", GPT2_PATTERN, {bytes((i,)): i for i in range(256)} | {b"ab": 256}, {})
+    pieces = [f"{n} ab\nab春{'' if n % 3 else chr(0xd800)} <|endoftext|>" * (50 - n) for n in range(50)]
+    found = list(corpus.encoded(coder, pieces))
+    wanted = [coder._encoding.encode_ordinary(piece) for piece in pieces]
+    assert [ids.tolist() for ids in found] == wanted and found[0].dtype == np.int64
+
+
+@given(st.text(alphabet="ab1 _.'，。汉字\n\t\u3000\x1c\x85", max_size=120))
+def test_a_vocabulary_is_made_from_the_same_words_in_parts_as_in_whole(piece):
+    words = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
+    with mock.patch.object(bpe, "PART", 5):
+        found = list(bpe.parts(piece))
+    assert "".join(found) == piece
+    assert [word for part in found for word, _ in words(part)] == [word for word, _ in words(piece)]
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte"])
