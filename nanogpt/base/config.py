@@ -406,13 +406,15 @@ class TrainConfig:
     max_nonfinite_steps: int = number(1, MANY)
     """Stop after so many steps in a row whose loss or gradient is not finite."""
     sample_tokens: int = number(0, 10**7)
-    """Length of the sample that is written behind each evaluation, in tokens; 0 writes none."""
+    """Tokens of the sample behind each evaluation; 0: none."""
     sample_prompt: str | None
     """What the sample continues; None: as in writing."""
     sample_temperature: float = number(0, 100)
     """Of the sample; 0 is greedy."""
     bundle_data_mib: int = number(0, 10**9)
     """Data sets up to this size are copied into the run."""
+    verify: bool
+    """Check all data again, also large unchanged files."""
     model: ModelConfig = field(default_factory=ModelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     optimizer: Any

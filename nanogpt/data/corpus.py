@@ -36,7 +36,8 @@ from nanogpt.base.lock import only_one, remove_stale
 from nanogpt.base.value_checks import check_types, check_value, expanded
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.bpe import check_vocab_size, train_bpe
-from nanogpt.data.source_text import digest, stem_of, text_files
+from nanogpt.data.digests import digest_of_text
+from nanogpt.data.source_text import stem_of, text_files
 
 # 1：meta.json 没有自己的摘要
 FORMAT = 2
@@ -218,22 +219,22 @@ def home_of(name: str) -> Path:
     return Path("data", name) if INSTALLED else prepare_script(name).parent
 
 
-def folder_of(name: str, directory: str | None, options: dict, module=None) -> Path:
+def folder_of(name: str, directory: str | None, options: dict, module=None, *, verify: bool = False) -> Path:
     """Where data set `name` lies once it is prepared: any change of script, options or text gives another folder.
 
-    Fetches and writes nothing. The script may have `sources(**options) -> list[Path]`, which refuses wrong options and
-    returns the files that it reads; without it, these are all files that the options name or that lie below folders
-    that they name.
+    Fetches and prepares nothing; a text that was read before is read again only with `verify`. The script may have
+    `sources(**options) -> list[Path]`, which refuses wrong options and returns the files that it reads; without it,
+    these are all files that the options name or that lie below folders that they name.
     """
     module = module or _script(name)
     check_options(module.prepare, options)
     if directory:
         return Path(directory)
     stem = stem_of(Path(options["path"])) if options.get("path") else "prepared"
-    return home_of(name) / f"{stem}-{identity_of(module, options)[:12]}"
+    return home_of(name) / f"{stem}-{identity_of(module, options, verify=verify)[:12]}"
 
 
-def identity_of(module, options: dict) -> str:
+def identity_of(module, options: dict, *, verify: bool = False) -> str:
     """Hex SHA-256 over a script, its options and the contents of what they name."""
     # autocrlf 检出的脚本是同一份
     parts: list = [READING, hashlib.sha256(Path(module.__file__).read_bytes().replace(b"\r\n", b"\n")).hexdigest()]
@@ -246,7 +247,8 @@ def identity_of(module, options: dict) -> str:
         groups = [text_files(Path(value), None) for key, value in sorted(options.items()) if _names_path(key, value)]
     for files in groups:
         around = os.path.commonpath([file.absolute().parent for file in files]) if files else ""
-        parts += [[os.path.relpath(file.absolute(), around).replace(os.sep, "/"), digest(file)] for file in files]
+        places = [os.path.relpath(file.absolute(), around).replace(os.sep, "/") for file in files]
+        parts += [[place, digest_of_text(file, verify=verify)] for place, file in zip(places, files)]
     return hashlib.sha256(json.dumps(parts, default=lambda coder: coder.to_dict()).encode("ascii")).hexdigest()
 
 
@@ -255,14 +257,14 @@ def _names_path(key: str, value) -> bool:
     return key not in ("tokenizer", "encoding") and isinstance(value, str) and os.path.exists(value)
 
 
-def prepare(name: str, directory: str | None, options: dict) -> Path:
+def prepare(name: str, directory: str | None, options: dict, *, verify: bool = False) -> Path:
     """Return the prepared folder of data set `name`; if it is missing, data/<name>/prepare.py makes it first.
 
     The script's function is `prepare(folder, **options)`. Says which folder is used again.
     """
     module, folder = _script(name), Path(directory or name)
     try:
-        folder = folder_of(name, directory, options, module)
+        folder = folder_of(name, directory, options, module, verify=verify)
         lock = folder.with_name(f".{folder.name}.lock")
         if (folder / "meta.json").is_file():
             remove_stale(lock)

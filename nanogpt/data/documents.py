@@ -110,9 +110,14 @@ def _tokens(
 # ---- 读 ----
 
 
-def open_data(folder: Path, label_dropout: float = 0.0) -> TokenData:
-    """Open a data set folder: running text, or documents, whose labels are dropped with probability label_dropout."""
-    return DocumentData(folder, label_dropout) if "documents" in read_meta(Path(folder)) else TokenData(folder)
+def open_data(folder: Path, label_dropout: float = 0.0, *, verify: bool = False) -> TokenData:
+    """Open a data set folder: running text, or documents, whose labels are dropped with probability label_dropout.
+
+    Files that were checked before and have not changed since are read whole again only with `verify`.
+    """
+    if "documents" in read_meta(Path(folder)):
+        return DocumentData(folder, label_dropout, verify=verify)
+    return TokenData(folder, verify=verify)
 
 
 def read_judge_part(folder: Path) -> list[Document]:
@@ -152,8 +157,8 @@ class DocumentData(TokenData):
 
     # 略去标签是为了写作时的 guidance：模型也要会没有标签的写法
 
-    def __init__(self, folder: Path, label_dropout: float = 0.0):
-        super().__init__(folder)
+    def __init__(self, folder: Path, label_dropout: float = 0.0, *, verify: bool = False):
+        super().__init__(folder, verify=verify)
         self.label_dropout = label_dropout
         self.separator = self.tokenizer.end_of_text
         try:

@@ -6,7 +6,7 @@ any part of any batch.
 
 # 准备好的 token 文件 -> 一批批 (x, y)：连着的文字这一种，也是 DocumentData 的父类
 # 第 s 个样本只由 (seed, s) 决定：训练到哪里只是一个整数，resume 不必重放，多进程各算各的份
-# 打开时核对每个文件的大小、SHA-256 与最大的 id；文件映射进来，几十 GB 也不占内存
+# 打开时核对每个文件的大小、SHA-256 与最大的 id，核对过又没变的不再读（digests）；文件映射进来，几十 GB 也不占内存
 # 每个 epoch 从随机的位置起把文字切成块、打乱，所以每个 token 每轮都是目标，块的边界却轮轮不同
 
 import contextlib
@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 from nanogpt.base.files import folder_aside, sha256
-from nanogpt.base.hashed_json import DamagedError, read_sealed, reason_of
+from nanogpt.base.hashed_json import DamagedError, digest_of, read_sealed, reason_of
 from nanogpt.base.language import ConfigError
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.corpus import FORMAT, home_of
+from nanogpt.data.digests import Hashed
 
 SPLITS = ("train", "val")
 # 留出的部分分成这么多段；更大的文件只留末尾一段
@@ -74,10 +75,10 @@ class TokenData:
     separator: int | None = None
     """Id between documents; None: the text runs on."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, verify: bool = False):
         self.folder = Path(folder)
         self.meta = read_meta(self.folder)
-        largest = {file: self._verify(self.folder / file, expected) for file, expected in self.meta["sha256"].items()}
+        largest = self._largest_ids(verify=verify)
         self.name: str = self.meta["name"]
         self.tokenizer = tokenizers.load(self.folder / "tokenizer.json")
         self.vocab_size = self.tokenizer.vocab_size
@@ -89,6 +90,22 @@ class TokenData:
         }
         self._epoch: tuple[tuple, int, np.ndarray] | None = None
         self._check_ids({split: largest[f"{split}.bin"] for split in SPLITS})
+
+    def _largest_ids(self, *, verify: bool) -> dict[str, int]:
+        """The largest id in each file, after comparing it with meta.json; from memory if it was so before."""
+        files = self.meta["sha256"]
+        try:
+            hashed = Hashed(self.folder / file for file in files)
+        except OSError:
+            # 少了一个：照常核对，说出是哪一个
+            return {file: self._verify(self.folder / file, expected) for file, expected in files.items()}
+        known = None if verify else hashed.recall()
+        named = digest_of(self.meta)
+        if isinstance(known, dict) and known.get("meta") == named and known["largest"].keys() == files.keys():
+            return known["largest"]
+        largest = {file: self._verify(self.folder / file, expected) for file, expected in files.items()}
+        hashed.remember({"meta": named, "largest": largest})
+        return largest
 
     def _check_ids(self, largest: dict[str, int]) -> None:
         """Refuse ids beyond the vocabulary: they would read past the embedding."""

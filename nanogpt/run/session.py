@@ -189,7 +189,7 @@ class Session:
         bundled = self.run_dir / "data"
         if self.source and (bundled / "meta.json").is_file() and not self.other_data:
             # 运行目录自带数据：拷到别的机器上也能接着训
-            return open_data(bundled, self.cfg.label_dropout)
+            return open_data(bundled, self.cfg.label_dropout, verify=self.cfg.verify)
         options = {k: v for k, v in self.cfg.dataset.items() if k not in ("name", "dir")}
         if options.get("tokenizer") == "auto" and self.cfg.init_from:
             # 微调沿用模型自己的词表；续训时它在运行目录里
@@ -200,8 +200,8 @@ class Session:
             if self.source and not directory and (folder := find_prepared(name, self.source.data_fingerprint())):
                 corpus.say_reused(name, folder)
             else:
-                folder = corpus.prepare(name, directory, options)
-        return open_data(distributed.broadcast(folder), self.cfg.label_dropout)
+                folder = corpus.prepare(name, directory, options, verify=self.cfg.verify)
+        return open_data(distributed.broadcast(folder), self.cfg.label_dropout, verify=self.cfg.verify)
 
     def _check_against_data(self) -> None:
         model, data = self.cfg.model, self.data

@@ -1,6 +1,7 @@
 """Data set folders: prepared whole, verified, read deterministically from any position."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -10,7 +11,7 @@ from conftest import make_config  # noqa: F401 - 保证 conf 可用
 from nanogpt.base.files import sha256
 from nanogpt.base.hashed_json import write_sealed
 from nanogpt.base.language import ConfigError
-from nanogpt.data import corpus
+from nanogpt.data import corpus, digests, tokens
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.corpus import build_char_tokenizer, write_dataset
 from nanogpt.data.tokenizer import ByteTokenizer
@@ -313,3 +314,63 @@ def test_bits_per_byte_are_the_bits_of_the_text_over_its_bytes_whatever_the_voca
         per_byte[tokenizer.kind] = bits * np.log(tokenizer.vocab_size)
         assert per_byte[tokenizer.kind] == pytest.approx(targets * np.log2(tokenizer.vocab_size) / total)
     assert per_byte["char"] < per_byte["byte"]
+
+
+@pytest.fixture
+def hashed_whole(tmp_path, monkeypatch):
+    """The names of files that were read from end to end; files of any size are worth remembering."""
+    monkeypatch.setenv("NANOGPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(digests, "WORTH", 1)
+    read = []
+    for module in (tokens, digests):
+        name, original = ("sha256", sha256) if module is tokens else ("digest", digests.digest)
+        monkeypatch.setattr(module, name, lambda path, *look, original=original: read.append(path.name) or original(path, *look))
+    return read
+
+
+def aged(folder):
+    """Files that were written a while ago."""
+    for file in folder.iterdir():
+        os.utime(file, (1e9, 1e9))
+    return folder
+
+
+def test_a_data_set_that_was_checked_is_not_read_again_unless_it_changed_or_verify_asks(tmp_path, hashed_whole):
+    folder = aged(counting_dataset(tmp_path / "d"))
+    first, second = TokenData(folder), TokenData(folder)
+    assert len(hashed_whole) == 3 and second.fingerprint == first.fingerprint
+    TokenData(folder, verify=True)
+    assert len(hashed_whole) == 6
+    content = bytearray((folder / "train.bin").read_bytes())
+    content[4] ^= 1
+    (folder / "train.bin").write_bytes(content)
+    with pytest.raises(ConfigError, match="SHA-256 differs"):
+        TokenData(folder)
+    # 时间与大小都瞒过去了：只有 verify 看得出来
+    aged(folder)
+    assert TokenData(folder).fingerprint == first.fingerprint
+    with pytest.raises(ConfigError, match="SHA-256 differs"):
+        TokenData(folder, verify=True)
+
+
+def test_what_was_just_written_or_cannot_be_remembered_is_read_again(tmp_path, hashed_whole):
+    folder = counting_dataset(tmp_path / "d")
+    for _ in range(2):
+        TokenData(folder)
+    assert len(hashed_whole) == 6
+    (tmp_path / "cache").write_text("a file where the folder should be", encoding="utf-8")
+    for _ in range(2):
+        TokenData(aged(folder))
+    assert len(hashed_whole) == 12
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "null", '{"PATH": 1}', '{"PATH": [[], "x"]}'])
+def test_a_memory_that_cannot_be_read_costs_a_reading_and_no_more(tmp_path, hashed_whole, content):
+    text = tmp_path / "t" / "a.txt"
+    text.parent.mkdir()
+    text.write_text("abc", encoding="utf-8")
+    aged(text.parent)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "hashed.json").write_text(content.replace("PATH", str(text)), encoding="utf-8")
+    assert [digests.digest_of_text(text) for _ in range(2)] == [sha256(text)] * 2 and hashed_whole == ["a.txt"]
+    assert digests.digest_of_text(text, verify=True) == sha256(text) and len(hashed_whole) == 2
