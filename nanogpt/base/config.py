@@ -391,6 +391,10 @@ class TrainConfig:
     """Steps between two evaluations."""
     eval_tokens: int | None = number(1, 10**15)
     """Tokens of the validation split, always the same ones, that an evaluation reads; None: all."""
+    eval_stride: int | None = number(1, 10**6)
+    """Tokens from one window of an evaluation to the next; None: model.block_size, so that windows do not overlap. With
+    fewer, each token behind the first window has block_size - eval_stride tokens before it in sight, and an evaluation
+    takes block_size / eval_stride times as long."""
     eval_batch_size: int | None = number(1, 10**6)
     """Rows per micro-batch when evaluating; None: batch_size."""
     early_stop_evals: int = number(0, MANY)
@@ -562,10 +566,7 @@ def check_model(model: Any) -> None:
 def check_schedule(cfg: Any) -> None:
     """Rules between learning rates and iteration counts."""
     if cfg.min_lr > cfg.learning_rate:
-        raise ConfigError(
-            "{key}={got} is above {other}={limit}; lower {key} or raise {other}",
-            key="min_lr", got=cfg.min_lr, other="learning_rate", limit=cfg.learning_rate,
-        )
+        raise ConfigError("above_other", key="min_lr", got=cfg.min_lr, other="learning_rate", limit=cfg.learning_rate)
     span = span_of(cfg)
     end = cfg.lr_decay_iters or span.iters
     if end is not None and (cfg.warmup_iters or 0) >= end:
@@ -574,6 +575,12 @@ def check_schedule(cfg: Any) -> None:
             "warmup_iters={got} is not shorter than {other}={limit}; lower warmup_iters or train longer",
             got=cfg.warmup_iters, other=other, limit=end,
         )
+
+
+def check_stride(stride: int, block_size: int) -> None:
+    """Refuse windows of an evaluation with gaps between them."""
+    if stride > block_size:
+        raise ConfigError("above_other", key="eval_stride", got=stride, other="model.block_size", limit=block_size)
 
 
 def check_budget(cfg: Any) -> None:
@@ -746,6 +753,9 @@ def check(cfg: Any) -> None:
     check_checkpoint(cfg)
     check_device(cfg.device)
     check_start(cfg.init_from)
+    if cfg.eval_stride and not cfg.init_from:
+        # 微调的上下文长度来自权重，打开之后再查
+        check_stride(cfg.eval_stride, cfg.model.block_size)
     if missing := {"name", "dir"} - set(cfg.dataset):
         raise ConfigError("missing_key", key=f"dataset.{min(missing)}")
     name = str(cfg.dataset["name"])

@@ -202,6 +202,7 @@ NAMED = {
     "wrong_type": "{key}={got} has the wrong type: {want} is wanted",
     "not_a_choice": "{key}={got} is not known; choose one of: {allowed}",
     "out_of_range": "{key}={got} is out of range; it must be {wanted}",
+    "above_other": "{key}={got} is above {other}={limit}; lower {key} or raise {other}",
     "bad_part": "{key}: {reason}",
     "missing_file": "{key}={got}: there is no such file or folder; give the path of a text file",
     "no_text_path": "dataset.path is not set; type dataset=text_file dataset.path=my.txt",
@@ -337,7 +338,9 @@ NAMED = {
     "column_last": "last",
     "column_speed": "tokens/s",
     "column_reached": "what they reached",
-    "compare_data": "These trainings were evaluated on different data: their losses cannot be compared.",
+    "compare_data": (
+        "These trainings were evaluated on different data or in different windows: their losses cannot be compared."
+    ),
     "which_runs": "run folders, or folders of them",
     "clean_about": (
         "Free disk space: old checkpoints (the last and the best of every run stay), runs that never saved one, failed "

@@ -200,10 +200,10 @@ class GPT(nn.Module):
     def loss(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the mean cross-entropy in nats, shape (), computed in chunks of tokens.
 
-        With data of documents, targets of -1 (labels, unfilled ends of rows) do not count.
+        In evaluation mode and with data of documents, targets of -1 (context, labels, unfilled ends) do not count.
         """
         c, hidden = self.config, self.hidden(idx)
-        ignoring = c.separator is not None
+        ignoring = c.separator is not None or not self.training
         return self.cross_entropy(hidden, self.lm_head.weight, targets, softcap=c.logit_softcap, ignoring=ignoring)
 
     def parameter_count(self) -> int:

@@ -32,10 +32,9 @@ from nanogpt.base.language import ConfigError, say
 from nanogpt.data.corpus import write_meta, write_tokens
 from nanogpt.data.labels import LABEL_KINDS, with_labels
 from nanogpt.data.tokenizer import Tokenizer
-from nanogpt.data.tokens import ORDER, SPLITS, TokenData, read_meta
+from nanogpt.data.tokens import IGNORED, ORDER, SPLITS, TokenData, read_meta
 
 JUDGE = "judge.jsonl"
-IGNORED = -1
 
 
 @dataclass(frozen=True)
@@ -200,6 +199,15 @@ class DocumentData(TokenData):
             self.tokens[split] = tokens[np.repeat(chosen, lengths)]
             ends = np.cumsum(lengths[chosen]).reshape(-1, 1)
             self._index[split] = np.concatenate((ends, index[chosen, 1:]), axis=1)
+
+    def slide(self, stride: int, block_size: int) -> None:
+        """Refuse to slide: a document begins its row, and is all the context that there is."""
+        # 只有比 block_size 长的文章会切开，切口后缺的上文要另一种装箱
+        raise ConfigError(
+            "eval_stride={got} slides over running text, and {name} holds documents that stand alone; leave it out, or "
+            "eval_stride=null",
+            got=stride, name=self.name,
+        )
 
     def documents(self, split: str) -> Iterator[Document]:
         """The documents of a split with their labels, decoded."""

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nanogpt.base.config import check_stride
 from nanogpt.base.files import folder_aside, sha256
 from nanogpt.base.hashed_json import DamagedError, digest_of, read_sealed, reason_of
 from nanogpt.base.language import ConfigError
@@ -28,6 +29,8 @@ from nanogpt.data.digests import Hashed
 SPLITS = ("train", "val")
 # 留出的部分分成这么多段；更大的文件只留末尾一段
 HELD_SLICES, MOST_HELD_BYTES = 20, 2**28
+# 这样的目标不算损失，见 model.loss
+IGNORED = -1
 # 训练样本的次序；1：文末不满一块的部分从不是目标，只为更早的 checkpoint 留着
 ORDER = 2
 ORDERS = (1, ORDER)
@@ -89,6 +92,8 @@ class TokenData:
             for split, count in self.meta["tokens"].items()
         }
         self._epoch: tuple[tuple, int, np.ndarray] | None = None
+        self.overlap = 0
+        """Tokens that a validation window shares with the one before it; see slide()."""
         self._check_ids({split: largest[f"{split}.bin"] for split in SPLITS})
 
     def _largest_ids(self, *, verify: bool) -> dict[str, int]:
@@ -159,6 +164,16 @@ class TokenData:
         }
         self.tokens = {split: np.concatenate(part) if count > 1 else part[0] for split, part in parts.items()}
 
+    def slide(self, stride: int, block_size: int) -> None:
+        """Validate in windows that begin `stride` tokens apart from now on, and count each token once.
+
+        Only the last `stride` targets of a window count, those of the first window all: every token behind the first
+        window is predicted with block_size - stride to block_size - 1 tokens before it in sight.
+        """
+        check_stride(stride, block_size)
+        # 算起来就是 block_size / stride 倍：每个 token 要读这么多遍
+        self.overlap = block_size - stride
+
     @property
     def fingerprint(self) -> str:
         """One string that changes with any token or vocabulary entry."""
@@ -210,15 +225,20 @@ class TokenData:
         return self._epoch[1], self._epoch[2]
 
     def rows(self, split: str, starts: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """x and y = x shifted by one, both (len(starts), block_size) int64."""
+        """x and y = x shifted by one, both (len(starts), block_size) int64; y is -1 where another window counts."""
         # 绕过文末的一块从文首接着读
         places = (starts[:, None] + np.arange(block_size + 1)) % len(self.tokens[split])
         window = torch.from_numpy(self.tokens[split][places].astype(np.int64))
-        return window[:, :-1].contiguous(), window[:, 1:].contiguous()
+        x, y = window[:, :-1].contiguous(), window[:, 1:].contiguous()
+        if split == "val" and self.overlap:
+            # 前一个窗口数过的只作上文；第一个窗口之前没有别的，全数；只有一行时 x 与 y 是同一块内存
+            y = y.clone()
+            y[torch.from_numpy(starts > 0), : self.overlap] = IGNORED
+        return x, y
 
     def val_targets(self, windows: list[tuple[int, int]]) -> int:
         """How many tokens are predicted in these windows of val_windows()."""
-        return sum(length for _, length in windows)
+        return sum(length - self.overlap * (start > 0) for start, length in windows)
 
     def bits_per_byte(self, windows: list[tuple[int, int]]) -> float | None:
         """What a mean loss over these windows, nats per target, is multiplied by to be bits per byte of their text.
@@ -236,12 +256,13 @@ class TokenData:
 
     def val_windows(self, block_size: int, limit: int | None) -> list[tuple[int, int]]:
         """(start, length) of the windows to evaluate: all of the split, or `limit` tokens spread evenly over it."""
-        total = len(self.tokens["val"]) - 1
-        windows = [(start, min(block_size, total - start)) for start in range(0, total, block_size)]
+        total, stride = len(self.tokens["val"]) - 1, block_size - self.overlap
+        # 末尾的窗口至少要有一个还没数过的目标
+        windows = [(start, min(block_size, total - start)) for start in range(0, total - self.overlap, stride)]
         if limit is None or limit >= total:
             return windows
         # 均匀取样而不是只取开头：一部剧的开头不能代表整个验证集
-        count = max(1, limit // block_size)
+        count = 1 + max(0, limit - block_size) // stride
         picked = np.linspace(0, len(windows) - 1, count, endpoint=False).astype(int)
         return [windows[i] for i in picked]
 

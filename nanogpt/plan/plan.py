@@ -272,7 +272,7 @@ class Planner:
         """One evaluation, 0 where eval_tokens leaves its size to the data."""
         if cfg.eval_tokens is None:
             return 0.0
-        batches = cfg.eval_tokens / (traced.shape.eval_rows * cfg.model.block_size)
+        batches = cfg.eval_tokens / (traced.shape.eval_rows * (cfg.eval_stride or cfg.model.block_size))
         return batches * self.rates.seconds(traced.ops["evaluate"])
 
 

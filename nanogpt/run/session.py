@@ -208,6 +208,8 @@ class Session:
         if self.pretrained:
             check_vocabulary(self.pretrained, data.tokenizer, self.cfg.init_from)
         data.check_block_size(model.block_size)
+        if self.cfg.eval_stride:
+            data.slide(self.cfg.eval_stride, model.block_size)
         # 文章之间不互相看：由数据决定，不由人写
         model.separator = data.separator
         if model.vocab_size is None:
@@ -396,8 +398,12 @@ class Session:
         self._announce_budget(trainer)
         every = self.data.val_windows(trainer.block_size, None)
         line(
-            "validation: {tokens:,} of {total:,} tokens, the same ones every time",
+            "validation: {tokens:,} of {total:,} tokens, the same ones every time{hint}",
             tokens=self.data.val_targets(trainer.windows), total=self.data.val_targets(every),
+            hint=text(
+                "; behind the first {block:,}, {seen:,} or more tokens are in sight of each",
+                block=trainer.block_size, seen=self.data.overlap,
+            ) if self.data.overlap else "",
         )
         self._announce_size(trainer)
 

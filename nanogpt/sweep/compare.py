@@ -159,8 +159,8 @@ def _charts(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 def _same_data(rows: Sequence[Row]) -> bool:
     """Whether the losses may be compared: other data, or another vocabulary, and the same loss means something else."""
-    keys = ("dataset.name", "dataset.path", "dataset.dir", "model.vocab_size", "eval_tokens")
-    told = [{key: value for key, value in row.run.settings.items() if key in keys} for row in rows if row.run]
+    keys = ("dataset.name", "dataset.path", "dataset.dir", "model.vocab_size", "eval_tokens", "eval_stride")
+    told = [[row.run.settings.get(key) for key in keys] for row in rows if row.run]
     return all(one == told[0] for one in told)
 
 

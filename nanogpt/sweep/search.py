@@ -275,7 +275,9 @@ class Trials:
             self._find_micro_batch(space)
         # 找微批用掉的时间也是搜索的时间：剩下的才分
         self.schedule = self._divided(start)
-        tokens = int(EVALUATING / EVALUATIONS * self.schedule.rungs[0] * 60 * first.tokens_per_s * FORWARD)
+        # 重叠的窗口，每个 token 要读几遍
+        again = (self.cfg.eval_stride or self.cfg.model.block_size) / self.cfg.model.block_size
+        tokens = int(EVALUATING / EVALUATIONS * self.schedule.rungs[0] * 60 * first.tokens_per_s * FORWARD * again)
         tokens = max(LEAST_EVAL_TOKENS, tokens)
         self.evaluated = [f"eval_tokens={min(tokens, self.cfg.eval_tokens or tokens)}"]
         return self.schedule, space

@@ -20,8 +20,8 @@ from nanogpt.base.language import ConfigError
 # 搜索自己定的键：每次试跑训多久、怎样收尾、用哪个种子
 OWN = (
     "max_iters", "max_minutes", "max_tokens", "lr_schedule", "lr_decay_iters", "decay_fraction", "warmup_iters", "seed",
-    "batch_size", "gradient_accumulation_steps", "objective", "holdout", "eval_tokens", "eval_interval", "experiment",
-    "resume", "out_dir", "init_from", "dataset", "search", "trial",
+    "batch_size", "gradient_accumulation_steps", "objective", "holdout", "eval_tokens", "eval_stride", "eval_interval",
+    "experiment", "resume", "out_dir", "init_from", "dataset", "search", "trial",
 )
 # 宽与深由 shape 一起定
 SHAPE = ("model.n_layer", "model.n_head", "model.n_embd", "model")

@@ -271,6 +271,11 @@ def test_running_text_is_opened_as_before(corpus_folder):
     assert type(data) is TokenData and data.separator is None
 
 
+def test_documents_are_not_slid_over(folder):
+    with pytest.raises(ConfigError, match=r"eval_stride=4 slides over running text.*leave it out, or eval_stride=null"):
+        open_data(folder).slide(4, 16)
+
+
 def test_held_out_documents_are_spread_over_the_training_split_and_keep_their_labels(folder):
     every = list(open_data(folder).documents("train"))
     data = open_data(folder)

@@ -95,6 +95,25 @@ def test_a_limited_validation_is_a_fixed_spread_part(tmp_path):
     assert data.val_windows(8, 10**9) == data.val_windows(8, None)
 
 
+@pytest.mark.parametrize("stride", [1, 5, 16])
+def test_windows_that_overlap_count_every_target_once_behind_enough_context(tmp_path, stride):
+    data = TokenData(counting_dataset(tmp_path / "d"))
+    plain, bits = data.val_windows(16, None), data.bits_per_byte(data.val_windows(16, None))
+    data.slide(stride, 16)
+    windows, seen = data.val_windows(16, None), []
+    assert stride < 16 or windows == plain
+    for start, length in windows:
+        x, y = (one[0] for one in data.rows("val", np.array([start]), length))
+        counted = y[y >= 0].tolist()
+        assert counted and counted == (x[y >= 0] + 1).tolist() and (start == 0 or counted[0] - int(x[0]) > 16 - stride)
+        seen += counted
+    assert seen == list(range(1001, 1100)) and data.val_targets(windows) == 99
+    assert data.bits_per_byte(windows) == bits
+    # eval_tokens 说的是数几个目标，不是读几个
+    assert 40 - stride < data.val_targets(data.val_windows(16, 40)) <= 40
+    assert len(data.rows("train", np.array([1]), 16)[1].unique()) == 16
+
+
 @pytest.mark.parametrize("file", ["train.bin", "val.bin", "tokenizer.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "grow"])
 def test_a_folder_that_differs_from_its_meta_is_refused_with_the_remedy(tmp_path, file, damage):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_config, new_session, new_trainer, reseal, resume, resumed_trainer, train
+from conftest import make_config, new_session, new_trainer, no_grad_eval, reseal, resume, resumed_trainer, train
 
 from nanogpt.base.config import auto_tokens, block_parameters, span_of
 from nanogpt.base.language import ConfigError
@@ -36,6 +36,22 @@ def test_training_lowers_the_loss(in_tmp, tiny_overrides):
     bits = [r["val/bpb"] for r in records() if "val/bpb" in r]
     assert bits == pytest.approx([trainer.progress.val_loss / math.log(2)])
     assert json.loads((in_tmp / "outputs/run/summary.json").read_text(encoding="utf-8"))["best_val_bpb"] == bits[0]
+
+
+def test_a_stride_of_one_is_every_token_with_its_whole_context(in_tmp, tiny_overrides):
+    trainer = new_trainer(tiny_overrides, "eval_stride=1", "eval_tokens=40")
+    torch.manual_seed(0)
+    for p in trainer.parameters:
+        torch.nn.init.normal_(p, std=0.3)
+    block = trainer.block_size
+    x, y = (torch.from_numpy(trainer.data.tokens["val"].astype("int64"))[i:] for i in (0, 1))
+    places = [*range(block), *(start + block - 1 for start, _ in trainer.windows[1:])]
+    with no_grad_eval(trainer.model) as model:
+        logits = torch.stack([model(x[None, max(0, at + 1 - block) : at + 1])[0, -1] for at in places])
+    assert len(places) == 40 and len(trainer.windows) > 1
+    assert trainer.evaluate() == pytest.approx(float(torch.nn.functional.cross_entropy(logits, y[places])), rel=1e-5)
+    with pytest.raises(ConfigError, match="eval_stride=1000 is above model.block_size"):
+        make_config("eval_stride=1000")
 
 
 def test_a_budget_of_tokens_is_a_training_of_as_many_iterations_and_can_be_raised(in_tmp, tiny_overrides):
