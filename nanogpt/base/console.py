@@ -104,7 +104,7 @@ class Console:
             self.line(
                 "iter {iteration}: val loss {val_loss:.4f}{bits}, best {best:.4f}, {memory}",
                 iteration=iteration, val_loss=record["val/loss"], best=best,
-                bits=text(" ({bits:.3f} bpb)", bits=record["val/bpb"]) if "val/bpb" in record else "",
+                bits=text("bits_beside", bits=record["val/bpb"]) if "val/bpb" in record else "",
                 memory=text("vram_peak" if card else "ram_peak", peak=record["memory/peak_gib"]),
             )
 

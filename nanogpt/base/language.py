@@ -334,6 +334,7 @@ NAMED = {
     "column_model": "model",
     "column_data": "data",
     "column_bpb": "bpb",
+    "bits_beside": " ({bits:.3f} bpb)",
     "validation_loss": "validation loss",
     "column_last": "last",
     "column_speed": "tokens/s",

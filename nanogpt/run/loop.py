@@ -39,6 +39,8 @@ from nanogpt.run.summary import write_summary
 SAMPLE_STREAM = 1_000_003
 # 没有进度条时，要停这么久（秒）的评估先说一声；一行的前向约是一整步的三分之一
 LONG_S, FORWARD = 30, 1 / 3
+# 没有进度条时，走了这么多步就说一次还要多久；这么快（秒）就完的不必说
+FEW, SHORT_S = 5, 60
 # 连着这么多次评估没有变好，就说验证损失已经掉头；一两次多半只是起伏
 TURNED = 3
 
@@ -247,6 +249,18 @@ class Training(Trainer):
         left += [self.span.seconds - self.progress.wall_s] if self.span.seconds else []
         advance(self._of_span()[1], note, min(left, default=None))
 
+    def _say_left(self) -> None:
+        """Say how long the training will take, where no bar says it and the budget is not a time."""
+        if self.console.live or not self.span.iters:
+            return
+        iteration, wall_s = self.progress.iteration, self.progress.wall_s
+        left = self.forecast.left_s(iteration)
+        if SHORT_S < left < (self.span.seconds or math.inf) - wall_s:
+            self.console.line(
+                "about {time} to go (iterations: {iters:,}, evaluations: {evaluations:,})", time=duration(left),
+                iters=self.span.iters - iteration, evaluations=self.forecast.evaluations_left(iteration),
+            )
+
     def _every(self, interval: int | None) -> bool:
         return bool(interval) and self.progress.iteration % interval == 0
 
@@ -264,9 +278,13 @@ class Training(Trainer):
             self.progress.untimed_tokens += tokens
         else:
             # 接着要显示、保存它的结果：等它做完的时间也算这一步的
-            if self.spent >= 1 or any(map(self._every, (cfg.eval_interval, cfg.log_interval, cfg.save_interval))):
+            few = self.forecast.timed + 1 == FEW
+            due = any(map(self._every, (cfg.eval_interval, cfg.log_interval, cfg.save_interval)))
+            if self.spent >= 1 or few or due:
                 self.judge_latest()
             self.forecast.step(self.stopwatch.stop())
+            if few:
+                self._say_left()
             self.interval.tokens += tokens
         self.shapes_met.add(self.micro_batch)
         return result
@@ -277,10 +295,11 @@ class Training(Trainer):
         # 坏掉的权重宁可不存：它会把完好的旧 checkpoint 挤掉
         self.health.before_save()
         progress = self.progress
+        # 两次评估之间存的没有验证损失：最好的只能是评估过的那一份
+        loss = progress.val_loss if self.evaluated_at == progress.iteration else None
         self.saver.save(
             self.model, state_of(self.computation, progress, self.data, self.order), iteration=progress.iteration,
-            # 两次评估之间存的没有验证损失：最好的只能是评估过的那一份
-            val_loss=progress.val_loss if self.evaluated_at == progress.iteration else None, final=final,
+            val_loss=loss, val_bpb=self.bits * loss if loss is not None and self.bits else None, final=final,
         )
 
     def _evaluate_and_judge(self) -> str | None:

@@ -193,6 +193,11 @@ class Forecast:
         self._pauses[kind] = seconds
 
     @property
+    def timed(self) -> int:
+        """How many recent steps it knows."""
+        return len(self._steps)
+
+    @property
     def step_s(self) -> float:
         """Seconds of a recent step; 0 before the first one that was timed."""
         return sum(self._steps) / len(self._steps) if self._steps else 0.0
@@ -202,20 +207,25 @@ class Forecast:
         """Seconds of the next evaluation: those of the latest, or, before the first, what its work would take."""
         return self._pauses.get("evaluation", self._relative * self.step_s)
 
+    def _ahead(self, interval: int, iteration: int) -> int:
+        """How often something is due that comes every `interval` steps."""
+        return self.max_iters // interval - (iteration - 1) // interval
+
+    def evaluations_left(self, iteration: int) -> int:
+        """How many evaluations come from the end of this step on."""
+        # 最后一步总要评估
+        return self._ahead(self.evaluations, iteration) + (self.max_iters % self.evaluations > 0)
+
     def left_s(self, iteration: int) -> float:
         """Seconds from the end of this step until max_iters are done; what is due right after it counts."""
-
-        def ahead(interval: int) -> int:
-            return self.max_iters // interval - (iteration - 1) // interval
-
-        # 最后一步总要评估；与评估碰在一起的保存已算在评估里
-        extra = self.max_iters % self.evaluations > 0
-        evaluations, saves = ahead(self.evaluations) + extra, 0
+        saves, extra = 0, self.max_iters % self.evaluations > 0
         if self.saves:
-            together = ahead(math.lcm(self.saves, self.evaluations)) + (extra and self.max_iters % self.saves == 0)
-            saves = ahead(self.saves) - together
+            # 与评估碰在一起的保存已算在评估里
+            both = self._ahead(math.lcm(self.saves, self.evaluations), iteration)
+            saves = self._ahead(self.saves, iteration) - both - (extra and self.max_iters % self.saves == 0)
         steps = (self.max_iters - iteration) * self.step_s
-        return steps + evaluations * self.evaluation_s + saves * self._pauses.get("save", 0.0)
+        pauses = self.evaluations_left(iteration) * self.evaluation_s + saves * self._pauses.get("save", 0.0)
+        return steps + pauses
 
 
 class Stopwatch:

@@ -95,7 +95,9 @@ class Saver:
         """Whether it is time to try again what could not be saved."""
         return self._retry_at is not None and time.monotonic() >= self._retry_at
 
-    def save(self, model, state: dict, *, iteration: int, val_loss: float | None, final: bool) -> None:
+    def save(
+        self, model, state: dict, *, iteration: int, val_loss: float | None, val_bpb: float | None, final: bool
+    ) -> None:
         """Write a checkpoint; if that fails, say so and try again later; only where it was the last chance, raise.
 
         val_loss is None for weights that were not evaluated: the best checkpoint is always an evaluated one.
@@ -104,7 +106,7 @@ class Saver:
             return
         try:
             self.saved = checkpoint.save(
-                self.run_dir, model=model, state=state, iteration=iteration, val_loss=val_loss,
+                self.run_dir, model=model, state=state, iteration=iteration, val_loss=val_loss, val_bpb=val_bpb,
                 # 词表取自内存：训练目录里那份是给人看的，坏了不该传进 checkpoint
                 config_text=self._config_text, tokenizer_text=json.dumps(self._tokenizer.to_dict(), ensure_ascii=False),
                 keep=self._keep, run=self.run_id,

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ from nanogpt.weights import checkpoint
 from nanogpt.weights.build import build_model, build_step, check_weights
 from nanogpt.weights.pretrained import Pretrained, adapted, build_pretrained, check_vocabulary, open_pretrained
 
+# 各种预算；接着训时写了新的，已经到头的旧的就不再管
+LIMITS = ("max_iters", "max_tokens", "max_minutes")
 # 大于它的学习率几步之内就会冲掉预训练学到的东西
 HIGH_FINETUNE_RATE = 1e-3
 
@@ -86,11 +88,14 @@ class Session:
     def __init__(
         self, cfg: TrainConfig, run_dir: Path, source: checkpoint.Checkpoint | None, *, other_data: bool = False,
         pretrained: Pretrained | None = None, lock: Lock | None = None, record: RunRecord | None = None,
-        hooks: Hooks = NO_HOOKS,
+        hooks: Hooks = NO_HOOKS, limits: Collection[str] = (),
     ):
-        """`lock` and `record` are those of a run that is resumed, or begun again because it has no checkpoint yet."""
+        """`lock` and `record` are those of a run that is resumed, or begun again because it has no checkpoint yet.
+
+        `limits` are the budgets that were typed for a resume.
+        """
         self.cfg, self.source, self.other_data, self.pretrained = cfg, source, other_data, pretrained
-        self.lock, self.record, self.hooks = lock, record, hooks
+        self.lock, self.record, self.hooks, self.limits = lock, record, hooks, limits
         # 锁在手里却没有 checkpoint：同一次训练重新开始
         self.begun_again = source is None and lock is not None
         self.console = Console(quiet=distributed.rank() > 0)
@@ -168,20 +173,19 @@ class Session:
         cfg = replace(rundir.resumed_config(source.config_text(), typed, overrides, source.folder), resume=str(run_dir))
         check(cfg)
         check_weights(source, cfg.model, cfg.finetune)
-        span = span_of(cfg)
-        if span.key == "max_iters" and span.iters and source.iteration >= span.iters:
-            raise ConfigError(
-                "the run already stands at iteration {iteration} of max_iters={max_iters}; add max_iters={more} to "
-                "train on",
-                iteration=source.iteration, max_iters=span.iters, more=2 * source.iteration,
-            )
+        typed_keys = {override.partition("=")[0] for override in overrides}
+        limits = [key for key in LIMITS if key in typed_keys and getattr(cfg, key) is not None]
+        # 时间与 token 数在状态里，要读完才知道；步数马上就说
+        _leave_behind(cfg, limits, Progress(source.iteration), Console(quiet=distributed.rank() > 0))
         bundled = run_dir / "data"
         # 试的是同一个形状：权重是什么不影响快慢与内存
         dataset = {**cfg.dataset, "dir": str(bundled)} if bundled.is_dir() else cfg.dataset
         trial = replace(cfg, resume=None, init_from=None, dataset=dataset)
         cfg.batch_size = hooks.measure_batch(trial, [])
         other_data = any(o.startswith("dataset.dir=") for o in overrides)
-        return cls(cfg, run_dir, source, other_data=other_data, lock=lock, record=record, hooks=hooks)
+        return cls(
+            cfg, run_dir, source, other_data=other_data, lock=lock, record=record, hooks=hooks, limits=limits
+        )
 
     # ---- 数据 ----
 
@@ -254,7 +258,7 @@ class Session:
         loggers = Loggers([JsonlLogger(), *backends] if distributed.rank() == 0 else [])
         computation = self._build_step()
         progress, order = restore(self.source, computation, self.data) if self.source else (Progress(), ORDER)
-        self._refuse_used_up(progress)
+        _leave_behind(self.cfg, self.limits, progress, self.console)
         node = OmegaConf.structured(self.cfg)
         config_text = OmegaConf.to_yaml(node)
         if distributed.rank() == 0:
@@ -265,14 +269,6 @@ class Session:
             self.cfg, computation=computation, data=self.data, loggers=loggers, saver=self._saver(config_text),
             console=self.console, write_sample=self.hooks.write_sample, progress=progress, order=order,
         )
-
-    def _refuse_used_up(self, progress: Progress) -> None:
-        """Refuse to go on with a run that has used up its time or its tokens."""
-        span = span_of(self.cfg, progress.iteration, progress.tokens_trained)
-        if span.spent(progress.iteration, progress.wall_s) >= 1:
-            key = span.ended_by(progress.iteration)
-            got = getattr(self.cfg, key)
-            raise ConfigError("{key}={got} is used up; add {key}={more} to train on", key=key, got=got, more=2 * got)
 
     def build_trial(self, kind: type[Training] = Training) -> Training:
         """The trainer that a run would have, at iteration 0, and nothing written: for trials and measurements."""
@@ -479,6 +475,9 @@ class Session:
             trainer.stop_requested = True
 
         self.console.on_gone = stop
+        if self.console.gone:
+            # 开头几行还没说完，人就走了
+            stop()
         # SIGHUP：终端关了或网络断了；SIGBREAK 是 Windows 的同一件事
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
             number = getattr(signal, name, None)
@@ -564,3 +563,23 @@ class Session:
             # 用的是现成的文本
             commands["next_own"] = command("run_train.py", "dataset=text_file", "dataset.path=my.txt")
         return commands
+
+
+def _leave_behind(cfg: TrainConfig, limits: Collection[str], progress: Progress, console: Console) -> None:
+    """Drop a limit that is reached where others were typed (`limits`); ConfigError where none was, or it was itself."""
+    at = progress.iteration
+    while (span := span_of(cfg, at, progress.tokens_trained)).spent(at, progress.wall_s) >= 1:
+        key = span.ended_by(at)
+        got = span.iters if key == "max_iters" else getattr(cfg, key)
+        if limits and key not in limits:
+            goal = " ".join(f"{limit}={getattr(cfg, limit)}" for limit in limits)
+            console.line("{key}={got} was the end of this run; it goes on to {goal}", key=key, got=got, goal=goal)
+            setattr(cfg, key, None)
+        elif key == "max_iters":
+            raise ConfigError(
+                "the run already stands at iteration {iteration} of max_iters={max_iters}; add max_iters={more} to "
+                "train on",
+                iteration=at, max_iters=got, more=2 * at,
+            )
+        else:
+            raise ConfigError("{key}={got} is used up; add {key}={more} to train on", key=key, got=got, more=2 * got)

@@ -1,8 +1,9 @@
 """Writes, lists, verifies and loads checkpoints: immutable folders <run>/ckpt/iter_NNNNNNNN, without a pickle.
 
 Each holds model.safetensors, the optimizer, scaler and counters (state.json names the tensors in state.safetensors),
-config.yaml, tokenizer.json and manifest.json: format, iteration, val_loss, the run's id, and the SHA-256 of every file
-and of itself. `last` is the newest, `best` the one with the lowest val_loss; no pointer is stored that could be wrong.
+config.yaml, tokenizer.json and manifest.json: format, iteration, val_loss, val_bpb, the run's id, and the SHA-256 of
+every file and of itself. `last` is the newest, `best` the one with the lowest val_loss; no pointer is stored that could
+be wrong.
 """
 
 # checkpoint：一个写完就不再改的文件夹，整个出现或不出现，用之前逐个文件核对
@@ -54,6 +55,8 @@ class Checkpoint:
     sha256: dict[str, str]
     run: str | None = None
     """Id of the run that wrote it; None in format 1."""
+    val_bpb: float | None = None
+    """val_loss in bits per byte; None where that is not known, as in those of earlier versions."""
 
     @property
     def name(self) -> str:
@@ -67,7 +70,7 @@ class Checkpoint:
     def drop_state(self) -> None:
         """Delete the optimizer, scaler and counters for good; the weights stay."""
         left = {file: self.sha256[file] for file in WITHOUT_STATE}
-        values = {"iteration": self.iteration, "val_loss": self.val_loss, "run": self.run}
+        values = {"iteration": self.iteration, "val_loss": self.val_loss, "val_bpb": self.val_bpb, "run": self.run}
         # 先换清单再删文件：停在中间，多出来的文件没有登记，也就没有人用
         write_sealed(self.folder / "manifest.json", {"format": FORMAT, **values, "sha256": left})
         sync(self.folder)
@@ -205,15 +208,16 @@ def read_manifest(folder: Path) -> Checkpoint:
     manifest = read_sealed(folder / "manifest.json", FORMAT)
     try:
         iteration, loss, hashes = manifest["iteration"], manifest["val_loss"], manifest["sha256"]
-        run = manifest.get("run")
+        run, bits = manifest.get("run"), manifest.get("val_bpb")
         assert iteration == int(NAME.fullmatch(folder.name)[1]), "belongs to another folder"
-        assert loss is None or (type(loss) in (int, float) and math.isfinite(loss)), "val_loss"
+        for name, value in (("val_loss", loss), ("val_bpb", bits)):
+            assert value is None or (type(value) in (int, float) and math.isfinite(value)), name
         assert run is None or isinstance(run, str), "run"
         # 多一个、少一个文件名都不行：没登记的文件就没人核对
         allowed = [set(FILES if manifest["format"] > 1 else FILES_1)]
         allowed += [set(WITHOUT_STATE)] if manifest["format"] > 3 else []
         assert set(hashes) in allowed, "other files"
-        return Checkpoint(folder, iteration, loss, dict(hashes), run)
+        return Checkpoint(folder, iteration, loss, dict(hashes), run, bits)
     except (KeyError, TypeError, ValueError, AssertionError) as error:
         raise DamagedError(f"manifest.json: {reason_of(error)}") from None
 
@@ -305,7 +309,7 @@ def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def save(
     run_dir: Path, *, model, state: dict[str, Any], iteration: int, val_loss: float | None, config_text: str,
-    tokenizer_text: str, keep: int, run: str | None,
+    tokenizer_text: str, keep: int, run: str | None, val_bpb: float | None = None,
 ) -> Checkpoint:
     """Write a checkpoint aside, sync it and rename it; then delete all but the newest `keep` and the best."""
     final = run_dir / "ckpt" / f"iter_{iteration:08d}"
@@ -322,11 +326,11 @@ def save(
             "state.safetensors": write_tensors(aside / "state.safetensors", tensors),
             **{file: sha256(aside / file) for file in ("state.json", "config.yaml", "tokenizer.json")},
         }
-        manifest = {"format": FORMAT, "iteration": iteration, "val_loss": val_loss, "run": run, "sha256": hashes}
-        write_sealed(aside / "manifest.json", manifest)
+        values = {"iteration": iteration, "val_loss": val_loss, "val_bpb": val_bpb, "run": run}
+        write_sealed(aside / "manifest.json", {"format": FORMAT, **values, "sha256": hashes})
     # 新的完整落盘之后才删旧的
     prune(run_dir, keep)
-    return Checkpoint(final, iteration, val_loss, hashes, run)
+    return Checkpoint(final, iteration, val_loss, hashes, run, val_bpb)
 
 
 def set_aside_newer(run_dir: Path, iteration: int) -> None:

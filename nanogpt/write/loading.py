@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from nanogpt.base.config import HardwareConfig
-from nanogpt.base.language import ConfigError, say
+from nanogpt.base.language import ConfigError, say, text
 from nanogpt.base.sample_config import FROM_FILE, SampleConfig, file_of
 from nanogpt.base.value_checks import unescaped
 from nanogpt.core import machine
@@ -97,10 +97,11 @@ class Model:
         if self.source is None:
             say("writing with {name} ({size})", name=self.name, size=size)
             return
+        bits = self.source.val_bpb
         say(
-            "writing with {run}: iter {iteration}, val loss {loss:.4f}, {model} ({size})",
+            "writing with {run}: iter {iteration}, val loss {loss:.4f}{bits}, {model} ({size})",
             run=Path(self.name).parent, iteration=self.source.iteration, loss=self.source.val_loss,
-            model=self.network.config.name, size=size,
+            bits="" if bits is None else text("bits_beside", bits=bits), model=self.network.config.name, size=size,
         )
 
     @property

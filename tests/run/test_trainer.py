@@ -15,6 +15,7 @@ from nanogpt.base.language import ConfigError
 from nanogpt.base.lock import Lock
 from nanogpt.run import loop
 from nanogpt.run.loop import share_batch
+from nanogpt.run.metrics import Forecast
 from nanogpt.weights import checkpoint
 
 
@@ -36,6 +37,9 @@ def test_training_lowers_the_loss(in_tmp, tiny_overrides):
     bits = [r["val/bpb"] for r in records() if "val/bpb" in r]
     assert bits == pytest.approx([trainer.progress.val_loss / math.log(2)])
     assert json.loads((in_tmp / "outputs/run/summary.json").read_text(encoding="utf-8"))["best_val_bpb"] == bits[0]
+    kept = checkpoint.find(in_tmp / "outputs/run", "last")
+    kept.drop_state()
+    assert checkpoint.read_manifest(kept.folder).val_bpb == kept.val_bpb == bits[0]
 
 
 def test_a_stride_of_one_is_every_token_with_its_whole_context(in_tmp, tiny_overrides):
@@ -64,6 +68,37 @@ def test_a_budget_of_tokens_is_a_training_of_as_many_iterations_and_can_be_raise
     assert resumed_trainer("outputs/b", f"max_tokens={8 * step}").fit()["iters"] == 8
     # 先到的那一项结束训练
     assert train(tiny_overrides, f"max_tokens={9 * step}", out="outputs/c").progress.iteration == 6
+
+
+def test_a_typed_budget_takes_the_place_of_one_that_is_used_up(in_tmp, tiny_overrides, monkeypatch, capsys):
+    train(tiny_overrides, "eval_interval=100", "eval_tokens=64", "sample_tokens=0")
+    with pytest.raises(ConfigError, match="already stands at iteration 6 of max_iters=6; add max_iters=12 to train on"):
+        resumed_trainer("outputs/run", "max_iters=6", "max_minutes=60")
+    with pytest.raises(ConfigError, match="already stands"):
+        resumed_trainer("outputs/run", "max_minutes=null")
+    timed = resumed_trainer("outputs/run", "max_minutes=1")
+    assert "max_iters=6 was the end of this run; it goes on to max_minutes=1.0" in capsys.readouterr().out
+    Clock(timed, monkeypatch)
+    assert (timed.fit()["stopped_by"], timed.span.iters, timed.progress.wall_s) == ("max_minutes", None, pytest.approx(60, abs=10))
+    counted = resumed_trainer("outputs/run", f"max_iters={timed.progress.iteration + 2}")
+    assert (counted.cfg.max_minutes, counted.span.spent(timed.progress.iteration, 60) < 1) == (None, True)
+
+
+def test_how_long_it_takes_is_said_once_where_no_bar_says_it(in_tmp, tiny_overrides, capsys):
+    trainer = new_trainer(tiny_overrides, "max_iters=12", "eval_interval=5", "log_interval=100", "eval_tokens=64", "sample_tokens=0")
+    trainer.forecast = Forecast(12, 5, None, 0.5)
+    trainer.stopwatch = SimpleNamespace(start=lambda: None, stop=lambda: 10.0, take=lambda: 10.0)
+    trainer.fit()
+    trainer.progress.iteration = 5
+    trainer.forecast.pause("evaluation", 5.0)
+    for seconds in (50, 100):
+        trainer.span = dataclasses.replace(trainer.span, seconds=trainer.progress.wall_s + seconds)
+        trainer._say_left()
+    trainer.forecast = Forecast(10, 5, None, 0.5)
+    trainer._say_left()
+    # 7 步、3 次评估，每次算半步
+    said = [line for line in capsys.readouterr().out.splitlines() if "to go" in line]
+    assert said == ["about 85.0 s to go (iterations: 7, evaluations: 3)"] * 2
 
 
 def test_an_automatic_budget_fits_model_and_text_and_is_written_down_as_a_number(in_tmp, tiny_overrides):

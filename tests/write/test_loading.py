@@ -26,7 +26,7 @@ def test_the_command_writes_text_and_only_text(own_run):
     # 一次在自己的进程里：stderr 上没有任何库的话
     done = subprocess.run([sys.executable, str(ROOT / "run_sample.py"), *arguments], cwd=own_run, env=ENVIRONMENT, capture_output=True, text=True, encoding="utf-8", timeout=90)
     one, two = done.stdout.split("-" * 40 + "\n")
-    assert re.fullmatch(r"writing with \S+: iter \d+, val loss \d+\.\d{4}, tiny \(\d\.\d\dM( \+ \d\.\d\dM in look-up tables)?\)\n", done.stderr) and one.startswith("the king and") and two.startswith("the king and")
+    assert re.fullmatch(r"writing with \S+: iter \d+, val loss \d+\.\d{4} \(\d\.\d{3} bpb\), tiny \(\d\.\d\dM( \+ \d\.\d\dM in look-up tables)?\)\n", done.stderr) and one.startswith("the king and") and two.startswith("the king and")
     assert len(one) == len("the king and") + 41 and one != two
     assert done.returncode == 0 and sample(own_run, *arguments).stdout == done.stdout
 
