@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 
 from nanogpt.base import report
 from nanogpt.base.config import TrainConfig, auto_tokens, span_of
@@ -136,7 +136,7 @@ def notes_of(cfg: TrainConfig, search: Search) -> list[str]:
     if seen := validations(best):
         lines.append(text(
             "on the validation split, looked at once: {value:.4f} (spread {spread:.4f}, {count} seeds)",
-            value=fmean(seen), spread=pstdev(seen), count=len(seen),
+            value=fmean(seen), spread=stdev(seen) if len(seen) > 1 else None, count=len(seen),
         ))
     if expected := expectation(cfg, search):
         lines.append(text(
