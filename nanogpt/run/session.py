@@ -582,4 +582,7 @@ def _leave_behind(cfg: TrainConfig, limits: Collection[str], progress: Progress,
                 iteration=at, max_iters=got, more=2 * at,
             )
         else:
-            raise ConfigError("{key}={got} is used up; add {key}={more} to train on", key=key, got=got, more=2 * got)
+            used = progress.tokens_trained if key == "max_tokens" else progress.wall_s / 60
+            # 写得比用掉的少得多，加倍也不够
+            more = 2 * max(got, math.ceil(used) if 2 * got <= used else 0)
+            raise ConfigError("{key}={got} is used up; add {key}={more} to train on", key=key, got=got, more=more)

@@ -151,7 +151,7 @@ def test_a_sweep_runs_every_job_in_its_own_folder(own_text):
     runs = sorted((folder / "outputs" / "sweeps").glob("*/*/summary.json"))
     assert [p.parent.name for p in runs] == ["0_batch_size=2", "1_batch_size=4"] and "done: val loss" in done.stdout
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert ["batch_size", "val", "loss", "last", "tokens", "tokens/s", "took", "run"] in lines
+    assert ["batch_size", "val", "loss", "last", "bpb", "tokens", "tokens/s", "took", "run"] in lines
     assert sorted(line[0] + line[-1] for line in lines if line[-1:] in (["0_batch_size=2"], ["1_batch_size=4"])) == ["20_batch_size=2", "41_batch_size=4"]
     assert (runs[0].parents[1] / "compare.html").is_file()
     assert [json.loads(p.read_text(encoding="utf-8"))["tokens"] for p in runs] == [2 * 2 * 16, 2 * 4 * 16]
@@ -224,7 +224,7 @@ def test_errors_speak_chinese_when_asked(bad_folder):
 def test_the_chinese_log_line_has_the_promised_form(own_text):
     folder, overrides = own_text
     done = run(folder, *overrides, "max_iters=2", "lang=zh", "out_dir=outputs/zh")
-    pattern = r"迭代 2：损失 \d\.\d{4}，lr \d\.\d\de[-+]\d\d，\d+ tok/s，MFU \d+\.\d%，内存 \d+\.\d\dGB\n迭代 2：验证损失 \d\.\d{4}，最好 \d\.\d{4}，内存峰值 "
+    pattern = r"迭代 2：损失 \d\.\d{4}，lr \d\.\d\de[-+]\d\d，\d+ tok/s，MFU \d+\.\d%，内存 \d+\.\d\dGB\n迭代 2：验证损失 \d\.\d{4}（\d\.\d{3} bpb），最好 \d\.\d{4}，内存峰值 "
     assert re.search(pattern, done.stdout), done.stdout
 
 

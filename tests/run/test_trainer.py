@@ -65,6 +65,8 @@ def test_a_budget_of_tokens_is_a_training_of_as_many_iterations_and_can_be_raise
     assert torch.equal(weights(same.model), weights(whole.model)) and same.progress.tokens_trained == 6 * step
     with pytest.raises(ConfigError, match=f"max_tokens={6 * step - 1} is used up; add max_tokens={12 * step - 2} to train on"):
         resumed_trainer("outputs/b")
+    with pytest.raises(ConfigError, match=f"max_tokens={3 * step} is used up; add max_tokens={12 * step} to train on"):
+        resumed_trainer("outputs/b", f"max_tokens={3 * step}")
     assert resumed_trainer("outputs/b", f"max_tokens={8 * step}").fit()["iters"] == 8
     # 先到的那一项结束训练
     assert train(tiny_overrides, f"max_tokens={9 * step}", out="outputs/c").progress.iteration == 6
