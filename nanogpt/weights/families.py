@@ -19,21 +19,27 @@ from nanogpt.weights.build import preset
 
 # 会改变结果的设置：没写，或是其中之一
 FAMILIES = {
-    "llama": {"attention_bias": (False,), "mlp_bias": (False,), "rope_interleaved": (False,)},
+    "llama": {"rope_interleaved": (False,)},
     "qwen2": {"use_sliding_window": (False,), "use_mrope": (False,)},
     "qwen3": {"attention_bias": (False,), "use_sliding_window": (False,)},
 }
 EVERY = {"hidden_act": ("silu",), "partial_rotary_factor": (1.0,), "quantization_config": ()}
 # 上下文动辄几万：照着开，缓存与一行训练数据就先把内存占满；要更长的写 model.block_size
 LONGEST = 2048
+# 三家都一样的：我们的字段与值
+RECIPE = {
+    "position": "rope", "norm": "rmsnorm", "norm_gain": True, "activation": "swiglu", "embed_norm": False,
+    "logit_softcap": 0.0, "ngrams": [],
+}
 # 我们的名字 -> 他们的，按行拼接
 BLOCK = {
     "ln_1.weight": ("input_layernorm.weight",), "ln_2.weight": ("post_attention_layernorm.weight",),
     "attn.c_attn.weight": tuple(f"self_attn.{part}_proj.weight" for part in "qkv"),
     "attn.c_attn.bias": tuple(f"self_attn.{part}_proj.bias" for part in "qkv"),
     "attn.q_gain": ("self_attn.q_norm.weight",), "attn.k_gain": ("self_attn.k_norm.weight",),
-    "attn.c_proj.weight": ("self_attn.o_proj.weight",),
+    "attn.c_proj.weight": ("self_attn.o_proj.weight",), "attn.c_proj.bias": ("self_attn.o_proj.bias",),
     "mlp.c_fc.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "mlp.c_proj.weight": ("mlp.down_proj.weight",),
+    "mlp.c_fc.bias": ("mlp.gate_proj.bias", "mlp.up_proj.bias"), "mlp.c_proj.bias": ("mlp.down_proj.bias",),
 }
 OWNERS = {theirs: ours for ours, parts in BLOCK.items() for theirs in parts}
 OUTSIDE = {
@@ -53,6 +59,10 @@ def read_family(path: Path, given: dict, name: str) -> ModelConfig:
     if set(given.get("layer_types") or []) - {"full_attention"}:
         raise unsupported(path, "layer_types", given["layer_types"], "full_attention")
 
+    bias = family == "llama" and given.get("attention_bias") is True
+    if family == "llama" and bias != (given.get("mlp_bias") is True):
+        raise unsupported(path, "attention_bias", given.get("attention_bias"), f"mlp_bias={given.get('mlp_bias')}")
+
     def size(field: str, default: int | None = None) -> int:
         got = default if given.get(field) is None else given[field]
         if type(got) is not int or not 0 < got < 2**31:
@@ -65,8 +75,10 @@ def read_family(path: Path, given: dict, name: str) -> ModelConfig:
         "tiny", "qwen3" if family == "qwen3" else "llama", name=name, n_layer=size("num_hidden_layers"), n_head=heads,
         n_kv_head=size("num_key_value_heads", heads), head_dim=None if head_dim * heads == width else head_dim,
         n_embd=width, intermediate_size=size("intermediate_size"), vocab_size=size("vocab_size"),
-        block_size=min(size("max_position_embeddings"), LONGEST), norm_eps=number(path, given, "rms_norm_eps", 1e-6),
-        qkv_bias=family == "qwen2", tie_embeddings=given.get("tie_word_embeddings") is True, **rope(path, given),
+        block_size=min(size("max_position_embeddings"), LONGEST),
+        norm_eps=number(path, given, "rms_norm_eps", 1e-6),
+        bias=bias, qkv_bias=family == "qwen2",
+        tie_embeddings=given.get("tie_word_embeddings") is True, **rope(path, given),
     )
 
 
@@ -139,11 +151,15 @@ def joined(path: Path, name: str, parts: list[Tensor]) -> Tensor:
 
 def family_of(config: ModelConfig) -> str | None:
     """The model_type of transformers that computes what a GPT of this config does; None: none of these."""
-    recipe = (config.position, config.norm, config.norm_gain, config.activation, config.bias, config.embed_norm)
-    if recipe != ("rope", "rmsnorm", True, "swiglu", False, False) or config.logit_softcap or config.ngrams:
-        return None
-    kinds = {(False, False): "llama", (True, False): "qwen2", (False, True): "qwen3"}
-    return kinds.get((config.qkv_bias, config.qk_norm))
+    return None if stranger(config) else "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+
+
+def stranger(config: ModelConfig) -> str | None:
+    """The first field of a config that none of these families has; None: one of them computes the same."""
+    others = [field for field, value in RECIPE.items() if getattr(config, field) != value]
+    biased = [field for field in ("bias", "qkv_bias") if getattr(config, field)]
+    # llama 的 bias 是处处都有，qwen2 的只在 q、k、v，qwen3 一个也没有
+    return next(iter(others + (biased if config.qk_norm else biased[1:])), None)
 
 
 def family_json(config: ModelConfig) -> dict:
@@ -165,7 +181,8 @@ def family_json(config: ModelConfig) -> dict:
         # 新旧两种写法都写：transformers 4 与别的引擎只认旧的
         "rope_theta": config.rope_base, "rope_scaling": {"rope_type": kind, **scaling} if scaling else None,
         "rope_parameters": {"rope_type": kind, "rope_theta": config.rope_base, **scaling},
-        **{field: False for field in ("attention_bias", "mlp_bias") if field in FAMILIES[family]},
+        **({"attention_bias": False} if family == "qwen3" else {}),
+        **({"attention_bias": config.bias, "mlp_bias": config.bias} if family == "llama" else {}),
     }
 
 

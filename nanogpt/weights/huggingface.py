@@ -103,7 +103,9 @@ def beyond_custom(config: ModelConfig) -> Iterator[str]:
 
 def check_custom(config: ModelConfig) -> None:
     """Refuse what neither a plain GPT-2 nor modeling_nanogpt.py computes."""
-    if field := next(beyond_custom(config), None):
+    if beyond := next(beyond_custom(config), None):
+        # 接近 llama 的，说它与 llama 差在哪里
+        field = families.stranger(config) if config.activation == "swiglu" else beyond
         raise ConfigError(
             "model.{field}={got} has no form that transformers reads; export a run with arch=modern, gpt2, llama or "
             "qwen3 as they are",

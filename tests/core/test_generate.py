@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import GPT2_RECIPE, LLAMA_RECIPE, wild_model
+from conftest import GPT2_RECIPE, wild_model
 
 from nanogpt.core.generate import UNIFORMS, Decoder
 from nanogpt.core.sampling import sampler
@@ -10,7 +10,7 @@ from nanogpt.write.speed.acceleration import accelerate
 
 GREEDY = sampler(temperature=0.0)
 # gpt2 的位置是学来的，rope 的是算出来的
-RECIPES = {"rope": {}, "gpt2": GPT2_RECIPE, "ngrams": {"ngrams": [2, 3], "ngram_buckets": 99}, "llama": LLAMA_RECIPE}
+RECIPES = {"rope": {}, "gpt2": GPT2_RECIPE, "ngrams": {"ngrams": [2, 3], "ngram_buckets": 99}}
 
 
 def prompts(*lengths, vocab=11):

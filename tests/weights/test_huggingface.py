@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GPT2_RECIPE, make_config, no_grad_eval, resumed_trainer, tiny_model_config, wild_model
+from conftest import (
+    GPT2_RECIPE,
+    LLAMA_RECIPE,
+    QWEN3_RECIPE,
+    make_config,
+    no_grad_eval,
+    resumed_trainer,
+    tiny_model_config,
+    wild_model,
+)
 from test_pretrained import LINES, bpe_json, hf_folder, ids, save_checkpoint  # noqa: F401 - bpe_json is a fixture
 
 from nanogpt.base.config import FinetuneConfig
@@ -87,6 +96,16 @@ def test_nan_is_neither_read_from_a_run_nor_exported(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface, "open_pretrained", lambda *args, **options: whole)
     with pytest.raises(ConfigError, match=r"transformer.ln_f.weight holds NaN or Inf: such a model is not exported"):
         export("run", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(("changes", "field"), [
+    ({"n_head": 4, "n_kv_head": 2}, "n_kv_head=2"), ({**QWEN3_RECIPE, "bias": True}, "bias=True"), ({**LLAMA_RECIPE, "logit_softcap": 15.0}, "logit_softcap=15"),
+])
+def test_a_recipe_that_transformers_cannot_read_is_refused_by_the_field_that_keeps_it_at_home(tmp_path, changes, field):
+    run = saved_run(tmp_path / "run", random_model(CHARACTERS, **changes), CHARACTERS)
+    with pytest.raises(ConfigError, match=rf"model\.{field}.* has no form that transformers reads"):
+        export(str(run), tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
 

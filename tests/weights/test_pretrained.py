@@ -117,9 +117,9 @@ FAMILIES = {
         **SHARED, "model_type": "llama", "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 256, "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0, "rope_scaling": LLAMA3, "head_dim": 8, "tie_word_embeddings": True, "max_position_embeddings": 131072, "attention_bias": False,
     },
-    "stretched linearly": {
+    "stretched linearly, with biases": {
         **SHARED, "model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 96, "rms_norm_eps": 1e-6,
-        "rope_scaling": {"type": "linear", "factor": 2.0}, "tie_word_embeddings": False, "max_position_embeddings": 64,
+        "rope_scaling": {"type": "linear", "factor": 2.0}, "tie_word_embeddings": False, "max_position_embeddings": 64, "attention_bias": True, "mlp_bias": True,
     },
     "Qwen2.5-0.5B": {
         **QWEN, "model_type": "qwen2", "hidden_size": 56, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 304,

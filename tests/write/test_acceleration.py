@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import GPT2_RECIPE, LLAMA_RECIPE, QWEN3_RECIPE, tiny_model_config, wild_model
+from conftest import GPT2_RECIPE, QWEN3_RECIPE, tiny_model_config, wild_model
 from test_generate import decode, prompts
 
 from nanogpt.core.generate import Decoder
@@ -18,7 +18,7 @@ from nanogpt.write.speed.int8 import Int8Embedding, Int8Linear, quantize
 
 RECIPES = {
     "modern": {"ngrams": [2, 3], "ngram_buckets": 99}, "gpt2": GPT2_RECIPE, "gelu": {**GPT2_RECIPE, "activation": "gelu", "bias": False},
-    "relu2 learned": {"position": "learned", "qk_norm": False}, "llama": LLAMA_RECIPE, "qwen3": QWEN3_RECIPE,
+    "relu2 learned": {"position": "learned", "qk_norm": False}, "qwen3": QWEN3_RECIPE,
 }
 
 
