@@ -14,8 +14,9 @@ from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Overrid
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from nanogpt.base.config import ModelConfig, TrainConfig
+from nanogpt.base.config import ModelConfig, TrainConfig, keys
 from nanogpt.base.language import ConfigError
+from nanogpt.base.user_yaml import is_group
 
 # 搜索自己定的键：每次试跑训多久、怎样收尾、用哪个种子
 OWN = (
@@ -84,7 +85,7 @@ def space_of(
                 "one of the two out",
                 key=clash[0],
             )
-    if not space:
+    if all(len(one.choices) == 1 for one in space.values()):
         raise ConfigError(
             "the search space is empty: no key has several values; give one of them several, such as "
             "learning_rate=5e-3,1e-2",
@@ -100,6 +101,11 @@ def dimension(line: str, own: Sequence[str] = OWN) -> Dimension:
         raise ConfigError(
             "{line}: the search decides {key} by itself; leave it out (search.minutes, search.seeds and search.trials "
             "say how long and how many)",
+            line=line, key=key,
+        )
+    if not _known(override):
+        raise ConfigError(
+            "{line}: there is no key {key} that could be searched; docs/settings.md has their names",
             line=line, key=key,
         )
     if isinstance(value, IntervalSweep):
@@ -124,6 +130,14 @@ def _parsed(line: str) -> Override:
             "learning_rate=tag(log,interval(1e-3,1e-1))",
             line=line, reason=str(error).partition("\n")[0],
         ) from None
+
+
+def _known(override: Override) -> bool:
+    """Whether there is such a key or group; options of swappable groups are known only to what they build."""
+    key = override.key_or_group
+    if key == "shape" or override.is_add() or is_group(key) or key.startswith("optimizer."):
+        return True
+    return key in dict(keys(TrainConfig))
 
 
 def _name(override: Override) -> str:

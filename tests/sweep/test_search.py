@@ -149,14 +149,16 @@ def test_typed_keys_replace_those_of_the_space_and_single_values_end_the_search_
     (["shape=as_is,wider", "model.n_embd=64,128"], "shape and model.n_embd both decide"),
     (["dropout=0.1,0.2", "dropout=0.3,0.4"], "dropout is given twice"),
     (["max_iters=10,20"], "the search decides max_iters by itself"),
+    (["optimiser=muon,adamw"], "there is no key optimiser"),
     (["dropout=choice(0.1,"], "this cannot be read"),
 ])
 def test_a_space_that_contradicts_itself_is_refused_in_one_line(typed_words, said):
     with pytest.raises(ConfigError) as refused:
         space_of(SPACE, typed_words, [])
     assert said in str(refused.value) and "\n" not in str(refused.value)
-    with pytest.raises(ConfigError, match="the search space is empty"):
-        space_of([], [], [])
+    for typed_alone in ([], ["shape=as_is"]):
+        with pytest.raises(ConfigError, match="the search space is empty"):
+            space_of([], typed_alone, [])
 
 
 @pytest.mark.parametrize("preset", ["tiny", "gpt2_xl"])
