@@ -285,7 +285,7 @@ class TrialConfig:
     timeout_s: float = number(1, 10**7)
     """Seconds after which a trial is ended."""
     skip_predicted: bool
-    """Skip a setting whose predicted peak is above the budget."""
+    """Skip what is predicted not to fit."""
     margin: float = number(0, 0.9)
     """Part of the budget that stays free."""
     again: bool
