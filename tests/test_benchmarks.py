@@ -180,3 +180,14 @@ def test_the_verdict_of_a_card_fits_on_a_screen():
     assert (figures["vs_nanogpt_compiled"], figures["memory_vs_nanogpt"], figures["bandwidth"], figures["memory_worst_error"]) == (3.0, 0.4, 0.5, 0.1)
     lines = table({"device": "NVIDIA H100 80GB HBM3", "torch": "2.11.0+cu130"}, items, figures)
     assert len(lines) <= 30 and max(map(len, lines)) <= 80 and sum("<--" in line for line in lines) == 8
+
+
+def test_the_start_program_times_commands_that_can_be_typed_beside_importing_torch(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    start = program("start")
+    for name, (script, *typed) in start.COMMANDS.items():
+        if script.endswith(".py") and name not in ("typo", "help"):
+            assert composed(script.removeprefix("run_").removesuffix(".py"), typed)
+    monkeypatch.setattr(start, "cpu_seconds", lambda arguments, folder: 2.0 if arguments[0] == "-c" else 3.0)
+    measured = start.measure(tmp_path, 2, start.COMMANDS)
+    assert measured["import torch"]["of_import_torch"] == 1 and measured["typo"] == {"cpu_s": 3.0, "of_import_torch": 1.5}
