@@ -338,7 +338,9 @@ class LibraryTokenizer:
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.end_of_text = None if end_of_text is None else self._tokenizer.token_to_id(end_of_text)
         self.labels: Labels = {}
-        self._special = {token["id"] for token in description.get("added_tokens") or [] if token["special"]}
+        added = description.get("added_tokens") or []
+        self.special = {token["content"]: token["id"] for token in added if token["special"]}
+        self._silent = set(self.special.values())
         self._decoders = _decoders_of(description.get("decoder"))
         self.has_bytes = "ByteFallback" in self._decoders
         """Whether words such as <0xE6> stand for one byte; several of them make up a character."""
@@ -402,7 +404,7 @@ class LibraryTokenizer:
 
     def word_of(self, token: int) -> str | None:
         """The word of an id as its decoder takes it; None if it adds nothing to a text."""
-        return None if token in self._special else self._tokenizer.id_to_token(token)
+        return None if token in self._silent else self._tokenizer.id_to_token(token)
 
     def _letters_to_bytes(self, token: int) -> bytes:
         """The bytes that a token of a byte-level vocabulary stands for; a word in other letters stands for itself."""

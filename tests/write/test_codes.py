@@ -228,10 +228,10 @@ def test_the_api_takes_guidance_and_for_documents_an_empty_prompt(model, plain):
 def test_the_page_is_told_the_labels_and_what_an_empty_text_means(model, plain):
     cfg = make_sample_config()
     told = announcement(cfg, model)
-    assert told["controls"]["styles"][:2] == LABELS["style"] and told["controls"]["labels"] == [*LABELS["style"], *LABELS["emotion"]]
+    assert told["controls"]["styles"][:2] == LABELS["style"] and told["controls"]["labels"] == LABELS
     assert (told["defaults"]["guidance"], told["defaults"]["prompt"]) == (1.0, "")
     told = announcement(cfg, plain)
-    assert "guidance" not in told["defaults"] and told["defaults"]["prompt"] == "\n" and told["controls"]["labels"] == []
+    assert "guidance" not in told["defaults"] and told["defaults"]["prompt"] == "\n" and told["controls"]["labels"] == {"style": [], "emotion": []}
 
 
 # ---- 训练中的样本 ----

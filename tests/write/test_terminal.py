@@ -419,7 +419,7 @@ def test_what_is_typed_during_a_text_is_not_echoed_and_kept_for_the_next_prompt(
     pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
     master, slave = pty.openpty()
     with open(slave, encoding="utf-8") as stdin, open(master, "rb", buffering=0) as terminal:
-        before = termios.tcgetattr(stdin)
+        before, handler = termios.tcgetattr(stdin), signal.getsignal(signal.SIGTERM)
         ended = {None: contextlib.nullcontext(), KeyboardInterrupt: pytest.raises(KeyboardInterrupt), "SIGTERM": pytest.raises(SystemExit)}[end]
         with ended, unechoed(stdin):
             os.write(master, b"a\x1b[D\r/quit\r")
@@ -429,7 +429,7 @@ def test_what_is_typed_during_a_text_is_not_echoed_and_kept_for_the_next_prompt(
                 os.kill(os.getpid(), signal.SIGTERM)
             elif end:
                 raise end
-        assert termios.tcgetattr(stdin) == before and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert termios.tcgetattr(stdin) == before and signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_a_pipe_and_windows_need_no_change_of_the_terminal(monkeypatch):
