@@ -11,6 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+# 两个测试进程与它们启动的命令分两个核：等待的线程不能空转，要在 OpenMP 载入之前说
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import numpy as np
 import pytest
 import torch
