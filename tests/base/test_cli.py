@@ -40,3 +40,10 @@ def test_a_mistake_is_composed_no_oftener_than_it_must(in_tmp, monkeypatch, caps
     with pytest.raises(SystemExit):
         what_the_task_sees(monkeypatch, typed)
     assert len(composed_how_often) == often and capsys.readouterr().err.startswith("error: ")
+
+
+def test_waiting_threads_sleep_soon_unless_the_environment_says_how_they_wait():
+    for given in ({}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}):
+        environment = dict(given)
+        cli.spin_briefly(environment)
+        assert environment == (given or {"GOMP_SPINCOUNT": "20000"})
