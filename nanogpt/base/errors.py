@@ -15,9 +15,9 @@ import gc
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from nanogpt.base.language import ConfigError, say, sentence, text
+from nanogpt.base.language import ConfigError, language_from_arguments, say, sentence, set_language, text
 
 EXIT_USER_ERROR = 2
 # 与被 SIGINT 结束的程序相同：128 + 2
@@ -114,6 +114,21 @@ def one_line_each() -> Iterator[None]:
         if (line := explained(error)) is None:
             raise
         leave(line)
+
+
+def run_command(
+    parser: Callable[[], Arguments], run: Callable[[argparse.Namespace], None], arguments: list[str] | None,
+) -> None:
+    """Call run(what parser() reads) as a main program in the language that lang=… names; exit code 2 on a mistake.
+
+    arguments: those of this process where None.
+    """
+    # 先定语言，再造 parser：它的说明也要用那种语言
+    forgive_output()
+    words = sys.argv[1:] if arguments is None else arguments
+    set_language(language_from_arguments(words))
+    with one_line_each():
+        run(parser().parse_args([word for word in words if not word.startswith("lang=")]))
 
 
 # ---- 内存不足 ----

@@ -5,6 +5,7 @@
 # 正在训练的不碰：动手时拿着它的锁，再看一遍，列表之后有了变化的就跳过
 # --optimizer 另删优化器状态（占一多半），之后只能写作、导出、服务，不能接着训
 
+import argparse
 import re
 import shutil
 import sys
@@ -13,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt.base.console import Console, aligned, file_size
-from nanogpt.base.errors import Arguments, forgive_output, one_line_each
+from nanogpt.base.errors import Arguments, run_command
 from nanogpt.base.hashed_json import DamagedError, read_object
-from nanogpt.base.language import ConfigError, language_from_arguments, set_language, show, text
+from nanogpt.base.language import ConfigError, show, text
 from nanogpt.base.lock import is_held
 from nanogpt.base.run_names import OUTPUTS
 from nanogpt.run import folders, rundir
@@ -176,23 +177,23 @@ def parser() -> Arguments:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line of `nanogpt clean`; exit code 2 on a mistake."""
-    forgive_output()
-    words = sys.argv[1:] if arguments is None else arguments
-    set_language(language_from_arguments(words))
-    with one_line_each():
-        typed = parser().parse_args([word for word in words if not word.startswith("lang=")])
-        items = everything(typed.runs, optimizer=typed.optimizer)
-        if not items:
-            show(text("nothing to clean: every run keeps only its last and its best checkpoint"))
-            return
-        for line in table(items):
-            show(line)
-        if any(item.kind == "optimizer" for item in items):
-            Console().line("clean_optimizer_note")
-        if typed.yes or _agreed():
-            show(text("{size} freed", size=file_size(remove(items))))
-        else:
-            show(text("nothing was deleted; add --yes to delete this"))
+    run_command(parser, clean, arguments)
+
+
+def clean(typed: argparse.Namespace) -> None:
+    """List what may go, and delete it once that is agreed to."""
+    items = everything(typed.runs, optimizer=typed.optimizer)
+    if not items:
+        show(text("nothing to clean: every run keeps only its last and its best checkpoint"))
+        return
+    for line in table(items):
+        show(line)
+    if any(item.kind == "optimizer" for item in items):
+        Console().line("clean_optimizer_note")
+    if typed.yes or _agreed():
+        show(text("{size} freed", size=file_size(remove(items))))
+    else:
+        show(text("nothing was deleted; add --yes to delete this"))
 
 
 def table(items: list[Item]) -> list[str]:

@@ -8,21 +8,21 @@ Needs no torch.
 # 坏了的、早先版本的、正在训练的都列出来，知道多少说多少：列表是人去找丢了的东西的地方，不能自己先停下
 # 正在写的一方不受打扰：只读，锁只问一下
 
+import argparse
 import contextlib
 import math
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nanogpt.base.console import aligned, clock, file_size, short
-from nanogpt.base.errors import Arguments, forgive_output, one_line_each
+from nanogpt.base.errors import Arguments, run_command
 from nanogpt.base.groups import leaves
 from nanogpt.base.hashed_json import DamagedError, read_object
-from nanogpt.base.language import ConfigError, language_from_arguments, set_language, show, text
+from nanogpt.base.language import ConfigError, show, text
 from nanogpt.base.lock import is_held
 from nanogpt.base.quoting import command
 from nanogpt.base.report import formatted
@@ -296,18 +296,18 @@ def parser() -> Arguments:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line of `nanogpt runs`; exit code 2 on a mistake."""
-    forgive_output()
-    words = sys.argv[1:] if arguments is None else arguments
-    set_language(language_from_arguments(words))
-    with one_line_each():
-        typed = parser().parse_args([word for word in words if not word.startswith("lang=")])
-        runs = matching(map(look, named(typed.folders)), typed.filter)
-        if not runs:
-            show(text("no runs here; begin with: {command}", command=command("run_train.py")))
-            return
-        for line in table(sorted(runs, key=ORDERS[typed.sort])):
-            show(line)
-        show(text("{count} found, {size}", count=len(runs), size=file_size(sum(run.size for run in runs))))
-        for run in runs:
-            if run.state == "damaged":
-                show(f"{shown_name(run)}: {run.problem}")
+    run_command(parser, list_runs, arguments)
+
+
+def list_runs(typed: argparse.Namespace) -> None:
+    """Show the runs that were asked for."""
+    runs = matching(map(look, named(typed.folders)), typed.filter)
+    if not runs:
+        show(text("no runs here; begin with: {command}", command=command("run_train.py")))
+        return
+    for line in table(sorted(runs, key=ORDERS[typed.sort])):
+        show(line)
+    show(text("{count} found, {size}", count=len(runs), size=file_size(sum(run.size for run in runs))))
+    for run in runs:
+        if run.state == "damaged":
+            show(f"{shown_name(run)}: {run.problem}")

@@ -8,7 +8,7 @@
 # nanogpt compare 与普通 -m 扫描的结尾用的是同一套；试跑的扫描另有 report
 # 没训成的任务也占一行：少了一行，人会以为没有安排它
 
-import sys
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,9 @@ from typing import Any
 
 from nanogpt.base import report
 from nanogpt.base.console import Console, aligned, clock, short
-from nanogpt.base.errors import Arguments, forgive_output, one_line_each
+from nanogpt.base.errors import Arguments, run_command
 from nanogpt.base.files import check_writable, write_text
-from nanogpt.base.language import ConfigError, language_from_arguments, say, set_language, show, text
+from nanogpt.base.language import ConfigError, say, show, text
 from nanogpt.base.report import formatted
 from nanogpt.base.run_names import OUTPUTS
 from nanogpt.base.sweep_folder import Job
@@ -200,16 +200,16 @@ def parser() -> Arguments:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line of `nanogpt compare`; exit code 2 on a mistake."""
-    forgive_output()
-    words = sys.argv[1:] if arguments is None else arguments
-    set_language(language_from_arguments(words))
-    with one_line_each():
-        typed = parser().parse_args([word for word in words if not word.startswith("lang=")])
-        runs = [folders.look(path) for path in folders.named(typed.runs)]
-        if len(runs) < 2:
-            raise ConfigError("nanogpt compare wants at least two trainings; `nanogpt runs` lists what there is")
-        if typed.output.suffix != ".html":
-            raise ConfigError("--output {path}: the page is html; give a name that ends in .html", path=typed.output)
-        typed.output.parent.mkdir(parents=True, exist_ok=True)
-        check_writable(typed.output)
-        finish(*compared(runs), typed.output)
+    run_command(parser, compare, arguments)
+
+
+def compare(typed: argparse.Namespace) -> None:
+    """Show the runs side by side and write the page."""
+    runs = [folders.look(path) for path in folders.named(typed.runs)]
+    if len(runs) < 2:
+        raise ConfigError("nanogpt compare wants at least two trainings; `nanogpt runs` lists what there is")
+    if typed.output.suffix != ".html":
+        raise ConfigError("--output {path}: the page is html; give a name that ends in .html", path=typed.output)
+    typed.output.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(typed.output)
+    finish(*compared(runs), typed.output)
