@@ -18,10 +18,10 @@ from nanogpt.base.files import write_text
 from nanogpt.base.hardware import GIB
 from nanogpt.base.language import ConfigError, text
 from nanogpt.sweep import earlier_results as known_results
-from nanogpt.sweep.result import STATUS_MESSAGES
+from nanogpt.sweep.result import FIT, STATUS_MESSAGES
 from nanogpt.sweep.trial import TrialResult, run_trial
 
-FOLDER = Path("outputs") / "fit" / "auto"
+FOLDER = FIT / "auto"
 # 预测略高于预算的也值得一试：编译之后的实际占用常比预测低
 HOPEFUL = 1.15
 # 每一档都是完整的优化器步，少几步就够分出快慢

@@ -26,9 +26,9 @@ import nanogpt
 from nanogpt.base.config import PACKAGE, TrainConfig, targets
 from nanogpt.base.files import remove_leftovers
 from nanogpt.sweep import result as results
-from nanogpt.sweep.result import LASTING, TrialResult
+from nanogpt.sweep.result import FIT, LASTING, TrialResult
 
-FOLDER = Path("outputs") / "fit" / "trials"
+FOLDER = FIT / "trials"
 # 不影响测量的键
 IRRELEVANT = ("out_dir", "overwrite", "lang", "logger", "groups", "plan", "search")
 

@@ -21,11 +21,9 @@ from nanogpt.base.config import TrainConfig
 from nanogpt.base.errors import EXIT_INTERRUPTED
 from nanogpt.base.language import ConfigError, say, show, text, wrapped
 from nanogpt.sweep import result as results
-from nanogpt.sweep.result import EXPECTED, STATUS_MESSAGES, TrialResult
+from nanogpt.sweep.result import EXPECTED, FIT, STATUS_MESSAGES, TrialResult
 from nanogpt.sweep.spill import judge_all
 from nanogpt.sweep.trial import run_trial
-
-FIT = Path("outputs") / "fit"
 
 
 def trial_job(cfg: TrainConfig, overrides: list[str]) -> float:

@@ -21,7 +21,7 @@ from nanogpt.base.language import show, text, wrapped
 from nanogpt.base.saved_config import read_saved
 from nanogpt.sweep.extrapolation import Estimate, estimate
 from nanogpt.sweep.halving import Candidate, Search, importance
-from nanogpt.sweep.report import FIT, command, write_recipe
+from nanogpt.sweep.report import keep
 from nanogpt.sweep.result import STATUS_MESSAGES, TrialResult, best_of, names, ranked
 from nanogpt.sweep.space import Dimension
 
@@ -265,11 +265,7 @@ def _write(
     charts: list, notes: Sequence[str] = (), shares: Sequence[tuple[str, float]] = (),
 ) -> None:
     print_rows(rows, objective)
-    write_text(folder / "trials.jsonl", "".join(one.to_json() + "\n" for one in every))
-    use = None
-    if best:
-        write_recipe(best, [folder, FIT])
-        use = command(best, FIT)
+    use = keep(every, best, folder)
     device = next((one.device for one in every if one.device), "-")
     write_text(folder / "report.html", report.page(
         Path(__file__).with_name("learned.html"), title=text("What learns most"), statuses=STATUS_MESSAGES,

@@ -19,7 +19,7 @@ from nanogpt.base.language import current_language, sentence, show, shown, text
 from nanogpt.base.report import formatted
 from nanogpt.base.user_yaml import conf_folders, is_group
 from nanogpt.sweep import chart
-from nanogpt.sweep.result import STATUS_MESSAGES, TrialResult, best_of, names, ranked
+from nanogpt.sweep.result import FIT, STATUS_MESSAGES, TrialResult, best_of, names, ranked
 
 # ---- best.yaml ----
 
@@ -90,8 +90,6 @@ def command(result: TrialResult, folder: Path) -> str:
     return quoting.command("run_train.py", "--config-dir", folder.as_posix(), *searched, *under, "+fit=best")
 
 
-# 不论哪次扫描，最近的最佳设置总在这里
-FIT = Path("outputs") / "fit"
 # 屏幕上与网页里的表说的是同样的词
 STATUS, STEP = sentence("status"), sentence("step ms")
 PEAK, PREDICTED, BATCH = sentence("peak / budget GiB"), sentence("predicted GiB"), sentence("effective batch")
@@ -103,15 +101,20 @@ PLAIN_WIDTH = 160
 WIDE = 110
 
 
+def keep(found: Sequence[TrialResult], best: TrialResult | None, folder: Path) -> str | None:
+    """Write trials.jsonl into `folder` and the best setting as a recipe; returns the command that uses that."""
+    write_text(folder / "trials.jsonl", "".join(result.to_json() + "\n" for result in found))
+    if best is None:
+        return None
+    write_recipe(best, [folder, FIT])
+    return command(best, FIT)
+
+
 def write_report(found: Sequence[TrialResult], folder: Path, *, margin: float) -> None:
     """Rank the results, print the table, write every file of the report into `folder`."""
     order, best = ranked(found, margin), best_of(found, margin)
     print_table(order, margin)
-    write_text(folder / "trials.jsonl", "".join(result.to_json() + "\n" for result in order))
-    use = None
-    if best:
-        write_recipe(best, [folder, FIT])
-        use = command(best, FIT)
+    use = keep(order, best, folder)
     created = time.strftime("%Y-%m-%d %H:%M")
     write_text(folder / "report.html", page(found, margin=margin, command=use, created=created))
     drawn = write_pictures(order, best, folder)

@@ -29,6 +29,8 @@ STATUSES = tuple(STATUS_MESSAGES)
 EXPECTED = ("ok", "spilled", "oom", "skipped", "invalid", "pruned")
 # 值得记住、下次不再测的；崩溃可能已被修好，invalid 重查不花时间
 LASTING = ("ok", "spilled", "oom", "skipped", "timeout")
+# 试跑与搜索的目录；不论哪次扫描，最近的最佳设置总在这里
+FIT = Path("outputs") / "fit"
 # 少于这么多步的损失说明不了什么，不报告
 STEPS_FOR_LOSS = 100
 # 没有测到的排在最后，又是有限数：NaN 与无穷会让扫描器崩溃

@@ -32,11 +32,10 @@ from nanogpt.sweep import earlier_results, result
 from nanogpt.sweep.auto_batch import candidates as batch_sizes
 from nanogpt.sweep.auto_batch import fastest
 from nanogpt.sweep.halving import Candidate, Schedule, Search, divide
-from nanogpt.sweep.result import STATUS_MESSAGES, TrialResult
+from nanogpt.sweep.result import FIT, STATUS_MESSAGES, TrialResult
 from nanogpt.sweep.space import OWN, Dimension, default_of, overrides_of, space_of
 from nanogpt.sweep.trial import RUNS, run_trial
 
-FIT = Path("outputs") / "fit"
 # 量快慢：预热一步，计时的各步合起来约这么久，取中位数；别的程序偶尔插进来就不算数
 TIMED_S, TIMED_STEPS = 2.0, (2, 30)
 # 这一版起的 ask 与 tell

@@ -25,7 +25,7 @@ from nanogpt.base.lock import only_one
 from nanogpt.data.assets import cache_folder
 from nanogpt.sweep import earlier_results
 from nanogpt.sweep.process import CHILD, Ended, run_child
-from nanogpt.sweep.result import TrialResult, made
+from nanogpt.sweep.result import FIT, TrialResult, made
 from nanogpt.sweep.spill import judge
 
 # 没能变成 Python 异常的内存不足，日志里留下的话
@@ -33,7 +33,7 @@ ABORT_PHRASES = ("MemoryError", "Thread creation failed")
 
 
 # 目标是损失的试跑，各有自己的训练目录：中断了从 checkpoint 接着走，晋级的也从这里走下去
-RUNS = Path("outputs") / "fit" / "runs"
+RUNS = FIT / "runs"
 
 
 def run_trial(
