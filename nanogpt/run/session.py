@@ -385,8 +385,9 @@ class Session:
                     "finetune=lora without init_from: the frozen weights are random; type init_from=gpt2 (or a "
                     "folder, or a run) to start from trained ones",
                 )
-        line("size_line", **self._described(trainer))
-        line("run_line", **self._described(trainer))
+        described = self._described(trainer)
+        line("size_line", **described)
+        line("run_line", **described)
         line(
             "MFU, the share of the peak that the model's products reach: 100% is {tflops:.2f} TFLOP/s, {source}",
             source=trainer.peak_source, tflops=trainer.peak,
