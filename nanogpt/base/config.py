@@ -688,9 +688,14 @@ def span_of(cfg: Any, iteration: int = 0, tokens: int = 0) -> Span:
     return Span(iters, cfg.max_minutes and cfg.max_minutes * 60, key)
 
 
+def effective_batch(cfg: Any) -> int:
+    """Sequences of one optimizer step, all processes together."""
+    return cfg.global_batch_size or cfg.batch_size * cfg.gradient_accumulation_steps
+
+
 def tokens_per_step(cfg: Any) -> int:
     """Tokens of one optimizer step, all processes together."""
-    return (cfg.global_batch_size or cfg.batch_size * cfg.gradient_accumulation_steps) * cfg.model.block_size
+    return effective_batch(cfg) * cfg.model.block_size
 
 
 def block_parameters(model: ModelConfig) -> int:

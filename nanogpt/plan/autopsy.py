@@ -7,7 +7,7 @@
 import re
 from dataclasses import asdict, replace
 
-from nanogpt.base.config import TrainConfig
+from nanogpt.base.config import TrainConfig, effective_batch
 from nanogpt.base.console import Console
 from nanogpt.base.errors import PHASES, OutOfMemory
 from nanogpt.base.hardware import GIB
@@ -69,7 +69,7 @@ def show(error: OutOfMemory, cfg: TrainConfig, console: Console, *, resume: list
 
 def _planned(cfg: TrainConfig, rows: int) -> tuple[Plan, Advice | None]:
     """The plan of the failed step, and the mildest preset of memory= that takes clearly less and fits."""
-    total = cfg.global_batch_size or cfg.batch_size * cfg.gradient_accumulation_steps
+    total = effective_batch(cfg)
     # 模型的形状此时已经定了：不必再去读 init_from 的权重
     failed = replace(
         cfg, batch_size=min(rows, total), gradient_accumulation_steps=1, global_batch_size=total, init_from=None

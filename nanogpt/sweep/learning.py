@@ -6,14 +6,14 @@
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from nanogpt.base.config import TrainConfig
+from nanogpt.base.config import TrainConfig, effective_batch
 from nanogpt.base.language import ConfigError
 from nanogpt.base.saved_config import read_saved
+from nanogpt.run.loggers import history
 
 # 晋级时会变的键：走多远，以及平台之后怎样收尾；其余的与开始时一样
 BUDGET = (
@@ -68,7 +68,7 @@ def outcome(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
     curve = [
         # 步子一样长：第几步就是几分之几的时间
         (record["tokens"], summary["train_s"] / 60 * record["iteration"] / iters, record["val/loss"])
-        for record in evaluations(run_dir)
+        for record in history(run_dir)[0] if "val/loss" in record
     ]
     found = {"val_loss": summary["best_val_loss"], "val_bpb": summary.get("best_val_bpb")}
     value = found[cfg.objective]
@@ -82,17 +82,6 @@ def outcome(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
         **found, "curve": curve, "iters": summary["iters"], "tokens": summary["tokens"],
         "minutes": summary["train_s"] / 60, "tokens_per_s": summary["tokens_per_s"],
         "step_ms": summary["train_s"] * 1000 / iters, "micro_batch": summary["micro_batch"],
-        "effective_batch": cfg.global_batch_size or cfg.batch_size * cfg.gradient_accumulation_steps,
+        "effective_batch": effective_batch(cfg),
         "precision": summary["precision"], "run_dir": run_dir.as_posix(),
     }
-
-
-def evaluations(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl with a validation loss, by iteration; of two for one iteration the later counts."""
-    found = {}
-    for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if "val/loss" in record:
-            found[record["iteration"]] = record
-    for iteration in sorted(found):
-        yield found[iteration]

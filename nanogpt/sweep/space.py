@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Overrid
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from nanogpt.base.config import ModelConfig, TrainConfig, keys
+from nanogpt.base.config import ModelConfig, TrainConfig, effective_batch, keys
 from nanogpt.base.language import ConfigError
 from nanogpt.base.user_yaml import is_group
 
@@ -173,7 +173,7 @@ def default_of(space: Sequence[Dimension], cfg: TrainConfig) -> dict[str, Any]:
         if one.key == "shape":
             value = "as_is"
         if one.key == "global_batch_size" and value is None and isinstance(cfg.batch_size, int):
-            value = cfg.batch_size * cfg.gradient_accumulation_steps
+            value = effective_batch(cfg)
         same = [word for word in one.choices if yaml.safe_load(word) == _plain(value)]
         if same:
             found[one.key] = same[0]
