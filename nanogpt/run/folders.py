@@ -28,7 +28,7 @@ from nanogpt.base.quoting import command
 from nanogpt.base.report import formatted
 from nanogpt.base.run_names import OUTPUTS, is_latest, locate, recorded
 from nanogpt.base.saved_config import read_saved
-from nanogpt.run.loggers import history, number
+from nanogpt.run.loggers import history, number, points
 from nanogpt.run.rundir import LOCK
 
 # 扫描的训练在 outputs/sweeps/<时间>/<任务> 里
@@ -93,7 +93,7 @@ class Run:
 
     def values(self, name: str) -> list[tuple[float, float]]:
         """(iteration, value) of a metric."""
-        return [(record["iteration"], record[name]) for record in self.curve if name in record]
+        return points(self.curve, name)
 
     @property
     def tokens(self) -> float | None:

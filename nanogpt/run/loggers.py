@@ -14,7 +14,7 @@ import math
 import os
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,11 @@ def history(run_dir: Path) -> tuple[list[dict[str, float]], dict[int, str]]:
         else:
             records.setdefault(at, {}).update((k, v) for k, v in record.items() if number(v) is not None)
     return [records[i] for i in sorted(records)], samples
+
+
+def points(records: Iterable[dict[str, float]], metric: str) -> list[tuple[float, float]]:
+    """(iteration, value) of a metric in the records of a history, where it was logged."""
+    return [(record["iteration"], record[metric]) for record in records if metric in record]
 
 
 def number(value: Any, nothing: float | None = None) -> float | None:

@@ -19,7 +19,7 @@ from nanogpt.base.files import write_text
 from nanogpt.base.groups import leaves, train_config
 from nanogpt.base.language import text
 from nanogpt.base.report import curves, formatted, page, printable
-from nanogpt.run.loggers import history
+from nanogpt.run.loggers import history, points
 
 # 样本多了，从头到尾均匀取这么多段
 MOST_SAMPLES = 6
@@ -36,7 +36,7 @@ def write_report(
     """
     records, samples = history(run_dir)
     keys = {text("curve_train"): "train/loss", text("curve_val"): "val/loss"}
-    lines = {name: points for name, key in keys.items() if (points := _curve(records, key))}
+    lines = {name: drawn for name, key in keys.items() if (drawn := points(records, key))}
     title, axes = run_dir.absolute().name, {"x_label": text("column_iteration"), "y_label": text("report_loss")}
     html = page(
         Path(__file__).with_name("report.html"), title=printable(title),
@@ -49,14 +49,10 @@ def write_report(
     write_text(run_dir / "report.html", html)
 
 
-def _curve(records: list[dict], key: str) -> list[tuple[float, float]]:
-    return [(record["iteration"], record[key]) for record in records if key in record]
-
-
 def _tiles(records: list[dict], summary: Mapping[str, Any], planned: int | None) -> list[tuple[str, str]]:
     """The figures at the top of the page and the messages that name them."""
-    bits = [value for _, value in _curve(records, "val/bpb")]
-    peaks = [value for _, value in _curve(records, "memory/peak_gib")]
+    bits = [value for _, value in points(records, "val/bpb")]
+    peaks = [value for _, value in points(records, "memory/peak_gib")]
     return [
         (formatted(summary["best_val_loss"], ".4f"), "tile_loss"),
         *([(f"{min(bits):.3f}", "tile_bpb")] if bits else []),
