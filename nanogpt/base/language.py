@@ -463,8 +463,4 @@ NAMED = {
         "dataset {name}: its data differs from what the checkpoint was trained on ({reason}); use the run's own data "
         "or start a new run"
     ),
-    "world_batch": (
-        "batch_size={batch} x gradient_accumulation_steps={accum} cannot be shared by {world} processes; make one of "
-        "them a multiple of {world}"
-    ),
 }

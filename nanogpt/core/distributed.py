@@ -1,12 +1,14 @@
 # torchrun 下的几个进程：编号、求和、广播；只有一个进程时全是空操作
-# 不用 DistributedDataParallel：微批都做完再一次求和，显存不足时各进程才能一起重来
+# 梯度边反向边求和（GradientSum）：通信藏在计算后面；累积时只有最后一个微批通信
+# 不用 DistributedDataParallel：一个进程反向到一半显存不足，它那一半的通信没有人补，别的进程就永远等着
 """Several processes under torchrun: rank, sums and broadcasts; without torchrun all of it is a no-op.
 
-Gradients are summed once after all micro-batches instead of through DistributedDataParallel: every
-process can then agree to repeat a step that ran out of memory, with no collective left half done.
+Gradients are summed while the backward pass goes on, without DistributedDataParallel: a process that runs out of
+memory takes part in the sums that are left, so that all can agree to repeat the step.
 """
 
 import os
+import weakref
 from datetime import timedelta
 
 import torch
@@ -14,6 +16,8 @@ import torch.distributed as dist
 
 # 其余进程在第一个进程准备数据时等着：大语料要几个小时，NCCL 默认 10 分钟就中断全部
 PATIENCE = timedelta(hours=24)
+# 这么大（字节）的梯度原地求和，不抄；更小的攒成一捆，免得每次通信都在等延迟
+LARGE, BUNDLE = 2**20, 25 * 2**20
 
 
 def rank() -> int:
@@ -24,6 +28,11 @@ def rank() -> int:
 def world() -> int:
     """Number of processes."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def share(rows: int) -> slice:
+    """Which of `rows` are this process's: shares differ by one row at most, so that any number of processes will do."""
+    return slice(rank() * rows // world(), (rank() + 1) * rows // world())
 
 
 def start(device: torch.device) -> None:
@@ -57,6 +66,15 @@ def largest(values: list[float], device: torch.device) -> list[float]:
     return tensor.tolist()
 
 
+def agree(loss: torch.Tensor, flags: list[bool]) -> tuple[torch.Tensor, list[bool]]:
+    """(sum of the losses () of all processes, which flags are set on any of them), in one message."""
+    if world() == 1:
+        return loss, flags
+    both = torch.cat([loss.float().reshape(1), torch.tensor(flags, dtype=torch.float32, device=loss.device)])
+    dist.all_reduce(both)
+    return both[0], [count > 0 for count in both[1:].tolist()]
+
+
 def total(tensor: torch.Tensor) -> torch.Tensor:
     """Sum over all processes, in place."""
     if world() > 1:
@@ -64,20 +82,84 @@ def total(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def sum_gradients(parameters: list[torch.Tensor]) -> None:
-    """Add up the gradients of all processes, in place, in buckets of 25 MiB."""
-    if world() == 1:
-        return
-    bucket: list[torch.Tensor] = []
-    size = 0
-    for gradient in [p.grad for p in parameters if p.grad is not None] + [None]:
-        # 攒成大块再通信：逐个张量太慢，全部拼一起又多占一份显存
-        if bucket and (gradient is None or size > 25 * 2**20):
-            flat = torch.cat([g.flatten() for g in bucket])
-            dist.all_reduce(flat)
-            for g, piece in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                g.copy_(piece.view_as(g))
-            bucket, size = [], 0
-        if gradient is not None:
-            bucket.append(gradient)
-            size += gradient.numel() * gradient.element_size()
+class GradientSum:
+    """Adds up the gradients of all processes in place, each part as soon as the backward pass has it."""
+
+    # 各进程的通信必须同样多、同样次序：按参数登记的倒序一份一份地发，先到的也要等前面的
+    # 反向差不多就是这个次序；查表与嵌入层最后才到，它们那一份藏不住
+
+    def __init__(self, parameters: list[torch.Tensor]):
+        self._parts = _parts(parameters) if world() > 1 else []
+        self._left: list[int] | None = None
+        self._sent: list[tuple[dist.Work, torch.Tensor]] = []
+        for number, part in enumerate(self._parts):
+            for p in part:
+                p.register_post_accumulate_grad_hook(_hook(weakref.ref(self), number))
+
+    def begin(self) -> None:
+        """The next backward pass is the last one of this step: from now on gradients are complete as they arrive."""
+        self._left = [len(part) for part in self._parts]
+
+    def arrived(self, number: int) -> None:
+        """A gradient of part `number` is complete, unless there are more micro-batches to come."""
+        if self._left is None:
+            return
+        # 可重入的重算会让一个梯度分几次到，那时发出去的就不全
+        assert self._left[number], "a gradient arrived twice in one backward pass"
+        self._left[number] -= 1
+        while len(self._sent) < len(self._parts) and not self._left[len(self._sent)]:
+            self._send()
+
+    def _send(self, *, nothing: bool = False) -> None:
+        """Begin to add up the next part; with `nothing` this process adds zeros."""
+        part = self._parts[len(self._sent)]
+        grads = [torch.zeros_like(p) if nothing or p.grad is None else p.grad for p in part]
+        whole = len(part) == 1 and grads[0].is_contiguous()
+        tensor = grads[0] if whole else torch.cat([grad.flatten() for grad in grads])
+        self._sent.append((dist.all_reduce(tensor, async_op=True), tensor))
+
+    def finish(self, *, failed: bool) -> None:
+        """Wait for all sums; where this process `failed`, only complete those that the others wait for."""
+        for number, part in enumerate(self._parts):
+            if number == len(self._sent):
+                # 显存不足的进程补上零，别人才等得到；没用到的参数也按零算
+                self._send(nothing=failed)
+            work, tensor = self._sent[number]
+            work.wait()
+            if failed:
+                # 一次只占一份的内存
+                self._sent[number] = (work, tensor.new_empty(0))
+                continue
+            for p, piece in zip(part, tensor.flatten().split([p.numel() for p in part]), strict=True):
+                if p.grad is None:
+                    # 这里没用到，别的进程用到了：更新才处处相同；谁也没用到的，仍没有梯度
+                    p.grad = piece.view_as(p).clone() if piece.any() else None
+                elif p.grad.data_ptr() != piece.data_ptr():
+                    p.grad.copy_(piece.view_as(p))
+        self._left, self._sent = None, []
+
+
+def _parts(parameters: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Parameters whose gradients travel together, in the order in which the backward pass is likely to have them."""
+    parts: list[list[torch.Tensor]] = []
+    bundle: list[torch.Tensor] = []
+    for p in reversed(parameters):
+        if p.nbytes >= LARGE:
+            parts.append([p])
+            continue
+        if bundle and (bundle[0].dtype != p.dtype or sum(one.nbytes for one in bundle) + p.nbytes > BUNDLE):
+            bundle = []
+        if not bundle:
+            parts.append(bundle)
+        bundle.append(p)
+    return parts
+
+
+def _hook(owner: weakref.ref, number: int):
+    """The hook of a parameter in the owner's part with this number."""
+    # 弱引用：hook 由参数的 C++ 一侧拿着，垃圾回收看不见这个环
+    def arrived(p: torch.Tensor) -> None:
+        if (it := owner()) is not None:
+            it.arrived(number)
+
+    return arrived

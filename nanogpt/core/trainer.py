@@ -31,7 +31,7 @@ class Trainer:
         micro_batch: int | None = None, eval_batch: int | None = None, eval_tokens: int | None = None,
         grad_clip: float = 0.0, progress: Progress | None = None, order: int = ORDER,
     ):
-        """rows: sequences per step and process; eval_tokens: of the validation part, None for all.
+        """rows: sequences per step, all processes together; eval_tokens: of the validation part, None for all.
 
         progress and order: where a training that goes on stands, and which order its data has.
         """
@@ -41,7 +41,10 @@ class Trainer:
         self.device = self.parameters[0].device
         self.data, self.order = data, order
         self.schedule, self.seed, self.limit = schedule, seed, grad_clip or math.inf
-        self.local_rows, self.micro_batch = rows, micro_batch or rows
+        self.global_rows, self.mine = rows, distributed.share(rows)
+        self.local_rows = self.mine.stop - self.mine.start
+        self.micro_batch = micro_batch or self.local_rows
+        self.gradients = distributed.GradientSum(self.parameters)
         self.eval_batch = eval_batch or self.micro_batch
         self.block_size = self.model.config.block_size
         self.windows = data.val_windows(self.block_size, eval_tokens)
@@ -52,11 +55,6 @@ class Trainer:
         # 显卡上由设备自己决定跳不跳过，数值晚一步再看：主机不必每步停下来等它
         self.reads_late = self.device.type == "cuda" and computation.decides_on_device
         self.prepared, self.expected_rows = False, 0
-
-    @property
-    def global_rows(self) -> int:
-        """Sequences per optimizer step, all processes together."""
-        return self.local_rows * distributed.world()
 
     def prepare(self) -> None:
         """Allocate the optimizer's states, behind a restore and before the first step."""
@@ -81,18 +79,15 @@ class Trainer:
         starts = self.data.starts(self.seed, progress.samples_seen, self.global_rows, self.block_size, order=self.order)
         # 装箱的行填得有多有少：每行按它的目标数计权，切成多少微批、几个进程，梯度都相同
         targets = self.data.targets(starts, self.block_size)
-        mine = slice(distributed.rank() * self.local_rows, (distributed.rank() + 1) * self.local_rows)
         while True:
-            loss, detail = self._accumulate(starts[mine], targets[mine], int(targets.sum()))
-            loss = distributed.total(loss)
-            flags = distributed.largest([detail is not None, self.stop_requested], self.device)
-            failed, stop = map(bool, flags)
+            loss, detail = self._accumulate(starts[self.mine], targets[self.mine], int(targets.sum()))
+            with not_divisible("sum", rows=self.micro_batch):
+                # 各进程的求和必须步调一致：一个进程失败，谁也不能单独重做
+                self.gradients.finish(failed=detail is not None)
+                loss, (failed, stop) = distributed.agree(loss, [detail is not None, self.stop_requested])
             if not failed:
                 break
             self.shrink(detail or "")
-        # 各进程的求和必须步调一致：一个进程失败，谁也不能单独重做
-        with not_divisible("sum", rows=self.micro_batch):
-            distributed.sum_gradients(self.parameters)
         # 更新到一半停下的参数退不回去：不能重做，已存的 checkpoint 还在
         with not_divisible("update", rows=self.micro_batch):
             reading, healing = self.computation.finish(loss, self.limit, late=self.reads_late)
@@ -121,6 +116,8 @@ class Trainer:
             for first in range(0, len(starts), self.micro_batch):
                 rows = slice(first, first + self.micro_batch)
                 x, y = self.to_device(*self.data.rows("train", starts[rows], self.block_size))
+                if rows.stop >= len(starts):
+                    self.gradients.begin()
                 loss += self.computation.micro_batch(x, y, float(targets[rows].sum() / total))
             return loss, None
         except Exception as error:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 
-from nanogpt.base.config import TrainConfig, check, span_of
+from nanogpt.base.config import TrainConfig, check, span_of, tokens_per_step
 from nanogpt.base.groups import train_config
 from nanogpt.base.quoting import quoted
 from nanogpt.core import distributed
@@ -264,7 +264,7 @@ class Planner:
             reserved=result.reserved, ram=traced.ram, verdict=verdict, batch_size=traced.shape.rows,
             accumulation=-(-total // traced.shape.rows), parameters=traced.parameters, size=traced.size,
             precision=str(traced.dtype).removeprefix("torch."), vocab_source=vocab_source, step_s=step_s,
-            tokens_per_s=total * distributed.world() * cfg.model.block_size / step_s,
+            tokens_per_s=tokens_per_step(cfg) / step_s,
             train_s=steps * step_s + -(-steps // cfg.eval_interval) * evaluation_s, iters=steps,
         )
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from nanogpt.base.config import MANY, TrainConfig, schedule_of, span_of
+from nanogpt.base.config import MANY, TrainConfig, effective_batch, schedule_of, span_of
 from nanogpt.base.console import Console, duration
 from nanogpt.base.errors import is_out_of_memory, not_divisible
 from nanogpt.base.hardware import peak_tflops_of, reference
@@ -66,13 +66,13 @@ class Training(Trainer):
         order: int = ORDER,
     ):
         """`write_sample` is that of nanogpt.write.engine; without it no samples are written."""
-        rows, micro_batch = share_batch(cfg, distributed.world())
+        _, micro_batch = share_batch(cfg, distributed.world())
         at = progress or Progress()
         self.span = span_of(cfg, at.iteration, at.tokens_trained)
         super().__init__(
-            computation, data, schedule=schedule_of(cfg, self.span), seed=cfg.seed, rows=rows, micro_batch=micro_batch,
-            eval_batch=cfg.eval_batch_size, eval_tokens=cfg.eval_tokens, grad_clip=cfg.grad_clip,
-            progress=at, order=order,
+            computation, data, schedule=schedule_of(cfg, self.span), seed=cfg.seed, rows=effective_batch(cfg),
+            micro_batch=micro_batch, eval_batch=cfg.eval_batch_size, eval_tokens=cfg.eval_tokens,
+            grad_clip=cfg.grad_clip, progress=at, order=order,
         )
         self.cfg, self.loggers, self.saver, self.console = cfg, loggers, saver, console
         # 写作在训练之上：由 run_train.py 交进来
@@ -427,22 +427,20 @@ class Training(Trainer):
 
 
 def share_batch(cfg: TrainConfig, world: int) -> tuple[int, int]:
-    """(rows per process and step, rows per micro-batch) for the same effective batch with any number of processes."""
+    """(rows of a step in the largest share, rows per micro-batch), for the same effective batch whatever `world` is."""
     if cfg.memory.optimizer_in_backward and world > 1:
         raise ConfigError(
             "memory.optimizer_in_backward=true uses each gradient before {world} processes could add them up; start "
             "one process, or memory.optimizer_in_backward=false",
             world=world,
         )
-    batch, accumulation = cfg.batch_size, cfg.gradient_accumulation_steps
-    if total := cfg.global_batch_size:
-        if total % world:
-            raise ConfigError("world_batch", batch=total, accum=1, world=world)
-        # 除不尽也没关系：最后一个微批短一些，等效批量仍然精确
-        return total // world, min(batch, total // world)
-    if accumulation % world == 0:
-        return batch * accumulation // world, batch
-    if batch % world == 0:
-        # 累积次数分不开就把微批分开，等效批量不变
-        return batch * accumulation // world, batch // world
-    raise ConfigError("world_batch", batch=batch, accum=accumulation, world=world)
+    total = effective_batch(cfg)
+    if total < world:
+        raise ConfigError(
+            "batch_size: the {batch} rows of a step cannot be shared by {world} processes; start at most {batch}, or "
+            "raise global_batch_size",
+            batch=total, world=world,
+        )
+    # 除不尽也没关系：有的进程多一条，最后一个微批短一些，等效批量仍然精确
+    rows = -(-total // world)
+    return rows, min(cfg.batch_size, rows)

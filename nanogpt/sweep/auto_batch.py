@@ -103,7 +103,7 @@ def predict(cfg: TrainConfig, overrides: list[str]) -> Any:
 
 def choose(cfg: TrainConfig, overrides: list[str], *, processes: int, console: Console) -> int:
     """The micro-batch for cfg.global_batch_size rows per step; remembered per machine, driver, versions and config."""
-    rows = cfg.global_batch_size // processes
+    rows = math.ceil(cfg.global_batch_size / processes)
     memory_file = FOLDER / f"{known_results.key_of(cfg)}.json"
     if not cfg.trial.again and (known := _remembered(memory_file)):
         console.line(

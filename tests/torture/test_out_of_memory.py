@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanogpt.base.errors import OutOfMemory, is_out_of_memory
 from nanogpt.base.language import ConfigError
-from nanogpt.core import distributed, generate
+from nanogpt.core import generate
 from nanogpt.core.sampling import sampler
 from nanogpt.data.documents import Document, write_documents
 from nanogpt.data.tokenizer import CharTokenizer
@@ -213,7 +213,7 @@ ENDINGS = {
 def broken(trainer, place: str, error: Exception, at: int, operations: int) -> Iterator[None]:
     """Let memory run out in `place` from iteration `at` on."""
     owner, name = {
-        "gradient sum": (distributed, "sum_gradients"), "update": (trainer.computation, "update"), "one row": (trainer.model, "loss"),
+        "gradient sum": (trainer.gradients, "finish"), "update": (trainer.computation, "update"), "one row": (trainer.model, "loss"),
         "logging": (trainer.loggers, "log"), "choosing rows": (trainer.data, "starts"), "half of an update": (trainer.computation, "update"),
         "first update": (trainer.computation, "prepare"),
     }[place]

@@ -1,0 +1,118 @@
+"""Several processes train like one: gradients summed beside the backward pass, uneven shares, one of them out of memory."""
+
+# 几个进程由 fork 而来，一次起一对，许多断言共用
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from attack import POSIX
+from conftest import new_trainer, tiny
+from members import together
+
+from nanogpt.core import distributed
+from nanogpt.core.distributed import GradientSum
+
+pytestmark = POSIX
+# 10 条分给 3 个进程：3、3、4 条；每份再切成微批，最后一个微批不满
+ROWS = ("batch_size=2", "global_batch_size=10", "optimizer=adamw", "model.dropout=0", "overwrite=true")
+
+
+class Counted:
+    """all_reduce that writes down what it is asked to add up."""
+
+    def __init__(self):
+        self.real, self.sizes = dist.all_reduce, []
+
+    def __call__(self, tensor, *rest, **how):
+        self.sizes.append(tensor.numel())
+        return self.real(tensor, *rest, **how)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def fail_once(trainer, *, at: int, backward: bool) -> None:
+    """Let memory run out once in step `at` of rank 1: in its first forward, or deep in its last backward pass."""
+    real, failed = trainer.model.loss, []
+
+    def out_of_memory(*_):
+        failed.append(True)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def loss(x, y):
+        if trainer.progress.iteration == at and not failed and distributed.rank() == 1:
+            if not backward:
+                out_of_memory()
+            if trainer.gradients._left is not None:
+                # 有的梯度已经发出去了，有的还没有
+                handle = trainer.parameters[0].register_hook(lambda grad: (handle.remove(), out_of_memory()))
+        return real(x, y)
+
+    trainer.model.loss = loss
+
+
+def three_steps(overrides, faults=()):
+    """(weights behind three steps, tokens trained, micro-batch, what was summed in each step) of one member."""
+    trainer = new_trainer(overrides, *ROWS, out=f"outputs/{distributed.world()}")
+    for at, backward in faults:
+        fail_once(trainer, at=at, backward=backward)
+    sums = []
+    for _ in range(3):
+        dist.all_reduce = counted = Counted()
+        trainer.step()
+        dist.all_reduce = counted.real
+        sums.append(counted.sizes)
+    # 张量过管道要发送的一方还活着：换成数组
+    return weights(trainer.model).numpy(), trainer.progress.tokens_trained, trainer.micro_batch, sums
+
+
+def test_processes_with_uneven_shares_train_like_one_and_send_every_gradient_once_a_step(in_tmp, corpus_folder, monkeypatch):
+    overrides = tiny(corpus_folder)
+    alone, tokens, _, _ = three_steps(overrides)
+    members = together(3, three_steps, overrides)
+    for result in members:
+        np.testing.assert_allclose(result[0], alone, atol=1e-4, rtol=1e-3)
+        assert result[1] == tokens == 3 * 10 * 16
+        # 累积的微批不通信；损失与“失败、停下”一共三个数，合成一次
+        assert all(sum(sizes) == alone.size + 3 for sizes in result[3])
+    assert all(np.array_equal(result[0], members[0][0]) for result in members)
+
+
+def test_where_one_process_runs_out_of_memory_all_repeat_the_step_with_half_the_micro_batch(in_tmp, corpus_folder):
+    overrides = tiny(corpus_folder)
+    alone, *_ = three_steps(overrides)
+    for faults in ([(0, False)], [(1, True)]):
+        members = together(2, three_steps, overrides, faults)
+        for weights_behind, tokens, micro_batch, _ in members:
+            np.testing.assert_allclose(weights_behind, alone, atol=1e-4, rtol=1e-3)
+            assert micro_batch == 1 and tokens == 3 * 10 * 16
+        assert np.array_equal(members[0][0], members[1][0])
+
+
+def summed(unused: bool):
+    """Gradients of a large, a small and a sometimes unused parameter, and how many sums had begun before the backward pass ended."""
+    distributed.start(torch.device("cpu"))
+    large, small, last = (torch.nn.Parameter(torch.full(shape, 2.0)) for shape in ((600, 600), (3,), (5,)))
+    sums = GradientSum([large, small, last])
+    rank = distributed.rank()
+    for final in (False, True):
+        if final:
+            sums.begin()
+        loss = (large.sum() + small.sum() * (1 + rank)) * (1 + rank)
+        if not unused or rank == 1:
+            loss = loss + last.sum() * 7
+        loss.backward()
+    early = len(sums._sent)
+    sums.finish(failed=False)
+    return large.grad[0, 0].item(), small.grad[0].item(), None if last.grad is None else last.grad[0].item(), early
+
+
+@pytest.mark.parametrize("unused", [False, True])
+def test_sums_begin_within_the_backward_pass_and_a_gradient_that_one_process_lacks_counts_as_zero(unused):
+    assert [result[:3] for result in together(2, summed, unused)] == [(6.0, 10.0, 14.0 if unused else 28.0)] * 2
+
+
+def test_all_sums_of_a_backward_pass_have_begun_when_it_ends_and_large_gradients_are_not_copied():
+    assert [result[3] for result in together(2, summed, False)] == [2, 2]
