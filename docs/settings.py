@@ -9,6 +9,7 @@ from nanogpt.base.config import (
     FinetuneConfig,
     HardwareConfig,
     MemoryConfig,
+    ParallelConfig,
     Range,
     SearchConfig,
     TrainConfig,
@@ -24,6 +25,7 @@ SECTIONS = (
     ("memory", "memory.", MemoryConfig, "memory/default.yaml"),
     ("finetune", "finetune.", FinetuneConfig, "finetune/lora.yaml"),
     ("hardware", "hardware.", HardwareConfig, "hardware/auto.yaml"),
+    ("parallel", "parallel.", ParallelConfig, "parallel/ddp.yaml"),
     ("nanogpt sample", "", SampleConfig, "sample.yaml"), ("server", "server.", ServerConfig, "sample.yaml"),
 )
 HEADS = {

@@ -270,6 +270,26 @@ class HardwareConfig:
     """Memory budget on a CPU, GiB; None takes what the machine has free."""
 
 
+@dataclass
+class ParallelConfig:
+    """Several processes that train one model; see nanogpt.core.distributed and nanogpt.plan.communication."""
+
+    # 进程由 torchrun 起：这里只说规划时有几个、线路多快，以及等多久算是停住了
+
+    world: int | None = number(1, 10**6, None)
+    """Processes; None: as many as torchrun has started, and only plan=true takes another number."""
+    nodes: int = number(1, 10**6, 1)
+    """Machines that they are spread over; for plan=true."""
+    link_gb_per_s: float = number(0, 10**6, 12.0, open="low")
+    """Between two cards of one machine, 10^9 bytes/s each way, for plan=true: about 12 for PCIe 3.0 x16, 24 for PCIe
+    4.0, 50 to 450 for NVLink."""
+    network_gbit: float = number(0, 10**6, 10.0, open="low")
+    """Of each machine's network, 10^9 bits/s each way; for plan=true."""
+    timeout_s: float = number(1, 10**7, 600)
+    """Seconds without an answer after which the other processes say which one hangs, and end; longer than a save
+    takes."""
+
+
 @dataclass(kw_only=True)
 class TrialConfig:
     """A bounded trial in a process of its own instead of a training; see nanogpt.sweep.trial."""
@@ -346,7 +366,7 @@ class TrainConfig:
     compile: str = choice("auto", "true", "false")
     """torch.compile of training steps; auto on a card with Triton when the training is long enough, never in trials."""
     deterministic: bool
-    """Demand deterministic kernels on a card; an operation without one is an error."""
+    """Deterministic kernels on a card, or an error."""
     max_iters: int | None = number(1, MANY)
     """Optimizer steps; None: 250, or no limit where max_tokens or max_minutes is given. What is reached first ends the
     training."""
@@ -426,6 +446,7 @@ class TrainConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     trial: TrialConfig
     search: SearchConfig = field(default_factory=SearchConfig)
     dataset: Any
@@ -534,8 +555,7 @@ def check_model(model: Any) -> None:
     """Rules between the fields of a ModelConfig."""
     if model.head_dim is None and model.n_embd % model.n_head:
         raise ConfigError(
-            "{key}={got} is not divisible by {other}={by}; choose a multiple of {by}",
-            key="model.n_embd", got=model.n_embd, other="model.n_head", by=model.n_head,
+            "not_a_multiple", key="model.n_embd", got=model.n_embd, other="model.n_head", by=model.n_head,
         )
     if model.n_head % model.kv_heads:
         raise ConfigError(
@@ -581,6 +601,15 @@ def check_stride(stride: int, block_size: int) -> None:
     """Refuse windows of an evaluation with gaps between them."""
     if stride > block_size:
         raise ConfigError("above_other", key="eval_stride", got=stride, other="model.block_size", limit=block_size)
+
+
+def check_parallel(parallel: ParallelConfig) -> None:
+    """Refuse processes that machines cannot share evenly."""
+    world = parallel.world or parallel.nodes
+    if world % parallel.nodes:
+        raise ConfigError(
+            "not_a_multiple", key="parallel.world", got=world, other="parallel.nodes", by=parallel.nodes,
+        )
 
 
 def check_budget(cfg: Any) -> None:
@@ -753,6 +782,7 @@ def check(cfg: Any) -> None:
     check_model(cfg.model)
     check_batch(cfg)
     check_memory(cfg)
+    check_parallel(cfg.parallel)
     check_budget(cfg)
     check_schedule(cfg)
     check_checkpoint(cfg)

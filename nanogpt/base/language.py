@@ -439,6 +439,7 @@ NAMED = {
     "no_documents": "{path} has no documents for {split}; give more texts or another dataset.val_fraction",
     "no_memory": "out of memory ({reason}); choose a smaller model, batch_size or text, or close other programs",
     "no_older_checkpoint": "there is no older good one; start a new run",
+    "not_a_multiple": "{key}={got} is not divisible by {other}={by}; choose a multiple of {by}",
     "not_a_dataset": (
         "{path} has no readable meta.json ({reason}); delete the folder and start again to prepare it anew"
     ),

@@ -89,7 +89,7 @@ class GradientSum:
     # 反向差不多就是这个次序；查表与嵌入层最后才到，它们那一份藏不住
 
     def __init__(self, parameters: list[torch.Tensor]):
-        self._parts = _parts(parameters) if world() > 1 else []
+        self._parts = parts_of(parameters) if world() > 1 else []
         self._left: list[int] | None = None
         self._sent: list[tuple[dist.Work, torch.Tensor]] = []
         for number, part in enumerate(self._parts):
@@ -139,7 +139,7 @@ class GradientSum:
         self._left, self._sent = None, []
 
 
-def _parts(parameters: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+def parts_of(parameters: list[torch.Tensor]) -> list[list[torch.Tensor]]:
     """Parameters whose gradients travel together, in the order in which the backward pass is likely to have them."""
     parts: list[list[torch.Tensor]] = []
     bundle: list[torch.Tensor] = []

@@ -17,6 +17,7 @@ from nanogpt.base.quoting import quoted
 from nanogpt.core import distributed
 from nanogpt.plan.allocator import Replay, replay
 from nanogpt.plan.budget import Budget, budget_for
+from nanogpt.plan.communication import BACKWARD, Communication, Gradient, Network
 from nanogpt.plan.filled_config import filled, with_tokens
 from nanogpt.plan.roofline import Rates, rates_of
 from nanogpt.plan.trace import Shape, Trace, trace
@@ -142,6 +143,9 @@ class Plan:
     precision: str
     vocab_source: str
     step_s: float
+    """With what the sums of gradients add to it."""
+    communication: Communication | None
+    """Of several processes."""
     tokens_per_s: float
     train_s: float
     """The steps of the budget and their evaluations."""
@@ -237,7 +241,8 @@ class Planner:
 
     def judge(self, cfg: TrainConfig, vocab_source: str) -> Plan:
         """The plan of a filled config with a batch_size."""
-        total, rows = share_batch(cfg, distributed.world())
+        world = cfg.parallel.world or distributed.world()
+        total, rows = share_batch(cfg, world)
         traced = self.trace(cfg, rows, total, cfg.eval_batch_size or rows)
         result, verdict = self._within(cfg, traced, TIGHT), "fits"
         if not result.fits:
@@ -254,7 +259,11 @@ class Planner:
             **by_kind, rounding=max(0, result.reserved - workspace - live), workspace=workspace,
             context=self.budget.context, desktop=self.budget.desktop,
         )
-        step_s, evaluation_s = step_seconds(traced, self.rates, total), self._evaluation_s(cfg, traced)
+        step_s, evaluation_s = step_seconds(traced, self.rates, total), self._evaluation_s(cfg, traced) / world
+        communication = None
+        if world > 1:
+            communication = self._communication(cfg, traced, world, step_s)
+            step_s += communication.exposed_s
         span = span_of(cfg)
         steps = span.iters or math.inf
         if span.seconds:
@@ -264,9 +273,16 @@ class Planner:
             reserved=result.reserved, ram=traced.ram, verdict=verdict, batch_size=traced.shape.rows,
             accumulation=-(-total // traced.shape.rows), parameters=traced.parameters, size=traced.size,
             precision=str(traced.dtype).removeprefix("torch."), vocab_source=vocab_source, step_s=step_s,
-            tokens_per_s=tokens_per_step(cfg) / step_s,
+            communication=communication, tokens_per_s=tokens_per_step(cfg) / step_s,
             train_s=steps * step_s + -(-steps // cfg.eval_interval) * evaluation_s, iters=steps,
         )
+
+    def _communication(self, cfg: TrainConfig, traced: Trace, world: int, compute_s: float) -> Communication:
+        """The sums of gradients in a step that computes for compute_s."""
+        last = max(phase for phase in traced.ops if phase.startswith("steady_micro"))
+        parts = tuple(Gradient(*part) for part in traced.gradients)
+        backward_s = BACKWARD * self.rates.seconds(traced.ops[last])
+        return Communication(Network.of(cfg.parallel, world), parts, compute_s, backward_s)
 
     def _evaluation_s(self, cfg: TrainConfig, traced: Trace) -> float:
         """One evaluation, 0 where eval_tokens leaves its size to the data."""

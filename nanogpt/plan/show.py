@@ -4,6 +4,7 @@
 # run_plan 由 run_train.py 调用，决定打印哪一种；table 与 show 只把一份 Plan 变成行，autopsy 也用这张表
 # 放不下时以退出码 1 结束，脚本里就能用它判断；在 -m 里不行，后面的设置还要接着看
 
+import math
 import sys
 from dataclasses import asdict
 
@@ -11,11 +12,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from nanogpt.base import run_names
-from nanogpt.base.config import TrainConfig, check
+from nanogpt.base.config import TrainConfig, check, effective_batch
 from nanogpt.base.console import Console, aligned, duration
 from nanogpt.base.hardware import GIB
 from nanogpt.base.language import sentence, text
 from nanogpt.plan import advice, matrix
+from nanogpt.plan.communication import EFFICIENT
 from nanogpt.plan.plan import Plan, Planner
 from nanogpt.plan.roofline import BANDWIDTH_EFFICIENCY, LAUNCH_S, PRODUCT_EFFICIENCY
 from nanogpt.run import rundir
@@ -52,6 +54,8 @@ def show(plan: Plan, console: Console) -> None:
         "about {speed:,.0f} tokens/s, {step}/step, {wall} for {iters} iterations with evaluation",
         speed=plan.tokens_per_s, step=duration(plan.step_s), wall=duration(plan.train_s), iters=plan.iters,
     )
+    if plan.communication:
+        show_communication(plan, console)
     rates, kind = plan.rates, plan.budget.device_type
     line(
         "roofline: {half:.1f} (16-bit) and {fp32:.1f} (fp32) TFLOP/s, {bandwidth:.0f} GB/s [{source}], of which "
@@ -60,6 +64,30 @@ def show(plan: Plan, console: Console) -> None:
         source=rates.source, products=PRODUCT_EFFICIENCY[kind], passes=BANDWIDTH_EFFICIENCY[kind],
         launch=LAUNCH_S[kind] * 1e6,
     )
+
+
+def show_communication(plan: Plan, console: Console) -> None:
+    """Print what summing the gradients costs, and where the network binds."""
+    parallel, sums = plan.cfg.parallel, plan.communication
+    world = sums.network.world
+    console.line(
+        "{world} processes on {nodes} machines, {rows} rows of a step in each; slowest link {rate:.3g} GB/s",
+        world=world, nodes=parallel.nodes, rows=-(-effective_batch(plan.cfg) // world),
+        rate=sums.network.bytes_per_s / 1e9,
+    )
+    console.line(
+        "gradients: {size:.1f} MiB, each process sends {sent:.1f} MiB a step in {total} (ring or tree), of which "
+        "{exposed} are not hidden behind the backward pass: {efficiency:.0%} of a step computes",
+        size=sums.size / 2**20, sent=sums.network.sent(sums.size) / 2**20, total=duration(sums.total_s),
+        exposed=duration(sums.exposed_s), efficiency=sums.efficiency,
+    )
+    if sums.efficiency < EFFICIENT:
+        needed = sums.bytes_per_s_needed()
+        console.line(
+            "the network binds: {goal:.0%} would compute with global_batch_size={batch}{rate}", goal=EFFICIENT,
+            batch=math.ceil(effective_batch(plan.cfg) * sums.times_the_work_needed()),
+            rate=text(", or links of {rate:.3g} GB/s", rate=needed / 1e9) if needed else "",
+        )
 
 
 def table(plan: Plan) -> list[str]:

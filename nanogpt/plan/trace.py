@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanogpt.base.config import TrainConfig
 from nanogpt.base.language import ConfigError
+from nanogpt.core.distributed import parts_of
 from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.machine import accelerators
 from nanogpt.core.memory.lora import add_adapters
@@ -72,6 +73,8 @@ class Trace:
     """Bytes of state that lie in RAM beside a card."""
     weight_bytes: int = 0
     optimizer_bytes: int = 0
+    gradients: list[tuple[int, int]] = field(default_factory=list)
+    """(bytes, weights in matrices) of each sum of gradients that several processes would send."""
     parameters: int = 0
     size: str = ""
     """The parameters, for people."""
@@ -205,6 +208,10 @@ class _Run:
         self.tracker.take()
         self.result.events["set_up"] = events
         self.result.weight_bytes = sum(size for _, size in events)
+        tables = {id(part.weight) for part in step.model.modules() if isinstance(part, torch.nn.Embedding)}
+        for part in parts_of(step.parameters):
+            work = sum(p.numel() for p in part if p.ndim > 1 and id(p) not in tables)
+            self.result.gradients.append((sum(p.nbytes for p in part), work))
         self.result.parameters = sum(p.numel() for p in step.model.parameters())
         self.result.size = size_text(step.model)
         return step

@@ -100,6 +100,12 @@ class Session:
         self.begun_again = source is None and lock is not None
         self.console = Console(quiet=distributed.rank() > 0)
         self.device = machine.choose_device(cfg.device, cfg.hardware)
+        if cfg.parallel.world not in (None, distributed.world()):
+            raise ConfigError(
+                "parallel.world={got}, but {world} processes were started: begin the command with torchrun "
+                "--nproc_per_node={got}, or leave parallel.world out",
+                got=cfg.parallel.world, world=distributed.world(),
+            )
         if cfg.batch_size != "auto":
             share_batch(cfg, distributed.world())
         machine.set_up(self.device, deterministic=cfg.deterministic, hardware=cfg.hardware)

@@ -10,6 +10,7 @@ from attack import POSIX
 from conftest import new_trainer, tiny
 from members import together
 
+from nanogpt.base.language import ConfigError
 from nanogpt.core import distributed
 from nanogpt.core.distributed import GradientSum
 
@@ -116,3 +117,8 @@ def test_sums_begin_within_the_backward_pass_and_a_gradient_that_one_process_lac
 
 def test_all_sums_of_a_backward_pass_have_begun_when_it_ends_and_large_gradients_are_not_copied():
     assert [result[3] for result in together(2, summed, False)] == [2, 2]
+
+
+def test_a_stated_number_of_processes_that_were_not_started_is_one_line(in_tmp, corpus_folder):
+    with pytest.raises(ConfigError, match=r"parallel.world=2, but 1 processes .* torchrun --nproc_per_node=2"):
+        new_trainer(tiny(corpus_folder), "parallel.world=2")

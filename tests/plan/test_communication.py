@@ -1,0 +1,66 @@
+"""The sums of gradients on paper: what each process sends, what the backward pass hides, where the network binds."""
+
+from dataclasses import replace
+
+import pytest
+from conftest import make_config
+from hypothesis import given
+from hypothesis import strategies as st
+from test_plan import SMALL
+
+from nanogpt.base.config import ParallelConfig
+from nanogpt.base.console import Console
+from nanogpt.base.language import ConfigError
+from nanogpt.plan.communication import EFFICIENT, Communication, Gradient, Network, exposed_s
+from nanogpt.plan.plan import Planner
+from nanogpt.plan.show import show
+
+PARTS = st.lists(st.builds(Gradient, st.integers(1, 10**9), st.integers(0, 10**8)), min_size=1, max_size=8)
+NETWORKS = st.builds(Network, st.integers(2, 1024), st.floats(1e6, 1e12), st.floats(0, 1e-4))
+
+
+@given(parts=PARTS, network=NETWORKS, backward_s=st.floats(0, 10))
+def test_the_backward_pass_hides_at_most_its_own_length_and_never_the_last_sum(parts, network, backward_s):
+    total, exposed = sum(network.seconds(part.size) for part in parts), exposed_s(parts, backward_s, network)
+    assert max(total - backward_s, network.seconds(parts[-1].size)) <= exposed * (1 + 1e-9) + 1e-9 and exposed <= total * (1 + 1e-9) + 1e-9
+    assert exposed_s(parts, 0.0, network) == pytest.approx(total, abs=1e-9)
+
+
+@given(network=NETWORKS, size=st.integers(1, 10**10))
+def test_a_ring_sends_twice_all_but_one_share_and_a_tree_wins_only_where_latency_decides(network, size):
+    assert network.sent(size) == pytest.approx(2 * size - 2 * size / network.world)
+    no_latency = replace(network, latency_s=0.0)
+    assert no_latency.seconds(size) == pytest.approx(network.sent(size) / network.bytes_per_s) and network.seconds(size) >= no_latency.seconds(size)
+
+
+@given(parts=PARTS, network=NETWORKS, compute_s=st.floats(1e-3, 10))
+def test_where_the_network_binds_the_named_bandwidth_and_the_named_work_would_do(parts, network, compute_s):
+    sums = Communication(network, tuple(parts), compute_s, compute_s / 2)
+    longer = replace(sums, compute_s=compute_s * sums.times_the_work_needed())
+    assert not sums.exposed_s or longer.efficiency == pytest.approx(EFFICIENT)
+    if (rate := sums.bytes_per_s_needed()) is not None and 2e3 < rate < 5e14:
+        needed, less = (replace(sums, network=replace(network, bytes_per_s=one)).efficiency for one in (rate, rate / 1.02))
+        assert less < EFFICIENT <= needed
+
+
+def test_the_slowest_link_decides_and_the_network_only_between_machines():
+    parallel = ParallelConfig(nodes=2, link_gb_per_s=12, network_gbit=25)
+    assert Network.of(parallel, 8).bytes_per_s == 25e9 / 8
+    assert Network.of(replace(parallel, nodes=1), 8).bytes_per_s == 12e9 == Network.of(replace(parallel, network_gbit=400), 8).bytes_per_s
+    with pytest.raises(ConfigError, match=r"parallel.world=8 is not divisible by parallel.nodes=3; choose a multiple of 3"):
+        make_config("parallel.world=8", "parallel.nodes=3")
+
+
+def test_each_of_many_processes_takes_the_memory_of_one_with_its_share_and_the_time_of_its_sums(capsys):
+    cfg = make_config(*SMALL, "batch_size=8", "gradient_accumulation_steps=2", "parallel.world=8", "parallel.nodes=2")
+    planner = Planner(cfg)
+    many, alone = planner.predict(cfg), planner.predict(make_config(*SMALL, "batch_size=2"))
+    assert (many.batch_size, many.accumulation, many.parts) == (2, 1, alone.parts) and alone.communication is None
+    sums = many.communication
+    # 每个参数一份 fp32 的梯度，各发一次
+    assert sums.size == 4 * many.parameters and sums.compute_s == alone.step_s
+    assert many.step_s == alone.step_s + sums.exposed_s and many.tokens_per_s == pytest.approx(16 * 64 / many.step_s)
+    show(many, Console())
+    said = capsys.readouterr().out
+    assert "8 processes on 2 machines, 2 rows of a step in each; slowest link 1.25 GB/s" in said
+    assert "the network binds: 90% would compute with global_batch_size=" in said
