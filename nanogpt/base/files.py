@@ -10,6 +10,7 @@ import errno
 import glob
 import hashlib
 import itertools
+import json
 import os
 import shutil
 import uuid
@@ -68,6 +69,11 @@ def write_text(path: Path, content: str) -> None:
     """Replace a text file atomically (UTF-8, LF)."""
     with _aside(path) as aside:
         aside.write_text(content, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a json file that people may read, as write_text does."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager

@@ -76,9 +76,12 @@ def _pretrained_model(cfg: TrainConfig, overrides: list[str]) -> ModelConfig:
 
 def _shape_of(named: str, code: str) -> ModelConfig:
     from nanogpt.weights.hub import GPT2_NAMES, model_on_hub, repository_of
+    from nanogpt.weights.peft import base_folder, is_adapter
     from nanogpt.weights.pretrained import open_pretrained, read_config
 
     path = Path(named)
+    if is_adapter(path):
+        path, _ = base_folder(path, "init_from")
     if (path / "config.json").is_file():
         # 只读形状：几百 MB 的权重用不着
         return read_config(path / "config.json", path.resolve().name)

@@ -11,8 +11,8 @@ file along, and a user's own model class (named with model=…) also the module 
 # 写出来的要与我们自己算的一致：改 core 里的公式时，三种写法都要跟着改
 
 import argparse
+import contextlib
 import inspect
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -23,15 +23,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from nanogpt.base import run_names
 from nanogpt.base.config import ModelConfig, trusted_targets
 from nanogpt.base.errors import Arguments, forgive_output, one_line_each
-from nanogpt.base.files import folder_aside, write_text
+from nanogpt.base.files import folder_aside, write_json, write_text
 from nanogpt.base.groups import sample_config
 from nanogpt.base.language import ConfigError, say, set_language, text
 from nanogpt.base.value_checks import check_path
 from nanogpt.data.tokenizer import begin_of, ends_of
 from nanogpt.data.tokenizer_files import END_WORDS, to_library_json
-from nanogpt.weights import families
+from nanogpt.weights import checkpoint, families, peft
 from nanogpt.weights.pretrained import ACTIVATIONS, TRANSPOSED, Pretrained, build_pretrained, open_pretrained
 from nanogpt.weights.tensors import first_not_finite
 
@@ -49,22 +50,46 @@ def export(named: str, target: Path, which: str | None = None, *, code: str | No
 
     `code` is the model class that was typed; no other class that a checkpoint names is run.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError("TARGET={target} already holds something; choose an empty or new folder", target=target)
+    refuse_used(target)
     pretrained = open_pretrained(named, key="OUT_DIR", which=which, code=code)
     write = writer_of(pretrained.config)
+    with new_folder(target) as aside:
+        write(aside, pretrained)
+        write_tokenizer(aside, pretrained)
+    return pretrained
+
+
+def export_adapter(named: str, target: Path, which: str | None = None) -> str:
+    """Write the adapter of a run trained with finetune=lora as a folder for PEFT; return the name of its base."""
+    refuse_used(target)
+    run_dir, which = run_names.locate(named, key="OUT_DIR"), run_names.checkpoint_in(named, which, "best")
+
+    def written(source: checkpoint.Checkpoint) -> str:
+        with new_folder(target) as aside:
+            return peft.write_adapter(source, aside)
+
+    return checkpoint.use(run_dir, which, written, key="OUT_DIR")
+
+
+def refuse_used(target: Path) -> None:
+    """Refuse a target that holds something, before anything is read."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError("TARGET={target} already holds something; choose an empty or new folder", target=target)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder beside the target that becomes it; ConfigError where it cannot be written."""
     try:
         if target.is_dir():
             target.rmdir()
         with folder_aside(target) as aside:
-            write(aside, pretrained)
-            write_tokenizer(aside, pretrained)
+            yield aside
     except OSError as error:
         raise ConfigError(
             "TARGET={target} cannot be written ({reason}); choose another folder",
             target=target, reason=error.strerror or error,
         ) from None
-    return pretrained
 
 
 def writer_of(config: ModelConfig) -> Callable[[Path, Pretrained], None]:
@@ -228,10 +253,6 @@ def write_tokenizer(folder: Path, pretrained: Pretrained) -> None:
     })
 
 
-def write_json(path: Path, content: dict) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """The command line: export OUT_DIR TARGET [model=…] [--checkpoint best|last|iter_…]; exit code 2 on a mistake."""
     forgive_output()
@@ -244,6 +265,10 @@ def main(arguments: list[str] | None = None) -> None:
         paths = {"OUT_DIR": typed.out_dir, "TARGET": str(typed.target), "--checkpoint": typed.checkpoint or "best"}
         for key, value in paths.items():
             check_path(key, value)
+        if typed.adapter:
+            base = export_adapter(typed.out_dir, typed.target, typed.checkpoint)
+            say("written: {target}, an adapter in PEFT's format beside {base}", target=typed.target, base=base)
+            return
         code = sample_config(named).model["_target_"] if named else None
         pretrained = export(typed.out_dir, typed.target, typed.checkpoint, code=code)
     plain = writer_of(pretrained.config) in (write_gpt2, write_family)
@@ -262,6 +287,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("out_dir", metavar="OUT_DIR", help="run folder, latest, or anything that init_from takes")
     command.add_argument("target", metavar="TARGET", type=Path, help="new or empty folder")
     command.add_argument("--checkpoint", help="best (default), last or iter_…")
+    command.add_argument("--adapter", action="store_true", help="of a run with finetune=lora, its adapter alone (PEFT)")
     command.add_argument("--config-dir", help="folder with yamls of your own")
     command.add_argument("--lang", default="auto", choices=("auto", "zh", "en"))
     return top

@@ -22,7 +22,7 @@ from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.labels import LABEL_KINDS, with_labels
 from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.data.tokenizer_files import read_tokenizer
-from nanogpt.weights import checkpoint, families, hub, nanogpt_checkpoint
+from nanogpt.weights import checkpoint, families, hub, nanogpt_checkpoint, peft
 from nanogpt.weights.build import build_model, build_undrawn, model_of, preset, weight_shapes
 from nanogpt.weights.foreign_files import read_json, read_weights
 from nanogpt.weights.tensors import first_not_finite, floating
@@ -63,6 +63,8 @@ def open_pretrained(
     # 本机的文件优先：断网的人把权重放在 ./gpt2 就能用
     if path.is_file() and path.suffix == ".pt":
         return checked(path, *nanogpt_checkpoint.read_checkpoint(path))
+    if peft.is_adapter(path):
+        return read_folder(*peft.base_folder(path, key), adapter=path)
     if (path / "config.json").is_file():
         return read_folder(path)
     if run_names.names_run(named):
@@ -147,17 +149,20 @@ def check_vocabulary(pretrained: Pretrained, other: Tokenizer, named: str) -> No
 # ---- Hugging Face 格式的文件夹 ----
 
 
-def read_folder(folder: Path, name: str | None = None) -> Pretrained:
-    """Config, weights and tokenizer of a folder with config.json."""
+def read_folder(folder: Path, name: str | None = None, adapter: Path | None = None) -> Pretrained:
+    """Config, weights and tokenizer of a folder with config.json, the `adapter` of another folder merged in."""
     config = read_config(folder / "config.json", name or folder.resolve().name)
     found, tensors = read_weights(folder), {}
+    if adapter:
+        found = peft.merged_into(adapter, found, () if config.norm_gain else TRANSPOSED)
     if config.norm_gain:
         tensors, found = families.own_tensors(folder, found), {}
     for hf_name, tensor in found.items():
         own = hf_name.removeprefix("transformer.")
         if not own.endswith(MASKS):
             tensors[own] = tensor.t() if own.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
-    config, tokenizer = with_documents(folder / "config.json", config, read_tokenizer(folder, config.vocab_size))
+    about = adapter / peft.DOCUMENTS if adapter and (adapter / peft.DOCUMENTS).is_file() else folder / "config.json"
+    config, tokenizer = with_documents(about, config, read_tokenizer(folder, config.vocab_size))
     return checked(folder, config, tensors, tokenizer)
 
 

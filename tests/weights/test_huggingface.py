@@ -41,13 +41,13 @@ MODELS = {
 }
 
 
-def saved_run(out, model, tokenizer, *, lora=None):
+def saved_run(out, model, tokenizer, *, lora=None, init_from=None):
     """A run folder with one checkpoint of the model."""
     from omegaconf import OmegaConf
 
     out.mkdir(parents=True)
     tokenizers.save(tokenizer, out / "tokenizer.json")
-    cfg = replace(make_config(), model=model.config, finetune=lora or FinetuneConfig())
+    cfg = replace(make_config(), model=model.config, finetune=lora or FinetuneConfig(), init_from=init_from)
     checkpoint.save(
         out, model=model, state={}, iteration=7, val_loss=1.0, config_text=OmegaConf.to_yaml(OmegaConf.structured(cfg)),
         tokenizer_text=json.dumps(tokenizer.to_dict()), keep=1, run=None,
