@@ -11,19 +11,19 @@ Labels may be missing; other fields are not used.
 
 import csv
 import itertools
-import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from nanogpt.base.config import RECORD_SUFFIXES, check_range
 from nanogpt.base.hardware import free_ram
 from nanogpt.base.language import ConfigError, say
-from nanogpt.base.language import text as translated
+from nanogpt.data.conversations import chat_fields
 from nanogpt.data.corpus import check_tokenizer, tokenizer_for
 from nanogpt.data.documents import Document, label_names, write_documents
 from nanogpt.data.labels import LABEL_KINDS
-from nanogpt.data.source_text import HALF, check_encoding, iter_text, own_source, resolved, text_files, unchanged
+from nanogpt.data.records import LONGEST_TEXT, lines_of, rows_of_json
+from nanogpt.data.source_text import check_encoding, iter_text, own_source, resolved, text_files, unchanged
 from nanogpt.data.splitting import split_documents
 from nanogpt.data.tokenizer import Tokenizer
 
@@ -33,14 +33,8 @@ EXAMPLE = '{"text": "春眠不觉晓", "style": "五言绝句"}'
 LONGEST_LABEL = 64
 # 标签要写成 <|style:…|>，也要显示在一行里
 NO_LABEL = re.compile(r"[|\x00-\x1f\x7f\u2028\u2029\ud800-\udfff]")
-BLANK = re.compile(r"[ \t\n\r]*")
-# 一篇至多这么多字：十部长篇小说；再长就不是一篇，而是少了换行或引号
-LONGEST_TEXT = 2**25
 # 每字节文件至少要这么多内存：正文两份，查重时每字再记一个 hash 与归属（实测中文 20、英文 45 上下）
 BYTES_EACH = 12
-# 对话数据的常见写法：问的一边，答的一边
-QUESTIONS = ("instruction", "prompt", "question", "query", "input")
-ANSWERS = ("output", "response", "answer", "completion", "chosen")
 # 标签多于这些，或者篇数的一半，多半是把标题、编号当成了标签
 MOST_LABELS, FEW_LABELS = 1000, 20
 
@@ -74,87 +68,6 @@ def sources(
 
 
 # ---- 读 ----
-
-
-def lines_of(file: Path, pieces: Iterable[str]) -> Iterator[str]:
-    """The lines of a file's text with their ends."""
-    pending, number = "", 1
-    for piece in pieces:
-        # 不用 splitlines：JSON 字符串里可以有 U+2028 之类
-        *whole, pending = (pending + piece).split("\n")
-        yield from (line + "\n" for line in whole)
-        number += len(whole)
-        if len(pending) > LONGEST_TEXT:
-            # 多半是整个文件没有换行：再读下去只会吃光内存
-            raise ConfigError(
-                "{file}, line {line}: longer than {most:,} characters, too many for a single text; put each text on "
-                "a line of its own",
-                file=file, line=number, most=LONGEST_TEXT,
-            )
-    if pending:
-        yield pending
-
-
-def rows_of_json(file: Path, encoding: str) -> Iterator[tuple[int, dict]]:
-    """(line number, object) of each line that is not blank, or of each item where the whole file is one list."""
-    pieces = iter_text(file, encoding)
-    first = next(pieces, "")
-    if first.lstrip().startswith("["):
-        yield from rows_of_list(file, first + "".join(pieces))
-        return
-    for number, line in enumerate(lines_of(file, itertools.chain([first], pieces)), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line, object_pairs_hook=without_repeats)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(
-                "labelled_json", file=file, line=number, reason=str(error).partition("\n")[0], example=EXAMPLE,
-            ) from None
-        yield number, as_object(file, number, row)
-
-
-def rows_of_list(file: Path, content: str) -> Iterator[tuple[int, dict]]:
-    """(line number, object) of each item of a JSON list."""
-    # 一项一项地解：错在第几行说得准
-    decoder = json.JSONDecoder(object_pairs_hook=without_repeats)
-    at, line, counted = content.index("[") + 1, 1, 0
-    while True:
-        at = BLANK.match(content, at).end()
-        line, counted = line + content.count("\n", counted, at), at
-        try:
-            if content[at : at + 1] == "]":
-                if content[at + 1 :].strip():
-                    raise ValueError("there is more behind the list")
-                return
-            row, at = decoder.raw_decode(content, at)
-            at = BLANK.match(content, at).end()
-            if content[at : at + 1] not in ("]", ","):
-                raise ValueError("no comma, no ]")
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(
-                "{file}, line {line}: the list of records breaks off here ({reason}); correct it, or write one object "
-                "in each line, for example {example}",
-                file=file, line=line, reason=getattr(error, "msg", error), example=EXAMPLE,
-            ) from None
-        yield line, as_object(file, line, row)
-        at += content[at] == ","
-
-
-def as_object(file: Path, line: int, row) -> dict:
-    """The row, if it is an object."""
-    if not isinstance(row, dict):
-        raise ConfigError("labelled_json", file=file, line=line, reason=f"a {type(row).__name__}", example=EXAMPLE)
-    return row
-
-
-def without_repeats(pairs: list[tuple[str, object]]) -> dict:
-    """The object of these pairs; ValueError if a name occurs twice, since one of its values would be lost."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)!r} stands twice")
-    return found
 
 
 def rows_of_table(file: Path, encoding: str) -> Iterator[tuple[int, dict]]:
@@ -200,29 +113,14 @@ def delimiter_of(header: str, delimiters: str) -> str:
     return next((d for d in delimiters if "text" in names[d]), delimiters[0])
 
 
-def chat_of(row: dict) -> tuple[str, list[str], str] | None:
-    """(name of its kind, its fields, all of it as one text) of a record for chat models, else None."""
-    for field in ("conversations", "messages", "conversation"):
-        if isinstance(turns := row.get(field), list) and turns and all(isinstance(turn, dict) for turn in turns):
-            said = [turn.get("content", turn.get("value")) for turn in turns]
-            return "kind_conversation", [field], "\n".join(part for part in said if isinstance(part, str))
-    asked, answered = ([name for name in names if isinstance(row.get(name), str)] for names in (QUESTIONS, ANSWERS))
-    if asked and answered:
-        said = [*asked, *answered]
-        return "kind_instruction", said, "\n".join(row[field] for field in said if row[field].strip())
-    return None
-
-
 def document(file: Path, line: int, row: dict) -> Document:
     """One text with its labels, checked."""
     text = row.get("text")
-    if text is None and (chat := chat_of(row)):
-        kind, fields, whole = chat
-        example = json.dumps({"text": whole[:80]}, ensure_ascii=bool(HALF.search(whole)))
+    if text is None and (fields := chat_fields(row)):
         raise ConfigError(
-            "{file}, line {line}: this is a {kind} ({fields}), as chat models are tuned on, and a text is wanted; put "
-            "all of a record into its text, this one for example: {example}",
-            file=file, line=line, kind=translated(kind), fields=", ".join(fields), example=example,
+            "{file}, line {line}: this is a conversation ({fields}), as chat models are trained on, and a text is "
+            "wanted; type dataset=chat",
+            file=file, line=line, fields=", ".join(fields),
         )
     if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
         raise ConfigError(
@@ -252,8 +150,8 @@ def documents(files: list[Path], encoding: str = "auto") -> Iterator[Document]:
     """All texts of the files; says once which fields are not used."""
     unused: set[str] = set()
     for file, found in resolved(files, encoding):
-        rows = rows_of_table if file.suffix.lower() in DELIMITERS else rows_of_json
-        for line, row in rows(file, found):
+        table = file.suffix.lower() in DELIMITERS
+        for line, row in rows_of_table(file, found) if table else rows_of_json(file, found, EXAMPLE):
             unused.update(row)
             yield document(file, line, row)
     if unused := sorted(unused - {"text", *LABEL_KINDS}):

@@ -155,6 +155,8 @@ class ModelConfig:
     """Rows of each n-gram table."""
     separator: int | None = None
     """Id that begins every document and ends the one before; set from the data. None: the text runs on."""
+    marked: bool = False
+    """Whether the first id of each packed document is written as -1 - id instead; set from the data."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Settings of a model class of the user's own."""
 

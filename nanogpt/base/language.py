@@ -206,9 +206,8 @@ NAMED = {
     "bad_part": "{key}: {reason}",
     "missing_file": "{key}={got}: there is no such file or folder; give the path of a text file",
     "no_text_path": "dataset.path is not set; type dataset=text_file dataset.path=my.txt",
+    "no_chat_path": "dataset.path is not set; type dataset=chat dataset.path=my.jsonl",
     "no_labelled_path": "dataset.path is not set; type dataset=labelled dataset.path=my.jsonl",
-    "kind_instruction": "question with its answer",
-    "kind_conversation": "conversation",
     "unknown_characters": "the vocabulary lacks {characters}; leave them out{skip}, or train on text that has them",
     "prompt_all_skipped": (
         "start={got!r}: the vocabulary has none of its characters, so that nothing of it is left; give others, or "
@@ -436,6 +435,7 @@ NAMED = {
     ),
     "logger_failed": "{name} cannot write ({reason}); training goes on, metrics may be missing",
     "nan_weights": "{tensor} holds NaN or Inf",
+    "chat_refused": "the chat template does not take this conversation ({reason})",
     "no_documents": "{path} has no documents for {split}; give more texts or another dataset.val_fraction",
     "no_memory": "out of memory ({reason}); choose a smaller model, batch_size or text, or close other programs",
     "no_older_checkpoint": "there is no older good one; start a new run",

@@ -110,6 +110,13 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     return _SwiGLU.apply(x)
 
 
+def beginnings(idx: torch.Tensor, config) -> torch.Tensor | None:
+    """Where packed documents begin, (B, T) bool: at separators, or at marked ids, which are negative; None: nowhere."""
+    if config.marked:
+        return idx < 0
+    return None if config.separator is None else idx == config.separator
+
+
 def _swap_halves(x: torch.Tensor) -> torch.Tensor:
     first, second = x.chunk(2, dim=-1)
     return torch.cat((second, first), dim=-1)

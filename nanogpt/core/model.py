@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from nanogpt.base.config import ModelConfig
 from nanogpt.core.attention import CausalSelfAttention
 from nanogpt.core.initialize import initialize
-from nanogpt.core.kernels import rms_norm, squared_relu, swiglu
+from nanogpt.core.kernels import beginnings, rms_norm, squared_relu, swiglu
 from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.loss import chunked_cross_entropy
 from nanogpt.core.ngrams import NgramEmbedding
@@ -139,6 +139,8 @@ class GPT(nn.Module):
         assert T <= self.config.block_size, f"{T} positions do not fit block_size={self.config.block_size}"
         at = cache.begin(T) if cache is not None else slice(0, T)
         inside = self.inside(idx) if cache is None else None
+        if self.config.marked:
+            idx = torch.where(idx < 0, ~idx, idx)
         x = self.wte(idx)
         if self.wpe is not None:
             # 每篇文章的位置从 0 数起，与单独写它时一样
@@ -153,17 +155,17 @@ class GPT(nn.Module):
 
     def inside(self, idx: torch.Tensor) -> torch.Tensor | None:
         """How many ids of the same document stand before each id of idx, (B, T); None where text runs on."""
-        if self.config.separator is None:
+        if (begins := beginnings(idx, self.config)) is None:
             return None
         at = torch.arange(idx.size(1), device=idx.device).expand_as(idx)
-        # 最近一个分隔符的位置；行首之前视为 0，接着上一行写的文章从 0 数起
-        return at - torch.where(idx == self.config.separator, at, 0).cummax(dim=1).values
+        # 最近一篇的开头；行首之前视为 0，接着上一行写的文章从 0 数起
+        return at - torch.where(begins, at, 0).cummax(dim=1).values
 
     def visible(self, idx: torch.Tensor) -> torch.Tensor | None:
         """What each position attends to, (B, 1, T, T) bool: earlier ones of its document; None: all earlier ones."""
-        if self.config.separator is None:
+        if (begins := beginnings(idx, self.config)) is None:
             return None
-        document = (idx == self.config.separator).cumsum(dim=1)
+        document = begins.cumsum(dim=1)
         return (document[:, :, None] == document[:, None, :]).tril_()[:, None]
 
     def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
@@ -203,7 +205,7 @@ class GPT(nn.Module):
         In evaluation mode and with data of documents, targets of -1 (context, labels, unfilled ends) do not count.
         """
         c, hidden = self.config, self.hidden(idx)
-        ignoring = c.separator is not None or not self.training
+        ignoring = c.separator is not None or c.marked or not self.training
         return self.cross_entropy(hidden, self.lm_head.weight, targets, softcap=c.logit_softcap, ignoring=ignoring)
 
     def parameter_count(self) -> int:

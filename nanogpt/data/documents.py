@@ -12,7 +12,7 @@ behind its labels.
 """
 
 # 一篇一篇、带标签的数据：文件夹的格式，以及把整篇文章装进训练的行
-# 写：write_documents 写出 .bin 与每篇的结尾、标签；读：open_data 打开，DocumentData 切块、装箱、取批
+# 写：write_documents 写出 .bin 与每篇的结尾、标签；读：DocumentData 切块、装箱、取批
 # 一行里有几篇，互相看不见（注意力、位置、n-gram 都不跨篇）；标签只读不预测，目标是 -1
 # 装箱的结构只由长度决定，每个 epoch 只是同样长的块互换、行打乱：样本仍是 (seed, 序号) 的函数，resume 接得上
 # TokenData 是连着的文字那一种；两者给训练的接口相同
@@ -32,7 +32,7 @@ from nanogpt.base.language import ConfigError, say
 from nanogpt.data.corpus import write_meta, write_tokens
 from nanogpt.data.labels import LABEL_KINDS, with_labels
 from nanogpt.data.tokenizer import Tokenizer
-from nanogpt.data.tokens import IGNORED, ORDER, SPLITS, TokenData, read_meta
+from nanogpt.data.tokens import IGNORED, ORDER, SPLITS, TokenData
 
 JUDGE = "judge.jsonl"
 
@@ -109,16 +109,6 @@ def _tokens(
 # ---- 读 ----
 
 
-def open_data(folder: Path, label_dropout: float = 0.0, *, verify: bool = False) -> TokenData:
-    """Open a data set folder: running text, or documents, whose labels are dropped with probability label_dropout.
-
-    Files that were checked before and have not changed since are read whole again only with `verify`.
-    """
-    if "documents" in read_meta(Path(folder)):
-        return DocumentData(folder, label_dropout, verify=verify)
-    return TokenData(folder, verify=verify)
-
-
 def read_judge_part(folder: Path) -> list[Document]:
     """The texts of a data set that no training sees."""
     path = folder / JUDGE
@@ -159,7 +149,9 @@ class DocumentData(TokenData):
     def __init__(self, folder: Path, label_dropout: float = 0.0, *, verify: bool = False):
         super().__init__(folder, verify=verify)
         self.label_dropout = label_dropout
-        self.separator = self.tokenizer.end_of_text
+        self.separator = None if self.marked else self.tokenizer.end_of_text
+        self.each_id = [self.tokens]
+        """What there is for each id, of each split."""
         try:
             self._read_index()
         except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
@@ -172,7 +164,7 @@ class DocumentData(TokenData):
 
     def _read_index(self) -> None:
         self.labels: dict[str, list[str]] = self.meta["labels"]
-        assert self.separator is not None, "no separator"
+        assert self.separator is not None or self.marked, "no separator"
         self._index = {}
         for split in SPLITS:
             index = np.fromfile(self.folder / f"{split}.docs.bin", dtype="<i8").reshape(-1, 1 + len(self.labels))
@@ -191,12 +183,15 @@ class DocumentData(TokenData):
     def hold_out(self, fraction: float) -> None:
         """Validate on every so many-th document of the training split from now on, and train without it."""
         # 隔几篇取一篇，而不是取末尾：文件里同一种标签的文章常在一起
-        index, tokens = self._index["train"], self.tokens["train"]
+        index = self._index["train"]
         places = np.arange(len(index)) * fraction
         held = np.floor(places + fraction) > np.floor(places)
         lengths = np.diff(index[:, 0], prepend=0)
+        ids = np.repeat(held, lengths)
+        for each in self.each_id:
+            whole = each["train"]
+            each["train"], each["val"] = whole[~ids], whole[ids]
         for split, chosen in (("train", ~held), ("val", held)):
-            self.tokens[split] = tokens[np.repeat(chosen, lengths)]
             ends = np.cumsum(lengths[chosen]).reshape(-1, 1)
             self._index[split] = np.concatenate((ends, index[chosen, 1:]), axis=1)
 
@@ -307,7 +302,7 @@ class DocumentData(TokenData):
 
         With labelled=False no document has its labels; the targets are the same in the same order.
         """
-        x = np.full((len(starts), block_size), self.separator, dtype=np.int64)
+        x = np.full((len(starts), block_size), self.separator or 0, dtype=np.int64)
         y = np.full((len(starts), block_size), IGNORED, dtype=np.int64)
         for i, start in enumerate(starts):
             seed, epoch, row = (int(n) for n in start) if split == "train" else (None, 0, int(start))

@@ -31,7 +31,7 @@ def with_labels(tokenizer: Tokenizer, names: dict[str, list[str]], *, grow: bool
     """
     if grow:
         words = [END_OF_TEXT, *(label_word(kind, name) for kind, listed in names.items() for name in listed)]
-        tokenizer = _grown(tokenizer, words)
+        tokenizer = grown(tokenizer, words)
     else:
         # 另做一个：模型自己的词表不因这份数据而变
         tokenizer = from_dict({**tokenizer.to_dict(), "labels": {}})
@@ -63,7 +63,7 @@ def _label_ids(tokenizer: Tokenizer, kind: str, name: str) -> tuple[int, ...]:
         ) from None
 
 
-def _grown(tokenizer: Tokenizer, words: list[str]) -> Tokenizer:
+def grown(tokenizer: Tokenizer, words: list[str]) -> Tokenizer:
     """A new tokenizer with these special tokens behind the existing ids."""
     special = list(dict.fromkeys([*tokenizer.special, *words]))
     if isinstance(tokenizer, CharTokenizer):

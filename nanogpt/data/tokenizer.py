@@ -12,6 +12,7 @@ never produces them; decoded by a character or byte vocabulary they leave nothin
 
 import base64
 import codecs
+import functools
 import itertools
 import json
 import re
@@ -33,6 +34,8 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 END_OF_TEXT = "<|endoftext|>"
 # 标签：种类 -> 名字 -> 代表它的 id
 Labels = dict[str, dict[str, tuple[int, ...]]]
+# 对话的模板与它要用的两个词：template（Jinja 的原文）、bos_token、eos_token；怎样用见 nanogpt.data.chat
+ChatTemplate = dict[str, str]
 # 汉字（含扩展区）与全角标点
 CJK = "[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
 # 表示一个字节的 token，tokenizers 库的写法
@@ -175,6 +178,7 @@ class _OfBytes:
 
     # 字节固定，前后不相干：才能逐个解码（TextStream），也才说得出一个 token 单独是什么
     special: dict[str, int]
+    chat_template: ChatTemplate | None = None
 
     def stream(self, after: Iterable[int] = ()) -> TextStream:
         """Decodes ids one by one, behind those of `after`."""
@@ -322,6 +326,7 @@ class LibraryTokenizer:
     # 给别人的预训练模型用：它的词表是什么样就照什么样，不转换
 
     kind = "library"
+    chat_template: ChatTemplate | None = None
 
     def __init__(self, description: dict, end_of_text: str | None = None, other_ends: tuple[int, ...] = ()):
         try:
@@ -361,6 +366,16 @@ class LibraryTokenizer:
                 raise UnknownCharacters(missing)
             ids = self._ids_of("".join(c for c in text if c not in missing)) or []
         return np.array(ids, dtype=np.int64)
+
+    @functools.cached_property
+    def _with_special(self):
+        # 另造一个而不是临时改设置：服务器的两个线程可能同时在编码
+        return type(self._tokenizer).from_str(json.dumps(self.description))
+
+    def encode_places(self, text: str, *, special: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of a text and the character in which each begins, both (n,); `special`: words of special tokens count."""
+        found = (self._with_special if special else self._tokenizer).encode(text, add_special_tokens=False)
+        return np.array(found.ids, dtype=np.int64), np.array([start for start, _ in found.offsets], dtype=np.int64)
 
     def _ids_of(self, text: str) -> list[int] | None:
         try:
@@ -473,7 +488,8 @@ def begin_of(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def _labels_of(tokenizer: Tokenizer) -> dict:
-    return {"labels": tokenizer.labels} if tokenizer.labels else {}
+    chat = {"chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
+    return ({"labels": tokenizer.labels} if tokenizer.labels else {}) | chat
 
 
 def _described(tokenizer: CharTokenizer | ByteTokenizer) -> dict:
@@ -500,6 +516,8 @@ def from_dict(saved: dict) -> Tokenizer:
         str(kind): {str(name): tuple(int(i) for i in ids) for name, ids in listed.items()}
         for kind, listed in saved.get("labels", {}).items()
     }
+    if chat := saved.get("chat_template"):
+        tokenizer.chat_template = {name: str(chat[name]) for name in ("template", "bos_token", "eos_token")}
     return tokenizer
 
 

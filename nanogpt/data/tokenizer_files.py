@@ -18,6 +18,7 @@ from nanogpt.data.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
+    ChatTemplate,
     LibraryTokenizer,
     Tokenizer,
     byte_letters,
@@ -80,13 +81,30 @@ def _read(folder: Path) -> Tokenizer | None:
         found.other_ends = tuple(i for i in ends if i != found.end_of_text and found.is_silent(i))
     # 标签就是照这个写法起名的特殊 token：名字里已经说清了种类
     found.labels = labels_in({token["content"]: token["id"] for token in described.get("added_tokens") or []})
+    found.chat_template = _chat_template(folder, settings, end)
     return found
+
+
+def _chat_template(folder: Path, settings: dict, end: str | None) -> ChatTemplate | None:
+    """The chat template of a folder, which newer versions of transformers put into a file of its own."""
+    beside = folder / "chat_template.jinja"
+    template = beside.read_text(encoding="utf-8") if beside.is_file() else settings.get("chat_template")
+    if isinstance(template, list):
+        # 有几个名字的，default 是平常对话的那一个
+        template = {one["name"]: one["template"] for one in template}.get("default")
+    if not template:
+        return None
+    return {"template": template, "bos_token": _word(settings.get("bos_token")) or "", "eos_token": end or ""}
+
+
+def _word(named: dict | str | None) -> str | None:
+    """A special token as tokenizer_config.json names it."""
+    return named.get("content") if isinstance(named, dict) else named
 
 
 def _end_word(described: dict, settings: dict, ends: list[int]) -> str | None:
     """The word of the end-of-text token, or None."""
-    named = settings.get("eos_token")
-    named = named.get("content") if isinstance(named, dict) else named
+    named = _word(settings.get("eos_token"))
     added = {t["id"]: t["content"] for t in described.get("added_tokens") or []}
     vocabulary = described["model"].get("vocab")
     words = {*added.values(), *(vocabulary if isinstance(vocabulary, dict) else ())}

@@ -76,7 +76,9 @@ class TokenData:
     # 训练只通过 starts、rows、targets 与 val_* 用它：换成文章（DocumentData），循环一行不改
 
     separator: int | None = None
-    """Id between documents; None: the text runs on."""
+    """Id between documents; None: the text runs on, or is `marked`."""
+    marked = False
+    """Whether rows hold conversations, the first id of each written as -1 - id."""
 
     def __init__(self, folder: Path, *, verify: bool = False):
         self.folder = Path(folder)

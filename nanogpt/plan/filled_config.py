@@ -31,7 +31,9 @@ def filled(cfg: TrainConfig, overrides: list[str] | None = None) -> tuple[TrainC
     if cfg.model.vocab_size is not None:
         return cfg, text("model.vocab_size")
     vocab, separator, source = vocabulary(cfg)
-    return replace(cfg, model=replace(cfg.model, vocab_size=vocab, separator=separator)), source
+    # 对话与文章一样多一张“谁看得见谁”的表，还没准备好的也知道
+    marked = cfg.dataset["name"] == "chat"
+    return replace(cfg, model=replace(cfg.model, vocab_size=vocab, separator=separator, marked=marked)), source
 
 
 def with_tokens(cfg: TrainConfig) -> TrainConfig:

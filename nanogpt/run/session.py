@@ -39,7 +39,8 @@ from nanogpt.core.progress import Progress
 from nanogpt.core.step import Step
 from nanogpt.data import corpus
 from nanogpt.data import tokenizer as tokenizers
-from nanogpt.data.documents import open_data
+from nanogpt.data.conversations import ConversationData
+from nanogpt.data.opening import open_data
 from nanogpt.data.tokens import ORDER, TokenData, copy_dataset, dataset_bytes, find_prepared
 from nanogpt.run import rundir
 from nanogpt.run.folders import size_of
@@ -221,7 +222,7 @@ class Session:
         if self.cfg.eval_stride:
             data.slide(self.cfg.eval_stride, model.block_size)
         # 文章之间不互相看：由数据决定，不由人写
-        model.separator = data.separator
+        model.separator, model.marked = data.separator, data.marked
         if model.vocab_size is None:
             model.vocab_size = data.vocab_size
         elif model.vocab_size < data.vocab_size:
@@ -408,7 +409,20 @@ class Session:
                 block=trainer.block_size, seen=self.data.overlap,
             ) if self.data.overlap else "",
         )
+        self._announce_left_out(trainer.block_size)
         self._announce_size(trainer)
+
+    def _announce_left_out(self, block_size: int) -> None:
+        """Say what of conversations does not fit a row."""
+        if not isinstance(self.data, ConversationData):
+            return
+        total, longer, lost = self.data.left_out(block_size)
+        if longer:
+            self.console.line(
+                "{longer:,} of {total:,} conversations are longer than model.block_size={block:,} and lose their ends; "
+                "{lost:,} of them lose all their answers and are left out",
+                longer=longer, total=total, block=block_size, lost=lost,
+            )
 
     def _announce_size(self, trainer: Training) -> None:
         """Say how much the checkpoints will take, and warn where the disk has no room for them."""
@@ -550,6 +564,7 @@ class Session:
         path, dataset = self.run_dir, self.cfg.dataset
         labels = self.data.tokenizer.labels
         label = [override(f"control.{kind}", name) for kind, names in labels.items() for name in names][:1]
+        chat = ["chat=true"] if self.data.marked else []
         # 因为它们停下的，不关掉就又会停在原处
         ends = {"early_stop": ["early_stop_evals=0"], "target_reached": ["target_val_loss=null"]}
         off = ends.get(summary["stopped_by"], [])
@@ -559,7 +574,7 @@ class Session:
         more = 2 * (summary["iters"] if key == "max_iters" else getattr(self.cfg, key))
         longer = {"next_longer": command(*again, f"{key}={more}", *off)}
         commands = {
-            "next_sample": command("run_sample.py", *self._named("sample"), override("out_dir", path), *label),
+            "next_sample": command("run_sample.py", *self._named("sample"), override("out_dir", path), *label, *chat),
             **({"next_resume": command(*again)} if summary["stopped_by"] == "interrupted" else longer),
         }
         if curves:

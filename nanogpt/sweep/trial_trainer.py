@@ -6,7 +6,7 @@
 
 from nanogpt.core.machine import any_kernels
 from nanogpt.core.sampling import sampler
-from nanogpt.data.documents import open_data
+from nanogpt.data.opening import open_data
 from nanogpt.run.loop import Training
 from nanogpt.write.engine import write_sample
 

@@ -22,6 +22,7 @@ from nanogpt.weights.foreign_files import WEIGHTS, shard_names
 # 只取形状、权重与词表；仓库里的代码从不下载
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "generation_config.json", "vocab.json", "merges.txt", "vocab.txt",
+    "chat_template.jinja",
 )
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 MODELSCOPE = "modelscope:"

@@ -243,13 +243,15 @@ def write_tokenizer(folder: Path, pretrained: Pretrained) -> None:
         return next((word for word in (*END_WORDS, *words) if words.get(word, -1) == token), None)
 
     end = word_of(pretrained.tokenizer.end_of_text)
-    begin = word_of(next(iter(begin_of(pretrained.tokenizer)), None)) or end
+    chat = pretrained.tokenizer.chat_template or {}
+    begin = chat.get("bos_token") or word_of(next(iter(begin_of(pretrained.tokenizer)), None)) or end
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": pretrained.config.block_size,
         "clean_up_tokenization_spaces": False,
         # 旧版 transformers 默认还会给 token_type_ids，GPT 不认
         "model_input_names": ["input_ids", "attention_mask"],
         **({"bos_token": begin, "eos_token": end} if end else {}),
+        **({"chat_template": chat["template"]} if chat else {}),
     })
 
 

@@ -14,8 +14,9 @@ from nanogpt.base.language import ConfigError
 from nanogpt.core.loss import chunked_cross_entropy
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.corpus import build_char_tokenizer
-from nanogpt.data.documents import Document, open_data, pack, read_judge_part, write_documents
+from nanogpt.data.documents import Document, pack, read_judge_part, write_documents
 from nanogpt.data.labels import with_labels
+from nanogpt.data.opening import open_data
 from nanogpt.data.tokenizer import GPT2_PATTERN, BPETokenizer, ByteTokenizer, CharTokenizer
 from nanogpt.data.tokens import TokenData, copy_dataset
 from nanogpt.weights.build import build_model

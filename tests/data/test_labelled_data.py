@@ -15,8 +15,9 @@ from nanogpt.base.config import ROOT
 from nanogpt.base.language import ConfigError
 from nanogpt.data import assets, corpus
 from nanogpt.data.bpe import train_bpe
-from nanogpt.data.documents import Document, open_data
+from nanogpt.data.documents import Document
 from nanogpt.data.labels import with_labels
+from nanogpt.data.opening import open_data
 from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer
 from nanogpt.data.tokenizer_files import byte_level_bpe, to_library_json
 
@@ -96,10 +97,9 @@ BAD = {
     "half a list": ('[\n {"text": "x"},\n', r"a.jsonl, line 3: the list of records breaks off here \(Expecting value\)"),
     "no comma": ('[{"text": "x"}\n{"text": "y"}]', r"line 1: the list of records breaks off here \(no comma, no \]\)"),
     "more behind": ('[{"text": "x"}]\n{"text": "y"}', r"breaks off here \(there is more behind the list\)"),
-    "alpaca": ('[{"instruction": "Say hi", "input": "", "output": "hi"}]', r'line 1: this is a question with its answer \(instruction, input, output\), .*'
-               r'for example: \{"text": "Say hi\\nhi"\}'),
-    "messages": ('{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}', r'a conversation \(messages\).*"hi\\nyo"'),
-    "conversations": ('{"conversations": [{"from": "human", "value": "你好"}]}', r'a conversation \(conversations\).*\{"text": "你好"\}'),
+    "alpaca": ('[{"instruction": "Say hi", "input": "", "output": "hi"}]', r"line 1: this is a conversation \(instruction, output\), .*type dataset=chat"),
+    "messages": ('{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}', r"a conversation \(messages\).*type dataset=chat"),
+    "conversations": ('{"conversations": [{"from": "human", "value": "你好"}]}', r"a conversation \(conversations\)"),
     "no text": (GOOD * 3 + '{"txt": "x"}\n', r'line 4: "text" is None'),
     "blank text": ('{"text": " "}\n', r"line 1: \"text\" is ' ', which is not a text"),
     "number": ('{"text": 5}\n', r'line 1: "text" is 5'),

@@ -29,7 +29,7 @@ from nanogpt.base import language
 from nanogpt.base.errors import explained
 from nanogpt.base.language import ConfigError
 from nanogpt.data import corpus
-from nanogpt.data.documents import open_data
+from nanogpt.data.opening import open_data
 from nanogpt.data.source_text import iter_text
 from nanogpt.data.tokens import TokenData
 from nanogpt.write.loading import prompt_text, prompts_of_file

@@ -14,8 +14,9 @@ from test_trainer import records
 from nanogpt.base.cli import quoted
 from nanogpt.base.language import ConfigError
 from nanogpt.core.sampling import sampler
-from nanogpt.data.documents import Document, open_data, write_documents
+from nanogpt.data.documents import Document, write_documents
 from nanogpt.data.labels import label_tokens, with_labels
+from nanogpt.data.opening import open_data
 from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer
 from nanogpt.serve.completions import Reader, error_body
 from nanogpt.serve.server import announcement

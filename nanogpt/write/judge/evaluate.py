@@ -30,8 +30,9 @@ from nanogpt.base.groups import option
 from nanogpt.base.language import ConfigError
 from nanogpt.base.sample_config import SampleConfig
 from nanogpt.data import corpus
-from nanogpt.data.documents import Document, DocumentData, open_data, read_judge_part
+from nanogpt.data.documents import Document, DocumentData, read_judge_part
 from nanogpt.data.labels import CI, LABEL_KINDS
+from nanogpt.data.opening import open_data
 from nanogpt.data.tokens import find_prepared
 from nanogpt.run.summary import device_name, versions
 from nanogpt.weights import checkpoint
