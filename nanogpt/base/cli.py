@@ -76,6 +76,28 @@ def remembered_groups(arguments: list[str]) -> list[str]:
         return []
 
 
+def gone_on(arguments: list[str]) -> list[str]:
+    """The same with resume=auto decided: it goes on in out_dir where a training has begun, else begins one there.
+
+    A command that torchrun starts again after a failure does so without the word.
+    """
+    again = any(int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
+    named = [argument for argument in arguments if argument.startswith("resume=")]
+    if named[-1:] != ["resume=auto"] and not (again and not named):
+        return arguments
+    folders = [argument.partition("=")[2] for argument in arguments if argument.startswith("out_dir=")]
+    if not folders or folders[-1] in ("", "null"):
+        raise ConfigError(
+            "resume=auto, and torchrun --max-restarts, need a folder in which to find the training again; add "
+            "out_dir=outputs/my-run",
+        )
+    begun = (Path(expanded(folders[-1])) / "run.json").is_file()
+    # 配方、overwrite、起点的 checkpoint 只对开头有意义；其余的照敲的盖上去，与存下的相同就什么也不改
+    dropped = ("resume", "out_dir", "overwrite", "experiment", "checkpoint") if begun else ("resume",)
+    left = [argument for argument in arguments if argument.partition("=")[0] not in dropped]
+    return [*left, f"resume={folders[-1]}"] if begun else left
+
+
 def implied_dataset(arguments: list[str]) -> list[str]:
     """The data set that dataset.path=… implies when none is named: labelled for files of records, else text_file."""
     typed = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
@@ -244,6 +266,7 @@ def run_script(
             return
         with composing(config_name):
             flags, overrides, sweep = arranged(sys.argv[1:])
+            overrides = gone_on(overrides) if config_name == "train" else overrides
         _Script(config_name, task, before_sweep, after_sweep, overrides, sweep=sweep).run(flags)
 
 

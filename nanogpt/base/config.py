@@ -352,7 +352,8 @@ class TrainConfig:
     overwrite: bool
     """Clear a run that is already in out_dir."""
     resume: str | None
-    """Run folder, or latest, to train on from its checkpoint, bit-exactly."""
+    """Run folder, or latest, to train on from its checkpoint, bit-exactly; auto: out_dir, if a training has begun in
+    it."""
     checkpoint: str | None
     """Of the run that resume or init_from names: last, best or iter_00001000; None resumes from its last and starts
     from its best."""

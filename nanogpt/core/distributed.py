@@ -7,17 +7,31 @@ Gradients are summed while the backward pass goes on, without DistributedDataPar
 memory takes part in the sums that are left, so that all can agree to repeat the step.
 """
 
+import contextlib
 import os
+import sys
+import time
 import weakref
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from nanogpt.base.errors import EXIT_USER_ERROR
+from nanogpt.base.language import ConfigError
+from nanogpt.core.watch import Watch
 
 # 其余进程在第一个进程准备数据时等着：大语料要几个小时，NCCL 默认 10 分钟就中断全部
 PATIENCE = timedelta(hours=24)
 # 这么大（字节）的梯度原地求和，不抄；更小的攒成一捆，免得每次通信都在等延迟
 LARGE, BUNDLE = 2**20, 25 * 2**20
+# 别的进程把话说完的时间
+PAUSE_S = 3
+
+_watch: Watch | None = None
 
 
 def rank() -> int:
@@ -35,16 +49,47 @@ def share(rows: int) -> slice:
     return slice(rank() * rows // world(), (rank() + 1) * rows // world())
 
 
-def start(device: torch.device) -> None:
-    """Join the process group: nccl on GPUs, gloo on CPUs and where torch comes without nccl (Windows)."""
-    if world() > 1:
-        backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+def start(device: torch.device, timeout_s: float) -> None:
+    """Join the process group: nccl on GPUs, gloo on CPUs and where torch comes without nccl (Windows).
+
+    From then on a process that does not answer for timeout_s ends the training; see watch.
+    """
+    global _watch
+    if world() == 1:
+        return
+    store, _, _ = next(rendezvous("env://", timeout=PATIENCE))
+    # batch_size=auto 由第一个进程先量：先在 store 里等齐，通信的时限才能短
+    store.set(f"here/{rank()}", "1")
+    store.wait([f"here/{number}" for number in range(world())], PATIENCE)
+    backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+    # 时限由 watch 管，它说得出是哪一个；通信库自己的只是后备
+    limit = timedelta(seconds=2 * timeout_s + 60)
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("group", store), rank=rank(), world_size=world(), timeout=limit,
+    )
+    _watch = Watch(dist.PrefixStore("watch", store), rank(), world(), timeout_s)
+
+
+def waiting() -> contextlib.AbstractContextManager[None]:
+    """Around everything that waits for the other processes; nothing with one process."""
+    return _watch.waiting() if _watch else contextlib.nullcontext()
+
+
+def lost() -> bool:
+    """Whether another process hangs or is gone, so that this one is about to end."""
+    return _watch is not None and _watch.ending
+
+
+def to_go_on(remedy: str) -> None:
+    """Say this where another process hangs or is gone."""
+    if _watch:
+        _watch.remedy = remedy
 
 
 def stop() -> None:
     """Leave the process group."""
-    if world() > 1 and dist.is_initialized():
+    # 有人不在了的，解散也要等它
+    if world() > 1 and dist.is_initialized() and not lost():
         dist.destroy_process_group()
 
 
@@ -53,8 +98,46 @@ def broadcast(value):
     if world() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    with waiting():
+        dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_first(task: Callable[[], Any]) -> Any:
+    """What task() gives in the first process, on all, which wait for as long as it takes."""
+    if world() == 1:
+        return task()
+    value = None
+    if rank() == 0:
+        value = task()
+        _watch.store.set("done", "1")
+    else:
+        # 大语料要准备几个小时：不算停住
+        _watch.store.wait(["done"], PATIENCE)
+    return broadcast(value)
+
+
+def check_alike(facts: dict[str, str]) -> None:
+    """Refuse to train where processes differ in one of `facts`: ConfigError in the first, SystemExit in the others."""
+    if world() == 1:
+        return
+    everyone: list[dict[str, str]] = [{}] * world()
+    with waiting():
+        dist.all_gather_object(everyone, facts)
+    for number, theirs in enumerate(everyone):
+        for key in sorted(everyone[0].keys() | theirs.keys()):
+            first, got = everyone[0].get(key, "-"), theirs.get(key, "-")
+            if first == got:
+                continue
+            if rank():
+                # 一个人说就够；先走的话，torchrun 会把还没说完的也结束掉
+                time.sleep(PAUSE_S)
+                sys.exit(EXIT_USER_ERROR)
+            raise ConfigError(
+                "{key}={got} in process {rank}, {first} in process 0: start all of them with the same command, files "
+                "and versions",
+                key=key, got=got, rank=number, first=first,
+            )
 
 
 def largest(values: list[float], device: torch.device) -> list[float]:
@@ -62,7 +145,8 @@ def largest(values: list[float], device: torch.device) -> list[float]:
     if world() == 1:
         return values
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    with waiting():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.tolist()
 
 
@@ -71,14 +155,16 @@ def agree(loss: torch.Tensor, flags: list[bool]) -> tuple[torch.Tensor, list[boo
     if world() == 1:
         return loss, flags
     both = torch.cat([loss.float().reshape(1), torch.tensor(flags, dtype=torch.float32, device=loss.device)])
-    dist.all_reduce(both)
+    with waiting():
+        dist.all_reduce(both)
     return both[0], [count > 0 for count in both[1:].tolist()]
 
 
 def total(tensor: torch.Tensor) -> torch.Tensor:
     """Sum over all processes, in place."""
     if world() > 1:
-        dist.all_reduce(tensor)
+        with waiting():
+            dist.all_reduce(tensor)
     return tensor
 
 
@@ -116,7 +202,8 @@ class GradientSum:
         grads = [torch.zeros_like(p) if nothing or p.grad is None else p.grad for p in part]
         whole = len(part) == 1 and grads[0].is_contiguous()
         tensor = grads[0] if whole else torch.cat([grad.flatten() for grad in grads])
-        self._sent.append((dist.all_reduce(tensor, async_op=True), tensor))
+        with waiting():
+            self._sent.append((dist.all_reduce(tensor, async_op=True), tensor))
 
     def finish(self, *, failed: bool) -> None:
         """Wait for all sums; where this process `failed`, only complete those that the others wait for."""
@@ -125,7 +212,8 @@ class GradientSum:
                 # 显存不足的进程补上零，别人才等得到；没用到的参数也按零算
                 self._send(nothing=failed)
             work, tensor = self._sent[number]
-            work.wait()
+            with waiting():
+                work.wait()
             if failed:
                 # 一次只占一份的内存
                 self._sent[number] = (work, tensor.new_empty(0))

@@ -18,11 +18,20 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from nanogpt.base import run_names
-from nanogpt.base.config import MANY, TrainConfig, auto_tokens, block_parameters, check, span_of, tokens_per_step
+from nanogpt.base.config import (
+    MANY,
+    PATH_KEYS,
+    TrainConfig,
+    auto_tokens,
+    block_parameters,
+    check,
+    span_of,
+    tokens_per_step,
+)
 from nanogpt.base.console import Console, file_size
 from nanogpt.base.errors import OutOfMemory
 from nanogpt.base.files import folders_around, sync_names, write_text
-from nanogpt.base.groups import naming
+from nanogpt.base.groups import leaves, naming
 from nanogpt.base.hashed_json import reason_of
 from nanogpt.base.language import ConfigError, text
 from nanogpt.base.lock import Lock
@@ -47,6 +56,7 @@ from nanogpt.run.folders import size_of
 from nanogpt.run.loggers import JsonlLogger, Loggers
 from nanogpt.run.loop import Training, share_batch
 from nanogpt.run.saving import Saver, largest_bytes, restore
+from nanogpt.run.summary import versions
 from nanogpt.weights import checkpoint
 from nanogpt.weights.build import build_model, build_step, check_weights
 from nanogpt.weights.pretrained import Pretrained, adapted, build_pretrained, check_vocabulary, open_pretrained
@@ -110,7 +120,7 @@ class Session:
         if cfg.batch_size != "auto":
             share_batch(cfg, distributed.world())
         machine.set_up(self.device, deterministic=cfg.deterministic, hardware=cfg.hardware)
-        distributed.start(self.device)
+        distributed.start(self.device, cfg.parallel.timeout_s)
         # 默认目录名含时间，batch_size=auto 由第一个进程实测：各进程要用同一个
         self.run_dir, cfg.batch_size = distributed.broadcast((run_dir, cfg.batch_size))
         self.data = self._open_data()
@@ -120,6 +130,18 @@ class Session:
         if cfg.max_tokens == "auto":
             # 记下算出的数：接着训时要加，就在它上面加
             cfg.max_tokens = auto_tokens(cfg.model, len(self.data.tokens["train"]))
+        distributed.check_alike(self._facts())
+
+    def _facts(self) -> dict[str, str]:
+        """What has to be the same in every process: settings, versions, data, and where the training goes on."""
+        # 各机器的路径与设备可以不同；数据与 checkpoint 比的是内容
+        settings = leaves(OmegaConf.to_container(OmegaConf.structured(self.cfg)))
+        apart = {key: str(value) for key, value in settings.items() if key not in (*PATH_KEYS, "device", "lang")}
+        source = self.source
+        return {
+            **apart, **versions(), "dataset": self.data.fingerprint,
+            "checkpoint": f"{source.name} ({min(source.sha256.values())[:8]})" if source else "-",
+        }
 
     @classmethod
     def new(
@@ -206,13 +228,15 @@ class Session:
             # 微调沿用模型自己的词表；续训时它在运行目录里
             saved = self.source and tokenizers.load(self.source.folder / "tokenizer.json")
             options["tokenizer"] = saved if self.source else self.pretrained.tokenizer
-        name, directory, folder = self.cfg.dataset["name"], self.cfg.dataset["dir"], None
-        if distributed.rank() == 0:
+        name, directory = self.cfg.dataset["name"], self.cfg.dataset["dir"]
+
+        def prepared() -> Path:
             if self.source and not directory and (folder := find_prepared(name, self.source.data_fingerprint())):
                 corpus.say_reused(name, folder)
-            else:
-                folder = corpus.prepare(name, directory, options, verify=self.cfg.verify)
-        return open_data(distributed.broadcast(folder), self.cfg.label_dropout, verify=self.cfg.verify)
+                return folder
+            return corpus.prepare(name, directory, options, verify=self.cfg.verify)
+
+        return open_data(distributed.from_first(prepared), self.cfg.label_dropout, verify=self.cfg.verify)
 
     def _check_against_data(self) -> None:
         model, data = self.cfg.model, self.data
@@ -288,6 +312,7 @@ class Session:
         """What writes checkpoints into the run folder."""
         # 说“接着训”时写给人敲的
         resuming = " ".join(map(word, [*self._named("train"), override("resume", self.run_dir)]))
+        distributed.to_go_on(f"{command('run_train.py')} {resuming}")
         return Saver(
             self.run_dir, keep=self.cfg.keep, tokenizer=self.data.tokenizer, console=self.console, resuming=resuming,
             config_text=config_text, run_id=self.record.id if self.record else None, saved=self.source,
@@ -487,6 +512,9 @@ class Session:
         """First Ctrl-C, SIGTERM or closed terminal: finish the step, save, leave; second: leave at once."""
 
         def handle(number, _frame):
+            if distributed.lost():
+                # 正要说出少了谁：存不了，也不必存
+                return
             if trainer.stop_requested:
                 os._exit(128 + number)
             trainer.stop_requested = True

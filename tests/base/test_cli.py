@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from nanogpt.base import cli
+from nanogpt.base.language import ConfigError
 
 
 @pytest.fixture
@@ -47,3 +48,27 @@ def test_waiting_threads_sleep_soon_unless_the_environment_says_how_they_wait():
         environment = dict(given)
         cli.spin_briefly(environment)
         assert environment == (given or {"GOMP_SPINCOUNT": "20000"})
+
+
+RESTARTS = {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_RESTART_COUNT": "0"}
+
+
+@pytest.mark.parametrize(("typed", "environment"), [(["resume=auto"], {}), ([], RESTARTS)])
+def test_the_same_command_begins_a_training_and_goes_on_with_it(in_tmp, monkeypatch, typed, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    words = ["model=small", "experiment=reviews", "overwrite=true", "out_dir=outputs/a b", "max_iters=9"]
+    assert cli.gone_on([*words, *typed]) == words
+    (in_tmp / "outputs/a b").mkdir(parents=True)
+    assert cli.gone_on([*words, *typed]) == words
+    (in_tmp / "outputs/a b/run.json").touch()
+    assert cli.gone_on([*words, *typed]) == ["model=small", "max_iters=9", "resume=outputs/a b"]
+    # 写明了接着哪一个的，就是那一个
+    assert cli.gone_on([*words, "resume=outputs/c"]) == [*words, "resume=outputs/c"]
+    with pytest.raises(ConfigError, match="add out_dir=outputs/my-run"):
+        cli.gone_on(["max_iters=9", *typed])
+
+
+def test_without_the_word_and_without_torchrun_nothing_is_gone_on_with(in_tmp):
+    (in_tmp / "run.json").touch()
+    assert cli.gone_on(["out_dir=."]) == ["out_dir=."]

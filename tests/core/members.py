@@ -1,5 +1,6 @@
 """Several processes of one training, forked from this one: torch need not be imported again."""
 
+import functools
 import multiprocessing
 import os
 import socket
@@ -7,7 +8,7 @@ import sys
 import traceback
 
 import torch
-from attack import FORKS, GIVEN_UP_S
+from attack import FORKS, GIVEN_UP_S, Running
 
 from nanogpt.core import distributed
 
@@ -41,10 +42,27 @@ def together(world: int, task, *arguments) -> list:
     return results
 
 
-def _member(pipe, rank: int, world: int, port: int, task, arguments) -> None:
+def start_member(rank: int, world: int, port: int) -> None:
+    """Make this process, just forked, one of several."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }
+
+
+def commands(folder, words, world: int = 2, *, before=None) -> list[Running]:
+    """run_train.py with words(rank) in each of `world` processes; before(rank) is called in it first."""
+    port = free_port()
+
+    def member(rank: int) -> None:
+        start_member(rank, world, port)
+        if before:
+            before(rank)
+
+    return [Running(words(rank), folder, before=functools.partial(member, rank)) for rank in range(world)]
+
+
+def _member(pipe, rank: int, world: int, port: int, task, arguments) -> None:
+    start_member(rank, world, port)
     torch.set_num_threads(1)
     try:
         pipe.send(task(*arguments))

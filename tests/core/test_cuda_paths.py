@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import GPT2_RECIPE, new_trainer, tiny_model_config
 from test_memory_parts import preset_parts, step_of, weights
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -228,13 +229,17 @@ def test_segments_grow_where_the_driver_can_and_nobody_said_otherwise(monkeypatc
 
 
 @pytest.mark.parametrize(("nccl", "backend"), [(True, "nccl"), (False, "gloo")])
-def test_processes_wait_for_hours_while_the_first_prepares_the_data(monkeypatch, nccl, backend):
-    asked = {}
+def test_cards_talk_through_nccl_where_torch_has_it_after_hours_of_preparation_if_need_be(monkeypatch, nccl, backend):
+    store, asked = dist.HashStore(), {}
+    store.set("here/1", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "_watch", None)
+    monkeypatch.setattr(distributed, "Watch", lambda *of: None)
+    monkeypatch.setattr(distributed, "rendezvous", lambda url, timeout: asked.update(hours=timeout.total_seconds() / 3600) or iter([(store, 0, 2)]))
     monkeypatch.setattr(distributed.dist, "is_nccl_available", lambda: nccl)
-    monkeypatch.setattr(distributed.dist, "init_process_group", lambda name, timeout: asked.update(name=name, hours=timeout.total_seconds() / 3600))
-    distributed.start(torch.device("cuda", 0))
-    assert asked["name"] == backend and asked["hours"] >= 12
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda name, timeout, **how: asked.update(name=name, seconds=timeout.total_seconds()))
+    distributed.start(torch.device("cuda", 0), 600)
+    assert asked["name"] == backend and asked["hours"] >= 12 and asked["seconds"] > 600
 
 
 # ---- torch.compile ----

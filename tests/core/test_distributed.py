@@ -2,17 +2,22 @@
 
 # 几个进程由 fork 而来，一次起一对，许多断言共用
 
+import signal
+import time
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from attack import POSIX
 from conftest import new_trainer, tiny
-from members import together
+from members import commands, together
 
 from nanogpt.base.language import ConfigError
 from nanogpt.core import distributed
 from nanogpt.core.distributed import GradientSum
+from nanogpt.run.loop import Training
+from nanogpt.weights import checkpoint
 
 pytestmark = POSIX
 # 10 条分给 3 个进程：3、3、4 条；每份再切成微批，最后一个微批不满
@@ -94,7 +99,7 @@ def test_where_one_process_runs_out_of_memory_all_repeat_the_step_with_half_the_
 
 def summed(unused: bool):
     """Gradients of a large, a small and a sometimes unused parameter, and how many sums had begun before the backward pass ended."""
-    distributed.start(torch.device("cpu"))
+    distributed.start(torch.device("cpu"), 60)
     large, small, last = (torch.nn.Parameter(torch.full(shape, 2.0)) for shape in ((600, 600), (3,), (5,)))
     sums = GradientSum([large, small, last])
     rank = distributed.rank()
@@ -122,3 +127,61 @@ def test_all_sums_of_a_backward_pass_have_begun_when_it_ends_and_large_gradients
 def test_a_stated_number_of_processes_that_were_not_started_is_one_line(in_tmp, corpus_folder):
     with pytest.raises(ConfigError, match=r"parallel.world=2, but 1 processes .* torchrun --nproc_per_node=2"):
         new_trainer(tiny(corpus_folder), "parallel.world=2")
+
+
+# ---- 不一样的、停住的、不在了的 ----
+
+
+@pytest.fixture
+def words(in_tmp, corpus_folder):
+    """What each process is started with."""
+    return [*tiny(corpus_folder), "lang=en", "max_iters=40", "eval_interval=10", "sample_tokens=0", "out_dir=outputs/a"]
+
+
+def ends(running):
+    """(exit code, its lines that begin with error:) of each process."""
+    every = [one.wait() for one in running]
+    assert not any(one.traced for one in every), "\n----\n".join(one.output for one in every)
+    return [(one.code, [line for line in one.output.splitlines() if line.startswith("error:")]) for one in every]
+
+
+def hurry(rank: int) -> None:
+    distributed.PAUSE_S = 0.5
+
+
+def test_processes_with_different_settings_say_one_line_before_anything_is_written(in_tmp, words):
+    said = ends(commands(in_tmp, lambda rank: [*words, f"learning_rate=0.0{rank + 1}"], before=hurry))
+    line = "error: learning_rate=0.02 in process 1, 0.01 in process 0: start all of them with the same command, files and versions"
+    assert said == [(2, [line]), (2, [])] and not (in_tmp / "outputs/a").exists()
+
+
+def stop_at(iteration: int, stop):
+    """before(rank) that calls stop() in step `iteration` of process 1."""
+    def before(rank: int) -> None:
+        step = Training.step
+
+        def stopped(trainer):
+            if trainer.progress.iteration == iteration:
+                # 机器忙时，开头的几秒不算
+                distributed._watch.timeout_s, distributed._watch.every_s = 0.5, 0.1
+                if rank == 1:
+                    stop()
+            return step(trainer)
+
+        Training.step = stopped
+
+    return before
+
+
+def hang():
+    time.sleep(60)
+
+
+def test_a_process_that_hangs_is_named_with_where_it_is_and_the_run_goes_on_from_its_checkpoint(in_tmp, words):
+    running = commands(in_tmp, lambda rank: words, before=stop_at(12, hang))
+    running[0].process.join(60)
+    running[1].process.kill()
+    (code, said), (killed, nothing) = ends(running)
+    assert (code, killed, nothing) == (2, -signal.SIGKILL, []) and len(said) == 1
+    assert "process 1 has not answered for 0.5 s (parallel.timeout_s), it is in _timed_step, loop.py:" in said[0]
+    assert said[0].endswith("resume=outputs/a") and checkpoint.find(in_tmp / "outputs/a", "last").iteration == 10
