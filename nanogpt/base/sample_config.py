@@ -17,6 +17,7 @@ from nanogpt.base.config import (
     TrainConfig,
     check_device,
     check_keys,
+    check_range,
     check_start,
     choice,
     number,
@@ -106,6 +107,10 @@ class SampleConfig:
     """Texts at a time; halved where memory runs out."""
     fast: bool
     """Take the fastest decoding path of this machine; false: plain PyTorch."""
+    speculate: int | str
+    """How many ids one text guesses from itself, 0 … 16, and checks in one pass of the model; auto: as many as pay, on
+    the CPU's compiled path alone, where the same seed gives the same text with it and without. Elsewhere a number gives
+    the same text up to rounding."""
     output: str | None
     """A .jsonl file to which every text is appended with its settings."""
     interactive: bool
@@ -139,6 +144,10 @@ def check_sample(cfg: SampleConfig) -> None:
             "ways to give them",
             keys=" ".join(f"{key}=…" for key in named),
         )
+    if isinstance(cfg.speculate, int):
+        check_range("speculate", cfg.speculate, 0, 16)
+    elif cfg.speculate != "auto":
+        raise ConfigError("not_a_choice", key="speculate", got=cfg.speculate, allowed="auto | 0 1 … 16")
     if "" in cfg.stop:
         raise ConfigError("empty_stop")
     if cfg.serve:

@@ -1,5 +1,5 @@
 # 写作的循环：每步给每行抽一个 id；行随时来去，各有各的上下文、采样器与种子
-# 一步的路：_next_logits（读还没读的，或所有行一起走一格）-> 引导 -> 采样器 -> 抽
+# 一步的路：next_logits（读还没读的，或所有行一起走一格）-> 引导 -> 采样器 -> 抽
 # 一行文字占模型的一条 lane；有引导的再占一条“影子”，只差没有标签
 """The decode loop: rows of ids in, one more id per row and step out."""
 
@@ -109,7 +109,7 @@ class Decoder:
     def step(self) -> torch.Tensor:
         """Draw the next id of every row, (rows,) in the order of `rows`; -1 where the logits were not finite."""
         self._reread_full_rows()
-        logits = guided(self._next_logits().float()[:, : self.vocab_size], self._order)
+        logits = guided(self.next_logits().float()[:, : self.vocab_size], self._order)
         # 一次求和就能看出 NaN 与无穷：贪心与筛选都会把它们盖住；两遍之中有一遍坏了，合起来也是坏的
         finite = logits.sum(-1).isfinite()
         if self.never is not None:
@@ -175,7 +175,7 @@ class Decoder:
                 if own.row is lane.row:
                     own.unread, own.front = (kept, 0) if own.shadow else (torch.cat((labels, kept)), len(labels))
 
-    def _next_logits(self) -> torch.Tensor:
+    def next_logits(self) -> torch.Tensor:
         """Logits (lanes, V) behind the newest id of every lane."""
         waiting = [slot for slot, lane in enumerate(self.lanes) if lane.unread is not None]
         if waiting and len(waiting) == len(self.lanes):

@@ -28,6 +28,7 @@ from nanogpt.core.scoring import Likely, Score
 from nanogpt.data.labels import label_tokens
 from nanogpt.data.tokenizer import LibraryStream, TextStream, Tokenizer, begin_of, ends_of
 from nanogpt.write.request import Piece, Request, Result, default_prompt, encode_prompt, labels_of
+from nanogpt.write.speed.speculation import decoder_of
 
 # 训练中给人看的样本最多写几种标签
 SAMPLED_LABELS = 6
@@ -69,9 +70,9 @@ class Writer:
 
     def __init__(
         self, model, tokenizer: Tokenizer, *, capacity: int = 1, max_length: int | None = None,
-        context=contextlib.nullcontext,
+        context=contextlib.nullcontext, speculate: int | str = "auto",
     ):
-        self.model, self.tokenizer, self.context = model, tokenizer, context
+        self.model, self.tokenizer, self.context, self.speculate = model, tokenizer, context, speculate
         self.capacity, self.max_length = capacity, max_length
         self.separator: int | None = model.config.separator
         self.begin = begin_of(tokenizer) if self.separator is None else ()
@@ -217,8 +218,9 @@ class Writer:
         # 多一个位置：提前排下的一步不该触发重读
         length = None if self.max_length is None else self.max_length + 1
         never = () if self.separator is None else label_tokens(self.tokenizer)
-        return Decoder(
-            self.model, capacity=self.capacity, max_length=length, vocab_size=self.tokenizer.vocab_size, never=never
+        return decoder_of(
+            self.model, self.speculate, capacity=self.capacity, max_length=length,
+            vocab_size=self.tokenizer.vocab_size, never=never,
         )
 
     def _prompt_scores(self, text: _Text) -> list[Score]:

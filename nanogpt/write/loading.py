@@ -90,6 +90,7 @@ class Model:
     context: Callable[[], contextlib.AbstractContextManager]
     source: checkpoint.Checkpoint | None = None
     """None for pretrained weights."""
+    speculate: int | str = "auto"
 
     def announce(self) -> None:
         """Say on stderr what is written with."""
@@ -126,6 +127,7 @@ class Model:
         """A Writer of `capacity` rows."""
         return Writer(
             self.network, self.tokenizer, capacity=capacity, max_length=max_length, context=self.context,
+            speculate=self.speculate,
         )
 
     def writer_of(self, requests: list[Request], *, batch_size: int, skip: str | None = None) -> Writer:
@@ -170,7 +172,7 @@ def ready(cfg: SampleConfig, name: str, network: torch.nn.Module, tokenizer: tok
     rounded = network.device.type == "cpu" and cfg.precision.dtype in HALF
     context = Precision(cfg.precision, network.device).context if rounded else contextlib.nullcontext
     accelerate(network.eval(), cfg.precision.dtype, fast=cfg.fast and not rounded)
-    return Model(name, network, tokenizer, context)
+    return Model(name, network, tokenizer, context, speculate=cfg.speculate)
 
 
 def prompt_text(start: str) -> str:

@@ -65,7 +65,7 @@ def test_cached_logits_equal_the_full_forward_at_every_position(recipe):
         decoder.add(key, row, GREEDY, seed=0)
     for _ in range(8):
         with torch.inference_mode():
-            logits = decoder._next_logits()
+            logits = decoder.next_logits()
             for slot, row in enumerate(rows):
                 torch.testing.assert_close(logits[slot], model(torch.tensor([row]))[0, -1], atol=2e-5, rtol=1e-5)
             drawn = logits.argmax(-1)

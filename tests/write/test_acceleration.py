@@ -114,11 +114,12 @@ def test_int8_rounds_each_row_to_half_a_step():
     assert ((rounded * scale[:, None] - weight).abs() <= scale[:, None] / 2 * 1.001).all()
 
 
+@pytest.mark.parametrize("width", [16, 24, 32, 100])
 @pytest.mark.parametrize("rows", [1, 3, 40])
-def test_int8_products_are_those_of_the_rounded_weights(rows):
-    weight, bias = torch.randn(64, 32), torch.randn(64)
+def test_int8_products_are_those_of_the_rounded_weights(rows, width):
+    weight, bias = torch.randn(64, width), torch.randn(64)
     rounded, scale = quantize(weight)
-    x = torch.randn(rows, 32)
+    x = torch.randn(rows, width)
     expected = torch.nn.functional.linear(x, rounded * scale[:, None], bias)
     got = Int8Linear(rounded, scale, bias)(x)
     # 少数几行走 bf16 激活的内核：8 位尾数

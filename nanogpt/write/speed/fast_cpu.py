@@ -32,6 +32,8 @@ REORDER = {"reassoc", "contract", "nsz"}
 # int8 到 48 行都快
 # 定死而不在启动时量：量出的选择随机器忙闲而变，同一个种子就写不出同样的字
 MAX_ROWS = {torch.float32: 16, torch.int8: 48}
+# 一步里多一行要多花的时间，占第一行的几分之几（benchmarks/results/speculation.json）；int8 读得少，每行换算的份就大
+ROW_COST = {torch.float32: 0.2, torch.int8: 0.4}
 ACTIVATIONS = {"none": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3, "swiglu": 4}
 
 
@@ -148,39 +150,44 @@ def _turn(x, gain, cos, sin, qk_norm, eps, out):
 
 @njit(parallel=True, fastmath=REORDER, cache=True)
 def _attend(qkv, keys, values, lengths, q_gain, k_gain, cos, sin, n_head, scale, qk_norm, eps, y):
-    """Write this token's key and value at lengths[b] of keys, values (B, nkv, L, hs); attend into y (B, nh * hs)."""
+    """Write the new keys and values from lengths[b] of keys, values (B, nkv, L, hs) on; attend into y (B * T, nh * hs).
+
+    qkv (B * T, .) are T ids of each of B texts, one text after the other.
+    """
     heads, head_size = keys.shape[1], keys.shape[3]
     # 一份 key 由几个 query 共用：同一个 job 先写它，再替它们读
-    groups = n_head // heads
+    groups, steps = n_head // heads, qkv.shape[0] // lengths.shape[0]
     for job in prange(lengths.shape[0] * heads):
         b, h = job // heads, job % heads
-        last = lengths[b]
-        row = last if cos.shape[0] > 1 else 0
         q, out = np.empty(head_size, np.float32), np.empty(head_size, np.float32)
-        at = (n_head + h) * head_size
-        _turn(qkv[b, at : at + head_size], k_gain, cos[row], sin[row], qk_norm, eps, keys[b, h, last])
-        for i in range(head_size):
-            values[b, h, last, i] = qkv[b, at + heads * head_size + i]
-        weights = np.empty(last + 1, np.float32)
-        for member in range(groups):
-            at = (h * groups + member) * head_size
-            _turn(qkv[b, at : at + head_size], q_gain, cos[row], sin[row], qk_norm, eps, q)
-            highest = np.float32(-np.inf)
-            for t in range(last + 1):
-                score = np.float32(0.0)
-                for i in range(head_size):
-                    score += q[i] * keys[b, h, t, i]
-                weights[t] = score * scale
-                highest = max(highest, weights[t])
-            total = np.float32(0.0)
-            out[:] = np.float32(0.0)
-            for t in range(last + 1):
-                weight = _exp(weights[t] - highest)
-                total += weight
-                for i in range(head_size):
-                    out[i] += weight * values[b, h, t, i]
+        weights = np.empty(lengths[b] + steps, np.float32)
+        # 同一段文字的几个位置依次走：后一个要看前一个刚写下的 key
+        for step in range(steps):
+            row, last = b * steps + step, lengths[b] + step
+            turn = last if cos.shape[0] > 1 else 0
+            at = (n_head + h) * head_size
+            _turn(qkv[row, at : at + head_size], k_gain, cos[turn], sin[turn], qk_norm, eps, keys[b, h, last])
             for i in range(head_size):
-                y[b, at + i] = out[i] / total
+                values[b, h, last, i] = qkv[row, at + heads * head_size + i]
+            for member in range(groups):
+                at = (h * groups + member) * head_size
+                _turn(qkv[row, at : at + head_size], q_gain, cos[turn], sin[turn], qk_norm, eps, q)
+                highest = np.float32(-np.inf)
+                for t in range(last + 1):
+                    score = np.float32(0.0)
+                    for i in range(head_size):
+                        score += q[i] * keys[b, h, t, i]
+                    weights[t] = score * scale
+                    highest = max(highest, weights[t])
+                total = np.float32(0.0)
+                out[:] = np.float32(0.0)
+                for t in range(last + 1):
+                    weight = _exp(weights[t] - highest)
+                    total += weight
+                    for i in range(head_size):
+                        out[i] += weight * values[b, h, t, i]
+                for i in range(head_size):
+                    y[row, at + i] = out[i] / total
 
 
 @njit(cache=True)
@@ -188,11 +195,12 @@ def _step(
     x, norm_1, attn, gains, proj, norm_2, fc, out, norm_f, head, settings, keys, values, lengths, cos, sin, pieces,
     logits,
 ):
-    """All blocks, the last norm and the head; x (B, C) is overwritten, logits (B, V) filled.
+    """All blocks, the last norm and the head; x (B * T, C) is overwritten, logits (B * T, V) filled.
 
     Each matrix is (weight, scale, bias), each norm (gain, bias), and gains are those of q and k, stacked over the
     layers.
     """
+    # 每一行的算法与旁边有几行无关，逐位如此：speculation.py 靠它
     n_head, layernorm, qk_norm, activation, scale, eps = settings
     rows = x.shape[0]
     normed, qkv = np.empty(x.shape, np.float32), np.empty((rows, attn[0].shape[1]), np.float32)
@@ -238,7 +246,8 @@ class FastStep:
 
     def __init__(self, model):
         c = model.config
-        self.max_rows = MAX_ROWS[model.lm_head.weight.dtype]
+        dtype = model.lm_head.weight.dtype
+        self.max_rows, self.row_cost = MAX_ROWS[dtype], ROW_COST[dtype]
         # 与 torch 用同样多的线程：它只数物理核，超线程抢的是同一条内存通道
         self.model, self.pieces = model, min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
         set_num_threads(self.pieces)
@@ -261,14 +270,18 @@ class FastStep:
 
     def __call__(self, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Logits behind idx; writes the cache as the model itself would."""
-        x = self.model.embed(idx[:, None], cache)[:, 0].contiguous().numpy()
-        logits = np.empty((len(idx), self.model.config.vocab_size), np.float32)
+        return self.read(idx[:, None], cache)
+
+    def read(self, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Logits (B * T, V) behind every one of idx (B, T), bit-exactly those of T calls; writes the cache."""
+        x = self.model.embed(idx, cache).flatten(0, 1).contiguous().numpy()
+        logits = np.empty((idx.numel(), self.model.config.vocab_size), np.float32)
         lengths = np.array(cache.lengths)
         _step(
             x, *self.parts, self.settings, cache.k.numpy(), cache.v.numpy(), lengths, self.cos, self.sin, self.pieces,
             logits,
         )
-        cache.advance(idx[:, None])
+        cache.advance(idx)
         return self.model.softcapped(torch.from_numpy(logits))
 
 

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 
 # 行数少时直接用 int8 的内核；多了先还原成浮点再做矩阵乘更快
 FEW_ROWS = 4
+# 它一次读 16 个数，不问够不够：宽度不是 16 的倍数就读到别人的内存里，写出乱字，甚至崩溃
+KERNEL_WIDTH = 16
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,7 +38,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // x.size(-1)
-        if x.device.type == "cpu" and rows <= FEW_ROWS:
+        if x.device.type == "cpu" and rows <= FEW_ROWS and x.size(-1) % KERNEL_WIDTH == 0:
             # 只有 bf16 激活的内核是向量化的；bf16 与 fp32 的尾数差远小于 int8 的舍入
             y = torch._weight_int8pack_mm(x.reshape(rows, -1).bfloat16(), self.weight, self.scale.bfloat16())
             y = y.to(x.dtype).view(*x.shape[:-1], -1)
