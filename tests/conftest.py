@@ -31,6 +31,7 @@ from nanogpt.base.files import sha256
 from nanogpt.base.hashed_json import write_sealed
 from nanogpt.base.sample_config import SampleConfig, check_sample, register_schemas
 from nanogpt.data.corpus import build_char_tokenizer, write_dataset
+from nanogpt.run import cpu_units
 from nanogpt.weights.build import build_model
 from nanogpt.write.control import prefixes
 
@@ -85,6 +86,13 @@ def english():
 def nothing_said_before():
     """What is said once in a process is said once in a test."""
     prefixes._said.clear()
+
+
+@pytest.fixture(autouse=True)
+def no_bf16_units(monkeypatch):
+    """Tests see a CPU without bf16 units, whatever the machine has; a test that wants some sets another gain."""
+    monkeypatch.setattr(cpu_units, "_known", {})
+    monkeypatch.setattr(cpu_units, "gain_of_products", lambda: 0.07)
 
 
 @pytest.fixture

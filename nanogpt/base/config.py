@@ -186,10 +186,13 @@ class ModelConfig:
 class PrecisionConfig:
     """Number format of the training step."""
 
-    # auto 在 CPU 上是 fp32，在卡上取它的张量核心会做的：bf16，否则 fp16 加 loss scale
+    # auto 在卡上取它的张量核心会做的：bf16，否则 fp16 加 loss scale；在 CPU 上量一次，bf16 单元快得多才用
 
     dtype: str = choice("auto", "fp32", "fp16", "bf16", default="auto")
-    """Format of the matrix products; auto takes bf16 or fp16 where the card is fast with it."""
+    """Format of the matrix products; auto takes bf16 or fp16 where the card, or bf16 where the CPU is fast with it."""
+    cpu_bf16: str = choice("auto", "none", "optimizer", "all", default="auto")
+    """What runs on a CPU's own bf16 units: nothing (bf16 is then rounded and computed in float32), Muon's iteration
+    alone, or all products; auto measures once on a machine, and a run keeps what it began with."""
     tf32: bool = True
     """Let CUDA cards use TF32 for float32 products."""
     initial_loss_scale: float = number(1, HUGE, 65536.0)

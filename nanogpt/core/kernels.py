@@ -13,8 +13,12 @@ from nanogpt.core.machine import any_kernels
 
 # 两种写法都给同样的 rms_norm，显式写出才不随 dtype 变
 RMS_EPS = 1e-6
-# CPU 上 T 不超过它时，存下整个 T x T 概率矩阵比 flash 重算更快
-SHORT_CONTEXT = 128
+# CPU 上 T 不超过它时，存下整个 T x T 概率矩阵比 flash 重算更快；bf16 的矩阵小一半，flash 却更慢（256 时三倍）
+SHORT_CONTEXT, SHORT_CONTEXT_BF16 = 128, 512
+# 长边是短边的这么多倍时，在 Gram 矩阵上迭代的运算才少
+GRAM_RATIO = 2
+# Gram 矩阵里舍入的负特征值每步放大 12 倍：这么多步之后就重新算一次
+GRAM_STEPS = 5
 # NS 五步的系数：让奇异值尽快靠近 1，不求精确收敛（Keller Jordan, 2024）
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
@@ -181,10 +185,13 @@ class _ShortAttention(torch.autograd.Function):
 
 
 def is_short(qkv: torch.Tensor, dropout: float) -> bool:
-    """Whether short_attention() beats SDPA on qkv (B, T, 3, nh, hs): on a CPU, in float32, with a short context."""
-    # CPU 的 bf16、fp16 小矩阵乘很慢，半精度仍交给 SDPA
-    on_cpu = device_type(qkv) == "cpu" and qkv.dtype in (torch.float32, torch.float64)
-    return on_cpu and not dropout and qkv.size(1) <= SHORT_CONTEXT and not torch.compiler.is_compiling()
+    """Whether short_attention() beats SDPA on qkv (B, T, 3, nh, hs): on a CPU, with a short context, not in half."""
+    if device_type(qkv) != "cpu" or dropout or torch.compiler.is_compiling():
+        return False
+    if qkv.dtype == torch.bfloat16:
+        # 没有 bf16 单元的 CPU 上小矩阵乘很慢，仍交给 SDPA；用得上单元的训练才开 autocast
+        return qkv.size(1) <= SHORT_CONTEXT_BF16 and torch.is_autocast_enabled("cpu")
+    return qkv.size(1) <= SHORT_CONTEXT and qkv.dtype in (torch.float32, torch.float64)
 
 
 def short_attention(scale: float, visible: torch.Tensor | None, *parts: torch.Tensor) -> torch.Tensor:
@@ -320,27 +327,57 @@ def adamw(parameters: list, gradients: list, states: tuple[list, list, list], gr
     )
 
 
-def orthogonalize(matrices: torch.Tensor, steps: int) -> torch.Tensor:
-    """Push the singular values of each matrix in (n, rows, cols) towards 1 by Newton-Schulz iteration."""
-    # CPU 没有 bf16 矩阵单元，fp32 反而快；GPU 用 bf16
-    x = matrices.bfloat16() if device_type(matrices) == "cuda" else matrices.float()
+def orthogonalize(matrices: torch.Tensor, steps: int, bf16: bool = False) -> torch.Tensor:
+    """Push the singular values of each matrix in (n, rows, cols) towards 1 by Newton-Schulz iteration.
+
+    In bf16 on CUDA, elsewhere only if asked for.
+    """
+    # 没有 bf16 矩阵单元的 CPU 上 fp32 反而快
+    x = matrices.bfloat16() if bf16 or device_type(matrices) == "cuda" else matrices.float()
     # 始终让行数较少：Gram 矩阵取小的那一边
     wide = x.size(1) <= x.size(2)
     x = x if wide else x.mT
     # Frobenius 范数 ≥ 谱范数，除以它保证迭代收敛
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    a, b, c = NEWTON_SCHULZ
-    for _ in range(steps):
-        gram = torch.bmm(x, x.mT)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
+    # bf16 的 Gram 矩阵太粗，误差会被放大
+    on_gram = x.dtype == torch.float32 and x.size(2) >= GRAM_RATIO * x.size(1)
+    x = _iterated_on_gram(x, steps) if on_gram else _iterated(x, steps)
     x = x if wide else x.mT
     # 转置过来的要排成权重的样子，foreach 才能一次启动
     return x.to(matrices.dtype, memory_format=torch.contiguous_format) if x.dtype != matrices.dtype else x
 
 
-def orthogonalized(matrices: list[torch.Tensor], steps: int) -> list[torch.Tensor]:
-    """Each matrix (rows, cols) with its singular values pushed towards 1; those of one shape are batched."""
+def _iterated(x: torch.Tensor, steps: int) -> torch.Tensor:
+    """x <- a x + b (x x^T) x + c (x x^T)^2 x, `steps` times."""
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(steps):
+        gram = torch.bmm(x, x.mT)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x
+
+
+def _iterated_on_gram(x: torch.Tensor, steps: int) -> torch.Tensor:
+    """_iterated() on g = x x^T, (n, rows, rows): the steps' factors p = a + b g + c g^2 commute with it and each other.
+
+    With them g becomes p g p, and their product times x is the result: fewer FLOPs where x is long.
+    """
+    a, b, c = NEWTON_SCHULZ
+    for first in range(0, steps, GRAM_STEPS):
+        gram, product = torch.bmm(x, x.mT), None
+        for left in range(min(GRAM_STEPS, steps - first), 0, -1):
+            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            factor.diagonal(dim1=1, dim2=2).add_(a)
+            product = factor if product is None else torch.bmm(factor, product)
+            if left > 1:
+                gram = torch.bmm(torch.bmm(factor, gram), factor)
+        x = torch.bmm(product, x)
+    return x
+
+
+def orthogonalized(matrices: list[torch.Tensor], group: dict) -> list[torch.Tensor]:
+    """Each matrix (rows, cols) with its singular values pushed towards 1 as a Muon group's ns_steps and ns_bf16 say;
+    those of one shape are batched."""
     by_shape: dict[tuple, list[int]] = {}
     for i, matrix in enumerate(matrices):
         # qkv 三块各自正交化，合在一起会互相牵制
@@ -349,6 +386,6 @@ def orthogonalized(matrices: list[torch.Tensor], steps: int) -> list[torch.Tenso
     for indices in by_shape.values():
         # 同形状的矩阵堆在一起做批量乘法，小模型上快数倍
         batch = torch.stack([matrices[i] for i in indices]) if len(indices) > 1 else matrices[indices[0]][None]
-        for i, update in zip(indices, orthogonalize(batch, steps), strict=True):
+        for i, update in zip(indices, orthogonalize(batch, group["ns_steps"], group["ns_bf16"]), strict=True):
             results[i] = update
     return results

@@ -136,7 +136,7 @@ class Optimizer:
         directions = [part for direction, rows in zip(ahead, splits, strict=True) for part in direction.split(rows)]
         weights = [part for (_, p), rows in zip(named, splits, strict=True) for part in p.detach().split(rows)]
         del ahead, gradients
-        updates = orthogonalized(directions, group["ns_steps"])
+        updates = orthogonalized(directions, group)
         del directions
         kept = 1 - group["lr"] * group["weight_decay"]
         if skip is not None:
@@ -225,7 +225,7 @@ def muon(
     groups = [
         _group(
             matrices, rule="muon", states=("momentum",), lr_scale=1.0, weight_decay=weight_decay, momentum=momentum,
-            ns_steps=ns_steps, splits=joined_rows(model),
+            ns_steps=ns_steps, ns_bf16=False, splits=joined_rows(model),
         ),
         # 每步只有少数行有梯度，查表参数要更大的步长
         _group(embeddings, lr_scale=embedding_lr_scale, **shared),

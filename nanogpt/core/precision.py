@@ -1,6 +1,7 @@
-# 数字格式：显卡上是 autocast 与 loss scale，CPU 上把乘积按 16 位如实舍入，结果与显卡一致
+# 数字格式：显卡与有 bf16 单元的 CPU 上是 autocast（与 loss scale）；别的 CPU 上把乘积按 16 位如实舍入，结果与显卡一致
+# CPU 的单元值不值得用，由 run/cpu_units 量过写在 precision.cpu_bf16 里，这里只照办
 # Precision 由 session 造好，Step 在前向外面套上它的 context()
-"""Number formats: autocast and loss scaling on a GPU, faithful rounding on a CPU."""
+"""Number formats: autocast and loss scaling on a GPU, autocast or faithful rounding on a CPU."""
 
 import contextlib
 import math
@@ -74,7 +75,9 @@ class Precision:
     def __init__(self, config, device: torch.device, weights: str = "fp32", automatic: str | None = None):
         # bf16 的权重只能配 bf16 的运算，config.check 已拦下其余
         stated = config.dtype if config.dtype != "auto" else None
-        name = "bf16" if weights == "bf16" else stated or default_format(device, automatic)
+        units = cpu_units(config, device.type)
+        automatic = "bf16" if units == "all" else default_format(device, automatic)
+        name = "bf16" if weights == "bf16" else stated or automatic
         if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ConfigError(
                 "precision.dtype=bf16: {device} has no bf16; use precision=fp16", device=device_name(device),
@@ -85,7 +88,9 @@ class Precision:
         self.dtype = DTYPES[name]
         self.weights = DTYPES[weights]
         self.device_type = device.type
-        self.rounded = device.type == "cpu" and name != "fp32"
+        self.native = units == "all" and name == "bf16"
+        self.rounded = device.type == "cpu" and name != "fp32" and not self.native
+        self.bf16_updates = units != "none"
         # 反向里外层的函数模式不起作用，重算时要自己再舍入；autocast 则由 checkpoint 恢复
         self.again = self.context if self.rounded else None
         self.tf32 = device.type == "cuda" and config.tf32
@@ -113,10 +118,16 @@ class Precision:
         """Wrap the forward pass."""
         if self.rounded:
             return RoundedProducts(self.dtype, narrow=self.weights == self.dtype)
-        # 权重本身是 bf16 时，一切自然都用 bf16 算
-        if self.weights == self.dtype:
+        # 权重本身是 bf16 时，一切自然都用 bf16 算；CPU 上仍要 autocast：短上下文的注意力由它知道有 bf16 单元
+        if self.weights == self.dtype and not self.native:
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, dtype=self.dtype)
+
+
+def cpu_units(config, device_type: str) -> str:
+    """What runs on a CPU's bf16 units: none | optimizer | all; "none" for other formats and until it is measured."""
+    wanted = device_type == "cpu" and config.dtype in ("auto", "bf16") and config.cpu_bf16 != "auto"
+    return config.cpu_bf16 if wanted else "none"
 
 
 def check_half(device: torch.device, name: str) -> None:

@@ -21,6 +21,7 @@ from nanogpt.plan.communication import BACKWARD, Communication, Gradient, Networ
 from nanogpt.plan.filled_config import filled, with_tokens
 from nanogpt.plan.roofline import Rates, rates_of
 from nanogpt.plan.trace import Shape, Trace, trace
+from nanogpt.run import cpu_units
 from nanogpt.run.loop import share_batch
 
 # ---- 粗略的峰值 ----
@@ -187,6 +188,10 @@ class Planner:
     def predict(self, cfg: TrainConfig, overrides: list[str] | None = None) -> Plan:
         """The plan of cfg; `overrides` as typed say which model fields override init_from."""
         cfg, vocab_source = filled(cfg, overrides)
+        cfg = replace(cfg, precision=cpu_units.settled(cfg.precision, cfg.model, self.budget.device_type))
+        if cfg.precision.cpu_bf16 == "all" and not cfg.hardware.peak_tflops_half:
+            # 量过的训练知道单元有多快；不用单元的，16 位只是取整
+            self.rates = replace(self.rates, half_flops=self.rates.fp32_flops * cpu_units.gain_of_products())
         if cfg.batch_size == "auto":
             rows = self.largest_batch(cfg, BATCHES) or 1
             cfg = replace(cfg, batch_size=rows, gradient_accumulation_steps=1)
@@ -303,7 +308,7 @@ def step_seconds(traced: Trace, rates: Rates, rows: int) -> float:
 
 
 def predict(cfg: TrainConfig, overrides: list[str] | None = None) -> Plan:
-    """What training cfg takes on the device that it names; nothing is allocated, fetched or written."""
+    """What training cfg takes on the device that it names; fetches nothing, writes nothing but a CPU's measurements."""
     return Planner(cfg).predict(cfg, overrides)
 
 

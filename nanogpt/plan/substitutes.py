@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from nanogpt.core import kernels
 from nanogpt.core.memory import lean_optimizers, lowbit
-from nanogpt.core.precision import DTYPES, RoundedProducts
+from nanogpt.core.precision import DTYPES, RoundedProducts, cpu_units
 from nanogpt.plan.tracker import Tracker
 from nanogpt.weights import build
 
@@ -73,19 +73,22 @@ class TracedScaler:
 class PlannedPrecision:
     """nanogpt.core.precision.Precision of a device that need not be there.
 
-    dtype=auto is fp32 on a CPU, else what `automatic` says.
+    dtype=auto is what cpu_bf16 says on a CPU, else what `automatic` says.
     """
 
     # 真的 Precision 要问那张卡支持什么；这里只按写明的来，卡可以不在
 
     def __init__(self, config, device_type: str, weights: str = "fp32", automatic: str = "bf16"):
-        automatic = "fp32" if device_type == "cpu" else automatic
+        units = cpu_units(config, device_type)
+        automatic = "bf16" if units == "all" else "fp32" if device_type == "cpu" else automatic
         name = "bf16" if weights == "bf16" else config.dtype if config.dtype != "auto" else automatic
         self.name = name
         self.dtype = DTYPES[name]
         self.weights = DTYPES[weights]
         self.device_type = device_type
-        self.rounded = device_type == "cpu" and name != "fp32"
+        self.native = units == "all" and name == "bf16"
+        self.rounded = device_type == "cpu" and name != "fp32" and not self.native
+        self.bf16_updates = units != "none"
         self.half = name != "fp32" and not self.rounded
         # 与舍入一样是函数模式：反向里重算时要自己再进一次
         self.again = self.context if self.rounded or device_type == "cuda" else None
@@ -99,8 +102,8 @@ class PlannedPrecision:
                 stack.enter_context(RoundedProducts(self.dtype, narrow=self.weights == self.dtype))
             if self.device_type == "cuda":
                 stack.enter_context(LikeCuda())
-                if self.weights != self.dtype:
-                    stack.enter_context(torch.autocast("cpu", dtype=self.dtype))
+            if self.native or (self.device_type == "cuda" and self.weights != self.dtype):
+                stack.enter_context(torch.autocast("cpu", dtype=self.dtype))
             yield
 
     def backward_context(self):

@@ -24,7 +24,7 @@ from nanogpt.base.language import text
 from nanogpt.core.machine import synchronize
 from nanogpt.data.assets import cache_folder
 
-# 在缓存文件夹里：每种处理器、torch 版本、数字格式见过的最快一次
+# 在缓存文件夹里：每种处理器、torch 版本、数字格式见过的最快一次；remember 也记别的，如 cpu_units 的比值
 PEAKS = "peaks.json"
 BURST_S, REFRESH_S = 0.3, 60.0
 # 几种大小里总有一种最合这台机器的缓存；CPU 上一次约 1 ms，忙的机器也来不及打断每一次
@@ -42,14 +42,14 @@ def measured_peak(device: torch.device, dtype: torch.dtype, *, keep: bool = Fals
     kind = "tf32" if tf32 else str(dtype).removeprefix("torch.")
     key = f"{processor_name(device)}, torch {torch.__version__}, {kind}"
     if key not in _measured:
-        _measured[key] = _kept_peaks().get(key, 0.0), -math.inf
+        _measured[key] = remembered(PEAKS).get(key, 0.0), -math.inf
     best, at = _measured[key]
     # 显卡没有别人来抢，显存也常常正好用满：只在开始时量
     due = at == -math.inf or (device.type == "cpu" and time.monotonic() - at > REFRESH_S)
     if due and (found := _burst(device, dtype)) > best:
         best = found
         if keep:
-            _keep_peak(key, best)
+            remember(PEAKS, key, best)
     _measured[key] = best, time.monotonic() if due else at
     return best * (torch.get_num_threads() if device.type == "cpu" else 1)
 
@@ -75,20 +75,22 @@ def _burst(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def _kept_peaks() -> dict[str, float]:
+def remembered(file: str) -> dict[str, float]:
+    """What was measured on this machine before, by what it was: a file of positive numbers in the cache folder."""
     try:
-        peaks = json.loads((cache_folder() / PEAKS).read_text(encoding="utf-8"))
-        return {key: float(value) for key, value in peaks.items() if 0 < value < math.inf}
+        numbers = json.loads((cache_folder() / file).read_text(encoding="utf-8"))
+        return {key: float(value) for key, value in numbers.items() if 0 < value < math.inf}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         # 没有、坏了、读不了：重新量就是
         return {}
 
 
-def _keep_peak(key: str, tflops: float) -> None:
+def remember(file: str, key: str, number: float) -> None:
+    """Keep a number for the next process."""
     # 只是缓存：存不下，下一次重新量
     with contextlib.suppress(OSError):
         cache_folder().mkdir(parents=True, exist_ok=True)
-        write_text(cache_folder() / PEAKS, json.dumps({**_kept_peaks(), key: round(tflops, 6)}, indent=1) + "\n")
+        write_text(cache_folder() / file, json.dumps({**remembered(file), key: round(number, 6)}, indent=1) + "\n")
 
 
 @functools.cache

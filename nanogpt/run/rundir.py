@@ -220,7 +220,9 @@ def _completed(saved: dict, typed: TrainConfig) -> dict:
     whole = {**defaults, **ADDED_LATER, **saved}
     if missing := sorted({*FIXED_ON_RESUME} - {*whole}):
         raise KeyError(missing[0])
-    return {**whole, "trial": {**fresh["trial"], **whole["trial"]}}
+    # 早先的训练在 CPU 上只有 fp32 与舍入：不能一接着训就换格式
+    precision = {"cpu_bf16": "none", **whole["precision"]}
+    return {**whole, "trial": {**fresh["trial"], **whole["trial"]}, "precision": precision}
 
 
 def _with_typed(saved: dict, typed: TrainConfig, overrides: list[str], source: Path) -> TrainConfig:

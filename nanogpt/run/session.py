@@ -51,7 +51,7 @@ from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.conversations import ConversationData
 from nanogpt.data.opening import open_data
 from nanogpt.data.tokens import ORDER, TokenData, copy_dataset, dataset_bytes, find_prepared
-from nanogpt.run import rundir
+from nanogpt.run import cpu_units, rundir
 from nanogpt.run.folders import size_of
 from nanogpt.run.loggers import JsonlLogger, Loggers
 from nanogpt.run.loop import Training, share_batch
@@ -109,6 +109,7 @@ class Session:
         self.lock, self.record, self.hooks, self.limits = lock, record, hooks, limits
         # 锁在手里却没有 checkpoint：同一次训练重新开始
         self.begun_again = source is None and lock is not None
+        self.why_format: str | None = None
         self.console = Console(quiet=distributed.rank() > 0)
         self.device = machine.choose_device(cfg.device, cfg.hardware)
         if cfg.parallel.world not in (None, distributed.world()):
@@ -342,10 +343,19 @@ class Session:
 
     def _build_step(self) -> Step:
         """The model and the computation of its steps, on the device."""
+        self._settle_format()
         model = self._build_model().to(self.device)
         weights, automatic = self.cfg.memory.weights, self.cfg.hardware.dtype
         precision = Precision(self.cfg.precision, self.device, weights, automatic=automatic)
         return build_step(self.cfg, model, precision)
+
+    def _settle_format(self) -> None:
+        """Decide what precision.cpu_bf16=auto is on this CPU; the run folder and every process keep the answer."""
+        before = cfg = self.cfg.precision
+        if distributed.rank() == 0:
+            cfg = cpu_units.settled(before, self.cfg.model, self.device.type)
+            self.why_format = cpu_units.reason(cfg, self.cfg.model) if cfg is not before else None
+        self.cfg.precision = distributed.broadcast(cfg)
 
     def _build_model(self):
         """The model with its starting weights, and with adapters beside them under finetune=lora."""
@@ -420,6 +430,8 @@ class Session:
         described = self._described(trainer)
         line("size_line", **described)
         line("run_line", **described)
+        if self.why_format:
+            self.console.plain(self.why_format)
         line(
             "MFU, the share of the peak that the model's products reach: 100% is {tflops:.2f} TFLOP/s, {source}",
             source=trainer.peak_source, tflops=trainer.peak,

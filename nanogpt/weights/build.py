@@ -157,6 +157,9 @@ def build_step(cfg: TrainConfig, model, precision):
         expect = partial(fit_budget, model, budget_mib=memory.activation_budget_mib, context=precision.context)
     optimizer = build_part(cfg.optimizer, "optimizer", model)
     configure(optimizer, memory, precision.device_type)
+    for group in optimizer.param_groups if precision.bf16_updates else ():
+        if group.get("rule") == "muon":
+            group["ns_bf16"] = True
     in_backward = InBackward(optimizer, cfg.grad_clip) if memory.optimizer_in_backward else None
     step = Step(model, optimizer, precision, in_backward=in_backward, expect=expect)
     if isinstance(cfg.batch_size, int):

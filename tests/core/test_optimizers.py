@@ -8,6 +8,7 @@ import torch
 from conftest import LLAMA_RECIPE, tiny_model_config
 
 from nanogpt.base.config import ROOT, MemoryConfig
+from nanogpt.core import kernels
 from nanogpt.core.kernels import orthogonalize
 from nanogpt.core.memory.lean_optimizers import configure
 from nanogpt.core.optimizers import adamw, muon
@@ -56,6 +57,26 @@ def test_orthogonalize_keeps_the_singular_vectors_and_flattens_the_values(shape)
     assert (inner - torch.diag_embed(values)).abs().max() < 0.05
     # 五步的系数只求快，不求准：奇异值落在 0.6 ~ 1.3 之间，极小的除外
     assert values.max() < 1.35 and values.median() > 0.6
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 16), (2, 40, 8), (1, 12, 48)])
+@pytest.mark.parametrize("steps", [1, 5, 12])
+def test_iterating_on_the_gram_matrix_gives_what_iterating_on_the_matrix_gives(monkeypatch, shape, steps):
+    """Also where singular values are tiny, and where there are more steps than rounding stands at a stretch."""
+    torch.manual_seed(0)
+    u, s, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    x = u * torch.logspace(0, -4, s.size(-1)) @ v
+    on_gram = orthogonalize(x, steps)
+    monkeypatch.setattr(kernels, "GRAM_RATIO", 100)
+    # 迭代本身把极小的奇异值放大数百倍，舍入也跟着放大
+    torch.testing.assert_close(on_gram, orthogonalize(x, steps), atol=2e-3, rtol=0)
+
+
+def test_orthogonalize_in_bf16_points_where_float32_does():
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 64)
+    exact, rough = orthogonalize(x, 5), orthogonalize(x, 5, bf16=True)
+    assert rough.dtype == torch.float32 and torch.nn.functional.cosine_similarity(exact.flatten(), rough.flatten(), dim=0) > 0.999
 
 
 def test_muon_moves_matrices_by_the_update_of_an_adamw_step():

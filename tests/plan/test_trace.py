@@ -73,7 +73,7 @@ def test_traced_weights_gradients_and_state_are_those_of_the_real_model(optimize
 QWEN3 = ("arch=qwen3", "model.n_head=4", "model.n_kv_head=2", "model.head_dim=16", "model.block_size=160")
 
 
-@pytest.mark.parametrize("overrides", [(), ("arch=gpt2",), ("precision=bf16",), ("memory=lean",), ("dropout=0.1",), ("model.block_size=160",), QWEN3])
+@pytest.mark.parametrize("overrides", [(), ("arch=gpt2",), ("precision=bf16",), ("precision.cpu_bf16=all",), ("memory=lean",), ("dropout=0.1",), ("model.block_size=160",), QWEN3])
 def test_traced_activations_are_what_the_real_forward_pass_saves(overrides):
     traced = traced_once(Shape(2), *overrides)
     _, kept = real_step(small(*overrides), 2)

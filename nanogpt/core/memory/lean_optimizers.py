@@ -403,7 +403,7 @@ class Lean(Stored):
         rows = [group["splits"].get(name) or [len(p)] for name, p in named]
         splits = [direction.split(sizes) for direction, sizes in zip(directions, rows, strict=True)]
         parts = [part for chunks in splits for part in chunks]
-        for part, update in zip(parts, orthogonalized(parts, group["ns_steps"]), strict=True):
+        for part, update in zip(parts, orthogonalized(parts, group), strict=True):
             # 写回原处：一份方向、一份结果之外不再有第三份
             part.copy_(update)
         for (_, p), state, update, chunks in zip(named, states, directions, splits, strict=True):
