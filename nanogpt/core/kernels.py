@@ -15,8 +15,8 @@ from nanogpt.core.machine import any_kernels
 RMS_EPS = 1e-6
 # CPU 上 T 不超过它时，存下整个 T x T 概率矩阵比 flash 重算更快；bf16 的矩阵小一半，flash 却更慢（256 时三倍）
 SHORT_CONTEXT, SHORT_CONTEXT_BF16 = 128, 512
-# 长边是短边的这么多倍时，在 Gram 矩阵上迭代的运算才少
-GRAM_RATIO = 2
+# 长边是短边的这么多倍时，在 Gram 矩阵上迭代的运算才少；比这还小的矩阵，多出的调用次数更贵
+GRAM_RATIO, GRAM_ROWS = 2, 64
 # Gram 矩阵里舍入的负特征值每步放大 12 倍：这么多步之后就重新算一次
 GRAM_STEPS = 5
 # NS 五步的系数：让奇异值尽快靠近 1，不求精确收敛（Keller Jordan, 2024）
@@ -340,7 +340,7 @@ def orthogonalize(matrices: torch.Tensor, steps: int, bf16: bool = False) -> tor
     # Frobenius 范数 ≥ 谱范数，除以它保证迭代收敛
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     # bf16 的 Gram 矩阵太粗，误差会被放大
-    on_gram = x.dtype == torch.float32 and x.size(2) >= GRAM_RATIO * x.size(1)
+    on_gram = x.dtype == torch.float32 and x.size(1) >= GRAM_ROWS and x.size(2) >= GRAM_RATIO * x.size(1)
     x = _iterated_on_gram(x, steps) if on_gram else _iterated(x, steps)
     x = x if wide else x.mT
     # 转置过来的要排成权重的样子，foreach 才能一次启动

@@ -51,7 +51,7 @@ def test_a_model_too_narrow_for_its_products_is_not_measured(gains, monkeypatch)
 def test_a_gain_is_measured_once_on_a_machine_and_for_each_shape(monkeypatch, tmp_path):
     monkeypatch.setenv("NANOGPT_CACHE", str(tmp_path))
     measured = []
-    monkeypatch.setattr(cpu_units, "_time_layer", lambda layer: measured.append(layer.n_embd) or 1.25)
+    monkeypatch.setattr(cpu_units, "time_layer", lambda layer: measured.append(layer.n_embd) or 1.25)
     for width in (128, 256, 128, 256):
         # 像是另一个进程
         monkeypatch.setattr(cpu_units, "_known", {})
