@@ -67,17 +67,14 @@ STUDIES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
             for rate in (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)
         },
     ),
-    # 文字多大、训几遍：长的那次不该更差
+    # 文字多大、读几遍：读得多的那次不该更差；表与 dropout 由文字定，对比全部的表、不丢
     "turn": (
-        CHAR,
+        [*SMALL, *CHAR],
         {
-            f"{name}, {passes} passes": [*settings, f"passes={passes}"]
-            for name, settings in {
-                "default": [], "no tables": ["model.ngrams=[]"], "dropout 0.1": ["dropout=0.1"],
-                "no tables, dropout 0.1": ["model.ngrams=[]", "dropout=0.1"], "2-grams, dropout 0.1": ["model.ngrams=[2]", "dropout=0.1"],
-                "no tables, dropout 0.2": ["model.ngrams=[]", "dropout=0.2"],
-            }.items()
-            for passes in (2, 8)
+            f"{characters // 1000}k characters, {passes} passes{name}": [*settings, f"passes={passes}", f"characters={characters}"]
+            for characters in (62_000, 250_000)
+            for passes in (2, 4, 8)
+            for name, settings in {"": [], ", all tables, no dropout": ["model.ngrams=[2,3,4,5]", "dropout=0"]}.items()
         },
     ),
 }
@@ -88,7 +85,7 @@ def run(text: Path, out: Path, overrides: list[str], *, environment: dict[str, s
     """Train in a process of its own; what its summary and its evaluations say."""
     command = [
         sys.executable, str(ROOT / "run_train.py"), "dataset=text_file", f"dataset.path={text.as_posix()}", "device=cpu", "compile=false",
-        "sample_tokens=0", "logger=jsonl", "log_interval=1000000", "bundle_data_mib=0", "keep=1", "lang=en", f"out_dir={out.as_posix()}",
+        "sample_tokens=0", "logger=jsonl", "log_interval=1000000", "bundle_data_mib=0", "precision=fp32", "keep=1", "lang=en", f"out_dir={out.as_posix()}",
         *overrides,
     ]
     done = subprocess.run(command, cwd=out.parent, env=environment, capture_output=True, text=True, encoding="utf-8", check=False)
@@ -111,12 +108,9 @@ class Study:
         self.shared, self.variants = STUDIES[arguments.study]
         self.shared = [*self.shared, *(QUICK if arguments.quick else []), *arguments.overrides]
         self.file = RESULTS / f"ablate_{arguments.study}.json"
-        self.text = work / "training_part.txt"
         whole = arguments.text.read_text(encoding="utf-8")
-        part = whole[: int(len(whole) * TRAINING_PART)]
-        self.text.write_text(part[:20_000] if arguments.quick else part[: arguments.characters or None], encoding="utf-8", newline="\n")
-        self.training_tokens = int(len(self.text.read_text(encoding="utf-8")) * 0.9)
-        about = {"shared": self.shared, "tokens": arguments.tokens, "equal": arguments.equal, "characters": self.training_tokens}
+        self.part = whole[: int(len(whole) * TRAINING_PART)]
+        about = {"shared": self.shared, "tokens": arguments.tokens, "equal": arguments.equal, "characters": len(self.part)}
         kept = json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() and not arguments.quick else {}
         if kept.get("about", about) != about:
             sys.exit(f"{self.file.name} holds another study ({kept['about']}); move it away first")
@@ -124,11 +118,24 @@ class Study:
         # 每次训练一个线程：两次并排也互不争核
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
 
+    def of(self, variant: str, key: str) -> float | None:
+        """What a variant says of its text (characters) or its budget (passes)."""
+        return next((float(o.partition("=")[2]) for o in self.variants[variant] if o.startswith(f"{key}=")), None)
+
+    def text(self, variant: str) -> Path:
+        """The beginning of the training part that a variant is trained on."""
+        part = self.part[: 20_000 if self.arguments.quick else int(self.of(variant, "characters") or len(self.part))]
+        file = self.work / f"text-{len(part)}.txt"
+        if not file.is_file():
+            file.write_text(part, encoding="utf-8", newline="\n")
+        return file
+
     def settings(self, variant: str) -> list[str]:
         """Overrides of a variant, and where its prepared text lies."""
-        typed = [*self.shared, *(o for o in self.variants[variant] if not o.startswith("passes="))]
+        typed = [*self.shared, *(o for o in self.variants[variant] if not o.startswith(("passes=", "characters=")))]
         vocabulary = "-".join(o.partition("=")[2] for o in typed if o.startswith(("dataset.tokenizer", "dataset.vocab_size")))
-        return [*typed, f"dataset.dir={(self.work / f'prepared-{vocabulary}').as_posix()}"]
+        prepared = self.work / f"prepared-{self.text(variant).stem}-{vocabulary}"
+        return [*typed, f"dataset.dir={prepared.as_posix()}"]
 
     def tokens_per_iteration(self, variant: str) -> int:
         """Rows times context of one step."""
@@ -137,7 +144,7 @@ class Study:
 
     def time_all(self, rounds: int = 3) -> None:
         """Tokens/s of each variant as a multiple of the first one's, measured in turn."""
-        if self.arguments.equal == "tokens" or self.arguments.quick:
+        if self.arguments.equal == "tokens" or self.arguments.quick or any(self.of(v, "passes") for v in self.variants):
             return
         missing = [v for v in self.chosen if v not in self.found["speed"]]
         base = next(iter(self.variants))
@@ -155,19 +162,20 @@ class Study:
             out = Path(folder) / "trial"
             command = [
                 sys.executable, str(ROOT / "run_train.py"), "experiment=fit", "trial.again=true", "trial.steps=12", "trial.skip_predicted=false",
-                "dataset=text_file", f"dataset.path={self.text.as_posix()}", "device=cpu", f"out_dir={out.as_posix()}", *self.settings(variant),
+                "dataset=text_file", f"dataset.path={self.text(variant).as_posix()}", "device=cpu", f"out_dir={out.as_posix()}", *self.settings(variant),
             ]
             subprocess.run(command, cwd=folder, env=self.environment, check=True, stdout=subprocess.DEVNULL)
             return json.loads((out / "trial.json").read_text(encoding="utf-8"))["tokens_per_s"]
 
     def train(self, variant: str, seed: int) -> dict:
         """One training of a variant."""
-        passes = next((float(o.partition("=")[2]) for o in self.variants[variant] if o.startswith("passes=")), None)
-        tokens = passes * self.training_tokens if passes else self.arguments.tokens * self.found["speed"].get(variant, 1.0)
+        passes, text = self.of(variant, "passes"), self.text(variant)
+        # 文字的后一成是验证部分；按字符切，一个字符一个 token
+        tokens = passes * 0.9 * len(text.read_text(encoding="utf-8")) if passes else self.arguments.tokens * self.found["speed"].get(variant, 1.0)
         iterations = 4 if self.arguments.quick else max(8, round(tokens / self.tokens_per_iteration(variant)))
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
             summary = run(
-                self.text, Path(folder) / "run",
+                text, Path(folder) / "run",
                 [*self.settings(variant), f"seed={seed}", f"max_iters={iterations}", f"eval_interval={max(1, iterations // 8)}",
                  *([] if self.arguments.quick else ["eval_tokens=null"])],
                 environment=self.environment,
@@ -232,7 +240,6 @@ def main() -> None:
     parser.add_argument("--equal", choices=("time", "tokens"), default="time")
     parser.add_argument("--jobs", type=int, default=2, help="trainings beside each other, one thread each")
     parser.add_argument("--only", nargs="+", help="names of variants")
-    parser.add_argument("--characters", type=int, help="of the text; all by default")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--text", type=Path, default=Path(os.environ.get("NANOGPT_ASSETS", "."), "tinyshakespeare.txt"))
     arguments = parser.parse_intermixed_args()

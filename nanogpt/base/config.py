@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import MISSING as REQUIRED
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,10 @@ def lean(value: Any, default: Any) -> Any:
     return field(default=default, metadata={"lean": value})
 
 
+# model.ngrams=null 从这些里面挑
+ALL_NGRAMS = (2, 3, 4, 5)
+
+
 @dataclass
 class ModelConfig:
     """Shape (conf/model) and recipe (conf/arch) of a GPT."""
@@ -104,7 +108,7 @@ class ModelConfig:
     """Longest context in tokens."""
     vocab_size: int | None = number(1, 10**9, None)
     """Rows of the embedding; None takes the data set's vocabulary."""
-    dropout: float = number(0, 1, 0.0, open="high")
+    dropout: float | None = number(0, 1, None, open="high")
     """Probability that a value is dropped; the key dropout sets it."""
     arch: str = "modern"
     """Name of the recipe, for titles."""
@@ -149,8 +153,9 @@ class ModelConfig:
     """llama3: frequencies with more turns than this in rope_original_length stay as they are."""
     rope_original_length: int = number(1, 10**8, 8192)
     """llama3: the context before it was stretched."""
-    ngrams: list[int] = field(default_factory=lambda: [2, 3, 4, 5])
-    """Sizes n of the hashed n-gram embeddings, each 2 … 8, for example [2, 3]; [] has none."""
+    ngrams: list[int] | None = None
+    """Sizes n of the hashed n-gram embeddings, each 2 … 8, for example [2, 3]; [] has none. None: those of 2 … 5 that
+    occur often enough in the text for as many passes as the budget makes."""
     ngram_buckets: int = number(1, 10**9, 16384)
     """Rows of each n-gram table."""
     separator: int | None = None
@@ -180,6 +185,11 @@ class ModelConfig:
         width = self.mlp_ratio * self.n_embd
         # SwiGLU 有三个矩阵：缩到三分之二，参数才与两个矩阵的一样多
         return self.intermediate_size or (-(-width // 96) * 64 if self.activation == "swiglu" else width)
+
+    def completed(self) -> "ModelConfig":
+        """The same with ngrams and dropout filled in, as where no text is known; run.regularize knows the text."""
+        ngrams = list(ALL_NGRAMS) if self.ngrams is None else self.ngrams
+        return replace(self, ngrams=ngrams, dropout=self.dropout or 0.0)
 
 
 @dataclass
@@ -409,8 +419,9 @@ class TrainConfig:
     """Part of the training in which lr_schedule=wsd decays."""
     grad_clip: float = number(0, HUGE)
     """Limit of the global L2 gradient norm; 0: no clipping."""
-    dropout: float
-    """Probability that a value is dropped; 0.1 to 0.2 where a small text is read many times."""
+    dropout: float | None = number(0, 1, open="high")
+    """Probability that a value is dropped; 0.1 to 0.2 where a small text is read many times. None: by the passes over
+    the text and its size beside the model's; 0 for weights that were trained before."""
     label_dropout: float = number(0, 1)
     """Probability that a training document loses its labels."""
     eval_interval: int = number(1, MANY)
@@ -584,7 +595,7 @@ def check_model(model: Any) -> None:
             "model.position=learned",
             n_embd=model.n_embd, n_head=model.n_head,
         )
-    for n in model.ngrams:
+    for n in model.ngrams or []:
         if not 2 <= n <= 8:
             raise ConfigError("out_of_range", key="model.ngrams", got=list(model.ngrams), wanted="2 … 8")
 

@@ -93,7 +93,7 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         assert config.vocab_size, "vocab_size comes from the data set"
-        self.config = config
+        self.config = config = config.completed()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.ngrams = nn.ModuleList(NgramEmbedding(n, config) for n in config.ngrams)

@@ -7,6 +7,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from nanogpt.base import run_names
 from nanogpt.base.config import ModelConfig, TrainConfig, auto_tokens
 from nanogpt.base.language import ConfigError, text
@@ -15,6 +17,7 @@ from nanogpt.data import corpus
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.tokens import read_meta
 from nanogpt.run import rundir
+from nanogpt.run.regularize import held_back
 from nanogpt.weights.build import preset, typed_node
 
 GPT2_VOCAB = 50257
@@ -27,23 +30,27 @@ OTHER_CHARACTERS = 6000
 def filled(cfg: TrainConfig, overrides: list[str] | None = None) -> tuple[TrainConfig, str]:
     """(a copy of cfg whose model has its final shape and vocabulary, where the vocabulary comes from)."""
     if cfg.init_from:
-        return replace(cfg, model=_pretrained_model(cfg, overrides or [])), text("init_from")
-    if cfg.model.vocab_size is not None:
-        return cfg, text("model.vocab_size")
-    vocab, separator, source = vocabulary(cfg)
-    # 对话与文章一样多一张“谁看得见谁”的表，还没准备好的也知道
-    marked = cfg.dataset["name"] == "chat"
-    return replace(cfg, model=replace(cfg.model, vocab_size=vocab, separator=separator, marked=marked)), source
+        model, source = _pretrained_model(cfg, overrides or []), text("init_from")
+    elif cfg.model.vocab_size is not None:
+        model, source = cfg.model, text("model.vocab_size")
+    else:
+        vocab, separator, source = vocabulary(cfg)
+        # 对话与文章一样多一张“谁看得见谁”的表，还没准备好的也知道
+        marked = cfg.dataset["name"] == "chat"
+        model = replace(cfg.model, vocab_size=vocab, separator=separator, marked=marked)
+    return for_the_text(replace(cfg, model=model)), source
 
 
-def with_tokens(cfg: TrainConfig) -> TrainConfig:
-    """The same with max_tokens=auto as a number, which knows of the text's length only where it is prepared."""
-    if cfg.max_tokens != "auto":
-        return cfg
+def for_the_text(cfg: TrainConfig) -> TrainConfig:
+    """The same with what the text decides as numbers; where it is not prepared, with the most memory that may be."""
     options = {k: v for k, v in cfg.dataset.items() if k not in ("name", "dir")}
-    folder = corpus.folder_of(cfg.dataset["name"], cfg.dataset["dir"], options)
-    known = read_meta(folder)["tokens"]["train"] if (folder / "meta.json").is_file() else None
-    return replace(cfg, max_tokens=auto_tokens(cfg.model, known))
+    folder, tokens = corpus.folder_of(cfg.dataset["name"], cfg.dataset["dir"], options), None
+    if (folder / "meta.json").is_file():
+        tokens = np.memmap(folder / "train.bin", dtype=read_meta(folder)["dtype"], mode="r")
+    if cfg.max_tokens == "auto":
+        cfg = replace(cfg, max_tokens=auto_tokens(cfg.model, None if tokens is None else len(tokens)))
+    model = held_back(cfg, tokens)
+    return replace(cfg, model=model, dropout=model.dropout)
 
 
 def vocabulary(cfg: TrainConfig) -> tuple[int, int | None, str]:

@@ -18,7 +18,7 @@ from nanogpt.core import distributed
 from nanogpt.plan.allocator import Replay, replay
 from nanogpt.plan.budget import Budget, budget_for
 from nanogpt.plan.communication import BACKWARD, Communication, Gradient, Network
-from nanogpt.plan.filled_config import filled, with_tokens
+from nanogpt.plan.filled_config import filled
 from nanogpt.plan.roofline import Rates, rates_of
 from nanogpt.plan.trace import Shape, Trace, trace
 from nanogpt.run import cpu_units
@@ -195,7 +195,7 @@ class Planner:
         if cfg.batch_size == "auto":
             rows = self.largest_batch(cfg, BATCHES) or 1
             cfg = replace(cfg, batch_size=rows, gradient_accumulation_steps=1)
-        return self.judge(with_tokens(cfg), vocab_source)
+        return self.judge(cfg, vocab_source)
 
     def largest_batch(self, cfg: TrainConfig, candidates: tuple[int, ...]) -> int | None:
         """The largest of `candidates` rows that fits by a full trace, None where not even the first does."""

@@ -55,6 +55,7 @@ from nanogpt.run import cpu_units, rundir
 from nanogpt.run.folders import size_of
 from nanogpt.run.loggers import JsonlLogger, Loggers
 from nanogpt.run.loop import Training, share_batch
+from nanogpt.run.regularize import FRESH, held_back, passes_of
 from nanogpt.run.saving import Saver, largest_bytes, restore
 from nanogpt.run.summary import versions
 from nanogpt.weights import checkpoint
@@ -128,9 +129,12 @@ class Session:
         if cfg.holdout:
             self.data.hold_out(cfg.holdout)
         self._check_against_data()
+        # 记下算出的数：接着训时要加，就在它上面加
         if cfg.max_tokens == "auto":
-            # 记下算出的数：接着训时要加，就在它上面加
             cfg.max_tokens = auto_tokens(cfg.model, len(self.data.tokens["train"]))
+        self.left_open = cfg.model.ngrams is None or cfg.model.dropout is None
+        cfg.model = held_back(cfg, self.data.tokens["train"])
+        cfg.dropout = cfg.model.dropout
         distributed.check_alike(self._facts())
 
     def _facts(self) -> dict[str, str]:
@@ -513,6 +517,12 @@ class Session:
             each=tokens / block_parameters(cfg.model),
             hint=text("; max_tokens=auto would read {tokens:.3g}M", tokens=wanted / 1e6) if tokens < wanted / 2 else "",
         )
+        if self.left_open and passes_of(cfg, text_tokens) > FRESH:
+            line(
+                "for so many passes it takes dropout={dropout:g} and n-gram tables {ngrams}; keys dropout= and "
+                "model.ngrams= overrule that",
+                dropout=cfg.model.dropout, ngrams=cfg.model.ngrams,
+            )
 
     def _explain(self, error: OutOfMemory, *, has_checkpoint: bool) -> None:
         """One screen about what did not fit and what to type instead."""

@@ -91,6 +91,7 @@ def check_memory_for(config: ModelConfig, bytes_each: int) -> None:
 
 def parameters_at_least(config: ModelConfig) -> int:
     """Number of parameters in the matrices of a GPT of this shape; a user's own class may have others."""
+    config = config.completed()
     vocab, width = config.vocab_size or 1, config.n_embd
     tables = vocab * (1 if config.tie_embeddings else 2) + (config.block_size if config.position == "learned" else 0)
     tables += sum(min((vocab + 1) ** n, config.ngram_buckets) for n in config.ngrams)
@@ -255,7 +256,8 @@ def preset(name: str, arch: str | None = None, /, **changes) -> ModelConfig:
     # 与 Hydra 的次序相同：先 arch 后 model，最后是调用者的改动
     config = replace(ModelConfig(), **{**recipe, **shape.get("model", shape), **changes})
     check_model(config)
-    return config
+    # 这里不知道文字有多少
+    return config.completed()
 
 
 def create_model(name: str, *, vocab_size: int, seed: int = 1337, arch: str | None = None, **changes):

@@ -129,7 +129,7 @@ def adapted(pretrained: Pretrained, wanted: ModelConfig, typed: set[str], named:
     tensors = pretrained.tensors
     if "wpe.weight" in tensors:
         tensors = {**tensors, "wpe.weight": tensors["wpe.weight"][:block]}
-    return replace(pretrained, config=replace(have, dropout=wanted.dropout, block_size=block), tensors=tensors)
+    return replace(pretrained, config=replace(have, dropout=wanted.dropout or 0.0, block_size=block), tensors=tensors)
 
 
 def check_vocabulary(pretrained: Pretrained, other: Tokenizer, named: str) -> None:

@@ -1,0 +1,54 @@
+# 文字少、读的遍数多，模型就会背诵：n-gram 表最先，因为一个少见的 n-gram 在表里几乎独占一行
+# 所以 model.ngrams=null、dropout=null 时，由训练文本与预算来定：读几遍、每个 n-gram 平均出现几次
+# 定下的数写进配置，续训与写作照着它；命令行上写了的不动
+"""What a run takes against learning its text by heart, where the person leaves it open."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from nanogpt.base.config import ALL_NGRAMS, PASSES, ModelConfig, TrainConfig, block_parameters, span_of, tokens_per_step
+
+# 读这么多遍以内背不下来，表与不加 dropout 都占便宜；再多读，一种 n-gram 平均每遍要出现这么多次，它的表才留下
+# 两个数都量自 benchmarks/ablate.py turn
+FRESH, OCCURRENCES, MOST_DROPOUT = 2, 20, 0.3
+# 数 n-gram 只看开头这么多 token：更长的文字里平均次数只会更高
+COUNTED = 2**21
+
+
+def passes_of(cfg: TrainConfig, text_tokens: int) -> float:
+    """How many times the training reads its text; of a budget in time alone, the most that max_tokens=auto takes."""
+    iters = span_of(cfg).iters
+    return PASSES if iters is None else iters * tokens_per_step(cfg) / max(1, text_tokens)
+
+
+def occurrences(tokens: np.ndarray, n: int) -> float:
+    """How often an n-gram of the text occurs in it, on average, in at most the first 2M tokens."""
+    ids = np.asarray(tokens[:COUNTED]).astype(np.uint64)
+    if len(ids) < n:
+        return 0.0
+    # 溢出时自然回绕：只要不同的 n-gram 几乎总得到不同的数
+    key = ids[n - 1 :].copy()
+    for back in range(1, n):
+        key = key * np.uint64(0x9E3779B97F4A7C15) + ids[n - 1 - back : len(ids) - back]
+    return len(key) / len(np.unique(key))
+
+
+def held_back(cfg: TrainConfig, tokens: np.ndarray | None) -> ModelConfig:
+    """The config's model with ngrams and dropout filled in; tokens: the training split, None where not prepared."""
+    model, text_tokens = cfg.model, len(tokens) if tokens is not None else 0
+    passes = passes_of(cfg, text_tokens) if text_tokens else 0.0
+    if model.ngrams is None:
+        kept = [n for n in ALL_NGRAMS if passes <= FRESH or occurrences(tokens, n) >= OCCURRENCES * passes]
+        model = replace(model, ngrams=kept)
+    if model.dropout is None:
+        # 训练过的权重学得慢，也背得慢：微调照旧从 0 起，要多少由人写
+        model = replace(model, dropout=0.0 if cfg.init_from else dropout_for(model, passes, text_tokens))
+    return model
+
+
+def dropout_for(model: ModelConfig, passes: float, text_tokens: int) -> float:
+    """Dropout for a text of so many tokens that is read so many times: 0.05 for each doubling beyond FRESH passes."""
+    doublings = math.log2(max(passes, FRESH) / FRESH)
+    return round(min(MOST_DROPOUT, 0.05 * doublings), 2)
