@@ -1,4 +1,4 @@
-# 文字少、读的遍数多，模型就会背诵：n-gram 表最先，因为一个少见的 n-gram 在表里几乎独占一行
+# 文字少、读的遍数多，模型就会背诵，n-gram 表背得最快
 # 所以 model.ngrams=null、dropout=null 时，由训练文本与预算来定：读几遍、每个 n-gram 平均出现几次
 # 定下的数写进配置，续训与写作照着它；命令行上写了的不动
 """What a run takes against learning its text by heart, where the person leaves it open."""
@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from nanogpt.base.config import ALL_NGRAMS, PASSES, ModelConfig, TrainConfig, block_parameters, span_of, tokens_per_step
+from nanogpt.base.config import ALL_NGRAMS, PASSES, ModelConfig, TrainConfig, span_of, tokens_per_step
 
-# 读这么多遍以内背不下来，表与不加 dropout 都占便宜；再多读，一种 n-gram 平均每遍要出现这么多次，它的表才留下
-# 两个数都量自 benchmarks/ablate.py turn
-FRESH, OCCURRENCES, MOST_DROPOUT = 2, 20, 0.3
+# 一遍之内背不下来，表都占便宜；再多，一种 n-gram 平均每遍要出现这么多次，它的表才留下：少见的 n-gram 在表里几乎独占一行
+OCCURRENCES = 2.5
+# 从读这么多遍起丢弃，每翻一倍多丢 0.05；两处的数都量自 benchmarks/ablate.py turn
+FRESH, EACH_DOUBLING, MOST_DROPOUT = 2, 0.05, 0.3
 # 数 n-gram 只看开头这么多 token：更长的文字里平均次数只会更高
 COUNTED = 2**21
 
@@ -40,7 +41,7 @@ def held_back(cfg: TrainConfig, tokens: np.ndarray | None) -> ModelConfig:
     model, text_tokens = cfg.model, len(tokens) if tokens is not None else 0
     passes = passes_of(cfg, text_tokens) if text_tokens else 0.0
     if model.ngrams is None:
-        kept = [n for n in ALL_NGRAMS if passes <= FRESH or occurrences(tokens, n) >= OCCURRENCES * passes]
+        kept = [n for n in ALL_NGRAMS if round(passes) <= 1 or occurrences(tokens, n) >= OCCURRENCES * passes]
         model = replace(model, ngrams=kept)
     if model.dropout is None:
         # 训练过的权重学得慢，也背得慢：微调照旧从 0 起，要多少由人写
@@ -51,4 +52,4 @@ def held_back(cfg: TrainConfig, tokens: np.ndarray | None) -> ModelConfig:
 def dropout_for(model: ModelConfig, passes: float, text_tokens: int) -> float:
     """Dropout for a text of so many tokens that is read so many times: 0.05 for each doubling beyond FRESH passes."""
     doublings = math.log2(max(passes, FRESH) / FRESH)
-    return round(min(MOST_DROPOUT, 0.05 * doublings), 2)
+    return round(min(MOST_DROPOUT, EACH_DOUBLING * doublings), 2)

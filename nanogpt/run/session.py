@@ -55,7 +55,7 @@ from nanogpt.run import cpu_units, rundir
 from nanogpt.run.folders import size_of
 from nanogpt.run.loggers import JsonlLogger, Loggers
 from nanogpt.run.loop import Training, share_batch
-from nanogpt.run.regularize import FRESH, held_back, passes_of
+from nanogpt.run.regularize import held_back, passes_of
 from nanogpt.run.saving import Saver, largest_bytes, restore
 from nanogpt.run.summary import versions
 from nanogpt.weights import checkpoint
@@ -517,7 +517,7 @@ class Session:
             each=tokens / block_parameters(cfg.model),
             hint=text("; max_tokens=auto would read {tokens:.3g}M", tokens=wanted / 1e6) if tokens < wanted / 2 else "",
         )
-        if self.left_open and passes_of(cfg, text_tokens) > FRESH:
+        if self.left_open and round(passes_of(cfg, text_tokens)) > 1:
             line(
                 "for so many passes it takes dropout={dropout:g} and n-gram tables {ngrams}; keys dropout= and "
                 "model.ngrams= overrule that",
