@@ -1,5 +1,7 @@
 """What the text decides: which n-gram tables and how much dropout, where the person leaves it open."""
 
+import itertools
+
 import numpy as np
 import pytest
 from conftest import make_config, new_session, resume, train
@@ -21,7 +23,7 @@ def test_more_passes_never_take_more_tables_or_less_dropout(tokens):
     text = np.random.default_rng(0).integers(0, 60, tokens).astype(np.uint8)
     found = [held_back(make_config(f"max_tokens={int(passes * tokens)}"), text) for passes in (1, 2, 4, 8, 32, 1000)]
     assert found[0].ngrams == [2, 3, 4, 5] and found[0].dropout == found[1].dropout == 0
-    for less, more in zip(found, found[1:], strict=False):
+    for less, more in itertools.pairwise(found):
         assert set(more.ngrams) <= set(less.ngrams) and less.dropout <= more.dropout < 0.5
     assert found[-1].ngrams == [] and found[3].dropout > 0
 
