@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nanogpt.base import run_names
 from nanogpt.base.cli import run_script
-from nanogpt.base.sample_config import SampleConfig, check_sample
+from nanogpt.base.sample_config import SampleConfig, check_sample, prompts_named
 
 
 def checked(cfg: SampleConfig) -> Path | None:
@@ -38,7 +38,8 @@ def main(cfg: SampleConfig, overrides: list[str]) -> None:
     from nanogpt.write.loading import open_model
     from nanogpt.write.samples import write_samples
 
-    if cfg.interactive:
+    # 没有写下问题的对话，就在这里问
+    if cfg.interactive or (cfg.chat and not prompts_named(cfg)):
         from nanogpt.write.terminal import converse
 
         sys.exit(converse(cfg, open_model(cfg, run_dir)))

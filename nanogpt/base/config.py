@@ -376,7 +376,7 @@ class TrainConfig:
     seed: int = number(0, 2**63 - 1)
     """Same seed, machine and versions: same result."""
     device: str
-    """auto | cpu | cuda | cuda:0 … | xpu (Intel's GPU) | mps (a Mac's GPU)."""
+    """auto | cpu | cuda | cuda:0 … | xpu (Intel) | mps (Mac)."""
     lang: str = choice("auto", "zh", "en")
     """Language of the console; auto takes the system's."""
     compile: str = choice("auto", "true", "false")
@@ -449,7 +449,7 @@ class TrainConfig:
     sample_tokens: int = number(0, 10**7)
     """Tokens of the sample behind each evaluation; 0: none."""
     sample_prompt: str | None
-    """What the sample continues; None: as in writing."""
+    """Beginning of the sample, or its question."""
     sample_temperature: float = number(0, 100)
     """Of the sample; 0 is greedy."""
     bundle_data_mib: int = number(0, 10**9)
@@ -479,7 +479,7 @@ PATH_KEYS = (
     "out_dir", "resume", "init_from", "dataset.path", "dataset.dir", "dataset.source", "prompts", "output",
     "hydra.sweep.dir",
 )
-TEXT_KEYS = ("sample_prompt", "start", "control.style", "control.emotion")
+TEXT_KEYS = ("sample_prompt", "start", "system", "control.style", "control.emotion")
 # 这些后缀的 dataset.path 是一条条记录，不是连着的文字
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 

@@ -251,8 +251,9 @@ NAMED = {
     "api_no_model": "{got} is not loaded here; the model is called {have}",
     "api_no_chat": (
         'this model goes on with a text and does not chat; POST {{"prompt": "…"}} to /v1/completions instead (clients '
-        "call it text completion)"
+        "call it text completion), or serve one that was trained with dataset=chat"
     ),
+    "api_only_chat": "this address is not served here; POST messages to /v1/chat/completions",
     "prompt_over_context": (
         "prompt has {got} tokens; scoring it (logprobs with echo) takes at most the model's context of {limit}"
     ),
@@ -435,6 +436,7 @@ NAMED = {
     ),
     "logger_failed": "{name} cannot write ({reason}); training goes on, metrics may be missing",
     "nan_weights": "{tensor} holds NaN or Inf",
+    "chat_too_long": "the conversation has {got} tokens, more than the model's context of {limit}; say less",
     "chat_refused": "the chat template does not take this conversation ({reason})",
     "no_documents": "{path} has no documents for {split}; give more texts or another dataset.val_fraction",
     "no_memory": "out of memory ({reason}); choose a smaller model, batch_size or text, or close other programs",

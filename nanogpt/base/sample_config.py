@@ -115,6 +115,10 @@ class SampleConfig:
     """A .jsonl file to which every text is appended with its settings."""
     interactive: bool
     """A prompt per line, from a person or a pipe."""
+    chat: bool
+    """Answer questions instead of going on with a text; without one a conversation begins."""
+    system: str | None
+    """What a model that answers is told first."""
     lang: str = choice("auto", "zh", "en")
     """Language of the console; auto takes the system's."""
     serve: bool
@@ -131,13 +135,18 @@ class SampleConfig:
     """Filled in by the program."""
 
 
+def prompts_named(cfg: SampleConfig) -> list[str]:
+    """The keys that name prompts."""
+    prompts = {"start": cfg.start, "starts": cfg.starts or None, "prompts": cfg.prompts}
+    return [key for key, value in prompts.items() if value is not None]
+
+
 def check_sample(cfg: SampleConfig) -> None:
     """Refuse every wrong value or combination that can be seen without torch or a model; one line each."""
     check_keys(cfg)
     check_device(cfg.device)
     check_start(cfg.init_from)
-    prompts = {"start": cfg.start, "starts": cfg.starts or None, "prompts": cfg.prompts}
-    named = [key for key, value in prompts.items() if value is not None]
+    named = prompts_named(cfg)
     if len(named) > 1:
         raise ConfigError(
             "{keys} name prompts twice; leave one out: start=TEXT, starts='[TEXT,TEXT]' and prompts=FILE are three "
@@ -152,7 +161,7 @@ def check_sample(cfg: SampleConfig) -> None:
         raise ConfigError("empty_stop")
     if cfg.serve:
         # 这些只属于命令行：悄悄忽略会让人以为写进了文件
-        for key in ("interactive", "starts", "prompts", "output"):
+        for key in ("interactive", "chat", "starts", "prompts", "output"):
             if getattr(cfg, key):
                 raise ConfigError("serve=true writes for a browser or a program; leave out {key}=…", key=key)
     if cfg.interactive and named:
@@ -160,6 +169,12 @@ def check_sample(cfg: SampleConfig) -> None:
             "interactive=true reads its prompts from the terminal or a pipe; leave out {key}=…",
             key=named[0],
         )
+    if cfg.system is not None and not (cfg.chat or cfg.serve):
+        raise ConfigError("system=… is told to a model that answers; add chat=true or serve=true")
+    if cfg.chat and isinstance(cfg.control, dict):
+        for key in ("style", "emotion"):
+            if cfg.control.get(key):
+                raise ConfigError("chat=true takes no control.{key}; ask for it in system=… or in a question", key=key)
     check_server(cfg.server)
     for key, node in {"sampler": cfg.sampler, "control": cfg.control}.items():
         if not isinstance(node, dict):

@@ -15,7 +15,7 @@ import numpy as np
 
 from nanogpt.base.language import ConfigError, first_line
 from nanogpt.data.labels import grown
-from nanogpt.data.tokenizer import END_OF_TEXT, LibraryTokenizer, Tokenizer, begin_of, from_dict
+from nanogpt.data.tokenizer import END_OF_TEXT, CharTokenizer, LibraryTokenizer, Tokenizer, begin_of, from_dict
 
 ROLES = ("system", "user", "assistant")
 # role 与 content
@@ -187,9 +187,19 @@ def _sample(tokenizer: Tokenizer, text: str, spans: list[tuple[int, int]]) -> Sa
     return Sample(ids, answers)
 
 
+def written_with(tokenizer: Tokenizer, messages: list[Message]) -> list[Message]:
+    """The messages without the characters that a character vocabulary lacks."""
+    if not isinstance(tokenizer, CharTokenizer):
+        return messages
+    known = frozenset(tokenizer.characters)
+    return [{**m, "content": "".join(filter(known.__contains__, m["content"]))} for m in messages]
+
+
 def turn_end(tokenizer: Tokenizer) -> int:
     """The special token with which every answer ends."""
-    (last,) = samples(tokenizer, [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}])
+    # 字符词表里未必有 1；空的内容，有的模板会整句略去
+    word = tokenizer.characters[-1:] if isinstance(tokenizer, CharTokenizer) else "1"
+    (last,) = samples(tokenizer, [{"role": "user", "content": word}, {"role": "assistant", "content": word}])
     return int(last.ids[last.answers][-1])
 
 

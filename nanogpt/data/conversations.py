@@ -23,12 +23,12 @@ import numpy as np
 from nanogpt.base.console import in_sight
 from nanogpt.base.files import folder_aside
 from nanogpt.base.language import ConfigError, say
-from nanogpt.data.chat import ROLES, Message, samples
+from nanogpt.data.chat import ROLES, Message, samples, written_with
 from nanogpt.data.corpus import write_meta, write_tokens
 from nanogpt.data.documents import DocumentData, Pieces, pack
 from nanogpt.data.records import rows_of_json
 from nanogpt.data.source_text import HALF, resolved
-from nanogpt.data.tokenizer import CharTokenizer, Tokenizer
+from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.data.tokens import IGNORED, SPLITS
 
 EXAMPLE = '{"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]}'
@@ -38,6 +38,9 @@ QUESTIONS, ANSWERS = ("instruction", "prompt", "question", "query"), ("output", 
 # 各家数据里角色的别名
 SAME = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
         "bot": "assistant", "developer": "system"}
+
+# 训练中的样本回答一个问题：再长就不像样本了
+LONGEST_QUESTION = 200
 
 
 @dataclass(frozen=True)
@@ -172,9 +175,10 @@ def write_conversations(
             ends = np.array(lengths[split], dtype="<i8").cumsum()
             (aside / f"{split}.docs.bin").write_bytes(ends.tobytes())
         counts = {split: len(listed) for split, listed in parts.items()}
+        asked = next((m["content"] for m in parts["val"][0].messages if m["role"] == "user"), "")
         write_meta(
             aside, name=name, source=source, tokenizer=tokenizer, dtype=dtype, tokens=tokens, conversations=counts,
-            labels={},
+            labels={}, question=asked[:LONGEST_QUESTION],
         )
     say(
         "{name}: {train:,} conversations for training ({tokens:,} tokens), {val:,} for validation, vocabulary {vocab} "
@@ -187,13 +191,10 @@ def write_conversations(
 
 def _tokens(parts, tokenizer, lengths: dict[str, list[int]], answers: dict) -> Iterator[tuple[str, np.ndarray]]:
     """(split, ids) of every sample; notes its length and writes which ids are answers."""
-    known = frozenset(tokenizer.characters) if isinstance(tokenizer, CharTokenizer) else None
     for split in SPLITS:
         for one in in_sight(parts[split], len(parts[split])):
-            messages = one.messages
-            if known and split != "train":
-                # 词表只取自训练部分：验证里的生字略过
-                messages = [{**m, "content": "".join(filter(known.__contains__, m["content"]))} for m in messages]
+            # 词表只取自训练部分：验证里的生字略过
+            messages = one.messages if split == "train" else written_with(tokenizer, one.messages)
             try:
                 found = samples(tokenizer, messages)
             except ConfigError as error:
@@ -218,6 +219,7 @@ class ConversationData(DocumentData):
 
     def _read_index(self) -> None:
         super()._read_index()
+        self.question = str(self.meta["question"])
         self.answers = {}
         for split in SPLITS:
             self.answers[split] = np.fromfile(self.folder / f"{split}.answers.bin", dtype=np.uint8)

@@ -79,6 +79,8 @@ class TokenData:
     """Id between documents; None: the text runs on, or is `marked`."""
     marked = False
     """Whether rows hold conversations, the first id of each written as -1 - id."""
+    question: str | None = None
+    """A question of the validation part, where it holds conversations."""
 
     def __init__(self, folder: Path, *, verify: bool = False):
         self.folder = Path(folder)

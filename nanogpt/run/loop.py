@@ -421,9 +421,9 @@ class Training(Trainer):
         self.loggers.text(self.progress.iteration, sample)
 
     def sample_prompt(self) -> str | None:
-        """The configured prompt; None: the one with which writing begins."""
+        """The configured prompt, else a question where the data has some; None: the one with which writing begins."""
         given = self.cfg.sample_prompt
-        return None if given is None else unescaped(given)
+        return self.data.question if given is None else unescaped(given)
 
 
 def share_batch(cfg: TrainConfig, world: int) -> tuple[int, int]:

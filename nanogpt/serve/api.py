@@ -26,12 +26,23 @@ from starlette.requests import ClientDisconnect
 from nanogpt import __version__
 from nanogpt.base.language import ConfigError
 from nanogpt.base.sample_config import is_loopback
-from nanogpt.serve.completions import Completion, CompletionBody, Reader, Refusal, TextCompletion, error_body, status_of
+from nanogpt.serve.completions import (
+    ChatBody,
+    ChatCompletion,
+    Completion,
+    CompletionBody,
+    Reader,
+    Refusal,
+    TextCompletion,
+    error_body,
+    status_of,
+)
 from nanogpt.serve.worker import Job, Worker
 
 PAGE = Path(__file__).resolve().parent / "page" / "index.html"
 # 别的程序常先试的地址：说清楚这里该用哪个
-NO_CHAT = ("/v1/chat/completions", "/v1/responses")
+CHAT = "/v1/chat/completions"
+NO_CHAT = (CHAT, "/v1/responses")
 # 断开：后面的字节是不是下一个请求，已经说不准了
 HEADERS = {
     "api_token": {"WWW-Authenticate": "Bearer"}, "api_slow_body": {"Connection": "close"},
@@ -65,7 +76,7 @@ def create_app(worker: Worker, reader: Reader, announced: dict[str, Any]) -> Fas
     )
     text = PAGE.read_text(encoding="utf-8")
     app.state.page = HTMLResponse(text, headers={"Content-Security-Policy": content_security_policy(text)})
-    app.state.worker, app.state.reader = worker, reader
+    app.state.worker, app.state.reader, app.state.schemas = worker, reader, {}
     model = {"id": reader.model, "object": "model", "created": int(time.time()), "owned_by": "nanogpt", **announced}
     app.state.announced = model
     # 看护程序常用 HEAD 来问
@@ -82,6 +93,15 @@ def create_app(worker: Worker, reader: Reader, announced: dict[str, Any]) -> Fas
         # 一个事件一份 JSON，末尾是 [DONE]：schema 说不了一串事件
         response_model=TextCompletion, responses={200: {"content": {"text/event-stream": {}}}},
     )
+    if reader.chat:
+        schema = reader.chat_form.model_json_schema(ref_template="#/components/schemas/{model}")
+        parts = schema.pop("$defs", {})
+        app.state.schemas = parts
+        v1.add_api_route(
+            CHAT.removeprefix("/v1"), completions, methods=["POST"], response_model=ChatCompletion,
+            openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}},
+            responses={200: {"content": {"text/event-stream": {}}}},
+        )
     app.include_router(v1)
     return app
 
@@ -105,7 +125,9 @@ async def refuse(request: Request, error: ConfigError) -> JSONResponse:
 async def unrouted(request: Request, error: HTTPException) -> JSONResponse:
     """No such address, or not this method."""
     if error.status_code != 405:
-        return await refuse(request, ConfigError("api_no_chat" if request.url.path in NO_CHAT else "api_not_found"))
+        chats = request.app.state.reader.chat
+        named = "api_only_chat" if chats else "api_no_chat"
+        return await refuse(request, ConfigError(named if request.url.path in NO_CHAT else "api_not_found"))
     response = await refuse(request, ConfigError("api_method", got=request.method))
     response.headers.update(error.headers)
     return response
@@ -165,7 +187,9 @@ async def page(request: Request) -> Response:
 async def description(request: Request) -> dict[str, Any]:
     """The API's description for programs."""
     # 不用 FastAPI 自带的那个地址：它不经过 check_source
-    return request.app.openapi()
+    described = request.app.openapi()
+    described["components"]["schemas"].update(request.app.state.schemas)
+    return described
 
 
 async def health(request: Request) -> dict[str, Any]:
@@ -209,7 +233,7 @@ async def read(request: Request) -> Completion:
         raise ConfigError("api_slow_body", seconds=reader.limits.read_seconds) from None
     if size > limit:
         raise ConfigError("api_too_large", limit=reader.limits.max_body_kib)
-    return reader.read(bytes(body))
+    return (reader.read_chat if request.url.path == CHAT else reader.read)(bytes(body))
 
 
 CheckedCompletion = Annotated[Completion, Depends(read)]
@@ -234,10 +258,10 @@ async def _until_gone(request: Request, job: Job) -> None:
 
 
 async def completions(request: Request, work: Annotated[tuple[Completion, Job], Depends(writing)]) -> Response:
-    """Write behind a prompt."""
+    """Write behind a prompt, or answer a conversation."""
     (asked, job), language = work, language_of(request)
     # 开头里的错在这里就知道了：流式的请求也得到一个状态码，而不是一个事件
-    answer = CompletionBody(asked, request.app.state.reader.model, await job.accepted())
+    answer = (ChatBody if asked.chat else CompletionBody)(asked, request.app.state.reader.model, await job.accepted())
     if asked.stream:
         return StreamingResponse(events(job, answer, language), media_type="text/event-stream")
     async for fresh in job.updates():

@@ -23,6 +23,7 @@ from nanogpt.core.sampling import SETTINGS
 from nanogpt.core.scoring import Score
 from nanogpt.data.tokenizer import Tokenizer, UnknownCharacters
 from nanogpt.serve.worker import TextUpdate
+from nanogpt.write.chat import Chat
 from nanogpt.write.control import GUIDANCE, KINDS, takes_forms
 from nanogpt.write.loading import Settings
 from nanogpt.write.request import Request
@@ -31,6 +32,7 @@ from nanogpt.write.request import Request
 HIGHEST = {"top_k": 2**31, "no_repeat_ngram": 100}
 # 每个位置最多报几个候选；OpenAI 为 5，有的评测程序要 10
 MOST_LOGPROBS = 20
+MOST_MESSAGES = 2000
 MAX_STOPS, MAX_STOP_CHARS, MAX_LABEL_CHARS = 16, 200, 100
 # 别的程序用它们表示“没有设”
 UNSET = {"seed": -1, "top_k": -1}
@@ -38,12 +40,16 @@ STREAM_OPTIONS = ("include_usage", "continuous_usage_stats", "include_obfuscatio
 # 错误的名字 -> HTTP 状态；没有列出的都是 400
 STATUS = {
     "api_token": 401, "api_host": 403, "api_origin": 403, "api_not_found": 404, "api_no_chat": 404, "api_no_model": 404,
+    "api_only_chat": 404,
     "api_method": 405, "api_slow_body": 408, "api_unread": 408, "api_too_large": 413, "api_content_type": 415,
     "nonfinite_logits": 500, "api_internal": 500, "sample_oom": 503, "api_busy": 503, "api_stopping": 503,
     "api_time_limit": 504,
 }
 # 读开头时才发现的错，也说得出是哪个字段
 OF_PROMPT = ("api_unknown_characters", "empty_prompt", "prompt_all_skipped", "prompt_over_context")
+OF_MESSAGES = ("chat_too_long", "chat_refused")
+# 对话里没有的：开头、评分、从几段里挑
+NOT_IN_CHAT = ("prompt", "echo", "best_of", "logprobs", "suffix", "guidance", *KINDS)
 
 
 # ---- 错误与回答的形状：程序里是普通的 dict，写成类型是为了 /openapi.json ----
@@ -101,6 +107,35 @@ class TextCompletion(TypedDict):  # 流里只有要了 usage 的事件才有它
     usage: NotRequired[Usage]
 
 
+class Said(TypedDict):  # refusal 总是 null：OpenAI 的客户端会去读它
+    """What a model answers; in a stream what is new of it."""
+
+    role: NotRequired[Literal["assistant"]]
+    content: str
+    refusal: NotRequired[None]
+
+
+class Answer(TypedDict):  # 流里是 delta，整个的是 message
+    """One answer, or in a stream what is new of it."""
+
+    index: int
+    message: NotRequired[Said]
+    delta: NotRequired[Said]
+    logprobs: None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class ChatCompletion(TypedDict):  # 与 TextCompletion 只差 choices 的形状
+    """A whole answer to a conversation, or one event of a stream."""
+
+    id: str
+    object: Literal["chat.completion", "chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[Answer]
+    usage: NotRequired[Usage]
+
+
 def status_of(error: ConfigError) -> int:
     """The HTTP status of an error."""
     return STATUS.get(error.message, 400)
@@ -115,7 +150,8 @@ def error_body(error: ConfigError, language: str | None) -> Refusal:
     return {"error": {
         "message": text_in(language, name, **values),
         "type": "server_error" if status_of(error) >= 500 else "invalid_request_error",
-        "param": values.get("field", "prompt" if name in OF_PROMPT else None), "code": values.get("code", code),
+        "param": values.get("field", "prompt" if name in OF_PROMPT else "messages" if name in OF_MESSAGES else None),
+        "code": values.get("code", code),
     }}
 
 
@@ -153,6 +189,47 @@ def _prompt(limits: ServerConfig, shortest: int, vocab_size: int) -> tuple[Any, 
     )
     one = text | Annotated[ids, Field(min_length=1)]
     return one | Annotated[list[text], several] | Annotated[list[ids], several], Field(description=wanted)
+
+
+class TextPart(BaseModel):  # 图与声音不是文字
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class MessageForm(BaseModel):  # 客户端把收到的回答原样带回来：多出来的字段不管
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    tool_calls: Annotated[list, Field(max_length=0)] | None = None
+
+    def plain(self) -> dict[str, str]:
+        """As templates take it."""
+        parts = self.content if isinstance(self.content, list) else [TextPart(type="text", text=self.content)]
+        return {"role": self.role.replace("developer", "system"), "content": "".join(part.text for part in parts)}
+
+
+def chat_form_of(form: type[BaseModel], limits: ServerConfig) -> type[BaseModel]:
+    """The fields of a request for an answer: those of a completion, with messages instead of a prompt."""
+    fields = {name: (f.annotation, f) for name, f in form.model_fields.items() if name not in NOT_IN_CHAT}
+    only = "{}: anything else is not supported"
+    wanted = (
+        f'an array of 1 … {MOST_MESSAGES} objects {{"role": "system" | "user" | "assistant", "content": a string}} '
+        f"without tool calls, the last of the user, of at most {limits.max_prompt_chars} characters in all "
+        "(server.max_prompt_chars)"
+    )
+    size = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
+    listed = Annotated[list[MessageForm], size]
+    return create_model(
+        "ChatCompletionRequest", __config__=form.model_config, messages=(listed, Field(description=wanted)), **fields,
+        max_completion_tokens=_number(int, 1, limits.max_tokens, "server.max_tokens"),
+        **dict.fromkeys(("logprobs", "store"), _field(Literal[False], only.format("false"))),
+        response_format=_field(dict[Literal["type"], Literal["text"]], only.format('{"type": "text"}')),
+        tools=_field(Annotated[list, Field(max_length=0)], only.format("[]")),
+        tool_choice=_field(Literal["none", "auto"], "none | auto"),
+    )
 
 
 def form_of(base: Settings, limits: ServerConfig, *, vocab_size: int, empty_prompts: bool) -> type[BaseModel]:
@@ -206,6 +283,8 @@ class Completion:
     """Whether a stream ends with the token counts."""
     running_usage: bool
     """Whether every event of a stream has them."""
+    chat: bool = False
+    """Whether it is an answer to a conversation."""
 
 
 class Reader:
@@ -213,19 +292,18 @@ class Reader:
 
     # 字段与上限在开始服务时就定下了，每个请求只是照它检查
     def __init__(
-        self, model: str, base: Settings, limits: ServerConfig, tokenizer: Tokenizer, *, empty_prompts: bool = False
+        self, model: str, base: Settings, limits: ServerConfig, tokenizer: Tokenizer, *, empty_prompts: bool = False,
+        chat: Chat | None = None,
     ):
+        """`chat`: the model as one that answers, None where it does not."""
+        self.chat = chat
         self.model, self.base, self.limits, self.tokenizer = model, base, limits, tokenizer
         self.form = form_of(base, limits, vocab_size=tokenizer.vocab_size, empty_prompts=empty_prompts)
+        self.chat_form = chat_form_of(self.form, limits)
 
     def read(self, body: bytes) -> Completion:
         """Check every field; ConfigError names one that is wrong."""
-        try:
-            asked = self.form.model_validate_json(body)
-        except ValidationError as error:
-            raise self._refused(error.errors(include_url=False)[0]) from None
-        # null 与不写相同，官方客户端也这样用
-        given = {name: value for name, value in asked if value is not None and value != UNSET.get(name)}
+        given = self._given(self.form, body)
         prompt, n, echo = given["prompt"], given.get("n", 1), given.get("echo", False)
         # 一列整数是一个开头，而不是许多个
         prompts = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
@@ -248,23 +326,54 @@ class Reader:
         usage, running_usage = (options.get(name, False) for name in STREAM_OPTIONS[:2])
         return Completion(requests, n, given.get("stream", False), echo, usage, running_usage)
 
-    def _refused(self, error: dict[str, Any]) -> ConfigError:
+    def _given(self, form: type[BaseModel], body: bytes) -> dict[str, Any]:
+        """The fields that a body holds."""
+        try:
+            asked = form.model_validate_json(body)
+        except ValidationError as error:
+            raise self._refused(error.errors(include_url=False)[0], form) from None
+        # null 与不写相同，官方客户端也这样用
+        return {name: value for name, value in asked if value is not None and value != UNSET.get(name)}
+
+    def read_chat(self, body: bytes) -> Completion:
+        """The same for a conversation."""
+        given = self._given(self.chat_form, body)
+        messages, n = [message.plain() for message in given["messages"]], given.get("n", 1)
+        chars = sum(len(message["content"]) for message in messages)
+        if chars > self.limits.max_prompt_chars or messages[-1]["role"] != "user":
+            wanted, got = self.chat_form.model_fields["messages"].description, f"{chars} characters"
+            raise ConfigError("api_out_of_range", field="messages", got=got, wanted=wanted)
+        if "max_completion_tokens" in given:
+            given["max_tokens"] = given["max_completion_tokens"]
+        if given.get("max_tokens") == 0:
+            wanted = f"an integer, 1 … {self.limits.max_tokens}"
+            raise ConfigError("api_out_of_range", field="max_tokens", got=0, wanted=wanted)
+        settings, options = self._settings(given), given.get("stream_options", {})
+        try:
+            requests = [self.chat.request(settings, messages, number) for number in range(n)]
+        except UnknownCharacters as error:
+            error.values["field"] = "messages"
+            raise
+        usage, running_usage = (options.get(name, False) for name in STREAM_OPTIONS[:2])
+        return Completion(requests, n, given.get("stream", False), False, usage, running_usage, chat=True)
+
+    def _refused(self, error: dict[str, Any], form: type[BaseModel]) -> ConfigError:
         """The first complaint of pydantic in this project's words."""
         if not error["loc"]:
             reason = error["msg"]
             return ConfigError("the body is not a JSON object in UTF-8 ({reason})", code="not_json", reason=reason)
-        field, fields = str(error["loc"][0]), self.form.model_fields
+        field, fields = str(error["loc"][0]), form.model_fields
         if error["type"] == "extra_forbidden":
             return ConfigError(
                 "{field}: there is no such field with the sampler and control that this server was started with; "
                 "known fields: {known}",
                 code="unknown_field", field=field, known=", ".join(fields),
             )
-        if field == "prompt":
+        if field in ("prompt", "messages"):
             # 它有四种写法，pydantic 对每一种各有一句话：说清楚要什么，比挑其中一句好
             return ConfigError(
-                "prompt is missing, empty or wrong; it must be {wanted}",
-                code="no_prompt", field=field, wanted=fields[field].description,
+                "{field} is missing, empty or wrong; it must be {wanted}",
+                code=f"no_{field}", field=field, wanted=fields[field].description,
             )
         name = "api_wrong_type" if error["type"].endswith("_type") else "api_out_of_range"
         return ConfigError(name, field=field, got=str(error["input"])[:40], wanted=fields[field].description)
@@ -298,6 +407,8 @@ class CompletionBody:
     """The answer to one Completion, as one body or as the events of a stream."""
 
     # 流式与整个的回答用同一份记录，两者的文字才不会不同
+    prefix, part, whole_kind = "cmpl", "text_completion", "text_completion"
+
     def __init__(self, asked: Completion, model: str, prompt_tokens: list[int]):
         self.asked, count = asked, len(asked.requests)
         self.prompt_tokens = sum(prompt_tokens[:: asked.n])
@@ -305,8 +416,8 @@ class CompletionBody:
         self.scores: list[list[Score]] = [[] for _ in range(count)]
         # None：这一段还没有消息
         self.tokens: list[int | None] = [None] * count
-        number, now = f"cmpl-{uuid.uuid4().hex}", int(time.time())
-        self._head = {"id": number, "object": "text_completion", "created": now, "model": model}
+        number, now = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
+        self._head = {"id": number, "object": self.part, "created": now, "model": model}
 
     def add(self, fresh: list[TextUpdate]) -> list[TextCompletion]:
         """Take up what is new; the events that tell it, one per text."""
@@ -339,11 +450,30 @@ class CompletionBody:
     def whole(self) -> TextCompletion:
         """The answer that is not streamed."""
         choices = [self._choice(index, *part) for index, part in enumerate(zip(self.texts, self.scores))]
-        return {**self._head, "choices": choices, "usage": self.usage()}
+        return {**self._head, "object": self.whole_kind, "choices": choices, "usage": self.usage()}
 
     def _choice(self, index: int, text: str, scores: list[Score]) -> Choice:
         logprobs = None if self.asked.requests[index].logprobs is None else logprobs_of(scores)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": self.finish[index]}
+
+
+class ChatBody(CompletionBody):
+    """The answer to a conversation."""
+
+    # 只有形状不同：第一个事件说出角色
+    prefix, part, whole_kind = "chatcmpl", "chat.completion.chunk", "chat.completion"
+
+    def add(self, fresh: list[TextUpdate]) -> list[ChatCompletion]:
+        new = {update.index for update in fresh if self.tokens[update.index] is None}
+        events = super().add(fresh)
+        for choice in (event["choices"][0] for event in events):
+            said = choice.pop("message")
+            choice["delta"] = {"content": said["content"]} | ({"role": "assistant"} if choice["index"] in new else {})
+        return events
+
+    def _choice(self, index: int, text: str, scores: list[Score]) -> Answer:
+        said = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": said, "logprobs": None, "finish_reason": self.finish[index]}
 
 
 def logprobs_of(scores: list[Score]) -> Logprobs:

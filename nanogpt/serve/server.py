@@ -102,9 +102,21 @@ async def run(cfg: SampleConfig, model, bound: socket.socket, *, on_start=None) 
     from nanogpt.serve.api import create_app
     from nanogpt.serve.completions import Reader
     from nanogpt.serve.worker import Worker
+    from nanogpt.write.chat import Chat
     from nanogpt.write.loading import Settings
 
-    reader = Reader(model.id, Settings.of(cfg), cfg.server, model.tokenizer, empty_prompts=model.writes_documents)
+    chat = None
+    if model.tokenizer.chat_template:
+        try:
+            chat = Chat(model, cfg.system)
+        except ConfigError as error:
+            # 坏了的模板不妨碍续写
+            say("error", line=error)
+    if cfg.system is not None and chat is None:
+        raise ConfigError("system=…: this model has no chat template that works; leave it out")
+    reader = Reader(
+        model.id, Settings.of(cfg), cfg.server, model.tokenizer, empty_prompts=model.writes_documents, chat=chat,
+    )
     worker = Worker(model.writer(capacity=cfg.batch_size), max_waiting=cfg.server.max_waiting)
     server = Server(create_app(worker, reader, announcement(cfg, model)), cfg.server)
     say(
@@ -151,7 +163,8 @@ def announcement(cfg: SampleConfig, model) -> dict:
     return {
         **({"controls": controls} if any(known.values()) else {}),
         # 只报最后一段：本机的目录结构与访客无关
-        "checkpoint": Path(model.name).name, "parameters": model.network.parameter_count(),
+        "checkpoint": Path(model.name).name, "chat": bool(model.tokenizer.chat_template),
+        "parameters": model.network.parameter_count(),
         "block_size": model.network.config.block_size, "vocab_size": model.tokenizer.vocab_size,
         "limits": {name: getattr(limits, name) for name in ("max_tokens", "max_texts", "max_prompt_chars")},
         "defaults": {

@@ -27,7 +27,7 @@ from nanogpt.base.value_checks import unescaped
 from nanogpt.write.control import KINDS, build_control, read_form, takes_forms
 from nanogpt.write.engine import Writer
 from nanogpt.write.loading import Model, Settings
-from nanogpt.write.request import Result
+from nanogpt.write.request import Request, Result
 from nanogpt.write.samples import SEPARATOR, Records, in_order, recorded, settings_record
 
 # 换 sampler 时跟着走的设置：与怎么挑候选无关
@@ -122,12 +122,13 @@ class InteractiveSession:
         Ctrl-C ends the text that is being shown and drops those behind it.
         """
         count = samples or self.samples
-        requests = [self.settings.request(typed, first + n) for n in range(count)]
+        requests = self._requests(typed, first, count)
         writer = self.model.writer_of(requests, batch_size=self.cfg.batch_size, skip="/unknown skip")
         opened = -1
 
         def finished(result: Result) -> None:
-            shown = result.request.prompt + whole(result.text)
+            # 对话的问题不再写一遍
+            shown = ("" if result.request.ids else result.request.prompt) + whole(result.text)
             self.written.append(Written(typed, first + opened, shown, result, self.settings))
 
         try:
@@ -145,6 +146,9 @@ class InteractiveSession:
                 # 错误信息另起一行
                 show("")
             raise
+
+    def _requests(self, typed: str, first: int, count: int) -> list[Request]:
+        return [self.settings.request(typed, first + n) for n in range(count)]
 
     def _interrupted(self, writer: Writer, key: int, finished: Callable[[Result], None]) -> None:
         # 还没显示的（key 为 -1）和排在后面的不留
@@ -358,15 +362,17 @@ def whole(piece: str) -> str:
 
 
 def saved_text(written: Written) -> str:
-    """A text and a separating line."""
-    return f"{written.shown}\n{SEPARATOR}\n"
+    """A text, behind the question that it answers, and a separating line."""
+    asked = f"> {written.typed}\n" if written.result.request.ids else ""
+    return f"{asked}{written.shown}\n{SEPARATOR}\n"
 
 
 def saved_record(written: Written) -> str:
     """A text as one json line."""
-    prompt = written.result.request.prompt
+    prompt, answers = written.result.request.prompt, bool(written.result.request.ids)
     record = {
-        "prompt": prompt, "text": written.shown.removeprefix(prompt), "finish": written.result.finish,
+        "prompt": prompt, "text": written.shown if answers else written.shown.removeprefix(prompt),
+        "finish": written.result.finish,
         "seed": written.result.request.seed, "settings": settings_record(written.result, written.settings),
         "saved": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }

@@ -25,6 +25,7 @@ from nanogpt.core import scoring
 from nanogpt.core.generate import Decoder
 from nanogpt.core.sampling import Sampler
 from nanogpt.core.scoring import Likely, Score
+from nanogpt.data.chat import question_ids, turn_end
 from nanogpt.data.labels import label_tokens
 from nanogpt.data.tokenizer import LibraryStream, TextStream, Tokenizer, begin_of, ends_of
 from nanogpt.write.request import Piece, Request, Result, default_prompt, encode_prompt, labels_of
@@ -264,7 +265,7 @@ class Writer:
             self.cancel(key)
             return Piece(key, request.prompt, "", error=ConfigError("nonfinite_logits"))
         text.first_token = text.first_token or time.perf_counter()
-        finish = "end_of_text" if request.stop_at_end_of_text and token in self.ends else None
+        finish = "end_of_text" if request.stop_at_end_of_text and token in {*self.ends, *request.ends} else None
         if not finish:
             text.ids.append(token)
             if request.logprobs is not None:
@@ -320,13 +321,19 @@ def write_sample(
     """The prompt (None: the usual one) and max_new_tokens tokens behind it.
 
     The model's mode and the global generators are left as they were. A model of documents writes one text for each
-    of up to SAMPLED_LABELS labels of one kind, "[label] text", each up to its end.
+    of up to SAMPLED_LABELS labels of one kind, "[label] text", each up to its end. A model of conversations answers.
     """
+    if model.config.marked:
+        ids = question_ids(tokenizer, [{"role": "user", "content": prompt}])
+        asked = {"ids": tuple(ids.tolist()), "ends": (turn_end(tokenizer),)}
+        prompt += "\n"
+    else:
+        asked = {"stop_at_end_of_text": model.config.separator is not None}
     documents = model.config.separator is not None
     prompt = default_prompt(tokenizer, model.config.separator) if prompt is None else prompt
     listed = next(iter(tokenizer.labels.values()), {}) if documents else {}
     # 同一个种子：几段的不同只来自标签
-    base = Request(prompt, sampler, max_new_tokens, seed, stop_at_end_of_text=documents)
+    base = Request(prompt, sampler, max_new_tokens, seed, **asked)
     chosen = list(listed.items())[:SAMPLED_LABELS]
     requests = {f"[{label}] ": replace(base, prefix_ids=ids) for label, ids in chosen} or {"": base}
     was_training = model.training

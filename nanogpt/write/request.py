@@ -37,6 +37,8 @@ class Request:
     stop: tuple[str, ...] = ()
     """The text ends before the first of these."""
     stop_at_end_of_text: bool = True
+    ends: tuple[int, ...] = ()
+    """Ids that end the text beside those that end every text: the end of an answer."""
     skip_unknown: bool = False
     """Whether characters that the vocabulary lacks are passed over."""
     control: "Control | None" = None

@@ -13,6 +13,7 @@ from nanogpt.base.console import Console
 from nanogpt.base.files import check_writable, folders_around
 from nanogpt.base.language import ConfigError, show
 from nanogpt.base.sample_config import SampleConfig
+from nanogpt.write.chat import Chat
 from nanogpt.write.engine import Writer
 from nanogpt.write.loading import Model, Settings, prompt_list
 from nanogpt.write.request import Piece, Result
@@ -80,14 +81,20 @@ def write_samples(cfg: SampleConfig, model: Model) -> None:
     """Print num_samples texts behind every prompt, in order; the first unfinished one is streamed."""
     settings = Settings.of(cfg)
     prompts = prompt_list(cfg, model.default_prompt)
-    requests = [settings.request(prompt, number) for prompt in prompts for number in range(cfg.num_samples)]
+    asked = [(prompt, number) for prompt in prompts for number in range(cfg.num_samples)]
+    if cfg.chat:
+        chat = Chat(model, cfg.system)
+        talks = [([{"role": "user", "content": prompt}], number) for prompt, number in asked]
+        requests = [chat.request(settings, messages, number, skip="unknown=skip") for messages, number in talks]
+    else:
+        requests = [settings.request(prompt, number) for prompt, number in asked]
     writer = model.writer_of(requests, batch_size=cfg.batch_size, skip="unknown=skip")
     records = Records(cfg.output, model.name)
     model.announce()
     # 一个开头是在看它写，许多开头是在等它写完
     bar = Console(stream="stderr", quiet=len(prompts) == 1)
     with bar.progress(len(requests), 0, title="progress_writing") as advance:
-        _print(recorded(writer, records, settings, advance), len(requests))
+        _print(recorded(writer, records, settings, advance), len(requests), echo=not cfg.chat)
 
 
 def recorded(writer: Writer, records: Records, settings: Settings, advance) -> Iterator[Piece]:
@@ -101,12 +108,12 @@ def recorded(writer: Writer, records: Records, settings: Settings, advance) -> I
         yield piece
 
 
-def _print(pieces: Iterator[Piece], count: int) -> None:
+def _print(pieces: Iterator[Piece], count: int, *, echo: bool) -> None:
     opened = -1
     for piece in in_order(pieces, count):
         if piece.key != opened:
             if opened >= 0:
                 show(SEPARATOR)
             opened = piece.key
-            show(piece.prompt, end="")
+            show(piece.prompt if echo else "", end="")
         show(piece.text, end="\n" if piece.result else "")

@@ -15,6 +15,7 @@ from nanogpt.base.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from nanogpt.base.language import ConfigError, say, text
 from nanogpt.base.sample_config import SampleConfig
 from nanogpt.data.assets import cache_folder
+from nanogpt.write.chat_session import ChatSession
 from nanogpt.write.commands import InteractiveSession, plain
 from nanogpt.write.loading import Model
 
@@ -22,7 +23,8 @@ from nanogpt.write.loading import Model
 def converse(cfg: SampleConfig, model: Model) -> int:
     """Write what is asked for until the end of the input; the process' exit code."""
     is_terminal = sys.stdin.isatty()
-    session = InteractiveSession(cfg, model, piped=not is_terminal)
+    kind = ChatSession if cfg.chat else InteractiveSession
+    session = kind(cfg, model, piped=not is_terminal)
     model.announce()
     if is_terminal:
         return at_the_terminal(session, prompt_session(session))
@@ -71,7 +73,10 @@ def decoded(raw: bytes) -> str:
 
 def at_the_terminal(session: InteractiveSession, prompt) -> int:
     """Ask for lines until /quit or Ctrl-D; Ctrl-C only clears the line."""
-    say("type a beginning and press Enter; /help shows the commands, Ctrl-C stops a text, Ctrl-D leaves")
+    if isinstance(session, ChatSession):
+        say("ask and press Enter; /reset begins anew, /help shows the commands, Ctrl-C stops an answer, Ctrl-D leaves")
+    else:
+        say("type a beginning and press Enter; /help shows the commands, Ctrl-C stops a text, Ctrl-D leaves")
     with unechoed(sys.stdin):
         while not session.done:
             try:
