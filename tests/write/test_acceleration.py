@@ -1,8 +1,11 @@
 """The fast paths for writing equal the plain one: compiled step, packed weights, int8."""
 
 import contextlib
+import time
 import weakref
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import GPT2_RECIPE, QWEN3_RECIPE, tiny_model_config, wild_model
@@ -14,7 +17,15 @@ from nanogpt.core.sampling import sampler
 from nanogpt.write.speed import acceleration
 from nanogpt.write.speed.acceleration import PackedLinear, accelerate, install, pack
 from nanogpt.write.speed.cuda_graph import GraphStep
-from nanogpt.write.speed.int8 import Int8Embedding, Int8Linear, quantize
+from nanogpt.write.speed.int8 import (
+    Int8Embedding,
+    Int8Linear,
+    by_int_mm,
+    fastest,
+    plain_linear,
+    quantize,
+    quantize_rows,
+)
 
 RECIPES = {
     "modern": {"ngrams": [2, 3], "ngram_buckets": 99}, "gpt2": GPT2_RECIPE, "gelu": {**GPT2_RECIPE, "activation": "gelu", "bias": False},
@@ -34,11 +45,6 @@ def test_the_compiled_step_equals_the_plain_path(recipe, precision):
     model = accelerate(wild_model(**RECIPES[recipe]), precision, fast=False)
     assert fast_cpu.fits(model)
     rows = prompts(5, 1, 9)
-    if precision == "int8":
-        # bf16 激活的内核与 fp32 的差别先排除掉，比较的是同样的 int8 权重
-        for module in model.modules():
-            if isinstance(module, Int8Linear):
-                module.forward = lambda x, m=module: torch.nn.functional.linear(x, m.weight.float() * m.scale[:, None], m.bias)
     plain = decode(model, rows, 40)
     install(model, fast_cpu.FastStep(model))
     assert torch.equal(decode(model, rows, 40), plain)
@@ -114,16 +120,51 @@ def test_int8_rounds_each_row_to_half_a_step():
     assert ((rounded * scale[:, None] - weight).abs() <= scale[:, None] / 2 * 1.001).all()
 
 
-@pytest.mark.parametrize("width", [16, 24, 32, 100])
-@pytest.mark.parametrize("rows", [1, 3, 40])
-def test_int8_products_are_those_of_the_rounded_weights(rows, width):
-    weight, bias = torch.randn(64, width), torch.randn(64)
-    rounded, scale = quantize(weight)
-    x = torch.randn(rows, width)
-    expected = torch.nn.functional.linear(x, rounded * scale[:, None], bias)
-    got = Int8Linear(rounded, scale, bias)(x)
-    # 少数几行走 bf16 激活的内核：8 位尾数
-    torch.testing.assert_close(got, expected, atol=0.15 if rows < 5 else 1e-4, rtol=0.02 if rows < 5 else 1e-4)
+@pytest.mark.parametrize("rows, n_out, n_in", [(1, 7, 32), (3, 5, 100), (8, 33, 64), (13, 18, 200), (40, 50, 768), (2, 9, 3100)])
+def test_every_way_to_multiply_int8_gives_the_same_bits_as_exact_integers(rows, n_out, n_in):
+    integer_dot = pytest.importorskip("nanogpt.write.speed.integer_dot")
+    weight, scale = quantize(torch.randn(n_out, n_in))
+    # 最大的数连成一片：会溢出的算法在这里露馅
+    weight[0], x, bias = 127, torch.randn(rows, n_in), torch.randn(n_out)
+    x[0] = 3
+    q, row_scale = quantize_rows(x)
+    exact = (q.double() @ weight.double().T).float()
+    expected = exact * scale * row_scale[:, None] + bias
+    for way in (plain_linear, partial(plain_linear, multiply=by_int_mm), integer_dot.linear, partial(integer_dot.linear, multiply=by_int_mm)):
+        assert torch.equal(way(x, weight, scale, bias), expected), way
+    assert torch.equal(Int8Linear(weight, scale, bias)(x[None])[0], expected)
+    assert (q * row_scale[:, None] - x).abs().max() <= row_scale.max() * 0.501
+
+
+@pytest.mark.parametrize("vnni", [0, 32, 64])
+def test_a_cpu_without_vnni_gets_the_same_integers(vnni):
+    integer_dot = pytest.importorskip("nanogpt.write.speed.integer_dot")
+    if vnni > integer_dot.VNNI:
+        pytest.skip("this CPU lacks the instruction")
+    dot, at = integer_dot.dot_of(2, 4, vnni), integer_dot.at
+    weight, q = np.random.default_rng(0).integers(-127, 128, (2, 6, 130), dtype=np.int8)
+    weight, q, out = weight[:2, :128].copy(), q[:4, :128].copy(), np.zeros((8, integer_dot.CHUNK), np.int32)
+    njit = pytest.importorskip("numba").njit
+    njit(lambda w, x, out: dot(at(w, 0), at(x, 0), 128, at(out, 0)))(weight, q, out)
+    more = 128 * q.astype(int).sum(1, keepdims=True) if vnni else 0
+    assert (out[:4, :2] - more == q.astype(int) @ weight.astype(int).T).all()
+
+
+def test_a_row_of_activations_that_is_not_finite_is_not_hidden_by_integers():
+    integer_dot = pytest.importorskip("nanogpt.write.speed.integer_dot")
+    weight, scale = quantize(torch.randn(8, 70))
+    for bad in (torch.nan, torch.inf):
+        x = torch.randn(2, 70)
+        x[1, 66] = bad
+        for way in (plain_linear, integer_dot.linear):
+            y = way(x, weight, scale, None)
+            assert y[0].isfinite().all() and not y[1].isfinite().any(), way
+
+
+def test_a_way_that_gives_other_bits_is_never_chosen():
+    ways = {"plain": lambda *a: (time.sleep(1e-3), plain_linear(*a))[1], "wrong": lambda *a: plain_linear(*a) + 1}
+    chosen, names = fastest(ways, (8, 64))
+    assert set(names.values()) == {"plain"} and set(chosen) == set(names)
 
 
 def test_int8_keeps_tied_weights_tied_and_changes_the_loss_little():

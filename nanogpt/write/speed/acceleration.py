@@ -5,6 +5,7 @@
 # CPU 装了 numba 且认得模型就用编译好的一步（fast_cpu），否则只换权重的排法；显卡上录成 CUDA graph
 # 由 loading 调用；就地改模型，fast=false 时只换格式，是别的路径要对得上的那一条
 
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -15,7 +16,7 @@ from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.precision import check_half, default_format
 from nanogpt.core.wrapping import mix_in
 from nanogpt.write.speed.cuda_graph import GraphStep
-from nanogpt.write.speed.int8 import quantize_model
+from nanogpt.write.speed.int8 import Int8Linear, by_int_mm, fastest, plain_linear, quantize_model
 
 # ---- 权重的排法 ----
 
@@ -90,6 +91,8 @@ def accelerate(model, precision: str, *, fast: bool = True):
         quantize_model(model)
     if fast and model.device.type == "cpu":
         install_cpu_step(model)
+        if name == "int8":
+            choose_products(model)
     elif fast and model.device.type == "cuda":
         install(model, GraphStep(model))
     return model
@@ -128,3 +131,19 @@ def install_cpu_step(model) -> None:
                 model.fast_step(torch.zeros(1, dtype=torch.long), KVCache(model, 1, 1))
             return
     pack(model)
+
+
+def choose_products(model) -> None:
+    """Let a model's int8 matrices on the CPU be multiplied by what is fastest here; all ways give the same bits."""
+    ways = {"floats": plain_linear, "torch._int_mm": partial(plain_linear, multiply=by_int_mm)}
+    if find_spec("numba"):
+        from nanogpt.write.speed import integer_dot
+
+        ways["numba"] = integer_dot.linear
+        ways["numba + torch._int_mm"] = partial(integer_dot.linear, multiply=by_int_mm)
+    linears = [m for m in model.modules() if isinstance(m, Int8Linear)]
+    chosen, names = fastest(ways, linears[0].weight.shape)
+    for linear in linears:
+        linear.ways = chosen
+    named = ", ".join(f"{rows}: {name}" for rows, name in names.items())
+    say("int8 products of so many rows and more, as measured here: {named}", named=named)

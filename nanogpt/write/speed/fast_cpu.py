@@ -18,13 +18,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numba import config, njit, prange, set_num_threads
+from numba import config, njit, prange, set_num_threads, types
+from numba.extending import overload
 
 from nanogpt.core.attention import CausalSelfAttention
 from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.model import GPT, MLP, Block, Norm
 from nanogpt.core.ngrams import NgramEmbedding
 from nanogpt.write.speed.int8 import Int8Linear
+from nanogpt.write.speed.integer_dot import VNNI, int8_linear
 
 # 只许重排加法（SIMD 需要）、合并乘加；不假设没有 NaN 与无穷
 REORDER = {"reassoc", "contract", "nsz"}
@@ -32,8 +34,8 @@ REORDER = {"reassoc", "contract", "nsz"}
 # int8 到 48 行都快
 # 定死而不在启动时量：量出的选择随机器忙闲而变，同一个种子就写不出同样的字
 MAX_ROWS = {torch.float32: 16, torch.int8: 48}
-# 一步里多一行要多花的时间，占第一行的几分之几（benchmarks/results/speculation.json）；int8 读得少，每行换算的份就大
-ROW_COST = {torch.float32: 0.2, torch.int8: 0.4}
+# 一步里多一行要多花的时间，占第一行的几分之几（benchmarks/results/speculation.json）；int8 有 VNNI 才这样便宜
+ROW_COST = {torch.float32: 0.2, torch.int8: 0.15 if VNNI else 0.4}
 ACTIVATIONS = {"none": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3, "swiglu": 4}
 
 
@@ -79,7 +81,7 @@ def _activate(y, start, stop, kind):
 
 
 @njit(parallel=True, fastmath=REORDER, cache=True)
-def _linear(weight, scale, bias, x, y, activation, add, pieces):
+def _float_linear(weight, scale, bias, x, y, activation, add, pieces):
     """y (B, N) = activation(x (B, K) weight^T (N, K) * scale + bias), or added to y."""
     n_out, n_in = weight.shape
     for piece in prange(pieces):
@@ -93,6 +95,35 @@ def _linear(weight, scale, bias, x, y, activation, add, pieces):
                 y[b, n] = y[b, n] + total if add else total
         for b in range(x.shape[0]):
             _activate(y[b], start, stop, activation)
+
+
+@njit(parallel=True, fastmath=REORDER, cache=True)
+def _activate_all(y, activation, pieces):
+    """Apply the activation to y (B, N) in place."""
+    size = y.shape[1]
+    for piece in prange(pieces):
+        for b in range(y.shape[0]):
+            _activate(y[b], size * piece // pieces, size * (piece + 1) // pieces, activation)
+
+
+def _linear(weight, scale, bias, x, y, activation, add, pieces):
+    """_float_linear or int8_linear, by the type of the weight; the activation, if any, is applied to y."""
+
+
+@overload(_linear)
+def _linear_of(weight, scale, bias, x, y, activation, add, pieces):
+    # 编译时按权重的类型二选一：两条路各用各的乘法，_step 只写一遍
+    if weight.dtype is not types.int8:
+        return lambda weight, scale, bias, x, y, activation, add, pieces: _float_linear(
+            weight, scale, bias, x, y, activation, add, pieces
+        )
+
+    def multiply(weight, scale, bias, x, y, activation, add, pieces):
+        int8_linear(weight, scale, bias, x, y, add, pieces)
+        if 0 < activation < 4:
+            _activate_all(y, activation, pieces)
+
+    return multiply
 
 
 @njit(fastmath=REORDER, cache=True)
