@@ -71,7 +71,7 @@ def show_communication(plan: Plan, console: Console) -> None:
     parallel, sums = plan.cfg.parallel, plan.communication
     world = sums.network.world
     console.line(
-        "{world} processes on {nodes} machines, {rows} rows of a step in each; slowest link {rate:.3g} GB/s",
+        "processes: {world}, machines: {nodes}, rows of a step in each process: {rows}, slowest link: {rate:.3g} GB/s",
         world=world, nodes=parallel.nodes, rows=-(-effective_batch(plan.cfg) // world),
         rate=sums.network.bytes_per_s / 1e9,
     )

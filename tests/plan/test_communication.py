@@ -62,5 +62,5 @@ def test_each_of_many_processes_takes_the_memory_of_one_with_its_share_and_the_t
     assert many.step_s == alone.step_s + sums.exposed_s and many.tokens_per_s == pytest.approx(16 * 64 / many.step_s)
     show(many, Console())
     said = capsys.readouterr().out
-    assert "8 processes on 2 machines, 2 rows of a step in each; slowest link 1.25 GB/s" in said
+    assert "processes: 8, machines: 2, rows of a step in each process: 2, slowest link: 1.25 GB/s" in said
     assert "the network binds: 90% would compute with global_batch_size=" in said
