@@ -27,6 +27,9 @@ LEAST_WIDTH = 128
 # 与词表无关的一层：这么多 token 就看得出快慢
 TOKENS, VOCABULARY = 1024, 256
 ROUNDS, LONGEST_S = 6, 3.0
+FIELDS = (
+    "n_embd", "n_head", "kv_heads", "head_size", "mlp_width", "block_size", "norm", "activation", "qk_norm", "dropout"
+)
 _known: dict[str, float] = {}
 
 
@@ -69,16 +72,13 @@ def gain_of_products() -> float:
 def gain_of_training(model: ModelConfig) -> float:
     """How many times as fast as in float32 one layer of this shape is trained under bf16 autocast."""
     layer = one_layer(model)
-    fields = ("n_embd", "n_head", "kv_heads", "head_size", "mlp_width", "block_size", "norm", "activation", "qk_norm")
-    shape = " ".join(f"{name}={getattr(layer, name)}" for name in fields)
+    shape = " ".join(f"{name}={getattr(layer, name)}" for name in FIELDS)
     return _once(shape, lambda: time_layer(layer))
 
 
 def one_layer(model: ModelConfig) -> ModelConfig:
     """A model of one layer of this shape, without what does not depend on the format."""
-    return replace(
-        model, n_layer=1, vocab_size=VOCABULARY, ngrams=[], dropout=0.0, separator=None, tie_embeddings=False
-    )
+    return replace(model, n_layer=1, vocab_size=VOCABULARY, ngrams=[], separator=None, tie_embeddings=False)
 
 
 def _once(what: str, measure: Callable[[], float]) -> float:
@@ -93,19 +93,20 @@ def _once(what: str, measure: Callable[[], float]) -> float:
 
 def time_layer(config: ModelConfig) -> float:
     """The seconds of a step in float32 over those under bf16 autocast, forward and backward."""
+    best, until = {False: math.inf, True: math.inf}, time.perf_counter() + LONGEST_S
+    # 训练的随机数一个也不能少
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = GPT(config)
         idx = torch.randint(VOCABULARY, (max(1, TOKENS // config.block_size), config.block_size))
-    best, until = {False: math.inf, True: math.inf}, time.perf_counter() + LONGEST_S
-    for number in range(ROUNDS):
-        # 轮流走：别的程序来抢时，两种一起慢；各取最快的一遍
-        for bf16 in best:
-            start = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = model.loss(idx, idx)
-            loss.backward()
-            best[bf16] = min(best[bf16], time.perf_counter() - start)
-        if number and time.perf_counter() > until:
-            break
+        for number in range(ROUNDS):
+            # 轮流走：别的程序来抢时，两种一起慢；各取最快的一遍
+            for bf16 in best:
+                start = time.perf_counter()
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    loss = model.loss(idx, idx)
+                loss.backward()
+                best[bf16] = min(best[bf16], time.perf_counter() - start)
+            if number and time.perf_counter() > until:
+                break
     return best[False] / best[True]
