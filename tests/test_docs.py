@@ -146,10 +146,13 @@ def type_command(in_tmp, corpus_folder):
     (in_tmp / "my.txt").write_text(TEXT, encoding="utf-8")
     texts = [{"text": f"{poem}{poem[i % 9 :]}", "style": "七言绝句"} for i in range(80)]
     (in_tmp / "my.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
+    talk = '{"instruction": "What is 1 + %d?", "output": "%d"}\n'
+    (in_tmp / "talks.jsonl").write_text("".join(talk % (i, i + 1) for i in range(40)), encoding="utf-8")
     (in_tmp / "prompts.txt").write_text("The fox\nThe dog\n", encoding="utf-8")
     own = ["dataset=labelled", "dataset.path=my.jsonl", "dataset.dir=labelled"]
     # 诗在 npm 上：换成带同样标签的几句；剧本换成准备好的文字
-    data = {"experiment=poetry": own, "dataset.path=my.jsonl": own, "dataset.path=my.txt": ["dataset.dir=mine"]}
+    data = {"experiment=poetry": own, "dataset.path=my.jsonl": own, "dataset.path=my.txt": ["dataset.dir=mine"],
+            "dataset=chat": ["dataset.dir=talks", "model.block_size=48"]}
 
     def type_it(script, words):
         if ELSEWHERE & set(words):
@@ -168,6 +171,10 @@ def type_command(in_tmp, corpus_folder):
 
 def test_the_commands_of_the_readme_are_typed_to_their_end(type_command):
     assert sum(type_command(*command) for command in commands("README.md")) >= 12
+
+
+def test_the_page_on_conversations_leads_from_a_file_to_an_answer(type_command):
+    assert sum(type_command(script, words) for script, words in commands("docs/chat.md") if "experiment=finetune_gpt2" not in words) == 3
 
 
 def test_the_notebook_runs_cell_by_cell_in_both_languages(in_tmp, type_command, capsys):
