@@ -175,12 +175,16 @@ class GradientSum:
     # 反向差不多就是这个次序；查表与嵌入层最后才到，它们那一份藏不住
 
     def __init__(self, parameters: list[torch.Tensor]):
+        """All begin with the weights of the first process."""
         self._parts = parts_of(parameters) if world() > 1 else []
         self._left: list[int] | None = None
         self._sent: list[tuple[dist.Work, torch.Tensor]] = []
         for number, part in enumerate(self._parts):
             for p in part:
                 p.register_post_accumulate_grad_hook(_hook(weakref.ref(self), number))
+                with waiting():
+                    # 另一种 CPU 上抽出的初值会差末位：此后只求和梯度，差的就一直差着
+                    dist.broadcast(p.detach(), src=0)
 
     def begin(self) -> None:
         """The next backward pass is the last one of this step: from now on gradients are complete as they arrive."""

@@ -100,9 +100,10 @@ def test_where_one_process_runs_out_of_memory_all_repeat_the_step_with_half_the_
 def summed(unused: bool):
     """Gradients of a large, a small and a sometimes unused parameter, and how many sums had begun before the backward pass ended."""
     distributed.start(torch.device("cpu"), 60)
-    large, small, last = (torch.nn.Parameter(torch.full(shape, 2.0)) for shape in ((600, 600), (3,), (5,)))
-    sums = GradientSum([large, small, last])
     rank = distributed.rank()
+    large, small, last = (torch.nn.Parameter(torch.full(shape, 2.0 + rank)) for shape in ((600, 600), (3,), (5,)))
+    sums = GradientSum([large, small, last])
+    assert all((p == 2.0).all() for p in (large, small, last))
     for final in (False, True):
         if final:
             sums.begin()
@@ -116,7 +117,7 @@ def summed(unused: bool):
 
 
 @pytest.mark.parametrize("unused", [False, True])
-def test_sums_begin_within_the_backward_pass_and_a_gradient_that_one_process_lacks_counts_as_zero(unused):
+def test_all_begin_with_the_first_ones_weights_and_a_gradient_that_one_process_lacks_counts_as_zero(unused):
     assert [result[:3] for result in together(2, summed, unused)] == [(6.0, 10.0, 14.0 if unused else 28.0)] * 2
 
 
