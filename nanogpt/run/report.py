@@ -24,7 +24,8 @@ from nanogpt.run.loggers import history, points
 # 样本多了，从头到尾均匀取这么多段
 MOST_SAMPLES = 6
 # 说的是在哪里、怎么开始，不是训练的设置；词表与分隔符由数据决定，各组的值都已逐项列出
-LEFT_OUT = {"out_dir", "overwrite", "resume", "checkpoint", "lang", "plan", "model.vocab_size", "model.separator"}
+LEFT_OUT = {"out_dir", "overwrite", "resume", "checkpoint", "lang", "plan", "model.vocab_size", "model.separator",
+            "model.marked"}
 
 
 def write_report(

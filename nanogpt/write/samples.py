@@ -108,7 +108,7 @@ def recorded(writer: Writer, records: Records, settings: Settings, advance) -> I
         yield piece
 
 
-def _print(pieces: Iterator[Piece], count: int, *, echo: bool) -> None:
+def _print(pieces: Iterator[Piece], count: int, *, echo: bool = True) -> None:
     opened = -1
     for piece in in_order(pieces, count):
         if piece.key != opened:

@@ -12,9 +12,11 @@ from typed import typed
 from nanogpt.base.language import ConfigError
 from nanogpt.core.sampling import sampler
 from nanogpt.data.chat import question_ids, turn_end, with_template
-from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer
-from nanogpt.data.tokenizer_files import read_tokenizer
-from nanogpt.weights.huggingface import export
+from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer, LibraryTokenizer
+from nanogpt.data.tokenizer_files import read_tokenizer, to_library_json
+from nanogpt.weights.build import build_model, preset
+from nanogpt.weights.huggingface import export, write_family
+from nanogpt.weights.pretrained import Pretrained
 from nanogpt.write import loading
 from nanogpt.write.chat import Chat
 from nanogpt.write.chat_session import ChatSession
@@ -157,6 +159,10 @@ def served(learned):
     server.stop()
 
 
+LLAMA = {
+    "norm_gain": True, "activation": "swiglu", "qk_norm": False, "embed_norm": False, "ngrams": [], "logit_softcap": 0.0, "tie_embeddings": True, "init": "gpt2",
+    "intermediate_size": 32, "norm_eps": 1e-5,
+}
 URL = "/v1/chat/completions"
 ASKED = [{"role": "user", "content": "say pa"}]
 
@@ -232,3 +238,25 @@ def test_system_is_told_first_and_a_broken_template_stops_only_conversations():
         assert server.post({"messages": ASKED}, path=URL)[0] == 404 and server.write(prompt="a", max_tokens=1)
     finally:
         server.stop()
+
+
+def test_a_model_from_elsewhere_is_tuned_in_its_own_template_and_ends_where_that_ends(learned, tmp_path):
+    from test_chat import CHATML, folder_of
+
+    folder = folder_of(tmp_path / "base", "chatml")
+    # 底座的结尾不是对话的结尾，Qwen 的底座就是这样
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", "chat_template": CHATML}), encoding="utf-8")
+    tokenizer = read_tokenizer(folder, 259)
+    library = LibraryTokenizer(to_library_json(tokenizer), "<|endoftext|>")
+    library.chat_template = tokenizer.chat_template
+    config = preset("tiny", n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=259, **LLAMA)
+    write_family(folder, Pretrained(config, dict(build_model(config, 0).state_dict()), library))
+    tuned = train([*LEARNING, f"init_from={folder}", "dataset.dir=elsewhere", "model.block_size=48", "max_iters=2", "eval_interval=2", "warmup_iters=0"][6:], out="outputs/elsewhere")
+    assert tuned.data.tokenizer.chat_template["template"] == CHATML and tuned.model.config.marked
+    x, y = tuned.data.rows("train", tuned.data.starts(0, 0, 1, 48), 48)
+    ids = tokenizer.special
+    assert int((y == ids["<|im_end|>"]).sum()) >= 1 and ~int(x[0, 0]) == ids["<|im_start|>"]
+    cfg = make_sample_config("out_dir=outputs/elsewhere", "fast=false")
+    model = loading.open_model(cfg, learned / "outputs" / "elsewhere")
+    request = Chat(model).request(Settings.of(cfg), ASKED)
+    assert request.ends == (ids["<|im_end|>"],) and model.tokenizer.decode(request.ids) == tokenizer.decode(question_ids(tokenizer, ASKED))
