@@ -251,6 +251,9 @@ class FinetuneConfig:
     """The low-rank update is multiplied by alpha / rank."""
     dropout: float = number(0, 1, 0.0, open="high")
     """On the input of the low-rank branch only; 0.05 to 0.1 where there is little text."""
+    frozen_weights: str = choice("same", "nf4", default="same")
+    """Format of the frozen linears in the blocks: as memory.weights has it, or NF4, 4.5 bits each (QLoRA,
+    arXiv:2305.14314)."""
     linears: list[str] = field(default_factory=lambda: ["c_attn", "c_proj", "c_fc"])
     """Names of the linears inside the blocks that get adapters; c_attn is q, k and v, c_fc gate and up of SwiGLU."""
 
@@ -365,11 +368,10 @@ class TrainConfig:
     overwrite: bool
     """Clear a run that is already in out_dir."""
     resume: str | None
-    """Run folder, or latest, to train on from its checkpoint, bit-exactly; auto: out_dir, if a training has begun in
+    """Run folder, or latest, to train on from, bit-exactly; auto: out_dir, if a training has begun in
     it."""
     checkpoint: str | None
-    """Of the run that resume or init_from names: last, best or iter_00001000; None resumes from its last and starts
-    from its best."""
+    """Which one of that run: last, best or iter_00001000; None resumes from the last and starts from the best."""
     init_from: str | None
     """Weights to start from: gpt2 … gpt2-xl, owner/name, modelscope:owner/name, a folder, a run or ckpt.pt; None:
     random ones."""
@@ -412,7 +414,7 @@ class TrainConfig:
     """Linear warm-up: step i (from 0) takes (i + 1) / warmup_iters of learning_rate, so the last one takes all of it;
     nanoGPT divides by warmup_iters + 1. None: 2% of the budget, 100 at most."""
     lr_decay_iters: int | None = number(1, MANY)
-    """Step at which min_lr is reached; None: the end of the training."""
+    """Step at which min_lr is reached; None: at the end."""
     lr_schedule: str = choice("cosine", "linear", "wsd", "constant")
     """Decay behind the warm-up; wsd stays at the peak until its last part."""
     decay_fraction: float = number(0, 1)

@@ -209,6 +209,7 @@ class GPT(nn.Module):
         return self.cross_entropy(hidden, self.lm_head.weight, targets, softcap=c.logit_softcap, ignoring=ignoring)
 
     def parameter_count(self) -> int:
-        """Number of distinct parameters (tied weights count once), frozen ones and int8 weights included."""
-        int8 = (b for name, b in self.named_buffers() if name.rpartition(".")[2] in ("weight", "bias"))
-        return sum(t.numel() for t in {*self.parameters(), *int8})
+        """Number of distinct parameters (tied weights count once), frozen ones, int8 and 4-bit weights included."""
+        small = (b for name, b in self.named_buffers() if name.rpartition(".")[2] in ("weight", "bias"))
+        # 4 位的一个字节两个
+        return sum(t.numel() * (1 + (t.dtype == torch.uint8)) for t in {*self.parameters(), *small})

@@ -84,6 +84,7 @@ def _pretrained_model(cfg: TrainConfig, overrides: list[str]) -> ModelConfig:
 
 
 def _shape_of(named: str, code: str) -> ModelConfig:
+    from nanogpt.weights.families import published, read_family
     from nanogpt.weights.hub import GPT2_NAMES, model_on_hub, repository_of
     from nanogpt.weights.peft import base_folder, is_adapter
     from nanogpt.weights.pretrained import open_pretrained, read_config
@@ -107,8 +108,10 @@ def _shape_of(named: str, code: str) -> ModelConfig:
     fetched = repository_of(named) and model_on_hub(named, "init_from").folder()
     if fetched and (fetched / "config.json").is_file():
         return read_config(fetched / "config.json", path.name)
+    if known := published(repository_of(named) or ""):
+        return read_family(path, known, path.name)
     raise ConfigError(
-        "init_from={got}: the plan needs a local copy or gpt2, gpt2-medium, gpt2-large, gpt2-xl; download it, or plan "
-        "with model=… of its shape",
+        "init_from={got}: the plan needs a local copy, gpt2, gpt2-medium, gpt2-large, gpt2-xl or Qwen/Qwen3-0.6B, "
+        "1.7B, 4B, 8B; download it, or plan with model=… of its shape",
         got=named,
     )

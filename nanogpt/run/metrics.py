@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -22,6 +23,7 @@ from nanogpt.base.files import write_text
 from nanogpt.base.hardware import GIB, device_name, peak_tflops_of, present_card
 from nanogpt.base.language import text
 from nanogpt.core.machine import synchronize
+from nanogpt.core.memory.nf4 import NF4Linear
 from nanogpt.data.assets import cache_folder
 
 # 在缓存文件夹里：每种处理器、torch 版本、数字格式见过的最快一次；remember 也记别的，如 cpu_units 的比值
@@ -163,15 +165,24 @@ def flops_per_token(model) -> int:
     outputs = {f"h.{layer}.attn.{names[-1]}.weight" for layer, names in enumerate(linears) if names}
     flops, trained = 0, False
     # 参数按计算的次序登记；共享的矩阵在每个用它的地方各算一次
-    for name, p in model.named_parameters(remove_duplicate=False):
+    for name, p, numel in matrices(model):
         if name in outputs:
             # 注意力的乘积在输出投影之前；反向恰是前向的两倍
             flops += (4 + 8 * trained) * c.n_head * c.head_size * c.block_size
         if p.dim() > 1 and name not in tables:
             # 前向、自己的梯度、往回传的梯度各两次；LoRA 冻结的矩阵没有第二项，第一个 adapter 之前没有第三项
-            flops += (2 + 2 * p.requires_grad + 2 * trained) * p.numel()
+            flops += (2 + 2 * p.requires_grad + 2 * trained) * numel
         trained = trained or p.requires_grad
     return flops
+
+
+def matrices(model) -> Iterator[tuple[str, torch.Tensor, int]]:
+    """(name, tensor, number of weights) of everything that multiplies or adds, in the order in which it is computed."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        four_bit = isinstance(module, NF4Linear)
+        # 4 位的权重不是参数
+        for own, tensor in (("weight", module.weight),) if four_bit else module.named_parameters("", recurse=False):
+            yield f"{name}.{own}", tensor, module.in_features * module.out_features if four_bit else tensor.numel()
 
 
 class Forecast:

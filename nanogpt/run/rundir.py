@@ -220,9 +220,11 @@ def _completed(saved: dict, typed: TrainConfig) -> dict:
     whole = {**defaults, **ADDED_LATER, **saved}
     if missing := sorted({*FIXED_ON_RESUME} - {*whole}):
         raise KeyError(missing[0])
-    # 早先的训练在 CPU 上只有 fp32 与舍入：不能一接着训就换格式
+    # 早先的训练在 CPU 上只有 fp32 与舍入：不能一接着训就换格式；finetune 后来也添了键
     precision = {"cpu_bf16": "none", **whole["precision"]}
-    return {**whole, "trial": {**fresh["trial"], **whole["trial"]}, "precision": precision}
+    finetune = {**ADDED_LATER["finetune"], **whole["finetune"]}
+    trial = {**fresh["trial"], **whole["trial"]}
+    return {**whole, "trial": trial, "precision": precision, "finetune": finetune}
 
 
 def _with_typed(saved: dict, typed: TrainConfig, overrides: list[str], source: Path) -> TrainConfig:

@@ -372,7 +372,7 @@ class Session:
         # 几百 MB 的权重已抄进模型，不必再留一份
         self.pretrained = None
         if cfg.finetune.method == "lora":
-            add_adapters(model, cfg.finetune)
+            add_adapters(model, cfg.finetune, empty=self.source is not None)
         return model
 
     def _claim_folder(self, config_text: str) -> None:

@@ -68,7 +68,7 @@ def weight_shapes(config: ModelConfig, finetune: FinetuneConfig) -> dict[str, tu
     with torch.device("meta"):
         model = build_undrawn(bare)
         if finetune.method == "lora":
-            add_adapters(model, finetune)
+            add_adapters(model, finetune, empty=True)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -191,7 +191,7 @@ def model_of(source, named: str | None = None):
     check_weights(source, config, finetune)
     model = build_undrawn(config)
     if finetune.method == "lora":
-        add_adapters(model, finetune)
+        add_adapters(model, finetune, empty=True)
     source.load_model(model)
     return merge(model)
 
@@ -233,9 +233,11 @@ def preset_names() -> list[str]:
 
 
 def memory_options() -> dict[str, MemoryConfig]:
-    """All options of conf/memory, the default first, then from cheap to thorough."""
+    """The options of conf/memory that change nothing else, the default first, then from cheap to thorough."""
     files = sorted((ROOT / "conf" / "memory").glob("*.yaml"))
-    nodes = {file.stem: typed_node(MemoryConfig, yaml.safe_load(file.read_text(encoding="utf-8"))) for file in files}
+    read = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in files}
+    # lora4 还换了训练的方法：要自己选
+    nodes = {name: typed_node(MemoryConfig, node) for name, node in read.items() if "memory" not in node}
 
     def thoroughness(name: str) -> tuple[bool, int]:
         # 逐个参数裁剪、不能累积的，训练本身也变了：放在最后；其余按改动了几项

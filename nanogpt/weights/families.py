@@ -45,6 +45,24 @@ OWNERS = {theirs: ours for ours, parts in BLOCK.items() for theirs in parts}
 OUTSIDE = {
     "model.embed_tokens.weight": "wte.weight", "model.norm.weight": "ln_f.weight", "lm_head.weight": "lm_head.weight",
 }
+# Qwen3 发布的几种大小：层数、宽度、query 的 head 数、中间层宽度；还没下载，也能先规划
+QWEN3 = {
+    "0.6B": (28, 1024, 16, 3072), "1.7B": (28, 2048, 16, 6144), "4B": (36, 2560, 32, 9728), "8B": (36, 4096, 32, 12288),
+}
+
+
+def published(name: str) -> dict | None:
+    """What config.json of Qwen/Qwen3-0.6B-Base and its like says of the shape; None for any other name."""
+    found = re.fullmatch(r"Qwen/Qwen3-([\d.]+B)(-Base)?", name)
+    if not found or found[1] not in QWEN3:
+        return None
+    layers, width, heads, inner = QWEN3[found[1]]
+    return {
+        "model_type": "qwen3", "vocab_size": 151936, "num_hidden_layers": layers, "hidden_size": width,
+        "num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": inner,
+        "max_position_embeddings": 32768 if found[2] else 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000,
+        "tie_word_embeddings": found[1] != "8B", "attention_bias": False, "hidden_act": "silu",
+    }
 
 
 # ---- 读 ----

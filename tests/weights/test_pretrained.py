@@ -37,7 +37,7 @@ from nanogpt.data.tokenizer import begin_of, ends_of
 from nanogpt.data.tokenizer_files import byte_level_bpe, read_tokenizer
 from nanogpt.plan.filled_config import filled
 from nanogpt.weights import nanogpt_checkpoint
-from nanogpt.weights.build import build_model
+from nanogpt.weights.build import build_model, parameters_at_least
 from nanogpt.weights.huggingface import export
 from nanogpt.weights.pretrained import build_pretrained, open_pretrained, read_config
 from nanogpt.write.engine import Writer
@@ -266,6 +266,17 @@ def test_a_model_of_qwen_is_planned_tuned_resumed_and_written_with(tmp_path, bpe
     write_samples(cfg, model)
     assert capsys.readouterr().out.startswith("To be")
     assert ends_of(model.tokenizer) == {300, 302}
+
+
+@pytest.mark.parametrize("name", ["Qwen3-0.6B", "Qwen3-0.6B-Base", "Qwen3-8B"])
+def test_qwen3_is_planned_before_it_is_fetched(name, in_tmp, monkeypatch):
+    monkeypatch.setenv("NANOGPT_CACHE", "nothing")
+    typed = ["experiment=finetune_qwen", f"init_from=modelscope:Qwen/{name}"]
+    model = filled(make_config(*typed), typed)[0].model
+    assert (model.arch, model.n_kv_head, model.head_size, model.vocab_size, model.block_size) == ("qwen3", 8, 128, 151936, 1024)
+    assert model.tie_embeddings == (name != "Qwen3-8B") and model.name == name
+    # 发布时说的是 0.6B 与 8.2B
+    assert parameters_at_least(model) == pytest.approx(8.19e9 if name == "Qwen3-8B" else 0.596e9, rel=0.001)
 
 
 def test_a_model_of_llama_reads_its_beginning_first_and_stops_at_any_of_its_ends(tmp_path, bpe_json):

@@ -2,6 +2,7 @@
 
 # LoRA（finetune.method=lora）：原来的权重冻住，旁边训练一对小矩阵，梯度与优化器状态只有它们的那一点
 # add_adapters 在训练开始时换下 blocks 里指名的 linear；checkpoint 存的是冻住的权重加两个小矩阵
+# frozen_weights=nf4 时冻住的权重再压成 4 位（nf4）：它就成了 adapter 里面的一个模块
 # 写作、导出之前由 merge 加回权重，之后就是普通的模型：别处不必认得 LoRA
 
 import math
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 
 from nanogpt.base.config import FinetuneConfig
 from nanogpt.base.language import ConfigError
+from nanogpt.core.memory.nf4 import NF4Linear
 
 
 class LoRALinear(nn.Linear):
@@ -22,8 +24,9 @@ class LoRALinear(nn.Linear):
     def __init__(self, base: nn.Linear, config: FinetuneConfig):
         # 先造在 meta 上：马上换成原来的权重，不必白占一份内存
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        self.weight, self.bias = base.weight, base.bias
-        place = {"device": base.weight.device, "dtype": base.weight.dtype}
+        self.base = base if isinstance(base, NF4Linear) else None
+        place = {"device": base.weight.device, "dtype": base.dtype if self.base else base.weight.dtype}
+        self.weight, self.bias = (None, None) if self.base else (base.weight, base.bias)
         self.lora_a = nn.Parameter(torch.empty(config.rank, base.in_features, **place))
         # B 从零开始：第 0 步与原模型完全相同
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, config.rank, **place))
@@ -32,22 +35,31 @@ class LoRALinear(nn.Linear):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plain = self.base(x) if self.base else super().forward(x)
         # 先降到 rank 维再升回来，不必造出 B A 这个大矩阵
-        return super().forward(x) + self.scale * F.linear(F.linear(self.dropout(x), self.lora_a), self.lora_b)
+        return plain + self.scale * F.linear(F.linear(self.dropout(x), self.lora_a), self.lora_b)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """A plain linear with the update added to its weight."""
-        plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         # 合并在 fp32 里算：半精度的权重加小增量会丢位
         update = self.scale * (self.lora_b.float() @ self.lora_a.float())
-        plain.weight = nn.Parameter((self.weight.float() + update).to(self.weight.dtype))
-        plain.bias = self.bias
-        return plain
+        frozen = self.base.dense(torch.float32) if self.base else self.weight.float()
+        return plain_linear((frozen + update).to(self.lora_a.dtype), self.base.bias if self.base else self.bias)
 
 
-def add_adapters(model: nn.Module, config: FinetuneConfig) -> None:
-    """Freeze the model and put adapters beside those linears of its blocks that config.linears names."""
+def plain_linear(weight: torch.Tensor, bias: nn.Parameter | None) -> nn.Linear:
+    """A linear of this weight and bias."""
+    plain = nn.Linear(weight.size(1), weight.size(0), bias=bias is not None, device="meta")
+    plain.weight, plain.bias = nn.Parameter(weight), bias
+    return plain
+
+
+def add_adapters(model: nn.Module, config: FinetuneConfig, *, empty: bool = False) -> None:
+    """Freeze the model and put adapters beside those linears of its blocks that config.linears names.
+
+    `empty`: the weights of all will be loaded, those that the model holds do not matter.
+    """
     inside = {name: m for name, m in model.h.named_modules() if isinstance(m, nn.Linear)}
     have = sorted({name.rpartition(".")[2] for name in inside})
     if not config.linears or set(config.linears) - set(have):
@@ -57,6 +69,11 @@ def add_adapters(model: nn.Module, config: FinetuneConfig) -> None:
         )
     model.requires_grad_(False)
     for name, linear in inside.items():
+        if config.frozen_weights == "nf4":
+            linear = NF4Linear(linear, empty=empty)
+            # 一个接一个：原来的马上放掉，内存不必同时有两份
+            replace_module(model.h, name, linear)
+            inside[name] = None
         if name.rpartition(".")[2] in config.linears:
             replace_module(model.h, name, LoRALinear(linear, config))
 
@@ -66,6 +83,8 @@ def merge(model: nn.Module) -> nn.Module:
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear):
             replace_module(model, name, module.merged())
+        elif isinstance(module, NF4Linear) and not name.endswith(".base"):
+            replace_module(model, name, plain_linear(module.dense(module.dtype), module.bias))
     return model.requires_grad_(True)
 
 
