@@ -10,10 +10,15 @@ storage from its first sight to its finalisation. No values exist, so nothing ma
 # 没有值可读：模型的步若依赖数值就追踪不了，这时给一句话，而不是崩溃
 
 import contextlib
+import functools
 import gc
+import importlib.util
+import sys
+import types
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -121,9 +126,9 @@ class Trace:
 def trace(cfg: TrainConfig, shape: Shape) -> Trace:
     """Trace set-up, two steps, an evaluation and a sample of cfg, whose batch_size and vocabulary are known."""
     try:
-        # 追踪中收走循环引用会改变释放的时刻：结果要每次相同
-        with _no_collector(), torch.random.fork_rng(devices=[]), fake_tensors() as mode:
-            return _Run(cfg, shape, mode).all()
+        with contextlib.suppress(_CompilerNeededError), without_compiler():
+            return _traced(cfg, shape)
+        return _traced(cfg, shape)
     except ConfigError:
         raise
     except Exception as error:
@@ -134,6 +139,67 @@ def trace(cfg: TrainConfig, shape: Shape) -> Trace:
             "a small batch_size instead",
             target=cfg.model._target_, reason=reason[:200],
         ) from error
+
+
+def _traced(cfg: TrainConfig, shape: Shape) -> Trace:
+    # 追踪中收走循环引用会改变释放的时刻：结果要每次相同
+    with _no_collector(), torch.random.fork_rng(devices=[]), fake_tensors() as mode:
+        return _Run(cfg, shape, mode).all()
+
+
+class _CompilerNeededError(Exception):
+    """A trace that needs more of torch._dynamo than its switches."""
+
+    # 少见；那就真的导入它，从头追踪一遍
+
+
+class _Stand(types.ModuleType):
+    """What stands for torch._dynamo while nothing is compiled: its switches, and disable()."""
+
+    # FakeTensorMode 只读 torch._dynamo.config 里的几个开关，却因此导入整个编译器：一次规划的五分之一
+
+    def __init__(self, package: str):
+        super().__init__(package)
+        spec = importlib.util.find_spec(package)
+        file = Path(spec.submodule_search_locations[0]) / "config.py"
+        own = importlib.util.spec_from_file_location(f"{package}.config", file)
+        # 它在 sys.modules 里找自己
+        self.config = sys.modules[own.name] = importlib.util.module_from_spec(own)
+        own.loader.exec_module(self.config)
+
+    def disable(self, fn, *args, **options):
+        """torch._dynamo.disable of a compiler that is not there."""
+        # torch 记住了 call：编译器来了之后，照它自己的意思
+        real = functools.cache(lambda: torch._dynamo.disable(fn, *args, **options))
+
+        def call(*given, **named):
+            return (fn if sys.modules.get(self.__name__) is self else real())(*given, **named)
+
+        return call
+
+
+_stands: list[_Stand | None] = []
+
+
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """Trace without importing torch._dynamo, unless it is imported already; _CompilerNeededError where that fails."""
+    name = "torch._dynamo"
+    if name in sys.modules or None in _stands:
+        yield
+        return
+    stand = _stands[0] if _stands else _Stand(name)
+    _stands[:] = [stand]
+    sys.modules[name], sys.modules[f"{name}.config"], torch._dynamo = stand, stand.config, stand
+    try:
+        yield
+    except (ImportError, AttributeError) as error:
+        if name not in f"{error}":
+            raise
+        _stands[:] = [None]
+        raise _CompilerNeededError from error
+    finally:
+        del sys.modules[name], sys.modules[f"{name}.config"], torch._dynamo
 
 
 def fake_tensors() -> FakeTensorMode:

@@ -1,17 +1,21 @@
 """The trace says what the real step does: same bytes, same lifetimes, nothing allocated."""
 
 import functools
+import subprocess
+import sys
 
 import psutil
 import pytest
 import torch
 from conftest import TINY, make_config
 
+from nanogpt.base.config import ROOT
 from nanogpt.base.language import ConfigError
 from nanogpt.core import kernels
 from nanogpt.core.memory import lean_optimizers, lowbit
 from nanogpt.core.model import GPT
 from nanogpt.core.precision import Precision
+from nanogpt.plan import trace as tracing
 from nanogpt.plan.plan import Estimate
 from nanogpt.plan.substitutes import LikeCuda
 from nanogpt.plan.trace import Shape, trace
@@ -214,6 +218,34 @@ def test_a_trace_does_not_depend_on_the_traces_before_it():
     again = trace(lean, Shape(1, 1, 1, "cuda"))
     assert alone.peaks() == again.peaks()
     assert again.weight_bytes < 0.6 * trace(small("precision=bf16"), Shape(1, 1, 1, "cuda")).weight_bytes
+
+
+def test_a_plan_imports_no_compiler():
+    # 一个新的进程：这里的别的测试早已导入了它
+    code = (
+        "import sys; from run_train import main; from nanogpt.base.cli import run_script; sys.argv = ['run_train.py', 'plan=true', 'model=tiny', "
+        "'model.n_layer=1', 'hardware=rtx3060_12gb']; run_script('train', main)\nassert 'torch' in sys.modules and 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+
+
+def test_a_trace_that_needs_the_compiler_begins_again_with_it(monkeypatch):
+    tried = []
+
+    def needs_it(cfg, shape):
+        tried.append(type(sys.modules.get("torch._dynamo")))
+        if len(tried) == 1:
+            raise ImportError("cannot import name 'AttrSource' from 'torch._dynamo.source'")
+        return "traced"
+
+    for name in [name for name in sys.modules if name in ("torch._dynamo", "torch._dynamo.config")]:
+        monkeypatch.delitem(sys.modules, name)
+    # getattr(torch, "_dynamo") 会导入它
+    monkeypatch.setitem(vars(torch), "_dynamo", None)
+    monkeypatch.setattr(tracing, "_stands", [])
+    monkeypatch.setattr(tracing, "_traced", needs_it)
+    assert trace(small(), Shape(1)) == "traced"
+    assert tried == [tracing._Stand, type(None)] and tracing._stands == [None]
 
 
 def test_the_guess_is_close_on_both_sides_of_a_full_chunk_of_logits():
