@@ -142,9 +142,10 @@ class Session:
         # 各机器的路径与设备可以不同；数据与 checkpoint 比的是内容
         settings = leaves(OmegaConf.to_container(OmegaConf.structured(self.cfg)))
         apart = {key: str(value) for key, value in settings.items() if key not in (*PATH_KEYS, "device", "lang")}
-        source = self.source
+        source, software = self.source, versions()
         return {
-            **apart, **versions(), "dataset": self.data.fingerprint,
+            **apart, **{name: software[name] for name in ("torch", "nanogpt", "numpy")},
+            "dataset": self.data.fingerprint,
             "checkpoint": f"{source.name} ({min(source.sha256.values())[:8]})" if source else "-",
         }
 
