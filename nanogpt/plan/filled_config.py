@@ -35,9 +35,10 @@ def filled(cfg: TrainConfig, overrides: list[str] | None = None) -> tuple[TrainC
         model, source = cfg.model, text("model.vocab_size")
     else:
         vocab, separator, source = vocabulary(cfg)
-        # 对话与文章一样多一张“谁看得见谁”的表，还没准备好的也知道
-        marked = cfg.dataset["name"] == "chat"
-        model = replace(cfg.model, vocab_size=vocab, separator=separator, marked=marked)
+        model = replace(cfg.model, vocab_size=vocab, separator=separator)
+    # 对话与文章一样多一张“谁看得见谁”的表，还没准备好的也知道
+    chat = cfg.dataset["name"] == "chat"
+    model = replace(model, separator=None if chat else model.separator, marked=chat)
     return for_the_text(replace(cfg, model=model)), source
 
 

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from conftest import make_sample_config, resumed_trainer, train, wild_model
+from conftest import make_config, make_sample_config, resumed_trainer, train, wild_model
 from typed import typed
 
 from nanogpt.base.language import ConfigError
@@ -14,6 +14,7 @@ from nanogpt.core.sampling import sampler
 from nanogpt.data.chat import question_ids, turn_end, with_template
 from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer, LibraryTokenizer
 from nanogpt.data.tokenizer_files import read_tokenizer, to_library_json
+from nanogpt.plan.filled_config import filled
 from nanogpt.weights.build import build_model, preset
 from nanogpt.weights.huggingface import export, write_family
 from nanogpt.weights.pretrained import Pretrained
@@ -46,7 +47,7 @@ def learned(tmp_path_factory):
         yield folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def answers(learned):
     """The model, opened as run_sample.py opens it."""
     cfg = make_sample_config("out_dir=outputs/run", "chat=true", "temperature=0", "fast=false", "max_new_tokens=6")
@@ -129,6 +130,14 @@ def test_every_end_of_an_answer_is_known_whatever_the_vocabulary_calls_its_end()
     assert request.ids == (97, 257) and request.ends == (257,) == (turn_end(tokenizer),)
     sample = write_sample(wild_model(vocab_size=258, block_size=32, marked=True), tokenizer, "a", 4, sampler=sampler(temperature=1.0), seed=1)
     assert sample.startswith("a\n")
+
+
+def test_a_plan_knows_that_rows_hold_conversations(learned):
+    for more in ([], ["init_from=outputs/run"]):
+        model = filled(make_config(*LEARNING, *more))[0].model
+        assert model.marked and model.separator is None and model.vocab_size == 29
+    (learned / "my.txt").write_text("a", encoding="utf-8")
+    assert not filled(make_config("dataset=text_file", "dataset.path=my.txt", "init_from=outputs/run"))[0].model.marked
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
