@@ -140,7 +140,7 @@ def open_transformers(shape: dict, tensors: dict, name: str, device: str, dtype)
     return generate
 
 
-def open_ours(shape: dict, tensors: dict, name: str, device: str, dtype):
+def open_ours(shape: dict, tensors: dict, name: str, device: str, dtype, activation: str = "gelu"):
     """This project's decode loop."""
     import torch
 
@@ -151,7 +151,7 @@ def open_ours(shape: dict, tensors: dict, name: str, device: str, dtype):
     from nanogpt.write.speed import acceleration
 
     keep_freed_memory()
-    model = build_model(preset("gpt2", activation="gelu", **shape), 0)
+    model = build_model(preset("gpt2", activation=activation, **shape), 0)
     model.load_state_dict(tensors, strict=False)
     if "without numba" in name:
         acceleration.find_spec = lambda package: None
@@ -250,6 +250,14 @@ def read_bandwidth(device: str) -> float:
 
 def int8_loss() -> dict:
     """Validation loss (whole split) of a freshly trained experiment=cpu_speedrun, float32 and int8."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "run_train.py"), "experiment=cpu_speedrun", f"out_dir={folder}/run", "logger=none", "device=cpu"]
+        subprocess.run(command, check=True, cwd=folder, capture_output=True)
+        return losses_of(Path(folder) / "run")
+
+
+def losses_of(run: Path) -> dict:
+    """Validation loss (whole split) of the last checkpoint of a run, float32 and int8."""
     import numpy as np
     import torch
     import yaml
@@ -259,25 +267,20 @@ def int8_loss() -> dict:
     from nanogpt.write.loading import load
     from nanogpt.write.speed.acceleration import accelerate
 
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "run_train.py"), "experiment=cpu_speedrun", f"out_dir={folder}/run", "logger=none", "device=cpu"]
-        subprocess.run(command, check=True, cwd=folder, capture_output=True)
-        run = Path(folder) / "run"
-        source = checkpoint.find(run, "last")
-        losses = {}
-        block = yaml.safe_load(source.config_text())["model"]["block_size"]
-        data = TokenData(run / "data")
-        starts = range(0, len(data.tokens["val"]) - block - 1, block)
-        for precision in ("fp32", "int8"):
-            model = accelerate(load(source, torch.device("cpu"))[0], precision, fast=False)
-            with torch.no_grad():
-                total = 0.0
-                for start in starts:
-                    x, y = data.rows("val", np.array([start]), block)
-                    logits = model(x)
-                    total += torch.nn.functional.cross_entropy(logits.view(-1, logits.size(-1)), y.view(-1)).item()
-            losses[precision] = total / len(starts)
-        return {**losses, "difference": losses["int8"] - losses["fp32"]}
+    source, losses = checkpoint.find(run, "last", key="out_dir"), {}
+    block = yaml.safe_load(source.config_text())["model"]["block_size"]
+    data = TokenData(run / "data")
+    starts = range(0, len(data.tokens["val"]) - block - 1, block)
+    for precision in ("fp32", "int8"):
+        model = accelerate(load(source, torch.device("cpu"))[0], precision, fast=False)
+        with torch.no_grad():
+            total = 0.0
+            for start in starts:
+                x, y = data.rows("val", np.array([start]), block)
+                logits = model(x)
+                total += torch.nn.functional.cross_entropy(logits.view(-1, logits.size(-1)), y.view(-1)).item()
+        losses[precision] = total / len(starts)
+    return {**losses, "difference": losses["int8"] - losses["fp32"]}
 
 
 def measure(args) -> Iterator[tuple[str, dict]]:
