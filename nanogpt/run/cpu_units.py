@@ -56,7 +56,7 @@ def reason(precision: PrecisionConfig, model: ModelConfig) -> str | None:
     gain = gain_of_training(model)
     if precision.cpu_bf16 == "all":
         return text(
-            "precision=auto: bf16, {gain:.2f}x as fast as fp32 here; precision=fp32 is exact", gain=gain
+            "precision=auto: bf16, {gain:.2f}x as fast as fp32 here; precision=fp32 keeps to fp32", gain=gain
         )
     return text("precision=auto: fp32; bf16, {gain:.2f}x as fast here, is for Muon's iteration alone", gain=gain)
 
