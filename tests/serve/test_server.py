@@ -28,6 +28,7 @@ from nanogpt.write.loading import Model, Settings
 pytest.importorskip("fastapi", reason="the server needs FastAPI and uvicorn: pip install -e .[serve]")
 
 from nanogpt.serve.server import bind, run
+from nanogpt.serve.worker import Job, TextUpdate
 
 POEM = "春天的花朵，开在山上。\n"
 LIMITS = {"port": 0, "read_seconds": 0.6, "stall_seconds": 0.6, "max_tokens": 200_000}
@@ -560,6 +561,33 @@ def test_a_client_that_reads_too_slowly_is_cut_off(serve):
     # 慢慢读完的人看得到为什么
     assert b'"code": "unread"' in received and b"[DONE]" not in received
     client.close()
+
+
+def test_many_texts_at_once_are_told_in_fewer_events_the_first_and_the_last_at_once():
+    async def told() -> list[str]:
+        job = Job([None], None, lambda job: None, lambda: 60.0)
+        updates = job.updates()
+        job.add(TextUpdate(0, "a", 1))
+        parts = [await anext(updates)]
+        waiting = asyncio.create_task(anext(updates))
+        for letter in "bc":
+            job.add(TextUpdate(0, letter, 2))
+            await asyncio.sleep(0)
+            assert not waiting.done()
+        job.add(TextUpdate(0, "d", 4, object()))
+        parts.append(await asyncio.wait_for(waiting, 10))
+        return ["".join(update.text for update in part) for part in parts]
+
+    async def ended() -> None:
+        job = Job([None], None, lambda job: None, lambda: 60.0)
+        job.add(TextUpdate(0, "a", 1))
+        await anext(updates := job.updates())
+        asyncio.get_running_loop().call_soon(job.fail, ConfigError("api_stopping"))
+        await asyncio.wait_for(anext(updates), 10)
+
+    assert asyncio.run(told()) == ["a", "bcd"]
+    with pytest.raises(ConfigError):
+        asyncio.run(ended())
 
 
 def test_the_queue_is_bounded_and_says_when_to_come_back(serve):
