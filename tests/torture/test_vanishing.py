@@ -65,7 +65,7 @@ def vanishing(victim: int, share: float):
         step = Training.step
 
         def cut_short(trainer):
-            distributed._watch.every_s = 0.1
+            distributed._watch.every_s = 0.4
             if rank == victim and trainer.progress.iteration >= share * trainer.span.iters:
                 trainer.parameters[0].register_hook(lambda _: os.kill(os.getpid(), signal.SIGKILL))
             return step(trainer)
