@@ -174,7 +174,7 @@ def test_the_commands_of_the_readme_are_typed_to_their_end(type_command):
 
 
 def test_the_page_on_conversations_leads_from_a_file_to_an_answer(type_command):
-    assert sum(type_command(script, words) for script, words in commands("docs/chat.md") if "experiment=finetune_gpt2" not in words) == 3
+    assert sum(type_command(script, words) for script, words in commands("docs/chat.md") if "experiment=finetune_qwen" not in words) == 3
 
 
 def test_the_notebook_runs_cell_by_cell_in_both_languages(in_tmp, type_command, capsys):
