@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sampling import SHAPES, losses_of, peak_resident, random_weights, read_bandwidth  # noqa: E402
+from sampling import SHAPES, losses_of, open_ours, peak_resident, random_weights, read_bandwidth  # noqa: E402
 
 SHAPE = SHAPES["gpt2_124m"]
 # 名字 -> (行数, 开头的 token 数, 新 token 数)
@@ -200,38 +200,13 @@ def open_engine(program: str, folder: Path, threads: int):
     """generate of one program."""
     engine, kind = program.split()
     if engine == "ours":
-        return open_own(folder, kind)
+        import torch
+        from safetensors.torch import load_file
+
+        generate = open_ours(SHAPE, load_file(folder / "weights.safetensors"), f"ours {kind}", "cpu", torch.float32, "gelu_tanh")
+        return lambda prompts, n: generate(torch.tensor(prompts), n, True).tolist()
     opener = {"ctranslate2": open_ctranslate2, "openvino": open_openvino, "llama.cpp": open_llama}[engine]
     return opener(folder, kind, threads)
-
-
-def open_own(folder: Path, kind: str):
-    """generate of this project, loaded as a checkpoint is."""
-    import torch
-
-    from nanogpt.core.generate import Decoder
-    from nanogpt.core.machine import keep_freed_memory
-    from nanogpt.core.sampling import sampler
-    from nanogpt.weights.build import build_undrawn, preset
-    from nanogpt.weights.tensors import pieces_of, read_tensors
-    from nanogpt.write.speed.acceleration import accelerate
-    from nanogpt.write.speed.int8 import fill_quantized
-
-    keep_freed_memory()
-    model, file = build_undrawn(preset("gpt2", activation="gelu_tanh", **SHAPE)), folder / "weights.safetensors"
-    if kind == "int8":
-        fill_quantized(model, pieces_of(file))
-    else:
-        model.load_state_dict(read_tensors(file), strict=False)
-    accelerate(model.eval(), kind)
-
-    def generate(prompts, n):
-        decoder = Decoder(model, capacity=len(prompts), max_length=len(prompts[0]) + n)
-        for key, prompt in enumerate(prompts):
-            decoder.add(key, prompt, sampler(temperature=0.0), seed=key)
-        return torch.tensor([decoder.step().tolist() for _ in range(n)]).T.tolist()
-
-    return generate
 
 
 def open_ctranslate2(folder: Path, kind: str, threads: int):

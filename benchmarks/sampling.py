@@ -140,7 +140,7 @@ def open_transformers(shape: dict, tensors: dict, name: str, device: str, dtype)
     return generate
 
 
-def open_ours(shape: dict, tensors: dict, name: str, device: str, dtype):
+def open_ours(shape: dict, tensors: dict, name: str, device: str, dtype, activation: str = "gelu"):
     """This project's decode loop."""
     import torch
 
@@ -151,7 +151,7 @@ def open_ours(shape: dict, tensors: dict, name: str, device: str, dtype):
     from nanogpt.write.speed import acceleration
 
     keep_freed_memory()
-    model = build_model(preset("gpt2", activation="gelu", **shape), 0)
+    model = build_model(preset("gpt2", activation=activation, **shape), 0)
     model.load_state_dict(tensors, strict=False)
     if "without numba" in name:
         acceleration.find_spec = lambda package: None

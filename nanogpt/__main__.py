@@ -15,7 +15,10 @@ from nanogpt.base.language import language_from_arguments, set_language, show, t
 
 SCRIPTS = ("train", "sample")
 # 管理已有训练的命令：只在用到时导入
-COMMANDS = {"runs": "nanogpt.run.folders", "compare": "nanogpt.sweep.compare", "clean": "nanogpt.run.cleaning"}
+COMMANDS = {
+    "runs": "nanogpt.run.folders", "compare": "nanogpt.sweep.compare", "clean": "nanogpt.run.cleaning",
+    "export": "nanogpt.weights.export",
+}
 
 
 def main() -> None:
@@ -57,6 +60,7 @@ def _explain(program: str) -> None:
         "train model=small …": text("train; the settings are in conf/train.yaml"),
         "sample start=…": text("write with a trained model; conf/sample.yaml"),
         "prepare NAME …": text("prepare a data set: data/NAME/prepare.py"),
+        "export RUN FOLDER …": text("take a model to transformers, llama.cpp, Ollama"),
         "runs": text("list the trainings in outputs/"),
         "compare A B …": text("what differs between trainings, and their curves"),
         "clean": text("free disk space, after showing what would go"),

@@ -343,6 +343,11 @@ NAMED = {
         "These trainings were evaluated on different data or in different windows: their losses cannot be compared."
     ),
     "which_runs": "run folders, or folders of them",
+    "export_about": "Write a trained model for transformers (hf), llama.cpp and Ollama (gguf) or CTranslate2 (ct2).",
+    "export_keys": (
+        "format=hf|gguf|ct2 (hf) and type=f32|f16|bf16|q8_0|int8 say what is written; model=NAME names a model class "
+        "of your own, as for training: its code is run only then."
+    ),
     "clean_about": (
         "Free disk space: old checkpoints (the last and the best of every run stay), runs that never saved one, failed "
         "trials of sweeps. Nothing is deleted before you agree."

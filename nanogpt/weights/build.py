@@ -168,11 +168,10 @@ def build_step(cfg: TrainConfig, model, precision):
     return step
 
 
-def model_of(source, named: str | None = None, fill: Callable | None = None):
+def model_of(source, named: str | None = None):
     """The model of a checkpoint.Checkpoint on the CPU, LoRA adapters merged into plain weights.
 
-    A user's own class is run only if it was `named` on the command line. `fill` (model, source.pieces()) loads a model
-    of ours piece by piece in a form of its own.
+    A user's own class is run only if it was `named` on the command line.
     """
     from nanogpt.core.memory.lora import add_adapters, merge
 
@@ -191,9 +190,6 @@ def model_of(source, named: str | None = None, fill: Callable | None = None):
         raise source.damaged(f"config.yaml: {reason_of(error)}") from None
     check_weights(source, config, finetune)
     model = build_undrawn(config)
-    if fill and finetune.method != "lora" and config._target_ == ModelConfig._target_:
-        fill(model, source.pieces())
-        return model
     if finetune.method == "lora":
         add_adapters(model, finetune, empty=True)
     source.load_model(model)

@@ -16,7 +16,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from nanogpt.base.hashed_json import DamagedError, read_sealed, reason_of, write
 from nanogpt.base.language import ConfigError, text
 from nanogpt.base.quoting import typed_override
 from nanogpt.weights.foreign_files import load_plain
-from nanogpt.weights.tensors import UNREADABLE, flatten, pieces_of, read_tensors, restore, shapes_in, write_tensors
+from nanogpt.weights.tensors import UNREADABLE, flatten, read_tensors, restore, shapes_in, write_tensors
 
 # 1：优化器等在 state.pt 里，只以 weights_only 读；manifest 没有自己的摘要，也没有训练的编号
 # 到 2 为止，状态里没有样本的次序；到 3 为止，张量总是存全部的行
@@ -135,13 +135,6 @@ class Checkpoint:
         shared = {name for name, p in own.items() if p.data_ptr() in loaded}
         if others := (set(missing) - shared) | set(unexpected):
             raise self.damaged(f"model.safetensors: other parameters: {sorted(others)[:3]}")
-
-    def pieces(self) -> Iterator[tuple[str, int, torch.Tensor]]:
-        """(name, first row, rows) of all weights, some MiB at a time."""
-        try:
-            yield from pieces_of(self.folder / "model.safetensors")
-        except UNREADABLE as error:
-            raise self.damaged(f"model.safetensors: {reason_of(error)}") from None
 
     def refuse_without_state(self) -> None:
         """ConfigError where its optimizer state was removed."""

@@ -1,20 +1,17 @@
-"""Exports a run as a Hugging Face folder: `python -m nanogpt.huggingface export OUT_DIR TARGET`.
+"""Writes a model as a folder for transformers.
 
 The architectures of GPT-2, Llama and Qwen become the plain models of transformers; any other brings its own modeling
 file along, and a user's own model class (named with model=…) also the module that defines it.
 """
 
-# 导出：把训练好的模型写成 transformers 载得进的文件夹（python -m nanogpt.huggingface export）
+# 写成 transformers 载得进的文件夹，是 nanogpt export 的 format=hf；命令在 export.py
 # 架构恰是 GPT-2、Llama、Qwen 的写成 transformers 自己的模型；别的带上 modeling_nanogpt.py
 # 自己的类带上自己的模块与 modeling_own.py
 # 词表也写成 tokenizers 库的格式，id 相同；读别人的文件夹在 pretrained.py
 # 写出来的要与我们自己算的一致：改 core 里的公式时，三种写法都要跟着改
 
-import argparse
-import contextlib
 import inspect
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib import import_module
@@ -23,73 +20,28 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from nanogpt.base import run_names
 from nanogpt.base.config import ModelConfig, trusted_targets
-from nanogpt.base.errors import Arguments, forgive_output, one_line_each
-from nanogpt.base.files import folder_aside, write_json, write_text
-from nanogpt.base.groups import sample_config
-from nanogpt.base.language import ConfigError, say, set_language, text
-from nanogpt.base.value_checks import check_path
+from nanogpt.base.files import write_json, write_text
+from nanogpt.base.language import ConfigError, text
 from nanogpt.data.tokenizer import begin_of, ends_of
 from nanogpt.data.tokenizer_files import END_WORDS, to_library_json
-from nanogpt.weights import checkpoint, families, peft
-from nanogpt.weights.pretrained import ACTIVATIONS, TRANSPOSED, Pretrained, build_pretrained, open_pretrained
+from nanogpt.weights import families
+from nanogpt.weights.pretrained import ACTIVATIONS, OWN_FIELDS, OWN_KIND, TRANSPOSED, Pretrained, build_pretrained
 from nanogpt.weights.tensors import first_not_finite
 
-__all__ = ["Pretrained", "build_pretrained", "export", "open_pretrained"]
-
-# 自己的模型类要指名才执行
-NAMING = ("model=", "model._target_=")
-EPILOG = "A model class of your own is named behind these with model=NAME, as for training; its code is run only then."
 # 自带代码的文件夹里的模块名；transformers 按它动态导入
 MODULE, OWN_MODULE = "modeling_nanogpt", "modeling_own"
 
 
-def export(named: str, target: Path, which: str | None = None, *, code: str | None = None) -> Pretrained:
-    """Write the model that `named` means, usually a run folder, as a folder for transformers; return what was written.
-
-    `code` is the model class that was typed; no other class that a checkpoint names is run.
-    """
-    refuse_used(target)
-    pretrained = open_pretrained(named, key="OUT_DIR", which=which, code=code)
-    write = writer_of(pretrained.config)
-    with new_folder(target) as aside:
-        write(aside, pretrained)
-        write_tokenizer(aside, pretrained)
-    return pretrained
+def write_folder(folder: Path, pretrained: Pretrained) -> None:
+    """Write everything that transformers reads."""
+    writer_of(pretrained.config)(folder, pretrained)
+    write_tokenizer(folder, pretrained)
 
 
-def export_adapter(named: str, target: Path, which: str | None = None) -> str:
-    """Write the adapter of a run trained with finetune=lora as a folder for PEFT; return the name of its base."""
-    refuse_used(target)
-    run_dir, which = run_names.locate(named, key="OUT_DIR"), run_names.checkpoint_in(named, which, "best")
-
-    def written(source: checkpoint.Checkpoint) -> str:
-        with new_folder(target) as aside:
-            return peft.write_adapter(source, aside)
-
-    return checkpoint.use(run_dir, which, written, key="OUT_DIR")
-
-
-def refuse_used(target: Path) -> None:
-    """Refuse a target that holds something, before anything is read."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError("TARGET={target} already holds something; choose an empty or new folder", target=target)
-
-
-@contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder beside the target that becomes it; ConfigError where it cannot be written."""
-    try:
-        if target.is_dir():
-            target.rmdir()
-        with folder_aside(target) as aside:
-            yield aside
-    except OSError as error:
-        raise ConfigError(
-            "TARGET={target} cannot be written ({reason}); choose another folder",
-            target=target, reason=error.strerror or error,
-        ) from None
+def is_plain(config: ModelConfig) -> bool:
+    """Whether transformers has this model itself, so that no code goes along."""
+    return writer_of(config) in (write_gpt2, write_family)
 
 
 def writer_of(config: ModelConfig) -> Callable[[Path, Pretrained], None]:
@@ -175,16 +127,11 @@ def write_family(folder: Path, pretrained: Pretrained) -> None:
 def write_custom(folder: Path, pretrained: Pretrained) -> None:
     """Write a folder whose modeling file holds the architecture; it does not need this package."""
     config, end = pretrained.config, pretrained.tokenizer.end_of_text
-    fields = (
-        "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "mlp_ratio", "bias", "position", "norm",
-        "activation", "qk_norm", "embed_norm", "tie_embeddings", "logit_softcap", "rope_base", "ngrams",
-        "ngram_buckets",
-    )
     write_json(folder / "config.json", {
-        "architectures": ["NanoGPTForCausalLM"], "model_type": "nanogpt", "dtype": "float32",
+        "architectures": ["NanoGPTForCausalLM"], "model_type": OWN_KIND, "dtype": "float32",
         "bos_token_id": end, "eos_token_id": end,
         "auto_map": {"AutoConfig": f"{MODULE}.NanoGPTConfig", "AutoModelForCausalLM": f"{MODULE}.NanoGPTForCausalLM"},
-        **{field: getattr(config, field) for field in fields}, **about_documents(pretrained),
+        **{field: getattr(config, field) for field in OWN_FIELDS}, **about_documents(pretrained),
     })
     shutil.copyfile(Path(__file__).with_name(f"{MODULE}.py"), folder / f"{MODULE}.py")
     write_tensors(folder, pretrained.tensors)
@@ -253,45 +200,3 @@ def write_tokenizer(folder: Path, pretrained: Pretrained) -> None:
         **({"bos_token": begin, "eos_token": end} if end else {}),
         **({"chat_template": chat["template"]} if chat else {}),
     })
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command line: export OUT_DIR TARGET [model=…] [--checkpoint best|last|iter_…]; exit code 2 on a mistake."""
-    forgive_output()
-    set_language("auto")
-    with one_line_each():
-        arguments = sys.argv[1:] if arguments is None else arguments
-        named = [word for word in arguments if word.startswith(NAMING)]
-        typed = parser().parse_args([word for word in arguments if word not in named])
-        set_language(typed.lang)
-        paths = {"OUT_DIR": typed.out_dir, "TARGET": str(typed.target), "--checkpoint": typed.checkpoint or "best"}
-        for key, value in paths.items():
-            check_path(key, value)
-        if typed.adapter:
-            base = export_adapter(typed.out_dir, typed.target, typed.checkpoint)
-            say("written: {target}, an adapter in PEFT's format beside {base}", target=typed.target, base=base)
-            return
-        code = sample_config(named).model["_target_"] if named else None
-        pretrained = export(typed.out_dir, typed.target, typed.checkpoint, code=code)
-    plain = writer_of(pretrained.config) in (write_gpt2, write_family)
-    trust = "" if plain else ", trust_remote_code=True"
-    say(
-        "written: {target}; load it with {command}",
-        target=typed.target, command=f"transformers.AutoModelForCausalLM.from_pretrained({str(typed.target)!r}{trust})",
-    )
-
-
-def parser() -> argparse.ArgumentParser:
-    """The parser of `export` and its options."""
-    top = Arguments(prog="python -m nanogpt.huggingface", description=__doc__.splitlines()[0])
-    commands = top.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("export", help="write a run as a folder that transformers loads", epilog=EPILOG)
-    command.add_argument("out_dir", metavar="OUT_DIR", help="run folder, latest, or anything that init_from takes")
-    command.add_argument("target", metavar="TARGET", type=Path, help="new or empty folder")
-    command.add_argument("--checkpoint", help="best (default), last or iter_…")
-    command.add_argument("--adapter", action="store_true", help="of a run with finetune=lora, its adapter alone (PEFT)")
-    command.add_argument("--config-dir", help="folder with yamls of your own")
-    command.add_argument("--lang", default="auto", choices=("auto", "zh", "en"))
-    return top
-
-

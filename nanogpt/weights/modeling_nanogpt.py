@@ -1,19 +1,19 @@
 """The GPT of this package for transformers, in one file that needs nothing else of nanogpt.
 
-`python -m nanogpt.huggingface export` copies this file beside the weights; AutoModelForCausalLM loads it with
-trust_remote_code=True. It keeps no key/value cache: every new token reads the whole context again.
+`nanogpt export` copies this file beside the weights; AutoModelForCausalLM loads it with trust_remote_code=True.
 """
 
 # 随导出的权重一起走的模型文件：transformers 以 trust_remote_code 载入它，对方机器上不必装 nanogpt
 # 所以这里把 core/model 与 core/attention 的公式再写一遍，只写前向；改了那边要改这边（测试比 logits）
-# 没有 KV 缓存：每个新 token 重读整个上下文，慢，但短
+# KV 缓存用 transformers 的 DynamicCache；上下文满了之后照旧每个 token 重读最近的 block_size 个
+# n-gram 要看前几个 id，缓存里没有：generate 每一步把它们另外送来，自己写循环时由上一次 forward 记在缓存上
 # 左侧可以有填充：位置从第一个真的 token 数起，n-gram 与注意力都看不见填充
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # 与 nanogpt.core.attention 中的同名常数一致
 RMS_EPS = 1e-6
@@ -31,7 +31,7 @@ class NanoGPTConfig(PretrainedConfig):
     def __init__(
         self, vocab_size=256, block_size=128, n_layer=4, n_head=4, n_embd=256, mlp_ratio=4, bias=False, position="rope",
         norm="rmsnorm", activation="relu2", qk_norm=True, embed_norm=True, tie_embeddings=False, logit_softcap=15.0,
-        rope_base=10000.0, ngrams=(), ngram_buckets=16384, **others,
+        rope_base=10000.0, ngrams=(), ngram_buckets=16384, use_cache=True, **others,
     ):
         self.vocab_size, self.block_size, self.n_layer, self.n_head = vocab_size, block_size, n_layer, n_head
         self.n_embd, self.mlp_ratio, self.bias, self.position, self.norm = n_embd, mlp_ratio, bias, position, norm
@@ -40,8 +40,9 @@ class NanoGPTConfig(PretrainedConfig):
         self.ngrams, self.ngram_buckets = list(ngrams), ngram_buckets
         # transformers 的通用代码用这几个名字
         self.max_position_embeddings, self.num_hidden_layers, self.hidden_size = block_size, n_layer, n_embd
-        others = {**others, "use_cache": False, "tie_word_embeddings": False}
-        super().__init__(**others)
+        super().__init__(**{**others, "tie_word_embeddings": False})
+        # 新旧版本的基类对它各有各的处理：自己定
+        self.use_cache = use_cache
 
 
 def rms_norm(x):
@@ -49,12 +50,12 @@ def rms_norm(x):
     return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
 
 
-def rotate(x, base):
-    """Rotary position embedding of x (B, T, nh, hs); the pairs are (i, i + hs/2)."""
+def rotate(x, base, past):
+    """Rotary position embedding of x (B, T, nh, hs) behind `past` positions; the pairs are (i, i + hs/2)."""
     T, half = x.size(1), x.size(-1) // 2
     # 每次现算：放进 buffer 的话，transformers 在 meta 设备上造模型时会丢掉它
     frequency = base ** -(torch.arange(0, 2 * half, 2, dtype=torch.float32, device=x.device) / (2 * half))
-    angle = torch.outer(torch.arange(T, dtype=torch.float32, device=x.device), frequency)[:, None]
+    angle = torch.outer(torch.arange(past, past + T, dtype=torch.float32, device=x.device), frequency)[:, None]
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -79,26 +80,29 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention over x (B, T, C); visible (B, 1, T, T) is true where a key may be read."""
+    """Causal self-attention over x (B, T, C) and what the cache holds; visible (B, 1, T, L) are the keys to read."""
 
     # 遮罩由外面算好：因果与填充合在一张表里，各层共用
 
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
-        self.config = config
+        self.config, self.layer = config, layer
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x, visible):
+    def forward(self, x, visible, cache):
         B, T, C = x.shape
         head_size = C // self.config.n_head
         q, k, v = self.c_attn(x).view(B, T, 3, self.config.n_head, head_size).unbind(2)
         if self.config.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
         if self.config.position == "rope":
-            q, k = rotate(q, self.config.rope_base), rotate(k, self.config.rope_base)
+            q, k = (rotate(part, self.config.rope_base, visible.size(-1) - T) for part in (q, k))
         scale = QK_NORM_MAX_LOGIT / head_size if self.config.qk_norm else head_size**-0.5
-        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=visible, scale=scale)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -126,12 +130,12 @@ class Block(nn.Module):
 
     # 名字与 core 的 Block 相同：transformers 分卡时凭它不把一个 block 拆开
 
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
-        self.ln_1, self.attn, self.ln_2, self.mlp = Norm(config), Attention(config), Norm(config), MLP(config)
+        self.ln_1, self.attn, self.ln_2, self.mlp = Norm(config), Attention(config, layer), Norm(config), MLP(config)
 
-    def forward(self, x, visible):
-        x = x + self.attn(self.ln_1(x), visible)
+    def forward(self, x, visible, cache):
+        x = x + self.attn(self.ln_1(x), visible, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -147,13 +151,13 @@ class NgramEmbedding(nn.Module):
         self.multiplier = config.vocab_size + 1 if distinct <= config.ngram_buckets else 1000003
         self.table = nn.Embedding(min(distinct, config.ngram_buckets), config.n_embd)
 
-    def forward(self, idx, mask):
-        T = idx.size(1)
-        # id 整体加 1，序列开头之前与左侧填充都是 0
-        padded = F.pad((idx + 1) * mask, (self.n - 1, 0))
-        key = padded[:, self.n - 1 :]
+    def forward(self, numbers, T):
+        """(B, T, C) for the last T of numbers (B, L): ids plus 1, and 0 for padding and before the beginning."""
+        padded = F.pad(numbers, (self.n - 1, 0))
+        first = padded.size(1) - T
+        key = padded[:, first:]
         for back in range(1, self.n):
-            key = key * self.multiplier + padded[:, self.n - 1 - back : self.n - 1 - back + T]
+            key = key * self.multiplier + padded[:, first - back : first - back + T]
         return self.table(key % self.table.num_embeddings)
 
 
@@ -171,8 +175,9 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.ngrams = nn.ModuleList(NgramEmbedding(n, config) for n in config.ngrams)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = Norm(config)
+        self.reach = max(config.ngrams, default=1)
         # 共享时直接用 wte，不劳 transformers 的绑定机制
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
@@ -180,35 +185,57 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self):
         return self.wte
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None, **unused):
+    def forward(
+        self, input_ids=None, attention_mask=None, labels=None, past_key_values=None, use_cache=None, before=None,
+        **unused,
+    ):
         """Logits (B, T, V) and, with labels (B, T), the mean loss of predicting labels[:, t + 1] at t.
 
-        attention_mask (B, T) is 0 at padding, which belongs on the left.
+        attention_mask (B, T), with past_key_values (B, past + T), is 0 at padding, which belongs on the left. `before`
+        (B, n) are the ids in front of input_ids that n-grams need; without it those of the last call with this cache.
         """
-        T = input_ids.size(1)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        (B, T), cache = input_ids.shape, past_key_values
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache) and labels is None:
+            cache = DynamicCache()
+        past = 0 if cache is None else cache.get_seq_length()
+        mask = input_ids.new_ones(B, past + T) if attention_mask is None else attention_mask.long()
         # 每个位置至少看得见自己：整行被遮的填充位置会算出 NaN
-        visible = torch.ones(T, T, dtype=torch.bool, device=input_ids.device).tril() & mask.bool()[:, None, None]
-        visible = visible | torch.eye(T, dtype=torch.bool, device=input_ids.device)
+        own = torch.ones(T, past + T, dtype=torch.bool, device=input_ids.device)
+        visible = own.tril(past) & (mask.bool()[:, None, None] | ~own.tril(past - 1))
         x = self.wte(input_ids)
         if self.wpe is not None:
-            x = x + self.wpe((mask.cumsum(1) - 1).clamp(min=0))
+            x = x + self.wpe((mask.cumsum(1) - 1).clamp(min=0)[:, past:])
+        if past and before is None:
+            before = getattr(cache, "newest_ids", input_ids[:, :0])
+        ids = torch.cat((before, input_ids), dim=1) if past else input_ids
         for ngram in self.ngrams:
-            x = x + ngram(input_ids, mask)
+            x = x + ngram((ids + 1) * mask[:, -ids.size(1) :], T)
+        if cache is not None:
+            cache.newest_ids = ids[:, -self.reach :]
         if self.config.embed_norm:
             x = rms_norm(x)
         for block in self.h:
-            x = block(x, visible)
+            x = block(x, visible, cache)
         logits = F.linear(self.ln_f(x), self.wte.weight if self.lm_head is None else self.lm_head.weight)
         if self.config.logit_softcap:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutput(loss=loss, logits=logits)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **unused):
-        """Pass on the newest block_size tokens; older ones are forgotten."""
-        newest = slice(-self.config.block_size, None)
+    def prepare_inputs_for_generation(
+        self, input_ids, attention_mask=None, past_key_values=None, use_cache=None, **unused,
+    ):
+        """Pass on what the cache does not hold; beyond block_size the newest ids, older ones are forgotten."""
+        newest, past = slice(-self.config.block_size, None), 0
+        if input_ids.size(1) > self.config.block_size:
+            # 位置都变了：缓存里的不能用
+            past_key_values, use_cache = None, False
+        elif past_key_values is not None:
+            past = past_key_values.get_seq_length()
         mask = None if attention_mask is None else attention_mask[:, newest]
-        return {"input_ids": input_ids[:, newest], "attention_mask": mask}
+        return {
+            "input_ids": input_ids[:, newest][:, past:], "attention_mask": mask, "past_key_values": past_key_values,
+            "use_cache": use_cache, "before": input_ids[:, max(0, past - self.reach) : past],
+        }

@@ -1,6 +1,6 @@
 """Wraps a user's own model class for transformers; needs the nanogpt package, on which the class is built.
 
-`python -m nanogpt.huggingface export` copies this file beside the weights, with the class in place of GPT. It keeps no
+`nanogpt export` copies this file beside the weights, with the class in place of GPT. It keeps no
 key/value cache: every new token reads the whole context again.
 """
 

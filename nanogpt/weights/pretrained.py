@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from nanogpt.base import run_names
-from nanogpt.base.config import FinetuneConfig, ModelConfig
+from nanogpt.base.config import FinetuneConfig, ModelConfig, check_keys, check_model
+from nanogpt.base.hashed_json import reason_of
 from nanogpt.base.language import ConfigError, text
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.labels import LABEL_KINDS, with_labels
 from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.data.tokenizer_files import read_tokenizer
 from nanogpt.weights import checkpoint, families, hub, nanogpt_checkpoint, peft
-from nanogpt.weights.build import build_model, build_undrawn, model_of, preset, weight_shapes
+from nanogpt.weights.build import build_model, build_undrawn, model_of, preset, typed_node, weight_shapes
 from nanogpt.weights.foreign_files import read_json, read_weights
 from nanogpt.weights.tensors import first_not_finite, floating
 
@@ -36,6 +37,12 @@ REQUIRED = {
 }
 # Hugging Face 的 Conv1D 存的是转置
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# 带着 modeling_nanogpt.py 的文件夹（export 写的）的 config.json 里，属于模型的字段
+OWN_KIND = "nanogpt"
+OWN_FIELDS = (
+    "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "mlp_ratio", "bias", "position", "norm", "activation",
+    "qk_norm", "embed_norm", "tie_embeddings", "logit_softcap", "rope_base", "ngrams", "ngram_buckets",
+)
 # 旧文件里的因果掩码不是参数
 MASKS = (".attn.bias", ".attn.masked_bias")
 
@@ -152,15 +159,16 @@ def check_vocabulary(pretrained: Pretrained, other: Tokenizer, named: str) -> No
 def read_folder(folder: Path, name: str | None = None, adapter: Path | None = None) -> Pretrained:
     """Config, weights and tokenizer of a folder with config.json, the `adapter` of another folder merged in."""
     config = read_config(folder / "config.json", name or folder.resolve().name)
-    found, tensors = read_weights(folder), {}
+    found, tensors, kind = read_weights(folder), {}, read_json(folder / "config.json").get("model_type")
+    turned = () if config.norm_gain or kind == OWN_KIND else TRANSPOSED
     if adapter:
-        found = peft.merged_into(adapter, found, () if config.norm_gain else TRANSPOSED)
+        found = peft.merged_into(adapter, found, turned)
     if config.norm_gain:
         tensors, found = families.own_tensors(folder, found), {}
     for hf_name, tensor in found.items():
         own = hf_name.removeprefix("transformer.")
         if not own.endswith(MASKS):
-            tensors[own] = tensor.t() if own.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
+            tensors[own] = tensor.t() if own.endswith(turned) and tensor.dim() == 2 else tensor
     about = adapter / peft.DOCUMENTS if adapter and (adapter / peft.DOCUMENTS).is_file() else folder / "config.json"
     config, tokenizer = with_documents(about, config, read_tokenizer(folder, config.vocab_size))
     return checked(folder, config, tensors, tokenizer)
@@ -172,8 +180,10 @@ def read_config(path: Path, name: str) -> ModelConfig:
     kind = given.get("model_type", "gpt2")
     if kind in families.FAMILIES:
         return families.read_family(path, given, name)
+    if kind == OWN_KIND:
+        return read_own(path, given, name)
     if kind != "gpt2":
-        raise families.unsupported(path, "model_type", kind, " | ".join(("gpt2", *families.FAMILIES)))
+        raise families.unsupported(path, "model_type", kind, " | ".join(("gpt2", *families.FAMILIES, OWN_KIND)))
     for field, want in REQUIRED.items():
         if field in given and given[field] != want:
             raise ConfigError("pretrained_unsupported", file=path, field=field, got=given[field], want=want)
@@ -198,6 +208,21 @@ def read_config(path: Path, name: str) -> ModelConfig:
         activation=ACTIVATIONS[activation],
         tie_embeddings=bool(given.get("tie_word_embeddings", True)),
     )
+
+
+def read_own(path: Path, given: dict, name: str) -> ModelConfig:
+    """The ModelConfig of a folder that brings modeling_nanogpt.py along, which is not run."""
+    try:
+        own = {field: given[field] for field in OWN_FIELDS}
+        config = typed_node(ModelConfig, {"name": name, "dropout": 0.0, **own})
+        check_keys(config)
+        check_model(config)
+    except ConfigError:
+        raise
+    except Exception as error:
+        # 文件来自陌生人：缺字段、类型不对，OmegaConf 各有各的异常
+        raise ConfigError("pretrained_damaged", file=path, reason=reason_of(error)) from None
+    return config
 
 
 def with_documents(path: Path, config: ModelConfig, tokenizer: Tokenizer) -> tuple[ModelConfig, Tokenizer]:

@@ -130,24 +130,6 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return read
 
 
-def pieces_of(path: Path) -> Iterator[tuple[str, int, torch.Tensor]]:
-    """(name, first row, rows) of all tensors of a safetensors file, a MiB at a time; raises one of UNREADABLE."""
-    with safe_open(path, framework="pt") as file:
-        filled = _whole_rows(file)
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-    for name, shape in shapes.items():
-        if name in filled:
-            with safe_open(path, framework="pt") as file:
-                yield name, 0, _with_zeros(file.get_tensor(name), file.get_tensor(name + FILLED), filled[name])
-        elif name.removesuffix(FILLED) not in filled:
-            step = max(1, PIECE // 64 // max(1, math.prod(shape[1:])))
-            for start in range(0, shape[0], step):
-                # 每块重新打开：映射着的文件，读过的页都算在这个进程的内存里
-                with safe_open(path, framework="pt") as file:
-                    rows = file.get_slice(name)[start : start + step].clone()
-                yield name, start, rows
-
-
 def _with_zeros(stored: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
     """The matrix of `count` rows of which only `rows` were stored."""
     numbers = rows.long()

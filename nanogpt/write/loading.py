@@ -32,7 +32,6 @@ from nanogpt.write.control import build_control, read_form, takes_forms
 from nanogpt.write.engine import Writer
 from nanogpt.write.request import Request, default_prompt
 from nanogpt.write.speed.acceleration import HALF, accelerate
-from nanogpt.write.speed.int8 import fill_quantized
 
 # 再大就不是开头，而是一份语料：不整个读进内存
 LARGEST_PROMPTS = 64 * 2**20
@@ -147,13 +146,9 @@ class Model:
         return writer
 
 
-def load(source: checkpoint.Checkpoint, device: torch.device, code: str | None = None, *, int8: bool = False):
-    """The model of a checkpoint in evaluation mode, and its tokenizer; `code` is the model class that was typed.
-
-    With `int8` a model of ours on a CPU never lies in memory in float32.
-    """
-    fill = fill_quantized if int8 and device.type == "cpu" else None
-    return model_of(source, code, fill).to(device).eval(), tokenizers.load(source.folder / "tokenizer.json")
+def load(source: checkpoint.Checkpoint, device: torch.device, code: str | None = None):
+    """The model of a checkpoint in evaluation mode, and its tokenizer; `code` is the model class that was typed."""
+    return model_of(source, code).to(device).eval(), tokenizers.load(source.folder / "tokenizer.json")
 
 
 def open_model(cfg: SampleConfig, run_dir: Path | None) -> Model:
@@ -165,7 +160,7 @@ def open_model(cfg: SampleConfig, run_dir: Path | None) -> Model:
         return ready(cfg, cfg.init_from, build_pretrained(pretrained).to(device), pretrained.tokenizer)
 
     def opened(source: checkpoint.Checkpoint):
-        return (source, *load(source, device, cfg.model["_target_"], int8=cfg.precision.dtype == "int8"))
+        return (source, *load(source, device, cfg.model["_target_"]))
 
     source, network, tokenizer = checkpoint.use(run_dir, cfg.checkpoint, opened, key="out_dir")
     return dataclasses.replace(ready(cfg, f"{run_dir}/{source.name}", network, tokenizer), source=source)

@@ -28,7 +28,7 @@ from nanogpt.plan.trace import Shape, trace
 from nanogpt.run.metrics import flops_per_token
 from nanogpt.weights import checkpoint
 from nanogpt.weights.build import model_of
-from nanogpt.weights.huggingface import export
+from nanogpt.weights.export import export
 from nanogpt.weights.pretrained import open_pretrained
 
 NF4 = FinetuneConfig(method="lora", rank=3, frozen_weights="nf4")

@@ -21,7 +21,7 @@ from nanogpt.base.lock import Lock
 from nanogpt.run import cleaning, folders
 from nanogpt.run.saving import largest_bytes, state_of
 from nanogpt.weights import checkpoint
-from nanogpt.weights.huggingface import export
+from nanogpt.weights.export import export
 from nanogpt.weights.tensors import flatten
 
 RUNS = Path(__file__).parents[1] / "runs"

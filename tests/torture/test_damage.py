@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from nanogpt.base.language import ConfigError
 from nanogpt.data.opening import open_data
 from nanogpt.weights import checkpoint
-from nanogpt.weights.huggingface import export
+from nanogpt.weights.export import export
 from nanogpt.weights.pretrained import build_pretrained, open_pretrained
 from nanogpt.write import loading
 

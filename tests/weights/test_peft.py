@@ -16,8 +16,8 @@ from nanogpt.base.language import ConfigError
 from nanogpt.core.memory.lora import add_adapters
 from nanogpt.data.labels import with_labels
 from nanogpt.plan.filled_config import filled
-from nanogpt.weights import huggingface
-from nanogpt.weights.huggingface import export, export_adapter
+from nanogpt.weights import export as exporting
+from nanogpt.weights.export import export, export_adapter
 from nanogpt.weights.pretrained import build_pretrained, open_pretrained
 from nanogpt.write.loading import open_model
 from nanogpt.write.samples import write_samples
@@ -137,7 +137,7 @@ def test_a_run_without_an_adapter_or_without_a_base_for_peft_is_refused_and_noth
     on_a_hub, _ = lora_run(folder, tmp_path / "hub", init_from="modelscope:Qwen/Qwen3-0.6B")
     for run, expected in {plain: "without finetune=lora: it has no adapter", of_a_run: f"its base is init_from={plain}"}.items():
         with pytest.raises(SystemExit) as stopped:
-            huggingface.main(["export", str(run), str(tmp_path / "adapter"), "--adapter", "--checkpoint=last", "--lang=en"])
+            exporting.main([str(run), str(tmp_path / "adapter"), "--adapter", "--checkpoint=last", "--lang=en"])
         assert stopped.value.code == 2 and expected in capsys.readouterr().err and not (tmp_path / "adapter").exists()
-    huggingface.main(["export", str(on_a_hub), str(tmp_path / "adapter"), "--adapter", "--checkpoint=last", "--lang=en"])
+    exporting.main([str(on_a_hub), str(tmp_path / "adapter"), "--adapter", "--checkpoint=last", "--lang=en"])
     assert "an adapter in PEFT's format beside Qwen/Qwen3-0.6B" in "".join(capsys.readouterr())

@@ -38,7 +38,7 @@ from nanogpt.data.tokenizer_files import byte_level_bpe, read_tokenizer
 from nanogpt.plan.filled_config import filled
 from nanogpt.weights import nanogpt_checkpoint
 from nanogpt.weights.build import build_model, parameters_at_least
-from nanogpt.weights.huggingface import export
+from nanogpt.weights.export import export
 from nanogpt.weights.pretrained import build_pretrained, open_pretrained, read_config
 from nanogpt.write.engine import Writer
 from nanogpt.write.loading import open_model

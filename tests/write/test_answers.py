@@ -16,7 +16,8 @@ from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer, LibraryTokenize
 from nanogpt.data.tokenizer_files import read_tokenizer, to_library_json
 from nanogpt.plan.filled_config import filled
 from nanogpt.weights.build import build_model, preset
-from nanogpt.weights.huggingface import export, write_family
+from nanogpt.weights.export import export
+from nanogpt.weights.huggingface import write_family
 from nanogpt.weights.pretrained import Pretrained
 from nanogpt.write import loading
 from nanogpt.write.chat import Chat

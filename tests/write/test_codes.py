@@ -20,7 +20,8 @@ from nanogpt.data.opening import open_data
 from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer
 from nanogpt.serve.completions import Reader, error_body
 from nanogpt.serve.server import announcement
-from nanogpt.weights.huggingface import export, open_pretrained
+from nanogpt.weights.export import export
+from nanogpt.weights.pretrained import open_pretrained
 from nanogpt.write import engine
 from nanogpt.write.commands import InteractiveSession
 from nanogpt.write.control import build_control, prefixes

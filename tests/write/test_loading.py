@@ -6,16 +6,13 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from conftest import make_sample_config
 from typed import ENVIRONMENT, typed
 
 from nanogpt.base.config import ROOT
 from nanogpt.base.language import ConfigError
 from nanogpt.base.sample_config import check_sample
-from nanogpt.weights import checkpoint, tensors
 from nanogpt.write import loading
-from nanogpt.write.speed.acceleration import accelerate
 
 
 def sample(folder, *overrides, expect=0, python_path=None):
@@ -32,17 +29,6 @@ def test_the_command_writes_text_and_only_text(own_run):
     assert re.fullmatch(r"writing with \S+: iter \d+, val loss \d+\.\d{4} \(\d\.\d{3} bpb\), tiny \(\d\.\d\dM( \+ \d\.\d\dM in look-up tables)?\)\n", done.stderr) and one.startswith("the king and") and two.startswith("the king and")
     assert len(one) == len("the king and") + 41 and one != two
     assert done.returncode == 0 and sample(own_run, *arguments).stdout == done.stdout
-
-
-@pytest.mark.parametrize("name", ["modern_muon", "gpt2_adamw_labels", "lora_minimal"])
-def test_int8_weights_are_read_piece_by_piece_and_are_those_of_the_whole_model(name, monkeypatch):
-    source, cpu = checkpoint.find(ROOT / "tests" / "runs" / name, "last", key="out_dir"), torch.device("cpu")
-    whole = accelerate(loading.load(source, cpu)[0], "int8", fast=False).state_dict()
-    monkeypatch.setattr(tensors, "PIECE", 16000)
-    assert name == "lora_minimal" or max(rows.numel() for _, _, rows in source.pieces() if rows.dim() > 1) <= 250
-    pieces = loading.load(source, cpu, int8=True)[0]
-    read = accelerate(pieces, "int8", fast=False).state_dict()
-    assert read.keys() == whole.keys() and all(torch.equal(read[key], whole[key]) for key in whole)
 
 
 def test_characters_that_the_vocabulary_lacks_are_one_line(own_run):

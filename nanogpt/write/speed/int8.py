@@ -11,7 +11,7 @@ to multiply them gives the same bits.
 # 显卡上激活照旧，权重还原成浮点再乘；只用于写作：没有梯度，也不存盘
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -121,21 +121,7 @@ class Int8Embedding(nn.Module):
 
 
 @torch.no_grad()
-def fill_quantized(model: nn.Module, pieces: Iterable[tuple[str, int, torch.Tensor]]) -> None:
-    """Fill a model whose weights hold nothing yet with (name, first row, rows), its matrices in int8 at once."""
-    # 整个 float32 的模型从不同时在内存里：GPT-2 的峰值从几份全量降到 int8 的一份
-    quantize_model(model, lambda w: (torch.empty(w.shape, dtype=torch.int8), torch.empty(len(w))))
-    own = model.state_dict()
-    for name, start, rows in pieces:
-        at = slice(start, start + len(rows))
-        if own[name].dtype == torch.int8:
-            own[name][at], own[name.removesuffix("weight") + "scale"][at] = quantize(rows)
-        else:
-            own[name][at] = rows
-
-
-@torch.no_grad()
-def quantize_model(model: nn.Module, quantize: Callable = quantize) -> None:
+def quantize_model(model: nn.Module) -> None:
     """Replace every nn.Linear and token embedding by its int8 form, in place; tied weights stay tied."""
     done: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for parent in list(model.modules()):
