@@ -161,8 +161,9 @@ def test_a_row_of_activations_that_is_not_finite_is_not_hidden_by_integers():
             assert y[0].isfinite().all() and not y[1].isfinite().any(), way
 
 
-def test_a_way_that_gives_other_bits_is_never_chosen():
+def test_a_way_that_gives_other_bits_or_fails_is_never_chosen():
     ways = {"plain": lambda *a: (time.sleep(1e-3), plain_linear(*a))[1], "wrong": lambda *a: plain_linear(*a) + 1}
+    ways["missing"] = lambda x, weight, *_: torch.mm(x, weight)
     chosen, names = fastest(ways, (8, 64))
     assert set(names.values()) == {"plain"} and set(chosen) == set(names)
 
