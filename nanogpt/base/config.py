@@ -143,16 +143,19 @@ class ModelConfig:
     """Bound of |logit|; 0 switches the cap off."""
     rope_base: float = number(1, HUGE, 10000.0)
     """Base of the rotary frequencies."""
-    rope_scaling: str = choice("none", "linear", "llama3", default="none")
-    """How rotary positions were stretched for a longer context: not, all by rope_factor, or only the slow ones."""
+    rope_scaling: str = choice("none", "linear", "llama3", "yarn", default="none")
+    """How rotary positions were stretched for a longer context: not, all by rope_factor, or only the slow ones (llama3,
+    and yarn, arXiv:2309.00071)."""
     rope_factor: float = number(1, HUGE, 1.0)
     """By how much the context was stretched."""
     rope_low_freq_factor: float = number(0, HUGE, 1.0, open="low")
-    """llama3: frequencies with fewer turns than this in rope_original_length are divided by rope_factor."""
+    """llama3, yarn: frequencies with fewer turns than this in rope_original_length are divided by rope_factor."""
     rope_high_freq_factor: float = number(0, HUGE, 4.0, open="low")
-    """llama3: frequencies with more turns than this in rope_original_length stay as they are."""
+    """llama3, yarn: frequencies with more turns than this in rope_original_length stay as they are."""
     rope_original_length: int = number(1, 10**8, 8192)
-    """llama3: the context before it was stretched."""
+    """llama3, yarn: the context before it was stretched."""
+    rope_attention_factor: float = number(0, HUGE, 1.0, open="low")
+    """yarn: what the rotated queries and keys are multiplied by."""
     ngrams: list[int] | None = None
     """Sizes n of the hashed n-gram embeddings, each 2 … 8, for example [2, 3]; [] has none. None: those of 2 … 5 that
     occur often enough in the text for as many passes as the budget makes."""
@@ -586,7 +589,7 @@ def check_model(model: Any) -> None:
             "model.head_dim={got} is odd, and RoPE turns pairs; choose an even one or model.position=learned",
             got=model.head_dim,
         )
-    if model.rope_scaling == "llama3" and model.rope_low_freq_factor >= model.rope_high_freq_factor:
+    if model.rope_scaling in ("llama3", "yarn") and model.rope_low_freq_factor >= model.rope_high_freq_factor:
         raise ConfigError(
             "out_of_range", key="model.rope_low_freq_factor", got=model.rope_low_freq_factor,
             wanted=f"> 0, < {model.rope_high_freq_factor:g}",

@@ -12,7 +12,8 @@ from nanogpt.base.config import ModelConfig
 def rope_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cos and signed sin, (block_size, 1, 1, head_size) in float32 (RoFormer, arXiv:2104.09864)."""
     angle = torch.outer(torch.arange(config.block_size, dtype=torch.float32), frequencies(config))
-    cos, sin = angle.cos(), angle.sin()
+    # yarn 把注意力放尖一点：不是它时，因子是 1
+    cos, sin = angle.cos() * config.rope_attention_factor, angle.sin() * config.rope_attention_factor
     # 符号写进表里，旋转只需一次交换加一次乘加；中间的 1 与 (B, T, 2, nh, hs) 广播
     return torch.cat((cos, cos), dim=-1)[:, None, None], torch.cat((-sin, sin), dim=-1)[:, None, None]
 
@@ -29,4 +30,14 @@ def frequencies(config: ModelConfig) -> torch.Tensor:
         low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         return frequency * (kept + (1 - kept) / config.rope_factor)
+    if config.rope_scaling == "yarn":
+        # 同样的想法，过渡按维数而不按圈数，两端取整（YaRN, arXiv:2309.00071）
+        def dimension(turns: float) -> float:
+            span = config.rope_original_length / (2 * math.pi * turns)
+            return size * math.log(span) / (2 * math.log(config.rope_base))
+
+        low = max(math.floor(dimension(config.rope_high_freq_factor)), 0)
+        high = min(math.ceil(dimension(config.rope_low_freq_factor)), size - 1)
+        slow = ((torch.arange(size // 2) - low) / max(high - low, 1e-3)).clamp(0, 1)
+        return frequency * (1 - slow + slow / config.rope_factor)
     return frequency

@@ -6,6 +6,7 @@
 # 他们的 q、k、v 与 gate、up 各存各的，我们合成一个矩阵：按行拼起来就是
 # 会改变结果、而我们没有实现的设置一律拒绝，说出文件与字段；config.json 有新旧两种写法（rope_parameters）
 
+import math
 import re
 from pathlib import Path
 
@@ -111,16 +112,27 @@ def rope(path: Path, given: dict) -> dict:
     kind = said.get("rope_type", said.get("type", "default"))
     if kind == "default":
         return {"rope_base": base}
-    if kind not in ("linear", "llama3"):
-        raise unsupported(path, f"{field}.rope_type", kind, "default | linear | llama3")
+    if kind not in ("linear", "llama3", "yarn"):
+        raise unsupported(path, f"{field}.rope_type", kind, "default | linear | llama3 | yarn")
     found = {"rope_base": base, "rope_scaling": kind, "rope_factor": number(path, said, "factor")}
     if kind == "linear":
         return found
-    return {
-        **found, "rope_low_freq_factor": number(path, said, "low_freq_factor"),
-        "rope_high_freq_factor": number(path, said, "high_freq_factor"),
-        "rope_original_length": int(number(path, said, "original_max_position_embeddings")),
-    }
+    if kind == "yarn":
+        for name, plain in (("mscale", None), ("mscale_all_dim", None), ("truncate", True)):
+            if said.get(name, plain) not in (plain, None):
+                raise unsupported(path, f"{field}.{name}", said[name], plain)
+        usual = 0.1 * math.log(max(found["rope_factor"], 1.0)) + 1
+        found |= {
+            "rope_low_freq_factor": number(path, said, "beta_slow", 1.0),
+            "rope_high_freq_factor": number(path, said, "beta_fast", 32.0),
+            "rope_attention_factor": number(path, said, "attention_factor", usual),
+        }
+    else:
+        found |= {
+            "rope_low_freq_factor": number(path, said, "low_freq_factor"),
+            "rope_high_freq_factor": number(path, said, "high_freq_factor"),
+        }
+    return {**found, "rope_original_length": int(number(path, said, "original_max_position_embeddings"))}
 
 
 def number(path: Path, given: dict, field: str, default: float | None = None) -> float:
@@ -184,11 +196,13 @@ def family_json(config: ModelConfig) -> dict:
     """What config.json says of such a model."""
     family = family_of(config)
     scaling = {} if config.rope_scaling == "none" else {"factor": config.rope_factor}
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     if config.rope_scaling == "llama3":
-        scaling |= {
-            "low_freq_factor": config.rope_low_freq_factor, "high_freq_factor": config.rope_high_freq_factor,
-            "original_max_position_embeddings": config.rope_original_length,
-        }
+        scaling |= {"low_freq_factor": low, "high_freq_factor": high}
+    if config.rope_scaling == "yarn":
+        scaling |= {"beta_slow": low, "beta_fast": high, "attention_factor": config.rope_attention_factor}
+    if config.rope_scaling in ("llama3", "yarn"):
+        scaling["original_max_position_embeddings"] = config.rope_original_length
     kind = "default" if config.rope_scaling == "none" else config.rope_scaling
     return {
         "architectures": [f"{family.capitalize()}ForCausalLM"], "model_type": family, "vocab_size": config.vocab_size,

@@ -129,6 +129,10 @@ FAMILIES = {
         **QWEN, "model_type": "qwen3", "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96, "head_dim": 16,
         "tie_word_embeddings": True, "max_position_embeddings": 40960, "attention_bias": False, "rope_scaling": None,
     },
+    "Qwen3 stretched by YaRN": {
+        **QWEN, "model_type": "qwen3", "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96, "head_dim": 16,
+        "tie_word_embeddings": True, "max_position_embeddings": 96, "rope_theta": 100, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24},
+    },
     "MiniMind": {
         **QWEN, "model_type": "qwen3", "hidden_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 320, "head_dim": 12,
         "tie_word_embeddings": True, "max_position_embeddings": 32768,
@@ -171,7 +175,8 @@ def test_llama_and_qwen_give_the_logits_of_transformers_and_go_back_as_they_came
 
 
 @pytest.mark.parametrize(("name", "changes", "expected"), [
-    ("Llama-3.2-1B", {"rope_scaling": {**LLAMA3, "rope_type": "yarn"}}, "rope_scaling.rope_type=yarn is not supported"),
+    ("Llama-3.2-1B", {"rope_scaling": {**LLAMA3, "rope_type": "longrope"}}, "rope_scaling.rope_type=longrope is not supported"),
+    ("Llama-3.2-1B", {"rope_scaling": {**LLAMA3, "rope_type": "yarn", "mscale": 0.7}}, "rope_scaling.mscale=0.7"),
     ("Llama-3.2-1B", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_parameters.rope_type=dynamic"),
     ("Llama-3.2-1B", {"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "low_freq_factor=None"),
     ("SmolLM2-135M", {"attention_bias": True}, "attention_bias=True"), ("SmolLM2-135M", {"hidden_act": "gelu"}, "hidden_act=gelu"),
