@@ -145,5 +145,6 @@ def choose_products(model) -> None:
     chosen, names = fastest(ways, linears[0].weight.shape)
     for linear in linears:
         linear.ways = chosen
-    named = ", ".join(f"{rows}: {name}" for rows, name in names.items())
-    say("int8 products of so many rows and more, as measured here: {named}", named=named)
+    same = len(set(names.values())) == 1
+    named = names[1] if same else ", ".join(f"{name} ({rows}+)" for rows, name in names.items())
+    say("int8 products, measured: {named}", named=named)
