@@ -200,7 +200,7 @@ def test_a_file_that_is_not_the_model_fails_the_check(tmp_path, capsys, monkeypa
 def test_what_a_format_cannot_hold_is_one_line_and_nothing_is_written(tmp_path, capsys, monkeypatch):
     runs = {
         "modern": random_model(CHARACTERS), "llama": random_model(CHARACTERS, **SWIGLU), "relu2": random_model(CHARACTERS, **{**GPT2_RECIPE, "activation": "relu2"}),
-        "qwen3": random_model(CHARACTERS, **{**ARCHS["qwen3"], "rope_scaling": "llama3"}), "large": random_model(CHARACTERS, **SWIGLU),
+        "qwen3": random_model(CHARACTERS, **{**ARCHS["qwen3"], "rope_scaling": "llama3"}), "yarn": random_model(CHARACTERS, **{**ARCHS["qwen3"], "rope_scaling": "yarn"}), "large": random_model(CHARACTERS, **SWIGLU),
     }
     runs["large"].wte.weight.data[0, 0] = 1e6
     paths = {name: saved_run(tmp_path / name, model, CHARACTERS) for name, model in runs.items()}
@@ -209,7 +209,7 @@ def test_what_a_format_cannot_hold_is_one_line_and_nothing_is_written(tmp_path, 
     for (name, *words), expected in {
         ("modern", "format=gguf"): "this is arch=modern; take format=hf, or train with arch=llama", ("llama", "format=onnx"): "choose from hf, gguf, ct2",
         ("llama", "format=gguf", "type=int8"): "choose from f16, f32, bf16, q8_0",
-        ("relu2", "format=gguf"): "no model with model.activation=relu2", ("qwen3", "format=gguf"): "no model with model.rope_scaling=llama3",
+        ("relu2", "format=gguf"): "no model with model.activation=relu2", ("qwen3", "format=gguf"): "no model with model.rope_scaling=llama3", ("yarn", "format=gguf"): "no model with model.rope_scaling=yarn",
         ("llama", "format=ct2"): "pip install ctranslate2 transformers",
         ("large", "format=gguf", "type=f16"): "token_embd.weight has numbers that are too large", ("llama", "fromat=gguf"): "unrecognized arguments: fromat=gguf",
         ("llama", "--adapter", "format=gguf"): "leave out format=",
