@@ -34,7 +34,7 @@ REORDER = {"reassoc", "contract", "nsz"}
 # int8 到 48 行都快
 # 定死而不在启动时量：量出的选择随机器忙闲而变，同一个种子就写不出同样的字
 MAX_ROWS = {torch.float32: 16, torch.int8: 48}
-# 一步里多一行要多花的时间，占第一行的几分之几（benchmarks/results/speculation.json）；int8 有 VNNI 时量得 0.09，留些余量
+# 一步里多一行要多花的时间，占第一行的几分之几（benchmarks/results/speculation.json）；int8 有 VNNI 时约 0.09，留余量
 ROW_COST = {torch.float32: 0.2, torch.int8: 0.15 if VNNI else 0.4}
 ACTIVATIONS = {"none": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3, "swiglu": 4}
 
