@@ -216,3 +216,10 @@ def test_a_models_size_names_its_look_up_tables_apart_also_with_int8_weights():
     quantize_model(model)
     assert model.parameter_count() == total and size_text(model) == said
     assert size_text(nanogpt.create_model("tiny", vocab_size=76, arch="gpt2")).endswith("M")
+
+
+@pytest.mark.parametrize("arch", ["modern", "gpt2", "llama", "qwen3"])
+def test_a_preset_of_every_recipe_computes(arch):
+    # yaml 把 1e-5 读成字：Hydra 认得，这里的读法不认得
+    model = nanogpt.create_model("tiny", vocab_size=7, arch=arch, n_layer=1, n_embd=8, n_head=2, block_size=4)
+    assert model(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 4, 7)
