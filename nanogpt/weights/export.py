@@ -118,9 +118,9 @@ def check_format(config: ModelConfig, form: str) -> None:
             "train with arch=llama a model that can leave home",
             form=form, arch=config.arch,
         )
-    # llama.cpp 里只有 llama 读得了 llama3 的缩放；CTranslate2 算出来的不一样；yarn 两边都没有对过
-    strange = config.rope_scaling == "llama3" and (form == "ct2" or families.family_of(config) != "llama")
-    strange = strange or config.rope_scaling == "yarn"
+    # llama.cpp 里只有 llama 读得了 llama3 的缩放，CTranslate2 算出来的不一样；别的缩放还没有写法
+    stretched = form == "gguf" and families.family_of(config) == "llama"
+    strange = config.rope_scaling not in ("none", "linear", *(("llama3",) if stretched else ()))
     if strange or config.activation == "relu2":
         field = "rope_scaling" if strange else "activation"
         raise ConfigError(

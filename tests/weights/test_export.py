@@ -241,6 +241,8 @@ def test_a_vocabulary_that_llama_cpp_would_read_otherwise_is_refused(tmp_path):
     tokenizer = read_tokenizer(tmp_path / "bert", 10)
     with pytest.raises(ConfigError, match="format=ct2 has no model with model.rope_scaling=llama3"):
         check_format(random_pretrained(**SWIGLU).config, "ct2")
+    with pytest.raises(ConfigError, match="format=gguf has no model with model.rope_scaling=yarn"):
+        check_format(replace(random_pretrained(**SWIGLU).config, rope_scaling="yarn"), "gguf")
     with pytest.raises(ConfigError, match=r"\(library: WordPiece\); take format=hf"):
         written(tmp_path / "out", random_pretrained(tokenizer, **SWIGLU), "gguf")
 
