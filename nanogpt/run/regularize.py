@@ -11,7 +11,8 @@ import numpy as np
 from nanogpt.base.config import ALL_NGRAMS, PASSES, ModelConfig, TrainConfig, span_of, tokens_per_step
 
 # 一遍之内背不下来，表都占便宜；再多，一种 n-gram 平均每遍要出现这么多次，它的表才留下：少见的 n-gram 在表里几乎独占一行
-OCCURRENCES = 2.5
+# 训练超过 LONG 个 token，要求按平方根提高：block 自己也学会了这些，表只剩下背诵
+OCCURRENCES, LONG = 2.5, 500_000
 # 从读这么多遍起丢弃，每翻一倍多丢 0.05；两处的数都量自 benchmarks/ablate.py turn
 FRESH, EACH_DOUBLING, MOST_DROPOUT = 2, 0.05, 0.3
 # 数 n-gram 只看开头这么多 token：更长的文字里平均次数只会更高
@@ -41,7 +42,8 @@ def held_back(cfg: TrainConfig, tokens: np.ndarray | None) -> ModelConfig:
     model, text_tokens = cfg.model, len(tokens) if tokens is not None else 0
     passes = passes_of(cfg, text_tokens) if text_tokens else 0.0
     if model.ngrams is None:
-        kept = [n for n in ALL_NGRAMS if round(passes) <= 1 or occurrences(tokens, n) >= OCCURRENCES * passes]
+        often = OCCURRENCES * passes * math.sqrt(max(1, passes * text_tokens / LONG))
+        kept = [n for n in ALL_NGRAMS if round(passes) <= 1 or occurrences(tokens, n) >= often]
         model = replace(model, ngrams=kept)
     if model.dropout is None:
         # 训练过的权重学得慢，也背得慢：微调照旧从 0 起，要多少由人写
