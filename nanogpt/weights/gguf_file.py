@@ -17,13 +17,13 @@ from torch import Tensor
 
 from nanogpt.base.config import ModelConfig
 from nanogpt.base.files import write_text
-from nanogpt.base.language import ConfigError, text
+from nanogpt.base.language import ConfigError
 from nanogpt.core.rope import frequencies
 from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.weights import families
 from nanogpt.weights.gguf_vocabulary import vocabulary_fields
 from nanogpt.weights.pretrained import Pretrained
-from nanogpt.weights.tensors import first_not_finite
+from nanogpt.weights.tensors import refuse_not_finite
 
 # 第一个是默认的
 TYPES = ("f16", "f32", "bf16", "q8_0")
@@ -157,11 +157,7 @@ def number_format(gguf, name: str, tensor: Tensor, kind: str):
 def packed_numbers(gguf, name: str, tensor: Tensor, kind) -> np.ndarray:
     """A tensor in a number format; ConfigError if it is or becomes NaN or Inf."""
     plain = tensor.detach().float().contiguous().numpy()
-    if first_not_finite([(name, tensor)]):
-        raise ConfigError(
-            "{reason}: such a model is not exported; choose another checkpoint with --checkpoint",
-            reason=text("nan_weights", tensor=name),
-        )
+    refuse_not_finite([(name, tensor)])
     with np.errstate(over="ignore"):
         packed = gguf.quantize(plain, kind)
         fits = np.isfinite(gguf.dequantize(packed, kind)).all()

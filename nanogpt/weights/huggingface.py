@@ -22,12 +22,12 @@ from safetensors.torch import save_file
 
 from nanogpt.base.config import ModelConfig, trusted_targets
 from nanogpt.base.files import write_json, write_text
-from nanogpt.base.language import ConfigError, text
+from nanogpt.base.language import ConfigError
 from nanogpt.data.tokenizer import begin_of, ends_of
 from nanogpt.data.tokenizer_files import END_WORDS, to_library_json
 from nanogpt.weights import families
 from nanogpt.weights.pretrained import ACTIVATIONS, OWN_FIELDS, OWN_KIND, TRANSPOSED, Pretrained, build_pretrained
-from nanogpt.weights.tensors import first_not_finite
+from nanogpt.weights.tensors import refuse_not_finite
 
 # 自带代码的文件夹里的模块名；transformers 按它动态导入
 MODULE, OWN_MODULE = "modeling_nanogpt", "modeling_own"
@@ -171,12 +171,8 @@ def write_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write model.safetensors in float32, never NaN or Inf; transformers asks for the metadata `format`."""
     # 共享内存的张量 save_file 不收：各抄一份
     copies = {name: tensor.detach().float().contiguous().clone() for name, tensor in tensors.items()}
-    if name := first_not_finite(copies.items()):
-        # 读进来时查过；自己的类还会添上别的权重
-        raise ConfigError(
-            "{reason}: such a model is not exported; choose another checkpoint with --checkpoint",
-            reason=text("nan_weights", tensor=name),
-        )
+    # 读进来时查过；自己的类还会添上别的权重
+    refuse_not_finite(copies.items())
     save_file(copies, folder / "model.safetensors", metadata={"format": "pt"})
 
 

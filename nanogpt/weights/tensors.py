@@ -30,6 +30,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from nanogpt.base.language import ConfigError, text
+
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -215,3 +217,12 @@ def first_not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
             if not finite:
                 return name
     return None
+
+
+def refuse_not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """ConfigError, naming the tensor, if one that is about to be exported is not finite."""
+    if name := first_not_finite(named):
+        raise ConfigError(
+            "{reason}: such a model is not exported; choose another checkpoint with --checkpoint",
+            reason=text("nan_weights", tensor=name),
+        )
