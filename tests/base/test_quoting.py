@@ -182,7 +182,7 @@ def test_what_is_said_to_come_next_fits_the_run(data, labels, stopped_by, curves
     cfg = make_config(*data, checked=False)
     tokenizer = SimpleNamespace(labels=labels)
     run = object.__new__(Session)
-    run.run_dir, run.cfg, run.data = Path("runs/a b"), cfg, SimpleNamespace(tokenizer=tokenizer)
+    run.run_dir, run.cfg, run.data = Path("runs/a b"), cfg, SimpleNamespace(tokenizer=tokenizer, marked=False)
     commands = list(run._next({"iters": 5, "stopped_by": stopped_by}, curves=curves).values())
     assert len(commands) == len(expected)
     assert all(part in command for part, command in zip(expected, commands)), commands

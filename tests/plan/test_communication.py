@@ -1,5 +1,6 @@
 """The sums of gradients on paper: what each process sends, what the backward pass hides, where the network binds."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -16,10 +17,12 @@ from nanogpt.plan.plan import Planner
 from nanogpt.plan.show import show
 
 PARTS = st.lists(st.builds(Gradient, st.integers(1, 10**9), st.integers(0, 10**8)), min_size=1, max_size=8)
-NETWORKS = st.builds(Network, st.integers(2, 1024), st.floats(1e6, 1e12), st.floats(0, 1e-4))
+# 训练把非规格化数冲成零，这个进程也许训练过
+FLOATS = functools.partial(st.floats, allow_subnormal=False)
+NETWORKS = st.builds(Network, st.integers(2, 1024), FLOATS(1e6, 1e12), FLOATS(0, 1e-4))
 
 
-@given(parts=PARTS, network=NETWORKS, backward_s=st.floats(0, 10))
+@given(parts=PARTS, network=NETWORKS, backward_s=FLOATS(0, 10))
 def test_the_backward_pass_hides_at_most_its_own_length_and_never_the_last_sum(parts, network, backward_s):
     total, exposed = sum(network.seconds(part.size) for part in parts), exposed_s(parts, backward_s, network)
     assert max(total - backward_s, network.seconds(parts[-1].size)) <= exposed * (1 + 1e-9) + 1e-9 and exposed <= total * (1 + 1e-9) + 1e-9
@@ -33,7 +36,7 @@ def test_a_ring_sends_twice_all_but_one_share_and_a_tree_wins_only_where_latency
     assert no_latency.seconds(size) == pytest.approx(network.sent(size) / network.bytes_per_s) and network.seconds(size) >= no_latency.seconds(size)
 
 
-@given(parts=PARTS, network=NETWORKS, compute_s=st.floats(1e-3, 10))
+@given(parts=PARTS, network=NETWORKS, compute_s=FLOATS(1e-3, 10))
 def test_where_the_network_binds_the_named_bandwidth_and_the_named_work_would_do(parts, network, compute_s):
     sums = Communication(network, tuple(parts), compute_s, compute_s / 2)
     longer = replace(sums, compute_s=compute_s * sums.times_the_work_needed())

@@ -18,14 +18,14 @@ def test_an_ngram_occurs_as_often_as_counting_says():
     assert occurrences(ids[:1], 2) == 0
 
 
-@pytest.mark.parametrize("tokens", [10_000, 1_000_000])
+@pytest.mark.parametrize("tokens", [10_000, 100_000])
 def test_more_passes_never_take_more_tables_or_less_dropout(tokens):
     text = np.random.default_rng(0).integers(0, 60, tokens).astype(np.uint8)
-    found = [held_back(make_config(f"max_tokens={int(passes * tokens)}"), text) for passes in (1, 2, 4, 8, 32, 1000)]
+    found = [held_back(make_config(f"max_tokens={int(passes * tokens)}"), text) for passes in (1, 2, 8, 1000)]
     assert found[0].ngrams == [2, 3, 4, 5] and found[0].dropout == found[1].dropout == 0
     for less, more in itertools.pairwise(found):
         assert set(more.ngrams) <= set(less.ngrams) and less.dropout <= more.dropout < 0.5
-    assert found[-1].ngrams == [] and found[3].dropout > 0
+    assert found[-1].ngrams == [] and found[2].dropout > 0
 
 
 def test_what_is_typed_is_taken_and_weights_trained_before_are_not_dropped():

@@ -102,7 +102,7 @@ def failing(trainer, error: Exception, place: str, *, calls=frozenset(), above: 
 def made(data, kind: str, dtype: torch.dtype, *, rows: int = 4, micro: int = 4, evaluated: int = 4, at: int = 0):
     """A trainer in a number format, at some place of the data, whose steps take `rows` rows in micro-batches."""
     sizes = [f"batch_size={micro}", f"global_batch_size={rows}", f"eval_batch_size={evaluated}", "grad_clip=0", "overwrite=true"]
-    trainer = new_trainer(quick(data[kind], "optimizer=adamw", "precision.dtype=fp32", "max_iters=999", *sizes))
+    trainer = new_trainer(quick(data[kind], "optimizer=adamw", "precision.dtype=fp32", "max_iters=999", "dropout=0", *sizes))
     torch.manual_seed(1)
     for p in trainer.model.to(dtype).parameters():
         torch.nn.init.normal_(p, std=0.2)
