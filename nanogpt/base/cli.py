@@ -211,6 +211,12 @@ def typed_config(cfg: DictConfig, config_name: str) -> TrainConfig | SampleConfi
                 "own under conf/{group}",
                 group=group, got=OmegaConf.to_container(option),
             )
+    if "finetune=full" in HydraConfig.get().overrides.task and choices.get("memory") == "lora4":
+        # lora4 自带 LoRA，会悄悄盖过敲下的 full
+        raise ConfigError(
+            "finetune=full contradicts memory=lora4, which trains LoRA beside frozen weights of 4 bits; leave out "
+            "finetune=full, or take memory=minimal, which trains all weights in little memory",
+        )
     for typed_key in HydraConfig.get().overrides.task:
         key = typed_key.removeprefix("~").partition("=")[0]
         if typed_key.startswith("~") and re.match(r"(sampler|control|optimizer|dataset)\.|logger\.\w+\.", key):

@@ -679,6 +679,12 @@ def check_memory(cfg: Any) -> None:
             "precision.dtype={got}: memory.weights=bf16 computes in bf16; choose precision=bf16 or memory.weights=fp32",
             got=cfg.precision.dtype,
         )
+    if cfg.finetune.frozen_weights == "nf4" and cfg.finetune.method != "lora":
+        raise ConfigError(
+            "finetune.frozen_weights=nf4: finetune.method={got} freezes no weights; take finetune=lora, or leave "
+            "finetune.frozen_weights out",
+            got=cfg.finetune.method,
+        )
     if memory.optimizer_in_backward:
         # 梯度一到就用掉：没有什么可以累积、还原或求和
         if cfg.precision.dtype.lower() == "fp16":

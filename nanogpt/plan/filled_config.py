@@ -107,6 +107,8 @@ def _shape_of(named: str, code: str) -> ModelConfig:
         return preset(named.replace("-", "_"), vocab_size=GPT2_VOCAB)
     # 以前取过的，缓存里有它的形状
     fetched = repository_of(named) and model_on_hub(named, "init_from").folder()
+    if fetched and is_adapter(fetched):
+        fetched, _ = base_folder(fetched, "init_from", named)
     if fetched and (fetched / "config.json").is_file():
         return read_config(fetched / "config.json", path.name)
     if known := published(repository_of(named) or ""):

@@ -21,6 +21,10 @@ from nanogpt.weights.tensors import UNREADABLE, first_not_finite, floating
 
 # 依次尝试；safetensors 在前：不含代码，读得也快
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# PEFT 的 adapter
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+# 成篇数据的分隔符与标签：adapter 的底座的 config.json 里没有
+DOCUMENTS = "documents.json"
 
 
 def read_json(path: Path) -> dict:

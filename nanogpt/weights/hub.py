@@ -1,7 +1,7 @@
 """Downloads models from the Hugging Face hub (through the optional package huggingface_hub) and from ModelScope."""
 
 # 从 hub 取模型：init_from=owner/name 是 Hugging Face，init_from=modelscope:owner/name 是魔搭；之后同一条路
-# 只挑形状、权重与词表，代码从不下载；先问有哪些文件、各多大，说出来再取，权重最后到
+# 只挑形状、权重与词表（PEFT 的 adapter 只有两三个文件），代码从不下载；先问有哪些文件、各多大，说出来再取，权重最后到
 # hub 上的权重没有事先知道的 SHA-256，路上不被改动全靠 TLS：镜像必须是 https
 # Hugging Face 的缓存、口令、断网（HF_HUB_OFFLINE）都交给 huggingface_hub；魔搭只有一个列表与一个下载地址，用 assets 取
 # 取到的只是一个本机文件夹，之后与自己放的文件夹一样由 pretrained.read_folder 读
@@ -17,7 +17,7 @@ from urllib.parse import urlencode, urlsplit
 from nanogpt.base.language import ConfigError, first_line, say
 from nanogpt.data import assets
 from nanogpt.data.assets import Asset, without_password
-from nanogpt.weights.foreign_files import WEIGHTS, shard_names
+from nanogpt.weights.foreign_files import ADAPTER, ADAPTER_WEIGHTS, DOCUMENTS, WEIGHTS, shard_names
 
 # 只取形状、权重与词表；仓库里的代码从不下载
 TOKENIZER = (
@@ -61,7 +61,7 @@ class HuggingFace:
 
     def folder(self) -> Path | None:
         """Where its files lie, if any are here."""
-        path = self._cached("config.json")
+        path = self._cached("config.json") or self._cached(ADAPTER)
         return path and path.parent
 
     def has(self, file: str) -> bool:
@@ -134,7 +134,10 @@ def model_on_hub(named: str, key: str) -> HuggingFace | ModelScope:
 
 
 def download(named: str, key: str) -> Path:
-    """The local folder of a model on a hub, downloaded if not cached; `named` is what the user typed for `key`."""
+    """The local folder of a model or adapter on a hub, downloaded if not cached.
+
+    `named` is what the user typed for `key`.
+    """
     hub = model_on_hub(named, key)
     place, parts = without_password(hub.place), urlsplit(hub.place)
     if parts.scheme != "https" and parts.hostname not in ("localhost", "127.0.0.1"):
@@ -164,7 +167,9 @@ def download(named: str, key: str) -> Path:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder has weights, and every shard if there are several."""
+    """Whether a folder has weights, and every shard if there are several, or an adapter."""
+    if (folder / ADAPTER).is_file():
+        return any((folder / file).is_file() for file in ADAPTER_WEIGHTS)
     weights = next((file for file in WEIGHTS if (folder / file).is_file()), None)
     if weights is None or not (folder / "config.json").is_file():
         return False
@@ -186,7 +191,11 @@ def _reason(error: Exception) -> str:
 
 
 def _brought(hub: HuggingFace | ModelScope, sizes: dict[str, int]) -> Path:
-    """The folder with config, tokenizer and weights of a model, the weights last."""
+    """The folder with config, tokenizer and weights of a model, or with an adapter; the weights last."""
+    if ADAPTER in sizes and not any(file in sizes for file in WEIGHTS):
+        weights = next((file for file in ADAPTER_WEIGHTS if file in sizes), " or ".join(ADAPTER_WEIGHTS))
+        _bring(hub, sizes, [*(file for file in (DOCUMENTS,) if file in sizes), ADAPTER, weights])
+        return hub.folder()
     weights = next((file for file in WEIGHTS if file in sizes), " or ".join(WEIGHTS))
     _bring(hub, sizes, [*(file for file in TOKENIZER if file in sizes), "config.json", weights])
     if weights.endswith(".index.json"):

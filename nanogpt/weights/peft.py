@@ -20,12 +20,17 @@ from nanogpt.data import tokenizer as tokenizers
 from nanogpt.weights import families, hub
 from nanogpt.weights.build import check_weights, typed_node
 from nanogpt.weights.checkpoint import Checkpoint
-from nanogpt.weights.foreign_files import check_finite, read_json, read_safetensors, read_torch
+from nanogpt.weights.foreign_files import (
+    ADAPTER,
+    ADAPTER_WEIGHTS,
+    DOCUMENTS,
+    check_finite,
+    read_json,
+    read_safetensors,
+    read_torch,
+)
 from nanogpt.weights.tensors import UNREADABLE, first_not_finite, read_tensors
 
-CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
-# 成篇数据的分隔符与标签：底座的 config.json 里没有
-DOCUMENTS = "documents.json"
 # 不改变怎样计算的字段；别的只有空着才行
 HARMLESS = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
@@ -41,15 +46,18 @@ PREFIX = "base_model.model."
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter in PEFT's format."""
-    return (folder / CONFIG).is_file()
+    return (folder / ADAPTER).is_file()
 
 
 # ---- 读 ----
 
 
-def base_folder(folder: Path, key: str) -> tuple[Path, str]:
-    """The folder of the base that an adapter names, downloaded if it is on a hub, and the base's name."""
-    named = read_json(folder / CONFIG).get("base_model_name_or_path")
+def base_folder(folder: Path, key: str, typed: str = "") -> tuple[Path, str]:
+    """The folder of the base that an adapter names, downloaded if it is on a hub, and the base's name.
+
+    The base of an adapter that was `typed` as modelscope:owner/name is looked for there.
+    """
+    named = read_json(folder / ADAPTER).get("base_model_name_or_path")
     path = Path(str(named))
     if (path / "config.json").is_file():
         return path, path.resolve().name
@@ -57,10 +65,10 @@ def base_folder(folder: Path, key: str) -> tuple[Path, str]:
         raise ConfigError(
             "{file}: base_model_name_or_path={got}: there is no such folder with config.json here, and it is no name "
             "on the hub; write into that file where the base of this adapter is",
-            file=folder / CONFIG, got=named,
+            file=folder / ADAPTER, got=named,
         )
-    path = hub.download(named, key)
-    return path, path.name
+    place = hub.MODELSCOPE if typed.startswith(hub.MODELSCOPE) and not named.startswith(hub.MODELSCOPE) else ""
+    return hub.download(place + named, key), Path(named).name
 
 
 def merged_into(folder: Path, tensors: dict[str, Tensor], transposed: tuple[str, ...]) -> dict[str, Tensor]:
@@ -68,13 +76,14 @@ def merged_into(folder: Path, tensors: dict[str, Tensor], transposed: tuple[str,
 
     `transposed` are endings of the names of matrices that are stored as (in, out).
     """
-    file, given = folder / CONFIG, read_json(folder / CONFIG)
+    file, given = folder / ADAPTER, read_json(folder / ADAPTER)
     for field, got in given.items():
         allowed = ALLOWED.get(field, ())
         if field not in HARMLESS and (got not in allowed if allowed else got not in (None, False, {}, [])):
             raise families.unsupported(file, field, got, " | ".join(map(str, allowed or (None,))))
     alpha = families.number(file, given, "lora_alpha")
-    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), folder / WEIGHTS[0])
+    paths = [folder / name for name in ADAPTER_WEIGHTS]
+    weights = next((path for path in paths if path.is_file()), paths[0])
     read = read_torch if weights.suffix == ".bin" else read_safetensors
     pairs = matrices(weights, check_finite(weights, read(weights)))
     # GPT-2 的旧文件没有最外面那一截
@@ -136,8 +145,8 @@ def write_adapter(source: Checkpoint, folder: Path) -> str:
             # 几个模块共用的 A 各抄一份：一个文件里不许共享
             written[f"{PREFIX}{theirs}.lora_A.weight"] = lora[f"{module}.lora_a"].clone()
             written[f"{PREFIX}{theirs}.lora_B.weight"] = rows.contiguous().clone()
-    save_file(written, folder / WEIGHTS[0], metadata={"format": "pt"})
-    write_json(folder / CONFIG, {
+    save_file(written, folder / ADAPTER_WEIGHTS[0], metadata={"format": "pt"})
+    write_json(folder / ADAPTER, {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": finetune.rank,
         "lora_alpha": finetune.alpha, "lora_dropout": finetune.dropout, "bias": "none", "inference_mode": True,
         "target_modules": sorted({name.split(".")[-3] for name in written}), "fan_in_fan_out": not config.norm_gain,
@@ -163,7 +172,9 @@ def base_named(source: Checkpoint, named: str | None, config: ModelConfig) -> st
     if named and (Path(named) / "config.json").is_file():
         return str(Path(named).resolve())
     elsewhere = named and not Path(named).exists() and not run_names.is_latest(named) and hub.repository_of(named)
-    if not elsewhere or not (families.family_of(config) or config.arch == "gpt2"):
+    fetched = elsewhere and hub.model_on_hub(named, "init_from").folder()
+    # 那里若是 adapter，这次的底座是合并过的，名字指不到它
+    if not elsewhere or (fetched and is_adapter(fetched)) or not (families.family_of(config) or config.arch == "gpt2"):
         raise ConfigError(
             "{path}: its base is init_from={got}, and PEFT needs a model of transformers, a folder or a name on the "
             "hub, to put an adapter beside; export the merged model instead, which needs no base",

@@ -25,7 +25,7 @@ from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.data.tokenizer_files import read_tokenizer
 from nanogpt.weights import checkpoint, families, hub, nanogpt_checkpoint, peft
 from nanogpt.weights.build import build_model, build_undrawn, model_of, preset, typed_node, weight_shapes
-from nanogpt.weights.foreign_files import read_json, read_weights
+from nanogpt.weights.foreign_files import DOCUMENTS, read_json, read_weights
 from nanogpt.weights.tensors import first_not_finite, floating
 
 # Hugging Face 的名字 -> 我们的；gelu_new 就是 tanh 近似
@@ -83,7 +83,10 @@ def open_pretrained(
             "a run folder, or a nanoGPT ckpt.pt",
             key=key, got=named,
         )
-    return read_folder(hub.download(named, key), path.name)
+    folder = hub.download(named, key)
+    if peft.is_adapter(folder):
+        return read_folder(*peft.base_folder(folder, key, named), adapter=folder)
+    return read_folder(folder, path.name)
 
 
 def build_pretrained(pretrained: Pretrained, seed: int | None = None, weights: str = "fp32") -> torch.nn.Module:
@@ -169,7 +172,7 @@ def read_folder(folder: Path, name: str | None = None, adapter: Path | None = No
         own = hf_name.removeprefix("transformer.")
         if not own.endswith(MASKS):
             tensors[own] = tensor.t() if own.endswith(turned) and tensor.dim() == 2 else tensor
-    about = adapter / peft.DOCUMENTS if adapter and (adapter / peft.DOCUMENTS).is_file() else folder / "config.json"
+    about = adapter / DOCUMENTS if adapter and (adapter / DOCUMENTS).is_file() else folder / "config.json"
     config, tokenizer = with_documents(about, config, read_tokenizer(folder, config.vocab_size))
     return checked(folder, config, tensors, tokenizer)
 

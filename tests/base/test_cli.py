@@ -43,6 +43,12 @@ def test_a_mistake_is_composed_no_oftener_than_it_must(in_tmp, monkeypatch, caps
     assert len(composed_how_often) == often and capsys.readouterr().err.startswith("error: ")
 
 
+def test_all_weights_and_frozen_weights_of_4_bits_contradict_each_other(in_tmp, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        what_the_task_sees(monkeypatch, "experiment=finetune_qwen", "memory=lora4", "finetune=full")
+    assert capsys.readouterr().err.startswith("error: finetune=full contradicts memory=lora4, ")
+
+
 def test_waiting_threads_sleep_soon_unless_the_environment_says_how_they_wait():
     for given in ({}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}):
         environment = dict(given)

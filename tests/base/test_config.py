@@ -114,6 +114,7 @@ BAD = {
     "memory.activation_checkpointing=some": "memory.activation_checkpointing",
     "memory=minimal gradient_accumulation_steps=4": "cannot accumulate 64 rows in pieces of batch_size=16",
     "memory=minimal precision=fp16": "memory.weights=bf16 computes in bf16",
+    "memory=lora4 finetune.method=full": "finetune.frozen_weights=nf4: finetune.method=full freezes no weights",
     "dataset.name=nothing": "data/nothing/prepare.py",
     "dataset.name=../evil": "dataset.name",
     "checkpoint=1e9 init_from=outputs/run": "is not known; choose one of: last | best | iter_00001000",

@@ -14,6 +14,7 @@ import urllib.parse
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ from nanogpt.plan.filled_config import filled
 from nanogpt.weights import nanogpt_checkpoint
 from nanogpt.weights.build import build_model, parameters_at_least
 from nanogpt.weights.export import export
+from nanogpt.weights.peft import base_named
 from nanogpt.weights.pretrained import build_pretrained, open_pretrained, read_config
 from nanogpt.write.engine import Writer
 from nanogpt.write.loading import open_model
@@ -536,7 +538,7 @@ def test_an_index_cannot_point_outside_its_folder(folder):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Plays huggingface.co and modelscope.cn for one model, from a folder."""
+    """Plays huggingface.co and modelscope.cn for a few models, from folders."""
 
     def do_HEAD(self):
         self.answer(body=False)
@@ -546,7 +548,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def answer(self, body):
         asked = urllib.parse.urlsplit(self.path)
-        model, folder = self.server.model, self.server.folder
+        models = {self.server.model: self.server.folder, **self.server.others}
+        model = next((name for name in models if f"/{name}" in asked.path), self.server.model)
+        folder = models[model]
         content = None
         if asked.path == f"/api/models/{model}":
             files = [{"rfilename": path.name, "size": path.stat().st_size} for path in folder.iterdir()]
@@ -574,10 +578,21 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
+def adapter_folder(folder):
+    """An adapter beside the base me/tiny as PEFT would write it."""
+    folder.mkdir()
+    described = {"peft_type": "LORA", "base_model_name_or_path": "me/tiny", "r": 2, "lora_alpha": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True}
+    (folder / "adapter_config.json").write_text(json.dumps(described), encoding="utf-8")
+    (folder / "handler.py").write_text("raise SystemExit", encoding="utf-8")
+    name = "base_model.model.transformer.h.0.attn.c_attn"
+    save_file({f"{name}.lora_A.weight": torch.randn(2, 48), f"{name}.lora_B.weight": torch.randn(144, 2)}, folder / "adapter_model.safetensors")
+    return folder
+
+
 @pytest.fixture
 def local_hub(folder):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.folder, server.model, server.asked = folder, "me/tiny", []
+    server.folder, server.model, server.others, server.asked = folder, "me/tiny", {"me/adapter": adapter_folder(folder.parent / "adapter")}, []
     server.digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
@@ -603,18 +618,18 @@ def test_a_mirror_of_the_hub_serves_models_and_the_cache_remembers_them(tmp_path
     endpoint = f"http://127.0.0.1:{local_hub.server_address[1]}"
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", OPEN, "me/tiny", "me/other", "offline", "me/tiny", "gpt2"], cwd=ROOT, env=environment,
+        [sys.executable, "-c", OPEN, "me/tiny", "me/other", "me/adapter", "offline", "me/tiny", "me/adapter", "gpt2"], cwd=ROOT, env=environment,
         capture_output=True, text=True, encoding="utf-8", timeout=100,
     )
     assert done.returncode == 0, done.stderr
-    online, unknown, _, offline, unreachable = done.stdout.splitlines()
-    assert online == offline == "48"
+    online, unknown, adapted, _, offline, adapted_offline, unreachable = done.stdout.splitlines()
+    assert online == adapted == offline == adapted_offline == "48"
     assert f"init_from=me/other: there is no such folder here, and {endpoint} did not give it" in unknown and "Repository Not Found" in unknown
     assert "init_from=gpt2: there is no such folder here" in unreachable and "HF_ENDPOINT" in unreachable and "model.safetensors" in unreachable
     assert "model.safetensors" in local_hub.asked and not [file for file in local_hub.asked if file.endswith(".py")]
     said = done.stderr.splitlines()
     assert re.fullmatch(rf"fetching me/tiny \(0\.\d MB\) from {endpoint} …", said[0]) and re.fullmatch(r"me/tiny: 0\.\d MB in \d+ s", said[1])
-    assert "using the copy in" in said[2] and len(said) == 3
+    assert "me/adapter" in said[2] and all("using the copy in" in line for line in said[4:]) and len(said) == 7
 
 
 @pytest.fixture
@@ -649,6 +664,20 @@ def test_modelscope_gives_a_model_without_its_code_and_the_cache_serves_when_it_
     capsys.readouterr()
     assert open_pretrained("modelscope:me/tiny").config.n_embd == 48
     assert "did not answer (HTTP Error 404: Not Found); using the copy in" in capsys.readouterr().err
+
+
+def test_an_adapter_on_a_hub_is_merged_into_its_base_from_the_same_hub(modelscope, folder, tmp_path):
+    got, base = open_pretrained("modelscope:me/adapter"), open_pretrained(str(folder)).tensors
+    assert [name for name, t in got.tensors.items() if not torch.equal(t, base[name])] == ["h.0.attn.c_attn.weight"]
+    kept = sorted(path.name for path in (tmp_path / "cache" / "modelscope" / "me" / "adapter").iterdir())
+    assert kept == ["adapter_config.json", "adapter_model.safetensors"] and not [f for f in modelscope.asked if f.endswith(".py")]
+    assert filled(make_config("init_from=modelscope:me/adapter"))[0].model.n_embd == 48
+    # 名字指的是底座加 adapter：不能当作另一个 adapter 的底座
+    with pytest.raises(ConfigError, match="its base is init_from=modelscope:me/adapter, and PEFT needs a model"):
+        base_named(SimpleNamespace(folder=folder), "modelscope:me/adapter", got.config)
+    (modelscope.others["me/adapter"] / "adapter_model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"no adapter_model.safetensors or adapter_model.bin"):
+        open_pretrained("modelscope:me/adapter")
 
 
 def test_what_modelscope_does_not_give_or_gives_changed_is_one_line(modelscope, folder, tmp_path, monkeypatch):
