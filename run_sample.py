@@ -32,7 +32,7 @@ def main(cfg: SampleConfig, overrides: list[str]) -> None:
     if cfg.serve:
         from nanogpt.serve.server import serve
 
-        serve(cfg, run_dir)
+        serve(cfg, run_dir, overrides)
         return
 
     from nanogpt.write.loading import open_model
@@ -42,8 +42,8 @@ def main(cfg: SampleConfig, overrides: list[str]) -> None:
     if cfg.interactive or (cfg.chat and not prompts_named(cfg)):
         from nanogpt.write.terminal import converse
 
-        sys.exit(converse(cfg, open_model(cfg, run_dir)))
-    write_samples(cfg, open_model(cfg, run_dir))
+        sys.exit(converse(cfg, open_model(cfg, run_dir, overrides)))
+    write_samples(cfg, open_model(cfg, run_dir, overrides))
 
 
 if __name__ == "__main__":

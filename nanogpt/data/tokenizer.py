@@ -16,9 +16,11 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -179,6 +181,8 @@ class _OfBytes:
     # 字节固定，前后不相干：才能逐个解码（TextStream），也才说得出一个 token 单独是什么
     special: dict[str, int]
     chat_template: ChatTemplate | None = None
+    sampling: Mapping[str, Any] = MappingProxyType({})
+    """How the model's generation_config.json says to draw, as it stands there."""
 
     def stream(self, after: Iterable[int] = ()) -> TextStream:
         """Decodes ids one by one, behind those of `after`."""
@@ -327,6 +331,7 @@ class LibraryTokenizer:
 
     kind = "library"
     chat_template: ChatTemplate | None = None
+    sampling: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, description: dict, end_of_text: str | None = None, other_ends: tuple[int, ...] = ()):
         try:
@@ -489,7 +494,8 @@ def begin_of(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def _labels_of(tokenizer: Tokenizer) -> dict:
     chat = {"chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
-    return ({"labels": tokenizer.labels} if tokenizer.labels else {}) | chat
+    sampling = {"sampling": dict(tokenizer.sampling)} if tokenizer.sampling else {}
+    return ({"labels": tokenizer.labels} if tokenizer.labels else {}) | chat | sampling
 
 
 def _described(tokenizer: CharTokenizer | ByteTokenizer) -> dict:
@@ -518,6 +524,7 @@ def from_dict(saved: dict) -> Tokenizer:
     }
     if chat := saved.get("chat_template"):
         tokenizer.chat_template = {name: str(chat[name]) for name in ("template", "bos_token", "eos_token")}
+    tokenizer.sampling = dict(saved.get("sampling", {}))
     return tokenizer
 
 

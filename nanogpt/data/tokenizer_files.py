@@ -6,6 +6,7 @@
 # 文件来自陌生人：任何异常都说成“文件坏了”
 
 import json
+import math
 from pathlib import Path
 
 from nanogpt.base.hashed_json import reason_of
@@ -29,12 +30,18 @@ from nanogpt.data.tokenizer import (
 GPT2_SIZES = (50257, 50304)
 # 没有说明文件时，结束符常用的几种写法
 END_WORDS = (END_OF_TEXT, "</s>", "[SEP]")
+# generation_config.json 里管怎样抽字的，我们没有的也读：写作时说出没有照做
+DRAWING = (
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size",
+    "num_beams", "penalty_alpha", "epsilon_cutoff", "eta_cutoff", "encoder_repetition_penalty", "suppress_tokens",
+    "bad_words_ids",
+)
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer in a folder of Hugging Face's or ours; GPT-2's if there is none and the vocabulary has its size."""
     try:
-        found = _read(folder)
+        found, drawing = _read(folder), _drawing(folder)
     except ConfigError:
         raise
     except Exception as error:
@@ -48,6 +55,8 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
                 path=folder, vocab=vocab_size,
             )
         found = tokenizers.gpt2_tokenizer()
+    if drawing:
+        found.sampling = drawing
     if found.vocab_size > vocab_size:
         raise ConfigError(
             "{path}: the tokenizer has {tokens} tokens, the embedding only {rows} rows; put the model's own "
@@ -117,6 +126,12 @@ def _end_ids(folder: Path) -> list[int]:
         if (found := _json(folder / file).get("eos_token_id")) is not None:
             return [i for i in (found if isinstance(found, list) else [found]) if type(i) is int]
     return []
+
+
+def _drawing(folder: Path) -> dict:
+    """What generation_config.json says of how to draw."""
+    given = _json(folder / "generation_config.json")
+    return {name: given[name] for name in DRAWING if given.get(name) is not None}
 
 
 def _from_merges(folder: Path) -> dict:
@@ -199,6 +214,14 @@ def byte_level_json(vocab: dict[str, int], merges: list, special: dict[str, int]
 
 
 # ---- 写出 ----
+
+
+def drawing_numbers(tokenizer: Tokenizer) -> dict[str, bool | int | float]:
+    """What the model's generation_config.json said of how to draw, without what is no number."""
+    return {
+        name: value for name, value in tokenizer.sampling.items()
+        if isinstance(value, bool | int | float) and math.isfinite(value)
+    }
 
 
 def to_library_json(tokenizer: Tokenizer) -> dict:

@@ -85,13 +85,13 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(cfg: SampleConfig, run_dir: Path) -> None:
+def serve(cfg: SampleConfig, run_dir: Path | None, overrides: list[str]) -> None:
     """Load the model and serve it until Ctrl-C."""
     with bind(cfg.server) as bound:
         from nanogpt.write.loading import open_model
 
         try:
-            asyncio.run(run(cfg, open_model(cfg, run_dir), bound))
+            asyncio.run(run(cfg, open_model(cfg, run_dir, overrides), bound))
         except KeyboardInterrupt:
             # 还在载入模型就按了 Ctrl-C
             sys.exit(130)

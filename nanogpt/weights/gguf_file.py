@@ -20,6 +20,7 @@ from nanogpt.base.files import write_text
 from nanogpt.base.language import ConfigError
 from nanogpt.core.rope import frequencies
 from nanogpt.data.tokenizer import Tokenizer
+from nanogpt.data.tokenizer_files import drawing_numbers
 from nanogpt.weights import families
 from nanogpt.weights.gguf_vocabulary import vocabulary_fields
 from nanogpt.weights.pretrained import Pretrained
@@ -44,6 +45,8 @@ FAMILY = {
 }
 # llama 的 RoPE 在那边转的是相邻两个值，q、k 的行要重排
 INTERLEAVED = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias")
+# generation_config.json 的名字 -> Ollama 的
+OLLAMA = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "repetition_penalty": "repeat_penalty"}
 # ChatML：Ollama 的模板不是 Jinja，要另写
 CHATML = (
     "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
@@ -192,6 +195,9 @@ def modelfile(config: ModelConfig, tokenizer: Tokenizer) -> str:
     """Ollama's description of the model beside it."""
     chat = (tokenizer.chat_template or {}).get("template")
     lines = [f"FROM ./{FILE}", f"PARAMETER num_ctx {config.block_size}"]
+    drawing = drawing_numbers(tokenizer)
+    drawing |= {} if drawing.get("do_sample", True) else {"temperature": 0}
+    lines += [f"PARAMETER {theirs} {drawing[name]}" for name, theirs in OLLAMA.items() if name in drawing]
     if chat is None:
         # 没有对话模板：原样续写
         lines.append('TEMPLATE """{{ .Prompt }}"""')

@@ -24,8 +24,9 @@ from nanogpt.base.config import ModelConfig, trusted_targets
 from nanogpt.base.files import write_json, write_text
 from nanogpt.base.language import ConfigError
 from nanogpt.data.tokenizer import begin_of, ends_of
-from nanogpt.data.tokenizer_files import END_WORDS, to_library_json
+from nanogpt.data.tokenizer_files import END_WORDS, drawing_numbers, to_library_json
 from nanogpt.weights import families
+from nanogpt.weights.foreign_files import read_json
 from nanogpt.weights.pretrained import ACTIVATIONS, OWN_FIELDS, OWN_KIND, TRANSPOSED, Pretrained, build_pretrained
 from nanogpt.weights.tensors import refuse_not_finite
 
@@ -37,6 +38,11 @@ def write_folder(folder: Path, pretrained: Pretrained) -> None:
     """Write everything that transformers reads."""
     writer_of(pretrained.config)(folder, pretrained)
     write_tokenizer(folder, pretrained)
+    if drawing := drawing_numbers(pretrained.tokenizer):
+        # 有了这个文件，transformers 就不再看 config.json 里的结尾
+        described = read_json(folder / "config.json")
+        ends = {name: described[name] for name in ("bos_token_id", "eos_token_id")}
+        write_json(folder / "generation_config.json", {**ends, **drawing})
 
 
 def is_plain(config: ModelConfig) -> bool:

@@ -145,8 +145,8 @@ def adapted(pretrained: Pretrained, wanted: ModelConfig, typed: set[str], named:
 def check_vocabulary(pretrained: Pretrained, other: Tokenizer, named: str) -> None:
     """Refuse data whose ids have another meaning than the model's."""
     own = pretrained.tokenizer
-    # 名字不影响 id；标签是别的数据的也没关系，模板只决定怎样问
-    ignored = {"name": "", "labels": {}, "other_ends": [], "chat_template": None}
+    # 名字不影响 id；标签是别的数据的也没关系，模板只决定怎样问，抽字的设置只在写作时用
+    ignored = {"name": "", "labels": {}, "other_ends": [], "chat_template": None, "sampling": {}}
     if own.to_dict() | ignored != other.to_dict() | ignored:
         raise ConfigError(
             "init_from={named}: its vocabulary ({want} tokens, {want_kind}) is not that of the data ({got} tokens, "

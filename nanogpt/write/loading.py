@@ -22,7 +22,7 @@ from nanogpt.base.value_checks import unescaped
 from nanogpt.core import machine
 from nanogpt.core.ngrams import size_text
 from nanogpt.core.precision import Precision
-from nanogpt.core.sampling import Sampler
+from nanogpt.core.sampling import Sampler, sampler
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.source_text import iter_text, resolved
 from nanogpt.weights import checkpoint
@@ -35,6 +35,9 @@ from nanogpt.write.speed.acceleration import HALF, accelerate
 
 # 再大就不是开头，而是一份语料：不整个读进内存
 LARGEST_PROMPTS = 64 * 2**20
+# generation_config.json 的名字 -> sampler 的；贪心时只有后两种还起作用
+STILL_GREEDY = {"repetition_penalty": "repetition_penalty", "no_repeat_ngram_size": "no_repeat_ngram"}
+IMPORTED = STILL_GREEDY | {name: name for name in ("temperature", "top_k", "top_p", "min_p")} | {"typical_p": "typical"}
 
 
 @dataclass
@@ -56,8 +59,8 @@ class Settings:
     def of(cls, cfg: SampleConfig) -> "Settings":
         """What conf/sample.yaml and the command line say."""
         stop = [unescaped(s) for s in cfg.stop]
-        sampler, control = dict(cfg.sampler), dict(cfg.control)
-        return cls(sampler, cfg.max_new_tokens, cfg.seed, stop, cfg.stop_at_end_of_text, control, cfg.unknown)
+        drawn, control = dict(cfg.sampler), dict(cfg.control)
+        return cls(drawn, cfg.max_new_tokens, cfg.seed, stop, cfg.stop_at_end_of_text, control, cfg.unknown)
 
     def request(self, prompt: str, number: int = 0) -> Request:
         """The request for the number-th text behind a prompt, which may begin with a `style:…|` or `emotion:…|`."""
@@ -151,8 +154,51 @@ def load(source: checkpoint.Checkpoint, device: torch.device, code: str | None =
     return model_of(source, code).to(device).eval(), tokenizers.load(source.folder / "tokenizer.json")
 
 
-def open_model(cfg: SampleConfig, run_dir: Path | None) -> Model:
-    """The model of a run folder, or, where that is None, the pretrained one that init_from names."""
+def take_defaults(cfg: SampleConfig, tokenizer: tokenizers.Tokenizer, overrides: list[str], *, quiet: bool) -> None:
+    """Set in `cfg` how the model's generation_config.json says to draw, but for what the overrides say; say so."""
+    given, typed = dict(tokenizer.sampling), {word.lstrip("+~").partition("=")[0] for word in overrides}
+    if {"sampler", "sampler._target_"} & typed:
+        # 人自己选了一种抽法
+        return
+    if given.pop("do_sample", True) is False:
+        given = {"temperature": 0} | {name: given[name] for name in given if name in STILL_GREEDY}
+    taken, passed = {}, []
+    for theirs, value in given.items():
+        name = IMPORTED.get(theirs)
+        key = name if name == "temperature" else f"sampler.{name}"
+        if not typed.isdisjoint((key, f"sampler.{name}")):
+            continue
+        try:
+            sampler(**{name or theirs: value})
+            taken[name] = value
+        except (ConfigError, TypeError):
+            # 别人的建议写错了，或我们没有：不该让写作停下；关着的不必说
+            passed += [f"{theirs}={value}"[:60]] if name or value not in (0, 1, []) else []
+    cfg.sampler = cfg.sampler | taken
+    cfg.temperature = taken.get("temperature", cfg.temperature)
+    if taken and not quiet:
+        words = [f"{'' if name == 'temperature' else 'sampler.'}{name}={value}" for name, value in taken.items()]
+        say(
+            "as the model's generation_config.json says: {words}; type such a key, or sampler=temperature, to overrule "
+            "it", words=" ".join(words),
+        )
+    if passed and not quiet:
+        say("passed over in the model's generation_config.json: {words}", words=" ".join(passed))
+
+
+def open_model(cfg: SampleConfig, run_dir: Path | None, overrides: list[str] | None = None) -> Model:
+    """The model of a run folder, or, where that is None, the pretrained one that init_from names.
+
+    With the `overrides` that were typed, what they leave open of how to draw is set in `cfg` as the model's
+    generation_config.json says.
+    """
+    model = _opened(cfg, run_dir)
+    if overrides is not None:
+        take_defaults(cfg, model.tokenizer, overrides, quiet=False)
+    return model
+
+
+def _opened(cfg: SampleConfig, run_dir: Path | None) -> Model:
     device = machine.choose_device(cfg.device, HardwareConfig())
     machine.set_up(device, deterministic=False, hardware=HardwareConfig())
     if run_dir is None:

@@ -8,7 +8,7 @@ from nanogpt.base.groups import sample_config
 from nanogpt.base.quoting import override, quoted
 from nanogpt.base.run_names import locate, names_run
 from nanogpt.base.sample_config import check_sample
-from nanogpt.write.loading import Model, Settings, open_model
+from nanogpt.write.loading import Model, Settings, open_model, take_defaults
 
 
 def load(run: str = "latest", *overrides: str) -> "Loaded":
@@ -21,7 +21,8 @@ def load(run: str = "latest", *overrides: str) -> "Loaded":
     typed = [quoted(one) for one in (named, *overrides)]
     cfg = sample_config(typed)
     check_sample(cfg)
-    return Loaded(open_model(cfg, None if cfg.init_from else locate(cfg.out_dir, key="out_dir")), typed)
+    run_dir = None if cfg.init_from else locate(cfg.out_dir, key="out_dir")
+    return Loaded(open_model(cfg, run_dir, typed), typed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +38,10 @@ class Loaded:
 
         Overrides are keys of conf/sample.yaml: write("KING:", "max_new_tokens=100", "sampler=top_p", "seed=7").
         """
-        cfg = sample_config([*self.overrides, *map(quoted, overrides)])
+        typed = [*self.overrides, *map(quoted, overrides)]
+        cfg = sample_config(typed)
         check_sample(cfg)
+        take_defaults(cfg, self.model.tokenizer, typed, quiet=True)
         request = Settings.of(cfg).request(self.model.default_prompt if prompt is None else prompt)
         writer = self.model.writer_of([request], batch_size=1, skip="unknown=skip")
         return "".join(piece.text for piece in writer.write())

@@ -29,11 +29,13 @@ from conftest import (
 )
 from safetensors.torch import load_file, save_file
 
+import nanogpt
 from nanogpt.base.config import ROOT
 from nanogpt.base.language import ConfigError
 from nanogpt.core.sampling import Sampler
 from nanogpt.data import assets
 from nanogpt.data import tokenizer as tokenizers
+from nanogpt.data.labels import with_labels
 from nanogpt.data.tokenizer import begin_of, ends_of
 from nanogpt.data.tokenizer_files import byte_level_bpe, read_tokenizer
 from nanogpt.plan.filled_config import filled
@@ -41,7 +43,7 @@ from nanogpt.weights import nanogpt_checkpoint
 from nanogpt.weights.build import build_model, parameters_at_least
 from nanogpt.weights.export import export
 from nanogpt.weights.peft import base_named
-from nanogpt.weights.pretrained import build_pretrained, open_pretrained, read_config
+from nanogpt.weights.pretrained import build_pretrained, check_vocabulary, open_pretrained, read_config
 from nanogpt.write.engine import Writer
 from nanogpt.write.loading import open_model
 from nanogpt.write.request import Request
@@ -258,6 +260,7 @@ def test_special_tokens_are_read_and_never_written_by_a_text_that_names_them(tmp
 def test_a_model_of_qwen_is_planned_tuned_resumed_and_written_with(tmp_path, bpe_json, in_tmp, capsys):
     folder, _ = family_folder(tmp_path / "qwen", bpe_json, vocab_size=320)
     with_tokenizer(folder, qwen_tokenizer(bpe_json), [302, 300])
+    (folder / "generation_config.json").write_text('{"eos_token_id": [302, 300], "top_p": 0.8}', encoding="utf-8")
     Path("my.txt").write_text("\n".join(LINES) * 60, encoding="utf-8")
     typed = [f"init_from={folder}", "finetune=lora", "memory.weights=bf16", "dataset=text_file", "dataset.path=my.txt", "dataset.dir=prepared", "logger=none",
              "device=cpu", "max_iters=2", "eval_interval=1", "batch_size=2", "sample_tokens=3", "model.block_size=16", "eval_tokens=64"]
@@ -272,7 +275,7 @@ def test_a_model_of_qwen_is_planned_tuned_resumed_and_written_with(tmp_path, bpe
     model = open_model(cfg, Path(cfg.out_dir))
     write_samples(cfg, model)
     assert capsys.readouterr().out.startswith("To be")
-    assert ends_of(model.tokenizer) == {300, 302}
+    assert ends_of(model.tokenizer) == {300, 302} and model.tokenizer.sampling == {"top_p": 0.8}
 
 
 @pytest.mark.parametrize("name", ["Qwen3-0.6B", "Qwen3-0.6B-Base", "Qwen3-8B"])
@@ -532,6 +535,49 @@ def test_an_index_cannot_point_outside_its_folder(folder):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret"}}', encoding="utf-8")
     with pytest.raises(ConfigError, match="odd file names"):
         open_pretrained(str(folder))
+
+
+DRAWING = {"do_sample": True, "temperature": 0.6, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.3, "num_beams": 4, "min_p": "much", "eos_token_id": 0}
+
+
+def drawn(folder, capsys, *typed):
+    """(the text, what was said of generation_config.json) of run_sample.py."""
+    words = [f"init_from={folder}", "max_new_tokens=12", "device=cpu", "start=To be", "fast=false", *typed]
+    cfg = make_sample_config(*words)
+    model = open_model(cfg, None, words)
+    said = capsys.readouterr().err
+    write_samples(cfg, model)
+    return capsys.readouterr().out, said
+
+
+def test_a_model_draws_as_its_generation_config_says_unless_a_key_is_typed(folder, capsys):
+    plain, said = drawn(folder, capsys)
+    assert not said
+    (folder / "generation_config.json").write_text(json.dumps(DRAWING), encoding="utf-8")
+    keys = ["temperature=0.6", "sampler.top_k=5", "sampler.top_p=0.9", "sampler.repetition_penalty=1.3"]
+    got, said = drawn(folder, capsys)
+    assert " ".join(keys) in said and "passed over in the model's generation_config.json: min_p=much num_beams=4" in " ".join(said.split())
+    assert got == drawn(folder, capsys, "sampler=temperature", *keys)[0] != plain == drawn(folder, capsys, "sampler=temperature")[0]
+    hot, said = drawn(folder, capsys, "temperature=1.5", "sampler.top_k=0")
+    assert "temperature=" not in said.partition(";")[0] and "top_k" not in said
+    assert hot == drawn(folder, capsys, "sampler=temperature", "temperature=1.5", *keys[2:])[0]
+    (folder / "generation_config.json").write_text(json.dumps({**DRAWING, "do_sample": False}), encoding="utf-8")
+    assert drawn(folder, capsys)[0] == drawn(folder, capsys, "sampler=greedy", keys[3])[0]
+    assert nanogpt.load(str(folder), "device=cpu", "fast=false").write("To be", "max_new_tokens=12") + "\n" == drawn(folder, capsys)[0].removeprefix("To be")
+
+
+def test_how_to_draw_travels_with_the_vocabulary_of_a_run_and_with_its_export(folder, tmp_path):
+    (folder / "generation_config.json").write_text(json.dumps(DRAWING), encoding="utf-8")
+    opened = open_pretrained(str(folder))
+    assert opened.tokenizer.sampling == {name: value for name, value in DRAWING.items() if name != "eos_token_id"}
+    tokenizers.save(with_labels(opened.tokenizer, {"style": ["宋词"]}, grow=False), tmp_path / "tokenizer.json")
+    tuned = tokenizers.load(tmp_path / "tokenizer.json")
+    assert tuned.sampling == opened.tokenizer.sampling
+    check_vocabulary(replace(opened, tokenizer=tuned), read_tokenizer(tmp_path, 301), "a run")
+    export(str(folder), tmp_path / "out")
+    assert open_pretrained(str(tmp_path / "out")).tokenizer.sampling == {name: value for name, value in opened.tokenizer.sampling.items() if name != "min_p"}
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (theirs.temperature, theirs.top_k, theirs.eos_token_id) == (0.6, 5, opened.tokenizer.end_of_text)
 
 
 # ---- hub ----
