@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from nanogpt.core.kv_cache import KVCache
-from nanogpt.core.lanes import Lane, Order, Row, guided, order_of
+from nanogpt.core.lanes import Lane, Order, Row, guided, order_of, passes
 from nanogpt.core.machine import on_device
 from nanogpt.core.sampling import Sampler, draw
 from nanogpt.core.scoring import Likely
@@ -177,17 +177,12 @@ class Decoder:
 
     def next_logits(self) -> torch.Tensor:
         """Logits (lanes, V) behind the newest id of every lane."""
-        waiting = [slot for slot, lane in enumerate(self.lanes) if lane.unread is not None]
-        if waiting and len(waiting) == len(self.lanes):
+        if self.lanes and all(lane.unread is not None for lane in self.lanes):
             return self._read(0, [lane.unread for lane in self.lanes])
-        for slot in waiting:
-            # 别的行正在逐 token 前进：这一行先读到只剩最后一个，再一起走
-            unread = self.lanes[slot].unread
-            self.newest[slot] = unread[-1]
-            self.cache.lengths[slot] = 0
-            if len(unread) > 1:
-                self._read(slot, [unread[:-1]], only_hidden=True)
-            self.lanes[slot].unread = None
+        for start, unread in passes(self.lanes):
+            # 别的行正在逐 token 前进：这几行先读到只剩最后一个，再一起走
+            self._read(start, [ids[:-1] for ids in unread], only_hidden=True)
+            self.newest[start : start + len(unread)] = torch.stack([ids[-1] for ids in unread])
         return self.model.next_logits(self.newest[: len(self.lanes)], self.cache)
 
     def _read(self, start: int, texts: list[torch.Tensor], *, only_hidden: bool = False) -> torch.Tensor | None:
@@ -195,7 +190,8 @@ class Decoder:
         # 因果注意力看不到右边：补的 0 不影响前面，之后会被真正的 token 覆盖
         lengths = [len(t) for t in texts]
         idx = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        hidden = self.model.hidden(idx, self.cache.part(start, start + len(texts)))
+        # 只有一个 id 的文字，前面没有要读的
+        hidden = self.model.hidden(idx, self.cache.part(start, start + len(texts))) if idx.size(1) else None
         self.cache.lengths[start : start + len(texts)] = lengths
         for lane in self.lanes[start : start + len(texts)]:
             lane.unread = None

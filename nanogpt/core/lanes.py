@@ -9,6 +9,10 @@ import torch
 from nanogpt.core.machine import on_device
 from nanogpt.core.sampling import Sampler
 
+# 别的文字正在写时，两步之间至多读这么多个 id，一遍连补齐的也不超过它：约为 32 行走十步的乘法，写着的至多停这么久
+# 更长的开头一次读完：切开读要多一种注意力，省不下时间
+READ_PER_STEP = 512
+
 
 @dataclass(eq=False)
 class Row:
@@ -76,3 +80,20 @@ def guided(logits: torch.Tensor, order: Order | None) -> torch.Tensor:
     read, shadow = logits[order.read], logits[order.shadow]
     # 没有影子的行 read - shadow 恰为 0：与独自写时逐位相同
     return shadow + order.guidance * (read - shadow)
+
+
+def passes(lanes: list[Lane]) -> list[tuple[int, list[torch.Tensor]]]:
+    """How lanes with unread ids are read: neighbours together, (first lane, their ids), padded to READ_PER_STEP at
+    most.
+    """
+    found: list[tuple[int, list[torch.Tensor]]] = []
+    for slot, lane in enumerate(lanes):
+        if lane.unread is None:
+            continue
+        start, together = found[-1] if found else (0, [])
+        longest = max(len(lane.unread), *map(len, together), 0)
+        if together and start + len(together) == slot and (len(together) + 1) * longest <= READ_PER_STEP:
+            together.append(lane.unread)
+        else:
+            found.append((slot, [lane.unread]))
+    return found

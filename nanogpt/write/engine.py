@@ -23,6 +23,7 @@ from nanogpt.base.errors import is_out_of_memory, release
 from nanogpt.base.language import ConfigError
 from nanogpt.core import scoring
 from nanogpt.core.generate import Decoder
+from nanogpt.core.lanes import READ_PER_STEP
 from nanogpt.core.sampling import Sampler
 from nanogpt.core.scoring import Likely, Score
 from nanogpt.data.chat import question_ids, turn_end
@@ -193,10 +194,18 @@ class Writer:
             yield from self.step()
 
     def _admit(self) -> list[Piece]:
-        """Give free rows to those that wait; the end of a text that was only to be read, if there was one."""
+        """Give free rows to those that wait; the end of a text that was only to be read, if there was one.
+
+        While texts are under way, at most READ_PER_STEP ids are read in one step, or one prompt that is longer.
+        """
+        going, read = bool(self.decoder and self.decoder.rows), 0
         while self.waiting and (self.decoder is None or len(self.decoder.rows) < self.capacity):
             key = self.waiting[0]
             text, request = self.texts[key], self.texts[key].request
+            ids = min(text.prompt_tokens + len(text.ids), self.model.config.block_size)
+            if going and read and read + ids > READ_PER_STEP:
+                break
+            read += ids
             if request.score_prompt and text.scores is None:
                 text.scores = self._prompt_scores(text)
                 if not all(score.logprob is None or math.isfinite(score.logprob) for score in text.scores):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import GPT2_RECIPE, wild_model
 
+from nanogpt.core import lanes
 from nanogpt.core.generate import UNIFORMS, Decoder
 from nanogpt.core.sampling import sampler
 from nanogpt.write.speed.acceleration import accelerate
@@ -88,6 +89,32 @@ def test_rows_that_come_and_go_do_not_disturb_the_others():
         for row, token in zip(decoder.rows, drawn):
             got[row.key].append(token)
     assert all(got[key][:30] == alone[key][: len(got[key])] for key in got) and len(got[1]) == 7
+
+
+def test_texts_that_join_together_are_read_in_one_pass_up_to_a_bound(monkeypatch):
+    model, read = wild_model(), []
+    hidden = type(model).hidden
+    monkeypatch.setattr(
+        model, "hidden", lambda idx, cache: read.append(tuple(idx.shape)) or hidden(model, idx, cache), raising=False
+    )
+    rows = prompts(4, 6, 1, 1, 8)
+    alone = [decode(model, [row], 4)[0].tolist() for row in rows]
+
+    def joined(bound):
+        monkeypatch.setattr(lanes, "READ_PER_STEP", bound)
+        decoder = Decoder(model, capacity=5)
+        decoder.add(0, rows[0], GREEDY, seed=0)
+        first = decoder.step().tolist()
+        for key in range(1, 5):
+            decoder.add(key, rows[key], GREEDY, seed=key)
+        read.clear()
+        others = torch.stack([decoder.step() for _ in range(4)], dim=1).tolist()
+        assert [first + others[0][:3], *others[1:]] == alone
+        return [shape for shape in read if shape != (5, 1)]
+
+    # 每行最后一个 id 与正在写的一起走
+    assert joined(512) == [(4, 7)]
+    assert joined(12) == [(2, 5), (1, 7)]
 
 
 def test_a_seed_gives_the_same_text_beside_any_other_rows_and_after_a_restart():

@@ -21,14 +21,15 @@ from typed import ENVIRONMENT, typed
 from nanogpt.base import language
 from nanogpt.base.config import ROOT
 from nanogpt.base.language import ConfigError
-from nanogpt.core.sampling import SETTINGS
+from nanogpt.core.sampling import SETTINGS, sampler
 from nanogpt.data.tokenizer import ByteTokenizer, CharTokenizer
 from nanogpt.write.loading import Model, Settings
+from nanogpt.write.request import Request
 
 pytest.importorskip("fastapi", reason="the server needs FastAPI and uvicorn: pip install -e .[serve]")
 
 from nanogpt.serve.server import bind, run
-from nanogpt.serve.worker import Job, TextUpdate
+from nanogpt.serve.worker import Job, TextUpdate, Worker
 
 POEM = "春天的花朵，开在山上。\n"
 LIMITS = {"port": 0, "read_seconds": 0.6, "stall_seconds": 0.6, "max_tokens": 200_000}
@@ -588,6 +589,22 @@ def test_many_texts_at_once_are_told_in_fewer_events_the_first_and_the_last_at_o
     assert asyncio.run(told()) == ["a", "bcd"]
     with pytest.raises(ConfigError):
         asyncio.run(ended())
+
+
+def test_requests_that_come_together_begin_together():
+    async def begun() -> int:
+        writer, waiting = tiny().writer(capacity=4), []
+        advance = writer.advance
+        writer.advance = lambda: waiting.append(len(writer.waiting)) or advance()
+        worker = Worker(writer, max_waiting=0)
+        jobs = [worker.start([Request("a", sampler(), 3, seed)]) for seed in range(4)]
+        for job in jobs:
+            await job.accepted()
+        worker.begin_closing()
+        await asyncio.to_thread(worker.join, 10)
+        return waiting[0]
+
+    assert asyncio.run(begun()) == 4
 
 
 def test_the_queue_is_bounded_and_says_when_to_come_back(serve):

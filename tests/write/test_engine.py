@@ -70,6 +70,20 @@ def test_many_requests_with_few_rows_equal_one_by_one(model):
     assert [len(text) for text in alone] == [20, 5, 33, 1, 20]
 
 
+def test_texts_under_way_wait_for_few_ids_of_others(model, monkeypatch):
+    monkeypatch.setattr(engine, "READ_PER_STEP", 10)
+    writer = Writer(model, TOKENIZER, capacity=8)
+    writer.submit(Request("abc", GREEDY, 20, 0))
+    writer.step()
+    for prompt in ("abcd", "abcd", "abcdabcdabcdab", "a", "a"):
+        writer.submit(Request(prompt, GREEDY, 20, 0))
+    rows = []
+    for _ in range(3):
+        writer.step()
+        rows.append(len(writer.decoder.rows))
+    assert rows == [3, 4, 6]
+
+
 def test_looking_a_step_ahead_changes_nothing(model):
     requests = [Request(prompt, chosen, n, seed=3) for prompt, n in (("abc", 20), ("k", 1), ("hfedb", 33)) for chosen in (sampler(), GREEDY)]
     plain = write(model, *requests, capacity=2)
