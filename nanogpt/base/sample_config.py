@@ -82,6 +82,9 @@ class SampleConfig:
     """best | last | iter_00001000 …"""
     device: str
     """auto | cpu | cuda | cuda:0 … | xpu (Intel's GPU) | mps (a Mac's GPU)."""
+    block_size: int | None = number(1, 10**6)
+    """Context to write with; None: the model's own, which learned positions cannot exceed. Beyond the lengths that were
+    trained texts get worse, unless the model's rope scaling was trained for it."""
     start: str | None
     """A prompt; None: nothing where the model writes documents, else a line break, or what else begins a text in a
     vocabulary without one."""

@@ -22,6 +22,7 @@ from nanogpt.base.value_checks import unescaped
 from nanogpt.core import machine
 from nanogpt.core.ngrams import size_text
 from nanogpt.core.precision import Precision
+from nanogpt.core.rope import rope_table
 from nanogpt.core.sampling import Sampler, sampler
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.source_text import iter_text, resolved
@@ -214,11 +215,34 @@ def _opened(cfg: SampleConfig, run_dir: Path | None) -> Model:
 
 def ready(cfg: SampleConfig, name: str, network: torch.nn.Module, tokenizer: tokenizers.Tokenizer) -> Model:
     """A loaded model in the wanted number format, on its fastest path."""
+    if cfg.block_size is not None:
+        set_context(network, cfg.block_size)
     # CPU 上的 fp16、bf16 与训练时一样只做舍入；其余格式由权重自己的类型决定
     rounded = network.device.type == "cpu" and cfg.precision.dtype in HALF
     context = Precision(cfg.precision, network.device).context if rounded else contextlib.nullcontext
     accelerate(network.eval(), cfg.precision.dtype, fast=cfg.fast and not rounded)
     return Model(name, network, tokenizer, context, speculate=cfg.speculate)
+
+
+def set_context(network: torch.nn.Module, block_size: int) -> None:
+    """Let a loaded model read `block_size` tokens at a time; ConfigError where its positions end before."""
+    config = network.config
+    if block_size > config.block_size and config.position == "learned":
+        raise ConfigError(
+            "block_size={got}: this model has learned positions for {limit} tokens and none beyond; choose at most "
+            "{limit}, or leave it out",
+            got=block_size, limit=config.block_size,
+        )
+    if block_size > config.block_size:
+        say(
+            "block_size={got}, the model's own context is {have}: texts get worse beyond the lengths it was trained "
+            "with, unless its rope scaling was trained for more", got=block_size, have=config.block_size,
+        )
+    network.config = dataclasses.replace(config, block_size=block_size)
+    if config.position == "rope":
+        # 角度表不是权重：照新的长度重算
+        for name, table in zip(("rope_cos", "rope_sin"), rope_table(network.config), strict=True):
+            network.register_buffer(name, table.to(getattr(network, name)), persistent=False)
 
 
 def prompt_text(start: str) -> str:

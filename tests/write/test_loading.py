@@ -6,12 +6,16 @@ import subprocess
 import sys
 
 import pytest
-from conftest import make_sample_config
+import torch
+from conftest import GPT2_RECIPE, make_sample_config, tiny_model_config, wild_model
 from typed import ENVIRONMENT, typed
 
 from nanogpt.base.config import ROOT
 from nanogpt.base.language import ConfigError
 from nanogpt.base.sample_config import check_sample
+from nanogpt.core.kv_cache import KVCache
+from nanogpt.data.tokenizer import ByteTokenizer
+from nanogpt.weights.build import build_model
 from nanogpt.write import loading
 
 
@@ -45,6 +49,28 @@ def test_characters_that_the_vocabulary_lacks_are_one_line(own_run):
 def test_bad_settings_are_named(change, message):
     with pytest.raises(ConfigError, match=message):
         check_sample(dataclasses.replace(make_sample_config(), **change))
+
+
+@pytest.mark.parametrize("changes", [{}, {"rope_scaling": "llama3", "rope_original_length": 16}], ids=str)
+def test_a_longer_context_to_write_with_is_that_of_a_model_built_for_it(changes, capsys):
+    model, long = wild_model(**changes), build_model(tiny_model_config(block_size=40, **changes), 0).eval()
+    long.load_state_dict(model.state_dict())
+    cfg = make_sample_config("block_size=40", "fast=false")
+    written = loading.ready(cfg, "x", model, ByteTokenizer()).network
+    idx = torch.arange(40)[None] % 11
+    assert torch.equal(written(idx), long(idx)) and KVCache(written, 1).max_length == 40
+    assert "block_size=40, the model's own context is 16: texts get worse" in capsys.readouterr().err
+    loading.set_context(written, 12)
+    assert torch.equal(written(idx[:, :12]), long(idx[:, :12])) and KVCache(written, 1).max_length == 12
+
+
+def test_learned_positions_can_only_be_cut_short(capsys):
+    model = wild_model(**GPT2_RECIPE)
+    before = model(torch.arange(8)[None])
+    with pytest.raises(ConfigError, match="block_size=17: this model has learned positions for 16 tokens"):
+        loading.set_context(model, 17)
+    loading.set_context(model, 8)
+    assert torch.equal(model(torch.arange(8)[None]), before) and model.config.block_size == 8 and not capsys.readouterr().err
 
 
 def test_prompts_come_from_files_too(tmp_path):
