@@ -386,7 +386,8 @@ def main() -> None:
         save_file(tensors, folder / "weights.safetensors")
         for package, write in (("ctranslate2", write_ctranslate2), ("openvino", write_openvino), ("xllamacpp", write_gguf)):
             if package in packages:
-                write(tensors, folder / package.removeprefix("x").removesuffix("cpp"))
+                # CTranslate2 就地改写交给它的数组：各家一份
+                write({name: tensor.clone() for name, tensor in tensors.items()}, folder / package.removeprefix("x").removesuffix("cpp"))
         del tensors
         for _ in range(args.rounds):
             for program in programs:
