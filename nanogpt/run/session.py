@@ -132,7 +132,7 @@ class Session:
         # 记下算出的数：接着训时要加，就在它上面加
         if cfg.max_tokens == "auto":
             cfg.max_tokens = auto_tokens(cfg.model, len(self.data.tokens["train"]))
-        self.left_open = cfg.model.ngrams is None or cfg.model.dropout is None
+        self.left_open = [key for key in ("dropout", "ngrams") if getattr(cfg.model, key) is None]
         cfg.model = held_back(cfg, self.data.tokens["train"])
         cfg.dropout = cfg.model.dropout
         distributed.check_alike(self._facts())
@@ -519,11 +519,8 @@ class Session:
             hint=text("; max_tokens=auto would read {tokens:.3g}M", tokens=wanted / 1e6) if tokens < wanted / 2 else "",
         )
         if self.left_open and round(passes_of(cfg, text_tokens)) > 1:
-            line(
-                "for so many passes it takes dropout={dropout:g} and n-gram tables {ngrams}; keys dropout= and "
-                "model.ngrams= overrule that",
-                dropout=cfg.model.dropout, ngrams=cfg.model.ngrams,
-            )
+            chosen = ", ".join(f"model.{key}={getattr(cfg.model, key)}" for key in self.left_open)
+            line("for so many passes it takes {settings}; what you type goes before", settings=chosen)
 
     def _explain(self, error: OutOfMemory, *, has_checkpoint: bool) -> None:
         """One screen about what did not fit and what to type instead."""
