@@ -25,6 +25,8 @@ TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+# 有开头 token 的词表，前面加上它
+BEGIN = "{{ bos_token }}"
 # Unicode 保留、不会是文字的码点
 MARK = "\ufdd0"
 
@@ -48,7 +50,7 @@ def with_template(tokenizer: Tokenizer, *, grow: bool) -> Tokenizer:
                 kind=tokenizer.kind,
             )
         begin = words.get(next(iter(begin_of(tokenizer)), None), "")
-        template = "{{ bos_token }}" + TEMPLATE if begin else TEMPLATE
+        template = BEGIN + TEMPLATE if begin else TEMPLATE
         tokenizer.chat_template = {
             "template": template, "bos_token": begin, "eos_token": words[tokenizer.end_of_text],
         }

@@ -19,6 +19,7 @@ from nanogpt.base.config import ModelConfig
 from nanogpt.base.files import write_text
 from nanogpt.base.language import ConfigError
 from nanogpt.core.rope import frequencies
+from nanogpt.data.chat import BEGIN, TEMPLATE
 from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.data.tokenizer_files import drawing_numbers
 from nanogpt.weights import families
@@ -51,6 +52,8 @@ OLLAMA = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "rep
 CHATML = (
     "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
 )
+# data/chat.py 的 TEMPLATE，同样的文字
+OURS = "{{ range .Messages }}<|{{ .Role }}|>{{ .Content }}eos_token{{ end }}<|assistant|>"
 
 
 def library():
@@ -203,4 +206,8 @@ def modelfile(config: ModelConfig, tokenizer: Tokenizer) -> str:
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     elif "<|im_start|>" in chat:
         lines += ['PARAMETER stop "<|im_end|>"', f'TEMPLATE """{CHATML}"""']
+    elif chat.removeprefix(BEGIN) == TEMPLATE:
+        # 开头的 bos 由 add_bos_token 放
+        end = tokenizer.chat_template["eos_token"]
+        lines += [f'PARAMETER stop "{end}"', f'TEMPLATE """{OURS.replace("eos_token", end)}"""']
     return "\n".join(lines) + "\n"

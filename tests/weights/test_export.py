@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import sys
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from nanogpt.base.language import ConfigError
 from nanogpt.core.memory.lora import add_adapters
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.bpe import train_bpe
+from nanogpt.data.chat import rendered, with_template
 from nanogpt.data.corpus import build_char_tokenizer
 from nanogpt.data.labels import with_labels
 from nanogpt.data.tokenizer_files import read_tokenizer
@@ -121,6 +123,18 @@ def test_a_gguf_file_says_context_rope_ends_and_template_and_ollama_finds_it(tmp
     assert '"""{{ .Prompt }}"""' in gguf_file.modelfile(random_pretrained().config, CHARACTERS)
     labelled = vocabulary_fields(with_labels(CHARACTERS, {"style": ["宋词"]}, grow=True), 50, documents=True)
     assert labelled["add_bos_token"] and labelled["tokens"][labelled["bos_token_id"]] == "<|endoftext|>" and labelled["tokens"][-1] == "[PAD49]"
+
+
+def test_ollama_renders_a_conversation_in_our_template_as_we_do_and_draws_as_the_model_says():
+    tokenizer = with_template(CHARACTERS, grow=True)
+    tokenizer.sampling = {"do_sample": False, "top_p": 0.9, "repetition_penalty": 1.1, "min_p": "much"}
+    messages = [{"role": role, "content": role[:2]} for role in ("system", "user", "assistant", "user")]
+    written = gguf_file.modelfile(random_pretrained().config, tokenizer)
+    assert re.findall("PARAMETER (.*)", written)[1:] == ["temperature 0", "top_p 0.9", "repeat_penalty 1.1", 'stop "<|endoftext|>"']
+    template = re.search('TEMPLATE """(.*)"""', written, flags=re.DOTALL)[1]
+    repeated, last = re.fullmatch(r"{{ range .Messages }}(.*){{ end }}(.*)", template).groups()
+    shown = [repeated.replace("{{ .Role }}", m["role"]).replace("{{ .Content }}", m["content"]) for m in messages]
+    assert "".join(shown) + last == rendered(tokenizer, messages, asking=True)
 
 
 # ---- CTranslate2、transformers ----
