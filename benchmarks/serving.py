@@ -9,7 +9,7 @@ the first token of a client, and the CPU seconds of the server per token. Writes
 """
 
 # 服务器比一批直接写慢多少：慢的只能是事件循环、JSON 与锁；客户端在自己的进程里，也占着同样的核
-# 第一个 token 的时间含排队与读开头：32 个一起来，先要一个个读完
+# 第一个 token 的时间含接请求、排队与读开头：同一圈事件循环里接到的一起读
 
 import argparse
 import asyncio
