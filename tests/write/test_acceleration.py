@@ -4,6 +4,7 @@ import contextlib
 import time
 import weakref
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -148,6 +149,37 @@ def test_a_cpu_without_vnni_gets_the_same_integers(vnni):
     njit(lambda w, x, out: dot(at(w, 0), at(x, 0), 128, at(out, 0)))(weight, q, out)
     more = 128 * q.astype(int).sum(1, keepdims=True) if vnni else 0
     assert (out[:4, :2] - more == q.astype(int) @ weight.astype(int).T).all()
+
+
+@pytest.mark.parametrize("n_out, n_in", [(50, 7), (29, 64), (75, 100), (48, 768)])
+def test_products_of_floats_are_exact_within_rounding_and_the_same_bits_whatever_lies_beside_a_row(n_out, n_in):
+    products = pytest.importorskip("nanogpt.write.speed.float_dot").products
+    draw = np.random.default_rng(0)
+    weight, bias, x = (draw.standard_normal(shape, dtype=np.float32) for shape in ((n_out, n_in), n_out, (15, n_in)))
+    exact = x.astype(float) @ weight.astype(float).T + bias
+
+    def multiplied(x, pieces, add):
+        y = np.full((len(x), n_out), 1.0, np.float32)
+        for start, stop in pairwise(pieces):
+            products(weight, bias, x, y, start, stop, add)
+        return y
+
+    y = multiplied(x, [0, n_out], False)
+    assert np.abs(y - exact).max() < 1e-6 * n_in**0.5 * 4
+    assert np.abs(multiplied(x, [0, n_out], True) - exact - 1).max() < 1e-6 * n_in**0.5 * 4
+    for rows in (1, 2, 3, 7, 8, 14):
+        # 行数与各核的分界都会换掉块的形状
+        assert (multiplied(x[-rows:].copy(), [0, 5, n_out - 1, n_out], False) == y[-rows:]).all()
+
+
+@pytest.mark.parametrize("lanes", [4, 8])
+def test_a_cpu_with_narrower_vectors_multiplies_floats_too(lanes):
+    float_dot = pytest.importorskip("nanogpt.write.speed.float_dot")
+    dot, at, njit = float_dot.dot_of(3, 4, lanes), float_dot.at, pytest.importorskip("numba").njit
+    weight, x = np.random.default_rng(0).standard_normal((2, 4, 32), dtype=np.float32)
+    out = np.zeros(12, np.float32)
+    njit(lambda w, x, out: dot(at(w, 0), at(x, 0), 32, at(out, 0)))(weight, x, out)
+    np.testing.assert_allclose(out.reshape(3, 4), weight[:3] @ x.T, rtol=1e-5, atol=1e-5)
 
 
 def test_a_row_of_activations_that_is_not_finite_is_not_hidden_by_integers():

@@ -25,16 +25,17 @@ from nanogpt.core.attention import CausalSelfAttention
 from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.model import GPT, MLP, Block, Norm
 from nanogpt.core.ngrams import NgramEmbedding
+from nanogpt.write.speed.float_dot import LANES, products
 from nanogpt.write.speed.int8 import Int8Linear
 from nanogpt.write.speed.integer_dot import VNNI, int8_linear
 
 # 只许重排加法（SIMD 需要）、合并乘加；不假设没有 NaN 与无穷
 REORDER = {"reassoc", "contract", "nsz"}
-# 成对实测（benchmarks/results/fast_rows.json）：fp32 到 16 行不慢于逐层的矩阵乘，32 行要 1.1 ~ 1.2 倍的时间；
-# int8 到 48 行都快
+# 有 AVX-512 时 8 行起乘加就接近机器的极限，int8 也到 48 行都快（benchmarks/fast_rows.py）；更窄的向量没有量过，不放宽
 # 定死而不在启动时量：量出的选择随机器忙闲而变，同一个种子就写不出同样的字
-MAX_ROWS = {torch.float32: 16, torch.int8: 48}
-# 一步里多一行要多花的时间，占第一行的几分之几（benchmarks/results/speculation.json）；int8 有 VNNI 时约 0.09，留余量
+MAX_ROWS = {torch.float32: 48 if LANES == 16 else 16, torch.int8: 48}
+# 一步里多一行要多花的时间，占第一行的几分之几（benchmarks/results/speculation.json），留余量：
+# int8 有 VNNI 时约 0.09；float32 是逐行相乘时量的，现在有 AVX-512 的一核上 2 ~ 8 行几乎不多花，待重测
 ROW_COST = {torch.float32: 0.2, torch.int8: 0.15 if VNNI else 0.4}
 ACTIVATIONS = {"none": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3, "swiglu": 4}
 
@@ -81,18 +82,12 @@ def _activate(y, start, stop, kind):
 
 
 @njit(parallel=True, fastmath=REORDER, cache=True)
-def _float_linear(weight, scale, bias, x, y, activation, add, pieces):
-    """y (B, N) = activation(x (B, K) weight^T (N, K) * scale + bias), or added to y."""
-    n_out, n_in = weight.shape
+def _float_linear(weight, bias, x, y, activation, add, pieces):
+    """y (B, N) = activation(x (B, K) weight^T (N, K) + bias), or added to y."""
+    n_out = weight.shape[0]
     for piece in prange(pieces):
         start, stop = n_out * piece // pieces, n_out * (piece + 1) // pieces
-        for n in range(start, stop):
-            for b in range(x.shape[0]):
-                total = np.float32(0.0)
-                for k in range(n_in):
-                    total += np.float32(weight[n, k]) * x[b, k]
-                total = total * scale[n] + bias[n]
-                y[b, n] = y[b, n] + total if add else total
+        products(weight, bias, x, y, start, stop, add)
         for b in range(x.shape[0]):
             _activate(y[b], start, stop, activation)
 
@@ -115,7 +110,7 @@ def _linear_of(weight, scale, bias, x, y, activation, add, pieces):
     # 编译时按权重的类型二选一：两条路各用各的乘法，_step 只写一遍
     if weight.dtype is not types.int8:
         return lambda weight, scale, bias, x, y, activation, add, pieces: _float_linear(
-            weight, scale, bias, x, y, activation, add, pieces
+            weight, bias, x, y, activation, add, pieces
         )
 
     def multiply(weight, scale, bias, x, y, activation, add, pieces):

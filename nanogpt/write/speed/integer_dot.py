@@ -12,10 +12,10 @@ import llvmlite.binding
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, config, njit, prange, types
-from numba.extending import intrinsic
+from numba import carray, config, njit, prange
 
-INT32, INT64 = ir.IntType(32), ir.IntType(64)
+from nanogpt.write.speed.tiles import INT8, INT32, INT64, at, declared, tile_of
+
 # 一块权重同时配几行激活：寄存器够放 2 x 8 个累加器
 COLUMNS = 8
 # 权重这么多行的结果先攒成整数，再一次换成 float32：逐个换算比乘法还慢
@@ -37,11 +37,6 @@ def vnni_bytes() -> int:
     return 32 if (features.get("avx512vnni") and features.get("avx512vl")) or features.get("avxvnni") else 0
 
 
-def _declared(builder, name: str, returns, takes) -> ir.Function:
-    """An LLVM intrinsic."""
-    return builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(returns, takes), name)
-
-
 def dot_of(rows: int, columns: int, vnni: int):
     """dot(w, x, k, out): out[c * CHUNK + r] = sum of w[r, i] x[c, i] over i < k, for contiguous int8 rows of length k,
     but with VNNI 128 sum(x[c]) more.
@@ -50,80 +45,26 @@ def dot_of(rows: int, columns: int, vnni: int):
     """
     lanes = (vnni or 64) // 4
     sums = ir.VectorType(INT32, lanes)
+    flip = ir.Constant(sums, [ir.Constant(INT32, -0x7F7F7F80)] * lanes)
 
-    def generate(context, builder, signature, args):
-        w, x, k, out = args
-        zero = ir.Constant(sums, [0] * lanes)
+    def multiply(builder, total, weight, act):
+        if vnni:
+            # 指令要一边无符号：权重翻转最高位就是加 128
+            name = f"llvm.x86.avx512.vpdpbusd.{8 * vnni}"
+            return builder.call(declared(builder, name, sums, [sums] * 3), [total, weight, act])
+        return builder.add(total, builder.mul(builder.sext(weight, sums), builder.sext(act, sums)))
 
-        def load(start, row, i, kind):
-            at = builder.gep(start, [builder.add(i, builder.mul(k, ir.Constant(INT64, row)))])
-            value = builder.load(builder.bitcast(at, kind.as_pointer()))
-            value.align = 1
-            return value
-
-        def multiply(total, weight, act):
-            if vnni:
-                # 指令要一边无符号：权重翻转最高位就是加 128
-                name = f"llvm.x86.avx512.vpdpbusd.{8 * vnni}"
-                return builder.call(_declared(builder, name, sums, [sums] * 3), [total, weight, act])
-            return builder.add(total, builder.mul(builder.sext(weight, sums), builder.sext(act, sums)))
-
-        kind = sums if vnni else ir.VectorType(ir.IntType(8), lanes)
-        step = vnni or lanes
-        flip = ir.Constant(sums, [ir.Constant(INT32, -0x7F7F7F80)] * lanes)
-        entry, loop, done = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("done")
-        end = builder.and_(k, ir.Constant(INT64, -64))
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        i = builder.phi(INT64)
-        totals = [builder.phi(sums) for _ in range(rows * columns)]
-        for phi, first in ((i, ir.Constant(INT64, 0)), *((total, zero) for total in totals)):
-            phi.add_incoming(first, entry)
-        acts = [load(x, c, i, kind) for c in range(columns)]
-        if columns > 1:
-            _prefetch(builder, w, k, i, rows, step)
-        after = []
-        for r in range(rows):
-            weight = load(w, r, i, kind)
-            weight = builder.xor(weight, flip) if vnni else weight
-            after += [multiply(totals[r * columns + c], weight, acts[c]) for c in range(columns)]
-        following = builder.add(i, ir.Constant(INT64, step))
-        for phi, value in ((i, following), *zip(totals, after, strict=True)):
-            phi.add_incoming(value, loop)
-        builder.cbranch(builder.icmp_signed("<", following, end), loop, done)
-        builder.position_at_end(done)
-        whole = _declared(builder, f"llvm.vector.reduce.add.v{lanes}i32", INT32, [sums])
-        for j, total in enumerate(after):
+    def store(builder, totals, out):
+        whole = declared(builder, f"llvm.vector.reduce.add.v{lanes}i32", INT32, [sums])
+        for j, total in enumerate(totals):
             place = j % columns * CHUNK + j // columns
             builder.store(builder.call(whole, [total]), builder.gep(out, [ir.Constant(INT64, place)]))
-        return context.get_dummy_value()
 
-    @intrinsic
-    def dot(typing, w, x, k, out):
-        return types.void(w, x, types.intp, out), generate
-
-    return dot
-
-
-def _prefetch(builder, w, k, i, rows: int, step: int) -> None:
-    """Ask for weights some rows further on, in the order in which they lie in memory."""
-    # 几行权重交替着读，硬件认不出次序，只剩三分之一的带宽；按内存的次序先要，就又是全速
-    hint = _declared(builder, "llvm.prefetch.p0", ir.VoidType(), [w.type, INT32, INT32, INT32])
-    ahead = builder.mul(k, ir.Constant(INT64, 4))
-    for r in range(rows):
-        at = builder.add(ahead, builder.add(builder.mul(i, ir.Constant(INT64, rows)), ir.Constant(INT64, r * step)))
-        builder.call(hint, [builder.gep(w, [at]), *(ir.Constant(INT32, n) for n in (0, 3, 1))])
-
-
-@intrinsic
-def at(typing, array, offset):
-    """Pointer to the element of a contiguous array at a flat offset."""
-
-    def generate(context, builder, signature, args):
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        return builder.gep(data, [args[1]])
-
-    return types.CPointer(array.dtype)(array, types.intp), generate
+    return tile_of(
+        rows, columns, vector=sums if vnni else ir.VectorType(INT8, lanes), sums=sums, step=vnni or lanes, multiple=64,
+        prepare=lambda builder, weight: builder.xor(weight, flip) if vnni else weight, multiply=multiply, store=store,
+        prefetch=rows > 1,
+    )
 
 
 VNNI = vnni_bytes()

@@ -1,0 +1,114 @@
+"""Products of float32 rows in numba: a tile of weights and activations at once, with the CPU's widest vectors."""
+
+# float32 的矩阵乘，给编译好的一步用：权重读一遍，配上几行激活，乘加都在寄存器里
+# 每个积一个累加器，最后按固定的次序相加：一行的结果与旁边有几行、归哪一块都无关，逐位如此
+
+import llvmlite.binding
+import numpy as np
+from llvmlite import ir
+from numba import config, njit
+
+from nanogpt.write.speed.tiles import INT64, at, declared, tile_of
+
+FLOAT = ir.FloatType()
+# 一次几行权重
+ROWS = 3
+# 权重这么多行的结果先攒着，再加 bias 写出；权重这一段留在 L2 里，几组激活轮着用
+CHUNK = 8 * ROWS
+
+
+def float_lanes() -> int:
+    """How many float32 a vector of this CPU holds."""
+    # 替别的 CPU 编译时，不问这台机器
+    features = {} if config.CPU_NAME or config.CPU_FEATURES else llvmlite.binding.get_host_cpu_features()
+    return 16 if features.get("avx512f") else 8 if features.get("avx") else 4
+
+
+def dot_of(rows: int, columns: int, lanes: int):
+    """dot(w, x, k, out): out[r * columns + c] = sum of w[r, i] x[c, i], for contiguous float32 rows of length k.
+
+    Only the first k // lanes * lanes elements count; k >= lanes.
+    """
+    vector = ir.VectorType(FLOAT, lanes)
+
+    def multiply(builder, total, weight, act):
+        # 有 FMA 指令就合并，没有就先乘后加
+        fused = declared(builder, f"llvm.fmuladd.v{lanes}f32", vector, [vector] * 3)
+        return builder.call(fused, [weight, act, total])
+
+    def pick(builder, a, b, places):
+        mask = ir.Constant(ir.VectorType(ir.IntType(32), len(places)), list(places))
+        return builder.shuffle_vector(a, b, mask)
+
+    def store(builder, totals, out):
+        # 相邻两数相加，直到每个累加器剩一个数：两个累加器挤进一个，最后一个向量装下 lanes 个积
+        vectors = totals
+        for _ in range(lanes.bit_length() - 1):
+            pairs = zip(vectors[::2], [*vectors[1::2], *vectors[-1:]])
+            vectors = [builder.fadd(*(pick(builder, a, b, range(o, 2 * lanes, 2)) for o in (0, 1))) for a, b in pairs]
+        for j, whole in enumerate(vectors):
+            part = pick(builder, whole, whole, range(min(lanes, len(totals) - j * lanes)))
+            place = builder.bitcast(builder.gep(out, [ir.Constant(INT64, j * lanes)]), part.type.as_pointer())
+            builder.store(part, place).align = 4
+
+    return tile_of(
+        rows, columns, vector=vector, sums=vector, step=lanes, multiple=lanes, prepare=lambda builder, weight: weight,
+        multiply=multiply, store=store, prefetch=rows > 1,
+    )
+
+
+LANES = float_lanes()
+# 一次几行激活：3 x 8 个累加器要 32 个寄存器，AVX-512 才有
+COLUMNS = 8 if LANES == 16 else 4
+_dot_1x1, _dot_3x1, _dot_3x2, _dot_3x4, _dot_3x8 = (
+    dot_of(rows, columns, LANES) for rows, columns in ((1, 1), (3, 1), (3, 2), (3, 4), (3, 8))
+)
+
+
+@njit(cache=True)
+def _sums(weight, n, width, x, b, columns, out):
+    """out[r * columns + c] = row n + r of weight times row b + c of x, r < width, c < columns."""
+    size = x.shape[1]
+    whole, even = size // LANES * LANES, width // ROWS * ROWS if len(x) > 1 else 0
+    if whole == 0:
+        out[:] = 0
+    else:
+        for r in range(0, even, ROWS):
+            # 只传指针：切片要记引用，比这里的乘法还贵
+            w, acts, into = at(weight, (n + r) * size), at(x, b * size), at(out, r * columns)
+            if COLUMNS == 8 and columns == 8:
+                _dot_3x8(w, acts, size, into)
+            elif columns == 4:
+                _dot_3x4(w, acts, size, into)
+            elif columns == 2:
+                _dot_3x2(w, acts, size, into)
+            else:
+                _dot_3x1(w, acts, size, into)
+        # 只有一行激活：一次一行权重，读内存最快
+        for r in range(even, width):
+            for c in range(columns):
+                _dot_1x1(at(weight, (n + r) * size), at(x, (b + c) * size), size, at(out, r * columns + c))
+    if whole < size:
+        for r in range(width):
+            for c in range(columns):
+                for k in range(whole, size):
+                    out[r * columns + c] += weight[n + r, k] * x[b + c, k]
+
+
+@njit(cache=True)
+def products(weight, bias, x, y, start, stop, add):
+    """Columns start … stop of y (B, N) = x (B, K) weight^T (N, K) + bias, or added to y."""
+    rows = x.shape[0]
+    out = np.empty(CHUNK * COLUMNS, np.float32)
+    for n in range(start, stop, CHUNK):
+        width, b = min(CHUNK, stop - n), 0
+        while b < rows:
+            columns = COLUMNS
+            while columns > rows - b:
+                columns //= 2
+            _sums(weight, n, width, x, b, columns, out)
+            for c in range(columns):
+                for i in range(width):
+                    value = out[i * columns + c] + bias[n + i]
+                    y[b + c, n + i] = y[b + c, n + i] + value if add else value
+            b += columns

@@ -1,0 +1,94 @@
+"""Register tiles for matrix products in numba: some rows of weights times some rows of activations at once.
+
+Every product keeps a vector of partial sums in a register of its own; LLVM makes the code, without a C++ compiler.
+"""
+
+# 矩阵乘的内核：几行权重 x 几行激活，每个积各用一个向量累加器，都留在寄存器里，读一次用几次
+# numba 自己的向量化做不到：这里直接写 LLVM IR；数的格式由 integer_dot（int8）与 float_dot（float32）给
+# 每个积的求和次序与块的形状无关：旁边有几行，结果的每一位都一样
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+INT8, INT32, INT64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+# 提前多少字节去要权重：够等一次内存，又留在 L2 里
+AHEAD = 12 * 1024
+
+
+def declared(builder, name: str, returns, takes) -> ir.Function:
+    """An LLVM intrinsic."""
+    return builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(returns, takes), name)
+
+
+def tile_of(rows: int, columns: int, *, vector, sums, step: int, multiple: int, prepare, multiply, store, prefetch):
+    """dot(w, x, k, out): the products of contiguous rows w[r] and x[c] of length k, r < rows and c < columns.
+
+    A `vector` of `step` elements is read at a time, up to k // multiple * multiple, which must not be 0. `multiply`
+    (builder, total, weight, act) adds to a vector of `sums`, `prepare` (builder, weight) comes first; `store` (builder,
+    totals, out) gets those of row 0, row 1, …. With `prefetch` weights are asked for before they are needed.
+    """
+
+    def generate(context, builder, signature, args):
+        w, x, k, out = args
+        # 调用它的函数不再并进上一层：每并一层就要重新优化、生成一遍，第一次编译多等几秒
+        builder.function.attributes.add("noinline")
+
+        def load(start, row, i):
+            place = builder.gep(start, [builder.add(i, builder.mul(k, ir.Constant(INT64, row)))])
+            value = builder.load(builder.bitcast(place, vector.as_pointer()))
+            value.align = 1
+            return value
+
+        entry, loop, done = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("done")
+        end = builder.and_(k, ir.Constant(INT64, -multiple))
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        i = builder.phi(INT64)
+        totals = [builder.phi(sums) for _ in range(rows * columns)]
+        for phi, first in ((i, ir.Constant(INT64, 0)), *((total, ir.Constant(sums, None)) for total in totals)):
+            phi.add_incoming(first, entry)
+        if prefetch:
+            _prefetch(builder, w, i, rows, step)
+        weights = [prepare(builder, load(w, r, i)) for r in range(rows)]
+        after = list(totals)
+        for c in range(columns):
+            act = load(x, c, i)
+            for r in range(rows):
+                after[r * columns + c] = multiply(builder, totals[r * columns + c], weights[r], act)
+        following = builder.add(i, ir.Constant(INT64, step))
+        for phi, value in ((i, following), *zip(totals, after, strict=True)):
+            phi.add_incoming(value, loop)
+        builder.cbranch(builder.icmp_signed("<", following, end), loop, done)
+        builder.position_at_end(done)
+        store(builder, after, out)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def dot(typing, w, x, k, out):
+        return types.void(w, x, types.intp, out), generate
+
+    return dot
+
+
+def _prefetch(builder, w, i, rows: int, step: int) -> None:
+    """Ask for weights AHEAD bytes further on, in the order in which they lie in memory."""
+    # 几行权重交替着读，硬件认不出次序，只剩三分之一的带宽；按内存的次序先要，就又是全速
+    # 要到 L2 为止：直接要进 L1 的，等着的位子只有二十来个，float32 的 8 行激活慢一半多
+    hint = declared(builder, "llvm.prefetch.p0", ir.VoidType(), [INT8.as_pointer(), INT32, INT32, INT32])
+    for r in range(rows):
+        place = builder.add(builder.mul(i, ir.Constant(INT64, rows)), ir.Constant(INT64, r * step))
+        start = builder.bitcast(builder.gep(w, [place]), INT8.as_pointer())
+        address = builder.gep(start, [ir.Constant(INT64, AHEAD)])
+        builder.call(hint, [address, *(ir.Constant(INT32, n) for n in (0, 2, 1))])
+
+
+@intrinsic
+def at(typing, array, offset):
+    """Pointer to the element of a contiguous array at a flat offset."""
+
+    def generate(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.gep(data, [args[1]])
+
+    return types.CPointer(array.dtype)(array, types.intp), generate
