@@ -199,7 +199,8 @@ def modelfile(config: ModelConfig, tokenizer: Tokenizer) -> str:
     chat = (tokenizer.chat_template or {}).get("template")
     lines = [f"FROM ./{FILE}", f"PARAMETER num_ctx {config.block_size}"]
     drawing = drawing_numbers(tokenizer)
-    drawing |= {} if drawing.get("do_sample", True) else {"temperature": 0}
+    # do_sample=false 是 transformers 的默认值，不是建议；那时抽样的数也没有人定过
+    drawing = {n: v for n, v in drawing.items() if drawing.get("do_sample", True) or n == "repetition_penalty"}
     lines += [f"PARAMETER {theirs} {drawing[name]}" for name, theirs in OLLAMA.items() if name in drawing]
     if chat is None:
         # 没有对话模板：原样续写

@@ -162,7 +162,8 @@ def take_defaults(cfg: SampleConfig, tokenizer: tokenizers.Tokenizer, overrides:
         # 人自己选了一种抽法
         return
     if given.pop("do_sample", True) is False:
-        given = {"temperature": 0} | {name: given[name] for name in given if name in STILL_GREEDY}
+        # transformers 的默认值，底座模型大多这样写：贪心的续写原地打转，不当作建议；余下的抽法它也用不着
+        given = {name: given[name] for name in given if name in STILL_GREEDY}
     taken, passed = {}, []
     for theirs, value in given.items():
         name = IMPORTED.get(theirs)
