@@ -172,6 +172,14 @@ def test_products_of_floats_are_exact_within_rounding_and_the_same_bits_whatever
         assert (multiplied(x[-rows:].copy(), [0, 5, n_out - 1, n_out], False) == y[-rows:]).all()
 
 
+def test_no_product_may_be_reordered_because_of_who_calls_it_first():
+    # numba 里没有写明 fastmath 的，随调用者
+    for name in ("float_dot", "integer_dot"):
+        module = pytest.importorskip(f"nanogpt.write.speed.{name}")
+        compiled = [part for part in vars(module).values() if hasattr(part, "targetoptions") and part.__module__ == module.__name__]
+        assert compiled and all(part.targetoptions.get("fastmath") is False for part in compiled)
+
+
 @pytest.mark.parametrize("lanes", [4, 8])
 def test_a_cpu_with_narrower_vectors_multiplies_floats_too(lanes):
     float_dot = pytest.importorskip("nanogpt.write.speed.float_dot")

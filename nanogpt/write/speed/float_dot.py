@@ -2,6 +2,7 @@
 
 # float32 的矩阵乘，给编译好的一步用：权重读一遍，配上几行激活，乘加都在寄存器里
 # 每个积一个累加器，最后按固定的次序相加：一行的结果与旁边有几行、归哪一块都无关，逐位如此
+# fastmath=False 要写明：不写就随第一个编译它的调用者，那里允许重排加法，行尾的几个数就看块的形状了
 
 import llvmlite.binding
 import numpy as np
@@ -65,7 +66,7 @@ _dot_1x1, _dot_3x1, _dot_3x2, _dot_3x4, _dot_3x8 = (
 )
 
 
-@njit(cache=True)
+@njit(fastmath=False, cache=True)
 def _sums(weight, n, width, x, b, columns, out):
     """out[r * columns + c] = row n + r of weight times row b + c of x, r < width, c < columns."""
     size = x.shape[1]
@@ -95,7 +96,7 @@ def _sums(weight, n, width, x, b, columns, out):
                     out[r * columns + c] += weight[n + r, k] * x[b + c, k]
 
 
-@njit(cache=True)
+@njit(fastmath=False, cache=True)
 def products(weight, bias, x, y, start, stop, add):
     """Columns start … stop of y (B, N) = x (B, K) weight^T (N, K) + bias, or added to y."""
     rows = x.shape[0]

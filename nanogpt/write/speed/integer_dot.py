@@ -75,7 +75,7 @@ _dot_1x1, _dot_2x2, _dot_2x4, _dot_2x8 = (
 )
 
 
-@njit(cache=True)
+@njit(fastmath=False, cache=True)
 def quantize_rows(x, q, scale, sums):
     """Each row of x (B, K) as int8 with one scale: x ~ q * scale[:, None]; sums (B,) are those of the 64-blocks of q.
 
@@ -99,7 +99,7 @@ def quantize_rows(x, q, scale, sums):
         sums[b] = total
 
 
-@njit(cache=True)
+@njit(fastmath=False, cache=True)
 def _integers(weight, n, width, q, b, columns, out):
     """out (COLUMNS, CHUNK) = rows n … n + width of weight times rows b … b + columns of q."""
     size = q.shape[1]
@@ -127,7 +127,7 @@ def _integers(weight, n, width, q, b, columns, out):
                     out[c, r] += np.int32(weight[n + r, k]) * np.int32(q[b + c, k])
 
 
-@njit(cache=True)
+@njit(fastmath=False, cache=True)
 def _products(weight, scale, bias, q, row_scale, sums, y, start, stop, add):
     """Columns start … stop of y (B, N) = (q weight^T) * scale * row_scale[:, None] + bias, or added to y."""
     rows, size = q.shape
@@ -153,7 +153,7 @@ def _products(weight, scale, bias, q, row_scale, sums, y, start, stop, add):
                 b += columns
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, fastmath=False, cache=True)
 def _quantize(x, pieces):
     """quantize_rows on all cores."""
     rows, size = x.shape
@@ -164,7 +164,7 @@ def _quantize(x, pieces):
     return q, row_scale, sums
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, fastmath=False, cache=True)
 def int8_linear(weight, scale, bias, x, y, add, pieces):
     """y (B, N) = x (B, K) rounded to int8 by rows, times weight^T (N, K) int8 and scale (N,), plus bias; or added to y.
 
@@ -178,7 +178,7 @@ def int8_linear(weight, scale, bias, x, y, add, pieces):
         _products(weight, scale, bias, q, row_scale, sums, y, start, stop, add)
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, fastmath=False, cache=True)
 def _rescaled(exact, scale, row_scale, bias, pieces):
     """exact (B, N) * scale * row_scale[:, None] + bias as float32."""
     rows, n_out = exact.shape
