@@ -426,7 +426,7 @@ class TrainConfig:
     """Limit of the global L2 gradient norm; 0: no clipping."""
     dropout: float | None = number(0, 1, open="high")
     """Probability that a value is dropped; 0.1 to 0.2 where a small text is read many times. None: by the passes over
-    the text and its size beside the model's; 0 for weights that were trained before."""
+    the text; 0 for weights that were trained before."""
     label_dropout: float = number(0, 1)
     """Probability that a training document loses its labels."""
     eval_interval: int = number(1, MANY)

@@ -36,6 +36,8 @@ DRAWING = (
     "num_beams", "penalty_alpha", "epsilon_cutoff", "eta_cutoff", "encoder_repetition_penalty", "suppress_tokens",
     "bad_words_ids",
 )
+# 其中贪心时也起作用的
+PENALTIES = ("repetition_penalty", "no_repeat_ngram_size")
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
@@ -222,6 +224,14 @@ def drawing_numbers(tokenizer: Tokenizer) -> dict[str, bool | int | float]:
         name: value for name, value in tokenizer.sampling.items()
         if isinstance(value, bool | int | float) and math.isfinite(value)
     }
+
+
+def advised(sampling: dict) -> dict:
+    """What a generation_config.json advises of how to draw."""
+    # do_sample=false 是 transformers 的默认值，底座模型大多这样写：贪心的续写原地打转，不当作建议
+    # 那时抽样的数也没有人定过，只剩贪心也用得着的
+    greedy = sampling.get("do_sample", True) is False
+    return {n: value for n, value in sampling.items() if n != "do_sample" and (n in PENALTIES or not greedy)}
 
 
 def to_library_json(tokenizer: Tokenizer) -> dict:

@@ -47,11 +47,11 @@ def held_back(cfg: TrainConfig, tokens: np.ndarray | None) -> ModelConfig:
         model = replace(model, ngrams=kept)
     if model.dropout is None:
         # 训练过的权重学得慢，也背得慢：微调照旧从 0 起，要多少由人写
-        model = replace(model, dropout=0.0 if cfg.init_from else dropout_for(model, passes, text_tokens))
+        model = replace(model, dropout=0.0 if cfg.init_from else dropout_for(passes))
     return model
 
 
-def dropout_for(model: ModelConfig, passes: float, text_tokens: int) -> float:
-    """Dropout for a text of so many tokens that is read so many times: 0.05 for each doubling beyond FRESH passes."""
+def dropout_for(passes: float) -> float:
+    """Dropout for a text that is read so many times: EACH_DOUBLING for each doubling beyond FRESH passes."""
     doublings = math.log2(max(passes, FRESH) / FRESH)
     return round(min(MOST_DROPOUT, EACH_DOUBLING * doublings), 2)

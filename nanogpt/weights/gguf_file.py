@@ -21,7 +21,7 @@ from nanogpt.base.language import ConfigError
 from nanogpt.core.rope import frequencies
 from nanogpt.data.chat import BEGIN, TEMPLATE
 from nanogpt.data.tokenizer import Tokenizer
-from nanogpt.data.tokenizer_files import drawing_numbers
+from nanogpt.data.tokenizer_files import advised, drawing_numbers
 from nanogpt.weights import families
 from nanogpt.weights.gguf_vocabulary import vocabulary_fields
 from nanogpt.weights.pretrained import Pretrained
@@ -198,9 +198,7 @@ def modelfile(config: ModelConfig, tokenizer: Tokenizer) -> str:
     """Ollama's description of the model beside it."""
     chat = (tokenizer.chat_template or {}).get("template")
     lines = [f"FROM ./{FILE}", f"PARAMETER num_ctx {config.block_size}"]
-    drawing = drawing_numbers(tokenizer)
-    # do_sample=false 是 transformers 的默认值，不是建议；那时抽样的数也没有人定过
-    drawing = {n: v for n, v in drawing.items() if drawing.get("do_sample", True) or n == "repetition_penalty"}
+    drawing = advised(drawing_numbers(tokenizer))
     lines += [f"PARAMETER {theirs} {drawing[name]}" for name, theirs in OLLAMA.items() if name in drawing]
     if chat is None:
         # 没有对话模板：原样续写

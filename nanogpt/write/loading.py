@@ -26,6 +26,7 @@ from nanogpt.core.rope import rope_table
 from nanogpt.core.sampling import Sampler, sampler
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.source_text import iter_text, resolved
+from nanogpt.data.tokenizer_files import advised
 from nanogpt.weights import checkpoint
 from nanogpt.weights.build import build_sampler, model_of
 from nanogpt.weights.pretrained import build_pretrained, open_pretrained
@@ -36,9 +37,10 @@ from nanogpt.write.speed.acceleration import HALF, accelerate
 
 # 再大就不是开头，而是一份语料：不整个读进内存
 LARGEST_PROMPTS = 64 * 2**20
-# generation_config.json 的名字 -> sampler 的；贪心时只有后两种还起作用
-STILL_GREEDY = {"repetition_penalty": "repetition_penalty", "no_repeat_ngram_size": "no_repeat_ngram"}
-IMPORTED = STILL_GREEDY | {name: name for name in ("temperature", "top_k", "top_p", "min_p")} | {"typical_p": "typical"}
+# generation_config.json 的名字 -> sampler 的
+IMPORTED = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")} | {
+    "typical_p": "typical", "no_repeat_ngram_size": "no_repeat_ngram",
+}
 
 
 @dataclass
@@ -157,15 +159,12 @@ def load(source: checkpoint.Checkpoint, device: torch.device, code: str | None =
 
 def take_defaults(cfg: SampleConfig, tokenizer: tokenizers.Tokenizer, overrides: list[str], *, quiet: bool) -> None:
     """Set in `cfg` how the model's generation_config.json says to draw, but for what the overrides say; say so."""
-    given, typed = dict(tokenizer.sampling), {word.lstrip("+~").partition("=")[0] for word in overrides}
+    typed = {word.lstrip("+~").partition("=")[0] for word in overrides}
     if {"sampler", "sampler._target_"} & typed:
         # 人自己选了一种抽法
         return
-    if given.pop("do_sample", True) is False:
-        # transformers 的默认值，底座模型大多这样写：贪心的续写原地打转，不当作建议；余下的抽法它也用不着
-        given = {name: given[name] for name in given if name in STILL_GREEDY}
     taken, passed = {}, []
-    for theirs, value in given.items():
+    for theirs, value in advised(tokenizer.sampling).items():
         name = IMPORTED.get(theirs)
         key = name if name == "temperature" else f"sampler.{name}"
         if not typed.isdisjoint((key, f"sampler.{name}")):
