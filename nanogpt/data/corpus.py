@@ -1,6 +1,7 @@
 """Turns text into a data set folder: chooses the tokenizer, writes the token files, prepares each data set once.
 
-A data set folder holds train.bin, val.bin, tokenizer.json and meta.json. The scripts data/<name>/prepare.py are
+A data set folder holds train.bin (or many train-*.bin, see nanogpt.data.sharding), val.bin, tokenizer.json and
+meta.json. The scripts data/<name>/prepare.py are
 written with these functions; so is a script of your own.
 """
 

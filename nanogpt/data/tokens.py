@@ -8,8 +8,10 @@ any part of any batch.
 # 第 s 个样本只由 (seed, s) 决定：训练到哪里只是一个整数，resume 不必重放，多进程各算各的份
 # 打开时核对每个文件的大小、SHA-256 与最大的 id，核对过又没变的不再读（digests）；文件映射进来，几十 GB 也不占内存
 # 每个 epoch 从随机的位置起把文字切成块、打乱，所以每个 token 每轮都是目标，块的边界却轮轮不同
+# 分成许多文件（shards）时，文件的次序打乱，每 MIXED 个的块混在一起打乱：读盘大体顺着来，占的内存也有上限
 
 import contextlib
+import hashlib
 import math
 import os
 import shutil
@@ -19,12 +21,13 @@ import numpy as np
 import torch
 
 from nanogpt.base.config import check_stride
-from nanogpt.base.files import folder_aside, sha256
+from nanogpt.base.files import folder_aside
 from nanogpt.base.hashed_json import DamagedError, digest_of, read_sealed, reason_of
 from nanogpt.base.language import ConfigError
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.corpus import FORMAT, home_of
 from nanogpt.data.digests import Hashed
+from nanogpt.data.shards import Opener, Shards, verified
 
 SPLITS = ("train", "val")
 # 留出的部分分成这么多段；更大的文件只留末尾一段
@@ -34,28 +37,43 @@ IGNORED = -1
 # 训练样本的次序；1：文末不满一块的部分从不是目标，只为更早的 checkpoint 留着
 ORDER = 2
 ORDERS = (1, ORDER)
+# 这么多个文件的块混在一起打乱；改了它，分成许多文件的数据的次序就变
+MIXED = 4
 
 
 def read_meta(folder: Path) -> dict:
     """Read meta.json of a prepared folder; ConfigError if it is missing or does not fit."""
     try:
         meta = read_sealed(folder / "meta.json", FORMAT)
-        files = meta["sha256"]
-        assert set(files) >= {"train.bin", "val.bin", "tokenizer.json"}, "files"
+        files, shards = meta["sha256"], meta.get("shards")
+        assert set(files) >= {*(shards or ["train.bin"]), "val.bin", "tokenizer.json"}, "files"
         # 文件名只能是同一个文件夹里的
         assert all(Path(file).name == file for file in files), "files"
         assert all(isinstance(digest, str) for digest in files.values()) and isinstance(meta["name"], str), "names"
         assert set(meta["tokens"]) == set(SPLITS) and meta["dtype"] in ("uint8", "uint16", "uint32"), "tokens"
         assert all(type(count) is int and count >= 0 for count in meta["tokens"].values()), "tokens"
+        if shards is not None:
+            assert shards and all(type(count) is int and count > 0 for count in shards.values()), "shards"
+            assert sum(shards.values()) == meta["tokens"]["train"] and type(meta["vocab_size"]) is int, "shards"
         return meta
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         reason = str(error) if isinstance(error, DamagedError) else f"meta.json: {reason_of(error)}"
         raise ConfigError("not_a_dataset", path=folder, reason=reason) from None
 
 
+def unchecked(folder: Path) -> "np.ndarray | Shards":
+    """The training split of a prepared folder, whose file is not compared with meta.json: to look at its length."""
+    meta = read_meta(folder)
+    if "shards" in meta:
+        return Shards(Opener(folder, meta))
+    return np.memmap(folder / "train.bin", dtype=meta["dtype"], mode="r")
+
+
 def fingerprint_of(meta: dict) -> str:
     """One string that changes with any token or vocabulary entry."""
-    return "-".join(meta["sha256"][file][:16] for file in sorted(meta["sha256"]))
+    each = "-".join(meta["sha256"][file][:16] for file in sorted(meta["sha256"]))
+    # 几千个文件的摘要连起来太长
+    return hashlib.sha256(each.encode("ascii")).hexdigest() if "shards" in meta else each
 
 
 def find_prepared(name: str, fingerprint: str | None) -> Path | None:
@@ -85,24 +103,34 @@ class TokenData:
     def __init__(self, folder: Path, *, verify: bool = False):
         self.folder = Path(folder)
         self.meta = read_meta(self.folder)
+        self._dtype = np.dtype(self.meta["dtype"])
+        shards = self.meta.get("shards")
+        opener = Opener(self.folder, self.meta, verify=verify) if shards else None
         largest = self._largest_ids(verify=verify)
         self.name: str = self.meta["name"]
         self.tokenizer = tokenizers.load(self.folder / "tokenizer.json")
         self.vocab_size = self.tokenizer.vocab_size
-        dtype = np.dtype(self.meta["dtype"])
-        # 空文件不能映射，给一个空数组，让后面的长度检查去说明
-        self.tokens = {
-            split: np.memmap(self.folder / f"{split}.bin", dtype=dtype, mode="r") if count else np.zeros(0, dtype)
-            for split, count in self.meta["tokens"].items()
-        }
-        self._epoch: tuple[tuple, int, np.ndarray] | None = None
+        self.tokens: dict[str, np.ndarray | Shards] = {split: self._opened(split, opener) for split in SPLITS}
+        self._shuffle: tuple[tuple, np.ndarray, np.ndarray] | None = None
         self.overlap = 0
         """Tokens that a validation window shares with the one before it; see slide()."""
-        self._check_ids({split: largest[f"{split}.bin"] for split in SPLITS})
+        self._check_ids({split: largest[f"{split}.bin"] for split in SPLITS if f"{split}.bin" in largest})
+        if opener and verify:
+            for file in shards:
+                opener.tokens(file)
+                opener.ahead([])
+
+    def _opened(self, split: str, opener: Opener | None) -> np.ndarray | Shards:
+        if opener and split == "train":
+            return Shards(opener)
+        # 空文件不能映射，给一个空数组，让后面的长度检查去说明
+        count, path = self.meta["tokens"][split], self.folder / f"{split}.bin"
+        return np.memmap(path, dtype=self._dtype, mode="r") if count else np.zeros(0, self._dtype)
 
     def _largest_ids(self, *, verify: bool) -> dict[str, int]:
-        """The largest id in each file, after comparing it with meta.json; from memory if it was so before."""
-        files = self.meta["sha256"]
+        """The largest id in each file but shards, after comparing it with meta.json; from memory if it was so."""
+        shards = self.meta.get("shards", {})
+        files = {file: digest for file, digest in self.meta["sha256"].items() if file not in shards}
         try:
             hashed = Hashed(self.folder / file for file in files)
         except OSError:
@@ -127,31 +155,10 @@ class TokenData:
                 raise ConfigError("damaged_dataset", path=path, reason=f"id {id_}", folder=self.folder)
 
     def _verify(self, path: Path, expected: str) -> int:
-        """Refuse a file that is not what meta.json says; return the largest id in a file of tokens."""
-        dtype, largest = np.dtype(self.meta["dtype"]), [0]
-        if not path.is_file():
-            raise ConfigError("damaged_dataset", path=path, reason="missing", folder=self.folder)
-        # 先看大小：几十 GB 的文件不必读完才知道不对
         tokens = path.name in [f"{split}.bin" for split in SPLITS]
-        if tokens:
-            wanted = self.meta["tokens"][path.stem] * dtype.itemsize
-            if path.stat().st_size != wanted:
-                reason = f"{path.stat().st_size} bytes, not {wanted}"
-                raise ConfigError("damaged_dataset", path=path, reason=reason, folder=self.folder)
-
-        def look(piece: bytes) -> None:
-            # 几十 GB 只读一遍：边算摘要边看 id
-            if tokens:
-                largest.append(int(np.frombuffer(piece, dtype).max()))
-
-        try:
-            reason = "SHA-256 differs" if sha256(path, look) != expected else ""
-        except (OSError, ValueError) as error:
-            # 坏扇区读不出来；正被截短的，末尾不是整个的 id
-            reason = reason_of(error)
-        if reason:
-            raise ConfigError("damaged_dataset", path=path, reason=reason, folder=self.folder)
-        return max(largest)
+        if not tokens:
+            return verified(path, expected, self.folder)
+        return verified(path, expected, self.folder, self._dtype, self.meta["tokens"][path.stem])
 
     def hold_out(self, fraction: float) -> None:
         """Validate on slices of the training split from now on, spread over it, and train without them."""
@@ -159,6 +166,10 @@ class TokenData:
         # 莎士比亚：没读过的训 350 万 token 才到 1.77，读过的 160 万时已到 1.62
         # 大的语料不抄进内存：那里多半是打散的文章，末尾一段也就够好
         train = self.tokens["train"]
+        if isinstance(train, Shards):
+            cut = len(train) - round(len(train) * fraction)
+            self.tokens = {"train": train.part(0, cut), "val": train.part(cut, len(train))}
+            return
         count = HELD_SLICES if train.nbytes <= MOST_HELD_BYTES else 1
         edges = np.linspace(0, len(train), count + 1).astype(int)
         cuts = edges[1:] - np.round(np.diff(edges) * fraction).astype(int)
@@ -195,43 +206,88 @@ class TokenData:
                 "model.block_size<={limit} or give more text",
                 got=block_size, split=split, tokens=limit + 1, limit=max(limit, 0),
             )
+        # 个别文件短一点不要紧；多数都短，一行里就是同一段话反复几遍
+        if block_size > (usual := len(self.tokens["train"]) // len(self._files()[1]) - 1):
+            raise ConfigError(
+                "model.block_size={got} is longer than the files of the training split, {tokens} tokens on average; "
+                "choose model.block_size<={limit} or a larger dataset.shard_tokens",
+                got=block_size, tokens=usual + 1, limit=max(usual, 0),
+            )
 
     def targets(self, starts: np.ndarray, block_size: int) -> np.ndarray:
         """How many targets each training sample has, (len(starts),)."""
         return np.full(len(starts), block_size, dtype=np.int64)
 
     def starts(self, seed: int, first: int, count: int, block_size: int, *, order: int = ORDER) -> np.ndarray:
-        """Offsets (count,) in train.bin of samples first … first + count - 1, in one of ORDERS.
+        """Offsets (count,) in the training split of samples first … first + count - 1, in one of ORDERS.
 
         Each epoch cuts the text into blocks from a random place on, wraps around from its end to its beginning, and
         shuffles the blocks. Every token is a target in every epoch; a few are so twice, where the last block overlaps
         the first one, which is elsewhere in every epoch.
+
+        In a split of many files each is cut and wrapped around like a text of its own. An epoch takes the files in a
+        random order and shuffles the blocks of MIXED of them at a time: what is near in training comes from MIXED
+        random files, and only they and the next MIXED are read.
         """
-        total = len(self.tokens["train"])
+        offsets, sizes = self._files()
         # 次序 1 少一块：它的相位小于一块，任何相位下都放得下这么多
-        blocks = -(-total // block_size) if order > 1 else (total - block_size) // block_size
-        phases = total if order > 1 else block_size
-        samples = np.arange(first, first + count)
-        result = np.empty(count, dtype=np.int64)
-        for epoch in np.unique(samples // blocks):
-            here = samples // blocks == epoch
-            phase, shuffled = self._shuffled(seed, int(epoch), blocks, phases)
-            result[here] = (shuffled[samples[here] % blocks].astype(np.int64) * block_size + phase) % total
+        blocks = -(-sizes // block_size) if order > 1 else (sizes - block_size) // block_size
+        phases = sizes if order > 1 else np.full_like(sizes, block_size)
+        epochs, inside = np.divmod(np.arange(first, first + count), int(blocks.sum()))
+        result, wanted = np.empty(count, dtype=np.int64), []
+        for epoch in np.unique(epochs).tolist():
+            dealt = self._dealt(seed, epoch, len(sizes))
+            ends = blocks[dealt].cumsum()
+            group = np.where(epochs == epoch, np.searchsorted(ends, inside, side="right") // MIXED, -1)
+            for number in np.unique(group[group >= 0]).tolist():
+                here, files = group == number, dealt[number * MIXED : (number + 1) * MIXED]
+                phase, shuffled = self._shuffled(seed, epoch, number, blocks[files], phases[files])
+                block = shuffled[inside[here] - (ends[number * MIXED - 1] if number else 0)].astype(np.int64)
+                edges = blocks[files].cumsum()
+                of = np.searchsorted(edges, block, side="right")
+                block -= (edges - blocks[files])[of]
+                result[here] = offsets[files][of] + (block * block_size + phase[of]) % sizes[files][of]
+                wanted += [*files, *self._behind(seed, epoch, number, dealt)]
+        if isinstance(train := self.tokens["train"], Shards):
+            train.ahead(wanted)
         return result
 
-    def _shuffled(self, seed: int, epoch: int, blocks: int, phases: int) -> tuple[int, np.ndarray]:
-        key = (seed, epoch, blocks, phases)
-        if self._epoch is None or self._epoch[0] != key:
-            # 计数器式随机数：由 (seed, epoch) 直接算出，不依赖之前抽过什么
-            random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-            phase = int(random.integers(phases))
-            self._epoch = (key, phase, random.permutation(blocks).astype(np.uint32))
-        return self._epoch[1], self._epoch[2]
+    def _files(self, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
+        """(offset, number of tokens) of each file of a split, in which rows wrap around."""
+        tokens = self.tokens[split]
+        if isinstance(tokens, Shards) and split == "train":
+            return tokens.offsets, tokens.sizes
+        # 验证的窗口首尾相接，连文件的边界也跨过去
+        return np.zeros(1, dtype=np.int64), np.array([len(tokens)], dtype=np.int64)
+
+    def _dealt(self, seed: int, epoch: int, files: int) -> np.ndarray:
+        """The order of the files in an epoch."""
+        return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, 1])).permutation(files)
+
+    def _behind(self, seed: int, epoch: int, number: int, dealt: np.ndarray) -> np.ndarray:
+        """The files of the group behind this one, which may be the first of the next epoch."""
+        following = dealt[(number + 1) * MIXED : (number + 2) * MIXED]
+        return following if len(following) else self._dealt(seed, epoch + 1, len(dealt))[:MIXED]
+
+    def _shuffled(
+        self, seed: int, epoch: int, number: int, blocks: np.ndarray, phases: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(where the blocks of each file of a group begin, the order of all their blocks)."""
+        key = (seed, epoch, number, *blocks.tolist(), *phases.tolist())
+        if self._shuffle is None or self._shuffle[0] != key:
+            # 计数器式随机数：由 (seed, epoch, 组号) 直接算出，不依赖之前抽过什么
+            random = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, number, 0]))
+            phase = np.array([int(random.integers(most)) for most in phases], dtype=np.int64)
+            self._shuffle = (key, phase, random.permutation(int(blocks.sum())).astype(np.uint32))
+        return self._shuffle[1], self._shuffle[2]
 
     def rows(self, split: str, starts: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """x and y = x shifted by one, both (len(starts), block_size) int64; y is -1 where another window counts."""
+        offsets, sizes = self._files(split)
+        owner = np.searchsorted(offsets, starts, side="right") - 1
+        offset, size = offsets[owner, None], sizes[owner, None]
         # 绕过文末的一块从文首接着读
-        places = (starts[:, None] + np.arange(block_size + 1)) % len(self.tokens[split])
+        places = offset + (starts[:, None] - offset + np.arange(block_size + 1)) % size
         window = torch.from_numpy(self.tokens[split][places].astype(np.int64))
         x, y = window[:, :-1].contiguous(), window[:, 1:].contiguous()
         if split == "val" and self.overlap:

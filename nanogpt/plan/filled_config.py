@@ -7,15 +7,13 @@
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from nanogpt.base import run_names
 from nanogpt.base.config import ModelConfig, TrainConfig, auto_tokens
 from nanogpt.base.language import ConfigError, text
 from nanogpt.base.saved_config import read_saved, refuse_unnamed_code
 from nanogpt.data import corpus
 from nanogpt.data import tokenizer as tokenizers
-from nanogpt.data.tokens import read_meta
+from nanogpt.data.tokens import read_meta, unchecked
 from nanogpt.run import rundir
 from nanogpt.run.regularize import held_back
 from nanogpt.weights.build import preset, typed_node
@@ -47,7 +45,7 @@ def for_the_text(cfg: TrainConfig) -> TrainConfig:
     options = {k: v for k, v in cfg.dataset.items() if k not in ("name", "dir")}
     folder, tokens = corpus.folder_of(cfg.dataset["name"], cfg.dataset["dir"], options), None
     if (folder / "meta.json").is_file():
-        tokens = np.memmap(folder / "train.bin", dtype=read_meta(folder)["dtype"], mode="r")
+        tokens = unchecked(folder)
     if cfg.max_tokens == "auto":
         cfg = replace(cfg, max_tokens=auto_tokens(cfg.model, None if tokens is None else len(tokens)))
     model = held_back(cfg, tokens)

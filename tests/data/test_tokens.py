@@ -11,7 +11,7 @@ from conftest import make_config  # noqa: F401 - 保证 conf 可用
 from nanogpt.base.files import sha256
 from nanogpt.base.hashed_json import write_sealed
 from nanogpt.base.language import ConfigError
-from nanogpt.data import corpus, digests, tokens
+from nanogpt.data import corpus, digests, shards
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.corpus import build_char_tokenizer, write_dataset
 from nanogpt.data.tokenizer import ByteTokenizer
@@ -61,6 +61,7 @@ def test_the_block_around_the_end_goes_on_at_the_beginning(tmp_path):
 def test_the_order_of_earlier_versions_is_still_there(tmp_path):
     data = TokenData(counting_dataset(tmp_path / "d"))
     assert data.starts(7, 60, 8, 16, order=1).tolist() == [898, 747, 683, 459, 379, 251, 347, 859]
+    assert data.starts(7, 60, 8, 16).tolist() == [371, 275, 59, 612, 468, 196, 116, 988] and data.starts(1, 5, 3, 999).tolist() == [707, 309, 308]
 
 
 def test_a_batch_depends_only_on_seed_and_position(tmp_path):
@@ -340,8 +341,8 @@ def hashed_whole(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOGPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(digests, "WORTH", 1)
     read = []
-    for module in (tokens, digests):
-        name, original = ("sha256", sha256) if module is tokens else ("digest", digests.digest)
+    for module in (shards, digests):
+        name, original = ("sha256", sha256) if module is shards else ("digest", digests.digest)
         monkeypatch.setattr(module, name, lambda path, *look, original=original: read.append(path.name) or original(path, *look))
     return read
 
