@@ -439,8 +439,9 @@ class TrainConfig:
     takes block_size / eval_stride times as long."""
     eval_batch_size: int | None = number(1, 10**6)
     """Rows per micro-batch when evaluating; None: batch_size."""
-    early_stop_evals: int = number(0, MANY)
-    """Stop after so many evaluations without a better loss; 0 never does, but says when three in a row were not."""
+    early_stop_evals: int | None = number(0, MANY)
+    """Stop after so many evaluations without a better loss; 0: never. None: where the best loss lies a fifth of the
+    budget back and the last 4 evaluations were all 5% above it or more while the training loss is below it."""
     target_val_loss: float | None
     """Stop at this validation loss; None never does."""
     log_interval: int = number(1, MANY)

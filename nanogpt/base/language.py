@@ -303,7 +303,14 @@ NAMED = {
         "the best checkpoint is {checkpoint}; continue from it with a lower rate: {resume}{which} "
         "learning_rate={rate:.1e}"
     ),
-    "early_stop": "val loss has not improved for {count} evaluations; stopping (early_stop_evals)",
+    "early_stop": (
+        "val loss has not improved for {count} evaluations; stopping (early_stop_evals); the best checkpoint is kept: "
+        "{best:.4f}, of iteration {since}"
+    ),
+    "turned_for_good": (
+        "val loss {loss:.4f} has risen for good while the training loss falls: the text is learned by heart; stopping "
+        "(early_stop_evals); the best checkpoint is kept: {best:.4f}, of iteration {since}"
+    ),
     "target_reached": "val loss {loss:.4f} is at or below target_val_loss={target}; stopping",
     "size_line": "{model} ({arch}), parameters: {size}",
     "run_line": "{precision} on {device}, {tokens:,} tokens/iter ({batch} x {accum} x {block}{world})",

@@ -44,6 +44,8 @@ class Progress:
     """Sequences drawn so far, all processes together."""
     best_val_loss: float = math.inf
     evals_without_gain: int = 0
+    evals_risen: int = 0
+    """Latest evaluations in a row that were clearly above best_val_loss; see run.regularize."""
     nonfinite_steps: int = 0
     """Steps skipped in all."""
     nonfinite_in_a_row: int = 0

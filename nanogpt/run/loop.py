@@ -32,6 +32,7 @@ from nanogpt.data.tokens import ORDER, TokenData
 from nanogpt.run.health import Health
 from nanogpt.run.loggers import Loggers
 from nanogpt.run.metrics import Forecast, Stopwatch, flops_per_token, memory_gib, peak_tflops
+from nanogpt.run.regularize import has_risen, past_turn
 from nanogpt.run.saving import Saver, state_of
 from nanogpt.run.summary import write_summary
 
@@ -218,7 +219,6 @@ class Training(Trainer):
             reason = "interrupted"
         elif evaluated:
             reason = self._evaluate_and_judge()
-            self._count_time()
         if evaluated or reason or self._every(cfg.log_interval):
             self._log(result, evaluated and progress.val_loss is not None)
         save_due = self._every(cfg.save_interval) if cfg.save_interval else evaluated
@@ -304,6 +304,7 @@ class Training(Trainer):
 
     def _evaluate_and_judge(self) -> str | None:
         progress, loss = self.progress, self._evaluate_in_sight()
+        self._count_time()
         # 开始时机器忙，峰值可能偏低：不计时的间隙里再量，只升不降
         self.peak_source, self.peak = peak_tflops(self.cfg.hardware, self.device, self.precision)
         if not self.health.after_evaluation(loss):
@@ -312,33 +313,41 @@ class Training(Trainer):
             return None
         progress.val_loss, self.evaluated_at = loss, progress.iteration
         if progress.val_loss < progress.best_val_loss:
-            progress.best_val_loss, progress.evals_without_gain = progress.val_loss, 0
+            progress.best_val_loss, progress.evals_without_gain, progress.evals_risen = progress.val_loss, 0, 0
         else:
             progress.evals_without_gain += 1
+            risen = has_risen(loss, progress.best_val_loss, self.latest_loss, self.data.val_targets(self.windows))
+            progress.evals_risen = progress.evals_risen + 1 if risen else 0
         if self.cfg.target_val_loss is not None and progress.val_loss <= self.cfg.target_val_loss:
             self.console.line("target_reached", loss=progress.val_loss, target=self.cfg.target_val_loss)
             return "target_reached"
-        if self.cfg.early_stop_evals and progress.evals_without_gain >= self.cfg.early_stop_evals:
-            self.console.line("early_stop", count=progress.evals_without_gain)
-            return "early_stop"
-        self._say_turned()
-        return None
+        # 预算正好用完的，不是提前停：那时没有“接着训”可言
+        return self._judge_turn() if self.spent < 1 else None
 
-    def _say_turned(self) -> None:
-        """Say once, while there is something to save, that validation gets no better any more."""
-        # 不替人停：学习率还要降，最后一段常常又好起来；试跑与短的训练评估不了这么多次，不会说
-        count = self.progress.evals_without_gain
-        if count != TURNED or self.told_turned or self.spent >= 1:
-            return
-        self.told_turned = True
-        self.console.line(
-            "validation has not improved since iteration {since}: more text, or a new training with dropout={dropout}, "
-            "goes further; Ctrl-C saves and stops, the best checkpoint is kept; to have it stop by itself:\n"
-            "  {resume} early_stop_evals={count}",
-            since=self.progress.iteration - count * self.cfg.eval_interval, count=count,
-            dropout=0.2 if self.cfg.dropout < 0.2 else min(0.5, self.cfg.dropout + 0.1),
-            resume=f"{command('run_train.py')} {self.saver.resuming}",
-        )
+    def _judge_turn(self) -> str | None:
+        """Stop, or say once, where validation gets no better any more; the reason to stop, or None."""
+        progress, cfg = self.progress, self.cfg
+        count, limit = progress.evals_without_gain, cfg.early_stop_evals
+        since = progress.iteration - count * cfg.eval_interval
+        if limit is None and past_turn(progress, cfg.eval_interval, self.spent):
+            self.console.line("turned_for_good", loss=progress.val_loss, best=progress.best_val_loss, since=since)
+            return "early_stop"
+        if limit and count >= limit:
+            self.console.line("early_stop", count=count, best=progress.best_val_loss, since=since)
+            return "early_stop"
+        # 还不停：学习率还要降，最后一段常常又好起来；试跑与短的训练评估不了这么多次，不会说
+        if count == TURNED and not self.told_turned:
+            self.told_turned = True
+            resume = f"{command('run_train.py')} {self.saver.resuming} early_stop_evals={count}"
+            self.console.line(
+                "validation has not improved since iteration {since}: more text, or a new training with "
+                "dropout={dropout}, goes further; Ctrl-C saves and stops, the best checkpoint is kept; {stops}",
+                since=since, dropout=0.2 if cfg.dropout < 0.2 else min(0.5, cfg.dropout + 0.1),
+                stops=text("to have it stop by itself:\n  {resume}", resume=resume) if limit == 0 else text(
+                    "it stops by itself if that goes on (early_stop_evals)",
+                ),
+            )
+        return None
 
     def _evaluate_in_sight(self) -> float:
         """evaluate() with a bar, or with a line before it where there is none and it takes long."""

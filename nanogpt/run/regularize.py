@@ -1,6 +1,7 @@
 # 文字少、读的遍数多，模型就会背诵，n-gram 表背得最快
 # 所以 model.ngrams=null、dropout=null 时，由训练文本与预算来定：读几遍、每个 n-gram 平均出现几次
 # 定下的数写进配置，续训与写作照着它；命令行上写了的不动
+# 仍然背了起来的，early_stop_evals=null 时由 past_turn 叫停：宁可晚停，不停会好起来的
 """What a run takes against learning its text by heart, where the person leaves it open."""
 
 import math
@@ -9,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from nanogpt.base.config import ALL_NGRAMS, PASSES, ModelConfig, TrainConfig, span_of, tokens_per_step
+from nanogpt.core.progress import Progress
 
 # 一遍之内背不下来，表都占便宜；再多，一种 n-gram 平均每遍要出现这么多次，它的表才留下：少见的 n-gram 在表里几乎独占一行
 # 训练超过 LONG 个 token，要求按平方根提高：block 自己也学会了这些，表只剩下背诵
@@ -17,6 +19,11 @@ OCCURRENCES, LONG = 2.5, 500_000
 FRESH, EACH_DOUBLING, MOST_DROPOUT = 2, 0.05, 0.3
 # 数 n-gram 只看开头这么多 token：更长的文字里平均次数只会更高
 COUNTED = 2**21
+# 每读完一遍，验证损失会跳高百分之一二再回来；学习率降完时也拿得回这么多：高出 5% 才算升了
+# 连着这么多次都高，最好的又在预算的这么一份之前，才停
+RISEN, RISEN_EVALS, RISEN_SHARE = 0.05, 4, 0.2
+# 评估的 token 少时，要高出这么多个标准误；一个 token 的损失，标准差与均值差不多
+ERRORS = 4
 
 
 def passes_of(cfg: TrainConfig, text_tokens: int) -> float:
@@ -55,3 +62,16 @@ def dropout_for(passes: float) -> float:
     """Dropout for a text that is read so many times: EACH_DOUBLING for each doubling beyond FRESH passes."""
     doublings = math.log2(max(passes, FRESH) / FRESH)
     return round(min(MOST_DROPOUT, EACH_DOUBLING * doublings), 2)
+
+
+def has_risen(loss: float, best: float, train_loss: float, targets: int) -> bool:
+    """Whether a validation loss over so many targets is clearly above the best one: the text is learned by heart."""
+    # 训练损失也高的不是背诵，是一时不稳：多半会回来
+    margin = max(1.0, best) * max(RISEN, ERRORS / math.sqrt(targets))
+    return train_loss < best < loss - margin
+
+
+def past_turn(progress: Progress, eval_interval: int, spent: float) -> bool:
+    """Whether a training that has used up this share of its budget would only get worse."""
+    back = progress.evals_without_gain * eval_interval / progress.iteration * spent
+    return progress.evals_risen >= RISEN_EVALS and back >= RISEN_SHARE

@@ -64,6 +64,8 @@ from nanogpt.weights.pretrained import Pretrained, adapted, build_pretrained, ch
 
 # 各种预算；接着训时写了新的，已经到头的旧的就不再管
 LIMITS = ("max_iters", "max_tokens", "max_minutes")
+# 停下时预算还没用完：接着训不必再给
+EARLY = ("interrupted", "early_stop")
 # 大于它的学习率几步之内就会冲掉预训练学到的东西
 HIGH_FINETUNE_RATE = 1e-3
 
@@ -613,7 +615,7 @@ class Session:
         labels = self.data.tokenizer.labels
         label = [override(f"control.{kind}", name) for kind, names in labels.items() for name in names][:1]
         chat = ["chat=true"] if self.data.marked else []
-        # 因为它们停下的，不关掉就又会停在原处
+        # 因为它们停下的，不关掉就又会停在原处；提前停下的，预算还没用完
         ends = {"early_stop": ["early_stop_evals=0"], "target_reached": ["target_val_loss=null"]}
         off = ends.get(summary["stopped_by"], [])
         again = ["run_train.py", *self._named("train"), override("resume", path)]
@@ -623,7 +625,7 @@ class Session:
         longer = {"next_longer": command(*again, f"{key}={more}", *off)}
         commands = {
             "next_sample": command("run_sample.py", *self._named("sample"), override("out_dir", path), *label, *chat),
-            **({"next_resume": command(*again)} if summary["stopped_by"] == "interrupted" else longer),
+            **({"next_resume": command(*again, *off)} if summary["stopped_by"] in EARLY else longer),
         }
         if curves:
             # outputs/ 里的几次训练画在一起比

@@ -56,7 +56,7 @@ class LearningTrainer(TrialTrainer):
     def fit(self) -> dict:
         """Train, and add what it reaches on the validation split to the summary that is returned."""
         summary, cfg = super().fit(), self.cfg
-        ended = cfg.lr_decay_iters in (None, self.progress.iteration)
+        ended = cfg.lr_decay_iters in (None, self.progress.iteration) or summary["stopped_by"] == "early_stop"
         if cfg.holdout and ended and summary["stopped_by"] != "interrupted":
             self.data = open_data(self.data.folder, cfg.label_dropout)
             self.windows = self.data.val_windows(self.block_size, VALIDATION_TOKENS)

@@ -173,7 +173,7 @@ def test_values_and_scripts_are_named_as_they_have_to_be_typed(in_tmp, monkeypat
         "run_sample.py 'out_dir=runs/a b'", "'resume=runs/a b' max_iters=10", "tensorboard --logdir 'runs/a b'", "dataset.path=my.txt",
     ]),
     (["dataset=text_file", "dataset.path=x"], {}, "interrupted", False, ["run_sample.py", "run_train.py 'resume=runs/a b'"]),
-    (["dataset=text_file", "dataset.path=x"], {}, "early_stop", False, ["out_dir", "max_iters=10 early_stop_evals=0"]),
+    (["dataset=text_file", "dataset.path=x"], {}, "early_stop", False, ["out_dir", "'resume=runs/a b' early_stop_evals=0"]),
     (["dataset=labelled", "dataset.path=x"], {"style": {"it's": (1,)}}, "target_reached", False, [
         '"control.style=it\'s"', "target_val_loss=null",
     ]),

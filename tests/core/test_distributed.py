@@ -97,6 +97,19 @@ def test_where_one_process_runs_out_of_memory_all_repeat_the_step_with_half_the_
         assert np.array_equal(members[0][0], members[1][0])
 
 
+def stopped_by_itself(overrides):
+    """(reason, steps) of a member on whose windows alone the loss would always fall (0), or rise at once (1)."""
+    trainer = new_trainer(overrides, *ROWS, "max_iters=12", "eval_interval=1", "sample_tokens=0", out="outputs/run")
+    step, rank = trainer.progress, distributed.rank()
+    trainer._sums = lambda *_: torch.tensor([(1.0 if step.iteration == 1 else 5.0) if rank else 9 - 0.1 * step.iteration, 1.0], dtype=torch.float64)
+    summary = trainer.fit()
+    return summary["stopped_by"], summary["iters"]
+
+
+def test_processes_stop_by_themselves_behind_the_same_step(in_tmp, corpus_folder):
+    assert together(2, stopped_by_itself, tiny(corpus_folder)) == [("early_stop", 5)] * 2
+
+
 def summed(unused: bool):
     """Gradients of a large, a small and a sometimes unused parameter, and how many sums had begun before the backward pass ended."""
     distributed.start(torch.device("cpu"), 60)

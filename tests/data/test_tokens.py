@@ -7,10 +7,13 @@ import shutil
 import numpy as np
 import pytest
 from conftest import make_config  # noqa: F401 - 保证 conf 可用
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nanogpt.base.files import sha256
 from nanogpt.base.hashed_json import write_sealed
 from nanogpt.base.language import ConfigError
+from nanogpt.core.distributed import share
 from nanogpt.data import corpus, digests, shards
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.corpus import build_char_tokenizer, write_dataset
@@ -42,6 +45,31 @@ def test_every_token_is_a_target_in_every_epoch(tmp_path, block_size):
         phases.update((starts % block_size).tolist())
     assert not twice[0] or twice[0] != twice[1] != twice[2]
     assert block_size == 1 or len(phases) > 2
+
+
+@pytest.fixture(scope="module")
+def one_of_every_length(tmp_path_factory):
+    """A data set whose training split may be replaced."""
+    return TokenData(counting_dataset(tmp_path_factory.mktemp("any") / "d"))
+
+
+@settings(max_examples=40)
+@given(sizes=st.integers(3, 60).flatmap(lambda length: st.tuples(st.just(length), st.integers(1, length - 1))), world=st.integers(1, 5), more_rows=st.integers(0, 9))
+def test_processes_together_train_on_every_token_in_every_epoch(one_of_every_length, sizes, world, more_rows):
+    (length, block_size), rows = sizes, world + more_rows
+    data = one_of_every_length
+    data.tokens["train"] = np.arange(length)
+    blocks, read = -(-length // block_size), []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("WORLD_SIZE", str(world))
+        for step in range(-(-2 * blocks // rows)):
+            starts = data.starts(3, step * rows, rows, block_size)
+            for rank in range(world):
+                patched.setenv("RANK", str(rank))
+                read += starts[share(rows)].tolist()
+    for epoch in range(2):
+        counts = targets_of(data, np.array(read[epoch * blocks :][:blocks]), block_size)
+        assert set(counts) <= {1, 2} and (counts == 2).sum() == blocks * block_size - length
 
 
 def test_every_token_is_a_target_equally_often_in_the_long_run(tmp_path):

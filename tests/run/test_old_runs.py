@@ -23,7 +23,10 @@ def kernels() -> dict[str, str]:
 
 def resumed_losses(folder: str) -> list[float]:
     """Train four more iterations; training losses, gradient norms and validation losses, in order."""
-    resumed_trainer(folder, "max_iters=44", "eval_interval=2", "log_interval=1").fit()
+    trainer = resumed_trainer(folder, "max_iters=44", "eval_interval=2", "log_interval=1")
+    # 那时不会自己停下：接着训也不会
+    assert trainer.cfg.early_stop_evals == 0
+    trainer.fit()
     lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [record for record in map(json.loads, lines) if record["iteration"] > 40]
     return [record[key] for record in records for key in ("train/loss", "gradient_norm", "val/loss") if key in record]

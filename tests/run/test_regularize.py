@@ -1,13 +1,17 @@
 """What the text decides: which n-gram tables and how much dropout, where the person leaves it open."""
 
 import itertools
+import json
+import math
 
 import numpy as np
 import pytest
-from conftest import make_config, new_session, resume, train
+from attack import outcome
+from conftest import ROOT, make_config, new_session, resume, train
 
+from nanogpt.core.progress import Progress
 from nanogpt.plan.plan import Planner
-from nanogpt.run.regularize import held_back, occurrences, passes_of
+from nanogpt.run.regularize import RISEN_EVALS, has_risen, held_back, occurrences, passes_of, past_turn
 
 
 def test_an_ngram_occurs_as_often_as_counting_says():
@@ -55,3 +59,72 @@ def test_a_plan_knows_the_text_where_it_is_prepared(in_tmp, tiny_overrides):
     cfg = make_config(*tiny_overrides, *more, "plan=true")
     planned = Planner(cfg).predict(cfg).cfg.model
     assert (planned.ngrams, planned.dropout) == (session.cfg.model.ngrams, session.cfg.model.dropout) != ([2, 3, 4, 5], 0.0)
+
+
+def stopped_at(curve, train_losses, targets=10**9):
+    """Number of evaluations behind which a training with these losses stops by itself, of evaluations evenly over its budget."""
+    progress, best = Progress(), math.inf
+    for number, (loss, train_loss) in enumerate(zip(curve, train_losses), 1):
+        progress.iteration = number
+        if loss < best:
+            best, progress.evals_without_gain, progress.evals_risen = loss, 0, 0
+        else:
+            progress.evals_without_gain += 1
+            progress.evals_risen = progress.evals_risen + 1 if has_risen(loss, best, train_loss, targets) else 0
+        if number < len(curve) and past_turn(progress, 1, number / len(curve)):
+            return number
+    return None
+
+
+@pytest.mark.parametrize("study", ["turn", "stop"])
+def test_no_measured_training_that_stops_by_itself_would_have_become_better(study):
+    runs = json.loads((ROOT / f"benchmarks/results/ablate_{study}.json").read_text(encoding="utf-8"))["runs"]
+    stopped = []
+    for run in runs:
+        curve = [loss for _, loss in run["curve"]]
+        # 训练损失没有都记下：当作总在降，停得只会更早
+        if at := stopped_at(curve, [0.0] * len(curve)):
+            stopped.append(at / len(curve))
+            assert min(curve[:at]) == min(curve), run["variant"]
+    assert stopped and min(stopped) < 0.7
+
+
+def test_only_a_loss_that_stays_clearly_above_the_best_while_the_training_loss_falls_stops_a_training():
+    rising = [2.0, *[2.2] * 19]
+    assert stopped_at(rising, [1.0] * 20) == 1 + RISEN_EVALS
+    # 一次回到附近、只高一点、训练损失也高、最好的就在不久前、评估太粗，都不停
+    dips = [2.0, *[2.2, 2.2, 2.2, 2.05] * 4]
+    near = [2.0, *[2.09] * 19]
+    late = [*np.linspace(3, 2, 18), *[2.2] * 12]
+    for curve, train_loss, targets in ((dips, 1.0, 10**9), (near, 1.0, 10**9), (rising, 2.1, 10**9), (rising, math.nan, 10**9), (rising, 1.0, 1000)):
+        assert stopped_at(curve, [train_loss] * len(curve), targets) is None
+    assert stopped_at(late, [1.0] * 30) == 18 + 6
+
+
+LOSSES = [math.nan, 6.0, 5.0, *[9.0] * 10]
+
+
+def by_heart(trainer):
+    """The same trainer, whose validation loss rises behind its second step whatever it learns."""
+    trainer.evaluate = lambda *told: LOSSES[trainer.progress.iteration]
+    return trainer
+
+
+def test_a_training_that_stopped_by_itself_goes_on_by_the_printed_command_as_if_it_had_not_stopped(in_tmp, tiny_overrides, capsys):
+    more = ["max_iters=12", "eval_interval=1", "keep=99"]
+    by_heart(new_session(tiny_overrides, *more, "early_stop_evals=0", out="outputs/never")._build()).fit()
+    session = new_session(tiny_overrides, *more)
+    stopped = by_heart(session._build())
+    summary = stopped.fit()
+    assert (summary["stopped_by"], summary["iters"], summary["best_val_loss"]) == ("early_stop", 6, 5.0)
+    at_once = outcome(in_tmp / "outputs/run")
+    capsys.readouterr()
+    session._finish(stopped, summary)
+    session.lock.release()
+    typed = next(line for line in capsys.readouterr().out.splitlines() if "early_stop_evals" in line).split("run_train.py ")[1].split()
+    # 中途断开、再接着训，停在同一处
+    again = by_heart(resume("outputs/run", "checkpoint=iter_00000004")._build())
+    assert again.progress.evals_risen == 2 and again.fit()["iters"] == 6 and outcome(in_tmp / "outputs/run") == at_once
+    assert typed == ["resume=outputs/run", "early_stop_evals=0"]
+    onward = by_heart(resume("outputs/run", *typed[1:])._build())
+    assert onward.fit()["stopped_by"] == "finished" and outcome(in_tmp / "outputs/run") == outcome(in_tmp / "outputs/never")

@@ -115,13 +115,14 @@ def test_an_automatic_budget_fits_model_and_text_and_is_written_down_as_a_number
 
 
 def test_a_validation_loss_that_has_turned_is_said_once_with_what_to_type(in_tmp, tiny_overrides, capsys):
-    trainer = new_trainer(tiny_overrides, "max_iters=10", "eval_interval=1", "dropout=0.1")
-    losses = iter([3.0, 2.0, 2.1, 2.2, 2.3, 2.4, 1.9, 2.0, 2.0, 2.0])
-    trainer.evaluate = lambda *told: next(losses)
-    trainer.fit()
-    said = [line for line in capsys.readouterr().out.splitlines() if "has not improved" in line or "early_stop" in line]
-    assert len(said) == 2 and "since iteration 2:" in said[0] and "dropout=0.2" in said[0]
-    assert said[1].startswith("  python ") and said[1].endswith("run_train.py resume=outputs/run early_stop_evals=3")
+    for typed in ("0", "null"):
+        trainer = new_trainer(tiny_overrides, "max_iters=10", "eval_interval=1", "dropout=0.1", f"early_stop_evals={typed}", "overwrite=true")
+        losses = iter([3.0, 2.0, 2.1, 2.2, 2.3, 2.4, 1.9, 2.0, 2.0, 2.0])
+        trainer.evaluate = lambda *told, losses=losses: next(losses)
+        trainer.fit()
+        said = [line for line in capsys.readouterr().out.splitlines() if "has not improved" in line or "early_stop" in line]
+        assert "since iteration 2:" in said[0] and "dropout=0.2" in said[0] and len(said) == 2 - (typed == "null")
+        assert said[-1].endswith("run_train.py resume=outputs/run early_stop_evals=3" if typed == "0" else "it stops by itself if that goes on (early_stop_evals)")
 
 
 class Clock:
