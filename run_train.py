@@ -4,11 +4,13 @@
 # 不花时间的检查都在导入 torch 之前：写错一个键，一秒之内就知道
 # before_sweep 在 -m 时先把每个任务查一遍，第九个写错不会等到八个训完才说
 
+from dataclasses import replace
 from pathlib import Path
 
 from nanogpt.base import run_names
-from nanogpt.base.cli import run_script
-from nanogpt.base.config import TrainConfig, check
+from nanogpt.base.cli import TYPED, run_script
+from nanogpt.base.config import TrainConfig, check, check_launch
+from nanogpt.base.language import ConfigError
 from nanogpt.base.sweep_folder import Job
 from nanogpt.run import rundir
 
@@ -28,6 +30,12 @@ def run_folder(cfg: TrainConfig) -> Path:
 
 def before_sweep(cfg: TrainConfig) -> Path | None:
     """Check a job of a sweep before the first begins; the folder that it trains in, None for a plan or a trial."""
+    if cfg.launch.name != "none":
+        raise ConfigError(
+            "launch={got} starts one training, not a sweep; leave out -m, or hand the jobs of the sweep to a cluster "
+            "with hydra/launcher=submitit_slurm or hydra/launcher=ray",
+            got=cfg.launch.name,
+        )
     if cfg.search.enabled:
         from nanogpt.sweep.search import check_search
 
@@ -46,9 +54,13 @@ def before_sweep(cfg: TrainConfig) -> Path | None:
 
 
 def main(cfg: TrainConfig, overrides: list[str]) -> float | None:
+    check_launch(cfg)
     if cfg.plan.lower() != "false":
         from nanogpt.plan.show import run_plan
 
+        if cfg.launch.name != "none":
+            world = cfg.launch.nodes * cfg.launch.processes_each
+            cfg.parallel = replace(cfg.parallel, world=world, nodes=cfg.launch.nodes)
         run_plan(cfg, overrides)
         return None
     if cfg.search.enabled:
@@ -61,6 +73,11 @@ def main(cfg: TrainConfig, overrides: list[str]) -> float | None:
         # 试跑在子进程里；返回的速度是扫描器的目标
         return trial_job(cfg, overrides)
     run_dir = run_folder(cfg)
+    if cfg.launch.name != "none":
+        from nanogpt.run.launching import launch
+
+        launch(cfg, run_dir, TYPED)
+        return None
 
     from nanogpt.run.session import Session
 

@@ -8,6 +8,7 @@ from nanogpt.base.config import (
     ROOT,
     FinetuneConfig,
     HardwareConfig,
+    LaunchConfig,
     MemoryConfig,
     ParallelConfig,
     Range,
@@ -26,6 +27,7 @@ SECTIONS = (
     ("finetune", "finetune.", FinetuneConfig, "finetune/lora.yaml"),
     ("hardware", "hardware.", HardwareConfig, "hardware/auto.yaml"),
     ("parallel", "parallel.", ParallelConfig, "parallel/ddp.yaml"),
+    ("launch", "launch.", LaunchConfig, "launch/none.yaml"),
     ("nanogpt sample", "", SampleConfig, "sample.yaml"), ("server", "server.", ServerConfig, "sample.yaml"),
 )
 HEADS = {

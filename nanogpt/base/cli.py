@@ -53,6 +53,8 @@ WORTH_SAYING_S = 5
 SINGLE = "hydra.mode=RUN"
 # 我们自己的帮助；Hydra 的在 --hydra-help
 HELP = {"--help", "-h"}
+# 命令行原来的样子：交给别的机器的，一个字也不改
+TYPED: list[str] = []
 
 
 # ---- 命令行 ----
@@ -260,6 +262,7 @@ def run_script(
     forgive_output()
     spin_briefly(os.environ)
     set_language(language_from_arguments(sys.argv))
+    TYPED[:] = sys.argv[1:]
     register_schemas()
     # 让 Hydra 把异常原样抛出，由下面统一压成一行
     os.environ["HYDRA_FULL_ERROR"] = "1"

@@ -311,6 +311,39 @@ class ParallelConfig:
     takes."""
 
 
+@dataclass
+class LaunchConfig:
+    """Where a training runs, if not here: on the nodes of a cluster; see nanogpt.run.launching and ray_cluster."""
+
+    # 三个选项的键都一样：写错一个字，提交之前就说；分区、账号一类各处不同的，原样写在 options 里
+
+    name: str = choice("none", "slurm", "ray", default="none")
+    """Here, through Slurm or through Ray; of the option."""
+    nodes: int = number(1, math.inf, 1)
+    """Machines."""
+    gpus: int = number(0, 1000, 1)
+    """Cards of each machine, a process for each; 0: none."""
+    processes: int | None = number(1, 1000, None)
+    """Processes on each machine; None: one for each card, one where there is none."""
+    cpus: int | None = number(1, 10**5, None)
+    """Cores for each process; None: what the cluster gives, one with Ray."""
+    minutes: int | None = number(1, 10**7, None)
+    """Slurm: time limit of the job, which saves before it and queues again; None: the cluster's own."""
+    grace_s: int = number(1, 10**5, 120)
+    """Seconds for the last step and its save, when the time is up or the job is told to end."""
+    restarts: int = number(0, 10**4, 3)
+    """How often processes that died are started again within a job, and nodes that vanished with Ray."""
+    options: str = ""
+    """Slurm: more options of sbatch, such as '--partition=gpu --account=me'; they win over those above."""
+    setup: str = ""
+    """Slurm: what the shell does first, such as 'module load cuda'."""
+
+    @property
+    def processes_each(self) -> int:
+        """Processes on each machine."""
+        return self.processes or max(1, self.gpus)
+
+
 @dataclass(kw_only=True)
 class TrialConfig:
     """A bounded trial in a process of its own instead of a training; see nanogpt.sweep.trial."""
@@ -414,8 +447,8 @@ class TrainConfig:
     min_lr: float = number(0, 1000)
     """End of the decay."""
     warmup_iters: int | None = number(0, MANY)
-    """Linear warm-up: step i (from 0) takes (i + 1) / warmup_iters of learning_rate, so the last one takes all of it;
-    nanoGPT divides by warmup_iters + 1. None: 2% of the budget, 100 at most."""
+    """Steps of linear warm-up; step i (from 0) takes (i + 1) / warmup_iters of learning_rate, so the last one takes all
+    of it; nanoGPT divides by warmup_iters + 1. None: 2% of the budget, 100 at most."""
     lr_decay_iters: int | None = number(1, MANY)
     """Step at which min_lr is reached; None: at the end."""
     lr_schedule: str = choice("cosine", "linear", "wsd", "constant")
@@ -470,6 +503,7 @@ class TrainConfig:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     trial: TrialConfig
     search: SearchConfig = field(default_factory=SearchConfig)
     dataset: Any
@@ -485,7 +519,9 @@ PATH_KEYS = (
     "out_dir", "resume", "init_from", "dataset.path", "dataset.dir", "dataset.source", "prompts", "output",
     "hydra.sweep.dir",
 )
-TEXT_KEYS = ("sample_prompt", "start", "system", "control.style", "control.emotion")
+TEXT_KEYS = (
+    "sample_prompt", "start", "system", "control.style", "control.emotion", "launch.options", "launch.setup",
+)
 # 这些后缀的 dataset.path 是一条条记录，不是连着的文字
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 
@@ -632,6 +668,31 @@ def check_parallel(parallel: ParallelConfig) -> None:
     if world % parallel.nodes:
         raise ConfigError(
             "not_a_multiple", key="parallel.world", got=world, other="parallel.nodes", by=parallel.nodes,
+        )
+
+
+def check_launch(cfg: Any) -> None:
+    """Refuse what cannot be started on other machines, or would begin anew with every restart."""
+    launch = cfg.launch
+    if launch.name == "none":
+        return
+    if launch.options and not re.fullmatch(r"-\S[^\n\r]*", launch.options):
+        raise ConfigError(
+            "launch.options={got!r}: options of sbatch begin with -, on one line, for example "
+            "launch.options=--partition=gpu",
+            got=launch.options,
+        )
+    if cfg.trial.enabled or cfg.search.enabled:
+        raise ConfigError(
+            "launch={got} starts one training; trials go to a cluster by -m hydra/launcher=submitit_slurm or "
+            "hydra/launcher=ray",
+            got=launch.name,
+        )
+    if cfg.resume and cfg.checkpoint:
+        raise ConfigError(
+            "checkpoint={got}: a job that is started again would go back to it each time; leave it out, or start from "
+            "its weights with init_from",
+            got=cfg.checkpoint,
         )
 
 
@@ -812,6 +873,7 @@ def check(cfg: Any) -> None:
     check_batch(cfg)
     check_memory(cfg)
     check_parallel(cfg.parallel)
+    check_launch(cfg)
     check_budget(cfg)
     check_schedule(cfg)
     check_checkpoint(cfg)

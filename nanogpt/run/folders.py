@@ -14,7 +14,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,22 @@ from nanogpt.base.console import aligned, clock, file_size, short
 from nanogpt.base.errors import Arguments, run_command
 from nanogpt.base.groups import leaves
 from nanogpt.base.hashed_json import DamagedError, read_object
-from nanogpt.base.language import ConfigError, show, text
+from nanogpt.base.language import ConfigError, sentence, show, text
 from nanogpt.base.lock import is_held
 from nanogpt.base.quoting import command
 from nanogpt.base.report import formatted
 from nanogpt.base.run_names import OUTPUTS, is_latest, locate, recorded
 from nanogpt.base.saved_config import read_saved
+from nanogpt.run.launching import FAILED, QUEUED, RUNNING, states
 from nanogpt.run.loggers import history, number, points
-from nanogpt.run.rundir import LOCK
+from nanogpt.run.rundir import JOB, LOCK
 
 # 扫描的训练在 outputs/sweeps/<时间>/<任务> 里
 DEPTH = 3
 # 没有走完也没有坏的，都叫停下的
 STATES = {
-    "running": "state_running", "finished": "state_finished", "stopped": "state_stopped", "empty": "state_empty",
-    "damaged": "state_damaged",
+    "queued": sentence("queued"), "failed": "state_failed", "running": "state_running", "finished": "state_finished",
+    "stopped": "state_stopped", "empty": "state_empty", "damaged": "state_damaged",
 }
 ENDED = ("finished", "max_tokens", "max_minutes", "early_stop", "target_reached")
 COLUMNS = (
@@ -65,6 +66,8 @@ class Run:
     """When it was written to last, seconds since 1970."""
     checkpoints: int
     problem: str = ""
+    job: str = ""
+    """What Slurm says of the job that was launched for it, if anything."""
 
     @property
     def model(self) -> str:
@@ -77,10 +80,12 @@ class Run:
     @property
     def state(self) -> str:
         """One of STATES."""
-        if self.running:
+        if self.running or self.job in RUNNING:
             return "running"
+        if self.job in QUEUED:
+            return "queued"
         if not self.checkpoints:
-            return "empty"
+            return "failed" if self.job in FAILED else "empty"
         if self.problem:
             return "damaged"
         # 后来又接着训、没走完的，summary 是从前的
@@ -134,7 +139,7 @@ class Run:
 
 def is_run(path: Path) -> bool:
     """Whether a folder is that of a run."""
-    return (path / "run.json").is_file() or (path / "ckpt").is_dir() or (
+    return (path / "run.json").is_file() or (path / "ckpt").is_dir() or (path / JOB / "id").is_file() or (
         (path / "config.yaml").is_file() and (path / "metrics.jsonl").is_file()
     )
 
@@ -187,6 +192,13 @@ def _curve(path: Path) -> list[dict[str, float]]:
         return history(path)[0]
     except OSError:
         return []
+
+
+def with_jobs(runs: Iterable[Run]) -> list[Run]:
+    """The same with what Slurm says of their jobs, asked once for all."""
+    found = list(runs)
+    said = states(run.path for run in found)
+    return [replace(run, job=said.get(run.path, "")) for run in found]
 
 
 # ---- 找目录 ----
@@ -301,7 +313,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def list_runs(typed: argparse.Namespace) -> None:
     """Show the runs that were asked for."""
-    runs = matching(map(look, named(typed.folders)), typed.filter)
+    runs = matching(with_jobs(map(look, named(typed.folders))), typed.filter)
     if not runs:
         show(text("no runs here; begin with: {command}", command=command("run_train.py")))
         return

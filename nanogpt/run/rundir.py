@@ -7,7 +7,7 @@ Needs no torch.
 
 # 训练目录：选名字、占住、不覆盖别人的东西，以及续训时把存下的配置与这次敲的合起来
 # 目录里有 run.json（编号与起始的配置）、config.yaml、tokenizer.json、metrics.jsonl、logs/、ckpt/、data/（小数据集），
-# 训练着的还有 lock，结束了的还有 summary.json 与 report.html
+# 训练着的还有 lock，结束了的还有 summary.json 与 report.html，交给集群的还有 job/
 # choose 只看不写，hold 加锁，claim 造目录并清掉旧的，abandon 收回没开成的
 # 续训：存下的配置为底，只有这次敲了的键盖上去；改了就不再是同一次训练的键，一律拒绝
 # 不导入 torch：写错了要马上说
@@ -43,6 +43,8 @@ RUN_FILES = {
     "swanlog", "report.html",
 }
 LOCK = "lock"
+# 交给集群的任务：它的文件与日志。比训练先有，清空目录时留着
+JOB = "job"
 # 其中训练会往里写的：data 只读
 WRITTEN = RUN_FILES - {"data"}
 # 继续训练时不可改：改了就不再是同一次训练
@@ -89,9 +91,9 @@ def refuse_contents(path: Path, *, overwrite: bool) -> None:
 
 
 def _left_behind(path: Path) -> bool:
-    """Whether this is only what a start leaves behind that was killed, or lost power, before there was a run."""
+    """Whether this is only what is there before there is a run: a job's, or what a start that was killed leaves."""
     empty = path.name in RUN_FILES and path.is_dir() and not any(path.iterdir())
-    return path.name == LOCK or empty or re.fullmatch(r"\..+\.tmp", path.name) is not None
+    return path.name in (LOCK, JOB) or empty or re.fullmatch(r"\..+\.tmp", path.name) is not None
 
 
 def hold(path: Path) -> Lock:
@@ -100,7 +102,7 @@ def hold(path: Path) -> Lock:
     What a killed process left half-written is removed.
     """
     # 陌生人的目录里，链接可以指向你的任何文件；整个目录是链接（放到别的盘上）则是你自己定的
-    if links := sorted(name for name in (*WRITTEN, LOCK) if (path / name).is_symlink()):
+    if links := sorted(name for name in (*WRITTEN, LOCK, JOB) if (path / name).is_symlink()):
         raise ConfigError(
             "{path}: {name} in it is a link, through which a run would write elsewhere; put what it points at in its "
             "place (the run folder itself may be a link)",

@@ -537,6 +537,9 @@ class Session:
             if distributed.lost():
                 # 正要说出少了谁：存不了，也不必存
                 return
+            if trainer.stop_requested and "TORCHELASTIC_RUN_ID" in os.environ:
+                # Slurm 发给每个进程，torchrun 又转发一遍：是同一个意思；等不及的由 torchrun 来杀
+                return
             if trainer.stop_requested:
                 os._exit(128 + number)
             trainer.stop_requested = True

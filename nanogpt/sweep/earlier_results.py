@@ -30,7 +30,7 @@ from nanogpt.sweep.result import FIT, LASTING, TrialResult
 
 FOLDER = FIT / "trials"
 # 不影响测量的键
-IRRELEVANT = ("out_dir", "overwrite", "lang", "logger", "groups", "plan", "search", "parallel")
+IRRELEVANT = ("out_dir", "overwrite", "lang", "logger", "groups", "plan", "search", "parallel", "launch")
 
 
 def container(cfg: TrainConfig) -> dict[str, Any]:

@@ -7,11 +7,13 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import numpy as np
 import psutil
@@ -139,4 +141,38 @@ def test_a_job_that_is_told_to_end_saves_and_the_same_command_goes_on(undisturbe
     (folder / RUN / "summary.json").unlink()
     done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, encoding="utf-8", timeout=GIVEN_UP_S, check=False)
     assert done.returncode == 0, done.stderr
+    ends_like(folder, weights, loss)
+
+
+@ONLY_LONG
+@pytest.mark.skipif(not find_spec("ray"), reason="extra ray is not installed")
+@pytest.mark.parametrize("victim", ["process", "node"])
+def test_a_training_on_a_ray_cluster_outlives_its_processes_and_its_nodes(undisturbed, victim):
+    from ray.cluster_utils import Cluster
+
+    folder, weights, loss = undisturbed
+    shutil.rmtree(folder / "outputs")
+    small = {"object_store_memory": 80 * 2**20}
+    # 头节点只有驱动的一方：被杀的总是别的节点
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small})
+    try:
+        nodes = [cluster.add_node(num_cpus=1, **small) for _ in range(2)]
+        cluster.wait_for_nodes()
+        job = subprocess.Popen(
+            [sys.executable, str(ROOT / "run_train.py"), *WORDS, "launch=ray", "launch.nodes=2", "launch.gpus=0"],
+            cwd=folder, env={**ENVIRONMENT, "RAY_ADDRESS": cluster.address}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
+        )
+        said = []
+        while not said or "iter 6:" not in said[-1]:
+            said.append(job.stdout.readline())
+            assert job.poll() is None, said
+        if victim == "node":
+            cluster.remove_node(nodes[1], allow_graceful=False)
+            cluster.add_node(num_cpus=1, **small)
+        else:
+            os.kill(int(re.search(r"pid (\d+)", (folder / RUN / "job" / "ray-1.log").read_text(encoding="utf-8"))[1]), signal.SIGKILL)
+        rest, _ = job.communicate(timeout=2 * GIVEN_UP_S)
+    finally:
+        cluster.shutdown()
+    assert job.returncode == 0 and "all begin again from what is saved (1 of 3)" in rest and "continuing outputs/run at iteration" in rest, rest
     ends_like(folder, weights, loss)
