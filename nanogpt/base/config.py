@@ -295,8 +295,14 @@ class HardwareConfig:
 class ParallelConfig:
     """Several processes that train one model; see nanogpt.core.distributed and nanogpt.plan.communication."""
 
-    # 进程由 torchrun 起：这里只说规划时有几个、线路多快，以及等多久算是停住了
+    # 进程由 torchrun 起：这里只说怎样分担、规划时有几个、线路多快，以及等多久算是停住了
 
+    mode: str = choice("ddp", "fsdp", "auto", default="ddp")
+    """What each process holds: the whole model (ddp), or some rows of every parameter, gradient and state (fsdp); auto:
+    ddp where that fits by the plan, else fsdp."""
+    sum_gradients: str = choice("last", "every", default="last")
+    """fsdp: sum gradients over the processes in the last micro-batch of a step, with whole gradients kept until then,
+    or in every micro-batch, with only this process's rows kept."""
     world: int | None = number(1, 10**6, None)
     """Processes; None: as many as torchrun has started, and only plan=true takes another number."""
     nodes: int = number(1, 10**6, 1)
@@ -662,13 +668,32 @@ def check_stride(stride: int, block_size: int) -> None:
         raise ConfigError("above_other", key="eval_stride", got=stride, other="model.block_size", limit=block_size)
 
 
-def check_parallel(parallel: ParallelConfig) -> None:
-    """Refuse processes that machines cannot share evenly."""
+def check_parallel(cfg: Any) -> None:
+    """Refuse processes that machines cannot share evenly, and what does not go with sharded parameters."""
+    parallel = cfg.parallel
     world = parallel.world or parallel.nodes
     if world % parallel.nodes:
         raise ConfigError(
             "not_a_multiple", key="parallel.world", got=world, other="parallel.nodes", by=parallel.nodes,
         )
+    if parallel.mode == "fsdp" and (key := not_sharded(cfg)):
+        raise ConfigError("not_sharded", key=key)
+
+
+def not_sharded(cfg: Any) -> str | None:
+    """What of this config a sharded training cannot do, as it is typed; None: nothing."""
+    memory = cfg.memory
+    wishes = {
+        "memory.weights=bf16": memory.weights == "bf16",
+        "memory.optimizer_state=int8": memory.optimizer_state == "int8",
+        "memory.optimizer_in_backward=true": memory.optimizer_in_backward,
+        "memory.offload_optimizer=true": memory.offload_optimizer,
+        "memory.activation_checkpointing=budget": memory.activation_checkpointing == "budget",
+        "finetune.frozen_weights=nf4": cfg.finetune.frozen_weights == "nf4",
+        # 试跑只有一个进程
+        "batch_size=auto": cfg.batch_size == "auto" and cfg.plan.lower() == "false",
+    }
+    return next((key for key, wish in wishes.items() if wish), None)
 
 
 def check_launch(cfg: Any) -> None:
@@ -872,7 +897,7 @@ def check(cfg: Any) -> None:
     check_model(cfg.model)
     check_batch(cfg)
     check_memory(cfg)
-    check_parallel(cfg.parallel)
+    check_parallel(cfg)
     check_launch(cfg)
     check_budget(cfg)
     check_schedule(cfg)

@@ -201,6 +201,7 @@ NAMED = {
     "unknown_option": "{group}={got}: there is no such option; choose one of: {options}",
     "wrong_type": "{key}={got} has the wrong type: {want} is wanted",
     "not_a_choice": "{key}={got} is not known; choose one of: {allowed}",
+    "not_sharded": "{key} does not go with parallel=fsdp; leave it out, or train with parallel=ddp",
     "out_of_range": "{key}={got} is out of range; it must be {wanted}",
     "above_other": "{key}={got} is above {other}={limit}; lower {key} or raise {other}",
     "bad_part": "{key}: {reason}",

@@ -140,6 +140,16 @@ def check_alike(facts: dict[str, str]) -> None:
             )
 
 
+def first_found(value: str | None) -> str | None:
+    """The value of the first process that has one."""
+    if world() == 1:
+        return value
+    everyone: list[str | None] = [None] * world()
+    with waiting():
+        dist.all_gather_object(everyone, value)
+    return next((one for one in everyone if one is not None), None)
+
+
 def largest(values: list[float], device: torch.device) -> list[float]:
     """Element-wise maximum over all processes."""
     if world() == 1:
@@ -229,6 +239,10 @@ class GradientSum:
                 elif p.grad.data_ptr() != piece.data_ptr():
                     p.grad.copy_(piece.view_as(p))
         self._left, self._sent = None, []
+
+    def evaluated(self, sums: torch.Tensor, windows: list[tuple[int, int]], batch: int) -> torch.Tensor:
+        """Sum over all processes, in place, of what each added up over its share of the windows, `batch` at a time."""
+        return total(sums)
 
 
 def parts_of(parameters: list[torch.Tensor]) -> list[list[torch.Tensor]]:

@@ -4,6 +4,7 @@
 """Small operations that the model, the loss and the optimizers are made of, each written for speed."""
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -389,3 +390,8 @@ def orthogonalized(matrices: list[torch.Tensor], group: dict) -> list[torch.Tens
         for i, update in zip(indices, orthogonalize(batch, group["ns_steps"], group["ns_bf16"]), strict=True):
             results[i] = update
     return results
+
+
+def update_scale(shape: torch.Size) -> float:
+    """What an orthogonal matrix is multiplied with to have the RMS of an AdamW update."""
+    return 0.2 * math.sqrt(max(shape))

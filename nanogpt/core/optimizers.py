@@ -4,12 +4,10 @@
 # 组里的 lr_scale 乘在学习率上
 """Optimizers: AdamW and Muon over named parameters, and which parameters go where."""
 
-import math
-
 import torch
 
 from nanogpt.core import kernels
-from nanogpt.core.kernels import orthogonalized
+from nanogpt.core.kernels import orthogonalized, update_scale
 
 # 同形状的矩阵一起正交化：小模型快数倍，大模型不为此多占显存
 STACK_BYTES = 64 * 2**20
@@ -132,12 +130,9 @@ class Optimizer:
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         # Nesterov：向前多看一步
         ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
-        splits = [group["splits"].get(name) or [len(p)] for name, p in named]
-        directions = [part for direction, rows in zip(ahead, splits, strict=True) for part in direction.split(rows)]
-        weights = [part for (_, p), rows in zip(named, splits, strict=True) for part in p.detach().split(rows)]
-        del ahead, gradients
-        updates = orthogonalized(directions, group)
-        del directions
+        del gradients
+        weights, updates, scales = self.directions(group, named, ahead)
+        del ahead
         kept = 1 - group["lr"] * group["weight_decay"]
         if skip is not None:
             for update in updates:
@@ -145,14 +140,21 @@ class Optimizer:
             kept = torch.where(skip > 0, 1.0, kept)
         torch._foreach_mul_(weights, kept)
         by_scale: dict[float, list[int]] = {}
-        for i, part in enumerate(weights):
-            by_scale.setdefault(group["lr"] * update_scale(part.shape), []).append(i)
+        for i, scale in enumerate(scales):
+            by_scale.setdefault(group["lr"] * scale, []).append(i)
         for scale, indices in by_scale.items():
             torch._foreach_add_([weights[i] for i in indices], [updates[i] for i in indices], alpha=-scale)
 
+    def directions(self, group: dict, named: list, ahead: list[torch.Tensor]) -> tuple[list, list, list]:
+        """Matrices inside named weights, and `ahead` of each orthogonalised, with the scale of that update."""
+        splits = [group["splits"].get(name) or [len(p)] for name, p in named]
+        parts = [part for matrix, rows in zip(ahead, splits, strict=True) for part in matrix.split(rows)]
+        weights = [part for (_, p), rows in zip(named, splits, strict=True) for part in p.detach().split(rows)]
+        return weights, orthogonalized(parts, group), [update_scale(part.shape) for part in weights]
+
 
 def portions(named: list[tuple[str, torch.Tensor]], most_bytes: int) -> list[list[tuple[str, torch.Tensor]]]:
-    """The pairs in order, in lists of at most most_bytes of float32 matrices, but at least one."""
+    """The pairs (their tensors, or shapes) in lists of at most most_bytes of float32 matrices, but at least one."""
     lists, size = [], most_bytes
     for name, p in named:
         size += 4 * p.numel()
@@ -161,11 +163,6 @@ def portions(named: list[tuple[str, torch.Tensor]], most_bytes: int) -> list[lis
             size = 4 * p.numel()
         lists[-1].append((name, p))
     return lists
-
-
-def update_scale(shape: torch.Size) -> float:
-    """What an orthogonal matrix is multiplied with to have the RMS of an AdamW update."""
-    return 0.2 * math.sqrt(max(shape))
 
 
 def split_parameters(model: torch.nn.Module) -> tuple[list, list, list]:

@@ -15,6 +15,9 @@ from nanogpt.core.precision import adjust_scale
 class Step:
     """One model, its optimizer and its number format."""
 
+    # 谁把几个进程的梯度加起来；None：distributed.GradientSum
+    sums = None
+
     def __init__(self, model, optimizer, precision, *, in_backward=None, expect: Callable[[int], None] | None = None):
         """in_backward updates parameters during the backward pass; expect() is told the rows of micro-batches."""
         self.model = model

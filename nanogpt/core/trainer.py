@@ -44,7 +44,7 @@ class Trainer:
         self.global_rows, self.mine = rows, distributed.share(rows)
         self.local_rows = self.mine.stop - self.mine.start
         self.micro_batch = micro_batch or self.local_rows
-        self.gradients = distributed.GradientSum(self.parameters)
+        self.gradients = computation.sums or distributed.GradientSum(self.parameters)
         self.eval_batch = eval_batch or self.micro_batch
         self.block_size = self.model.config.block_size
         self.windows = data.val_windows(self.block_size, eval_tokens)
@@ -160,7 +160,7 @@ class Trainer:
         sums = torch.zeros(2, dtype=torch.float64, device=self._sums_on())
         for length, starts in by_length.items():
             sums += self._sums(starts, length, told)
-        loss_sum, count = distributed.total(sums).tolist()
+        loss_sum, count = self.gradients.evaluated(sums, self.windows, self.eval_batch).tolist()
         return loss_sum / count
 
     def _sums_on(self) -> torch.device:

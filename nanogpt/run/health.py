@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 from nanogpt.base.language import ConfigError
+from nanogpt.core import distributed
 from nanogpt.core.progress import Progress
 from nanogpt.weights.tensors import first_not_finite, floating
 
@@ -31,7 +32,10 @@ class Diverged(ConfigError):  # noqa: N818 - 与 OutOfMemory 一样，是一种�
 def broken_tensor(model, optimizer) -> str | None:
     """Name of the first weight or optimizer state that holds NaN or Inf, None when all are finite."""
     state = optimizer.state_dict()
-    return first_not_finite([*floating(model.state_dict()), *floating(state.get("state", state), "optimizer.")])
+    # 分片的只看得见自己的行：谁发现了，大家都要知道
+    return distributed.first_found(
+        first_not_finite([*floating(model.state_dict()), *floating(state.get("state", state), "optimizer.")])
+    )
 
 
 class Health:

@@ -102,6 +102,8 @@ class Training(Trainer):
         # 编译后的反向一次交出全部梯度，逐个释放就落空了
         if self.computation.in_backward:
             return "memory.optimizer_in_backward=true"
+        if self.computation.sums:
+            return "parallel=fsdp"
         # 重算时再舍入靠 TorchFunctionMode，编译器不认
         if self.precision.rounded and self.cfg.memory.activation_checkpointing != "none":
             kept = f"memory.activation_checkpointing={self.cfg.memory.activation_checkpointing}"
@@ -169,7 +171,7 @@ class Training(Trainer):
                         result = self._timed_step()
                         self._advance(advance)
                         reason = self._between_steps(result)
-            if self.saver.saved is None or self.saver.saved.iteration < progress.iteration:
+            if self.saver.saved_at < progress.iteration:
                 self._save(final=True)
         except BaseException:
             # 出事前的曲线最有用，TensorBoard 攒着的也要写出；关不上也不能盖住真正的原因

@@ -18,6 +18,7 @@ from nanogpt.base.language import ConfigError, text
 from nanogpt.core import distributed
 from nanogpt.core.optimizers import Optimizer
 from nanogpt.core.progress import Progress
+from nanogpt.core.sharding import fetching, whole_shape
 from nanogpt.core.step import Step
 from nanogpt.data.tokens import ORDERS, TokenData
 from nanogpt.weights import checkpoint
@@ -36,7 +37,7 @@ def state_of(computation: Step, progress: Progress, data: TokenData, order: int)
 
 def restore(source: checkpoint.Checkpoint, computation: Step, data: TokenData) -> tuple[Progress, int]:
     """Load weights, optimizer and scaler in the present memory= settings; return the counters and the order of data."""
-    state = source.load_state()
+    state = source.load_state(mapped=computation.sums is not None)
     try:
         if state["fingerprint"] != data.fingerprint:
             raise ConfigError("vocab_mismatch", name=data.name, reason="fingerprint")
@@ -70,7 +71,8 @@ def largest_bytes(computation: Step) -> int:
     try:
         for group in optimizer.param_groups:
             for name, p in zip(group["names"], group["params"], strict=True):
-                optimizer.started(name, torch.empty_like(p, device="meta"), group)
+                whole = torch.empty(whole_shape(optimizer, name, p), dtype=p.dtype, device="meta")
+                optimizer.started(name, whole, group)
         return weights + sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
     finally:
         optimizer.state = before
@@ -88,12 +90,14 @@ class Saver:
         """resuming: what is typed to continue this run; saved: the checkpoint from which it goes on."""
         self.run_dir, self.run_id, self.resuming, self.saved = run_dir, run_id, resuming, saved
         self._keep, self._tokenizer, self._console, self._config_text = keep, tokenizer, console, config_text
+        self.saved_at = saved.iteration if saved else -1
+        """Iteration of the newest checkpoint, in every process."""
         self._retry_at: float | None = None
 
     @property
     def overdue(self) -> bool:
-        """Whether it is time to try again what could not be saved."""
-        return self._retry_at is not None and time.monotonic() >= self._retry_at
+        """Whether it is time to try again what could not be saved; every process asks, the first one's clock counts."""
+        return self._retry_at is not None and distributed.broadcast(time.monotonic() >= self._retry_at)
 
     def save(
         self, model, state: dict, *, iteration: int, val_loss: float | None, val_bpb: float | None, final: bool
@@ -102,34 +106,39 @@ class Saver:
 
         val_loss is None for weights that were not evaluated: the best checkpoint is always an evaluated one.
         """
-        if distributed.rank():
-            return
+        reason = None
         try:
-            self.saved = checkpoint.save(
-                self.run_dir, model=model, state=state, iteration=iteration, val_loss=val_loss, val_bpb=val_bpb,
-                # 词表取自内存：训练目录里那份是给人看的，坏了不该传进 checkpoint
-                config_text=self._config_text, tokenizer_text=json.dumps(self._tokenizer.to_dict(), ensure_ascii=False),
-                keep=self._keep, run=self.run_id,
-            )
-            self._retry_at = None
+            # 分片的张量要大家一起凑：别的进程等在这里，要哪个给哪个
+            with fetching(checkpoint.model_tensors(model), state) as first:
+                if first:
+                    self.saved = checkpoint.save(
+                        self.run_dir, model=model, state=state, iteration=iteration, val_loss=val_loss, val_bpb=val_bpb,
+                        # 词表取自内存：训练目录里那份是给人看的，坏了不该传进 checkpoint
+                        config_text=self._config_text, keep=self._keep, run=self.run_id,
+                        tokenizer_text=json.dumps(self._tokenizer.to_dict(), ensure_ascii=False),
+                    )
         except Exception as error:
             # 磁盘满了可以腾，抄到内存里的那一份也可能放不下：训练不必停，只有最后一次存不下才算失败
             if not isinstance(error, OSError) and not is_out_of_memory(error):
                 raise
             # MemoryError 多半什么也不说
             reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
-            if final:
-                raise ConfigError(
-                    "the last checkpoint could not be saved ({reason}); the newest one is {checkpoint}; free some disk "
-                    "space and continue with {resume}",
-                    reason=reason, resume=self.resuming, checkpoint=self.saved.name if self.saved else "-",
-                ) from None
-            self._retry_at = time.monotonic() + RETRY_S
-            self._console.line(
-                "could not save a checkpoint ({reason}); the older ones are kept, trying again in {seconds} s; free "
-                "some disk space",
-                reason=reason, seconds=RETRY_S,
+        # 存没存下，大家都要知道：再存一次要一起来
+        if distributed.broadcast(reason) is None:
+            self.saved_at, self._retry_at = iteration, None
+            return
+        self._retry_at = time.monotonic() + RETRY_S
+        if reason and final:
+            raise ConfigError(
+                "the last checkpoint could not be saved ({reason}); the newest one is {checkpoint}; free some disk "
+                "space and continue with {resume}",
+                reason=reason, resume=self.resuming, checkpoint=self.saved.name if self.saved else "-",
             )
+        self._console.line(
+            "could not save a checkpoint ({reason}); the older ones are kept, trying again in {seconds} s; free some "
+            "disk space",
+            reason=reason, seconds=RETRY_S,
+        )
 
     def remedy(self, rate: float, *, best: bool) -> str:
         """What to type: go on from the last (or best) checkpoint at a lower rate, or begin again without one."""

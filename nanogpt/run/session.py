@@ -45,6 +45,7 @@ from nanogpt.core.memory.lora import add_adapters
 from nanogpt.core.ngrams import size_text
 from nanogpt.core.precision import Precision
 from nanogpt.core.progress import Progress
+from nanogpt.core.sharding import applies
 from nanogpt.core.step import Step
 from nanogpt.data import corpus
 from nanogpt.data import tokenizer as tokenizers
@@ -306,15 +307,20 @@ class Session:
             self._begin(loggers, config_text, config, progress.iteration)
         return kind(
             self.cfg, computation=computation, data=self.data, loggers=loggers, saver=self._saver(config_text),
-            console=self.console, write_sample=self.hooks.write_sample, progress=progress, order=order,
+            console=self.console, write_sample=self._write_sample, progress=progress, order=order,
         )
 
     def build_trial(self, kind: type[Training] = Training) -> Training:
         """The trainer that a run would have, at iteration 0, and nothing written: for trials and measurements."""
         return kind(
             self.cfg, computation=self._build_step(), data=self.data, loggers=Loggers([]), saver=self._saver(""),
-            console=self.console, write_sample=self.hooks.write_sample,
+            console=self.console, write_sample=self._write_sample,
         )
+
+    @property
+    def _write_sample(self) -> Callable[..., str] | None:
+        # 写样本只有第一个进程做，分片的模型却要大家一起算
+        return None if applies(self.cfg.parallel) else self.hooks.write_sample
 
     def _saver(self, config_text: str) -> Saver:
         """What writes checkpoints into the run folder."""
@@ -351,7 +357,10 @@ class Session:
     def _build_step(self) -> Step:
         """The model and the computation of its steps, on the device."""
         self._settle_format()
-        model = self._build_model().to(self.device)
+        model = self._build_model()
+        if not applies(self.cfg.parallel):
+            # 分片的整个放不下也无妨：一个 block 一个 block 地分好，只留自己的行
+            model = model.to(self.device)
         weights, automatic = self.cfg.memory.weights, self.cfg.hardware.dtype
         precision = Precision(self.cfg.precision, self.device, weights, automatic=automatic)
         return build_step(self.cfg, model, precision)
@@ -424,7 +433,7 @@ class Session:
                     rate=cfg.learning_rate,
                 )
         if cfg.finetune.method == "lora":
-            trained = sum(p.numel() for p in trainer.parameters)
+            trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
             line(
                 "LoRA: {trained:,} of {total:,} parameters are trained, the others are frozen",
                 trained=trained, total=trainer.model.parameter_count(),
@@ -437,6 +446,12 @@ class Session:
         described = self._described(trainer)
         line("size_line", **described)
         line("run_line", **described)
+        if applies(cfg.parallel):
+            line(
+                "parallel=fsdp: parameters, gradients and optimizer states are shared out over {world} processes; no "
+                "samples are written during the training",
+                world=distributed.world(),
+            )
         if self.why_format:
             self.console.plain(self.why_format)
         line(

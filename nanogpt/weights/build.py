@@ -15,7 +15,15 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nanogpt.base.config import ROOT, FinetuneConfig, MemoryConfig, ModelConfig, TrainConfig, check_model
+from nanogpt.base.config import (
+    ROOT,
+    FinetuneConfig,
+    MemoryConfig,
+    ModelConfig,
+    TrainConfig,
+    check_model,
+    effective_batch,
+)
 from nanogpt.base.hardware import GIB, free_ram
 from nanogpt.base.hashed_json import DamagedError, reason_of
 from nanogpt.base.language import ConfigError
@@ -144,10 +152,13 @@ def build_step(cfg: TrainConfig, model, precision):
     """The core.step.Step of a model as cfg.memory and cfg.optimizer ask for; training and planning use the same one."""
     from functools import partial
 
+    from nanogpt.core.distributed import world
     from nanogpt.core.loss import chunked_cross_entropy
     from nanogpt.core.memory.in_backward import InBackward
     from nanogpt.core.memory.lean_optimizers import configure
     from nanogpt.core.memory.recompute import fit_budget, recompute_blocks
+    from nanogpt.core.optimizers import Optimizer
+    from nanogpt.core.sharding import applies, shard, shard_step
     from nanogpt.core.step import Step
 
     memory, expect = cfg.memory, None
@@ -156,6 +167,8 @@ def build_step(cfg: TrainConfig, model, precision):
         recompute_blocks(model, memory.activation_checkpointing, second_in=precision.again)
     if memory.activation_checkpointing == "budget":
         expect = partial(fit_budget, model, budget_mib=memory.activation_budget_mib, context=precision.context)
+    if applies(cfg.parallel):
+        shard(model, precision.device_type)
     optimizer = build_part(cfg.optimizer, "optimizer", model)
     configure(optimizer, memory, precision.device_type)
     for group in optimizer.param_groups if precision.bf16_updates else ():
@@ -163,6 +176,11 @@ def build_step(cfg: TrainConfig, model, precision):
             group["ns_bf16"] = True
     in_backward = InBackward(optimizer, cfg.grad_clip) if memory.optimizer_in_backward else None
     step = Step(model, optimizer, precision, in_backward=in_backward, expect=expect)
+    if applies(cfg.parallel):
+        if not isinstance(optimizer, Optimizer):
+            raise ConfigError("not_sharded", key=f"optimizer={type(optimizer).__name__}")
+        rows = -(-effective_batch(cfg) // world())
+        shard_step(step, passes=-(-rows // cfg.batch_size), every=cfg.parallel.sum_gradients == "every")
     if isinstance(cfg.batch_size, int):
         step.expect(cfg.batch_size)
     return step

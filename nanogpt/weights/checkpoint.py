@@ -28,6 +28,7 @@ from nanogpt.base.files import folder_aside, numbered, remove_leftovers, sha256,
 from nanogpt.base.hashed_json import DamagedError, read_sealed, reason_of, write_sealed
 from nanogpt.base.language import ConfigError, text
 from nanogpt.base.quoting import typed_override
+from nanogpt.core.sharding import ShardedModel
 from nanogpt.weights.foreign_files import load_plain
 from nanogpt.weights.tensors import UNREADABLE, flatten, read_tensors, restore, shapes_in, write_tensors
 
@@ -125,7 +126,8 @@ class Checkpoint:
     def load_model(self, model: torch.nn.Module) -> None:
         """Copy the weights into a model of the same shape."""
         try:
-            tensors = read_tensors(self.folder / "model.safetensors")
+            # 分片的模型只取自己的行：不把别人的也读进内存
+            tensors = read_tensors(self.folder / "model.safetensors", mapped=isinstance(model, ShardedModel))
             # 共享的权重只存了一份，装回时由模型自己的共享关系补上
             missing, unexpected = model.load_state_dict(tensors, strict=False)
         except UNREADABLE as error:
@@ -145,13 +147,14 @@ class Checkpoint:
                 path=self.folder, init_from=typed_override("init_from", self.folder.parent.parent),
             )
 
-    def load_state(self) -> dict:
-        """Optimizer, scaler and counters; tensors and plain values only, no code is run."""
+    def load_state(self, *, mapped: bool = False) -> dict:
+        """Optimizer, scaler and counters; tensors and plain values only, no code is run; mapped: see read_tensors()."""
         self.refuse_without_state()
         try:
             if "state.pt" in self.sha256:
                 return load_plain(self.folder / "state.pt")
-            state = restore(json.loads(self._text("state.json")), read_tensors(self.folder / "state.safetensors"))
+            tensors = read_tensors(self.folder / "state.safetensors", mapped=mapped)
+            state = restore(json.loads(self._text("state.json")), tensors)
             return state if isinstance(state, dict) else {}
         except ConfigError:
             raise

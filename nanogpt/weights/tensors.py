@@ -31,6 +31,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nanogpt.base.language import ConfigError, text
+from nanogpt.core.sharding import Sharded
 
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -46,7 +47,7 @@ FILLED = ".filled"
 LARGE = 2**20
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor | Sharded]) -> str:
     """Write a safetensors file and return the hex SHA-256 of what was to be written, not of what the disk holds."""
     filled = {name: rows for name, tensor in tensors.items() if (rows := _filled_rows(tensor)) is not None}
     stored = tensors | {name + FILLED: rows for name, rows in filled.items()}
@@ -77,17 +78,26 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _filled_rows(tensor: torch.Tensor) -> torch.Tensor | None:
+def _filled_rows(tensor: torch.Tensor | Sharded) -> torch.Tensor | None:
     """Numbers of the rows of a matrix that are not zero, where leaving out the others saves a tenth or more."""
-    if tensor.dim() != 2 or tensor.numel() * tensor.element_size() < LARGE or not tensor.is_contiguous():
+    if tensor.dim() != 2 or tensor.numel() * tensor.element_size() < LARGE:
         return None
-    # 看字节而不看值：-0.0 也要原样回来
-    rows = tensor.detach().view(torch.uint8).any(dim=1).nonzero().reshape(-1).to(torch.int32).cpu()
+    if isinstance(tensor, Sharded):
+        filled = tensor.fetch(filled=True)
+    elif tensor.is_contiguous():
+        # 看字节而不看值：-0.0 也要原样回来
+        filled = tensor.detach().view(torch.uint8).any(dim=1)
+    else:
+        return None
+    rows = filled.nonzero().reshape(-1).to(torch.int32).cpu()
     return rows if 10 * len(rows) <= 9 * len(tensor) else None
 
 
-def _pieces(tensor: torch.Tensor, rows: torch.Tensor | None = None) -> Iterable[memoryview]:
+def _pieces(tensor: torch.Tensor | Sharded, rows: torch.Tensor | None = None) -> Iterable[memoryview]:
     """The bytes of a tensor, or of these rows of it."""
+    if isinstance(tensor, Sharded):
+        # 一次只凑齐一个张量
+        tensor = tensor.fetch()
     if rows is not None:
         # 一次挑出几行：不为它们另占一整份内存
         for some in rows.split(max(1, PIECE // (tensor.shape[1] * tensor.element_size()))):
@@ -121,12 +131,15 @@ def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, in memory of their own; raises one of UNREADABLE if it cannot be read."""
+def read_tensors(path: Path, *, mapped: bool = False) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, in memory of their own; raises one of UNREADABLE if it cannot be read.
+
+    With `mapped` they lie in the file and may only be read, for those who want a part of each.
+    """
     with safe_open(path, framework="pt") as file:
         rows = _whole_rows(file)
         # 抄出来：映射着的文件 Windows 上改不了名，别处被改动又会变进来
-        read = {name: file.get_tensor(name).clone() for name in file.keys()}
+        read = {name: file.get_tensor(name) if mapped else file.get_tensor(name).clone() for name in file.keys()}
     for name, count in rows.items():
         read[name] = _with_zeros(read[name], read.pop(name + FILLED), count)
     return read
@@ -147,7 +160,7 @@ def _with_zeros(stored: torch.Tensor, rows: torch.Tensor, count: int) -> torch.T
 
 def flatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """What json can hold of `value`; its tensors are added to `tensors`. TypeError at anything else."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor | Sharded):
         name = f"{len(tensors):06d}"
         tensors[name] = value.detach()
         return {"tensor": name}
@@ -190,6 +203,7 @@ def floating(state, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """(dotted name, tensor) of every floating tensor with elements in nested dicts and lists."""
     items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
     for key, value in items:
+        value = value.local if isinstance(value, Sharded) else value
         if isinstance(value, torch.Tensor):
             if value.is_floating_point() and value.numel():
                 yield f"{prefix}{key}", value.detach()

@@ -18,10 +18,10 @@ import torch
 from nanogpt.base.config import MemoryConfig
 from nanogpt.base.language import ConfigError
 from nanogpt.core import kernels
-from nanogpt.core.kernels import orthogonalized
+from nanogpt.core.kernels import orthogonalized, update_scale
 from nanogpt.core.memory import lowbit
 from nanogpt.core.memory.lowbit import BLOCK, PIECE, SMALL, Codec, round_stochastically, scale_of, zero_code
-from nanogpt.core.optimizers import SCALE, Optimizer, update_scale
+from nanogpt.core.optimizers import SCALE, Optimizer
 from nanogpt.core.wrapping import mix_in
 
 # 二阶矩非负，整个码表都给正数
