@@ -91,6 +91,15 @@ def test_what_is_recomputed_on_a_card_takes_the_cards_path_with_dropout_too():
     assert without.activations <= dropped.activations <= 1.5 * without.activations
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_dropout_keeps_a_byte_per_element_on_a_card(precision):
+    without, dropped = (traced_once(CARD, f"precision={precision}", *more) for more in ((), ("dropout=0.1",)))
+    model = small().model
+    # embedding 之后一处，每个 block 两处
+    masks = (1 + 2 * model.n_layer) * CARD.rows * model.block_size * model.n_embd
+    assert dropped.activations - without.activations == masks
+
+
 def test_gpt2_124m_needs_what_was_found_for_it_before():
     cfg = make_config("model=gpt2", "model.vocab_size=50257", "precision=bf16", "optimizer=adamw")
     traced = trace(cfg, Shape(8, 1, 8, "cuda"))
