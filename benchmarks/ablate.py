@@ -145,7 +145,8 @@ def run(text: Path, out: Path, overrides: list[str], *, device: str, environment
     how = ["compile=false", "precision=fp32"] if device == "cpu" else ["eval_batch_size=128"]
     command = [
         sys.executable, str(ROOT / "run_train.py"), "dataset=text_file", f"dataset.path={text.as_posix()}", f"device={device}", *how,
-        "sample_tokens=0", "logger=jsonl", "log_interval=1000000", "bundle_data_mib=0", "keep=1", "lang=en", f"out_dir={out.as_posix()}",
+        "sample_tokens=0", "logger=jsonl", "log_interval=1000000", "bundle_data_mib=0", "keep=1", "early_stop_evals=0", "lang=en",
+        f"out_dir={out.as_posix()}",
         *overrides,
     ]
     done = subprocess.run(command, cwd=out.parent, env=environment, capture_output=True, text=True, encoding="utf-8", check=False)
