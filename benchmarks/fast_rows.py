@@ -25,7 +25,7 @@ from nanogpt.run.metrics import processor_name  # noqa: E402
 from nanogpt.weights.build import build_model, preset  # noqa: E402
 from nanogpt.write.speed import fast_cpu  # noqa: E402
 from nanogpt.write.speed.acceleration import install, pack  # noqa: E402
-from nanogpt.write.speed.int8 import quantize_model  # noqa: E402
+from nanogpt.write.speed.formats import convert  # noqa: E402
 
 SHAPES = {
     "gpt2_124m": {"vocab_size": 50257},
@@ -44,7 +44,7 @@ def models(shape: str, precision: str) -> dict:
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.05)
         if precision == "int8":
-            quantize_model(model)
+            convert(model, "int8")
         if kind == "compiled":
             install(model, fast_cpu.FastStep(model))
             model.fast_step.max_rows = max(ROWS)

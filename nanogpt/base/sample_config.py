@@ -63,9 +63,9 @@ class ServerConfig:
 class SamplePrecisionConfig(PrecisionConfig):
     """Number format of the weights that write."""
 
-    # 只有写作能用 int8：训练的格式里没有它
-    dtype: str = choice("auto", "fp32", "fp16", "bf16", "int8", default="auto")
-    """Format of the weights; auto takes the fastest that loses nothing here."""
+    # 只有写作能用 int8、int4：训练的格式里没有它们
+    dtype: str = choice("auto", "fp32", "fp16", "bf16", "int8", "int4", default="auto")
+    """Format of the weights; auto takes the fastest that loses nothing here, int4 the least memory."""
 
 
 @dataclass(kw_only=True)

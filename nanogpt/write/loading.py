@@ -33,7 +33,7 @@ from nanogpt.weights.pretrained import build_pretrained, open_pretrained
 from nanogpt.write.control import build_control, read_form, takes_forms
 from nanogpt.write.engine import Writer
 from nanogpt.write.request import Request, default_prompt
-from nanogpt.write.speed.acceleration import HALF, accelerate
+from nanogpt.write.speed.acceleration import accelerate
 
 # 再大就不是开头，而是一份语料：不整个读进内存
 LARGEST_PROMPTS = 64 * 2**20
@@ -217,8 +217,8 @@ def ready(cfg: SampleConfig, name: str, network: torch.nn.Module, tokenizer: tok
     """A loaded model in the wanted number format, on its fastest path."""
     if cfg.block_size is not None:
         set_context(network, cfg.block_size)
-    # CPU 上的 fp16、bf16 与训练时一样只做舍入；其余格式由权重自己的类型决定
-    rounded = network.device.type == "cpu" and cfg.precision.dtype in HALF
+    # CPU 上的 fp16 与训练时一样只做舍入；其余格式由权重自己的类型决定
+    rounded = network.device.type == "cpu" and cfg.precision.dtype == "fp16"
     context = Precision(cfg.precision, network.device).context if rounded else contextlib.nullcontext
     accelerate(network.eval(), cfg.precision.dtype, fast=cfg.fast and not rounded)
     return Model(name, network, tokenizer, context, speculate=cfg.speculate)

@@ -34,7 +34,7 @@ GROUPS = shipped_options()
 # 只属于 run_sample.py 的配置组与选项
 SAMPLE_GROUPS = ("sampler", "control")
 SAMPLE_OPTIONS = [(group, option) for group in SAMPLE_GROUPS for option in GROUPS.get(group, [])] + [("precision", option) for option in GROUPS["precision"]]
-OPTIONS = [(group, option) for group, options in GROUPS.items() for option in options if group not in SAMPLE_GROUPS and (group, option) != ("precision", "int8")]
+OPTIONS = [(group, option) for group, options in GROUPS.items() for option in options if group not in SAMPLE_GROUPS and (group, option) not in (("precision", "int8"), ("precision", "int4"))]
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)

@@ -34,8 +34,8 @@ def test_help_fits_two_pages_and_names_every_key_group_and_option(name, language
     for key in keys | nested | groups:
         assert f"\n  {key}=" in page, key
     options = shipped_options()
-    # int8 只有写作会
-    assert {option for group in groups for option in options[group]} - set(page.split()) == ({"int8"} if name == "train" else set())
+    # int8、int4 只有写作会
+    assert {option for group in groups for option in options[group]} - set(page.split()) == ({"int8", "int4"} if name == "train" else set())
 
 
 def test_every_key_stands_in_a_section_that_has_an_english_name():

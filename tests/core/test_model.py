@@ -14,7 +14,7 @@ from nanogpt.core.memory.recompute import recompute_blocks
 from nanogpt.core.model import GPT
 from nanogpt.core.ngrams import size_text, table_count
 from nanogpt.weights.build import build_model, preset, preset_names
-from nanogpt.write.speed.int8 import quantize_model
+from nanogpt.write.speed.formats import convert
 
 RECIPES = {
     "modern": {}, "gpt2": GPT2_RECIPE, "ngrams": {"ngrams": [2, 3], "ngram_buckets": 101}, "llama": LLAMA_RECIPE, "qwen3": QWEN3_RECIPE,
@@ -213,7 +213,7 @@ def test_a_models_size_names_its_look_up_tables_apart_also_with_int8_weights():
     assert model.parameter_count() == total and table_count(model) == (77**2 + 3 * 16384) * 256
     said = size_text(model)
     assert said == f"{(total - table_count(model)) / 1e6:.2f}M + {table_count(model) / 1e6:.2f}M in look-up tables"
-    quantize_model(model)
+    convert(model, "int8")
     assert model.parameter_count() == total and size_text(model) == said
     assert size_text(nanogpt.create_model("tiny", vocab_size=76, arch="gpt2")).endswith("M")
 

@@ -5,6 +5,7 @@ import time
 import weakref
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ from test_generate import decode, prompts
 from nanogpt.core.generate import Decoder
 from nanogpt.core.model import GPT, MLP
 from nanogpt.core.sampling import sampler
-from nanogpt.write.speed import acceleration
+from nanogpt.write.speed import acceleration, int4
 from nanogpt.write.speed.acceleration import PackedLinear, accelerate, install, pack
 from nanogpt.write.speed.cuda_graph import GraphStep
+from nanogpt.write.speed.formats import Bf16Linear
+from nanogpt.write.speed.int4 import Int4Linear
 from nanogpt.write.speed.int8 import (
     Int8Embedding,
     Int8Linear,
@@ -40,11 +43,12 @@ def logits_of(model, idx):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 def test_the_compiled_step_equals_the_plain_path(recipe, precision):
     fast_cpu = pytest.importorskip("nanogpt.write.speed.fast_cpu")
-    model = accelerate(wild_model(**RECIPES[recipe]), precision, fast=False)
-    assert fast_cpu.fits(model)
+    # 宽度够一组才有 int4；qwen3 的有几个矩阵不够，两种混着
+    model = accelerate(wild_model(**RECIPES[recipe], n_embd=32 if precision == "int4" else 16), precision, fast=False)
+    assert fast_cpu.fits(model) and (precision != "int4" or isinstance(model.h[0].mlp.c_fc, Int4Linear))
     rows = prompts(5, 1, 9)
     plain = decode(model, rows, 40)
     install(model, fast_cpu.FastStep(model))
@@ -137,6 +141,114 @@ def test_every_way_to_multiply_int8_gives_the_same_bits_as_exact_integers(rows, 
     assert (q * row_scale[:, None] - x).abs().max() <= row_scale.max() * 0.501
 
 
+def test_activations_are_rounded_to_the_same_integers_everywhere():
+    integer_dot = pytest.importorskip("nanogpt.write.speed.integer_dot")
+    # 半数恰在两个整数正中：除法多舍入一次就偏到另一边
+    x = torch.randint(-254, 255, (64, 512), generator=torch.Generator().manual_seed(0)) * torch.rand(64, 1) / 2
+    q, scale = quantize_rows(x)
+    acts = integer_dot.activations(*x.shape)
+    integer_dot.quantize_rows(x.numpy(), 0, 64, acts)
+    assert (acts[0] == q.numpy()).all() and (acts[1] == scale.numpy()).all()
+    assert (acts[2] == q.view(64, -1, 32).sum(2).numpy()).all()
+
+
+def test_int4_rounds_each_weight_to_half_a_step_and_a_byte_holds_two():
+    weight = torch.randn(37, 96) * torch.logspace(-3, 3, 37)[:, None]
+    weight[3] = 0
+    packed, scale = int4.quantize(weight)
+    error = (int4.dense(packed, scale)[:37] - weight).view(37, 3, 32).abs()
+    # 正的最大值可能要 8 而只有 7：再多一步的一半
+    assert packed.numel() == 48 * 96 // 2 and (error <= weight.view(37, 3, 32).abs().amax(2, keepdim=True) / 8 * 1.01).all()
+    assert error.mean() < weight.abs().mean() / 8 and not int4.dense(packed, scale)[3].any()
+
+
+@pytest.mark.parametrize("rows, n_out, n_in", [(1, 16, 32), (3, 50, 96), (15, 33, 768), (40, 7, 3072)])
+def test_every_way_to_multiply_int4_gives_the_same_bits(rows, n_out, n_in):
+    int4_dot = pytest.importorskip("nanogpt.write.speed.int4_dot")
+    weight, x, bias = torch.randn(n_out, n_in), torch.randn(rows, n_in), torch.randn(n_out)
+    weight[0], x[0] = -3, 2
+    packed, scale = int4.quantize(weight)
+    plain = int4.plain_linear(x, packed, scale, bias)
+    assert torch.equal(int4_dot.linear(x, packed, scale, bias), plain)
+    q, row_scale = quantize_rows(x)
+    dense = int4.dense(packed, scale)[:n_out].double()
+    torch.testing.assert_close(plain.double(), q.double() @ dense.T * row_scale[:, None] + bias, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision, form", [("int8", Int8Linear), ("int4", Int4Linear), ("bf16", Bf16Linear)])
+def test_products_of_stored_weights_are_those_of_the_matrix_they_stand_for(precision, form):
+    model = wild_model(**GPT2_RECIPE, n_embd=64, vocab_size=97)
+    tied = accelerate(model, precision, fast=False)
+    idx = torch.arange(97)
+    assert isinstance(tied.lm_head, form) and tied.wte.weight.data_ptr() == tied.lm_head.weight.data_ptr()
+    # 一行单位向量乘出来的，就是词嵌入那一列
+    unit = torch.eye(64)
+    torch.testing.assert_close(tied.lm_head(unit).T, tied.wte(idx), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("vnni", [0, 64])
+def test_a_cpu_without_vnni_multiplies_int4_to_the_same_numbers(vnni):
+    int4_dot = pytest.importorskip("nanogpt.write.speed.int4_dot")
+    if vnni > int4_dot.VNNI:
+        pytest.skip("this CPU lacks the instruction")
+    dot, at = int4_dot.dot_of(2, vnni), int4_dot.at
+    x, weight = torch.randn(2, 96), torch.randn(16, 96)
+    packed, scale = int4.quantize(weight)
+    q, row_scale = quantize_rows(x)
+    sums, out = q.view(2, 3, 32).sum(2, dtype=torch.int32).numpy(), np.zeros((2, 16), np.float32)
+    njit = pytest.importorskip("numba").njit
+    run = njit(lambda w, s, q, sums, out: dot(at(w, 0), at(s, 0), at(q, 0), at(sums, 0), 3, at(out, 0)))
+    run(packed.numpy(), scale.view(torch.int16).numpy(), q.numpy(), sums, out)
+    assert torch.equal(torch.from_numpy(out) * row_scale[:, None], int4.plain_linear(x, packed, scale, torch.zeros(16)))
+
+
+def test_a_large_model_is_written_in_bf16_where_it_was_measured_to_pay(monkeypatch, capsys):
+    pytest.importorskip("numba")
+    monkeypatch.setattr(acceleration, "gain_of_products", lambda: 2.0)
+    assert acceleration.measured_format(wild_model(), True) == "fp32"
+    monkeypatch.setattr(acceleration, "LARGE_MIB", 0)
+    assert acceleration.measured_format(wild_model(), False) == "fp32"
+    model = accelerate(wild_model(), "auto")
+    assert model.lm_head.native and "precision=fp32 keeps to fp32" in capsys.readouterr().err
+    idx = torch.tensor(prompts(9))
+    torch.testing.assert_close(logits_of(model, idx), logits_of(wild_model(), idx), atol=0.2, rtol=0.1)
+    monkeypatch.setattr(acceleration, "gain_of_products", lambda: 0.1)
+    assert acceleration.measured_format(wild_model(), True) == "fp32"
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_a_crew_waits_for_everyone_and_is_let_go_when_one_cannot_come(size):
+    compiled = pytest.importorskip("nanogpt.write.speed.compiled")
+    crew, seen = compiled.Crew(size), np.zeros((size, 50), int)
+
+    def work(part, crew, size, fails):
+        if fails and part == 0:
+            raise KeyboardInterrupt
+        for step in range(50):
+            seen[part, step] = 1
+            compiled.meet(crew, size)
+            assert fails or seen[:, step].all()
+
+    with pytest.raises(KeyboardInterrupt):
+        crew.run(work, True)
+    seen[:] = 0
+    crew.run(work, False)
+    assert seen.all()
+
+
+def test_compiled_code_is_thrown_away_when_any_file_of_kernels_changes(tmp_path, monkeypatch):
+    compiled = pytest.importorskip("nanogpt.write.speed.compiled")
+    from nanogpt.write.speed import fast_cpu, tiles
+
+    kept = [part._cache for part in vars(fast_cpu).values() if hasattr(part, "targetoptions")]
+    assert {cache._cache_file._source_stamp for cache in kept if hasattr(cache, "_cache_file")} == {compiled._stamp()}
+    (tmp_path / "tiles.py").write_bytes(Path(tiles.__file__).read_bytes())
+    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
+    before = compiled._stamp.__wrapped__()
+    (tmp_path / "tiles.py").write_text("# other", encoding="utf-8")
+    assert compiled._stamp.__wrapped__() != before
+
+
 @pytest.mark.parametrize("vnni", [0, 32, 64])
 def test_a_cpu_without_vnni_gets_the_same_integers(vnni):
     integer_dot = pytest.importorskip("nanogpt.write.speed.integer_dot")
@@ -151,12 +263,16 @@ def test_a_cpu_without_vnni_gets_the_same_integers(vnni):
     assert (out[:4, :2] - more == q.astype(int) @ weight.astype(int).T).all()
 
 
+@pytest.mark.parametrize("form", ["fp32", "bf16"])
 @pytest.mark.parametrize("n_out, n_in", [(50, 7), (29, 64), (75, 100), (48, 768)])
-def test_products_of_floats_are_exact_within_rounding_and_the_same_bits_whatever_lies_beside_a_row(n_out, n_in):
+def test_products_of_floats_are_exact_within_rounding_and_the_same_bits_whatever_lies_beside_a_row(n_out, n_in, form):
     products = pytest.importorskip("nanogpt.write.speed.float_dot").products
     draw = np.random.default_rng(0)
     weight, bias, x = (draw.standard_normal(shape, dtype=np.float32) for shape in ((n_out, n_in), n_out, (15, n_in)))
-    exact = x.astype(float) @ weight.astype(float).T + bias
+    if form == "bf16":
+        rounded = torch.from_numpy(weight).bfloat16()
+        weight, exactly = rounded.view(torch.int16).numpy(), rounded.float().numpy()
+    exact = x.astype(float) @ (weight if form == "fp32" else exactly).astype(float).T + bias
 
     def multiplied(x, pieces, add):
         y = np.full((len(x), n_out), 1.0, np.float32)
@@ -174,7 +290,7 @@ def test_products_of_floats_are_exact_within_rounding_and_the_same_bits_whatever
 
 def test_no_product_may_be_reordered_because_of_who_calls_it_first():
     # numba 里没有写明 fastmath 的，随调用者
-    for name in ("float_dot", "integer_dot"):
+    for name in ("float_dot", "integer_dot", "int4_dot"):
         module = pytest.importorskip(f"nanogpt.write.speed.{name}")
         compiled = [part for part in vars(module).values() if hasattr(part, "targetoptions") and part.__module__ == module.__name__]
         assert compiled and all(part.targetoptions.get("fastmath") is False for part in compiled)

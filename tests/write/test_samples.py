@@ -100,7 +100,7 @@ def test_a_wrong_prompt_among_many_is_told_before_the_first_is_written(run, caps
     assert written(capsys, "start=kZng", "unknown=skip", "sampler=greedy").replace("kZng", "kng") == written(capsys, "start=kng", "sampler=greedy")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4", "bf16", "fp16"])
 def test_every_precision_writes(run, capsys, precision):
     text = written(capsys, f"precision={precision}", "start=the", "max_new_tokens=20", "sampler=top_k")
     assert text.startswith("the") and len(text) == 24

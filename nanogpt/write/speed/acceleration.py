@@ -1,6 +1,6 @@
 """Fit a loaded model for writing: its number format, weight layout and the fastest step that the machine offers."""
 
-# 载入之后、写作之前的一步：选数的格式、权重的排法，再选这台机器上最快的一步
+# 载入之后、写作之前的一步：选数的格式（formats）、权重的排法，再选这台机器上最快的一步
 # 读一遍权重的时间就是写一个 token 的时间，所以先减字节，再让每个线程读一段连续的内存
 # CPU 装了 numba 且认得模型就用编译好的一步（fast_cpu），否则只换权重的排法；显卡上录成 CUDA graph
 # 由 loading 调用；就地改模型，fast=false 时只换格式，是别的路径要对得上的那一条
@@ -15,8 +15,11 @@ from nanogpt.base.language import say
 from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.precision import check_half, default_format
 from nanogpt.core.wrapping import mix_in
+from nanogpt.run.cpu_units import LEAST_GAIN_OF_PRODUCTS, gain_of_products
 from nanogpt.write.speed.cuda_graph import GraphStep
-from nanogpt.write.speed.int8 import Int8Linear, by_int_mm, fastest, plain_linear, quantize_model
+from nanogpt.write.speed.formats import Bf16Linear, convert
+from nanogpt.write.speed.int4 import Int4Linear
+from nanogpt.write.speed.int8 import Int8Linear, by_int_mm, fastest, plain_linear
 
 # ---- 权重的排法 ----
 
@@ -72,30 +75,49 @@ def pack(model: nn.Module) -> None:
                 setattr(parent, name, PackedLinear(child, parts))
 
 
+# 小于它的模型，权重大半留在高速缓存里：减半省不下时间
+LARGE_MIB = 128
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def accelerate(model, precision: str, *, fast: bool = True):
-    """Prepare a model in evaluation mode, in place, and return it; precision is auto | fp32 | fp16 | bf16 | int8.
+    """Prepare a model in evaluation mode, in place, and return it.
 
-    Without `fast` only the number format changes: the plain path that the others must equal.
+    precision is auto | fp32 | fp16 | bf16 | int8 | int4. Without `fast` only the number format changes: the plain path
+    that the others must equal.
     """
-    name = default_format(model.device) if precision == "auto" else precision
+    name = measured_format(model, fast) if precision == "auto" else precision
     if model.device.type in ("mps", "xpu") and name in HALF:
         check_half(model.device, name)
     if model.device.type != "cpu" and name != "fp32":
         # 写作受读权重的带宽限制：半精度存放，字节减半，速度约翻倍
         # 没有张量核心的老卡训练用 fp32，量化之后的其余权重仍用 fp16 存放
-        model.to(HALF.get(default_format(model.device), torch.float16) if name == "int8" else HALF[name])
-    if name == "int8":
-        quantize_model(model)
+        model.to(HALF[name] if name in HALF else HALF.get(default_format(model.device), torch.float16))
+    if name in ("int8", "int4") or (name == "bf16" and model.device.type == "cpu"):
+        convert(model, name)
     if fast and model.device.type == "cpu":
+        if name == "bf16" and gain_of_products() >= LEAST_GAIN_OF_PRODUCTS:
+            use_bf16_units(model)
         install_cpu_step(model)
-        if name == "int8":
+        if name in ("int8", "int4"):
             choose_products(model)
     elif fast and model.device.type == "cuda":
         install(model, GraphStep(model))
     return model
+
+
+def measured_format(model, fast: bool) -> str:
+    """What precision=auto means: the device's own format, but bf16 for a large model on a CPU with units for it."""
+    name = default_format(model.device)
+    large = sum(p.numel() * p.element_size() for p in model.parameters()) >= LARGE_MIB * 2**20
+    if fast and model.device.type == "cpu" and large and find_spec("numba"):
+        from nanogpt.write.speed import fast_cpu
+
+        # 量出来的值每台机器记一份：同一台机器总得同一个答案
+        if fast_cpu.fits(model) and gain_of_products() >= LEAST_GAIN_OF_PRODUCTS:
+            say("precision=auto: weights in bf16, half the reading of fp32; precision=fp32 keeps to fp32")
+            return "bf16"
+    return name
 
 
 class FastSteps:
@@ -133,15 +155,27 @@ def install_cpu_step(model) -> None:
     pack(model)
 
 
+def use_bf16_units(model) -> None:
+    """Let a model's bf16 matrices be multiplied with activations in bf16 where the compiled step does not take them."""
+    for linear in model.modules():
+        if isinstance(linear, Bf16Linear):
+            linear.native = True
+
+
 def choose_products(model) -> None:
-    """Let a model's int8 matrices on the CPU be multiplied by what is fastest here; all ways give the same bits."""
+    """Let a model's integer matrices on the CPU be multiplied by what is fastest here; all ways give the same bits."""
     ways = {"floats": plain_linear, "torch._int_mm": partial(plain_linear, multiply=by_int_mm)}
     if find_spec("numba"):
-        from nanogpt.write.speed import integer_dot
+        from nanogpt.write.speed import int4_dot, integer_dot
 
         ways["numba"] = integer_dot.linear
         ways["numba + torch._int_mm"] = partial(integer_dot.linear, multiply=by_int_mm)
+        for linear in model.modules():
+            if isinstance(linear, Int4Linear):
+                linear.multiply = int4_dot.linear
     linears = [m for m in model.modules() if isinstance(m, Int8Linear)]
+    if not linears:
+        return
     chosen, names = fastest(ways, linears[0].weight.shape)
     for linear in linears:
         linear.ways = chosen

@@ -2,45 +2,49 @@
 
 For some rows a token is bound by reading the weights once. Eager PyTorch reads them at half of the
 memory's speed and spends as long again between its many small operations; here all cores read
-disjoint parts of each matrix, float32 or int8, and nothing lies in between. Needs no C++ compiler;
+disjoint parts of each matrix, in whatever number format, and nothing lies in between. Needs no C++ compiler;
 the compiled code is kept on disk.
 """
 
 # CPU 上的一步编译成一个函数：PyTorch 逐个小运算时，内存带宽只用到一半，运算之间又空等
-# 这里各核各读一段权重，中间没有空当
+# 这里各核各读一段权重，中间只在 meet 等齐；几个核跑的是同一个 _step，各算自己的一份（compiled.Crew）
 # _step 是整个模型的一步，由上面几个小函数拼成，都直接写 float32 的数组
+# 各种格式的乘法在 float_dot、integer_dot、int4_dot
 # fits 说认不认得这个模型，FastStep 由 acceleration 装到模型上
 # 与 core/model 是两份实现：模型的式子改了，这里要跟着改，否则 fits 要说不认得
 # 编译结果缓存在磁盘上，第一次要几秒；行数超过 MAX_ROWS 时普通的路更快
 
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
-from numba import config, njit, prange, set_num_threads, types
+from numba import types
 from numba.extending import overload
 
 from nanogpt.core.attention import CausalSelfAttention
 from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.model import GPT, MLP, Block, Norm
 from nanogpt.core.ngrams import NgramEmbedding
-from nanogpt.write.speed.float_dot import LANES, products
+from nanogpt.write.speed import compiled, float_dot, int4_dot, integer_dot
+from nanogpt.write.speed.compiled import Crew, kernel, meet, part_of_kernel, share
+from nanogpt.write.speed.float_dot import LANES
+from nanogpt.write.speed.formats import Bf16Linear
+from nanogpt.write.speed.int4 import Int4Linear
 from nanogpt.write.speed.int8 import Int8Linear
-from nanogpt.write.speed.integer_dot import VNNI, int8_linear
+from nanogpt.write.speed.integer_dot import VNNI, activations
 
-# 只许重排加法（SIMD 需要）、合并乘加；不假设没有 NaN 与无穷
-REORDER = {"reassoc", "contract", "nsz"}
+# 模型里的矩阵可以是哪几种，各叫什么
+FORMATS = {torch.nn.Linear: "fp32", Bf16Linear: "bf16", Int8Linear: "int8", Int4Linear: "int4"}
 # 有 AVX-512 时 8 行起乘加就接近机器的极限，int8 也到 48 行都快（benchmarks/fast_rows.py）；更窄的向量没有量过，不放宽
 # 定死而不在启动时量：量出的选择随机器忙闲而变，同一个种子就写不出同样的字
-MAX_ROWS = {torch.float32: 48 if LANES == 16 else 16, torch.int8: 48}
+MAX_ROWS = dict.fromkeys(("fp32", "bf16"), 48 if LANES == 16 else 16) | {"int8": 48, "int4": 48}
 # 一步里多一行要多花的时间，占第一行的几分之几（benchmarks/results/speculation.json），留余量：
 # int8 有 VNNI 时约 0.09；float32 是逐行相乘时量的，现在有 AVX-512 的一核上 2 ~ 8 行几乎不多花，待重测
-ROW_COST = {torch.float32: 0.2, torch.int8: 0.15 if VNNI else 0.4}
+ROW_COST = {"fp32": 0.2, "bf16": 0.2, "int8": 0.15 if VNNI else 0.4, "int4": 0.4}
 ACTIVATIONS = {"none": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3, "swiglu": 4}
 
 
-@njit(inline="always")
+@part_of_kernel
 def _exp(x):
     """e^x in float32 to about 2 ulp for x <= 88; arithmetic only, so that LLVM turns loops over it into SIMD."""
     x = max(x, np.float32(-87.0))
@@ -54,7 +58,7 @@ def _exp(x):
     return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@njit(inline="always")
+@part_of_kernel
 def _erf(x):
     """erf in float32, absolute error below 5e-7 (Abramowitz & Stegun 7.1.26)."""
     t = np.float32(1.0) / (np.float32(1.0) + np.float32(0.3275911) * abs(x))
@@ -65,78 +69,85 @@ def _erf(x):
     return y if x >= 0 else -y
 
 
-@njit(inline="always")
+@kernel(reorder=True)
 def _activate(y, start, stop, kind):
-    """Apply the activation to y[start:stop] in place."""
-    if kind == 1:
-        for n in range(start, stop):
-            y[n] = max(y[n], np.float32(0.0)) ** 2
-    elif kind == 2:
-        for n in range(start, stop):
-            y[n] = np.float32(0.5) * y[n] * (np.float32(1.0) + _erf(y[n] * np.float32(0.7071067811865476)))
-    elif kind == 3:
-        for n in range(start, stop):
-            # (1 + tanh u) / 2 = 1 / (1 + e^-2u)
-            u = np.float32(0.7978845608028654) * (y[n] + np.float32(0.044715) * y[n] * y[n] * y[n])
-            y[n] = y[n] / (np.float32(1.0) + _exp(min(np.float32(-2.0) * u, np.float32(87.0))))
-
-
-@njit(parallel=True, fastmath=REORDER, cache=True)
-def _float_linear(weight, bias, x, y, activation, add, pieces):
-    """y (B, N) = activation(x (B, K) weight^T (N, K) + bias), or added to y."""
-    n_out = weight.shape[0]
-    for piece in prange(pieces):
-        start, stop = n_out * piece // pieces, n_out * (piece + 1) // pieces
-        products(weight, bias, x, y, start, stop, add)
-        for b in range(x.shape[0]):
-            _activate(y[b], start, stop, activation)
-
-
-@njit(parallel=True, fastmath=REORDER, cache=True)
-def _activate_all(y, activation, pieces):
-    """Apply the activation to y (B, N) in place."""
-    size = y.shape[1]
-    for piece in prange(pieces):
-        for b in range(y.shape[0]):
-            _activate(y[b], size * piece // pieces, size * (piece + 1) // pieces, activation)
-
-
-def _linear(weight, scale, bias, x, y, activation, add, pieces):
-    """_float_linear or int8_linear, by the type of the weight; the activation, if any, is applied to y."""
-
-
-@overload(_linear)
-def _linear_of(weight, scale, bias, x, y, activation, add, pieces):
-    # 编译时按权重的类型二选一：两条路各用各的乘法，_step 只写一遍
-    if weight.dtype is not types.int8:
-        return lambda weight, scale, bias, x, y, activation, add, pieces: _float_linear(
-            weight, bias, x, y, activation, add, pieces
-        )
-
-    def multiply(weight, scale, bias, x, y, activation, add, pieces):
-        int8_linear(weight, scale, bias, x, y, add, pieces)
-        if 0 < activation < 4:
-            _activate_all(y, activation, pieces)
-
-    return multiply
-
-
-@njit(fastmath=REORDER, cache=True)
-def _gate(fused, y):
-    """silu(gate) * up of fused (B, 2 I) = (gate, up) into y (B, I)."""
-    # 一行只有几千个数：不值得为它再开一次并行
-    size = y.shape[1]
+    """Apply the activation to columns start … stop of y (B, N) in place."""
     for b in range(y.shape[0]):
+        if kind == 1:
+            for n in range(start, stop):
+                y[b, n] = max(y[b, n], np.float32(0.0)) ** 2
+        elif kind == 2:
+            for n in range(start, stop):
+                y[b, n] = np.float32(0.5) * y[b, n] * (np.float32(1.0) + _erf(y[b, n] * np.float32(0.7071067811865476)))
+        elif kind == 3:
+            for n in range(start, stop):
+                # (1 + tanh u) / 2 = 1 / (1 + e^-2u)
+                u = np.float32(0.7978845608028654) * (y[b, n] + np.float32(0.044715) * y[b, n] * y[b, n] * y[b, n])
+                y[b, n] = y[b, n] / (np.float32(1.0) + _exp(min(np.float32(-2.0) * u, np.float32(87.0))))
+
+
+def _products(matrix, x, acts, y, start, stop, add):
+    """Columns start … stop of y (B, N) = x (B, K) matrix^T + bias, or added to y; matrix is (weight, scale, bias)."""
+
+
+@overload(_products, inline="always")
+def _products_of(matrix, x, acts, y, start, stop, add):
+    # 编译时按权重的类型选一种乘法，_step 只写一遍
+    dtype = matrix[0].dtype
+    if dtype in (types.float32, types.int16):
+        return lambda matrix, x, acts, y, start, stop, add: float_dot.products(
+            matrix[0], matrix[2], x, y, start, stop, add
+        )
+    dot = {types.int8: integer_dot, types.uint8: int4_dot}[dtype].products
+    return lambda matrix, x, acts, y, start, stop, add: dot(*matrix, acts, y, start, stop, add)
+
+
+def _quantize(matrix, x, start, stop, acts):
+    """Round rows start … stop of x into acts if such a matrix multiplies integers; whether it does."""
+
+
+@overload(_quantize, inline="always")
+def _quantize_of(matrix, x, start, stop, acts):
+    if matrix[0].dtype in (types.float32, types.int16):
+        return lambda matrix, x, start, stop, acts: False
+
+    def quantize(matrix, x, start, stop, acts):
+        integer_dot.quantize_rows(x, start, stop, acts)
+        return True
+
+    return quantize
+
+
+@part_of_kernel
+def _linear(matrix, x, acts, y, activation, add, part, size):
+    """This part of y (B, N) = activation(x (B, K) matrix^T + bias), or added to y."""
+    start, stop = share(len(matrix[2]), part, size, 16)
+    _products(matrix, x, acts, y, start, stop, add)
+    if 0 < activation < 4:
+        _activate(y, start, stop, activation)
+
+
+@part_of_kernel
+def _layer(stacked, i):
+    """Layer i of a matrix or norm whose parts are stacked over the layers."""
+    return stacked[0][i], stacked[1][i], stacked[2][i]
+
+
+@kernel(reorder=True)
+def _gate(fused, y, start, stop):
+    """silu(gate) * up of rows start … stop of fused (B, 2 I) = (gate, up) into y (B, I)."""
+    size = y.shape[1]
+    for b in range(start, stop):
         for i in range(size):
             gate = fused[b, i]
             y[b, i] = fused[b, size + i] * gate / (np.float32(1.0) + _exp(min(-gate, np.float32(87.0))))
 
 
-@njit(fastmath=REORDER, cache=True)
-def _normalise(x, gain, bias, layernorm, eps, y):
-    """LayerNorm or RMSNorm of every row of x (B, C) into y."""
+@kernel(reorder=True)
+def _normalise(x, gain, bias, layernorm, eps, y, start, stop):
+    """LayerNorm or RMSNorm of rows start … stop of x (B, C) into y."""
     size = x.shape[1]
-    for b in range(x.shape[0]):
+    for b in range(start, stop):
         mean = np.float32(0.0)
         if layernorm:
             for c in range(size):
@@ -155,7 +166,7 @@ def _normalise(x, gain, bias, layernorm, eps, y):
                 y[b, c] = x[b, c] * r * gain[c]
 
 
-@njit(fastmath=REORDER, cache=True)
+@kernel(reorder=True)
 def _turn(x, gain, cos, sin, qk_norm, eps, out):
     """QK-norm and rotary embedding of one head's vector x (hs,)."""
     size = x.shape[0]
@@ -174,16 +185,19 @@ def _turn(x, gain, cos, sin, qk_norm, eps, out):
             out[i] = r * x[i] * gain[i]
 
 
-@njit(parallel=True, fastmath=REORDER, cache=True)
-def _attend(qkv, keys, values, lengths, q_gain, k_gain, cos, sin, n_head, scale, qk_norm, eps, y):
+@kernel(reorder=True)
+def _attend(qkv, keys, values, lengths, gains, cos, sin, settings, y, part, size):
     """Write the new keys and values from lengths[b] of keys, values (B, nkv, L, hs) on; attend into y (B * T, nh * hs).
 
     qkv (B * T, .) are T ids of each of B texts, one text after the other.
     """
+    n_head, _, qk_norm, _, scale, eps = settings
+    q_gain, k_gain = gains
     heads, head_size = keys.shape[1], keys.shape[3]
     # 一份 key 由几个 query 共用：同一个 job 先写它，再替它们读
     groups, steps = n_head // heads, qkv.shape[0] // lengths.shape[0]
-    for job in prange(lengths.shape[0] * heads):
+    first, last_job = share(lengths.shape[0] * heads, part, size)
+    for job in range(first, last_job):
         b, h = job // heads, job % heads
         q, out = np.empty(head_size, np.float32), np.empty(head_size, np.float32)
         weights = np.empty(lengths[b] + steps, np.float32)
@@ -216,53 +230,68 @@ def _attend(qkv, keys, values, lengths, q_gain, k_gain, cos, sin, n_head, scale,
                     y[row, at + i] = out[i] / total
 
 
-@njit(cache=True)
-def _step(
-    x, norm_1, attn, gains, proj, norm_2, fc, out, norm_f, head, settings, keys, values, lengths, cos, sin, pieces,
-    logits,
-):
-    """All blocks, the last norm and the head; x (B * T, C) is overwritten, logits (B * T, V) filled.
+@kernel
+def _step(part, crew, size, x, layers, norm_f, head, settings, keys, values, lengths, cos, sin, room, logits):
+    """One part of all blocks, the last norm and the head; x (B * T, C) is overwritten, logits (B * T, V) filled.
 
     Each matrix is (weight, scale, bias), each norm (gain, bias), and gains are those of q and k, stacked over the
-    layers.
+    layers; `room` is what FastStep._room() makes.
     """
-    # 每一行的算法与旁边有几行无关，逐位如此：speculation.py 靠它
-    n_head, layernorm, qk_norm, activation, scale, eps = settings
-    rows = x.shape[0]
-    normed, qkv = np.empty(x.shape, np.float32), np.empty((rows, attn[0].shape[1]), np.float32)
-    attended, fused = np.empty((rows, proj[0].shape[2]), np.float32), np.empty((rows, fc[0].shape[1]), np.float32)
-    inner = np.empty((rows, out[0].shape[2]), np.float32) if activation == 4 else fused
-    for i in range(attn[0].shape[0]):
-        _normalise(x, norm_1[0][i], norm_1[1][i], layernorm, eps, normed)
-        _linear(attn[0][i], attn[1][i], attn[2][i], normed, qkv, 0, False, pieces)
+    # 每一行的算法与旁边有几行、有几个线程都无关，逐位如此：speculation.py 靠它
+    norm_1, attn, gains, proj, norm_2, fc, out = layers
+    _, layernorm, _, activation, _, eps = settings
+    normed, qkv, attended, fused, inner, acts, acts_attended, acts_inner = room
+    start, stop = share(len(x), part, size)
+    for i in range(len(gains[0])):
+        _normalise(x, norm_1[0][i], norm_1[1][i], layernorm, eps, normed, start, stop)
+        _quantize(attn, normed, start, stop, acts)
+        meet(crew, size)
+        _linear(_layer(attn, i), normed, acts, qkv, 0, False, part, size)
+        meet(crew, size)
         _attend(
-            qkv, keys[i], values[i], lengths, gains[0][i], gains[1][i], cos, sin, n_head, scale, qk_norm, eps, attended
+            qkv, keys[i], values[i], lengths, (gains[0][i], gains[1][i]), cos, sin, settings, attended, part, size
         )
-        _linear(proj[0][i], proj[1][i], proj[2][i], attended, x, 0, True, pieces)
-        _normalise(x, norm_2[0][i], norm_2[1][i], layernorm, eps, normed)
-        _linear(fc[0][i], fc[1][i], fc[2][i], normed, fused, activation, False, pieces)
+        meet(crew, size)
+        if _quantize(proj, attended, start, stop, acts_attended):
+            meet(crew, size)
+        _linear(_layer(proj, i), attended, acts_attended, x, 0, True, part, size)
+        meet(crew, size)
+        _normalise(x, norm_2[0][i], norm_2[1][i], layernorm, eps, normed, start, stop)
+        _quantize(fc, normed, start, stop, acts)
+        meet(crew, size)
+        _linear(_layer(fc, i), normed, acts, fused, activation, False, part, size)
+        meet(crew, size)
         if activation == 4:
-            _gate(fused, inner)
-        _linear(out[0][i], out[1][i], out[2][i], inner, x, 0, True, pieces)
-    _normalise(x, norm_f[0], norm_f[1], layernorm, eps, normed)
-    _linear(head[0], head[1], head[2], normed, logits, 0, False, pieces)
+            _gate(fused, inner, start, stop)
+        if _quantize(out, inner, start, stop, acts_inner) or activation == 4:
+            meet(crew, size)
+        _linear(_layer(out, i), inner, acts_inner, x, 0, True, part, size)
+        meet(crew, size)
+    _normalise(x, norm_f[0], norm_f[1], layernorm, eps, normed, start, stop)
+    _quantize(head, normed, start, stop, acts)
+    meet(crew, size)
+    _linear(head, normed, acts, logits, 0, False, part, size)
 
 
 def fits(model) -> bool:
-    """Whether the model is made of the parts that are compiled here, in float32 or int8, on the CPU."""
+    """Whether the model is made of the parts that are compiled here, in one of FORMATS, on the CPU."""
     if model.device.type != "cpu" or model.dtype != torch.float32:
         return False
     if any(getattr(type(model), name) is not getattr(GPT, name) for name in ("embed", "hidden", "logits")):
         return False
     blocks = all(type(b) is Block and type(b.attn) is CausalSelfAttention and type(b.mlp) is MLP for b in model.h)
-    known = (torch.nn.Linear, Int8Linear)
-    linears = all(type(m) in known for b in model.h for m in (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj))
-    return blocks and linears and type(model.lm_head) in known and all(type(n) is NgramEmbedding for n in model.ngrams)
+    if not blocks or any(type(n) is not NgramEmbedding for n in model.ngrams):
+        return False
+    return all(type(m) in FORMATS for m in (model.lm_head, *(m for b in model.h for m in _linears_of(b))))
+
+
+def _linears_of(block: Block) -> tuple[torch.nn.Module, ...]:
+    return block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
 
 
 def is_compiled() -> bool:
     """Whether an earlier run left the compiled code on disk; else the first step takes some seconds."""
-    return any(Path(_step.stats.cache_path).glob("fast_cpu._step-*.nbc"))
+    return compiled.is_kept(_step)
 
 
 class FastStep:
@@ -271,21 +300,16 @@ class FastStep:
     # 造一次：各层同名的矩阵叠成一个数组，模型自己的权重变成它的视图，不多占内存
 
     def __init__(self, model):
-        c = model.config
-        dtype = model.lm_head.weight.dtype
-        self.max_rows, self.row_cost = MAX_ROWS[dtype], ROW_COST[dtype]
-        # 与 torch 用同样多的线程：它只数物理核，超线程抢的是同一条内存通道
-        self.model, self.pieces = model, min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
-        set_num_threads(self.pieces)
-        blocks = list(model.h)
-        self.parts = (
-            _norms([b.ln_1 for b in blocks], c.n_embd), _matrices([b.attn.c_attn for b in blocks]),
-            tuple(_stacked([getattr(b.attn, name) for b in blocks], c.head_size, 1.0) for name in ("q_gain", "k_gain")),
-            _matrices([b.attn.c_proj for b in blocks]), _norms([b.ln_2 for b in blocks], c.n_embd),
-            _matrices([b.mlp.c_fc for b in blocks]), _matrices([b.mlp.c_proj for b in blocks]),
-            tuple(part[0] for part in _norms([model.ln_f], c.n_embd)),
-            tuple(part[0] for part in _matrices([model.lm_head])),
-        )
+        c, blocks = model.config, list(model.h)
+        kind = FORMATS[type(blocks[0].mlp.c_fc)]
+        self.max_rows, self.row_cost = MAX_ROWS[kind], ROW_COST[kind]
+        self.model, self.crew = model, Crew(compiled.threads())
+        attn, proj, fc, out = (_matrices(linears) for linears in zip(*map(_linears_of, blocks), strict=True))
+        gains = tuple(_stacked([getattr(b.attn, g) for b in blocks], c.head_size, 1.0) for g in ("q_gain", "k_gain"))
+        norm_1, norm_2 = (_norms([getattr(b, name) for b in blocks], c.n_embd) for name in ("ln_1", "ln_2"))
+        self.layers = norm_1, attn, gains, proj, norm_2, fc, out
+        self.norm_f = tuple(part[0] for part in _norms([model.ln_f], c.n_embd))
+        self.head = tuple(part[0] for part in _matrices([model.lm_head]))
         scale = np.float32(blocks[0].attn.scale)
         eps = np.float32(c.norm_eps)
         self.settings = (c.n_head, c.norm == "layernorm", c.qk_norm, ACTIVATIONS[c.activation], scale, eps)
@@ -302,13 +326,20 @@ class FastStep:
         """Logits (B * T, V) behind every one of idx (B, T), bit-exactly those of T calls; writes the cache."""
         x = self.model.embed(idx, cache).flatten(0, 1).contiguous().numpy()
         logits = np.empty((idx.numel(), self.model.config.vocab_size), np.float32)
-        lengths = np.array(cache.lengths)
-        _step(
-            x, *self.parts, self.settings, cache.k.numpy(), cache.v.numpy(), lengths, self.cos, self.sin, self.pieces,
-            logits,
+        self.crew.run(
+            _step, x, self.layers, self.norm_f, self.head, self.settings, cache.k.numpy(), cache.v.numpy(),
+            np.array(cache.lengths), self.cos, self.sin, self._room(len(x)), logits,
         )
         cache.advance(idx)
         return self.model.softcapped(torch.from_numpy(logits))
+
+    def _room(self, rows: int) -> tuple:
+        """Room for what lies between the matrices: normed, qkv, attended, fused, inner, and each as int8."""
+        c, (_, attn, _, _, _, fc, _) = self.model.config, self.layers
+        sizes = (c.n_embd, attn[2].shape[1], c.n_head * c.head_size, fc[2].shape[1])
+        normed, qkv, attended, fused = (np.empty((rows, size), np.float32) for size in sizes)
+        inner = np.empty((rows, c.mlp_width), np.float32) if c.activation == "swiglu" else fused
+        return normed, qkv, attended, fused, inner, *(activations(*x.shape) for x in (normed, attended, inner))
 
 
 def _norms(norms: list[Norm], size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -322,15 +353,21 @@ def _stacked(vectors: list[torch.Tensor | None], size: int, missing: float) -> n
 
 
 def _matrices(linears: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weights (layers, N, K), scales and biases (layers, N); the linears' own weights become views of them."""
-    if len(linears) == 1:
-        weights = linears[0].weight.detach()[None]
-    else:
-        weights = torch.stack([m.weight.detach() for m in linears])
-        for linear, view in zip(linears, weights):
-            # 不留第二份：prefill 用的就是这块内存
-            linear.weight.data = view
-    ones, zeros = torch.ones(weights.shape[:2]), torch.zeros(weights.shape[:2])
-    scales = torch.stack([m.scale for m in linears]) if isinstance(linears[0], Int8Linear) else ones
-    biases = torch.stack([m.bias.detach() for m in linears]) if linears[0].bias is not None else zeros
-    return weights.numpy(), scales.numpy(), biases.numpy()
+    """Weights (layers, …), scales (layers, …) and biases (layers, N); the linears' own become views of them."""
+    whole = tuple(_shared(linears, name) for name in ("weight", "scale"))
+    biases = _stacked([m.bias for m in linears], linears[0].out_features, 0.0)
+    return *(part.view(torch.int16).numpy() if part.dtype == torch.bfloat16 else part.numpy() for part in whole), biases
+
+
+def _shared(linears: list, name: str) -> torch.Tensor:
+    """Tensors of that name (layers, …), of which the linears' own become views."""
+    parts = [getattr(m, name, None) for m in linears]
+    if parts[0] is None:
+        return torch.zeros(len(linears), 0)
+    if len(parts) == 1:
+        return parts[0].detach()[None]
+    whole = torch.empty(len(parts), *parts[0].shape, dtype=parts[0].dtype)
+    for view, part in zip(whole, parts, strict=True):
+        # 一层一层地搬：不留第二份，prefill 用的就是这块内存
+        part.data = view.copy_(part.detach())
+    return whole

@@ -1,15 +1,18 @@
-"""Products of float32 rows in numba: a tile of weights and activations at once, with the CPU's widest vectors."""
+"""Products of float32 rows with float32 or bf16 weights in numba: a tile of them at once, in the widest vectors."""
 
 # float32 的矩阵乘，给编译好的一步用：权重读一遍，配上几行激活，乘加都在寄存器里
+# bf16 的权重在寄存器里补成 float32，激活与求和仍是 float32：只读一半的字节，不需要 bf16 的指令
+# numpy 没有 bf16，用 int16 装
 # 每个积一个累加器，最后按固定的次序相加：一行的结果与旁边有几行、归哪一块都无关，逐位如此
-# fastmath=False 要写明：不写就随第一个编译它的调用者，那里允许重排加法，行尾的几个数就看块的形状了
 
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir
-from numba import config, njit
+from numba import config, types
+from numba.extending import overload
 
-from nanogpt.write.speed.tiles import INT64, at, declared, tile_of
+from nanogpt.write.speed.compiled import INT32, INT64, kernel, part_of_kernel
+from nanogpt.write.speed.tiles import at, declared, tile_of
 
 FLOAT = ir.FloatType()
 # 一次几行权重
@@ -26,7 +29,9 @@ def float_lanes() -> int:
 
 
 def dot_of(rows: int, columns: int, lanes: int):
-    """dot(w, x, k, out): out[r * columns + c] = sum of w[r, i] x[c, i], for contiguous float32 rows of length k.
+    """dot(w, x, k, out): out[r * columns + c] = sum of w[r, i] x[c, i], for contiguous rows of length k.
+
+    x are float32, w float32 or the bits of bf16 as int16.
 
     Only the first k // lanes * lanes elements count; k >= lanes.
     """
@@ -37,8 +42,15 @@ def dot_of(rows: int, columns: int, lanes: int):
         fused = declared(builder, f"llvm.fmuladd.v{lanes}f32", vector, [vector] * 3)
         return builder.call(fused, [weight, act, total])
 
+    def prepare(builder, weight):
+        if weight.type == vector:
+            return weight
+        wide = ir.VectorType(INT32, lanes)
+        bits = builder.shl(builder.zext(weight, wide), ir.Constant(wide, [16] * lanes))
+        return builder.bitcast(bits, vector)
+
     def pick(builder, a, b, places):
-        mask = ir.Constant(ir.VectorType(ir.IntType(32), len(places)), list(places))
+        mask = ir.Constant(ir.VectorType(INT32, len(places)), list(places))
         return builder.shuffle_vector(a, b, mask)
 
     def store(builder, totals, out):
@@ -53,8 +65,8 @@ def dot_of(rows: int, columns: int, lanes: int):
             builder.store(part, place).align = 4
 
     return tile_of(
-        rows, columns, vector=vector, sums=vector, step=lanes, multiple=lanes, prepare=lambda builder, weight: weight,
-        multiply=multiply, store=store, prefetch=rows > 1,
+        rows, columns, vector=lambda of: ir.VectorType(FLOAT if of is types.float32 else ir.IntType(16), lanes),
+        sums=vector, step=lanes, multiple=lanes, prepare=prepare, multiply=multiply, store=store, prefetch=rows > 1,
     )
 
 
@@ -66,7 +78,18 @@ _dot_1x1, _dot_3x1, _dot_3x2, _dot_3x4, _dot_3x8 = (
 )
 
 
-@njit(fastmath=False, cache=True)
+def _float(weight):
+    """A float32 or the bits of a bf16 as float32."""
+
+
+@overload(_float, inline="always")
+def _float_of(weight):
+    if weight is types.float32:
+        return lambda weight: weight
+    return lambda weight: np.int32(np.int32(weight) << 16).view(np.float32)
+
+
+@part_of_kernel
 def _sums(weight, n, width, x, b, columns, out):
     """out[r * columns + c] = row n + r of weight times row b + c of x, r < width, c < columns."""
     size = x.shape[1]
@@ -93,10 +116,10 @@ def _sums(weight, n, width, x, b, columns, out):
         for r in range(width):
             for c in range(columns):
                 for k in range(whole, size):
-                    out[r * columns + c] += weight[n + r, k] * x[b + c, k]
+                    out[r * columns + c] += _float(weight[n + r, k]) * x[b + c, k]
 
 
-@njit(fastmath=False, cache=True)
+@kernel
 def products(weight, bias, x, y, start, stop, add):
     """Columns start … stop of y (B, N) = x (B, K) weight^T (N, K) + bias, or added to y."""
     rows = x.shape[0]

@@ -7,8 +7,7 @@ to multiply them gives the same bits.
 
 # 写作时的 8 位：权重每行一个 scale；CPU 上激活也逐行量化，整数乘整数比浮点快几倍，读的字节少到四分之一
 # 整数没有舍入：plain_linear 用浮点算出的、torch._int_mm 的、numba 的逐位相同，所以可以在启动时量一量再挑快的（fastest）
-# quantize_model 由 acceleration 在 precision=int8 时调用，把 Linear 与词嵌入就地换掉，绑在一起的权重仍是同一份
-# 显卡上激活照旧，权重还原成浮点再乘；只用于写作：没有梯度，也不存盘
+# 由 formats 换上；显卡上激活照旧，权重还原成浮点再乘；只用于写作：没有梯度，也不存盘
 
 import time
 from collections.abc import Callable
@@ -32,7 +31,9 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x (B, K) float32 as int8 (B, K) and scale (B,); a row that is not finite has a scale that is not."""
     most = x.abs().amax(dim=1).clamp(min=1e-12)
-    return (x * (127 / most)[:, None]).round().to(torch.int8), most / 127
+    # 127 / most 在 torch 里是先取倒数再乘，舍入两次，与别处的一次偶尔差一位
+    factor = torch.full_like(most, 127) / most
+    return (x * factor[:, None]).round().to(torch.int8), most / 127
 
 
 def by_floats(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -102,6 +103,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
+        self.out_features = len(weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu":
@@ -126,22 +128,3 @@ class Int8Embedding(nn.Module):
 
     def forward(self, idx: torch.Tensor) -> torch.Tensor:
         return F.embedding(idx, self.weight).to(self.dtype) * F.embedding(idx, self.scale[:, None]).to(self.dtype)
-
-
-@torch.no_grad()
-def quantize_model(model: nn.Module) -> None:
-    """Replace every nn.Linear and token embedding by its int8 form, in place; tied weights stay tied."""
-    done: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            # 位置表直接按行切片，又很小，留着不动
-            if type(child) not in (nn.Linear, nn.Embedding) or name == "wpe":
-                continue
-            weight = child.weight
-            if id(weight) not in done:
-                done[id(weight)] = quantize(weight)
-            if type(child) is nn.Linear:
-                bias = None if child.bias is None else child.bias.detach()
-                setattr(parent, name, Int8Linear(*done[id(weight)], bias))
-            else:
-                setattr(parent, name, Int8Embedding(*done[id(weight)], weight.dtype))

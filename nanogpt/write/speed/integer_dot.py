@@ -6,15 +6,16 @@ C++ compiler. Other CPUs get the same integers from ordinary instructions.
 
 # 8 位整数的点积：一条 VNNI 指令乘 64 对字节并加好，通过 LLVM 直接生成，不需要 C++ 编译器
 # 没有 VNNI 的 CPU 用普通指令算出同样的整数：整数没有舍入，哪条路写出的字都一样
-# int8_linear 是一整层：逐行量化激活、整数相乘、乘回 scale；fast_cpu 的一步与 int8.py 的 Int8Linear 都用它
+# 一整层是 quantize_rows 与 products：逐行量化激活，整数相乘，乘回 scale；fast_cpu 与 int8.py 的 Int8Linear 都用它们
 
 import llvmlite.binding
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, config, njit, prange
+from numba import carray, config
 
-from nanogpt.write.speed.tiles import INT8, INT32, INT64, at, declared, tile_of
+from nanogpt.write.speed.compiled import INT32, INT64, crew_of, kernel, meet, part_of_kernel, share, threads
+from nanogpt.write.speed.tiles import INT8, at, declared, tile_of
 
 # 一块权重同时配几行激活：寄存器够放 2 x 8 个累加器
 COLUMNS = 8
@@ -22,8 +23,8 @@ COLUMNS = 8
 CHUNK = 16
 # 一块激活有这么多字节时还留在 L1、L2 里
 BLOCK = 48 * 1024
-# 这么多个数才值得让各核分着量化
-LARGE = 2**16
+# 每隔这么多列记一个和：int4 的一组也这么长
+GROUP = 32
 
 
 def vnni_bytes() -> int:
@@ -61,9 +62,9 @@ def dot_of(rows: int, columns: int, vnni: int):
             builder.store(builder.call(whole, [total]), builder.gep(out, [ir.Constant(INT64, place)]))
 
     return tile_of(
-        rows, columns, vector=sums if vnni else ir.VectorType(INT8, lanes), sums=sums, step=vnni or lanes, multiple=64,
-        prepare=lambda builder, weight: builder.xor(weight, flip) if vnni else weight, multiply=multiply, store=store,
-        prefetch=rows > 1,
+        rows, columns, vector=lambda of: sums if vnni else ir.VectorType(INT8, lanes), sums=sums, step=vnni or lanes,
+        multiple=64, prepare=lambda builder, weight: builder.xor(weight, flip) if vnni else weight, multiply=multiply,
+        store=store, prefetch=rows > 1,
     )
 
 
@@ -75,31 +76,32 @@ _dot_1x1, _dot_2x2, _dot_2x4, _dot_2x8 = (
 )
 
 
-@njit(fastmath=False, cache=True)
-def quantize_rows(x, q, scale, sums):
-    """Each row of x (B, K) as int8 with one scale: x ~ q * scale[:, None]; sums (B,) are those of the 64-blocks of q.
+@kernel
+def quantize_rows(x, start, stop, acts):
+    """Rows start … stop of x (B, K) into acts = (q (B, K) int8, scale (B,), sums (B, K // GROUP)).
 
-    The same numbers as int8.quantize_rows gives.
+    x ~ q * scale[:, None], the same numbers as int8.quantize_rows gives; sums are those of q over GROUP columns each.
     """
-    rows, size = x.shape
-    for b in range(rows):
-        most, check = np.float32(0.0), np.float32(0.0)
+    q, scale, sums = acts
+    size, bits = x.shape[1], x.view(np.int32)
+    for b in range(start, stop):
+        # 浮点的大小次序就是位的次序，整数的最大值好向量化；NaN、Inf 的位最大，留在 scale 里，坏数不会被整数盖住
+        most = np.float32(1e-12).view(np.int32)
         for k in range(size):
-            most = max(most, abs(x[b, k]))
-            check += x[b, k] * np.float32(0.0)
-        # max 会略过 NaN：由 check 带进 scale，坏数不会被整数盖住
-        most = max(most, np.float32(1e-12)) + check
-        scale[b] = most / np.float32(127.0)
-        factor = np.float32(127.0) / most
-        total = np.int32(0)
+            most = max(most, np.int32(bits[b, k] & 0x7FFFFFFF))
+        highest = np.int32(most).view(np.float32)
+        scale[b] = highest / np.float32(127.0)
+        factor = np.float32(127.0) / highest
         for k in range(size):
             q[b, k] = np.int8(np.int32(np.rint(x[b, k] * factor)))
-        for k in range(size // 64 * 64):
-            total += np.int32(q[b, k])
-        sums[b] = total
+        for g in range(size // GROUP):
+            total = np.int32(0)
+            for k in range(g * GROUP, (g + 1) * GROUP):
+                total += np.int32(q[b, k])
+            sums[b, g] = total
 
 
-@njit(fastmath=False, cache=True)
+@part_of_kernel
 def _integers(weight, n, width, q, b, columns, out):
     """out (COLUMNS, CHUNK) = rows n … n + width of weight times rows b … b + columns of q."""
     size = q.shape[1]
@@ -127,11 +129,19 @@ def _integers(weight, n, width, q, b, columns, out):
                     out[c, r] += np.int32(weight[n + r, k]) * np.int32(q[b + c, k])
 
 
-@njit(fastmath=False, cache=True)
-def _products(weight, scale, bias, q, row_scale, sums, y, start, stop, add):
-    """Columns start … stop of y (B, N) = (q weight^T) * scale * row_scale[:, None] + bias, or added to y."""
-    rows, size = q.shape
+@kernel
+def products(weight, scale, bias, acts, y, start, stop, add):
+    """Columns start … stop of y (B, N) = (q weight^T) * scale * row_scale[:, None] + bias, or added to y.
+
+    The integers are exact, so that the order of the sums does not matter.
+    """
+    q, row_scale, sums = acts
+    rows, size = y.shape[0], q.shape[1]
     out = np.empty((COLUMNS, CHUNK), np.int32)
+    offsets = np.zeros(rows, np.int32)
+    for b in range(rows):
+        for g in range(size // 64 * 64 // GROUP):
+            offsets[b] += OFFSET * sums[b, g]
     # 激活分块留在高速缓存里，权重一块读一遍
     block = max(2 * COLUMNS, BLOCK // size // COLUMNS * COLUMNS)
     for first in range(0, rows, block):
@@ -144,7 +154,7 @@ def _products(weight, scale, bias, q, row_scale, sums, y, start, stop, add):
                     columns //= 2
                 _integers(weight, n, width, q, b, columns, out)
                 for c in range(columns):
-                    offset, factor = OFFSET * sums[b + c], row_scale[b + c]
+                    offset, factor = offsets[b + c], row_scale[b + c]
                     into = carray(at(y, (b + c) * y.shape[1] + n), (width,))
                     # 不许合并乘加：与 PyTorch 逐个运算的结果逐位相同
                     for i in range(width):
@@ -153,53 +163,43 @@ def _products(weight, scale, bias, q, row_scale, sums, y, start, stop, add):
                 b += columns
 
 
-@njit(parallel=True, fastmath=False, cache=True)
-def _quantize(x, pieces):
-    """quantize_rows on all cores."""
-    rows, size = x.shape
-    q, row_scale, sums = np.empty((rows, size), np.int8), np.empty(rows, np.float32), np.empty(rows, np.int32)
-    for piece in prange(pieces):
-        first, last = rows * piece // pieces, rows * (piece + 1) // pieces
-        quantize_rows(x[first:last], q[first:last], row_scale[first:last], sums[first:last])
-    return q, row_scale, sums
+def activations(rows: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Room for `rows` of activations (rows, size) as quantize_rows() writes them."""
+    return np.empty((rows, size), np.int8), np.empty(rows, np.float32), np.empty((rows, size // GROUP), np.int32)
 
 
-@njit(parallel=True, fastmath=False, cache=True)
-def int8_linear(weight, scale, bias, x, y, add, pieces):
-    """y (B, N) = x (B, K) rounded to int8 by rows, times weight^T (N, K) int8 and scale (N,), plus bias; or added to y.
-
-    The integers are exact, so that the order of the sums does not matter.
-    """
-    # 只有几行：分给各核还不如自己算完
-    q, row_scale, sums = _quantize(x, pieces if x.size >= LARGE else 1)
-    n_out = weight.shape[0]
-    for piece in prange(pieces):
-        start, stop = n_out * piece // pieces, n_out * (piece + 1) // pieces
-        _products(weight, scale, bias, q, row_scale, sums, y, start, stop, add)
+@kernel
+def _quantize(part, crew, size, x, acts):
+    start, stop = share(len(x), part, size)
+    quantize_rows(x, start, stop, acts)
 
 
-@njit(parallel=True, fastmath=False, cache=True)
-def _rescaled(exact, scale, row_scale, bias, pieces):
-    """exact (B, N) * scale * row_scale[:, None] + bias as float32."""
-    rows, n_out = exact.shape
-    y = np.empty((rows, n_out), np.float32)
-    for piece in prange(pieces):
-        for b in range(rows * piece // pieces, rows * (piece + 1) // pieces):
-            for n in range(n_out):
-                y[b, n] = np.float32(exact[b, n]) * scale[n] * row_scale[b] + bias[n]
-    return y
+@kernel
+def _linear(part, crew, size, weight, scale, bias, x, acts, y):
+    _quantize(part, crew, size, x, acts)
+    meet(crew, size)
+    start, stop = share(len(bias), part, size)
+    products(weight, scale, bias, acts, y, start, stop, False)
+
+
+@kernel
+def _rescale(part, crew, size, exact, scale, row_scale, bias, y):
+    """y (B, N) = exact (B, N) * scale * row_scale[:, None] + bias as float32."""
+    start, stop = share(len(y), part, size)
+    for b in range(start, stop):
+        for n in range(y.shape[1]):
+            y[b, n] = np.float32(exact[b, n]) * scale[n] * row_scale[b] + bias[n]
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias, multiply=None) -> torch.Tensor:
     """int8.plain_linear, with all products here or by `multiply`."""
-    x, weight, scale = x.numpy(), weight.numpy(), scale.numpy()
-    bias = np.zeros(len(scale), np.float32) if bias is None else bias.numpy()
-    pieces = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
+    bias = torch.zeros(len(scale)) if bias is None else bias
+    x, weight, scale, bias = x.numpy(), weight.numpy(), scale.numpy(), bias.numpy()
+    y, acts, crew = np.empty((len(x), len(scale)), np.float32), activations(*x.shape), crew_of(threads())
     if multiply is None:
-        y = np.empty((len(x), len(weight)), np.float32)
-        int8_linear(weight, scale, bias, x, y, False, pieces)
+        crew.run(_linear, weight, scale, bias, x, acts, y)
     else:
-        q, row_scale, _ = _quantize(x, pieces)
-        exact = multiply(torch.from_numpy(q), torch.from_numpy(weight)).numpy()
-        y = _rescaled(exact, scale, row_scale, bias, pieces)
+        crew.run(_quantize, x, acts)
+        exact = multiply(torch.from_numpy(acts[0]), torch.from_numpy(weight)).numpy()
+        crew.run(_rescale, exact, scale, acts[1], bias, y)
     return torch.from_numpy(y)

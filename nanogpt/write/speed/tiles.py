@@ -24,19 +24,20 @@ def declared(builder, name: str, returns, takes) -> ir.Function:
 def tile_of(rows: int, columns: int, *, vector, sums, step: int, multiple: int, prepare, multiply, store, prefetch):
     """dot(w, x, k, out): the products of contiguous rows w[r] and x[c] of length k, r < rows and c < columns.
 
-    A `vector` of `step` elements is read at a time, up to k // multiple * multiple, which must not be 0. `multiply`
-    (builder, total, weight, act) adds to a vector of `sums`, `prepare` (builder, weight) comes first; `store` (builder,
-    totals, out) gets those of row 0, row 1, …. With `prefetch` weights are asked for before they are needed.
+    `step` elements are read at a time, as vector(their numba type), up to k // multiple * multiple, which must not be
+    0. `multiply` (builder, total, weight, act) adds to a vector of `sums`, `prepare` (builder, weight) comes first;
+    `store` (builder, totals, out) gets those of row 0, row 1, …. With `prefetch` weights are asked for before they are
+    needed.
     """
 
     def generate(context, builder, signature, args):
-        w, x, k, out = args
+        w, _, k, out = args
         # 调用它的函数不再并进上一层：每并一层就要重新优化、生成一遍，第一次编译多等几秒
         builder.function.attributes.add("noinline")
 
-        def load(start, row, i):
-            place = builder.gep(start, [builder.add(i, builder.mul(k, ir.Constant(INT64, row)))])
-            value = builder.load(builder.bitcast(place, vector.as_pointer()))
+        def load(number, row, i):
+            place = builder.gep(args[number], [builder.add(i, builder.mul(k, ir.Constant(INT64, row)))])
+            value = builder.load(builder.bitcast(place, vector(signature.args[number].dtype).as_pointer()))
             value.align = 1
             return value
 
@@ -50,10 +51,10 @@ def tile_of(rows: int, columns: int, *, vector, sums, step: int, multiple: int, 
             phi.add_incoming(first, entry)
         if prefetch:
             _prefetch(builder, w, i, rows, step)
-        weights = [prepare(builder, load(w, r, i)) for r in range(rows)]
+        weights = [prepare(builder, load(0, r, i)) for r in range(rows)]
         after = list(totals)
         for c in range(columns):
-            act = load(x, c, i)
+            act = load(1, c, i)
             for r in range(rows):
                 after[r * columns + c] = multiply(builder, totals[r * columns + c], weights[r], act)
         following = builder.add(i, ir.Constant(INT64, step))

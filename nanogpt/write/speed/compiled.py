@@ -1,0 +1,164 @@
+"""How kernels are compiled with numba, kept on disk, and run on all cores at once."""
+
+# 编译、缓存与多核，三件事都只在这里：kernel 是装饰器，Crew 是一组线程，meet 让它们在一处等齐
+# 不用 numba 自己的并行（prange）：每个并行区要几十微秒叫醒、等齐，一个 token 有上百个，比读权重还久；编译也慢一倍
+# 这里一个 token 只叫醒一次，中间由 meet 空转着等，等不到就让出核：别的程序占着核时不与它争
+# 缓存认得的是整个文件夹的摘要：numba 只看函数自己的文件，改了它调用的就会用上旧的机器码
+
+import ctypes
+import functools
+import hashlib
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import llvmlite.binding
+import numpy as np
+from llvmlite import ir
+from numba import config, njit, types
+from numba.extending import intrinsic
+
+INT32, INT64 = ir.IntType(32), ir.IntType(64)
+# 只许重排加法（SIMD 需要）、合并乘加；不假设没有 NaN 与无穷
+REORDER = {"reassoc", "contract", "nsz"}
+# 空转这么多次才让出核：约几十微秒，比醒来一次短
+SPINS = 1000
+# meet 数到的人数从不到这里：有人来不了时写上它，谁也不必再等
+NOBODY_WAITS = 2**40
+# meet 用的数：来过几人、让出核的函数的地址，各占一条缓存线
+ARRIVED, YIELD = 0, 16
+
+
+def kernel(function=None, *, reorder: bool = False):
+    """Compile a function; sums may be reordered only if that is said, or its bits would depend on what surrounds it."""
+    if function is None:
+        return lambda function: kernel(function, reorder=reorder)
+    # fastmath=False 要写明：不写就随第一个编译它的调用者
+    # 一层调一层，每层都把里面的机器码重新生成一遍：只隔一层的用 part_of_kernel
+    compiled = njit(nogil=True, cache=True, fastmath=REORDER if reorder else False)(function)
+    compiled._cache._cache_file._source_stamp = _stamp()
+    return compiled
+
+
+# 抄进调用它的 kernel 里：少一层
+part_of_kernel = njit(inline="always", fastmath=False)
+
+
+@functools.cache
+def _stamp() -> str:
+    """Digest of all files of kernels."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def is_kept(compiled) -> bool:
+    """Whether code of a kernel as it is now lies on disk, for whatever types."""
+    return bool(compiled._cache._cache_file._load_index())
+
+
+def threads() -> int:
+    """How many threads compute: as many as PyTorch's."""
+    import torch
+
+    # 它只数物理核：超线程抢的是同一条内存通道
+    return min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
+
+
+class Crew:
+    """Some threads that run one kernel together, each its part."""
+
+    # 自己的线程，而不是 OpenMP 的：几个人就是几个线程，谁也不会排在另一个后面等，meet 就不会死等
+
+    def __init__(self, size: int):
+        self.size, self._lock = size, threading.Lock()
+        self._pool = ThreadPoolExecutor(size - 1) if size > 1 else None
+
+    def run(self, compiled, *arguments) -> None:
+        """compiled(part, crew, size, *arguments) for every part < size; returns when all are done."""
+        with self._lock:
+            crew, others = np.zeros(2 * YIELD, np.int64), []
+            crew[YIELD] = _yield_address()
+            try:
+                for part in range(1, self.size):
+                    others.append(self._pool.submit(compiled, part, crew, self.size, *arguments))
+                compiled(0, crew, self.size, *arguments)
+            except BaseException:
+                # Ctrl-C 落在这里：自己那一份没有算，别人不能一直等
+                crew[ARRIVED] = NOBODY_WAITS
+                raise
+            finally:
+                for other in others:
+                    other.result()
+
+
+crew_of = functools.cache(Crew)
+
+
+@functools.cache
+def _yield_address() -> int:
+    """Address of the system's function that lets another thread have this core."""
+    function = ctypes.windll.kernel32.SwitchToThread if os.name == "nt" else ctypes.CDLL(None).sched_yield
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+@kernel
+def meet(crew, size):
+    """Wait until all of a crew are here."""
+    if size == 1:
+        return
+    here = _arrive(crew)
+    wanted = (here + size - 1) // size * size
+    for _ in range(SPINS):
+        if _arrived(crew) >= wanted:
+            return
+        _pause()
+    while _arrived(crew) < wanted and _arrived(crew) < NOBODY_WAITS:
+        _give_way(crew[YIELD])
+
+
+@kernel
+def share(count, part, size, unit=1):
+    """First and last + 1 of the `count` items that are this part's; borders are multiples of `unit`."""
+    units = (count + unit - 1) // unit
+    return min(count, units * part // size * unit), min(count, units * (part + 1) // size * unit)
+
+
+@intrinsic
+def _arrive(typing, crew):
+    def generate(context, builder, signature, arguments):
+        place = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        one = ir.Constant(INT64, 1)
+        return builder.add(builder.atomic_rmw("add", place, one, "seq_cst"), one)
+
+    return types.int64(crew), generate
+
+
+@intrinsic
+def _arrived(typing, crew):
+    def generate(context, builder, signature, arguments):
+        place = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.load_atomic(place, "acquire", 8)
+
+    return types.int64(crew), generate
+
+
+@intrinsic
+def _pause(typing):
+    def generate(context, builder, signature, arguments):
+        if llvmlite.binding.get_process_triple().startswith(("x86_64", "i686", "amd64")):
+            name, nothing = "llvm.x86.sse2.pause", ir.FunctionType(ir.VoidType(), [])
+            builder.call(builder.module.globals.get(name) or ir.Function(builder.module, nothing, name), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def _give_way(typing, address):
+    def generate(context, builder, signature, arguments):
+        function = ir.FunctionType(INT32, []).as_pointer()
+        builder.call(builder.inttoptr(arguments[0], function), [])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate

@@ -1,0 +1,161 @@
+"""Products of 8-bit activations with 4-bit weights in numba, as int4.py stores them."""
+
+# int4 的点积：权重交错着存，一条 VNNI 指令给 16 行各加 4 对，低半、高半各一条
+# 没有 VNNI 的 CPU 用普通指令算出同样的整数
+# 半个字节无符号，正是指令要的：不必翻转；多加的 8 由每组激活的和补回来，当作累加器的初值
+# 每组乘一次 scale，按次序加进 float32：乘与加分开舍入，与 int4.plain_linear 逐位相同
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, types
+from numba.extending import intrinsic
+
+from nanogpt.write.speed.compiled import INT32, INT64, crew_of, kernel, meet, share, threads
+from nanogpt.write.speed.int4 import GROUP, ROWS
+from nanogpt.write.speed.integer_dot import VNNI, activations, quantize_rows
+from nanogpt.write.speed.tiles import INT8, at, declared
+
+FLOAT, BYTES = ir.FloatType(), GROUP * ROWS // 2
+WIDE, WIDE_FLOAT = ir.VectorType(INT32, ROWS), ir.VectorType(FLOAT, ROWS)
+# 一块权重同时配几行激活：每行要两个累加器，AVX-512 才放得下这么多
+COLUMNS = 8 if VNNI == 64 else 2
+
+
+def splat(builder, value):
+    """A vector of ROWS times the same value."""
+    kind = ir.VectorType(value.type, ROWS)
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(INT32, 0))
+    return builder.shuffle_vector(first, first, ir.Constant(WIDE, [0] * ROWS))
+
+
+def dot4(builder, total, codes, act, vnni: int):
+    """total (ROWS,) int32 plus the products of 4 codes each (4 * ROWS unsigned bytes) with the 4 bytes of act."""
+    if vnni == 64:
+        product = declared(builder, "llvm.x86.avx512.vpdpbusd.512", WIDE, [WIDE] * 3)
+        return builder.call(product, [total, codes, splat(builder, act)])
+    every = ir.VectorType(INT8, 4 * ROWS)
+    left, right = builder.bitcast(codes, every), builder.bitcast(splat(builder, act), every)
+    for byte in range(4):
+        places = ir.Constant(WIDE, list(range(byte, 4 * ROWS, 4)))
+        a = builder.zext(builder.shuffle_vector(left, left, places), WIDE)
+        b = builder.sext(builder.shuffle_vector(right, right, places), WIDE)
+        total = builder.add(total, builder.mul(a, b))
+    return total
+
+
+def dot_of(columns: int, vnni: int):
+    """dot(w, scale, q, sums, groups, out): out[c * ROWS + r] = products of row r of a block with row c of q.
+
+    w and scale are those of one block, q (columns, groups * GROUP) int8 and sums (columns, groups) int32 contiguous.
+    """
+
+    def generate(context, builder, signature, args):
+        w, scale, q, sums, groups, out = args
+        builder.function.attributes.add("noinline")
+
+        def constant(number):
+            return ir.Constant(INT64, number)
+
+        def load(start, offset, kind, align):
+            value = builder.load(builder.bitcast(builder.gep(start, [offset]), kind.as_pointer()))
+            value.align = align
+            return value
+
+        entry, loop, done = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("done")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        g = builder.phi(INT64)
+        totals = [builder.phi(WIDE_FLOAT) for _ in range(columns)]
+        for phi, first in ((g, constant(0)), *((total, ir.Constant(WIDE_FLOAT, None)) for total in totals)):
+            phi.add_incoming(first, entry)
+        # 多加的 8：累加器从 -8 乘激活的和开始
+        minus_8 = ir.Constant(INT32, -8)
+        exact = [
+            splat(builder, builder.mul(load(sums, builder.add(g, builder.mul(groups, constant(c))), INT32, 4), minus_8))
+            for c in range(columns)
+        ]
+        nibble, four = (ir.Constant(WIDE, [number] * ROWS) for number in (0x0F0F0F0F, 4))
+        for j in range(4):
+            packed = load(w, builder.add(builder.mul(g, constant(BYTES)), constant(4 * ROWS * j)), WIDE, 1)
+            for half, shifted in enumerate((packed, builder.lshr(packed, four))):
+                codes = builder.and_(shifted, nibble)
+                for c in range(columns):
+                    column = builder.mul(builder.add(builder.mul(groups, constant(c)), g), constant(GROUP))
+                    act = load(q, builder.add(column, constant(8 * j + 4 * half)), INT32, 1)
+                    exact[c] = dot4(builder, exact[c], codes, act, vnni)
+        bits = load(scale, builder.mul(g, constant(ROWS)), ir.VectorType(ir.IntType(16), ROWS), 2)
+        factor = builder.bitcast(builder.shl(builder.zext(bits, WIDE), ir.Constant(WIDE, [16] * ROWS)), WIDE_FLOAT)
+        following = builder.add(g, constant(1))
+        g.add_incoming(following, loop)
+        after = [
+            builder.fadd(total, builder.fmul(builder.sitofp(whole, WIDE_FLOAT), factor))
+            for total, whole in zip(totals, exact, strict=True)
+        ]
+        for total, value in zip(totals, after, strict=True):
+            total.add_incoming(value, loop)
+        builder.cbranch(builder.icmp_signed("<", following, groups), loop, done)
+        builder.position_at_end(done)
+        for c, value in enumerate(after):
+            place = builder.bitcast(builder.gep(out, [constant(c * ROWS)]), WIDE_FLOAT.as_pointer())
+            builder.store(value, place).align = 4
+        return context.get_dummy_value()
+
+    @intrinsic
+    def dot(typing, w, scale, q, sums, groups, out):
+        return types.void(w, scale, q, sums, types.intp, out), generate
+
+    return dot
+
+
+_dot_1, _dot_2, _dot_4, _dot_8 = (dot_of(columns, VNNI) for columns in (1, 2, 4, 8))
+
+
+@kernel
+def products(weight, scale, bias, acts, y, start, stop, add):
+    """Columns start … stop of y (B, N) = x (B, K) times the transposed matrix of codes, plus bias; or added to y.
+
+    acts are x as integer_dot.quantize_rows() writes it; start is a multiple of ROWS.
+    """
+    q, row_scale, sums = acts
+    rows, groups = sums.shape
+    out = np.empty(COLUMNS * ROWS, np.float32)
+    for n in range(start, stop, ROWS):
+        width, block, b = min(ROWS, stop - n), n // ROWS, 0
+        w, factors = at(weight, block * groups * BYTES), at(scale, block * groups * ROWS)
+        while b < rows:
+            columns = COLUMNS
+            while columns > rows - b:
+                columns //= 2
+            x, added, into = at(q, b * groups * GROUP), at(sums, b * groups), at(out, 0)
+            if columns == 8:
+                _dot_8(w, factors, x, added, groups, into)
+            elif columns == 4:
+                _dot_4(w, factors, x, added, groups, into)
+            elif columns == 2:
+                _dot_2(w, factors, x, added, groups, into)
+            else:
+                _dot_1(w, factors, x, added, groups, into)
+            for c in range(columns):
+                row, factor = carray(at(y, (b + c) * y.shape[1] + n), (width,)), row_scale[b + c]
+                for i in range(width):
+                    value = out[c * ROWS + i] * factor + bias[n + i]
+                    row[i] = row[i] + value if add else value
+            b += columns
+
+
+@kernel
+def _linear(part, crew, size, weight, scale, bias, x, acts, y):
+    start, stop = share(len(x), part, size)
+    quantize_rows(x, start, stop, acts)
+    meet(crew, size)
+    start, stop = share(len(bias), part, size, ROWS)
+    products(weight, scale, bias, acts, y, start, stop, False)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """int4.plain_linear on all cores."""
+    y, scale = np.empty((len(x), len(bias)), np.float32), scale.view(torch.int16)
+    arrays = (tensor.numpy() for tensor in (weight, scale, bias, x))
+    crew_of(threads()).run(_linear, *arrays, activations(*x.shape), y)
+    return torch.from_numpy(y)
