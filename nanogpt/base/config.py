@@ -910,6 +910,12 @@ def check(cfg: Any) -> None:
     if missing := {"name", "dir"} - set(cfg.dataset):
         raise ConfigError("missing_key", key=f"dataset.{min(missing)}")
     name = str(cfg.dataset["name"])
+    if name != "hf" and "subset" in cfg.dataset:
+        raise ConfigError(
+            "dataset.name={got}: this key names data/hf/prepare.py; a part of a data set on the hub is "
+            "dataset.subset={got}",
+            got=name,
+        )
     # 名字会拼成脚本路径：限制字符，配置文件就不能指向别处的代码
     if not re.fullmatch(r"[A-Za-z0-9_]+", name) or not prepare_script(name).is_file():
         raise ConfigError(

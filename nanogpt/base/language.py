@@ -162,6 +162,10 @@ class ConfigError(ValueError):
         super().__init__(message, values)
         self.message, self.values = message, values
 
+    def __reduce__(self):
+        # 从子进程传回来：默认的做法不认按名字给的值
+        return functools.partial(type(self), self.message, **self.values), ()
+
     def __str__(self) -> str:
         return text(self.message, **{name: presentable(value) for name, value in self.values.items()})
 

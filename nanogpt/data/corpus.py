@@ -44,6 +44,8 @@ from nanogpt.data.source_text import stem_of, text_files
 FORMAT = 2
 # 读法（编码、换行、分词、切分）变了就加一：早先准备好的便不再沿用
 READING = 1
+# 只管怎么准备、不管准备成什么的选项
+HOW = {"processes"}
 # 每个线程手里一段文字与它的 id，约 25 MiB
 MOST_THREADS = 8
 
@@ -88,9 +90,14 @@ class TokenWriter:
     # 小词表一个 id 一字节，文件就小；用了哪种整数记在 meta.json 里
 
     def __init__(self, path: Path, vocab_size: int):
-        self.dtype = np.dtype(np.uint8 if vocab_size <= 2**8 else np.uint16 if vocab_size <= 2**16 else np.uint32)
+        self.dtype = self.dtype_of(vocab_size)
         self.count = 0
         self._file = path.open("wb")
+
+    @staticmethod
+    def dtype_of(vocab_size: int) -> np.dtype:
+        """The smallest unsigned integers that hold the ids of a vocabulary."""
+        return np.dtype(np.uint8 if vocab_size <= 2**8 else np.uint16 if vocab_size <= 2**16 else np.uint32)
 
     def write(self, ids: np.ndarray) -> None:
         """Append ids (n,)."""
@@ -119,10 +126,11 @@ def write_tagged(folder: Path, *, name: str, source: str, tokenizer, stream: Ite
     with folder_aside(folder) as aside:
         dtype, counts = write_tokens(aside, tokenizer, stream)
         write_meta(aside, name=name, source=source, tokenizer=tokenizer, dtype=dtype, tokens=counts)
-    return _written(folder, name, tokenizer, counts)
+    return say_written(folder, name, tokenizer, counts)
 
 
-def _written(folder: Path, name: str, tokenizer, tokens: dict[str, int]) -> Path:
+def say_written(folder: Path, name: str, tokenizer, tokens: dict[str, int]) -> Path:
+    """Say what was written; the folder."""
     say(
         "{name}: {train:,} training and {val:,} validation tokens, vocabulary {vocab} -> {path}",
         name=name, train=tokens["train"], val=tokens["val"], vocab=tokenizer.vocab_size, path=folder,
@@ -163,7 +171,7 @@ def write_split(
             shutil.copyfileobj(whole, rest, 2**22)
             whole.truncate(counts["train"] * dtype.itemsize)
         write_meta(aside, name=name, source=source, tokenizer=tokenizer, dtype=dtype, tokens=counts)
-    return _written(folder, name, tokenizer, counts)
+    return say_written(folder, name, tokenizer, counts)
 
 
 def write_tokens(folder: Path, tokenizer, stream: Iterable[tuple[str, np.ndarray]]) -> tuple[np.dtype, dict[str, int]]:
@@ -179,14 +187,18 @@ def write_tokens(folder: Path, tokenizer, stream: Iterable[tuple[str, np.ndarray
 
 
 def write_meta(
-    folder: Path, *, name: str, source: str, tokenizer, dtype: np.dtype, tokens: dict[str, int], **more
+    folder: Path, *, name: str, source: str, tokenizer, dtype: np.dtype, tokens: dict[str, int],
+    known: dict[str, str] | None = None, **more,
 ) -> dict:
-    """Write tokenizer.json, and meta.json with the SHA-256 of every file in the folder; return the latter."""
+    """Write tokenizer.json, and meta.json with the SHA-256 of every file in the folder; return the latter.
+
+    `known` are digests that need no reading of their files.
+    """
     tokenizers.save(tokenizer, folder / "tokenizer.json")
     meta = {
         "format": FORMAT, "name": name, "source": source, "tokenizer": tokenizer.kind,
         "vocab_size": tokenizer.vocab_size, "dtype": str(dtype), "tokens": tokens, **more,
-        "sha256": {file.name: sha256(file) for file in sorted(folder.iterdir())},
+        "sha256": {file.name: (known or {}).get(file.name) or sha256(file) for file in sorted(folder.iterdir())},
     }
     write_sealed(folder / "meta.json", meta)
     return meta
@@ -225,7 +237,8 @@ def folder_of(name: str, directory: str | None, options: dict, module=None, *, v
 
     Fetches and prepares nothing; a text that was read before is read again only with `verify`. The script may have
     `sources(**options) -> list[Path]`, which refuses wrong options and returns the files that it reads; without it,
-    these are all files that the options name or that lie below folders that they name.
+    these are all files that the options name or that lie below folders that they name. `facts(**options) -> list` are
+    further plain values by which the data is told from other data.
     """
     module = module or _script(name)
     check_options(module.prepare, options)
@@ -239,13 +252,15 @@ def identity_of(module, options: dict, *, verify: bool = False) -> str:
     """Hex SHA-256 over a script, its options and the contents of what they name."""
     # autocrlf 检出的脚本是同一份
     parts: list = [READING, hashlib.sha256(Path(module.__file__).read_bytes().replace(b"\r\n", b"\n")).hexdigest()]
-    for key in sorted(options):
+    for key in sorted(options.keys() - HOW):
         # 同一份文字，从哪个文件夹里说都一样
         parts.append([key, Path(options[key]).name if _names_path(key, options[key]) else options[key]])
     if hasattr(module, "sources"):
         groups = [module.sources(**options)]
     else:
         groups = [text_files(Path(value), None) for key, value in sorted(options.items()) if _names_path(key, value)]
+    # 几百 GB 的原文不为认出它而读一遍：脚本自己说凭什么认
+    parts += module.facts(**options) if hasattr(module, "facts") else []
     for files in groups:
         around = os.path.commonpath([file.absolute().parent for file in files]) if files else ""
         places = [os.path.relpath(file.absolute(), around).replace(os.sep, "/") for file in files]

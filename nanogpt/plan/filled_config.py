@@ -63,6 +63,8 @@ def vocabulary(cfg: TrainConfig) -> tuple[int, int | None, str]:
         return data.vocab_size, data.end_of_text if "documents" in read_meta(folder) else None, text(
             "the prepared data set",
         )
+    if name == "hf" and tokenizer == "auto":
+        tokenizer = "gpt2"
     if tokenizer in ("gpt2", "byte"):
         return GPT2_VOCAB if tokenizer == "gpt2" else BYTE_VOCAB, None, text("plan_vocab_tokenizer")
     if tokenizer == "bpe":
