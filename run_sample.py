@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from nanogpt.base import run_names
+from nanogpt.base.before_torch import importing_torch
 from nanogpt.base.cli import run_script
 from nanogpt.base.sample_config import SampleConfig, check_sample, prompts_named
 
@@ -30,13 +31,14 @@ def main(cfg: SampleConfig, overrides: list[str]) -> None:
     run_dir = checked(cfg)
 
     if cfg.serve:
-        from nanogpt.serve.server import serve
-
+        with importing_torch():
+            from nanogpt.serve.server import serve
         serve(cfg, run_dir, overrides)
         return
 
-    from nanogpt.write.loading import open_model
-    from nanogpt.write.samples import write_samples
+    with importing_torch():
+        from nanogpt.write.loading import open_model
+        from nanogpt.write.samples import write_samples
 
     # 没有写下问题的对话，就在这里问
     if cfg.interactive or (cfg.chat and not prompts_named(cfg)):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanogpt.base import run_names
+from nanogpt.base.before_torch import importing_torch
 from nanogpt.base.cli import TYPED, run_script
 from nanogpt.base.config import TrainConfig, check, check_launch
 from nanogpt.base.language import ConfigError
@@ -56,11 +57,11 @@ def before_sweep(cfg: TrainConfig) -> Path | None:
 def main(cfg: TrainConfig, overrides: list[str]) -> float | None:
     check_launch(cfg)
     if cfg.plan.lower() != "false":
-        from nanogpt.plan.show import run_plan
-
         if cfg.launch.name != "none":
             world = cfg.launch.nodes * cfg.launch.processes_each
             cfg.parallel = replace(cfg.parallel, world=world, nodes=cfg.launch.nodes)
+        with importing_torch():
+            from nanogpt.plan.show import run_plan
         run_plan(cfg, overrides)
         return None
     if cfg.search.enabled:
@@ -79,12 +80,14 @@ def main(cfg: TrainConfig, overrides: list[str]) -> float | None:
         launch(cfg, run_dir, TYPED)
         return None
 
-    from nanogpt.run.session import Session
+    with importing_torch():
+        from nanogpt.run.session import Session
 
+        above = hooks()
     if cfg.resume:
-        session = Session.resume(cfg, overrides, run_dir, hooks())
+        session = Session.resume(cfg, overrides, run_dir, above)
     else:
-        session = Session.new(cfg, run_dir, overrides, hooks())
+        session = Session.new(cfg, run_dir, overrides, above)
     session.run()
     return None
 

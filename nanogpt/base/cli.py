@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.base import run_names
+from nanogpt.base.before_torch import spin_briefly
 from nanogpt.base.composing import SCHEMAS, check_whole, composing, one_line, refuse_unknown_hydra_keys
 from nanogpt.base.config import PATH_KEYS, RECORD_SUFFIXES, ROOT, TEXT_KEYS, TrainConfig
 from nanogpt.base.console import Console, duration
@@ -237,16 +238,6 @@ def at_home(cfg: TrainConfig | SampleConfig) -> None:
         node = getattr(cfg, group, None) if group else vars(cfg)
         if isinstance(node, dict) and isinstance(path := node.get(name), str):
             node[name] = expanded(path)
-
-
-def spin_briefly(environment: MutableMapping[str, str]) -> None:
-    """Let OpenMP's waiting threads sleep soon (GNU OpenMP, on Linux), unless the environment says how they wait.
-
-    To be called before torch is imported.
-    """
-    # 默认的空转很久：两次训练同机，各只剩独占时的一成；转这么多次是三成多，独占时不慢（2 核、默认的训练）
-    if "OMP_WAIT_POLICY" not in environment:
-        environment.setdefault("GOMP_SPINCOUNT", "20000")
 
 
 def run_script(

@@ -1,7 +1,7 @@
 """Which overrides to type when a setting does not fit, each one checked by a full prediction."""
 
 # 一个设置放不下时，算出改哪几个键就放得下，按速度排好
-# 先找同样有效 batch 下更小的微批，再逐个试 memory= 的键与成套设置，都不行才缩短上下文；每条建议都完整追踪过
+# 先找同样有效 batch 下更小的微批，再试成套设置与 memory= 的各个键，都不行才缩短上下文；每条建议都完整追踪过
 # show 由 plan=true 用，presets 与 changed 由 autopsy 用；找到够用的、或过了 SECONDS 秒就停，不求穷尽
 
 import time
@@ -15,7 +15,7 @@ from nanogpt.plan.plan import TIGHT, Plan, Planner
 from nanogpt.weights.build import memory_options
 
 LINES = 5
-SECONDS = 25.0
+SECONDS = 5.0
 """No further candidate is looked at after that long."""
 USEFUL = 0.995
 """A change counts where it brings the peak below this part of what it was."""
@@ -66,19 +66,15 @@ def advise(plan: Plan, planner: Planner, looked: Callable[[float], None] = lambd
     """
     began = time.monotonic()
     until = began + SECONDS
-    found = _ways(plan, planner, ())
-    useful = []
-    for change in KEYS:
+    found, whole = _ways(plan, planner, ()), presets()
+    # 次序：最便宜的成套设置；还不够，就更彻底的；再是各个单项，先粗估有没有用
+    for change in (*whole, *KEYS):
         looked(time.monotonic() - began)
-        if time.monotonic() < until and _is_useful(change, plan, planner):
-            useful.append(change)
-    whole = presets()
-    # 次序：最便宜的成套设置、有用的单项、更彻底的成套设置
-    for changes in [(whole[0],), *((c,) for c in useful), *((c,) for c in whole[1:])]:
-        looked(time.monotonic() - began)
-        # 单项已经够用时，不必再劝人用更重的成套设置
-        if len(found) < LINES and time.monotonic() < until and not (found and changes[0] in whole[1:]):
-            found += _ways(plan, planner, changes)
+        if len(found) >= LINES or time.monotonic() > until:
+            break
+        # 已经有够用的，不必再劝人用更重的成套设置
+        if not (found and change in whole[1:]) and (change in whole or _is_useful(change, plan, planner)):
+            found += _ways(plan, planner, (change,))
     if not found:
         found = [way for change in whole for way in _ways(plan, planner, (change,), accepted=("fits", "tight"))][:LINES]
     if not found:

@@ -35,7 +35,9 @@ def bilinear(corner: Callable[[int, int], float], x: float, y: float, rows: tupl
     """The bilinear function through corner(i, j) at DEPTHS[i], rows[j], at depth x and y rows."""
     u = (x - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
     v = (y - rows[0]) / (rows[1] - rows[0])
-    return (1 - u) * ((1 - v) * corner(0, 0) + v * corner(0, 1)) + u * ((1 - v) * corner(1, 0) + v * corner(1, 1))
+    weights = {(i, j): (u if i else 1 - u) * (v if j else 1 - v) for i in (0, 1) for j in (0, 1)}
+    # 一个角要一次追踪：用不着的不去问
+    return sum(weight * corner(*at) for at, weight in weights.items() if weight)
 
 
 class Estimate:

@@ -6,6 +6,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -166,6 +167,23 @@ def substituted(device_type: str, tracker: Tracker | None = None) -> Iterator[No
         finally:
             tracker.in_ram = before
 
+    def once(update, where: dict, tensors: tuple[torch.Tensor, ...], state: dict, *about) -> None:
+        # 形状相同的参数，更新时做的事一模一样：只追踪第一个
+        kinds = tuple((x.shape, x.stride(), x.dtype) for x in (*tensors, *state.values()))
+        tracker.repeated((update.func, id(where), kinds, tuple(state), *about), update)
+
+    def adamw(storage, state: dict, group: dict, p: torch.Tensor, grad: torch.Tensor, **how) -> None:
+        once(partial(adamw_update, storage, state, group, p, grad, **how), group, (p, grad), state)
+
+    def muon(storage, state: dict, group: dict, p: torch.Tensor, update: torch.Tensor, **how) -> None:
+        once(partial(muon_apply, storage, state, group, p, update, **how), group, (p, update), state)
+
+    def one(optimizer, name: str, p: torch.Tensor, group: dict, **how) -> None:
+        update, state = partial(update_one, optimizer, name, p, group, **how), optimizer.state.get(p, {})
+        once(update, group, (p, p.grad), state, tuple(group.get("splits", {}).get(name, ())))
+
+    adamw_update, muon_apply = lean_optimizers.adamw_update, lean_optimizers.muon_apply
+    update_one = lean_optimizers.Lean.update_one
     spans, start, sums = lowbit.spans, lean_optimizers.Storage.start, kernels.sums_in_product
     table = [
         (kernels, "device_type", lambda x: device_type),
@@ -175,6 +193,9 @@ def substituted(device_type: str, tracker: Tracker | None = None) -> Iterator[No
         (lowbit, "spans", counted_spans),
         (lean_optimizers, "pinned", lambda tensor: tensor),
         (lean_optimizers.Storage, "start", start_apart),
+        (lean_optimizers, "adamw_update", adamw),
+        (lean_optimizers, "muon_apply", muon),
+        (lean_optimizers.Lean, "update_one", one),
         # 没有存储的模型再大也放得下
         (build, "check_memory_for", lambda *_: None),
     ]

@@ -3,11 +3,13 @@
 # 追踪的最底层：每个运算都经过这里，记下新出现与释放的 storage，数出它的 FLOPs 与读写的字节
 # 上半是一次运算的代价（flops_of、traffic_of、workspace_of），下半是 Tracker 本身
 # 活着与否靠 storage 的弱引用，与真实运行同样的时刻释放；编号而不用地址，因为地址会被再用
-# FakeTensorMode 很慢，_compute 里的几条捷径让一次追踪快几倍，结果必须与不走捷径相同
+# FakeTensorMode 很慢，还为此导入 sympy 与 torch.distributed.tensor；_compute 里的几条捷径让一次追踪快几倍，
+# 结果必须与不走捷径相同
 
 import math
 import weakref
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
@@ -117,6 +119,7 @@ class Tracker(TorchDispatchMode):
         self.ids: dict[int, tuple[weakref.ref, int, int]] = {}
         self.host: set[int] = set()
         self.count = 0
+        self._recorded: dict[tuple, tuple[list[tuple[int, int]], Counter, int]] = {}
         # 同样的活只追踪一遍，按这么多遍计
         self.times = 1
         # 此刻新出现的 storage 是否在显卡旁边的 RAM 里
@@ -143,22 +146,20 @@ class Tracker(TorchDispatchMode):
         return out
 
     def _compute(self, func, args, kwargs):
-        """func(*args, **kwargs); what only depends on shapes is remembered, FakeTensorMode takes five times as long."""
+        """func(*args, **kwargs); of new tensors what depends on shapes alone is remembered."""
         schema = func._schema
-        in_place = schema.is_mutable and len(schema.returns) == 1 and schema.name.endswith("_")
-        if in_place and isinstance(args[0], torch.Tensor):
-            # 原地运算没有值可算，结果就是它自己
-            return args[0]
-        if func.is_view and isinstance(args[0], FakeTensor):
-            # 视图只改形状：直接让 meta 的实现去算
-            device = args[0].fake_device
-            with in_kernel_invocation_manager(self.mode):
-                out = func(*args, **kwargs)
-            if isinstance(out, torch.Tensor):
-                return FakeTensor(self.mode, out, device)
-            return [FakeTensor(self.mode, t, device) for t in out]
         if schema.is_mutable:
-            return func(*args, **kwargs)
+            # 原地运算没有值可算，结果就是被写的那一个
+            if not schema.returns:
+                return None
+            written = args[0] if schema.name.endswith("_") else kwargs.get("out")
+            # 空的 out= 会变大
+            known = isinstance(written, torch.Tensor) and (written is args[0] or written.numel() > 0)
+            return written if known and len(schema.returns) == 1 else func(*args, **kwargs)
+        if (func.is_view or func is aten._unsafe_view.default) and isinstance(args[0], FakeTensor):
+            # 视图与原来的共用 storage：在它自己身上算
+            with in_kernel_invocation_manager(self.mode):
+                return self._as_fake(func(*args, **kwargs), args[0].fake_device)
         # 不写 dtype 的 torch.empty 随默认类型而变：bf16 权重就是这样造出来的
         key = (func, torch.get_default_dtype(), _signature(args), _signature(tuple(kwargs.items())))
         try:
@@ -166,14 +167,41 @@ class Tracker(TorchDispatchMode):
         except TypeError:
             return func(*args, **kwargs)
         if known is not None:
-            return _fresh(self.mode, known)
+            new = [_fresh(self.mode, one) for one in known[1]]
+            return new if known[0] else new[0]
         mark = self.count
-        out = func(*args, **kwargs)
-        # 只记全新的、里面没有再分配过的：别的结果下次不能凭空造出来
-        fresh = isinstance(out, FakeTensor) and out.untyped_storage()._cdata not in self.ids
-        if fresh and self.count == mark and out.storage_offset() == 0:
-            _REMEMBERED[key] = (out.shape, out.stride(), out.dtype, out.fake_device)
+        out = self._on_meta(func, args, kwargs)
+        several = isinstance(out, (tuple, list))
+        made = out if several else [out]
+        if self.count == mark and self._are_fresh(made):
+            _REMEMBERED[key] = several, [(t.shape, t.stride(), t.dtype, t.fake_device) for t in made]
         return out
+
+    def _are_fresh(self, made) -> bool:
+        # 只记全新的：别的结果下次不能凭空造出来
+        if not all(isinstance(t, FakeTensor) and t.storage_offset() == 0 for t in made):
+            return False
+        places = {t.untyped_storage()._cdata for t in made}
+        return len(places) == len(made) and not places & self.ids.keys()
+
+    def _on_meta(self, func, args, kwargs):
+        """func(*args, **kwargs) by its kernel for meta tensors, or by FakeTensorMode where shapes do not suffice."""
+        inputs = tensors_in((*args, *kwargs.values()))
+        device = kwargs.get("device") or (inputs[0].device if inputs else None)
+        if device is None or not all(isinstance(t, FakeTensor) and t.constant is None for t in inputs):
+            return func(*args, **kwargs)
+        try:
+            with torch._C._DisableTorchDispatch():
+                out = func(*_twin(args), **_twin(kwargs))
+        except RuntimeError:
+            # 没有 meta 的实现，或要看数值：由它去算，或由它去说
+            return func(*args, **kwargs)
+        return self._as_fake(out, device)
+
+    def _as_fake(self, out, device: torch.device):
+        if isinstance(out, (tuple, list)):
+            return [self._as_fake(t, device) for t in out]
+        return FakeTensor(self.mode, out, device) if isinstance(out, torch.Tensor) else out
 
     def follow(self, t: torch.Tensor) -> int:
         """The id of a tensor's storage; its allocation is noted when it is new."""
@@ -199,6 +227,21 @@ class Tracker(TorchDispatchMode):
         del self.ids[key]
         if number not in self.host and known[2]:
             self.events.append((number, -known[2]))
+
+    def repeated(self, key, compute: Callable[[], object]) -> None:
+        """compute(), which keeps nothing; with a key that was seen before, what it did then is written down again."""
+        if (known := self._recorded.get(key)) is not None:
+            events, ops, made = known
+            self.events += [(self.count + number, size) for number, size in events]
+            self.ops.update(ops)
+            self.count += made
+            return
+        start, mark, before = self.count, len(self.events), self.ops.copy()
+        compute()
+        events = [(number - start, size) for number, size in self.events[mark:]]
+        # 留下或放掉了别的（第一次才造的表）：下次仍照做
+        if all(number > 0 for number, _ in events) and sum(size for _, size in events) == 0:
+            self._recorded[key] = events, self.ops - before, self.count - start
 
     def live(self) -> dict[int, int]:
         """Bytes of every live storage by id."""
@@ -230,6 +273,17 @@ def _signature(value):
         return tuple(map(_signature, value))
     # True == 1 而 hash 也相同：连类型一起记
     return (type(value), value)
+
+
+def _twin(value):
+    """The same arguments with plain meta tensors for fake ones: kernels for these ask nobody what they are."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    if isinstance(value, torch.device):
+        return torch.device("meta")
+    if isinstance(value, dict):
+        return {key: _twin(one) for key, one in value.items()}
+    return type(value)(map(_twin, value)) if isinstance(value, (tuple, list)) else value
 
 
 def _fresh(mode: FakeTensorMode, known: tuple) -> torch.Tensor:

@@ -29,7 +29,8 @@ TORCHRUN = (
 BOOT = (
     "import json, sys; job = json.loads(sys.stdin.readline()); "
     "sys.path[:], sys.argv[1:] = job['path'], job['arguments']; "
-    "from nanogpt.sweep.child import run; run(job)"
+    "from nanogpt.base.before_torch import importing_torch\n"
+    "with importing_torch():\n    from nanogpt.sweep.child import run\nrun(job)"
 )
 CHILD = (sys.executable, "-c", BOOT)
 

@@ -49,13 +49,6 @@ def test_all_weights_and_frozen_weights_of_4_bits_contradict_each_other(in_tmp, 
     assert capsys.readouterr().err.startswith("error: finetune=full contradicts memory=lora4, ")
 
 
-def test_waiting_threads_sleep_soon_unless_the_environment_says_how_they_wait():
-    for given in ({}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}):
-        environment = dict(given)
-        cli.spin_briefly(environment)
-        assert environment == (given or {"GOMP_SPINCOUNT": "20000"})
-
-
 RESTARTS = {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_RESTART_COUNT": "0"}
 
 

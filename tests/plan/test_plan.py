@@ -120,6 +120,22 @@ def test_advice_fits_keeps_the_effective_batch_and_is_sorted_by_speed(monkeypatc
     assert any("batch_size=" in a.typed for a in found)
 
 
+def test_advice_goes_on_to_heavier_presets_only_until_one_fits(plan, monkeypatch):
+    tried, fitting = [], "lean8"
+
+    def ways(plan, planner, changes, accepted=("fits",)):
+        tried.append(" ".join(change.typed for change in changes))
+        return [advice.Advice(tried[-1], 1.0, plan)] if fitting in tried[-1] else []
+
+    monkeypatch.setattr(advice, "_ways", ways)
+    monkeypatch.setattr(advice, "_is_useful", lambda change, *_: "weights" in change.typed)
+    assert [found.typed for found in advice.advise(plan, None)] == ["memory=lean8"]
+    assert tried == ["", "memory=lean", "memory=lean8", "memory.weights=bf16"]
+    # 时间用完而一个也没有：成套的仍逐个问
+    monkeypatch.setattr(advice, "SECONDS", -1.0)
+    assert [found.typed for found in advice.advise(plan, None)] == ["memory=lean8"]
+
+
 def test_every_change_that_advice_knows_is_a_key_of_the_schema():
     cfg = small()
     for change in (*advice.KEYS, *advice.presets()):

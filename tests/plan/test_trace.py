@@ -16,9 +16,11 @@ from nanogpt.core.memory import lean_optimizers, lowbit
 from nanogpt.core.model import GPT
 from nanogpt.core.precision import Precision
 from nanogpt.plan import trace as tracing
-from nanogpt.plan.plan import Estimate
+from nanogpt.plan import tracker
+from nanogpt.plan.plan import Estimate, bilinear
 from nanogpt.plan.substitutes import LikeCuda
 from nanogpt.plan.trace import Shape, trace
+from nanogpt.plan.tracker import Tracker
 from nanogpt.run.metrics import flops_per_token
 from nanogpt.weights.build import build_model, build_step
 
@@ -116,6 +118,17 @@ def test_shallow_traces_extend_to_the_full_one():
     live, _ = trace(cfg, Shape(5, 2, 5, "cuda")).peak()
     # 峰值可能换到另一处，外推会差一点：答案由完整的追踪给
     assert 0.93 * live <= guess.live(5) <= 1.07 * live
+
+
+def test_an_estimate_asks_for_no_trace_that_says_nothing():
+    asked = []
+
+    def at(i, j):
+        asked.append((i, j))
+        return 10.0 * i + j
+
+    assert bilinear(at, 12, 8, (8, 16)) == 110 and asked == [(0, 0), (1, 0)]
+    assert bilinear(at, 1, 32, (8, 16)) == 3 and asked[2:] == [(0, 0), (0, 1)]
 
 
 def test_fp16_and_bf16_take_the_same_memory():
@@ -229,12 +242,26 @@ def test_a_trace_does_not_depend_on_the_traces_before_it():
     assert again.weight_bytes < 0.6 * trace(small("precision=bf16"), Shape(1, 1, 1, "cuda")).weight_bytes
 
 
-def test_a_plan_imports_no_compiler():
+@pytest.mark.parametrize("memory", ["lean8", "minimal"])
+def test_a_trace_that_takes_no_shortcut_is_the_same(memory, monkeypatch):
+    cfg = small(f"memory={memory}", "precision=bf16", "batch_size=1")
+    quick = trace(cfg, Shape(1, 1, 1, "cuda"))
+    monkeypatch.setattr(Tracker, "_on_meta", lambda self, func, args, kwargs: func(*args, **kwargs))
+    monkeypatch.setattr(Tracker, "repeated", lambda self, key, compute: compute())
+    monkeypatch.setattr(Tracker, "_are_fresh", lambda self, made: False)
+    monkeypatch.setattr(tracker, "_REMEMBERED", {})
+    slow = trace(cfg, Shape(1, 1, 1, "cuda"))
+    assert {p: sorted(e) for p, e in quick.events.items()} == {p: sorted(e) for p, e in slow.events.items()}
+    assert quick.ops == slow.ops and quick.kinds == slow.kinds
+
+
+def test_a_plan_imports_neither_the_compiler_nor_distributed_tensors():
     # 一个新的进程：这里的别的测试早已导入了它
     code = (
         "import sys; from run_train import main; from nanogpt.base.cli import run_script; sys.argv = ['run_train.py', 'plan=true', 'model=tiny', "
         "'model.n_layer=1', 'hardware=rtx3060_12gb']; run_script('train', main)\nassert 'torch' in sys.modules and 'torch._dynamo' not in sys.modules"
     )
+    code += "\nassert 'torch.distributed.tensor' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
 
 
