@@ -8,6 +8,7 @@ the program's own code and the device.
 # 凭据是一个 hash，凡是影响测量的都算进去：配置、torch 与本程序的代码、使用者自己的模块、设备与驱动、线程数
 # trial 先 find 再测，测完 keep；auto_batch 借 key_of 给自己的结论起名；父进程不导入 torch，所以设备只按名字认
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -68,6 +69,11 @@ def own_code(node: Any) -> dict[str, str]:
     return found
 
 
+def claim_of(key: str) -> Path:
+    """The claim on a trial; see nanogpt.sweep.claims."""
+    return FOLDER / f"{key}.claim"
+
+
 def find(key: str) -> TrialResult | None:
     """The lasting result of that hash, if an earlier sweep left one."""
     found = results.read(FOLDER / f"{key}.json")
@@ -103,12 +109,21 @@ def device(cfg: TrainConfig) -> str:
     """The device of a trial with its driver, without importing torch."""
     if cfg.device == "cpu" or (cfg.device == "auto" and cfg.hardware.name == "cpu"):
         return _processor()
-    cards = _cards()
-    return f"{cards} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}" if cards else _processor()
+    kinds = sorted(set(_cards().splitlines()))
+    if len(kinds) == 1:
+        # 同样的卡，哪一台的哪一张都一样：集群再派来的，多半是另一张
+        return kinds[0]
+    return f"{_cards()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}" if kinds else _processor()
 
 
+@functools.cache
 def _processor() -> str:
-    return f"{platform.node()} {platform.machine()} {platform.processor()} {os.cpu_count()}"
+    """The kind of processor; the machine's name is no part of it: nodes of a cluster, and containers, change theirs."""
+    named = platform.processor()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), named)
+    return f"{platform.machine()} {named} {os.cpu_count()}"
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 Needs no torch: the parent of a sweep stays small and idle while a child measures.
 """
 
-# 一次试跑：查配置，查以前测过没有，拿到设备的锁，起子进程，把它的结局变成一个 TrialResult
+# 一次试跑：查配置，占住它，查以前测过没有，拿到设备的锁，起子进程，把它的结局变成一个 TrialResult
 # jobs 与 auto_batch 都经 run_trial；无论子进程怎样结束，这里都给出一个状态和一行原因，classified 是全部的规则
 # 同一设备上同一个人的试跑排队，否则互相弄坏计时；父进程不导入 torch，测量时它又小又闲
 
@@ -24,6 +24,7 @@ from nanogpt.base.language import ConfigError, text
 from nanogpt.base.lock import only_one
 from nanogpt.data.assets import cache_folder
 from nanogpt.sweep import earlier_results
+from nanogpt.sweep.claims import claimed
 from nanogpt.sweep.process import CHILD, Ended, run_child
 from nanogpt.sweep.result import FIT, TrialResult, made
 from nanogpt.sweep.spill import judge
@@ -60,9 +61,9 @@ def run_trial(
         return made({**common, "status": "invalid", "reason": str(error)})
     folder.mkdir(parents=True, exist_ok=True)
     key = earlier_results.key_of(cfg)
-    # 并行的任务排队：同时试跑会互相弄坏对方的计时
-    with _turn(cfg.device):
-        # 拿到锁再查：并行的另一个任务可能刚测完同一个
+    # 先占试跑，再排队等设备：等别人量完时，不占着空闲的卡
+    with claimed(earlier_results.claim_of(key)), _turn(cfg.device):
+        # 占到了再查：别的进程、别的机器可能刚测完同一个
         earlier = None if cfg.trial.again else earlier_results.find(key)
         if earlier:
             return made({**vars(earlier), **common, "known": True})
@@ -163,6 +164,7 @@ def lock_path(device: str) -> Path:
     """
     # auto 与 cuda 都是第一张看得见的卡；父进程不导入 torch，只能按名字分
     named = device if re.fullmatch(r"(cuda|xpu):[1-9]\d*", device) else "first"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    # Slurm 隔开各任务的卡之后，每个任务看自己的都是 0 号
+    visible = os.environ.get("SLURM_JOB_GPUS") or os.environ.get("CUDA_VISIBLE_DEVICES", "")
     # 不放公用的临时文件夹：谁都能先占住那个名字；主目录可能几台机器共用，名字里要有机器
     return cache_folder() / ("trial-" + re.sub(r"\W+", "-", f"{platform.node()}-{visible}-{named}") + ".lock")

@@ -17,7 +17,7 @@ from conftest import make_config
 from nanogpt.base.config import ROOT, lookup
 from nanogpt.base.language import ConfigError
 from nanogpt.base.lock import only_one
-from nanogpt.sweep import child, earlier_results, process, result
+from nanogpt.sweep import child, claims, earlier_results, process, result
 from nanogpt.sweep.process import Ended
 from nanogpt.sweep.result import TrialResult, made
 from nanogpt.sweep.trial import classified, lock_path, run_trial
@@ -311,6 +311,68 @@ def test_trials_wait_for_each_other_and_a_dead_process_blocks_nobody(tmp_path):
         pass
 
 
+@POSIX
+def test_a_trial_that_is_wanted_twice_at_once_is_measured_once(quick, monkeypatch):
+    _, folder = quick
+    monkeypatch.setattr(claims, "POLL_S", 0.02)
+    code = f"open({str(folder / 'begun')!r}, 'a').write('x'); time.sleep(0.3); report(status='ok', tokens_per_s=5.0)"
+    found = []
+    both = [threading.Thread(target=lambda: found.append(trial(quick, code=code))) for _ in range(2)]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join()
+    assert sorted(one.known for one in found) == [False, True] and (folder / "begun").read_text(encoding="utf-8") == "x"
+    assert not list(earlier_results.FOLDER.glob("*.claim.*"))
+
+
+@POSIX
+def test_the_claim_of_a_process_that_is_gone_is_taken_over_and_that_of_one_that_lives_is_not(tmp_path, monkeypatch):
+    for name, value in {"POLL_S": 0.01, "BEAT_S": 0.02, "STALE_S": 0.4}.items():
+        monkeypatch.setattr(claims, name, value)
+    path = tmp_path / "trial.claim"
+    gone = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    gone.wait()
+    (tmp_path / "trial.claim.3").write_text(f"{claims.machine()} {gone.pid}", encoding="utf-8")
+    monkeypatch.setattr(claims, "STALE_S", 1e9)
+    with claims.claimed(path):
+        # 同一台机器上死了的，不必等
+        assert {file.name for file in tmp_path.iterdir()} == {"trial.claim.3", "trial.claim.4"}
+    monkeypatch.setattr(claims, "STALE_S", 0.4)
+    # 另一台机器上的，只看它还动不动
+    (tmp_path / "trial.claim.1").write_text("elsewhere 1", encoding="utf-8")
+    with claims.claimed(path):
+        assert not (waiting := []) and (tmp_path / "trial.claim.2").exists()
+
+        def second():
+            with claims.claimed(path):
+                waiting.append(sorted(file.name for file in tmp_path.iterdir()))
+
+        (tmp_path / "trial.claim.2").write_text("elsewhere 2", encoding="utf-8")
+        other = threading.Thread(target=second)
+        other.start()
+        other.join(2 * claims.STALE_S)
+        assert other.is_alive() and not waiting
+    other.join()
+    assert waiting == [["trial.claim.1"]] and not list(tmp_path.iterdir())
+
+
+def test_the_same_kind_of_card_or_processor_is_the_same_device_on_every_machine(monkeypatch):
+    cfg = make_config("device=cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setattr(earlier_results, "_cards", lambda: "NVIDIA A100, 580\nNVIDIA A100, 580")
+    one = earlier_results.device(cfg)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(earlier_results, "_cards", lambda: "NVIDIA A100, 580")
+    assert earlier_results.device(cfg) == one == "NVIDIA A100, 580"
+    monkeypatch.setattr(earlier_results, "_cards", lambda: "NVIDIA A100, 580\nNVIDIA L4, 580")
+    assert earlier_results.device(cfg).endswith(" 0")
+    cpu = earlier_results.device(make_config("device=cpu"))
+    earlier_results._processor.cache_clear()
+    monkeypatch.setattr(earlier_results.platform, "node", lambda: "another")
+    assert earlier_results.device(make_config("device=cpu")) == cpu
+
+
 def test_the_lock_of_trials_lies_where_only_its_owner_writes(in_tmp, monkeypatch, tiny_overrides):
     monkeypatch.setenv("NANOGPT_CACHE", str(in_tmp / "cache"))
     assert lock_path("cuda").parent == in_tmp / "cache"
@@ -325,3 +387,10 @@ def test_devices_have_locks_of_their_own(monkeypatch):
     first = lock_path("cuda")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     assert lock_path("cuda") != first
+    # Slurm 隔开了各任务的卡
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    locks = set()
+    for card in "12":
+        monkeypatch.setenv("SLURM_JOB_GPUS", card)
+        locks.add(lock_path("cuda"))
+    assert len(locks) == 2

@@ -7,12 +7,15 @@ import contextlib
 import html
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -95,6 +98,8 @@ class Sweep:
         """Type it."""
         environment = {
             **os.environ, "OMP_NUM_THREADS": "1", "TORTURE_SWEEP": self.mark, "TMPDIR": str(self.folder), "PYTHONUNBUFFERED": "1",
+            # 它的 socket 的路径放不下测试的长文件夹
+            "RAY_TMPDIR": tempfile.gettempdir(),
             "PYTHONPATH": os.pathsep.join([str(self.folder), str(ROOT)]),
         }
         with (self.folder / "console").open("ab") as output:
@@ -178,6 +183,47 @@ def test_a_sweep_that_is_killed_and_typed_again_loses_no_trial_and_counts_none_t
     done = sum(n for what, n in sweep.measured().items() if what.startswith("done"))
     # 量完而还没记下的那一刻被杀，只好再量：一次被杀至多一个
     assert len(sizes) <= done <= len(sizes) + len(moments) and not list((folder / "outputs/fit/trials").glob(".*"))
+
+
+# 每个 Python 进程一开始就换上假子进程：launcher 在别的进程里跑任务
+EVERYWHERE = f"""
+import sys
+from nanogpt.sweep import trial
+trial.run_trial.__kwdefaults__["command"] = (sys.executable, "-S", "-c", {CHILD.replace("SECONDS", "0.5")!r})
+"""
+LAUNCHERS = {
+    "submitit_local": ["hydra/launcher=submitit_local"],
+    "ray": ["hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.object_store_memory=80000000"],
+}
+
+
+@ONLY_LONG
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_sweep_on_workers_whose_driver_or_workers_are_killed_loses_no_trial_and_counts_none_twice(tmp_path, launcher):
+    plugin = "hydra_plugins.hydra_" + ("ray_launcher" if launcher == "ray" else "submitit_launcher")
+    if not find_spec(plugin):
+        pytest.skip(plugin)
+    sizes, kills = range(1, 7), 4
+    sweep = Sweep(tmp_path, (str(ROOT / "run_train.py"),), sizes, *LAUNCHERS[launcher])
+    (tmp_path / "sitecustomize.py").write_text(EVERYWHERE, encoding="utf-8")
+    for kill in range(kills):
+        running = sweep.start()
+        while running.poll() is None and sum(sweep.measured().values()) <= 3 * kill:
+            time.sleep(0.01)
+        # 轮流杀驱动的一方与任意一个正在量的
+        others = [one for one in sweep.alive() if "nanogpt.sweep" not in " ".join(one.cmdline())] if kill % 2 else []
+        (random.choice(others) if others else running).kill()
+        time.sleep(random.random())
+        running.kill()
+        running.wait()
+    assert sweep.start().wait(600) == 0, (tmp_path / "console").read_text(encoding="utf-8")[-600:]
+    sweep.assert_clean()
+    rows = [json.loads(line) for line in sweep.newest("trials.jsonl").splitlines()]
+    assert sorted(row["micro_batch"] for row in rows) == list(sizes) and {row["status"] for row in rows} == {"ok"}
+    done = Counter(what for what in sweep.measured().elements() if what.startswith("done"))
+    # 量完、还没记下时被杀的才再量；每次至多两个在量
+    assert set(done) == {f"done {size}" for size in sizes} and sum(done.values()) <= len(sizes) + 2 * kills
+    assert not list((tmp_path / "outputs/fit/trials").glob("*.claim.*"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="SIGIO on a closed pipe")
