@@ -392,6 +392,9 @@ class SearchConfig:
     """So many of the best settings are trained with all seeds."""
     seeds: int = number(1, 1000, 3)
     """Trainings of each of the best settings, with different seeds."""
+    jobs: int = number(1, 1000, 1)
+    """Trials beside each other, each on a card of its own; on a CPU only with a loss as objective, sharing its
+    cores."""
     space: list[str] = field(default_factory=list)
     """What is searched, a line for each key, written as in a sweep; keys that are typed beside experiment=search
     replace theirs, with one value or with several."""

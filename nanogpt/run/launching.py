@@ -9,6 +9,7 @@ Needs no torch.
 # job/ 在训练目录里：job.sbatch、编号 id 与每次的日志；nanogpt runs 由编号问 squeue，问不到再问 sacct
 
 import contextlib
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -66,6 +67,8 @@ def launch(cfg: TrainConfig, run_dir: Path, typed: Sequence[str]) -> None:
     """Start the training in run_dir elsewhere, as cfg.launch says; `typed` is the command line as it was typed."""
     check_keys(cfg)
     check_launch(cfg)
+    if cfg.launch.name == "ray" and not importlib.util.find_spec("ray"):
+        raise ConfigError("missing_package", what="launch=ray", package="ray")
     command = [*program(), *passed_on(cfg, run_dir, typed)]
     if (state := states([run_dir]).get(run_dir)) in (*QUEUED, *RUNNING):
         raise ConfigError(

@@ -6,7 +6,6 @@
 # 训练目录要在每台机器都看得见的地方；每个进程打印的在 job/ray-<编号>.log 里，第一个的同时给人看
 
 import contextlib
-import importlib.util
 import os
 import runpy
 import socket
@@ -31,8 +30,6 @@ def train(launch: LaunchConfig, run_dir: Path, command: Sequence[str], console: 
 
     SystemExit with its exit code where it fails.
     """
-    if not importlib.util.find_spec("ray"):
-        raise ConfigError("missing_package", what="launch=ray", package="ray")
     import ray
 
     started = not ray.is_initialized()

@@ -1,4 +1,4 @@
-"""Claims on trials, by files that all machines of a cluster see: whoever holds one measures, the others wait for the result.
+"""Claims on trials, by files that all machines of a cluster see: who holds one measures, the others wait.
 
 Needs no torch.
 """
@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+
+from nanogpt.sweep.process import ending
 
 # 多久改一次时间，多久没有变就算死了（秒）：网络盘上别人的改动要几十秒才看得到
 BEAT_S, STALE_S = 10.0, 150.0
@@ -55,7 +57,8 @@ def _taken(path: Path) -> Path:
                 seen, since = mark, time.monotonic()
             alive = time.monotonic() - since < STALE_S
         if alive:
-            time.sleep(POLL_S)
+            if ending.wait(POLL_S):
+                raise KeyboardInterrupt
             continue
         file = path.with_name(f"{path.name}.{number + 1}")
         # 有人先建了：再看一遍

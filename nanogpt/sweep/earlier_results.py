@@ -27,6 +27,7 @@ import nanogpt
 from nanogpt.base.config import PACKAGE, TrainConfig, targets
 from nanogpt.base.files import remove_leftovers
 from nanogpt.sweep import result as results
+from nanogpt.sweep.process import place
 from nanogpt.sweep.result import FIT, LASTING, TrialResult
 
 FOLDER = FIT / "trials"
@@ -107,13 +108,25 @@ def versions() -> dict[str, str]:
 
 def device(cfg: TrainConfig) -> str:
     """The device of a trial with its driver, without importing torch."""
-    if cfg.device == "cpu" or (cfg.device == "auto" and cfg.hardware.name == "cpu"):
+    if visible_cards(cfg) is None:
         return _processor()
-    kinds = sorted(set(_cards().splitlines()))
-    if len(kinds) == 1:
+    if len(kinds := kinds_of_cards()) == 1:
         # 同样的卡，哪一台的哪一张都一样：集群再派来的，多半是另一张
         return kinds[0]
-    return f"{_cards()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}" if kinds else _processor()
+    return f"{_cards()} {place.get() or os.environ.get('CUDA_VISIBLE_DEVICES', '')}"
+
+
+def kinds_of_cards() -> list[str]:
+    """Name and driver of every kind of NVIDIA card in this machine."""
+    return sorted(set(_cards().splitlines()))
+
+
+def visible_cards(cfg: TrainConfig) -> list[str] | None:
+    """The NVIDIA cards that a trial may see, as CUDA_VISIBLE_DEVICES names them; None where it runs on the CPU."""
+    if cfg.device == "cpu" or (cfg.device == "auto" and cfg.hardware.name == "cpu") or not _cards():
+        return None
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(n) for n in range(len(_cards().splitlines()))] if named is None else [c for c in named.split(",") if c]
 
 
 @functools.cache

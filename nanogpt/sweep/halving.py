@@ -8,12 +8,13 @@
 # 循环只由种子与各次的结果决定，结果都记着：中断之后同样的命令重放一遍，测过的立刻有答案，从断处接着走
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Any
 
 from nanogpt.base.language import ConfigError, text
+from nanogpt.sweep.beside import Beside
 from nanogpt.sweep.result import TrialResult
 from nanogpt.sweep.space import Dimension
 
@@ -42,6 +43,8 @@ class Schedule:
     seeds: int
     start_minutes: float
     """That a trial takes besides training: its process, the data, the compiler."""
+    jobs: int = 1
+    """Trials beside each other."""
 
     @property
     def size(self) -> int:
@@ -53,7 +56,7 @@ class Schedule:
         """Of one generation; survivors go on, so that only the difference to the rung before counts."""
         total, before = 0.0, 0.0
         for rung, minutes in enumerate(self.rungs):
-            count = self.size // self.eta**rung
+            count = math.ceil(self.size // self.eta**rung / self.jobs)
             # 第一级之前，每个设置还要量一次快慢
             total += count * ((minutes - before) * BESIDE + self.start_minutes * (2 if rung == 0 else 1))
             before = minutes
@@ -62,7 +65,8 @@ class Schedule:
     @property
     def final_minutes(self) -> float:
         """Of the other seeds of the best settings."""
-        return self.top * (self.seeds - 1) * (self.rungs[-1] * BESIDE + self.start_minutes)
+        count = math.ceil(self.top * (self.seeds - 1) / self.jobs)
+        return count * (self.rungs[-1] * BESIDE + self.start_minutes)
 
     @property
     def minutes(self) -> float:
@@ -70,7 +74,7 @@ class Schedule:
 
 
 def divide(
-    minutes: float, start_minutes: float, *, trials: int, eta: int, rungs: int, top: int, seeds: int
+    minutes: float, start_minutes: float, *, trials: int, eta: int, rungs: int, top: int, seeds: int, jobs: int = 1
 ) -> Schedule:
     """The division of `minutes`: as many settings as `trials` allows, if the first rung is long enough to say a thing.
 
@@ -81,14 +85,13 @@ def divide(
         for generations in range(max(1, trials // size), 0, -1):
             for count_seeds, count_top in ((seeds, min(top, generations)), (min(seeds, 2), 1), (1, 1)):
                 shares = tuple(1 / eta ** (count_rungs - 1 - rung) for rung in range(count_rungs))
-                one = Schedule(shares, generations, eta, count_top, count_seeds, start_minutes)
-                none = Schedule((0.0,) * count_rungs, generations, eta, count_top, count_seeds, start_minutes)
+                one = Schedule(shares, generations, eta, count_top, count_seeds, start_minutes, jobs)
+                none = replace(one, rungs=(0.0,) * count_rungs)
                 # 总时间是最后一级长度的一次函数
                 longest = (minutes - none.minutes) / (one.minutes - none.minutes)
                 worth = generations == 1 or count_seeds == seeds
                 if longest * shares[0] >= LEAST_MINUTES and size * generations <= trials and worth:
-                    return Schedule(tuple(share * longest for share in shares), generations, eta, count_top,
-                                    count_seeds, start_minutes)
+                    return replace(one, rungs=tuple(share * longest for share in shares))
     shortest = Schedule((LEAST_MINUTES,), 1, eta, 1, 1, start_minutes).minutes
     raise ConfigError(
         "search.minutes={got:g} is too short for a single trial; give at least {least:.0f}",
@@ -147,18 +150,22 @@ class Search:
     def __init__(
         self, space: Sequence[Dimension], schedule: Schedule, run: Run, *, minutes: float, seed: int, say: Say,
         first: dict[str, Any] | None = None, prune: Callable[[Candidate], None] = lambda candidate: None,
-        spent: float = 0.0,
+        spent: float = 0.0, beside: Beside | None = None,
     ):
         """`run(setting, rung, seed)` trains to the end of a rung; `first` is the setting that is tried first.
 
-        `prune` is told of settings that go no further; `spent` minutes are used already.
+        `prune` is told of settings that go no further; `spent` minutes are used already; `beside` runs several.
         """
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.states = optuna.trial.TrialState
         # 默认的前十次随机太多：一代九个随机的之后就用 TPE
-        sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=min(10, schedule.size))
+        self.beside = beside or Beside([""])
+        # 并排提出的几个还没有结果：当作不好的，才不会提到一处去
+        liar = {"constant_liar": True} if self.beside.count > 1 else {}
+        first_few = min(10, schedule.size)
+        sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=first_few, **liar)
         self.study = optuna.create_study(direction="minimize", sampler=sampler)
         if first:
             # 先试配置里本来的设置：搜出来的至少不比它差，报告也有得比
@@ -187,47 +194,62 @@ class Search:
         self.best.sort(key=lambda one: one.mean)
         return self.candidates
 
-    def _step(self, candidate: Candidate, rung: int, seed: int = 0) -> TrialResult | None:
-        """One more piece of training; None when the time is over."""
+    def _step(self, candidates: Sequence[Candidate], rung: int, seeds: Sequence[int] = ()) -> list[TrialResult | None]:
+        """One more piece of training of each, beside each other; None when the time is over."""
         # 至少有一个走完第一级，时间再短也有个结果
         if self.spent >= self.minutes and self.candidates:
-            return None
-        result = self.run_one(candidate.setting, rung, seed)
+            return [None] * len(candidates)
+        pieces = list(zip(candidates, seeds or [0] * len(candidates), strict=True))
+        results = self.beside.all(lambda piece: self.run_one(piece[0].setting, rung, piece[1]), pieces)
         # 时间按结果里记着的算：重放时与当时做同样的决定
-        self.spent += (result.wall_s or 0.0) / 60
-        candidate.tried.append(result)
-        self.say(candidate, result, rung)
-        return result
+        self.spent += max(result.wall_s or 0.0 for result in results) / 60
+        for (candidate, seed), result in zip(pieces, results, strict=True):
+            candidate.tried.append(result)
+            self.say(candidate, result, rung)
+            if seed:
+                candidate.others.append(result)
+        return results
 
-    def _generation(self) -> None:
-        alive, asked = [], 0
-        while len(alive) < self.schedule.size and asked < MOST_ASKED * self.schedule.size:
+    def _asked(self, count: int, most: int) -> tuple[list, int]:
+        """(at most `count` new settings with Optuna's trials of them, how often it was asked: at most `most` times)."""
+        new, asked = [], 0
+        while len(new) < count and asked < most:
             asked += 1
             trial = self.study.ask(self.distributions)
             setting = {key: one.word(trial.params[key]) for key, one in self.space.items()}
-            if self._tried(setting, trial):
-                continue
-            candidate = Candidate(len(self.candidates), setting)
-            result = self._step(candidate, 0)
-            if result is None:
-                self.study.tell(trial, state=self.states.FAIL)
+            if not self._tried(setting, trial, [*self.candidates, *(candidate for candidate, _ in new)]):
+                new.append((Candidate(len(self.candidates) + len(new), setting), trial))
+        return new, asked
+
+    def _generation(self) -> None:
+        alive, left = [], MOST_ASKED * self.schedule.size
+        while len(alive) < self.schedule.size:
+            new, asked = self._asked(min(self.beside.count, self.schedule.size - len(alive)), left)
+            left -= asked
+            if not new:
                 break
-            self.candidates.append(candidate)
-            if self._ended(candidate, result):
-                # 没有中间值的 PRUNED 在 TPE 眼里最差：发散的、放不下的附近少去；FAIL 则什么也学不到
-                self.study.tell(trial, state=self.states.PRUNED)
-                continue
-            trial.report(result.place, 0)
-            alive.append((candidate, trial))
+            results = self._step([candidate for candidate, _ in new], 0)
+            for (candidate, trial), result in zip(new, results, strict=True):
+                if result is None:
+                    self.study.tell(trial, state=self.states.FAIL)
+                    left = 0
+                    continue
+                self.candidates.append(candidate)
+                if self._ended(candidate, result):
+                    # 没有中间值的 PRUNED 在 TPE 眼里最差：发散的、放不下的附近少去；FAIL 则什么也学不到
+                    self.study.tell(trial, state=self.states.PRUNED)
+                    continue
+                trial.report(result.place, 0)
+                alive.append((candidate, trial))
         for rung in range(1, len(self.schedule.rungs)):
             alive = self._promote(alive, rung)
         for candidate, trial in alive:
             self.study.tell(trial, candidate.results[-1].place)
 
-    def _tried(self, setting: dict[str, str], trial) -> bool:
+    def _tried(self, setting: dict[str, str], trial, known: Sequence[Candidate]) -> bool:
         """Whether this setting was tried before; the study hears again what came out."""
         # 空间小时常会重提：两个候选不能共用一个训练目录，其中一个被淘汰，另一个的权重也就没了
-        same = next((one for one in self.candidates if one.setting == setting), None)
+        same = next((one for one in known if one.setting == setting), None)
         if same is None:
             return False
         if same.results:
@@ -246,17 +268,23 @@ class Search:
                 minutes=self.schedule.rungs[rung - 1], place=place, all=len(alive), count=count,
             ))
         survivors = []
-        for candidate, trial in alive[:count]:
-            result = self._step(candidate, rung)
-            if result is None:
-                # 没有时间了：到这里为止，仍参加排名
-                self.study.tell(trial, candidate.results[-1].place)
-            elif self._ended(candidate, result):
-                self.study.tell(trial, state=self.states.PRUNED)
-            else:
-                trial.report(result.place, rung)
-                survivors.append((candidate, trial))
+        for some in self._batches(alive[:count]):
+            results = self._step([candidate for candidate, _ in some], rung)
+            for (candidate, trial), result in zip(some, results, strict=True):
+                if result is None:
+                    # 没有时间了：到这里为止，仍参加排名
+                    self.study.tell(trial, candidate.results[-1].place)
+                elif self._ended(candidate, result):
+                    self.study.tell(trial, state=self.states.PRUNED)
+                else:
+                    trial.report(result.place, rung)
+                    survivors.append((candidate, trial))
         return survivors
+
+    def _batches(self, pieces: Sequence) -> Iterator[Sequence]:
+        """As many at a time as run beside each other."""
+        for begin in range(0, len(pieces), self.beside.count):
+            yield pieces[begin : begin + self.beside.count]
 
     def _drop(self, candidate: Candidate, trial, reason: str) -> None:
         candidate.status, candidate.reason = "pruned", reason
@@ -273,12 +301,12 @@ class Search:
 
     def _seeds(self) -> None:
         """Train the best settings with the other seeds; one setting after the other, so that each has as many."""
-        for seed in range(1, self.schedule.seeds):
-            for candidate in self.best:
-                if self.spent + self.schedule.rungs[-1] > self.minutes:
-                    return
-                if (result := self._step(candidate, len(self.schedule.rungs) - 1, seed)) is not None:
-                    candidate.others.append(result)
+        pieces = [(candidate, seed) for seed in range(1, self.schedule.seeds) for candidate in self.best]
+        for some in self._batches(pieces):
+            if self.spent + self.schedule.rungs[-1] > self.minutes:
+                return
+            candidates, seeds = zip(*some, strict=True)
+            self._step(candidates, len(self.schedule.rungs) - 1, seeds)
 
 
 def importance(candidates: Sequence[Candidate], space: Sequence[Dimension]) -> dict[str, float]:

@@ -10,8 +10,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,10 @@ BOOT = (
     "with importing_torch():\n    from nanogpt.sweep.child import run\nrun(job)"
 )
 CHILD = (sys.executable, "-c", BOOT)
+# 并排的试跑（beside）：这个线程的在哪里，一张卡的编号或 cpu-0、cpu-1 …；空的就是这台机器
+place: ContextVar[str] = ContextVar("place", default="")
+# 线程收不到 Ctrl-C：设了它，守着子进程的都停下
+ending = threading.Event()
 
 
 @dataclass
@@ -116,7 +122,8 @@ def environment() -> dict[str, str]:
     """This process's environment for a child that is on its own, also where torchrun started this one."""
     # 带着 torchrun 的变量，子进程会去等永远不来的伙伴
     kept = {k: v for k, v in os.environ.items() if k not in TORCHRUN and not k.startswith("TORCHELASTIC_")}
-    return {**kept, "PYTHONIOENCODING": "utf-8"}
+    card = place.get() if not place.get().startswith("cpu") else ""
+    return {**kept, "PYTHONIOENCODING": "utf-8", **({"CUDA_VISIBLE_DEVICES": card} if card else {})}
 
 
 def _send(process: subprocess.Popen, job: dict[str, Any]) -> None:
@@ -136,6 +143,8 @@ def _wait(
     started = seen = time.monotonic()
     latest = 0
     while process.poll() is None:
+        if ending.is_set():
+            raise KeyboardInterrupt
         # 学的试跑有多长由预算定：卡住，是很久没有新的一行
         if signs and (changed := max(map(_changed, (report, *signs)))) > latest:
             seen, latest = time.monotonic(), changed

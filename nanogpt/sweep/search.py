@@ -11,6 +11,7 @@ Needs no torch: the trials train in child processes.
 
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from nanogpt.data import tokenizer as tokenizers
 from nanogpt.sweep import earlier_results, result
 from nanogpt.sweep.auto_batch import candidates as batch_sizes
 from nanogpt.sweep.auto_batch import fastest
+from nanogpt.sweep.beside import Beside, places
 from nanogpt.sweep.halving import Candidate, Schedule, Search, divide
 from nanogpt.sweep.result import FIT, STATUS_MESSAGES, TrialResult
 from nanogpt.sweep.space import OWN, Dimension, default_of, overrides_of, space_of
@@ -83,7 +85,7 @@ def _search(cfg: TrainConfig, overrides: list[str]) -> float:
     announce(cfg, space, schedule)
     search = Search(
         space, schedule, trials.run, minutes=cfg.search.minutes, seed=cfg.seed, say=tell,
-        first=default_of(space, cfg), prune=trials.forget, spent=trials.spent,
+        first=default_of(space, cfg), prune=trials.forget, spent=trials.spent, beside=trials.beside,
     )
     search.run()
     write_search(cfg, space, search, trials.folder)
@@ -99,7 +101,7 @@ def _fastest(cfg: TrainConfig, overrides: list[str]) -> float:
     schedule = Schedule((0.0,), cfg.search.trials, cfg.search.eta, 1, 1, 0.0)
     search = Search(
         space, schedule, lambda setting, rung, seed: trials.trial(overrides_of(setting, cfg.model)),
-        minutes=cfg.search.minutes, seed=cfg.seed, say=tell,
+        minutes=cfg.search.minutes, seed=cfg.seed, say=tell, beside=trials.beside,
     )
     search.run()
     found = list({got.key: got for one in search.candidates for got in one.tried}.values())
@@ -119,6 +121,7 @@ def check_search(cfg: TrainConfig) -> None:
     """ConfigError for what cannot be searched, before anything begins, and where no recent Optuna is installed."""
     check(cfg)
     searched(cfg)
+    places(cfg)
     try:
         import optuna
         import sklearn  # noqa: F401 - optuna 的 fANOVA 用它
@@ -201,12 +204,16 @@ class Trials:
         self.micro_batch = cfg.batch_size if isinstance(cfg.batch_size, int) else None
         self.evaluated: list[str] = []
         self.schedule: Schedule | None = None
+        self.beside = Beside(places(cfg))
+        # Hydra 的拼装只有一份全局的状态
+        self.composing = threading.Lock()
 
     # ---- 配置 ----
 
     def composed(self, more: Sequence[str]) -> TrainConfig:
         """The configuration with these overrides behind the typed ones, checked."""
-        node = compose("train", [*self.base, *more], return_hydra_config=True)
+        with self.composing:
+            node = compose("train", [*self.base, *more], return_hydra_config=True)
         choices = OmegaConf.to_container(node.hydra.runtime.choices)
         with open_dict(node):
             del node["hydra"]
@@ -234,10 +241,12 @@ class Trials:
 
     def trial(self, more: list[str], run_dir: Path | None = None) -> TrialResult:
         """One child process with these overrides behind the typed ones; a mistake in them is a result."""
-        self.number += 1
+        with self.composing:
+            self.number += 1
+            folder = self.folder / str(self.number)
         shown = [*self.base, *more]
         try:
-            return run_trial(self.composed(more), shown, self.folder / str(self.number), run_dir=run_dir)
+            return run_trial(self.composed(more), shown, folder, run_dir=run_dir)
         except ConfigError as error:
             return result.made({"overrides": shown, "status": "invalid", "reason": str(error)})
 
@@ -285,7 +294,7 @@ class Trials:
         search = self.cfg.search
         return divide(
             search.minutes - self.spent, start_minutes, trials=search.trials, eta=search.eta, rungs=search.rungs,
-            top=search.top, seeds=search.seeds,
+            top=search.top, seeds=search.seeds, jobs=search.jobs,
         )
 
     def _typed(self, key: str) -> bool:

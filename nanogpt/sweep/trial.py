@@ -25,7 +25,7 @@ from nanogpt.base.lock import only_one
 from nanogpt.data.assets import cache_folder
 from nanogpt.sweep import earlier_results
 from nanogpt.sweep.claims import claimed
-from nanogpt.sweep.process import CHILD, Ended, run_child
+from nanogpt.sweep.process import CHILD, Ended, place, run_child
 from nanogpt.sweep.result import FIT, TrialResult, made
 from nanogpt.sweep.spill import judge
 
@@ -165,6 +165,6 @@ def lock_path(device: str) -> Path:
     # auto 与 cuda 都是第一张看得见的卡；父进程不导入 torch，只能按名字分
     named = device if re.fullmatch(r"(cuda|xpu):[1-9]\d*", device) else "first"
     # Slurm 隔开各任务的卡之后，每个任务看自己的都是 0 号
-    visible = os.environ.get("SLURM_JOB_GPUS") or os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    visible = place.get() or os.environ.get("SLURM_JOB_GPUS") or os.environ.get("CUDA_VISIBLE_DEVICES", "")
     # 不放公用的临时文件夹：谁都能先占住那个名字；主目录可能几台机器共用，名字里要有机器
     return cache_folder() / ("trial-" + re.sub(r"\W+", "-", f"{platform.node()}-{visible}-{named}") + ".lock")

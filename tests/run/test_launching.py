@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typed import typed
 
-from nanogpt.base.config import ROOT
 from nanogpt.base.language import ConfigError
 from nanogpt.run import folders, launching, rundir
 
@@ -176,17 +175,29 @@ def test_a_folder_that_is_cleared_keeps_its_job(own_run):
     assert [path.name for path in job.parent.iterdir()] == ["job"] and (job / "id").is_file()
 
 
+def test_without_ray_its_package_is_named(slurm, monkeypatch):
+    monkeypatch.setattr(launching.importlib.util, "find_spec", lambda name: None)
+    done = typed("run_train.py", slurm[0], "launch=ray", expect=2)
+    assert "launch=ray needs the package ray; install it with: pip install ray" in done.stderr and not (slurm[0] / "outputs").exists()
+
+
 @pytest.mark.parametrize(("words", "line"), [
     (["launch.nodes=0"], "launch.nodes=0 is out of range; it must be >= 1"),
     (["launch.options=gpu"], "launch.options='gpu': options of sbatch begin with -"),
     (["experiment=fit"], "launch=slurm starts one training; trials go to a cluster by"),
     (["launch=slrm"], "there is no such option; choose one of: none, ray, slurm"),
-    (["-m", "seed=1,2"], "launch=slurm starts one training, not a sweep"),
 ])
 def test_what_cannot_be_launched_is_refused_in_one_line(slurm, words, line):
     folder, _ = slurm
     done = typed("run_train.py", folder, "launch=slurm", *words, expect=2)
     assert line in done.stderr and done.stderr.count("error:") == 1 and not (folder / "outputs").exists()
+
+
+def test_a_sweep_is_not_launched_but_its_jobs_are_handed_out():
+    import run_train
+
+    with pytest.raises(ConfigError, match="launch=slurm starts one training, not a sweep; .* hydra/launcher=submitit_slurm"):
+        run_train.before_sweep(make_config("launch=slurm"))
 
 
 def test_a_resumed_job_would_go_back_to_a_checkpoint_each_time(own_run):
@@ -221,8 +232,3 @@ def test_a_signal_that_torchrun_passes_on_again_does_not_cut_the_save_short(monk
         for name, handler in before.items():
             signal.signal(getattr(signal, name), handler)
     assert trainer.stop_requested and len(said) == 1
-
-
-def test_launching_never_imports_torch():
-    code = "import sys, nanogpt.run.launching, nanogpt.run.ray_cluster; assert 'torch' not in sys.modules and 'ray' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

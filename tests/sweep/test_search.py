@@ -3,10 +3,13 @@
 import dataclasses
 import json
 import math
+import random
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from conftest import composed, make_config
@@ -14,12 +17,14 @@ from test_end_to_end import QUICK, TEXT
 from typed import typed
 
 from nanogpt.base.language import ConfigError
-from nanogpt.sweep import child, process, result, search
+from nanogpt.sweep import child, earlier_results, process, result, search
+from nanogpt.sweep.beside import Beside, places
 from nanogpt.sweep.extrapolation import estimate
 from nanogpt.sweep.halving import LEAST_MINUTES, Search, divide, importance
 from nanogpt.sweep.learning_report import full_budget
 from nanogpt.sweep.result import TrialResult
 from nanogpt.sweep.space import default_of, overrides_of, shaped, space_of
+from nanogpt.sweep.trial import lock_path
 
 OPTUNA = pytest.mark.skipif(not find_spec("optuna"), reason="extra search is not installed")
 SPACE = ["learning_rate=tag(log,interval(1e-3,1e-1))", "global_batch_size=8,16,32", "dropout=0.0,0.1"]
@@ -98,6 +103,75 @@ def test_an_interrupted_search_typed_again_comes_to_the_same_end():
             searched(fake, 30.0)
         fake.stop = 10**9
         assert told(searched(fake, 30.0)) == expected and fake.calls == whole.calls
+
+
+@OPTUNA
+def test_beside_each_other_the_search_is_the_same_whoever_is_done_first_and_an_interrupted_one_too(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    one, schedule = (divide(60.0, 0.1, trials=27, eta=3, rungs=3, top=2, seeds=3, jobs=jobs) for jobs in (1, 3))
+    assert schedule.rungs[-1] > 1.5 * one.rungs[-1] and schedule.minutes == pytest.approx(60)
+    busy = set()
+
+    class Slow(Fake):
+        def trained(self, setting, rung, seed):
+            where = process.place.get()
+            assert where.startswith("cpu-") and where not in busy
+            busy.add(where)
+            time.sleep(random.random() / 200)
+            busy.remove(where)
+            return super().trained(setting, rung, seed)
+
+    def searched(fake):
+        beside = Beside(["cpu-0", "cpu-1", "cpu-2"])
+        found = Search(space_of(SPACE, [], []), schedule, fake, minutes=60.0, seed=1, say=lambda *said: None, beside=beside)
+        found.run()
+        return found
+
+    found = searched(Slow(schedule))
+    assert found.spent <= 60.0 and abs(math.log10(float(found.best[0].setting["learning_rate"])) + 2) < 0.2 and len(found.best[0].values) == 3
+    settings = [tuple(one.setting.items()) for one in found.candidates]
+    assert len(settings) == len(set(settings)) and told(searched(Slow(schedule))) == told(found)
+    fake = Slow(schedule, stop=11)
+    with pytest.raises(KeyboardInterrupt):
+        searched(fake)
+    fake.stop = 10**9
+    assert told(searched(fake)) == told(found) and len(set(fake.calls)) == len(fake.calls)
+
+
+def test_ctrl_c_ends_the_trials_beside_each_other(tmp_path):
+    def work(piece):
+        if piece:
+            raise KeyboardInterrupt
+        process.run_child({}, tmp_path, timeout_s=60, command=[process.sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+
+    before = set(psutil.Process().children())
+    with pytest.raises(KeyboardInterrupt):
+        Beside(["0", "1"]).all(work, [0, 1])
+    assert set(psutil.Process().children()) == before and not process.ending.is_set()
+
+
+@pytest.mark.parametrize(("cards", "words", "found"), [
+    ("", ["search.jobs=2", "objective=val_loss"], ["cpu-0", "cpu-1"]),
+    ("", ["search.jobs=2", "objective=tokens_per_s"], "on a CPU, trials beside each other would disturb each other's timing"),
+    ("A100, 580\nA100, 580", ["search.jobs=2", "objective=tokens_per_s"], ["4", "7"]),
+    ("A100, 580\nA100, 580", ["search.jobs=3"], "search.jobs=3, but 2 cards can be seen here"),
+    ("A100, 580\nA100, 580", ["search.jobs=2", "device=cuda:1"], "takes a CUDA card for each trial; leave device=cuda:1 out"),
+    ("A100, 580\nA100, 580", ["search.jobs=2", "device=cpu"], ["cpu-0", "cpu-1"]),
+    ("A100, 580\nL4, 580", ["search.jobs=2"], "the cards here differ"),
+])
+def test_trials_beside_each_other_have_a_card_each_or_share_the_cores_of_a_cpu(monkeypatch, cards, words, found):
+    monkeypatch.setattr(earlier_results, "_cards", lambda: cards)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    cfg = make_config("experiment=search", *words, checked=False)
+    if isinstance(found, str):
+        with pytest.raises(ConfigError, match=found):
+            places(cfg)
+        return
+    assert places(cfg) == found
+    seen, locks = Beside(found).all(lambda piece: (process.environment()["CUDA_VISIBLE_DEVICES"], lock_path("auto")), range(2)), []
+    for card, lock in seen:
+        assert card == ("4,7" if found[0].startswith("cpu") else card) and lock not in locks
+        locks.append(lock)
 
 
 @OPTUNA
