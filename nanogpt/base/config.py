@@ -500,6 +500,8 @@ class TrainConfig:
     """Beginning of the sample, or its question."""
     sample_temperature: float = number(0, 100)
     """Of the sample; 0 is greedy."""
+    cache_data_gib: float = number(0, 10**6, open="low")
+    """Most that files of data sets behind an address (dataset.dir=s3://...) take in the local cache."""
     bundle_data_mib: int = number(0, 10**9)
     """Data sets up to this size are copied into the run."""
     verify: bool

@@ -38,6 +38,7 @@ from nanogpt.base.value_checks import check_types, check_value, expanded
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.bpe import check_vocab_size, train_bpe
 from nanogpt.data.digests import digest_of_text
+from nanogpt.data.remote import fetch_small, folder_of_address, is_address
 from nanogpt.data.source_text import stem_of, text_files
 
 # 1：meta.json 没有自己的摘要
@@ -242,6 +243,8 @@ def folder_of(name: str, directory: str | None, options: dict, module=None, *, v
     """
     module = module or _script(name)
     check_options(module.prepare, options)
+    if is_address(directory):
+        return folder_of_address(directory.rstrip("/"))
     if directory:
         return Path(directory)
     stem = stem_of(Path(options["path"])) if options.get("path") else "prepared"
@@ -276,8 +279,11 @@ def _names_path(key: str, value) -> bool:
 def prepare(name: str, directory: str | None, options: dict, *, verify: bool = False) -> Path:
     """Return the prepared folder of data set `name`; if it is missing, data/<name>/prepare.py makes it first.
 
-    The script's function is `prepare(folder, **options)`. Says which folder is used again.
+    The script's function is `prepare(folder, **options)`. Says which folder is used again. A directory that is an
+    address of fsspec gives its folder in the local cache.
     """
+    if is_address(directory):
+        return fetch_small(directory.rstrip("/"), FORMAT)
     module, folder = _script(name), Path(directory or name)
     try:
         folder = folder_of(name, directory, options, module, verify=verify)

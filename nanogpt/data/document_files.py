@@ -99,14 +99,14 @@ class Corpus:
                 raise
             except Exception as error:
                 # 网络、解压、parquet 的错误类型由各自的库决定，都意味着读不到
-                raise unreadable(span.file, error) from None
+                raise unreadable("dataset.path", span.file, error) from None
 
 
-def unreadable(named: str, error: Exception) -> ConfigError:
+def unreadable(key: str, got: str, error: Exception) -> ConfigError:
     """That something cannot be read, in one line."""
     return ConfigError(
-        "dataset.path: {got} cannot be read ({reason}); check its name, the network and your access to it",
-        got=named, reason=reason_of(error),
+        "{key}: {got} cannot be read ({reason}); check its name, the network and your access to it",
+        key=key, got=got, reason=reason_of(error),
     )
 
 
@@ -292,7 +292,7 @@ def _remote_files(path: str) -> list[tuple[str, int]]:
         return [(filesystem.unstrip_protocol(name), int(found[name]["size"])) for name in sorted(found)]
     except Exception as error:
         # 哪一种存储，错误就是哪一种库的：没装的库、没有的桶、断了的网
-        raise unreadable(path, error) from None
+        raise unreadable("dataset.path", path, error) from None
 
 
 def _hub_files(path: str, subset: str | None, split: str, revision: str | None) -> list[tuple[str, int]]:
@@ -308,7 +308,7 @@ def _hub_files(path: str, subset: str | None, split: str, revision: str | None) 
             raise ValueError(f"dataset.split={split}: choose one of {', '.join(map(str, chosen)) or '-'}")
         return _with_sizes([str(file) for file in chosen[split]])
     except Exception as error:
-        raise unreadable(path, error) from None
+        raise unreadable("dataset.path", path, error) from None
 
 
 def _with_sizes(files: list[str]) -> list[tuple[str, int]]:

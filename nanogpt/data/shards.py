@@ -6,7 +6,7 @@
 # 映射只留正在用与马上要用的几个文件：打开的文件与内存都有上限
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -55,8 +55,11 @@ class Opener:
 
     # 几个 Shards（训练的、留出的）共用一个：同一个文件只映射一次
 
-    def __init__(self, folder: Path, meta: dict, *, verify: bool = False, bring: Callable[[str], None] | None = None):
-        """bring(file) fetches a file of the folder that lies elsewhere."""
+    def __init__(
+        self, folder: Path, meta: dict, *, verify: bool = False,
+        bring: Callable[[str, int, Collection[str]], None] | None = None,
+    ):
+        """bring(file, its bytes, files that are wanted) fetches a file of the folder that lies elsewhere."""
         self.folder, self.meta, self.verify, self.bring = folder, meta, verify, bring
         self.dtype = np.dtype(meta["dtype"])
         self._opened: dict[str, Future[np.ndarray]] = {}
@@ -93,9 +96,9 @@ class Opener:
                 opened.set_exception(error)
 
     def _open(self, file: str) -> np.ndarray:
-        if self.bring:
-            self.bring(file)
         path, digest, count = self.folder / file, self.meta["sha256"][file], self.meta["shards"][file]
+        if self.bring:
+            self.bring(file, count * self.dtype.itemsize, self._opened.keys())
         check_there(path, self.folder, count * self.dtype.itemsize)
         hashed = Hashed([path])
         known = None if self.verify else hashed.recall()

@@ -27,6 +27,7 @@ from nanogpt.base.language import ConfigError
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.corpus import FORMAT, home_of
 from nanogpt.data.digests import Hashed
+from nanogpt.data.remote import Cache, origin_of
 from nanogpt.data.shards import Opener, Shards, verified
 
 SPLITS = ("train", "val")
@@ -39,6 +40,8 @@ ORDER = 2
 ORDERS = (1, ORDER)
 # 这么多个文件的块混在一起打乱；改了它，分成许多文件的数据的次序就变
 MIXED = 4
+# 放在别处的数据在本机缓存里至多占这么多
+CACHE_GIB = 20.0
 
 
 def read_meta(folder: Path) -> dict:
@@ -100,12 +103,15 @@ class TokenData:
     question: str | None = None
     """A question of the validation part, where it holds conversations."""
 
-    def __init__(self, folder: Path, *, verify: bool = False):
+    elsewhere = False
+    """Whether the files of the training split are fetched as they are needed."""
+
+    def __init__(self, folder: Path, *, verify: bool = False, cache_gib: float = CACHE_GIB):
         self.folder = Path(folder)
         self.meta = read_meta(self.folder)
         self._dtype = np.dtype(self.meta["dtype"])
         shards = self.meta.get("shards")
-        opener = Opener(self.folder, self.meta, verify=verify) if shards else None
+        opener = self._opener(verify, cache_gib) if shards else None
         largest = self._largest_ids(verify=verify)
         self.name: str = self.meta["name"]
         self.tokenizer = tokenizers.load(self.folder / "tokenizer.json")
@@ -115,10 +121,28 @@ class TokenData:
         self.overlap = 0
         """Tokens that a validation window shares with the one before it; see slide()."""
         self._check_ids({split: largest[f"{split}.bin"] for split in SPLITS if f"{split}.bin" in largest})
-        if opener and verify:
+        if opener and verify and not self.elsewhere:
             for file in shards:
                 opener.tokens(file)
                 opener.ahead([])
+
+    def _opener(self, verify: bool, cache_gib: float) -> Opener:
+        address = origin_of(self.folder)
+        if address is None:
+            return Opener(self.folder, self.meta, verify=verify)
+        self.elsewhere = True
+        # 正用着的与接下来的两组都要放得下
+        need = sum(sorted(self.meta["shards"].values())[-2 * MIXED :]) * self._dtype.itemsize
+        if cache_gib * 2**30 < need:
+            raise ConfigError(
+                "cache_data_gib={got} is too small for the {files} files of {path} that are needed at a time; choose "
+                "cache_data_gib={want} or more",
+                got=cache_gib, files=2 * MIXED, path=address, want=math.ceil(need / 2**30 * 10) / 10,
+            )
+        return Opener(
+            self.folder, self.meta, verify=verify,
+            bring=Cache(self.folder, address, self.meta, cache_gib * 2**30).bring,
+        )
 
     def _opened(self, split: str, opener: Opener | None) -> np.ndarray | Shards:
         if opener and split == "train":

@@ -51,6 +51,7 @@ from nanogpt.data import corpus
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.conversations import ConversationData
 from nanogpt.data.opening import open_data
+from nanogpt.data.remote import is_address
 from nanogpt.data.tokens import ORDER, TokenData, copy_dataset, dataset_bytes, find_prepared
 from nanogpt.run import cpu_units, rundir
 from nanogpt.run.folders import size_of
@@ -245,7 +246,10 @@ class Session:
                 return folder
             return corpus.prepare(name, directory, options, verify=self.cfg.verify)
 
-        return open_data(distributed.from_first(prepared), self.cfg.label_dropout, verify=self.cfg.verify)
+        # 放在别处的，每台机器有自己的缓存：各取各的
+        folder = prepared() if is_address(directory) else distributed.from_first(prepared)
+        cfg = self.cfg
+        return open_data(folder, cfg.label_dropout, verify=cfg.verify, cache_gib=cfg.cache_data_gib)
 
     def _check_against_data(self) -> None:
         model, data = self.cfg.model, self.data
@@ -401,7 +405,8 @@ class Session:
         write_text(self.run_dir / "config.yaml", config_text)
         tokenizers.save(self.data.tokenizer, self.run_dir / "tokenizer.json")
         bundled = self.run_dir / "data"
-        if not bundled.exists() and dataset_bytes(self.data.folder) <= self.cfg.bundle_data_mib * 2**20:
+        small = not self.data.elsewhere and dataset_bytes(self.data.folder) <= self.cfg.bundle_data_mib * 2**20
+        if small and not bundled.exists():
             copy_dataset(self.data.folder, bundled)
 
     def _own_folder(self) -> tuple[Path, Lock]:
