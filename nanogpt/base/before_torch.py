@@ -9,6 +9,8 @@ import gc
 import sys
 from collections.abc import Iterator, MutableMapping
 
+SPINS = "20000"
+
 
 def spin_briefly(environment: MutableMapping[str, str]) -> None:
     """Let OpenMP's waiting threads sleep soon (GNU OpenMP, on Linux), unless the environment says how they wait.
@@ -16,8 +18,9 @@ def spin_briefly(environment: MutableMapping[str, str]) -> None:
     To be called before torch is imported.
     """
     # 默认的空转很久：两次训练同机，各只剩独占时的一成；转这么多次是三成多，独占时不慢（2 核、默认的训练）
+    # 机器忙不忙要到跑起来才知道：那时由 core/waiting 再减
     if "OMP_WAIT_POLICY" not in environment:
-        environment.setdefault("GOMP_SPINCOUNT", "20000")
+        environment.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 @contextlib.contextmanager

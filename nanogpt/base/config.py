@@ -424,6 +424,8 @@ class TrainConfig:
     """Same seed, machine and versions: same result."""
     device: str
     """auto | cpu | cuda | cuda:0 … | xpu (Intel) | mps (Mac)."""
+    threads: int | None = number(1, 4096)
+    """Threads of a CPU; None: one for each core, or OMP_NUM_THREADS. Another number may change the last digits."""
     lang: str = choice("auto", "zh", "en")
     """Language of the console; auto takes the system's."""
     compile: str = choice("auto", "true", "false")

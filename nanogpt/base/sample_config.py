@@ -82,6 +82,8 @@ class SampleConfig:
     """best | last | iter_00001000 …"""
     device: str
     """auto | cpu | cuda | cuda:0 … | xpu (Intel's GPU) | mps (a Mac's GPU)."""
+    threads: int | None = number(1, 4096)
+    """Threads of a CPU; None: one for each core, or OMP_NUM_THREADS."""
     block_size: int | None = number(1, 10**6)
     """Context to write with; None: the model's own, which learned positions cannot exceed. Beyond the lengths that were
     trained texts get worse, unless the model's rope scaling was trained for it."""

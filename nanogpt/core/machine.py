@@ -16,6 +16,7 @@ from nanogpt.base.config import HardwareConfig
 from nanogpt.base.hardware import GIB, allocator_cap, device_memory
 from nanogpt.base.language import ConfigError, say
 from nanogpt.core import distributed
+from nanogpt.core.waiting import watch_the_machine
 
 WINDOWS_MARGIN = 2**28
 """VRAM that stays free on Windows, where memory beyond the card is paged instead of refused."""
@@ -75,14 +76,20 @@ def accelerators() -> list[str]:
     return [f"{kind}:{i}" for i in range(torch.accelerator.device_count())] if kind in ("cuda", "xpu") else []
 
 
-def set_up(device: torch.device, *, deterministic: bool, hardware: HardwareConfig) -> None:
-    """Make results repeatable, CPU allocations cheap, and the VRAM budget real."""
+def set_up(
+    device: torch.device, *, deterministic: bool, hardware: HardwareConfig, threads: int | None = None
+) -> None:
+    """Make results repeatable, CPU allocations cheap, its threads good neighbours, and the VRAM budget real."""
+    if threads:
+        torch.set_num_threads(threads)
     # 非正规数在 CPU 上慢几十倍，训练后期的微小梯度会碰到
     torch.set_flush_denormal(True)
     if device.type == "cpu" and hardware.ram_gib is not None:
         return_freed_memory()
     else:
         keep_freed_memory()
+    if device.type == "cpu":
+        watch_the_machine()
     if device.type == "mps":
         cap_allocator(device, hardware)
     if device.type != "cuda":

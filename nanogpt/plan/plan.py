@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 
+import torch
+
 from nanogpt.base.config import TrainConfig, check, span_of, tokens_per_step
 from nanogpt.base.groups import train_config
 from nanogpt.base.quoting import quoted
@@ -167,6 +169,9 @@ class Planner:
     # 一次追踪要几秒，建议与表会反复问相近的设置：记住的键是所有影响追踪的部分
 
     def __init__(self, cfg: TrainConfig):
+        if cfg.threads:
+            # 测这台机器的峰值时，也用训练会用的那么多
+            torch.set_num_threads(cfg.threads)
         self.budget = budget_for(cfg)
         self.rates = rates_of(cfg.hardware, self.budget, tf32=cfg.precision.tf32)
         self._traces: dict[str, Trace] = {}

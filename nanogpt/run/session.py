@@ -125,7 +125,9 @@ class Session:
             )
         if cfg.batch_size != "auto":
             share_batch(cfg, distributed.world())
-        machine.set_up(self.device, deterministic=cfg.deterministic, hardware=cfg.hardware)
+        machine.set_up(
+            self.device, deterministic=cfg.deterministic, hardware=cfg.hardware, threads=cfg.threads,
+        )
         distributed.start(self.device, cfg.parallel.timeout_s)
         # 默认目录名含时间，batch_size=auto 由第一个进程实测：各进程要用同一个
         self.run_dir, cfg.batch_size = distributed.broadcast((run_dir, cfg.batch_size))

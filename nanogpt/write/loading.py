@@ -201,7 +201,7 @@ def open_model(cfg: SampleConfig, run_dir: Path | None, overrides: list[str] | N
 
 def _opened(cfg: SampleConfig, run_dir: Path | None) -> Model:
     device = machine.choose_device(cfg.device, HardwareConfig())
-    machine.set_up(device, deterministic=False, hardware=HardwareConfig())
+    machine.set_up(device, deterministic=False, hardware=HardwareConfig(), threads=cfg.threads)
     if run_dir is None:
         pretrained = open_pretrained(cfg.init_from, which=cfg.checkpoint, code=cfg.model["_target_"])
         return ready(cfg, cfg.init_from, build_pretrained(pretrained).to(device), pretrained.tokenizer)
