@@ -38,6 +38,8 @@ ROWS = 256
 class Range(NamedTuple):
     """Bytes begin … end - 1 of a file; end None: to its end, however long it is."""
 
+    # 压缩的文件解开有多长，事先不知道：end 才可以是 None
+
     file: str
     begin: int
     end: int | None
@@ -45,6 +47,8 @@ class Range(NamedTuple):
 
 class Found(NamedTuple):
     """A piece of text, whether a document ends with it, and how many bytes of the file it took."""
+
+    # txt 的一篇可以有几 GB，一段一段地给；字节数只用于进度
 
     text: str
     ends: bool

@@ -58,7 +58,7 @@ class LearningTrainer(TrialTrainer):
         summary, cfg = super().fit(), self.cfg
         ended = cfg.lr_decay_iters in (None, self.progress.iteration) or summary["stopped_by"] == "early_stop"
         if cfg.holdout and ended and summary["stopped_by"] != "interrupted":
-            self.data = open_data(self.data.folder, cfg.label_dropout)
+            self.data = open_data(self.data.folder, cfg.label_dropout, cache_gib=cfg.cache_data_gib)
             self.windows = self.data.val_windows(self.block_size, VALIDATION_TOKENS)
             loss, bits = self.evaluate(), self.data.bits_per_byte(self.windows)
             summary["validation"] = {"val_loss": loss, "val_bpb": bits and bits * loss}

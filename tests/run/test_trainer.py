@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_config, new_session, new_trainer, no_grad_eval, reseal, resume, resumed_trainer, train
+from test_shards import sharded_dataset
 
 from nanogpt.base.config import auto_tokens, block_parameters, span_of
 from nanogpt.base.language import ConfigError
@@ -220,6 +221,17 @@ def test_resume_equals_the_uninterrupted_run_to_the_bit(in_tmp, tiny_overrides, 
     assert [{k: v for k, v in r.items() if k != "val/loss"} for r in rows[0]] == [{k: v for k, v in r.items() if k != "val/loss"} for r in rows[1]]
     samples = [[r["sample"] for r in records(f"outputs/{n}") if "sample" in r][-1] for n in ("whole", "half")]
     assert samples[0] == samples[1]
+
+
+def test_a_run_on_many_files_behind_an_address_resumes_to_the_bit(in_tmp, tiny_overrides, monkeypatch):
+    monkeypatch.setenv("NANOGPT_CACHE", str(in_tmp / "cache"))
+    address = sharded_dataset(in_tmp / "corpus").as_uri()
+    base = [o for o in tiny_overrides if not o.startswith("dataset")] + ["dataset=hf", f"dataset.dir={address}", "lr_decay_iters=6", "sample_tokens=0"]
+    whole = train(base, out="outputs/whole")
+    train(base, "max_iters=2", out="outputs/half")
+    again = resumed_trainer("outputs/half", "max_iters=6")
+    again.fit()
+    assert torch.equal(weights(again.model), weights(whole.model)) and not (in_tmp / "outputs/half/data").exists()
 
 
 def test_a_run_of_an_earlier_version_goes_on_in_its_own_order(in_tmp, tiny_overrides):
