@@ -10,7 +10,9 @@ from nanogpt.base.config import (
     HardwareConfig,
     LaunchConfig,
     MemoryConfig,
+    ModelConfig,
     ParallelConfig,
+    PrecisionConfig,
     Range,
     SearchConfig,
     TrainConfig,
@@ -23,6 +25,8 @@ from nanogpt.base.sample_config import SampleConfig, ServerConfig
 SECTIONS = (
     ("nanogpt train", "", TrainConfig, "train.yaml"), ("trial", "trial.", TrialConfig, "train.yaml"),
     ("search", "search.", SearchConfig, "experiment/search.yaml"),
+    ("model", "model.", ModelConfig, "model/tiny.yaml"), ("arch", "model.", ModelConfig, "arch/modern.yaml"),
+    ("precision", "precision.", PrecisionConfig, "precision/auto.yaml"),
     ("memory", "memory.", MemoryConfig, "memory/default.yaml"),
     ("finetune", "finetune.", FinetuneConfig, "finetune/lora.yaml"),
     ("hardware", "hardware.", HardwareConfig, "hardware/auto.yaml"),

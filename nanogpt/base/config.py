@@ -157,8 +157,8 @@ class ModelConfig:
     rope_attention_factor: float = number(0, HUGE, 1.0, open="low")
     """yarn: what the rotated queries and keys are multiplied by."""
     ngrams: list[int] | None = None
-    """Sizes n of the hashed n-gram embeddings, each 2 … 8, for example [2, 3]; [] has none. None: those of 2 … 5 that
-    occur often enough in the text for as many passes as the budget makes."""
+    """Sizes n of the hashed n-gram embeddings, each 2 … 8, for example [2, 3]; [] has none. None: 2 … 5, the
+    fewer the more often the budget reads the text and the larger the blocks."""
     ngram_buckets: int = number(1, 10**9, 16384)
     """Rows of each n-gram table."""
     separator: int | None = None

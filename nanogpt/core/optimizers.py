@@ -17,6 +17,8 @@ RANGES = {
     "beta1": (0, 0.99999), "beta2": (0, 0.99999), "momentum": (0, 0.99999), "weight_decay": (0, 10), "eps": (0, 1),
     "ns_steps": (1, 20), "embedding_lr_scale": (0, 1e6), "head_lr_scale": (0, 1e6), "ngram_lr_scale": (0, 1e6),
 }
+# n-gram 表的学习率倍数，适合只读一遍的文字
+FRESH_NGRAM_SCALE = 3.0
 ADAMW_STATES = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -207,9 +209,10 @@ def adamw(model: torch.nn.Module, *, weight_decay: float, beta1: float, beta2: f
 
 def muon(
     model: torch.nn.Module, *, weight_decay: float, momentum: float, ns_steps: int,
-    embedding_lr_scale: float, head_lr_scale: float, ngram_lr_scale: float, beta1: float, beta2: float, eps: float,
+    embedding_lr_scale: float, head_lr_scale: float, ngram_lr_scale: float | None, beta1: float, beta2: float, eps: float,
 ) -> Optimizer:
-    """Muon on the blocks' matrices, AdamW without decay on embeddings, head and vectors."""
+    """Muon on the blocks' matrices, AdamW without decay on embeddings, head and vectors; ngram_lr_scale None is 3."""
+    ngram_lr_scale = FRESH_NGRAM_SCALE if ngram_lr_scale is None else ngram_lr_scale
     _check(
         beta1=beta1, beta2=beta2, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps, eps=eps,
         embedding_lr_scale=embedding_lr_scale, head_lr_scale=head_lr_scale, ngram_lr_scale=ngram_lr_scale,

@@ -43,13 +43,12 @@ def filled(cfg: TrainConfig, overrides: list[str] | None = None) -> tuple[TrainC
 def for_the_text(cfg: TrainConfig) -> TrainConfig:
     """The same with what the text decides as numbers; where it is not prepared, with the most memory that may be."""
     options = {k: v for k, v in cfg.dataset.items() if k not in ("name", "dir")}
-    folder, tokens = corpus.folder_of(cfg.dataset["name"], cfg.dataset["dir"], options), None
+    folder, tokens = corpus.folder_of(cfg.dataset["name"], cfg.dataset["dir"], options), 0
     if (folder / "meta.json").is_file():
-        tokens = unchecked(folder)
+        tokens = len(unchecked(folder))
     if cfg.max_tokens == "auto":
-        cfg = replace(cfg, max_tokens=auto_tokens(cfg.model, None if tokens is None else len(tokens)))
-    model = held_back(cfg, tokens)
-    return replace(cfg, model=model, dropout=model.dropout)
+        cfg = replace(cfg, max_tokens=auto_tokens(cfg.model, tokens or None))
+    return held_back(cfg, tokens)
 
 
 def vocabulary(cfg: TrainConfig) -> tuple[int, int | None, str]:

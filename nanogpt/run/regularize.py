@@ -1,5 +1,5 @@
-# 文字少、读的遍数多，模型就会背诵，n-gram 表背得最快
-# 所以 model.ngrams=null、dropout=null 时，由训练文本与预算来定：读几遍、每个 n-gram 平均出现几次
+# 文字少、读的遍数多，模型就会背诵：n-gram 表背得最快，大模型也快
+# 所以 model.ngrams、dropout、optimizer.ngram_lr_scale 为 null 时，由预算读几遍文字、block 多大来定
 # 定下的数写进配置，续训与写作照着它；命令行上写了的不动
 # 仍然背了起来的，early_stop_evals=null 时由 past_turn 叫停：宁可晚停，不停会好起来的
 """What a run takes against learning its text by heart, where the person leaves it open."""
@@ -7,18 +7,25 @@
 import math
 from dataclasses import replace
 
-import numpy as np
-
-from nanogpt.base.config import ALL_NGRAMS, PASSES, ModelConfig, TrainConfig, span_of, tokens_per_step
+from nanogpt.base.config import (
+    ALL_NGRAMS,
+    PASSES,
+    ModelConfig,
+    TrainConfig,
+    block_parameters,
+    span_of,
+    tokens_per_step,
+)
+from nanogpt.core.optimizers import FRESH_NGRAM_SCALE
 from nanogpt.core.progress import Progress
 
-# 一遍之内背不下来，表都占便宜；再多，一种 n-gram 平均每遍要出现这么多次，它的表才留下：少见的 n-gram 在表里几乎独占一行
-# 训练超过 LONG 个 token，要求按平方根提高：block 自己也学会了这些，表只剩下背诵
-OCCURRENCES, LONG = 2.5, 500_000
-# 从读这么多遍起丢弃，每翻一倍多丢 0.05；两处的数都量自 benchmarks/ablate.py turn
+# 一遍之内背不下来，表都占便宜；再多，n 越大的表越早只剩下背诵：5 读 2 遍还留着，4 到 4 遍，3 到 8 遍，2 到 16 遍
+# 这是 SMALL 个 block 参数的模型；更大的自己就学得会，遍数按参数之比的 LARGER 次方折算
+PASSES_OF_2, SMALL, LARGER = 16, 0.8e6, 0.75
+# 从差不多读两遍起，表学得慢些更好：一遍时 3 倍好 0.026，两遍时相当，四遍以上 1 倍才能多留一张表
+TWICE = 1.75
+# 从读这么多遍起丢弃，每翻一倍多丢 0.05；都量自 benchmarks/ablate.py held_back 与 held_back_small
 FRESH, EACH_DOUBLING, MOST_DROPOUT = 2, 0.05, 0.3
-# 数 n-gram 只看开头这么多 token：更长的文字里平均次数只会更高
-COUNTED = 2**21
 # 每读完一遍，验证损失会跳高百分之一二再回来；学习率降完时也拿得回这么多：高出 5% 才算升了
 # 连着这么多次都高，最好的又在预算的这么一份之前，才停
 RISEN, RISEN_EVALS, RISEN_SHARE = 0.05, 4, 0.2
@@ -32,30 +39,27 @@ def passes_of(cfg: TrainConfig, text_tokens: int) -> float:
     return PASSES if iters is None else iters * tokens_per_step(cfg) / max(1, text_tokens)
 
 
-def occurrences(tokens: np.ndarray, n: int) -> float:
-    """How often an n-gram of the text occurs in it, on average, in at most the first 2M tokens."""
-    ids = np.asarray(tokens[:COUNTED]).astype(np.uint64)
-    if len(ids) < n:
-        return 0.0
-    # 溢出时自然回绕：只要不同的 n-gram 几乎总得到不同的数
-    key = ids[n - 1 :].copy()
-    for back in range(1, n):
-        key = key * np.uint64(0x9E3779B97F4A7C15) + ids[n - 1 - back : len(ids) - back]
-    return len(key) / len(np.unique(key))
-
-
-def held_back(cfg: TrainConfig, tokens: np.ndarray | None) -> ModelConfig:
-    """The config's model with ngrams and dropout filled in; tokens: the training split, None where not prepared."""
-    model, text_tokens = cfg.model, len(tokens) if tokens is not None else 0
-    passes = passes_of(cfg, text_tokens) if text_tokens else 0.0
+def held_back(cfg: TrainConfig, text_tokens: int) -> TrainConfig:
+    """The config with ngrams, dropout and ngram_lr_scale filled in; text_tokens: of the training split, 0 if unknown."""
+    model, passes = cfg.model, passes_of(cfg, text_tokens) if text_tokens else 0.0
     if model.ngrams is None:
-        often = OCCURRENCES * passes * math.sqrt(max(1, passes * text_tokens / LONG))
-        kept = [n for n in ALL_NGRAMS if round(passes) <= 1 or occurrences(tokens, n) >= often]
-        model = replace(model, ngrams=kept)
+        model = replace(model, ngrams=tables_for(passes, block_parameters(model)))
     if model.dropout is None:
         # 训练过的权重学得慢，也背得慢：微调照旧从 0 起，要多少由人写
         model = replace(model, dropout=0.0 if cfg.init_from else dropout_for(passes))
-    return model
+    optimizer = cfg.optimizer
+    if "ngram_lr_scale" in optimizer and optimizer["ngram_lr_scale"] is None:
+        optimizer = {**optimizer, "ngram_lr_scale": FRESH_NGRAM_SCALE if passes < TWICE else 1.0}
+    return replace(cfg, model=model, dropout=model.dropout, optimizer=optimizer)
+
+
+def tables_for(passes: float, parameters: int) -> list[int]:
+    """Sizes n of the n-gram tables of a model with so many parameters in its blocks, for a text read so many times."""
+    if round(passes) <= 1:
+        return list(ALL_NGRAMS)
+    scaled = passes * max(1.0, parameters / SMALL) ** LARGER
+    # 界线在两档的几何平均处
+    return [n for n in ALL_NGRAMS if scaled < math.sqrt(2) * PASSES_OF_2 / 2 ** (n - 2)]
 
 
 def dropout_for(passes: float) -> float:

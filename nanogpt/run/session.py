@@ -139,8 +139,8 @@ class Session:
         if cfg.max_tokens == "auto":
             cfg.max_tokens = auto_tokens(cfg.model, len(self.data.tokens["train"]))
         self.left_open = [key for key in ("dropout", "ngrams") if getattr(cfg.model, key) is None]
-        cfg.model = held_back(cfg, self.data.tokens["train"])
-        cfg.dropout = cfg.model.dropout
+        filled = held_back(cfg, len(self.data.tokens["train"]))
+        cfg.model, cfg.dropout, cfg.optimizer = filled.model, filled.dropout, filled.optimizer
         distributed.check_alike(self._facts())
 
     def _facts(self) -> dict[str, str]:

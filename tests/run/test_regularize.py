@@ -11,33 +11,34 @@ from conftest import ROOT, make_config, new_session, resume, train
 
 from nanogpt.core.progress import Progress
 from nanogpt.plan.plan import Planner
-from nanogpt.run.regularize import RISEN_EVALS, has_risen, held_back, occurrences, passes_of, past_turn
+from nanogpt.run.regularize import RISEN_EVALS, has_risen, held_back, passes_of, past_turn, tables_for
 
 
-def test_an_ngram_occurs_as_often_as_counting_says():
-    ids = np.random.default_rng(0).integers(0, 5, 3000).astype(np.uint16)
-    for n in (2, 3, 4):
-        grams = {tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)}
-        assert occurrences(ids, n) == pytest.approx((len(ids) - n + 1) / len(grams))
-    assert occurrences(ids[:1], 2) == 0
-
-
-@pytest.mark.parametrize("tokens", [10_000, 100_000])
-def test_more_passes_never_take_more_tables_or_less_dropout(tokens):
-    text = np.random.default_rng(0).integers(0, 60, tokens).astype(np.uint8)
-    found = [held_back(make_config(f"max_tokens={int(passes * tokens)}"), text) for passes in (1, 2, 8, 1000)]
-    assert found[0].ngrams == [2, 3, 4, 5] and found[0].dropout == found[1].dropout == 0
+@pytest.mark.parametrize("model", ["tiny", "small", "medium"])
+def test_more_passes_or_larger_blocks_never_take_more_tables_or_less_dropout(model):
+    budgets = (1, 1.4, 2, 4, 8, 1000)
+    filled = [held_back(make_config(f"model={model}", f"max_tokens={int(passes * 10**6)}"), 10**6) for passes in budgets]
+    found = [cfg.model for cfg in filled]
+    assert [cfg.optimizer["ngram_lr_scale"] for cfg in filled] == [3, 3, 1, 1, 1, 1]
+    assert found[0].ngrams == found[1].ngrams == [2, 3, 4, 5] and found[0].dropout == found[2].dropout == 0
     for less, more in itertools.pairwise(found):
         assert set(more.ngrams) <= set(less.ngrams) and less.dropout <= more.dropout < 0.5
-    assert found[-1].ngrams == [] and found[2].dropout > 0
+    assert found[-1].ngrams == [] and found[4].dropout > 0
+    for passes in budgets:
+        assert set(tables_for(passes, 10**8)) <= set(tables_for(passes, 10**6)) <= set(tables_for(passes, 10**5))
+
+
+def test_what_was_measured_is_what_is_chosen():
+    """The best settings of results/ablate_held_back.json and ablate_held_back_small.json."""
+    assert [tables_for(passes, 786_432) for passes in (2, 4, 8)] == [[2, 3, 4, 5], [2, 3, 4], [2, 3]]
+    assert [tables_for(passes, 10_616_832) for passes in (4, 8)] == [[], []]
 
 
 def test_what_is_typed_is_taken_and_weights_trained_before_are_not_dropped():
-    text = np.zeros(1000, np.uint8)
-    typed = held_back(make_config("max_tokens=100000", "dropout=0.07", "model.ngrams=[2,7]"), text)
-    assert (typed.dropout, typed.ngrams) == (0.07, [2, 7])
+    typed = held_back(make_config("max_tokens=100000", "dropout=0.07", "model.ngrams=[2,7]", "optimizer.ngram_lr_scale=2"), 1000)
+    assert (typed.dropout, typed.model.ngrams, typed.optimizer["ngram_lr_scale"]) == (0.07, [2, 7], 2)
     cfg = make_config("max_tokens=100000", "arch=gpt2", "init_from=gpt2")
-    assert held_back(cfg, text).dropout == 0 and held_back(cfg, None).ngrams == []
+    assert held_back(cfg, 1000).dropout == 0 and held_back(cfg, 0).model.ngrams == []
     assert passes_of(make_config("max_minutes=1"), 10) == 4
 
 
