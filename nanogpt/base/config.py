@@ -425,7 +425,8 @@ class TrainConfig:
     device: str
     """auto | cpu | cuda | cuda:0 … | xpu (Intel) | mps (Mac)."""
     threads: int | None = number(1, 4096)
-    """Threads of a CPU; None: one for each core, or OMP_NUM_THREADS. Another number may change the last digits."""
+    """CPU threads; None: OMP_NUM_THREADS, or every core. Another number of threads may change the last digits of what
+    is computed."""
     lang: str = choice("auto", "zh", "en")
     """Language of the console; auto takes the system's."""
     compile: str = choice("auto", "true", "false")
@@ -469,8 +470,8 @@ class TrainConfig:
     grad_clip: float = number(0, HUGE)
     """Limit of the global L2 gradient norm; 0: no clipping."""
     dropout: float | None = number(0, 1, open="high")
-    """Probability that a value is dropped; 0.1 to 0.2 where a small text is read many times. None: by the passes over
-    the text; 0 for weights that were trained before."""
+    """Probability that a value is dropped. None: as the passes over the text want it, 0 for weights that were trained
+    before."""
     label_dropout: float = number(0, 1)
     """Probability that a training document loses its labels."""
     eval_interval: int = number(1, MANY)
@@ -503,7 +504,7 @@ class TrainConfig:
     sample_temperature: float = number(0, 100)
     """Of the sample; 0 is greedy."""
     cache_data_gib: float = number(0, 10**6, open="low")
-    """Most that files of data sets behind an address (dataset.dir=s3://...) take in the local cache."""
+    """Most that data behind an address takes in the cache."""
     bundle_data_mib: int = number(0, 10**9)
     """Data sets up to this size are copied into the run."""
     verify: bool

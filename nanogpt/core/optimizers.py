@@ -209,7 +209,8 @@ def adamw(model: torch.nn.Module, *, weight_decay: float, beta1: float, beta2: f
 
 def muon(
     model: torch.nn.Module, *, weight_decay: float, momentum: float, ns_steps: int,
-    embedding_lr_scale: float, head_lr_scale: float, ngram_lr_scale: float | None, beta1: float, beta2: float, eps: float,
+    embedding_lr_scale: float, head_lr_scale: float, ngram_lr_scale: float | None, beta1: float, beta2: float,
+    eps: float,
 ) -> Optimizer:
     """Muon on the blocks' matrices, AdamW without decay on embeddings, head and vectors; ngram_lr_scale None is 3."""
     ngram_lr_scale = FRESH_NGRAM_SCALE if ngram_lr_scale is None else ngram_lr_scale

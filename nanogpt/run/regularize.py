@@ -10,7 +10,6 @@ from dataclasses import replace
 from nanogpt.base.config import (
     ALL_NGRAMS,
     PASSES,
-    ModelConfig,
     TrainConfig,
     block_parameters,
     span_of,
@@ -40,7 +39,7 @@ def passes_of(cfg: TrainConfig, text_tokens: int) -> float:
 
 
 def held_back(cfg: TrainConfig, text_tokens: int) -> TrainConfig:
-    """The config with ngrams, dropout and ngram_lr_scale filled in; text_tokens: of the training split, 0 if unknown."""
+    """The config with ngrams, dropout and ngram_lr_scale filled in; text_tokens of the training split, 0: unknown."""
     model, passes = cfg.model, passes_of(cfg, text_tokens) if text_tokens else 0.0
     if model.ngrams is None:
         model = replace(model, ngrams=tables_for(passes, block_parameters(model)))
