@@ -323,4 +323,4 @@ def _with_sizes(files: list[str]) -> list[tuple[str, int]]:
     # 一个文件夹问一次，而不是一个文件一次
     folders = {name.rpartition("/")[0] for name in names}
     sizes = {one["name"]: one["size"] for folder in sorted(folders) for one in filesystem.ls(folder, detail=True)}
-    return [(file, int(sizes[name])) for file, name in zip(files, names)]
+    return [(file, int(sizes.get(name) or filesystem.size(name))) for file, name in zip(files, names)]

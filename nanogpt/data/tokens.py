@@ -64,11 +64,27 @@ def read_meta(folder: Path) -> dict:
         raise ConfigError("not_a_dataset", path=folder, reason=reason) from None
 
 
+def opener_of(folder: Path, meta: dict, *, verify: bool = False, cache_gib: float = CACHE_GIB) -> Opener:
+    """What opens the files of a training split that has many, fetched where they lie elsewhere."""
+    size = np.dtype(meta["dtype"]).itemsize
+    if (address := origin_of(folder)) is None:
+        return Opener(folder, meta, verify=verify)
+    # 正用着的与接下来的两组都要放得下
+    need = sum(sorted(meta["shards"].values())[-2 * MIXED :]) * size
+    if cache_gib * 2**30 < need:
+        raise ConfigError(
+            "cache_data_gib={got} is too small for the {files} files of {path} that are needed at a time; choose "
+            "cache_data_gib={want} or more",
+            got=cache_gib, files=2 * MIXED, path=address, want=math.ceil(need / 2**30 * 10) / 10,
+        )
+    return Opener(folder, meta, verify=verify, bring=Cache(folder, address, meta, cache_gib * 2**30).bring)
+
+
 def unchecked(folder: Path) -> "np.ndarray | Shards":
     """The training split of a prepared folder, whose file is not compared with meta.json: to look at its length."""
     meta = read_meta(folder)
     if "shards" in meta:
-        return Shards(Opener(folder, meta))
+        return Shards(opener_of(folder, meta))
     return np.memmap(folder / "train.bin", dtype=meta["dtype"], mode="r")
 
 
@@ -103,15 +119,14 @@ class TokenData:
     question: str | None = None
     """A question of the validation part, where it holds conversations."""
 
-    elsewhere = False
-    """Whether the files of the training split are fetched as they are needed."""
-
     def __init__(self, folder: Path, *, verify: bool = False, cache_gib: float = CACHE_GIB):
         self.folder = Path(folder)
         self.meta = read_meta(self.folder)
         self._dtype = np.dtype(self.meta["dtype"])
         shards = self.meta.get("shards")
-        opener = self._opener(verify, cache_gib) if shards else None
+        opener = opener_of(self.folder, self.meta, verify=verify, cache_gib=cache_gib) if shards else None
+        self.elsewhere = opener is not None and opener.bring is not None
+        """Whether the files of the training split are fetched as they are needed."""
         largest = self._largest_ids(verify=verify)
         self.name: str = self.meta["name"]
         self.tokenizer = tokenizers.load(self.folder / "tokenizer.json")
@@ -125,24 +140,8 @@ class TokenData:
             for file in shards:
                 opener.tokens(file)
                 opener.ahead([])
-
-    def _opener(self, verify: bool, cache_gib: float) -> Opener:
-        address = origin_of(self.folder)
-        if address is None:
-            return Opener(self.folder, self.meta, verify=verify)
-        self.elsewhere = True
-        # 正用着的与接下来的两组都要放得下
-        need = sum(sorted(self.meta["shards"].values())[-2 * MIXED :]) * self._dtype.itemsize
-        if cache_gib * 2**30 < need:
-            raise ConfigError(
-                "cache_data_gib={got} is too small for the {files} files of {path} that are needed at a time; choose "
-                "cache_data_gib={want} or more",
-                got=cache_gib, files=2 * MIXED, path=address, want=math.ceil(need / 2**30 * 10) / 10,
-            )
-        return Opener(
-            self.folder, self.meta, verify=verify,
-            bring=Cache(self.folder, address, self.meta, cache_gib * 2**30).bring,
-        )
+            # 都核对过了：之后每个 epoch 再打开时不必重来
+            opener.verify = False
 
     def _opened(self, split: str, opener: Opener | None) -> np.ndarray | Shards:
         if opener and split == "train":

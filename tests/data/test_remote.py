@@ -12,7 +12,7 @@ from nanogpt.base.hashed_json import write_sealed
 from nanogpt.base.language import ConfigError
 from nanogpt.data import corpus, remote
 from nanogpt.data.opening import open_data
-from nanogpt.data.tokens import TokenData, read_meta
+from nanogpt.data.tokens import TokenData, read_meta, unchecked
 
 OPTIONS = {"path": None}
 
@@ -146,3 +146,8 @@ def test_an_index_cannot_name_files_outside_its_folder(tmp_path, bucket):
     write_sealed(folder / "meta.json", {**meta, "sha256": {**meta["sha256"], "../../x": "0"}})
     with pytest.raises(ConfigError, match="memory://bucket/d"):
         opened(bucket(folder))
+
+
+def test_a_plan_knows_the_length_of_data_of_which_nothing_is_fetched_yet(tmp_path, bucket):
+    folder = opened(bucket(sharded_dataset(tmp_path / "d"))).folder
+    assert len(unchecked(folder)) == sum(SIZES) and not list(folder.glob("train-*.bin"))
