@@ -1,16 +1,18 @@
 """Writing speed beside the engines that do nothing else: CTranslate2, OpenVINO and llama.cpp, where they are installed.
 
-    python benchmarks/engines.py [--rounds 2] [--only ours ctranslate2 …]
+    python benchmarks/engines.py [--rounds 2] [--only ours ctranslate2 …] [--run FOLDER]
 
-All hold the same random weights of GPT-2 124M (speed does not depend on them), in float32 and in 8 bits, and write the same greedy
-text; what they write in float32 is compared. One program at a time, in a process of its own, in turn: 1, 8 and 32 rows, the first
+All hold the same random weights of GPT-2 124M (speed does not depend on them), in float32, in 8 bits and, ours and llama.cpp, in 4 bits
+(its Q4_0 is our format), and write the same greedy text; what they write in float32 is compared. One program at a time, in a process of its own, in turn: 1, 8 and 32 rows, the first
 token behind a prompt of 500, peak memory, and the time from the start of the process to its first token. Ours writes without guessing
 ahead (speculate=0). llama.cpp's server API is called in-process (xllamacpp). OpenVINO's int8 are 8-bit weights as ours are, written
 as a graph. `bound` is what the machine allows: bytes of weights over the read rate for few rows, operations over the matrix rate
-for many. What int8 changes is shown by the loss of a small trained run and by the divergence at GPT-2's shape. Needs ctranslate2, openvino, xllamacpp and gguf, each optional. Writes benchmarks/results/engines.json.
+for many. What the formats change is shown by the loss of a small trained run (--run: one of yours) and by the divergence at
+GPT-2's shape. Needs ctranslate2, openvino, xllamacpp and gguf, each optional. Writes benchmarks/results/engines.json.
 """
 
 import argparse
+import copy
 import importlib.metadata
 import json
 import os
@@ -27,16 +29,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sampling import SHAPES, losses_of, open_ours, peak_resident, random_weights, read_bandwidth  # noqa: E402
+from sampling import SHAPES, losses_of, peak_resident, random_weights, read_bandwidth  # noqa: E402
 
 SHAPE = SHAPES["gpt2_124m"]
 # 名字 -> (行数, 开头的 token 数, 新 token 数)
 CASES = {"1 row": (1, 1, 48), "8 rows": (8, 1, 16), "32 rows": (32, 1, 12), "first token behind 500": (1, 500, 1)}
 # 程序 -> 它要的包
 PROGRAMS = {
-    "ours fp32": None, "ours int8": None, "ctranslate2 fp32": "ctranslate2", "ctranslate2 int8": "ctranslate2",
+    "ours fp32": None, "ours bf16": None, "ours int8": None, "ours int4": None, "ctranslate2 fp32": "ctranslate2", "ctranslate2 int8": "ctranslate2",
     "openvino fp32": "openvino", "openvino int8": "openvino", "llama.cpp fp32": "xllamacpp", "llama.cpp int8": "xllamacpp",
+    "llama.cpp int4": "xllamacpp",
 }
+# 一个权重几个字节，乘积按哪种格式算
+BYTES, PRODUCTS = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 0.5625}, {"fp32": "fp32", "bf16": "fp32", "int8": "int8", "int4": "int8"}
 # 每个 token 读的权重（位置表除外），与每个 token 的乘加
 PARAMETERS = 123_653_376
 BLOCKS = 84_934_656
@@ -80,7 +85,7 @@ def write_ctranslate2(tensors: dict, folder: Path) -> None:
 
 
 def write_gguf(tensors: dict, folder: Path) -> None:
-    """Both formats of llama.cpp: F32, and Q8_0, its 8-bit weights."""
+    """Three formats of llama.cpp: F32, and Q8_0 and Q4_0, its 8-bit and 4-bit weights."""
     import gguf
 
     folder.mkdir()
@@ -93,7 +98,7 @@ def write_gguf(tensors: dict, folder: Path) -> None:
                 ("mlp.c_fc", "ffn_up"), ("mlp.c_proj", "ffn_down"),
             ):
                 names[f"h.{i}.{own}.{part}"] = f"blk.{i}.{theirs}.{part}"
-    for kind in ("fp32", "int8"):
+    for kind, packing in (("fp32", None), ("int8", "Q8_0"), ("int4", "Q4_0")):
         writer = gguf.GGUFWriter(str(folder / f"{kind}.gguf"), "gpt2")
         writer.add_context_length(SHAPE["block_size"])
         writer.add_embedding_length(SHAPE["n_embd"])
@@ -110,8 +115,8 @@ def write_gguf(tensors: dict, folder: Path) -> None:
         writer.add_bos_token_id(0)
         for own, theirs in names.items():
             data, packed = tensors[own].numpy(), None
-            if kind == "int8" and data.ndim == 2 and own != "wpe.weight":
-                packed = gguf.GGMLQuantizationType.Q8_0
+            if packing and data.ndim == 2 and own != "wpe.weight":
+                packed = gguf.GGMLQuantizationType[packing]
                 data = gguf.quants.quantize(data, packed)
             writer.add_tensor(theirs, data, raw_dtype=packed)
         writer.write_header_to_file()
@@ -200,13 +205,38 @@ def open_engine(program: str, folder: Path, threads: int):
     """generate of one program."""
     engine, kind = program.split()
     if engine == "ours":
-        import torch
-        from safetensors.torch import load_file
-
-        generate = open_ours(SHAPE, load_file(folder / "weights.safetensors"), f"ours {kind}", "cpu", torch.float32, "gelu_tanh")
-        return lambda prompts, n: generate(torch.tensor(prompts), n, True).tolist()
+        return open_own(folder, kind)
     opener = {"ctranslate2": open_ctranslate2, "openvino": open_openvino, "llama.cpp": open_llama}[engine]
     return opener(folder, kind, threads)
+
+
+def open_own(folder: Path, kind: str):
+    """generate of this project, loaded as a checkpoint is."""
+    import torch
+
+    from nanogpt.core.generate import Decoder
+    from nanogpt.core.machine import keep_freed_memory
+    from nanogpt.core.sampling import sampler
+    from nanogpt.weights.build import build_undrawn, preset
+    from nanogpt.weights.tensors import read_tensors, readers_of
+    from nanogpt.write.speed.acceleration import accelerate
+    from nanogpt.write.speed.formats import fill
+
+    keep_freed_memory()
+    model, file = build_undrawn(preset("gpt2", activation="gelu_tanh", **SHAPE)), folder / "weights.safetensors"
+    if kind == "fp32":
+        model.load_state_dict(read_tensors(file), strict=False)
+    else:
+        fill(model, readers_of(file).pieces(), kind)
+    accelerate(model.eval(), kind)
+
+    def generate(prompts, n):
+        decoder = Decoder(model, capacity=len(prompts), max_length=len(prompts[0]) + n)
+        for key, prompt in enumerate(prompts):
+            decoder.add(key, prompt, sampler(temperature=0.0), seed=key)
+        return torch.tensor([decoder.step().tolist() for _ in range(n)]).T.tolist()
+
+    return generate
 
 
 def open_ctranslate2(folder: Path, kind: str, threads: int):
@@ -296,8 +326,8 @@ def child(program: str, folder: str, started: str) -> None:
     print(json.dumps({**found, "peak_mib": peak_resident() / 2**20, "greedy": [int(i) for i in greedy]}))
 
 
-def int8_change() -> dict:
-    """What int8 changes: the loss of a small trained run, and the distributions of GPT-2's shape with random weights (nats)."""
+def changes(run: Path) -> dict:
+    """What int8 and int4 change: the loss of a trained run, and the distributions of GPT-2's shape with random weights (nats)."""
     import torch
 
     from nanogpt.weights.build import build_model, preset
@@ -305,12 +335,15 @@ def int8_change() -> dict:
 
     model = build_model(preset("gpt2", activation="gelu_tanh", **SHAPE), 0).eval()
     model.load_state_dict(random_weights(SHAPE), strict=False)
+    found = {}
     with torch.no_grad():
         idx = torch.tensor(prompts_of(1, 64))
         before = model(idx).log_softmax(-1)
-        after = accelerate(model, "int8", fast=False)(idx).log_softmax(-1)
-        divergence = (before.exp() * (before - after)).sum(-1).mean().item()
-    return {"tests/runs/modern_muon": losses_of(ROOT / "tests" / "runs" / "modern_muon"), "kl_at_gpt2_shape": divergence}
+        for kind in ("int8", "int4"):
+            after = accelerate(copy.deepcopy(model), kind, fast=False)(idx).log_softmax(-1)
+            divergence = (before.exp() * (before - after)).sum(-1).mean().item()
+            found[kind] = {"loss": losses_of(run, kind), "kl_at_gpt2_shape": divergence}
+    return found
 
 
 def matrix_rates() -> dict[str, float]:
@@ -333,7 +366,7 @@ def matrix_rates() -> dict[str, float]:
 def bound(kind: str, case: str, rate: float, bandwidth: float, rates: dict[str, float]) -> float:
     """Most tokens/s that the machine allows: the slower of reading the weights and multiplying with them."""
     rows, length, n = CASES[case]
-    size = PARAMETERS * (1 if kind == "int8" else 4) / (bandwidth * 1e9)
+    size, kind = PARAMETERS * BYTES[kind] / (bandwidth * 1e9), PRODUCTS[kind]
     if n == 1:
         # 词表那一层只算最后一个位置
         return 1 / max(size, 2 * (BLOCKS * length + PARAMETERS - BLOCKS) / rates[kind])
@@ -352,7 +385,7 @@ def summarised(seen: dict[str, list[dict]], bandwidth: float, rates: dict[str, f
             "peak_mib": round(statistics.median(run["peak_mib"] for run in runs)),
             "start_s": round(statistics.median(run["start_s"] for run in runs), 2), "greedy": runs[0]["greedy"],
         }
-    for kind in ("fp32", "int8"):
+    for kind in BYTES:
         others = [p for p in result if p.endswith(kind) and not p.startswith("ours")]
         if others and (ours := result.get(f"ours {kind}")):
             best = {case: max(result[p]["tokens_per_s"][case] for p in others) for case in CASES}
@@ -364,6 +397,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", nargs="*", help="parts of program names")
+    parser.add_argument("--run", type=Path, default=ROOT / "tests" / "runs" / "modern_muon")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -405,7 +439,7 @@ def main() -> None:
         "command": "python benchmarks/engines.py", "device": processor(), "cores": os.cpu_count(), "python": platform.python_version(),
         "versions": {package: importlib.metadata.version(package) for package in packages}, "rounds": args.rounds,
         "read_bandwidth_gb_per_s": round(bandwidth, 1), "gop_per_s": {kind: round(rate / 1e9) for kind, rate in rates.items()},
-        "equal_greedy_ids_in_fp32": len(texts) == 1, "torch_threads": torch.get_num_threads(), "int8_change": int8_change(),
+        "equal_greedy_ids_in_fp32": len(texts) == 1, "torch_threads": torch.get_num_threads(), "changes": changes(args.run),
         "programs": result,
     }
     write_text(ROOT / "benchmarks" / "results" / "engines.json", json.dumps(record, indent=1) + "\n")

@@ -1,6 +1,6 @@
 """Up to how many rows the compiled decoding step (nanogpt/write/speed/fast_cpu.py) is worth it: CPU time beside the plain and the packed step.
 
-    python benchmarks/fast_rows.py [--rounds 12]
+    python benchmarks/fast_rows.py [--rounds 3]
 
 One thread, so that no thread waits for another one and a busy machine disturbs little; the steps take turns, and a ratio is
 the median over the rounds of two neighbours. Writes benchmarks/results/fast_rows.json.
@@ -24,27 +24,29 @@ from nanogpt.core.kv_cache import KVCache  # noqa: E402
 from nanogpt.run.metrics import processor_name  # noqa: E402
 from nanogpt.weights.build import build_model, preset  # noqa: E402
 from nanogpt.write.speed import fast_cpu  # noqa: E402
-from nanogpt.write.speed.acceleration import install, pack  # noqa: E402
+from nanogpt.write.speed.acceleration import choose_products, install, pack, use_bf16_units  # noqa: E402
 from nanogpt.write.speed.formats import convert  # noqa: E402
 
 SHAPES = {
     "gpt2_124m": {"vocab_size": 50257},
     "char_6_layers": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65},
 }
-ROWS = (4, 8, 12, 16, 24, 32, 48)
-PROMPT, STEPS = 48, 2
+ROWS = (8, 24, 48)
+PROMPT, STEPS = 16, 2
 
 
 def models(shape: str, precision: str) -> dict:
-    """The same random weights behind each kind of step; int8 weights have no packed form."""
+    """The same random weights behind each kind of step; only float32 weights have a packed form."""
     kinds = {}
     for kind in ("compiled", "plain", "packed") if precision == "fp32" else ("compiled", "plain"):
         torch.manual_seed(0)
         model = kinds[kind] = build_model(preset("gpt2", **SHAPES[shape]), 0).eval()
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.05)
-        if precision == "int8":
-            convert(model, "int8")
+        if precision != "fp32":
+            convert(model, precision)
+            choose_products(model)
+            use_bf16_units(model)
         if kind == "compiled":
             install(model, fast_cpu.FastStep(model))
             model.fast_step.max_rows = max(ROWS)
@@ -75,13 +77,13 @@ def measure(kinds: dict, rows: int, rounds: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     cases = {}
     with torch.inference_mode():
         for shape in SHAPES:
-            for precision in ("fp32", "int8"):
+            for precision in ("fp32", "bf16", "int8", "int4"):
                 kinds = models(shape, precision)
                 for rows in ROWS:
                     found = cases[f"{shape}, {precision}, {rows} rows"] = measure(kinds, rows, rounds)

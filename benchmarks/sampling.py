@@ -140,7 +140,7 @@ def open_transformers(shape: dict, tensors: dict, name: str, device: str, dtype)
     return generate
 
 
-def open_ours(shape: dict, tensors: dict, name: str, device: str, dtype, activation: str = "gelu"):
+def open_ours(shape: dict, tensors: dict, name: str, device: str, dtype):
     """This project's decode loop."""
     import torch
 
@@ -151,7 +151,7 @@ def open_ours(shape: dict, tensors: dict, name: str, device: str, dtype, activat
     from nanogpt.write.speed import acceleration
 
     keep_freed_memory()
-    model = build_model(preset("gpt2", activation=activation, **shape), 0)
+    model = build_model(preset("gpt2", activation="gelu", **shape), 0)
     model.load_state_dict(tensors, strict=False)
     if "without numba" in name:
         acceleration.find_spec = lambda package: None
@@ -256,8 +256,8 @@ def int8_loss() -> dict:
         return losses_of(Path(folder) / "run")
 
 
-def losses_of(run: Path) -> dict:
-    """Validation loss (whole split) of the last checkpoint of a run, float32 and int8."""
+def losses_of(run: Path, other: str = "int8") -> dict:
+    """Validation loss (whole split) of the last checkpoint of a run, float32 and another format."""
     import numpy as np
     import torch
     import yaml
@@ -271,7 +271,7 @@ def losses_of(run: Path) -> dict:
     block = yaml.safe_load(source.config_text())["model"]["block_size"]
     data = TokenData(run / "data")
     starts = range(0, len(data.tokens["val"]) - block - 1, block)
-    for precision in ("fp32", "int8"):
+    for precision in ("fp32", other):
         model = accelerate(load(source, torch.device("cpu"))[0], precision, fast=False)
         with torch.no_grad():
             total = 0.0
@@ -280,7 +280,7 @@ def losses_of(run: Path) -> dict:
                 logits = model(x)
                 total += torch.nn.functional.cross_entropy(logits.view(-1, logits.size(-1)), y.view(-1)).item()
         losses[precision] = total / len(starts)
-    return {**losses, "difference": losses["int8"] - losses["fp32"]}
+    return {**losses, "difference": losses[other] - losses["fp32"]}
 
 
 def measure(args) -> Iterator[tuple[str, dict]]:

@@ -90,7 +90,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = checkpoint.find(arguments.run or trained(Path(folder)), "last")
         for name, tokens in (("trained, 4 layers, 128 wide, characters", 500), ("GPT-2 124M's shape, random weights", 100)):
-            for precision in ("fp32", "int8"):
+            for precision in ("fp32", "bf16", "int8", "int4"):
                 random = name.startswith("GPT")
                 model = build_model(preset("gpt2", **GPT2), 0).eval() if random else load(source, torch.device("cpu"))[0]
                 accelerate(model, precision)

@@ -9,6 +9,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import yaml
@@ -150,8 +151,6 @@ def _wrapped(stage: Callable, inputs: int):
 
 def build_step(cfg: TrainConfig, model, precision):
     """The core.step.Step of a model as cfg.memory and cfg.optimizer ask for; training and planning use the same one."""
-    from functools import partial
-
     from nanogpt.core.distributed import world
     from nanogpt.core.loss import chunked_cross_entropy
     from nanogpt.core.memory.in_backward import InBackward
@@ -186,10 +185,11 @@ def build_step(cfg: TrainConfig, model, precision):
     return step
 
 
-def model_of(source, named: str | None = None):
+def model_of(source, named: str | None = None, fill: Callable | None = None):
     """The model of a checkpoint.Checkpoint on the CPU, LoRA adapters merged into plain weights.
 
-    A user's own class is run only if it was `named` on the command line.
+    A user's own class is run only if it was `named` on the command line. `fill` (model, pieces) loads a model of ours
+    piece by piece in a form of its own.
     """
     from nanogpt.core.memory.lora import add_adapters, merge
 
@@ -208,10 +208,44 @@ def model_of(source, named: str | None = None):
         raise source.damaged(f"config.yaml: {reason_of(error)}") from None
     check_weights(source, config, finetune)
     model = build_undrawn(config)
+    if fill and config._target_ == ModelConfig._target_:
+        readers = source.readers()
+        fill(model, (merged(readers, config, finetune) if finetune.method == "lora" else readers).pieces())
+        return model
     if finetune.method == "lora":
         add_adapters(model, finetune, empty=True)
     source.load_model(model)
     return merge(model)
+
+
+def merged(tensors, config: ModelConfig, finetune: FinetuneConfig):
+    """The tensors.Readers of a LoRA run as those of the plain model, each merged as core.memory.lora.merge() does."""
+    import torch
+
+    from nanogpt.core.memory.nf4 import dequantize, pairs
+    from nanogpt.weights.tensors import Readers, reader_of
+
+    shapes, readers = weight_shapes(config, FinetuneConfig()), {}
+
+    def merge(name: str, frozen: str, module: str) -> torch.Tensor:
+        weight = tensors[frozen]
+        if weight.dtype == torch.uint8:
+            scales = tensors[frozen.removesuffix("weight") + "scales"]
+            weight = dequantize(weight, scales, pairs(weight.device), shapes[name], torch.float32)
+        if f"{module}.lora_a" not in tensors:
+            return weight
+        a, b = tensors[f"{module}.lora_a"], tensors[f"{module}.lora_b"]
+        return weight.float() + finetune.alpha / finetune.rank * (b.float() @ a.float())
+
+    for name in shapes:
+        module, _, part = name.rpartition(".")
+        frozen = name if name in tensors else f"{module}.base.{part}"
+        if part == "weight" and {f"{module}.lora_a", f"{module}.scales"} & set(tensors):
+            readers[name] = partial(merge, name, frozen, module)
+        elif frozen in tensors:
+            # 绑在一起的输出层不在文件里
+            readers[name] = reader_of(tensors, frozen)
+    return Readers(readers)
 
 
 def check_weights(source, config: ModelConfig, finetune: FinetuneConfig) -> None:

@@ -30,7 +30,16 @@ from nanogpt.base.language import ConfigError, text
 from nanogpt.base.quoting import typed_override
 from nanogpt.core.sharding import ShardedModel
 from nanogpt.weights.foreign_files import load_plain
-from nanogpt.weights.tensors import UNREADABLE, flatten, read_tensors, restore, shapes_in, write_tensors
+from nanogpt.weights.tensors import (
+    UNREADABLE,
+    Readers,
+    flatten,
+    read_tensors,
+    readers_of,
+    restore,
+    shapes_in,
+    write_tensors,
+)
 
 # 1：优化器等在 state.pt 里，只以 weights_only 读；manifest 没有自己的摘要，也没有训练的编号
 # 到 2 为止，状态里没有样本的次序；到 3 为止，张量总是存全部的行
@@ -137,6 +146,13 @@ class Checkpoint:
         shared = {name for name, p in own.items() if p.data_ptr() in loaded}
         if others := (set(missing) - shared) | set(unexpected):
             raise self.damaged(f"model.safetensors: other parameters: {sorted(others)[:3]}")
+
+    def readers(self) -> Readers:
+        """The weights, each read when it is asked for."""
+        try:
+            return readers_of(self.folder / "model.safetensors")
+        except UNREADABLE as error:
+            raise self.damaged(f"model.safetensors: {reason_of(error)}") from None
 
     def refuse_without_state(self) -> None:
         """ConfigError where its optimizer state was removed."""

@@ -8,6 +8,8 @@
 
 import math
 import re
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from nanogpt.base.config import ModelConfig
 from nanogpt.base.hashed_json import reason_of
 from nanogpt.base.language import ConfigError
 from nanogpt.weights.build import preset
+from nanogpt.weights.tensors import Readers, reader_of
 
 # 会改变结果的设置：没写，或是其中之一
 FAMILIES = {
@@ -148,28 +151,30 @@ def unsupported(path: Path, field: str, got, want: str) -> ConfigError:
     return ConfigError("pretrained_unsupported", file=path, field=field, got=got, want=want)
 
 
-def own_tensors(path: Path, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+def own_tensors(path: Path, theirs: Mapping[str, Tensor]) -> Readers:
     """Tensors by our names; those that are no part of such a model keep their name."""
     found = {}
-    for name, tensor in theirs.items():
+    for name in theirs:
         block = re.fullmatch(r"model\.layers\.(\d{1,6})\.(.+)", str(name))
         if name in OUTSIDE:
-            found[OUTSIDE[name]] = tensor
+            found[OUTSIDE[name]] = reader_of(theirs, name)
         elif block and block[2] in OWNERS:
             ours = OWNERS[block[2]]
             parts = [f"model.layers.{block[1]}.{part}" for part in BLOCK[ours]]
             if missing := [part for part in parts if part not in theirs]:
                 raise ConfigError("pretrained_damaged", file=path, reason=f"{missing[0]}: missing")
             if name == parts[0]:
-                found[f"h.{block[1]}.{ours}"] = joined(path, name, [theirs[part] for part in parts])
+                readers = [reader_of(theirs, part) for part in parts]
+                found[f"h.{block[1]}.{ours}"] = partial(joined, path, name, readers)
         elif not str(name).endswith("rotary_emb.inv_freq"):
             # 旧文件里的旋转频率可由配置重算
-            found[name] = tensor
-    return found
+            found[name] = reader_of(theirs, name)
+    return Readers(found)
 
 
-def joined(path: Path, name: str, parts: list[Tensor]) -> Tensor:
+def joined(path: Path, name: str, readers: list[Callable[[], Tensor]]) -> Tensor:
     """The parts, one below the other."""
+    parts = [reader() for reader in readers]
     try:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
     except (RuntimeError, TypeError) as error:

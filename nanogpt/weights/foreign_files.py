@@ -9,15 +9,17 @@ import json
 import re
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from nanogpt.base.hashed_json import reason_of
 from nanogpt.base.language import ConfigError, text
-from nanogpt.weights.tensors import UNREADABLE, first_not_finite, floating
+from nanogpt.weights.tensors import UNREADABLE, Readers, Stored, first_not_finite, floating, reader_of
 
 # 依次尝试；safetensors 在前：不含代码，读得也快
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -47,23 +49,27 @@ def shard_names(index: Path) -> list[str]:
         raise ConfigError("pretrained_damaged", file=index, reason=reason_of(error)) from None
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> Readers:
     """All tensors of a folder, from safetensors if there are any; none with NaN or Inf."""
     for file in WEIGHTS:
         if (folder / file).is_file():
             files = shard_names(folder / file) if file.endswith(".index.json") else [file]
-            tensors: dict[str, Tensor] = {}
+            readers = {}
             for name in files:
-                read = read_safetensors if name.endswith(".safetensors") else read_torch
-                tensors |= check_finite(folder / name, read(folder / name))
-            return tensors
+                found = stored_in(folder / name) if name.endswith(".safetensors") else read_torch(folder / name)
+                readers |= {key: reader_of(found, key) for key in check_finite(folder / name, found)}
+            return Readers(readers)
     raise ConfigError("pretrained_damaged", file=folder, reason="no " + " or ".join(WEIGHTS))
 
 
-def check_finite(path: Path, tensors: dict) -> dict:
+def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """These tensors of a file; ConfigError names the file and the first tensor that holds NaN or Inf."""
     # 趁还叫着文件里的名字：合并、改名之后，就说不出坏在哪个文件的哪里
-    if name := first_not_finite(floating(tensors)):
+    try:
+        name = first_not_finite(floating(tensors))
+    except UNREADABLE as error:
+        raise ConfigError("pretrained_damaged", file=path, reason=reason_of(error)) from None
+    if name:
         raise ConfigError("pretrained_damaged", file=path, reason=text("nan_weights", tensor=name))
     return tensors
 
@@ -72,6 +78,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one safetensors file."""
     try:
         return load_file(path)
+    except UNREADABLE as error:
+        raise ConfigError("pretrained_damaged", file=path, reason=reason_of(error)) from None
+
+
+def stored_in(path: Path) -> Readers:
+    """The same, each read when it is asked for."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return Readers({name: Stored(path, name) for name in file.keys()})
     except UNREADABLE as error:
         raise ConfigError("pretrained_damaged", file=path, reason=reason_of(error)) from None
 

@@ -191,7 +191,7 @@ def read_back(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
             tensor = reordered(config, tensor, back=True)
         prefix = f"{'h' if arch == 'gpt2' else 'model.layers'}.{layer[1]}." if layer else ""
         found[f"{prefix}{names[part]}.{leaf}"] = tensor
-    return found if arch == "gpt2" else families.own_tensors(folder / FILE, found)
+    return found if arch == "gpt2" else dict(families.own_tensors(folder / FILE, found))
 
 
 def modelfile(config: ModelConfig, tokenizer: Tokenizer) -> str:

@@ -6,6 +6,8 @@
 # 因此读进来的 q、k、v 各有自己的 A 也无妨；PEFT 的花样很多，会改变结果而我们没有算的，一律拒绝，说出文件与字段
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -29,7 +31,7 @@ from nanogpt.weights.foreign_files import (
     read_safetensors,
     read_torch,
 )
-from nanogpt.weights.tensors import UNREADABLE, first_not_finite, read_tensors
+from nanogpt.weights.tensors import UNREADABLE, Readers, first_not_finite, read_tensors
 
 # 不改变怎样计算的字段；别的只有空着才行
 HARMLESS = {
@@ -71,7 +73,7 @@ def base_folder(folder: Path, key: str, typed: str = "") -> tuple[Path, str]:
     return hub.download(place + named, key), Path(named).name
 
 
-def merged_into(folder: Path, tensors: dict[str, Tensor], transposed: tuple[str, ...]) -> dict[str, Tensor]:
+def merged_into(folder: Path, tensors: Readers, transposed: tuple[str, ...]) -> Readers:
     """The tensors of a base, by the names of its file, with the update of an adapter added to them in float32.
 
     `transposed` are endings of the names of matrices that are stored as (in, out).
@@ -88,19 +90,23 @@ def merged_into(folder: Path, tensors: dict[str, Tensor], transposed: tuple[str,
     pairs = matrices(weights, check_finite(weights, read(weights)))
     # GPT-2 的旧文件没有最外面那一截
     known = {name.removeprefix("transformer."): name for name in tensors}
-    changed = dict(tensors)
+    changed = dict(tensors.readers)
     for module, (a, b) in pairs.items():
         name = known.get(f"{module}.weight".removeprefix("transformer."))
-        update = alpha / (len(a) ** 0.5 if given.get("use_rslora") else len(a)) * (b.float() @ a.float())
         if name and name.endswith(transposed):
-            update = update.t()
-        if name is None or tensors[name].shape != update.shape:
+            a, b = b.t(), a.t()
+        shape, scale = (len(b), a.size(1)), alpha / (b.size(1) ** 0.5 if given.get("use_rslora") else b.size(1))
+        if name is None or tensors[name].shape != shape:
             found = "missing" if name is None else tuple(tensors[name].shape)
-            reason = f"{module}: {tuple(update.shape)}, in the base: {found}"
+            reason = f"{module}: {shape}, in the base: {found}"
             raise ConfigError("pretrained_damaged", file=weights, reason=reason)
-        # 合并的留在 fp32：小增量加在 bf16 上会丢位
-        changed[name] = tensors[name].float() + update
-    return changed
+        changed[name] = partial(_updated, tensors.readers[name], a, b, scale)
+    return Readers(changed)
+
+
+def _updated(reader: Callable[[], Tensor], a: Tensor, b: Tensor, scale: float) -> Tensor:
+    # 合并的留在 fp32：小增量加在 bf16 上会丢位
+    return reader().float() + scale * (b.float() @ a.float())
 
 
 def matrices(file: Path, tensors: dict) -> dict[str, tuple[Tensor, Tensor]]:

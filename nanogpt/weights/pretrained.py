@@ -9,7 +9,9 @@ Files are data: shapes are compared with the config before anything is used, and
 # GPT-2 会改变结果的设置只接受我们实现了的（REQUIRED）：悄悄算错比拒绝更糟；Llama、Qwen 的在 families
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +28,7 @@ from nanogpt.data.tokenizer_files import read_tokenizer
 from nanogpt.weights import checkpoint, families, hub, nanogpt_checkpoint, peft
 from nanogpt.weights.build import build_model, build_undrawn, model_of, preset, typed_node, weight_shapes
 from nanogpt.weights.foreign_files import DOCUMENTS, read_json, read_weights
-from nanogpt.weights.tensors import first_not_finite, floating
+from nanogpt.weights.tensors import Readers, first_not_finite, floating
 
 # Hugging Face 的名字 -> 我们的；gelu_new 就是 tanh 近似
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
@@ -54,26 +56,26 @@ class Pretrained:
     # 三样总是一起：没有词表的权重既写不出字，也接不上数据
 
     config: ModelConfig
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     tokenizer: Tokenizer
 
 
 def open_pretrained(
-    named: str, key: str = "init_from", which: str | None = None, *, code: str | None = None
+    named: str, key: str = "init_from", which: str | None = None, *, code: str | None = None, lazily: bool = False
 ) -> Pretrained:
     """The model that a person named: gpt2 …, owner/name on a hub, a folder, a run of ours, or nanoGPT's ckpt.pt.
 
     `key` is the key that the name was typed for; `which` is the checkpoint of a run (None: its best); `code` is the
-    model class that was typed.
+    model class that was typed. With `lazily` the tensors of a folder are read whenever they are asked for.
     """
     path = Path(named)
     # 本机的文件优先：断网的人把权重放在 ./gpt2 就能用
     if path.is_file() and path.suffix == ".pt":
         return checked(path, *nanogpt_checkpoint.read_checkpoint(path))
     if peft.is_adapter(path):
-        return read_folder(*peft.base_folder(path, key), adapter=path)
+        return read_folder(*peft.base_folder(path, key), adapter=path, lazily=lazily)
     if (path / "config.json").is_file():
-        return read_folder(path)
+        return read_folder(path, lazily=lazily)
     if run_names.names_run(named):
         return read_run(named, key, which, code)
     if path.exists() or hub.repository_of(named) is None:
@@ -85,18 +87,23 @@ def open_pretrained(
         )
     folder = hub.download(named, key)
     if peft.is_adapter(folder):
-        return read_folder(*peft.base_folder(folder, key, named), adapter=folder)
-    return read_folder(folder, path.name)
+        return read_folder(*peft.base_folder(folder, key, named), adapter=folder, lazily=lazily)
+    return read_folder(folder, path.name, lazily=lazily)
 
 
-def build_pretrained(pretrained: Pretrained, seed: int | None = None, weights: str = "fp32") -> torch.nn.Module:
+def build_pretrained(
+    pretrained: Pretrained, seed: int | None = None, weights: str = "fp32", fill: Callable | None = None
+) -> torch.nn.Module:
     """A model that holds these weights; a `seed`, given for training, draws the weights that a subclass adds.
 
-    It also says where torch's global generator goes on.
+    It also says where torch's global generator goes on. `fill` is that of build.model_of().
     """
     # LoRA 接着抽数：训练时照旧抽完，同一个种子才有同样的结果
     model = build_undrawn(pretrained.config) if seed is None else build_model(pretrained.config, seed, weights)
-    model.load_state_dict(pretrained.tensors, strict=False)
+    if fill and pretrained.config._target_ == ModelConfig._target_ and isinstance(pretrained.tensors, Readers):
+        fill(model, pretrained.tensors.pieces())
+    else:
+        model.load_state_dict(pretrained.tensors, strict=False)
     return model
 
 
@@ -159,22 +166,32 @@ def check_vocabulary(pretrained: Pretrained, other: Tokenizer, named: str) -> No
 # ---- Hugging Face 格式的文件夹 ----
 
 
-def read_folder(folder: Path, name: str | None = None, adapter: Path | None = None) -> Pretrained:
+def read_folder(
+    folder: Path, name: str | None = None, adapter: Path | None = None, *, lazily: bool = False
+) -> Pretrained:
     """Config, weights and tokenizer of a folder with config.json, the `adapter` of another folder merged in."""
     config = read_config(folder / "config.json", name or folder.resolve().name)
-    found, tensors, kind = read_weights(folder), {}, read_json(folder / "config.json").get("model_type")
+    found, kind = read_weights(folder), read_json(folder / "config.json").get("model_type")
     turned = () if config.norm_gain or kind == OWN_KIND else TRANSPOSED
     if adapter:
         found = peft.merged_into(adapter, found, turned)
     if config.norm_gain:
-        tensors, found = families.own_tensors(folder, found), {}
-    for hf_name, tensor in found.items():
-        own = hf_name.removeprefix("transformer.")
-        if not own.endswith(MASKS):
-            tensors[own] = tensor.t() if own.endswith(turned) and tensor.dim() == 2 else tensor
+        tensors = families.own_tensors(folder, found)
+    else:
+        names = {name: str(name).removeprefix("transformer.") for name in found}
+        tensors = Readers({
+            own: partial(_turned, found.readers[name]) if own.endswith(turned) else found.readers[name]
+            for name, own in names.items() if not own.endswith(MASKS)
+        })
+    tensors = tensors if lazily else dict(tensors)
     about = adapter / DOCUMENTS if adapter and (adapter / DOCUMENTS).is_file() else folder / "config.json"
     config, tokenizer = with_documents(about, config, read_tokenizer(folder, config.vocab_size))
     return checked(folder, config, tensors, tokenizer)
+
+
+def _turned(reader: Callable[[], Tensor]) -> Tensor:
+    tensor = reader()
+    return tensor.t() if tensor.dim() == 2 else tensor
 
 
 def read_config(path: Path, name: str) -> ModelConfig:
@@ -253,7 +270,7 @@ def with_documents(path: Path, config: ModelConfig, tokenizer: Tokenizer) -> tup
 # ---- 核对 ----
 
 
-def checked(path: Path, config: ModelConfig, tensors: dict[str, Tensor], tokenizer: Tokenizer) -> Pretrained:
+def checked(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer) -> Pretrained:
     """A Pretrained of these parts, after comparing every name and shape with the config."""
     # 先看层数，再造模型：配置里写着十亿层的文件不会把内存吃光
     layers = {int(match[1]) for name in tensors if (match := re.match(r"h\.(\d{1,6})\.", str(name)))}
@@ -262,7 +279,9 @@ def checked(path: Path, config: ModelConfig, tensors: dict[str, Tensor], tokeniz
     expected = weight_shapes(config, FinetuneConfig())
     if config.tie_embeddings:
         expected.pop("lm_head.weight")
-        tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+        others = [name for name in tensors if name != "lm_head.weight"]
+        lazy = isinstance(tensors, Readers)
+        tensors = Readers({n: tensors.readers[n] for n in others}) if lazy else {n: tensors[n] for n in others}
     for name in sorted(set(expected) | set(map(str, tensors))):
         got, want = tensors.get(name), expected.get(name)
         if isinstance(got, Tensor):

@@ -22,7 +22,9 @@ import json
 import math
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,78 @@ def read_tensors(path: Path, *, mapped: bool = False) -> dict[str, torch.Tensor]
     return read
 
 
+class Readers(Mapping[str, torch.Tensor]):
+    """Tensors that are read anew whenever they are asked for, so that only those in use lie in memory."""
+
+    # 看起来是名字 -> 张量的字典；合并、拼接、转置也只在取的时候做
+
+    def __init__(self, readers: dict[str, Callable[[], torch.Tensor]]):
+        self.readers = readers
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readers)
+
+    def __len__(self) -> int:
+        return len(self.readers)
+
+    def pieces(self) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """(name, first row, rows) of all tensors, a MiB or so at a time where they lie in a file as they are."""
+        for name, reader in self.readers.items():
+            if isinstance(reader, Stored):
+                yield from ((name, start, rows) for start, rows in reader.pieces())
+            else:
+                yield name, 0, reader()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a safetensors file."""
+
+    # 每次重新打开：映射着的文件，读过的页都算在这个进程的内存里
+
+    path: Path
+    name: str
+
+    def __call__(self) -> torch.Tensor:
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(self.name)
+
+    def pieces(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, rows), a multiple of 64 rows at a time."""
+        with safe_open(self.path, framework="pt") as file:
+            shape = file.get_slice(self.name).get_shape()
+        if not shape:
+            yield 0, self()
+            return
+        step = max(1, PIECE // 4096 // max(1, math.prod(shape[1:]))) * 64
+        for start in range(0, shape[0], step):
+            with safe_open(self.path, framework="pt") as file:
+                rows = file.get_slice(self.name)[start : start + step].clone()
+            yield start, rows
+
+
+def reader_of(tensors: Mapping[str, torch.Tensor], name: str) -> Callable[[], torch.Tensor]:
+    """What reads one of these tensors."""
+    return tensors.readers[name] if isinstance(tensors, Readers) else partial(tensors.__getitem__, name)
+
+
+def readers_of(path: Path) -> Readers:
+    """All tensors of a safetensors file of ours; raises one of UNREADABLE, now or when read."""
+    with safe_open(path, framework="pt") as file:
+        rows, names = _whole_rows(file), set(file.keys())
+    readers = {name: Stored(path, name) for name in sorted(names) if name.removesuffix(FILLED) not in rows}
+    for name, count in rows.items():
+        readers[name] = partial(_read_with_zeros, Stored(path, name), Stored(path, name + FILLED), count)
+    return Readers(readers)
+
+
+def _read_with_zeros(stored: Stored, rows: Stored, count: int) -> torch.Tensor:
+    return _with_zeros(stored(), rows(), count)
+
+
 def _with_zeros(stored: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
     """The matrix of `count` rows of which only `rows` were stored."""
     numbers = rows.long()
@@ -201,7 +275,7 @@ def restore(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 def floating(state, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """(dotted name, tensor) of every floating tensor with elements in nested dicts and lists."""
-    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
+    items = state.items() if isinstance(state, Mapping) else enumerate(state) if isinstance(state, list | tuple) else ()
     for key, value in items:
         value = value.local if isinstance(value, Sharded) else value
         if isinstance(value, torch.Tensor):

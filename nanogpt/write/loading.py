@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from nanogpt.write.control import build_control, read_form, takes_forms
 from nanogpt.write.engine import Writer
 from nanogpt.write.request import Request, default_prompt
 from nanogpt.write.speed.acceleration import accelerate
+from nanogpt.write.speed.formats import CONVERTED, fill
 
 # 再大就不是开头，而是一份语料：不整个读进内存
 LARGEST_PROMPTS = 64 * 2**20
@@ -152,9 +153,19 @@ class Model:
         return writer
 
 
-def load(source: checkpoint.Checkpoint, device: torch.device, code: str | None = None):
-    """The model of a checkpoint in evaluation mode, and its tokenizer; `code` is the model class that was typed."""
-    return model_of(source, code).to(device).eval(), tokenizers.load(source.folder / "tokenizer.json")
+def load(source: checkpoint.Checkpoint, device: torch.device, code: str | None = None, *, precision: str = "auto"):
+    """The model of a checkpoint in evaluation mode, and its tokenizer; `code` is the model class that was typed.
+
+    In a smaller `precision` a model of ours on a CPU never lies in memory in float32.
+    """
+    model = model_of(source, code, _filling(device, precision)).to(device).eval()
+    return model, tokenizers.load(source.folder / "tokenizer.json")
+
+
+def _filling(device: torch.device, precision: str) -> Callable | None:
+    """What loads a model of ours piece by piece in such a precision; None: it is loaded whole."""
+    # 显卡上先以半精度搬过去，再在那里换算
+    return partial(fill, precision=precision) if device.type == "cpu" and precision in CONVERTED else None
 
 
 def take_defaults(cfg: SampleConfig, tokenizer: tokenizers.Tokenizer, overrides: list[str], *, quiet: bool) -> None:
@@ -203,11 +214,15 @@ def _opened(cfg: SampleConfig, run_dir: Path | None) -> Model:
     device = machine.choose_device(cfg.device, HardwareConfig())
     machine.set_up(device, deterministic=False, hardware=HardwareConfig(), threads=cfg.threads)
     if run_dir is None:
-        pretrained = open_pretrained(cfg.init_from, which=cfg.checkpoint, code=cfg.model["_target_"])
-        return ready(cfg, cfg.init_from, build_pretrained(pretrained).to(device), pretrained.tokenizer)
+        filling = _filling(device, cfg.precision.dtype)
+        pretrained = open_pretrained(
+            cfg.init_from, which=cfg.checkpoint, code=cfg.model["_target_"], lazily=filling is not None
+        )
+        network = build_pretrained(pretrained, fill=filling).to(device)
+        return ready(cfg, cfg.init_from, network, pretrained.tokenizer)
 
     def opened(source: checkpoint.Checkpoint):
-        return (source, *load(source, device, cfg.model["_target_"]))
+        return (source, *load(source, device, cfg.model["_target_"], precision=cfg.precision.dtype))
 
     source, network, tokenizer = checkpoint.use(run_dir, cfg.checkpoint, opened, key="out_dir")
     return dataclasses.replace(ready(cfg, f"{run_dir}/{source.name}", network, tokenizer), source=source)

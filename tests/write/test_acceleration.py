@@ -186,6 +186,17 @@ def test_products_of_stored_weights_are_those_of_the_matrix_they_stand_for(preci
     torch.testing.assert_close(tied.lm_head(unit).T, tied.wte(idx), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4", "bf16"])
+def test_the_compiled_step_shares_the_models_weights(precision):
+    fast_cpu = pytest.importorskip("nanogpt.write.speed.fast_cpu")
+    model = accelerate(wild_model(n_embd=32), precision, fast=False)
+    linears, before = [block.mlp.c_fc for block in model.h], model.h[0].mlp.c_fc.weight.data_ptr()
+    whole = fast_cpu._shared(linears, "weight")
+    assert [view.data_ptr() for view in whole] == [linear.weight.data_ptr() for linear in linears]
+    # 换算过的本来就挨着，不必搬；没有换算的搬一次
+    assert (whole.data_ptr() == before) == (precision != "fp32")
+
+
 @pytest.mark.parametrize("vnni", [0, 64])
 def test_a_cpu_without_vnni_multiplies_int4_to_the_same_numbers(vnni):
     int4_dot = pytest.importorskip("nanogpt.write.speed.int4_dot")

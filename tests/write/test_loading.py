@@ -4,19 +4,25 @@ import dataclasses
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from conftest import GPT2_RECIPE, make_sample_config, tiny_model_config, wild_model
 from typed import ENVIRONMENT, typed
 
-from nanogpt.base.config import ROOT
+from nanogpt import create_model
+from nanogpt.base.config import ROOT, FinetuneConfig, ModelConfig
 from nanogpt.base.language import ConfigError
 from nanogpt.base.sample_config import check_sample
 from nanogpt.core.kv_cache import KVCache
+from nanogpt.core.memory.lora import add_adapters, merge
 from nanogpt.data.tokenizer import ByteTokenizer
+from nanogpt.weights import build, checkpoint, pretrained, tensors
 from nanogpt.weights.build import build_model
+from nanogpt.weights.huggingface import write_folder
 from nanogpt.write import loading
+from nanogpt.write.speed.acceleration import accelerate
 
 
 def sample(folder, *overrides, expect=0, python_path=None):
@@ -33,6 +39,45 @@ def test_the_command_writes_text_and_only_text(own_run):
     assert re.fullmatch(r"writing with \S+: iter \d+, val loss \d+\.\d{4} \(\d\.\d{3} bpb\), tiny \(\d\.\d\dM( \+ \d\.\d\dM in look-up tables)?\)\n", done.stderr) and one.startswith("the king and") and two.startswith("the king and")
     assert len(one) == len("the king and") + 41 and one != two
     assert done.returncode == 0 and sample(own_run, *arguments).stdout == done.stdout
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4", "bf16"])
+@pytest.mark.parametrize("name", ["modern_muon", "gpt2_adamw_labels", "lora_minimal"])
+def test_weights_are_read_and_converted_piece_by_piece_and_are_those_of_the_whole_model(name, precision, monkeypatch):
+    source, cpu = checkpoint.find(ROOT / "tests" / "runs" / name, "last", key="out_dir"), torch.device("cpu")
+    whole = accelerate(loading.load(source, cpu)[0], precision, fast=False).state_dict()
+    monkeypatch.setattr(tensors, "PIECE", 16000)
+    assert name != "modern_muon" or len(list(source.readers().pieces())) > len(source.readers())
+    pieces = loading.load(source, cpu, precision=precision)[0]
+    assert all(not isinstance(module, torch.nn.Linear) for module in pieces.modules())
+    read = accelerate(pieces, precision, fast=False).state_dict()
+    assert read.keys() == whole.keys() and all(torch.equal(read[key], whole[key]) for key in whole)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_a_folder_of_another_library_is_read_piece_by_piece_too(arch, tmp_path, monkeypatch):
+    model = create_model("tiny", vocab_size=256, arch=arch, n_layer=2, n_head=2, n_embd=32, block_size=16)
+    (tmp_path / "hf").mkdir()
+    write_folder(tmp_path / "hf", pretrained.Pretrained(model.config, checkpoint.model_tensors(model), ByteTokenizer()))
+    monkeypatch.setattr(tensors, "PIECE", 16000)
+    read = []
+    for folder in (tmp_path / "hf", tmp_path / "hf"):
+        cfg = make_sample_config(f"init_from={folder}", "precision=int4", "device=cpu", "fast=false")
+        read.append(loading.open_model(cfg, None).network.state_dict())
+        monkeypatch.setattr(loading, "_filling", lambda device, precision: None)
+    assert read[0].keys() == read[1].keys() and all(torch.equal(read[0][key], read[1][key]) for key in read[0])
+
+
+def test_a_lora_run_with_frozen_weights_in_4_bits_is_merged_as_it_is_read():
+    config = ModelConfig(n_layer=1, n_head=2, n_embd=64, block_size=8, vocab_size=11, ngrams=[])
+    finetune = FinetuneConfig(method="lora", rank=2, linears=["c_attn"], frozen_weights="nf4")
+    model = build_model(config, 0)
+    add_adapters(model, finetune)
+    torch.nn.init.normal_(model.h[0].attn.c_attn.lora_b)
+    stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = build.merged(tensors.Readers({name: partial(stored.__getitem__, name) for name in stored}), config, finetune)
+    plain = merge(model).state_dict()
+    assert set(found) == set(plain) and all(torch.equal(found[name], plain[name]) for name in plain)
 
 
 def test_characters_that_the_vocabulary_lacks_are_one_line(own_run):

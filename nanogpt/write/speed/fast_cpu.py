@@ -15,6 +15,7 @@ the compiled code is kept on disk.
 # 编译结果缓存在磁盘上，第一次要几秒；行数超过 MAX_ROWS 时普通的路更快
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -38,9 +39,9 @@ FORMATS = {torch.nn.Linear: "fp32", Bf16Linear: "bf16", Int8Linear: "int8", Int4
 # 有 AVX-512 时 8 行起乘加就接近机器的极限，int8 也到 48 行都快（benchmarks/fast_rows.py）；更窄的向量没有量过，不放宽
 # 定死而不在启动时量：量出的选择随机器忙闲而变，同一个种子就写不出同样的字
 MAX_ROWS = dict.fromkeys(("fp32", "bf16"), 48 if LANES == 16 else 16) | {"int8": 48, "int4": 48}
-# 一步里多一行要多花的时间，占第一行的几分之几（benchmarks/results/speculation.json），留余量：
-# int8 有 VNNI 时约 0.09；float32 是逐行相乘时量的，现在有 AVX-512 的一核上 2 ~ 8 行几乎不多花，待重测
-ROW_COST = {"fp32": 0.2, "bf16": 0.2, "int8": 0.15 if VNNI else 0.4, "int4": 0.4}
+# 一步里多一行要多花的时间，占第一行的几分之几（benchmarks/speculation.py），留余量；没有 VNNI 的整数没有量过
+# GPT-2 的形状 8 行对 1 行：fp32 0.03，bf16 0.10，int8 0.10，int4 0.20；小模型的 fp32 也有 0.11
+ROW_COST = {"fp32": 0.12, "bf16": 0.12} | ({"int8": 0.12, "int4": 0.22} if VNNI else {"int8": 0.4, "int4": 0.4})
 ACTIVATIONS = {"none": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3, "swiglu": 4}
 
 
@@ -366,6 +367,10 @@ def _shared(linears: list, name: str) -> torch.Tensor:
         return torch.zeros(len(linears), 0)
     if len(parts) == 1:
         return parts[0].detach()[None]
+    apart = {b.data_ptr() - a.data_ptr() for a, b in pairwise(parts)}
+    if apart == {parts[0].nbytes} and parts[0].untyped_storage().nbytes() == len(parts) * parts[0].nbytes:
+        # 换算时就挨着放好了（formats.rooms）
+        return parts[0].as_strided((len(parts), *parts[0].shape), (parts[0].numel(), *parts[0].stride()), 0)
     whole = torch.empty(len(parts), *parts[0].shape, dtype=parts[0].dtype)
     for view, part in zip(whole, parts, strict=True):
         # 一层一层地搬：不留第二份，prefill 用的就是这块内存

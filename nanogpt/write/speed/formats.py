@@ -4,7 +4,8 @@
 # 每种形式的类与 nn.Linear 同名同形（weight、bias、out_features）：core 的模型不必改，fast_cpu 也认得
 # 绑在一起的权重仍是同一份；只用于写作：没有梯度，也不存盘
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn as nn
@@ -14,8 +15,10 @@ from nanogpt.write.speed import int4, int8
 from nanogpt.write.speed.int4 import Int4Embedding, Int4Linear
 from nanogpt.write.speed.int8 import Int8Embedding, Int8Linear
 
-# 一次换算这么多个数：float32 的中间结果只有几 MiB
-PIECE = 2**20
+# 换算成别的形式的
+CONVERTED = ("int8", "int4", "bf16")
+# 一次换算这么多个数：float32 的中间结果只有一两 MiB
+PIECE = 2**18
 
 
 class Bf16Linear(nn.Module):
@@ -61,19 +64,23 @@ def wanted(precision: str, width: int, *, multiplied: bool) -> str:
     return "int8" if precision == "int4" and (width % int4.GROUP or not multiplied) else precision
 
 
-def room(form: str, rows: int, width: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Room for a matrix (rows, width) in a form: (weight, scale), or (weight,)."""
-    if form == "bf16":
-        return (torch.empty(rows, width, dtype=torch.bfloat16, device=device),)
-    if form == "int8":
-        return torch.empty(rows, width, dtype=torch.int8, device=device), torch.empty(rows, device=device)
+def rooms(form: str, weight: torch.Tensor, count: int) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Room for `count` matrices of such a weight's shape in a form, one behind the other: (weight, scale) or (weight,).
+    """
+    # 各层同名的矩阵挨着放：编译好的一步要的正是这样，不必再搬一遍
+    rows, width = weight.shape
     blocks, groups = -(-rows // int4.ROWS), width // int4.GROUP
-    codes = torch.empty(blocks, groups, int4.GROUP * int4.ROWS // 2, dtype=torch.uint8, device=device)
-    return codes, torch.empty(blocks, groups, int4.ROWS, dtype=torch.bfloat16, device=device)
+    wanted = {
+        "bf16": [((rows, width), torch.bfloat16)],
+        "int8": [((rows, width), torch.int8), ((rows,), torch.float32)],
+        "int4": [((blocks, groups, int4.GROUP * int4.ROWS // 2), torch.uint8),
+                 ((blocks, groups, int4.ROWS), torch.bfloat16)],
+    }[form]
+    return zip(*(torch.empty(count, *shape, dtype=dtype, device=weight.device) for shape, dtype in wanted), strict=True)
 
 
 def write(stored: tuple[torch.Tensor, ...], start: int, rows: torch.Tensor) -> None:
-    """Write rows of a float matrix, from row `start` on, into its room(); start is a multiple of int4.ROWS."""
+    """Write rows of a float matrix, from row `start` on, into its room; start is a multiple of int4.ROWS."""
     if stored[0].dtype == torch.bfloat16:
         stored[0][start : start + len(rows)] = rows
         return
@@ -95,8 +102,10 @@ def convert(model: nn.Module, precision: str, *, empty: bool = False) -> None:
     With `empty` the weights will be filled in.
     """
     done: dict[int, tuple[torch.Tensor, ...]] = {}
+    layers: dict[tuple, Iterator[tuple[torch.Tensor, ...]]] = {}
     multiplied = {id(m.weight) for m in model.modules() if type(m) is nn.Linear}
-    for parent in list(model.modules()):
+    for place, parent in list(model.named_modules()):
+        in_block = re.fullmatch(r"h\.\d+\.(.+)", place)
         for name, child in list(parent.named_children()):
             # 位置表直接按行切片，又很小，留着不动
             if type(child) not in (nn.Linear, nn.Embedding) or name == "wpe":
@@ -104,7 +113,10 @@ def convert(model: nn.Module, precision: str, *, empty: bool = False) -> None:
             weight = child.weight
             if id(weight) not in done:
                 form = wanted(precision, weight.size(1), multiplied=id(weight) in multiplied)
-                done[id(weight)] = room(form, *weight.shape, weight.device)
+                key = (in_block[1] if in_block else place, name, form, weight.shape)
+                if key not in layers:
+                    layers[key] = rooms(form, weight, len(model.h) if in_block else 1)
+                done[id(weight)] = next(layers[key])
                 for start, rows in () if empty else in_pieces(weight.detach()):
                     write(done[id(weight)], start, rows)
             setattr(parent, name, _converted(child, done[id(weight)]))
@@ -131,6 +143,7 @@ def fill(model: nn.Module, pieces: Iterable[tuple[str, int, torch.Tensor]], prec
     for name, start, rows in pieces:
         stored = (own[name], own.get(name.removesuffix("weight") + "scale"))
         if stored[0].dtype in (torch.int8, torch.uint8, torch.bfloat16):
-            write(stored, start, rows)
+            for offset, some in in_pieces(rows):
+                write(stored, start + offset, some)
         else:
             stored[0][start : start + len(rows)] = rows
