@@ -97,7 +97,9 @@ def hooks():
     from nanogpt.run.session import Hooks
     from nanogpt.write.engine import write_sample
 
-    return Hooks(choose_batch=choose_batch, explain=explain, write_sample=write_sample)
+    return Hooks(
+        choose_batch=choose_batch, choose_parallel=choose_parallel, explain=explain, write_sample=write_sample,
+    )
 
 
 def choose_batch(*asked, **how) -> int:
@@ -106,6 +108,13 @@ def choose_batch(*asked, **how) -> int:
     from nanogpt.sweep.auto_batch import choose
 
     return choose(*asked, **how)
+
+
+def choose_parallel(*asked, **how):
+    """What parallel=auto takes."""
+    from nanogpt.plan.show import chosen_parallel
+
+    return chosen_parallel(*asked, **how)
 
 
 def explain(*failed, **how) -> None:

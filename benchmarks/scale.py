@@ -121,8 +121,10 @@ def measure(steps: int) -> dict:
         for name, words in MODELS.items():
             one, two = together(folder, 1, words, steps), together(folder, 2, words, steps)
             late = together(folder, 2, words, steps, late=True)
+            shared = together(folder, 2, [*words, "parallel=fsdp"], steps)
             os.chdir(folder)
             plans = [planned(words, world, len(set(text)), two["bytes_per_s"]) for world in (1, 2)]
+            sharded = planned([*words, "parallel=fsdp"], 2, len(set(text)), two["bytes_per_s"])
             os.chdir(ROOT)
             found[name] = {
                 "efficiency": one["step_s"] / (2 * two["step_s"]), "efficiency_planned": plans[0].step_s / (2 * plans[1].step_s),
@@ -131,6 +133,12 @@ def measure(steps: int) -> dict:
                 "sent_over_theory": two["sent"] / (2 * plans[1].communication.network.sent(two["gradients"])),
                 "peak_over_plan": [each["peak"] / plan.total for each, plan in zip((one, two), plans)],
                 "gradients_mib": two["gradients"] / 2**20, "link_gb_per_s": two["bytes_per_s"] / 1e9,
+                "fsdp": {
+                    "step_over_ddp": shared["step_s"] / two["step_s"], "step_over_ddp_planned": sharded.step_s / plans[1].step_s,
+                    "sent_over_theory": shared["sent"] / (2 * sharded.communication.sent),
+                    "peak_over_plan": shared["peak"] / sharded.total, "peak_over_ddp": shared["peak"] / two["peak"],
+                    "peak_over_ddp_planned": sharded.total / plans[1].total,
+                },
                 "step_over_plan": [each["step_s"] / plan.step_s for each, plan in zip((one, two), plans)],
             }
     return found
@@ -143,6 +151,9 @@ def show(found: dict) -> None:
         print(f"  efficiency of two processes {row['efficiency']:.0%}, by the plan {row['efficiency_planned']:.0%}")
         print(f"  sums behind the backward pass instead of beside it: {row['summed_behind']:.2f} times as long")
         print(f"  bytes sent {row['sent_over_theory']:.3f} of theory; peak over plan {row['peak_over_plan'][0]:.3f}, {row['peak_over_plan'][1]:.3f}")
+        shards = row["fsdp"]
+        print(f"  parallel=fsdp: {shards['step_over_ddp']:.2f} times as long as ddp (plan {shards['step_over_ddp_planned']:.2f}), bytes sent {shards['sent_over_theory']:.3f} of theory")
+        print(f"  peak over plan {shards['peak_over_plan']:.3f}, over that of ddp {shards['peak_over_ddp']:.3f} (plan {shards['peak_over_ddp_planned']:.3f})")
 
 
 def paper() -> None:

@@ -183,13 +183,19 @@ def _in_step(phase: str, rows: int) -> Iterator[None]:
         yield
 
 
-def shard(model: torch.nn.Module, device_type: str) -> None:
-    """Leave every process its rows of the model's parameters, on its device."""
+def mesh_on(device_type: str):
+    """All processes in a row."""
     # 载入要近一秒：不分片的训练不必等
     from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device_type, (distributed.world(),))
+
+
+def shard(model: torch.nn.Module, device_type: str) -> None:
+    """Leave every process its rows of the model's parameters, on its device."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    mesh = init_device_mesh(device_type, (distributed.world(),))
+    mesh = mesh_on(device_type)
     # 输出层与共享它权重的 embedding 留在根上：损失直接读它的权重
     tables = [*model.ngrams, *([] if model.lm_head.weight is model.wte.weight else [model.wte])]
     for part in (*tables, *model.h):
@@ -276,6 +282,20 @@ class ShardedGradients:
             self.model.loss(self.token, self.token)
         self.model.evaluations = 0
         return distributed.total(sums)
+
+
+def weights_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The model's parameters; of one that is sharded what lies in this process."""
+    return list(local_rows(model).values()) if isinstance(model, ShardedModel) else list(model.parameters())
+
+
+def units_of(model: torch.nn.Module) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """(all, trained) parameters of each part that is gathered as a whole, as the backward pass has their gradients."""
+    inside = [list(block.parameters()) for block in reversed(model.h)]
+    known = {id(p) for part in inside for p in part}
+    # 根与各张表到最后才求和
+    parts = [*inside, [p for p in model.parameters() if id(p) not in known]]
+    return [(part, [p for p in part if p.requires_grad]) for part in parts]
 
 
 def local_rows(model: torch.nn.Module) -> dict[str, torch.Tensor]:

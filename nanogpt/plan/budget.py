@@ -65,21 +65,23 @@ def budget_for(cfg: TrainConfig) -> Budget:
 
 
 @functools.cache
-def process_bytes(checkpointing: bool) -> int:
+def process_bytes(checkpointing: bool, sharded: bool = False) -> int:
     """Resident size of this process when it was first asked for: the program before any tensor.
 
     A forked copy keeps the figure.
     """
     import psutil
 
-    if checkpointing:
-        # 重算第一次用到时会导入它，占几十 MB：训练时反正要有
-        import torch._dynamo  # noqa: F401
+    if checkpointing or sharded:
+        # 重算、分片第一次用到时会导入它们，占几十 MB：训练时反正要有
+        import torch._dynamo
+    if sharded:
+        import torch.distributed.fsdp  # noqa: F401
 
     return psutil.Process().memory_info().rss
 
 
 def _cpu(cfg: TrainConfig) -> Budget:
-    process = process_bytes(cfg.memory.activation_checkpointing != "none")
+    process = process_bytes(cfg.memory.activation_checkpointing != "none", cfg.parallel.mode != "ddp")
     total = int(cfg.hardware.ram_gib * GIB) if cfg.hardware.ram_gib is not None else free_ram() + process
     return Budget("cpu", "CPU", total, total - process, process, 0, True)

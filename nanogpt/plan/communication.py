@@ -50,6 +50,10 @@ class Network:
         tree = 2 * size / self.bytes_per_s + 2 * math.ceil(math.log2(self.world)) * self.latency_s
         return min(ring, tree)
 
+    def half_seconds(self, size: int) -> float:
+        """Time to gather, or to add up and scatter, `size` bytes over a ring: half of what adding them up takes."""
+        return self.sent(size) / 2 / self.bytes_per_s + (self.world - 1) * self.latency_s
+
 
 @dataclass(frozen=True)
 class Gradient:
@@ -59,6 +63,8 @@ class Gradient:
     size: int
     work: int
     """Weights in it that the backward pass multiplies with."""
+    weights: int = 0
+    """Bytes of the parameters that are gathered with it where they are sharded."""
 
 
 def exposed_s(parts: Sequence[Gradient], backward_s: float, network: Network) -> float:
@@ -91,6 +97,11 @@ class Communication:
         return sum(part.size for part in self.parts)
 
     @property
+    def sent(self) -> float:
+        """Bytes that each process sends in a step."""
+        return self.network.sent(self.size)
+
+    @property
     def total_s(self) -> float:
         """All sums, one behind the other."""
         return sum(map(self.network.seconds, (part.size for part in self.parts)))
@@ -121,3 +132,56 @@ class Communication:
     def times_the_work_needed(self) -> float:
         """How many times as long a step must compute, by accumulating more, for its efficiency to be EFFICIENT."""
         return self.exposed_s * EFFICIENT / (1 - EFFICIENT) / self.compute_s
+
+
+@dataclass(frozen=True)
+class ShardedCommunication(Communication):
+    """The same for parallel=fsdp: parameters are gathered in every forward and backward pass, gradients scattered."""
+
+    # parts 是各 block（反向的次序），最后一份是根与各张表：它在反向里不必再凑一次，求和却排在最后
+    micro_batches: int
+    sums: int
+    """Micro-batches whose gradients are summed: one, or all."""
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each process sends in a step, without Muon's matrices."""
+        gathered = sum(2 * part.weights for part in self.parts) - self.parts[-1].weights
+        return self.network.sent(self.micro_batches * gathered + self.sums * self.size) / 2
+
+    @property
+    def total_s(self) -> float:
+        """All messages, one behind the other."""
+        gather = [self.network.half_seconds(part.weights) for part in self.parts]
+        scatter = sum(self.network.half_seconds(part.size) for part in self.parts)
+        return self.micro_batches * (2 * sum(gather) - gather[-1]) + self.sums * scatter
+
+    @property
+    def exposed_s(self) -> float:
+        """The part of them that comes on top of the computation."""
+        gather = [self.network.half_seconds(part.weights) for part in self.parts]
+        scatter = [self.network.half_seconds(part.size) for part in self.parts]
+        work = sum(part.work for part in self.parts) or 1
+        backward = [self.backward_s * part.work / work for part in self.parts]
+        # 前向：根先凑齐，再一个 block 一个 block 地走，下一个 block 趁这一个在算时凑
+        forward = [0.0, *(s * (1 - BACKWARD) / BACKWARD for s in reversed(backward[:-1]))]
+        each = waits([gather[-1], *reversed(gather[:-1])], forward, [0.0] * len(gather))
+        silent, summed = (waits([*gather[:-1], 0.0], backward, some) for some in ([0.0] * len(gather), scatter))
+        return self.micro_batches * each + (self.micro_batches - self.sums) * silent + self.sums * summed
+
+
+def waits(before: Sequence[float], compute: Sequence[float], behind: Sequence[float]) -> float:
+    """How much longer a pass takes than its parts compute.
+
+    Of each part one message must have arrived `before` it computes, and one is sent `behind` it; the messages follow
+    each other, those of the next part begin while a part computes.
+    """
+    link, done = before[0], 0.0
+    for number, seconds in enumerate(compute):
+        arrived = link
+        if number + 1 < len(before):
+            link += before[number + 1]
+        done = max(done, arrived) + seconds
+        if behind[number]:
+            link = max(link, done) + behind[number]
+    return max(link, done) - sum(compute)

@@ -13,13 +13,13 @@ from itertools import chain
 
 import torch
 
-from nanogpt.base.config import TrainConfig, check, span_of, tokens_per_step
+from nanogpt.base.config import ParallelConfig, TrainConfig, check, not_sharded, span_of, tokens_per_step
 from nanogpt.base.groups import train_config
 from nanogpt.base.quoting import quoted
 from nanogpt.core import distributed
 from nanogpt.plan.allocator import Replay, replay
 from nanogpt.plan.budget import Budget, budget_for
-from nanogpt.plan.communication import BACKWARD, Communication, Gradient, Network
+from nanogpt.plan.communication import BACKWARD, Communication, Gradient, Network, ShardedCommunication
 from nanogpt.plan.filled_config import filled
 from nanogpt.plan.roofline import Rates, rates_of
 from nanogpt.plan.trace import Shape, Trace, trace
@@ -56,6 +56,7 @@ class Estimate:
         # 自己的模型各层可以不同：照原来的层数追踪
         self.shallow = cfg.model._target_ == "nanogpt.core.model.GPT" and cfg.model.n_layer > 2 * DEPTHS[1]
         self.device_type = device_type
+        self.shards = shards_of(cfg)
         self._corners: dict[tuple[int, int], Trace] = {}
         # 到这么多条，输出层的一块 logits 正好装满；再多就分块，临时张量不再增长
         tokens = cfg.memory.loss_chunk_mib * 2**20 // (4 * cfg.model.vocab_size)
@@ -75,7 +76,7 @@ class Estimate:
             model = replace(self.cfg.model, n_layer=DEPTHS[key[0]]) if self.shallow else self.cfg.model
             total = self.cfg.global_batch_size
             accumulation = 1 if self.cfg.memory.optimizer_in_backward or total == 1 else 2
-            shape = Shape(rows, accumulation, self.cfg.eval_batch_size or rows, self.device_type)
+            shape = Shape(rows, accumulation, self.cfg.eval_batch_size or rows, self.device_type, self.shards)
             self._corners[key] = trace(replace(self.cfg, model=model), shape)
         return self._corners[key]
 
@@ -184,9 +185,10 @@ class Planner:
     def trace(self, cfg: TrainConfig, rows: int, total: int, eval_rows: int) -> Trace:
         """The trace of cfg with micro-batches of `rows` out of `total`."""
         # 累积两次以上与两次的内存相同
-        shape = Shape(rows, min(2, -(-total // rows)), eval_rows, self.budget.traced_as)
+        shape = Shape(rows, min(2, -(-total // rows)), eval_rows, self.budget.traced_as, shards_of(cfg))
         key = repr((
             cfg.model, cfg.precision, cfg.hardware.dtype, cfg.memory, cfg.optimizer, cfg.finetune, cfg.seed, shape,
+            cfg.parallel.sum_gradients,
         ))
         if key not in self._traces:
             self._traces[key] = trace(cfg, shape)
@@ -202,7 +204,11 @@ class Planner:
         if cfg.batch_size == "auto":
             rows = self.largest_batch(cfg, BATCHES) or 1
             cfg = replace(cfg, batch_size=rows, gradient_accumulation_steps=1)
-        return self.judge(cfg, vocab_source)
+        for parallel in parallels(cfg):
+            plan = self.judge(replace(cfg, parallel=parallel), vocab_source)
+            if plan.verdict != "does_not_fit":
+                break
+        return plan
 
     def largest_batch(self, cfg: TrainConfig, candidates: tuple[int, ...]) -> int | None:
         """The largest of `candidates` rows that fits by a full trace, None where not even the first does."""
@@ -228,7 +234,7 @@ class Planner:
         """The peak of cfg at any number of rows, from shallow traces; remembered."""
         key = repr((
             cfg.model, cfg.precision, cfg.memory, cfg.optimizer, cfg.finetune, cfg.eval_batch_size,
-            cfg.global_batch_size,
+            cfg.global_batch_size, shards_of(cfg), cfg.parallel.sum_gradients,
         ))
         if key not in self._estimates:
             self._estimates[key] = Estimate(cfg, self.budget.traced_as)
@@ -274,7 +280,7 @@ class Planner:
         step_s, evaluation_s = step_seconds(traced, self.rates, total), self._evaluation_s(cfg, traced) / world
         communication = None
         if world > 1:
-            communication = self._communication(cfg, traced, world, step_s)
+            communication = self._communication(cfg, traced, world, step_s, -(-total // rows))
             step_s += communication.exposed_s
         span = span_of(cfg)
         steps = span.iters or math.inf
@@ -289,12 +295,19 @@ class Planner:
             train_s=steps * step_s + -(-steps // cfg.eval_interval) * evaluation_s, iters=steps,
         )
 
-    def _communication(self, cfg: TrainConfig, traced: Trace, world: int, compute_s: float) -> Communication:
+    def _communication(
+        self, cfg: TrainConfig, traced: Trace, world: int, compute_s: float, micro_batches: int
+    ) -> Communication:
         """The sums of gradients in a step that computes for compute_s."""
         last = max(phase for phase in traced.ops if phase.startswith("steady_micro"))
         parts = tuple(Gradient(*part) for part in traced.gradients)
         backward_s = BACKWARD * self.rates.seconds(traced.ops[last])
-        return Communication(Network.of(cfg.parallel, world), parts, compute_s, backward_s)
+        known = Network.of(cfg.parallel, world), parts, compute_s, backward_s
+        if traced.shape.shards == 1:
+            return Communication(*known)
+        return ShardedCommunication(
+            *known, micro_batches, micro_batches if cfg.parallel.sum_gradients == "every" else 1
+        )
 
     def _evaluation_s(self, cfg: TrainConfig, traced: Trace) -> float:
         """One evaluation, 0 where eval_tokens leaves its size to the data."""
@@ -302,6 +315,21 @@ class Planner:
             return 0.0
         batches = cfg.eval_tokens / (traced.shape.eval_rows * (cfg.eval_stride or cfg.model.block_size))
         return batches * self.rates.seconds(traced.ops["evaluate"])
+
+
+def parallels(cfg: TrainConfig) -> list[ParallelConfig]:
+    """What parallel= may be, the fastest first: with auto the whole model in each process, or rows of everything."""
+    parallel = cfg.parallel
+    if parallel.mode != "auto":
+        return [parallel]
+    several = (parallel.world or distributed.world()) > 1
+    sums = dict.fromkeys([parallel.sum_gradients, "every"] if several and not not_sharded(cfg) else [])
+    return [replace(parallel, mode="ddp"), *(replace(parallel, mode="fsdp", sum_gradients=when) for when in sums)]
+
+
+def shards_of(cfg: TrainConfig) -> int:
+    """Over how many processes parameters, gradients and states are shared out; 1: each holds all of them."""
+    return (cfg.parallel.world or distributed.world()) if cfg.parallel.mode == "fsdp" else 1
 
 
 def step_seconds(traced: Trace, rates: Rates, rows: int) -> float:

@@ -12,12 +12,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from nanogpt.base import run_names
-from nanogpt.base.config import TrainConfig, check, effective_batch
+from nanogpt.base.config import ParallelConfig, TrainConfig, check, effective_batch
 from nanogpt.base.console import Console, aligned, duration
 from nanogpt.base.hardware import GIB
 from nanogpt.base.language import sentence, text
 from nanogpt.plan import advice, matrix
-from nanogpt.plan.communication import EFFICIENT
+from nanogpt.plan.communication import EFFICIENT, ShardedCommunication
 from nanogpt.plan.plan import Plan, Planner
 from nanogpt.plan.roofline import BANDWIDTH_EFFICIENCY, LAUNCH_S, PRODUCT_EFFICIENCY
 from nanogpt.run import rundir
@@ -75,10 +75,13 @@ def show_communication(plan: Plan, console: Console) -> None:
         world=world, nodes=parallel.nodes, rows=-(-effective_batch(plan.cfg) // world),
         rate=sums.network.bytes_per_s / 1e9,
     )
+    if isinstance(sums, ShardedCommunication):
+        _show_sharded(sums, console)
+        return
     console.line(
         "gradients: {size:.1f} MiB, each process sends {sent:.1f} MiB a step in {total} (ring or tree), of which "
         "{exposed} are not hidden behind the backward pass: {efficiency:.0%} of a step computes",
-        size=sums.size / 2**20, sent=sums.network.sent(sums.size) / 2**20, total=duration(sums.total_s),
+        size=sums.size / 2**20, sent=sums.sent / 2**20, total=duration(sums.total_s),
         exposed=duration(sums.exposed_s), efficiency=sums.efficiency,
     )
     if sums.efficiency < EFFICIENT:
@@ -87,6 +90,22 @@ def show_communication(plan: Plan, console: Console) -> None:
             "the network binds: {goal:.0%} would compute with global_batch_size={batch}{rate}", goal=EFFICIENT,
             batch=math.ceil(effective_batch(plan.cfg) * sums.times_the_work_needed()),
             rate=text(", or links of {rate:.3g} GB/s", rate=needed / 1e9) if needed else "",
+        )
+
+
+def _show_sharded(sums: ShardedCommunication, console: Console) -> None:
+    console.line(
+        "parallel=fsdp: each process sends {sent:.1f} MiB a step in {total} (ring), of which {exposed} are not hidden "
+        "behind the computation: {efficiency:.0%} of a step computes",
+        sent=sums.sent / 2**20, total=duration(sums.total_s), exposed=duration(sums.exposed_s),
+        efficiency=sums.efficiency,
+    )
+    # 多累积几次没有用：每个微批都要凑齐一遍
+    if sums.efficiency < EFFICIENT and (needed := sums.bytes_per_s_needed()):
+        console.line(
+            "the network binds: {goal:.0%} would compute with links of {rate:.3g} GB/s, or more rows in each "
+            "micro-batch (batch_size)",
+            goal=EFFICIENT, rate=needed / 1e9,
         )
 
 
@@ -107,6 +126,22 @@ def table(plan: Plan) -> list[str]:
     return aligned((text("part"), "GiB", text("of the budget")), cells, sides="lrl")
 
 
+def chosen_parallel(cfg: TrainConfig, *, console: Console) -> ParallelConfig:
+    """What parallel=auto takes for a training, and a line that says so."""
+    plan = Planner(cfg).predict(cfg)
+    _say_chosen(plan, console)
+    return plan.cfg.parallel
+
+
+def _say_chosen(plan: Plan, console: Console) -> None:
+    parallel = plan.cfg.parallel
+    more = " parallel.sum_gradients=every" if (parallel.mode, parallel.sum_gradients) == ("fsdp", "every") else ""
+    console.line(
+        "parallel=auto takes parallel={chosen}: {need:.2f} of {budget:.2f} GiB in each process by the plan",
+        chosen=parallel.mode + more, need=plan.total / GIB, budget=plan.budget.total / GIB,
+    )
+
+
 EXIT_DOES_NOT_FIT = 1
 
 
@@ -122,6 +157,8 @@ def run_plan(cfg: TrainConfig, overrides: list[str]) -> None:
         return
     planner = Planner(cfg)
     plan = planner.predict(cfg, overrides)
+    if cfg.parallel.mode == "auto":
+        _say_chosen(plan, console)
     show(plan, console)
     if cfg.batch_size == "auto":
         console.line(

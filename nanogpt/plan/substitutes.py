@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import is_fake
 from torch.overrides import TorchFunctionMode
 
-from nanogpt.core import kernels
+from nanogpt.core import distributed, kernels, sharding
 from nanogpt.core.memory import lean_optimizers, lowbit
 from nanogpt.core.precision import DTYPES, RoundedProducts, cpu_units
 from nanogpt.plan.tracker import Tracker
@@ -66,6 +67,9 @@ class TracedScaler:
     def is_enabled(self) -> bool:
         """Whether the loss is scaled."""
         return self.enabled
+
+    def _found_inf_per_device(self, optimizer) -> dict:
+        return {}
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss times a scalar of the device."""
@@ -199,6 +203,13 @@ def substituted(device_type: str, tracker: Tracker | None = None) -> Iterator[No
         # 没有存储的模型再大也放得下
         (build, "check_memory_for", lambda *_: None),
     ]
+    with replaced(table):
+        yield
+
+
+@contextlib.contextmanager
+def replaced(table: list[tuple]) -> Iterator[None]:
+    """Put each (owner, name, substitute) in its place, and the originals back behind it."""
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in table]
     for owner, name, substitute in table:
         setattr(owner, name, substitute)
@@ -207,3 +218,38 @@ def substituted(device_type: str, tracker: Tracker | None = None) -> Iterator[No
     finally:
         for owner, name, original in before:
             setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def one_of(world: int) -> Iterator[None]:
+    """Be the first of `world` processes that are not there: what is sent goes nowhere, what comes has no values."""
+    if world == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        mesh = dist.init_device_mesh("cpu", (world,))
+        here = [(distributed, "world", lambda: world), (distributed, "rank", lambda: 0)]
+        with replaced([*here, (sharding, "mesh_on", lambda _: mesh)]):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def resizing(tracker: Tracker) -> Iterator[None]:
+    """Tell `tracker` of the storages that fully_shard empties and fills again without a tensor coming or going."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param as module
+
+    def told(change):
+        def resize(tensor: torch.Tensor) -> None:
+            change(tensor)
+            tracker.resized(tensor)
+
+        return resize
+
+    names = ("alloc_storage", "free_storage")
+    with replaced([(module, name, told(getattr(module, name))) for name in names]):
+        yield

@@ -31,8 +31,9 @@ from nanogpt.core.machine import accelerators
 from nanogpt.core.memory.lora import add_adapters
 from nanogpt.core.ngrams import size_text
 from nanogpt.core.precision import default_format
+from nanogpt.core.sharding import units_of, weights_of
 from nanogpt.core.step import Step
-from nanogpt.plan.substitutes import PlannedPrecision, substituted
+from nanogpt.plan.substitutes import PlannedPrecision, one_of, resizing, substituted
 from nanogpt.plan.tracker import Tracker
 from nanogpt.weights.build import build_model, build_step
 
@@ -43,7 +44,8 @@ KINDS = ("weights", "gradients", "optimizer", "activations", "temporaries")
 class Shape:
     """What decides a trace besides the config.
 
-    Rows per micro-batch, micro-batches per step, rows per evaluation batch and the type of device.
+    Rows per micro-batch, micro-batches per step, rows per evaluation batch, the type of device, and over how many
+    processes parameters, gradients and states are sharded.
     """
 
     # 可哈希、可 repr：同样的形状不追踪第二遍
@@ -52,6 +54,7 @@ class Shape:
     accumulation: int = 1
     eval_rows: int = 1
     device_type: str = "cpu"
+    shards: int = 1
 
 
 @dataclass
@@ -78,8 +81,8 @@ class Trace:
     """Bytes of state that lie in RAM beside a card."""
     weight_bytes: int = 0
     optimizer_bytes: int = 0
-    gradients: list[tuple[int, int]] = field(default_factory=list)
-    """(bytes, weights in matrices) of each sum of gradients that several processes would send."""
+    gradients: list[tuple[int, int, int]] = field(default_factory=list)
+    """(bytes, weights in matrices, bytes of weights) of each sum of gradients that several processes would send."""
     parameters: int = 0
     size: str = ""
     """The parameters, for people."""
@@ -126,7 +129,7 @@ class Trace:
 def trace(cfg: TrainConfig, shape: Shape) -> Trace:
     """Trace set-up, two steps, an evaluation and a sample of cfg, whose batch_size and vocabulary are known."""
     try:
-        with contextlib.suppress(_CompilerNeededError), without_compiler():
+        with contextlib.suppress(_CompilerNeededError), without_compiler(sharded=shape.shards > 1):
             return _traced(cfg, shape)
         return _traced(cfg, shape)
     except ConfigError:
@@ -143,7 +146,7 @@ def trace(cfg: TrainConfig, shape: Shape) -> Trace:
 
 def _traced(cfg: TrainConfig, shape: Shape) -> Trace:
     # 追踪中收走循环引用会改变释放的时刻：结果要每次相同
-    with _no_collector(), torch.random.fork_rng(devices=[]), fake_tensors() as mode:
+    with _no_collector(), torch.random.fork_rng(devices=[]), one_of(shape.shards), fake_tensors() as mode:
         return _Run(cfg, shape, mode).all()
 
 
@@ -182,10 +185,13 @@ _stands: list[_Stand | None] = []
 
 
 @contextlib.contextmanager
-def without_compiler() -> Iterator[None]:
-    """Trace without importing torch._dynamo, unless it is imported already; _CompilerNeededError where that fails."""
+def without_compiler(*, sharded: bool = False) -> Iterator[None]:
+    """Trace without importing torch._dynamo, unless it is imported already; _CompilerNeededError where that fails.
+
+    What is `sharded` needs it in any case.
+    """
     name = "torch._dynamo"
-    if name in sys.modules or None in _stands:
+    if name in sys.modules or None in _stands or sharded:
         yield
         return
     stand = _stands[0] if _stands else _Stand(name)
@@ -239,14 +245,18 @@ class _Run:
         self.before_forward: set[int] = set()
 
     def all(self) -> Trace:
-        with substituted(self.shape.device_type, self.tracker), self.tracker:
+        sharded = self.shape.shards > 1
+        resized = resizing(self.tracker) if sharded else contextlib.nullcontext()
+        with substituted(self.shape.device_type, self.tracker), resized, self.tracker:
             step = self._set_up()
             step.prepare()
             self._optimizer_step(step, "first", micro_batches=1)
             self._name_survivors(step)
             self._optimizer_step(step, "steady", micro_batches=min(2, self.shape.accumulation))
             self._evaluate(step.model)
-            self._sample(step.model)
+            if not sharded:
+                # 分片的训练不写样本
+                self._sample(step.model)
         result = self.result
         result.ram = sum(size for number, size in self.tracker.live().items() if number in self.tracker.host)
         return result
@@ -265,7 +275,14 @@ class _Run:
         self.tracker.take()
         self.tracker.take_ops()
         events, seen = [], set()
-        for t in (*step.model.parameters(), *step.model.buffers()):
+        if self.shape.shards > 1:
+            # 微批各走一遍：不必补
+            step.sums.passes = 1
+        if self.shape.shards > 1 and self.shape.device_type == "cpu":
+            # 分片之前，内存里有过整个模型
+            whole = sum(p.nbytes for p in step.model.parameters())
+            events += [(0, whole), (0, -whole)]
+        for t in (*weights_of(step.model), *step.model.buffers()):
             number = self.tracker.follow(t)
             if number not in seen:
                 seen.add(number)
@@ -275,9 +292,10 @@ class _Run:
         self.result.events["set_up"] = events
         self.result.weight_bytes = sum(size for _, size in events)
         tables = {id(part.weight) for part in step.model.modules() if isinstance(part, torch.nn.Embedding)}
-        for part in parts_of(step.parameters):
+        parts = units_of(step.model) if self.shape.shards > 1 else [(part, part) for part in parts_of(step.parameters)]
+        for part, trained in parts:
             work = sum(p.numel() for p in part if p.ndim > 1 and id(p) not in tables)
-            self.result.gradients.append((sum(p.nbytes for p in part), work))
+            self.result.gradients.append((sum(p.nbytes for p in trained), work, sum(p.nbytes for p in part)))
         self.result.parameters = sum(p.numel() for p in step.model.parameters())
         self.result.size = size_text(step.model)
         return step
@@ -304,12 +322,18 @@ class _Run:
         for number in range(micro_batches):
             x, y = self._tokens(self.shape.rows), self._tokens(self.shape.rows)
             self.before_forward = set(self.tracker.live())
+            if step.sums and number == micro_batches - 1:
+                step.sums.begin()
             loss = step.forward(x, y, 1.0 / self.shape.accumulation)
             self._forward_ended()
             with self.precision.backward_context():
                 step.backward(loss)
             total += loss.detach()
             del loss
+            if step.sums:
+                self._name_gradients(total, x, y)
+                if number == micro_batches - 1:
+                    step.sums.finish(failed=False)
             self._end_phase(f"{section}_micro_{number}")
         if self.precision.scaler.is_enabled():
             self.precision.scaler.unscale_(step.optimizer)
@@ -326,9 +350,20 @@ class _Run:
     def _end_phase(self, phase: str) -> None:
         self.result.events[phase], self.result.ops[phase] = self.tracker.take(), self.tracker.take_ops()
 
+    def _name_gradients(self, *others: torch.Tensor) -> None:
+        """Whatever outlives a backward pass of a sharded model, besides `others`, are gradients: whole ones or rows."""
+        for number in set(self.tracker.live()) - {self.tracker.follow(t) for t in others}:
+            self.result.kinds.setdefault(number, "gradients")
+
     def _name_survivors(self, step: Step) -> None:
         """Whatever outlives the first step and is no weight belongs to the optimizer."""
+        states = None
+        if self.shape.shards > 1:
+            # 最后凑齐的那个 block 要到下一次前向才放掉：它不是状态
+            states = {self.tracker.follow(t) for each in step.optimizer.state.values() for t in each.values()}
         for number, size in self.tracker.live().items():
+            if states is not None and number not in states:
+                continue
             if self.result.kinds.get(number) != "weights" and number not in self.tracker.host:
                 self.result.kinds[number] = "optimizer"
                 self.result.optimizer_bytes += size

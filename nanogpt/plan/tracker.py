@@ -219,6 +219,15 @@ class Tracker(TorchDispatchMode):
             self.events.append((number, size))
         return number
 
+    def resized(self, t: torch.Tensor) -> None:
+        """Note that the storage of a tensor has another size than before."""
+        number, storage = self.follow(t), t.untyped_storage()
+        ref, _, before = self.ids[storage._cdata]
+        if (size := storage.nbytes()) == before:
+            return
+        self.ids[storage._cdata] = (ref, number, size)
+        self.events += [(number, change) for change in (-before, size) if change]
+
     def _freed(self, key: int, number: int) -> None:
         # 地址可能已被新的 storage 占用，那一条不能删
         known = self.ids.get(key)

@@ -21,10 +21,12 @@ from nanogpt.base import run_names
 from nanogpt.base.config import (
     MANY,
     PATH_KEYS,
+    ParallelConfig,
     TrainConfig,
     auto_tokens,
     block_parameters,
     check,
+    not_sharded,
     span_of,
     tokens_per_step,
 )
@@ -79,6 +81,8 @@ class Hooks:
     # run 不导入 plan、sweep、write：要它们做的事从这里交进来，没有交的就不做
     choose_batch: Callable[..., int] | None = None
     """nanogpt.sweep.auto_batch.choose: the micro-batch for batch_size=auto."""
+    choose_parallel: Callable[..., ParallelConfig] | None = None
+    """nanogpt.plan.show.chosen_parallel: ddp or fsdp for parallel=auto."""
     explain: Callable[..., None] | None = None
     """nanogpt.plan.autopsy.show: what did not fit, and what to type."""
     write_sample: Callable[..., str] | None = None
@@ -91,6 +95,15 @@ class Hooks:
         if cfg.batch_size == "auto" and distributed.rank() == 0:
             cfg.batch_size = self.choose_batch(cfg, overrides, processes=distributed.world(), console=Console())
         return cfg.batch_size
+
+    def parallel(self, cfg: TrainConfig) -> ParallelConfig:
+        """cfg.parallel with auto decided, in the first process."""
+        if cfg.parallel.mode != "auto" or distributed.rank():
+            return cfg.parallel
+        if distributed.world() == 1 or not_sharded(cfg) or not self.choose_parallel:
+            return replace(cfg.parallel, mode="ddp")
+        # 模型的形状此时已经定了：不必再去读 init_from 的权重
+        return self.choose_parallel(replace(cfg, init_from=None), console=Console())
 
 
 NO_HOOKS = Hooks()
@@ -128,9 +141,10 @@ class Session:
         machine.set_up(
             self.device, deterministic=cfg.deterministic, hardware=cfg.hardware, threads=cfg.threads,
         )
+        parallel = hooks.parallel(cfg)
         distributed.start(self.device, cfg.parallel.timeout_s)
         # 默认目录名含时间，batch_size=auto 由第一个进程实测：各进程要用同一个
-        self.run_dir, cfg.batch_size = distributed.broadcast((run_dir, cfg.batch_size))
+        self.run_dir, cfg.batch_size, self.parallel = distributed.broadcast((run_dir, cfg.batch_size, parallel))
         self.data = self._open_data()
         if cfg.holdout:
             self.data.hold_out(cfg.holdout)
@@ -326,7 +340,7 @@ class Session:
     @property
     def _write_sample(self) -> Callable[..., str] | None:
         # 写样本只有第一个进程做，分片的模型却要大家一起算
-        return None if applies(self.cfg.parallel) else self.hooks.write_sample
+        return None if applies(self.parallel) else self.hooks.write_sample
 
     def _saver(self, config_text: str) -> Saver:
         """What writes checkpoints into the run folder."""
@@ -364,12 +378,12 @@ class Session:
         """The model and the computation of its steps, on the device."""
         self._settle_format()
         model = self._build_model()
-        if not applies(self.cfg.parallel):
+        if not applies(self.parallel):
             # 分片的整个放不下也无妨：一个 block 一个 block 地分好，只留自己的行
             model = model.to(self.device)
         weights, automatic = self.cfg.memory.weights, self.cfg.hardware.dtype
         precision = Precision(self.cfg.precision, self.device, weights, automatic=automatic)
-        return build_step(self.cfg, model, precision)
+        return build_step(replace(self.cfg, parallel=self.parallel), model, precision)
 
     def _settle_format(self) -> None:
         """Decide what precision.cpu_bf16=auto is on this CPU; the run folder and every process keep the answer."""
@@ -453,7 +467,7 @@ class Session:
         described = self._described(trainer)
         line("size_line", **described)
         line("run_line", **described)
-        if applies(cfg.parallel):
+        if applies(self.parallel):
             line(
                 "parallel=fsdp: parameters, gradients and optimizer states are shared out over {world} processes; no "
                 "samples are written during the training",

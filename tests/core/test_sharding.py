@@ -55,8 +55,9 @@ def several(*tasks):
     return results
 
 
-def same(one, other, atol=2e-5):
-    np.testing.assert_allclose(one, other, atol=atol, rtol=1e-4)
+def same(one, other):
+    # 各进程的梯度加起来的次序不同：只差舍入
+    np.testing.assert_allclose(one, other, atol=2e-5, rtol=1e-5)
 
 
 def copied(in_tmp, name):

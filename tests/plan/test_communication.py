@@ -12,9 +12,9 @@ from test_plan import SMALL
 from nanogpt.base.config import ParallelConfig
 from nanogpt.base.console import Console
 from nanogpt.base.language import ConfigError
-from nanogpt.plan.communication import EFFICIENT, Communication, Gradient, Network, exposed_s
+from nanogpt.plan.communication import EFFICIENT, Communication, Gradient, Network, exposed_s, waits
 from nanogpt.plan.plan import Planner
-from nanogpt.plan.show import show
+from nanogpt.plan.show import chosen_parallel, show
 
 PARTS = st.lists(st.builds(Gradient, st.integers(1, 10**9), st.integers(0, 10**8)), min_size=1, max_size=8)
 # 训练把非规格化数冲成零，这个进程也许训练过
@@ -67,3 +67,48 @@ def test_each_of_many_processes_takes_the_memory_of_one_with_its_share_and_the_t
     said = capsys.readouterr().out
     assert "processes: 8, machines: 2, rows of a step in each process: 2, slowest link: 1.25 GB/s" in said
     assert "the network binds: 90% would compute with global_batch_size=" in said
+
+
+# ---- 分片 ----
+
+SHARES = st.lists(st.tuples(FLOATS(0, 1), FLOATS(0, 1), FLOATS(0, 1)), min_size=1, max_size=8)
+
+
+@given(parts=SHARES)
+def test_a_pass_waits_for_its_first_message_and_at_most_for_all(parts):
+    before, compute, behind = zip(*parts, strict=True)
+    wait, messages = waits(before, compute, behind), sum(before) + sum(behind)
+    assert max(before[0], behind[-1], messages - sum(compute)) - 1e-9 <= wait <= messages + 1e-9
+
+
+def test_each_of_many_sharded_processes_holds_its_rows_and_what_is_gathered(capsys):
+    shape = ("model.n_layer=4", "model.vocab_size=320", "model.position=learned", "batch_size=1", "global_batch_size=16", "parallel.world=8")
+    planner = Planner(make_config(*SMALL))
+    last, every, ddp = (planner.predict(make_config(*SMALL, *shape, "optimizer=adamw", *more)) for more in (
+        ["parallel=fsdp"], ["parallel=fsdp", "parallel.sum_gradients=every"], [],
+    ))
+    # 步数处处都有
+    assert last.parts.weights == ddp.parts.weights / 8 and last.parts.optimizer == pytest.approx(ddp.parts.optimizer / 8, rel=0.01)
+    assert every.parts.gradients < 0.4 * ddp.parts.gradients < last.parts.gradients and every.allocated < last.allocated < ddp.allocated
+    sums, weights, share = last.communication, 4 * last.parameters, 7 / 8
+    root = sums.parts[-1].weights
+    assert sums.size == weights == sum(part.weights for part in sums.parts) and len(sums.parts) == 5
+    # 两个微批：前向各凑齐全部，反向各凑齐 blocks；梯度求和一次
+    assert sums.sent == pytest.approx(share * (2 * (2 * weights - root) + weights)) and every.communication.sent == pytest.approx(sums.sent + share * weights)
+    assert 0 < sums.exposed_s <= sums.total_s and every.communication.total_s > sums.total_s > 0
+    show(last, Console())
+    assert "parallel=fsdp: each process sends" in capsys.readouterr().out
+
+
+def test_auto_takes_the_whole_model_where_it_fits_else_rows_of_it(capsys):
+    shape = ("model.n_layer=4", "model.n_head=2", "model.n_embd=256", "batch_size=1", "global_batch_size=16", "optimizer=adamw", "parallel=auto")
+
+    def chosen(gib, *more):
+        cfg = make_config(*SMALL, *shape, *more)
+        cfg = replace(cfg, hardware=replace(cfg.hardware, vram_gib=gib + 1, context_gib=0.5, desktop_gib=0.5))
+        return chosen_parallel(cfg, console=Console())
+
+    assert chosen(1, "parallel.world=1").mode == "ddp" == chosen(1, "parallel.world=8").mode
+    assert (chosen(0.1, "parallel.world=8").mode, chosen(0.1, "parallel.world=8", "memory.weights=bf16").mode) == ("fsdp", "ddp")
+    said = capsys.readouterr().out
+    assert "parallel=auto takes parallel=ddp: " in said and "parallel=auto takes parallel=fsdp" in said
