@@ -241,6 +241,20 @@ def test_the_documented_python_runs_as_printed(own_run, capsys):
     assert set(nanogpt.__all__) <= set(dir(nanogpt)) and all(getattr(nanogpt, name).__doc__ for name in nanogpt.__all__)
 
 
+def test_the_page_on_memory_shows_how_far_plans_are_from_what_a_card_measured():
+    record = json.loads((ROOT / "benchmarks/results/card_nvidia_h100_80gb_hbm3.json").read_text(encoding="utf-8"))
+    cases = list(record["items"]["memory"]["cases"].values())
+    ran = [case for case in cases if case["ran"]]
+    assert all((case["replanned"]["verdict"] != "does_not_fit") == case["ran"] for case in cases)
+    for page in PAIRS[ENGLISH.index("docs/benchmarks.md")]:
+        shown = read(page)
+        for which, kind in (("replanned", "allocated"), ("replanned", "reserved"), ("expected", "reserved")):
+            errors = sorted(abs(case[which][kind] / case[kind] - 1) for case in ran)
+            assert f"{errors[len(errors) // 2]:.2%}" in shown and f"{errors[-1]:.2%}" in shown, (page, which, kind)
+        counts = (len(cases), len(ran), *(len(record["items"][part]["cases"]) for part in ("smoke", "writing")))
+        assert all(re.search(rf"\b{n}\b", shown) for n in counts) and record["items"]["smoke"]["ok"] and record["items"]["writing"]["ok"]
+
+
 def test_the_documented_dataset_works(tmp_path, monkeypatch):
     folder = tmp_path / "data" / "my_songs"
     folder.mkdir(parents=True)

@@ -382,6 +382,10 @@ NAMED = {
     "state_damaged": "damaged",
     "plan_vocab_assumed": "assumed, the data is not prepared yet; type model.vocab_size=… if you know better",
     "plan_tight": "TIGHT",
+    "segments_fixed": (
+        "without growing segments, as on Windows, in WSL or with PYTORCH_ALLOC_CONF set: on native Linux a training "
+        "usually takes less"
+    ),
     "trial_defaults": "the defaults",
     "report_title": "Which setting is the fastest that fits",
     "report_use": "Train with the fastest setting",

@@ -106,11 +106,16 @@ def set_up(
     cap_allocator(device, hardware)
 
 
-def grow_segments(device: torch.device) -> None:
-    """Let the allocator's segments grow page by page where the driver can: fewer fragments."""
+def segments_grow() -> bool:
+    """Whether a training on a CUDA card here lets the allocator's segments grow page by page; a plan asks it too."""
     # WSL 的驱动做不到，第一次分配就出错；使用者自己写了设置的，由他做主
     native = sys.platform == "linux" and "microsoft" not in platform.release().lower()
-    if not native or any(os.environ.get(name) for name in ALLOCATOR_SETTINGS):
+    return native and not any(os.environ.get(name) for name in ALLOCATOR_SETTINGS)
+
+
+def grow_segments(device: torch.device) -> None:
+    """Let the allocator's segments grow page by page where the driver can: fewer fragments."""
+    if not segments_grow():
         return
     # 旧版本只有后一个名字，新版本说它过时了
     change = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings

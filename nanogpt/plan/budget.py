@@ -31,6 +31,9 @@ class Budget:
     present: bool
     """Whether the device is in this machine, so that it can be measured."""
 
+    growing: bool = False
+    """Whether the allocator's segments will grow, which leaves fewer fragments."""
+
     @property
     def traced_as(self) -> str:
         """cpu | cuda: whose way of computing is traced."""
@@ -42,7 +45,7 @@ def budget_for(cfg: TrainConfig) -> Budget:
     """The device and the memory that cfg is for; a card that is stated by hardware= need not be here."""
     import torch
 
-    from nanogpt.core.machine import choose_device
+    from nanogpt.core.machine import choose_device, segments_grow
 
     hardware = cfg.hardware
     cap = allocator_cap(hardware)
@@ -51,7 +54,8 @@ def budget_for(cfg: TrainConfig) -> Budget:
     if cap is not None:
         context, desktop = int(hardware.context_gib * GIB), int(hardware.desktop_gib * GIB)
         total = int(hardware.vram_gib * GIB)
-        return Budget("cuda", hardware.name, total, cap, context, desktop, torch.cuda.is_available())
+        here = torch.cuda.is_available()
+        return Budget("cuda", hardware.name, total, cap, context, desktop, here, segments_grow())
     device = choose_device(cfg.device, hardware)
     if device.type == "cpu":
         return _cpu(cfg)
@@ -61,7 +65,8 @@ def budget_for(cfg: TrainConfig) -> Budget:
     # 本进程已占的还能再用；free 里已经扣掉了自己的上下文
     free += getattr(torch, device.type).memory_reserved(device)
     context = min(int(hardware.context_gib * GIB), total - free)
-    return Budget(device.type, device_name(device), total, free, context, total - free - context, True)
+    desktop, growing = total - free - context, device.type == "cuda" and segments_grow()
+    return Budget(device.type, device_name(device), total, free, context, desktop, True, growing)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from nanogpt.base.config import HardwareConfig, MemoryConfig, PrecisionConfig, T
 from nanogpt.base.console import Console
 from nanogpt.base.hardware import REFERENCE, cards
 from nanogpt.base.language import say
+from nanogpt.core.machine import segments_grow
 from nanogpt.plan.filled_config import GPT2_VOCAB
 from nanogpt.plan.plan import BATCHES, Planner
 from nanogpt.weights.build import memory_options, preset, preset_names
@@ -82,6 +83,8 @@ def show(cfg: TrainConfig, console: Console) -> None:
         "row, + : more was not tried",
         optimizer=f"optimizer={optimizer}", vocab=GPT2_VOCAB,
     )
+    if not segments_grow():
+        console.line("segments_fixed")
     console.plain("")
     console.plain(f"| model | memory | precision | {' | '.join(names)} |")
     console.plain("|---|---|---|" + "--:|" * len(names))

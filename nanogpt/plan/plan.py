@@ -29,8 +29,8 @@ from nanogpt.run.loop import share_batch
 # ---- 粗略的峰值 ----
 
 DEPTHS = (1, 2)
-# 碎片与取整的常见比例
-RESERVED = 1.04
+# 碎片与取整的常见比例，段不增长与增长时
+RESERVED = {False: 1.04, True: 1.01}
 
 
 def bilinear(corner: Callable[[int, int], float], x: float, y: float, rows: tuple[int, int]) -> float:
@@ -92,7 +92,8 @@ class Estimate:
 
     def fits(self, rows: int, budget: Budget, part: float) -> bool:
         """Whether `part` of the capacity probably suffices."""
-        return self.live(rows) * (RESERVED if budget.device_type == "cuda" else 1) <= budget.capacity * part
+        more = RESERVED[budget.growing] if budget.device_type == "cuda" else 1
+        return self.live(rows) * more <= budget.capacity * part
 
 
 MIB = 2**20
@@ -255,7 +256,10 @@ class Planner:
         if self.budget.device_type != "cuda":
             live, _ = traced.peak()
             return Replay(live + traced.ram <= capacity, live, live)
-        return replay(with_workspace(cfg, traced), capacity)
+        return self._replay(cfg, traced, capacity)
+
+    def _replay(self, cfg: TrainConfig, traced: Trace, capacity: int | None = None) -> Replay:
+        return replay(with_workspace(cfg, traced), capacity, growing=self.budget.growing)
 
     def judge(self, cfg: TrainConfig, vocab_source: str) -> Plan:
         """The plan of a filled config with a batch_size."""
@@ -269,7 +273,7 @@ class Planner:
             verdict = "does_not_fit"
             if self.budget.device_type == "cuda":
                 # 放不下也要说清楚差多少：按没有上限的情形报
-                result = replay(with_workspace(cfg, traced))
+                result = self._replay(cfg, traced)
         live, by_kind = traced.peak()
         on_cuda = self.budget.device_type == "cuda"
         workspace = CUBLAS_HANDLES * CUBLAS_WORKSPACE[cfg.deterministic] if on_cuda else 0

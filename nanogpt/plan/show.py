@@ -50,6 +50,8 @@ def show(plan: Plan, console: Console) -> None:
         "{verdict}: {total:.2f} of {budget:.2f} GiB (fits: within 95% of what the allocator may reserve)",
         verdict=text(VERDICTS[plan.verdict]), total=plan.total / GIB, budget=plan.budget.total / GIB,
     )
+    if plan.budget.device_type == "cuda" and not plan.budget.growing:
+        line("segments_fixed")
     line(
         "about {speed:,.0f} tokens/s, {step}/step, {wall} for {iters} iterations with evaluation",
         speed=plan.tokens_per_s, step=duration(plan.step_s), wall=duration(plan.train_s), iters=plan.iters,

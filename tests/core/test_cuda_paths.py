@@ -222,7 +222,7 @@ def test_segments_grow_where_the_driver_can_and_nobody_said_otherwise(monkeypatc
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", lambda text: settings.append(text.partition(":")[2]), raising=False)
     monkeypatch.setattr(torch, "empty", empty)
     machine.grow_segments(torch.device("cuda", 0))
-    assert settings == asked
+    assert settings == asked and machine.segments_grow() == bool(asked)
 
 
 # ---- 几个进程 ----

@@ -9,14 +9,16 @@ from rich.cells import cell_len
 from typed import typed
 
 from nanogpt.base import hardware, language
+from nanogpt.base.console import Console
 from nanogpt.base.hardware import GIB, allocator_cap
 from nanogpt.base.language import ConfigError
+from nanogpt.core import machine
 from nanogpt.plan import advice, filled_config, matrix
 from nanogpt.plan.allocator import replay
 from nanogpt.plan.budget import budget_for
 from nanogpt.plan.plan import TIGHT, Planner, predict, step_seconds, with_workspace
 from nanogpt.plan.roofline import rates_of
-from nanogpt.plan.show import run_plan, table
+from nanogpt.plan.show import run_plan, show, table
 
 SMALL = (
     "model.n_layer=1", "model.n_head=2", "model.n_embd=64", "model.block_size=64", "model.vocab_size=300", "model.ngrams=[]", "precision=bf16",
@@ -31,6 +33,14 @@ def small(*overrides):
 def with_vram(cfg, gib):
     """cfg on a card of which the allocator may take `gib`."""
     return replace(cfg, hardware=replace(cfg.hardware, vram_gib=gib + 1, context_gib=0.5, desktop_gib=0.5))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def native_linux():
+    """The same plans on every system: those of native Linux."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "segments_grow", lambda: True)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +76,23 @@ def test_fits_means_that_the_replay_succeeds_under_the_capacity(plan):
         planner = Planner(limited)
         got = planner.predict(limited)
         traced = planner.trace(got.cfg, 8, 16, 1)
-        capacity = planner.budget.capacity
-        assert (got.verdict == "fits") == replay(with_workspace(limited, traced), int(capacity * TIGHT)).fits
-        assert (got.verdict == "does_not_fit") != replay(with_workspace(limited, traced), capacity).fits
+        capacity, growing = planner.budget.capacity, planner.budget.growing
+        assert (got.verdict == "fits") == replay(with_workspace(limited, traced), int(capacity * TIGHT), growing=growing).fits
+        assert (got.verdict == "does_not_fit") != replay(with_workspace(limited, traced), capacity, growing=growing).fits
         assert verdict in (None, got.verdict)
+
+
+def test_segments_grow_in_a_plan_where_they_would_in_a_training_and_it_says_where_they_do_not(plan, monkeypatch, capsys):
+    first = Planner(plan.cfg)
+    for growing in (True, False):
+        monkeypatch.setattr(machine, "segments_grow", lambda growing=growing: growing)
+        planner = Planner(plan.cfg)
+        planner.share(first)
+        got = planner.judge(plan.cfg, "")
+        assert planner.budget.growing is growing and not budget_for(make_config("hardware=cpu")).growing
+        assert got.reserved == replay(with_workspace(plan.cfg, planner.trace(plan.cfg, 8, 16, 1)), growing=growing).reserved
+        show(got, Console())
+        assert ("without growing segments" in capsys.readouterr().out) != growing
 
 
 def test_the_allocators_cap_is_the_capacity_of_the_plan():
@@ -103,6 +126,8 @@ def test_the_largest_batch_fits_and_is_planned_for_auto():
 
 
 def test_advice_fits_keeps_the_effective_batch_and_is_sorted_by_speed(monkeypatch):
+    # 20 MiB 一页，对这么小的卡太粗
+    monkeypatch.setattr(machine, "segments_grow", lambda: False)
     # 一个键、一个成套设置：两条路都走到，不必追踪全部
     monkeypatch.setattr(advice, "KEYS", tuple(c for c in advice.KEYS if "optimizer_state" in c.fields))
     presets = advice.presets()
