@@ -31,7 +31,7 @@ def run_folder(cfg: TrainConfig) -> Path:
 
 def before_sweep(cfg: TrainConfig) -> Path | None:
     """Check a job of a sweep before the first begins; the folder that it trains in, None for a plan or a trial."""
-    if cfg.launch.name != "none":
+    if cfg.launch.name != "none" and not (cfg.trial.enabled or cfg.search.enabled):
         raise ConfigError(
             "launch={got} starts one training, not a sweep; leave out -m, or hand the jobs of the sweep to a cluster "
             "with hydra/launcher=submitit_slurm or hydra/launcher=ray",

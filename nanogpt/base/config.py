@@ -715,11 +715,10 @@ def check_launch(cfg: Any) -> None:
             "launch.options=--partition=gpu",
             got=launch.options,
         )
-    if cfg.trial.enabled or cfg.search.enabled:
+    if (cfg.trial.enabled or cfg.search.enabled) and launch.name == "slurm":
         raise ConfigError(
-            "launch={got} starts one training; trials go to a cluster by -m hydra/launcher=submitit_slurm or "
-            "hydra/launcher=ray",
-            got=launch.name,
+            "launch=slurm starts one training; trials go to a cluster by launch=ray, or by -m "
+            "hydra/launcher=submitit_slurm",
         )
     if cfg.resume and cfg.checkpoint:
         raise ConfigError(

@@ -25,8 +25,9 @@ Piece, Result = TypeVar("Piece"), TypeVar("Result")
 def places(cfg: TrainConfig) -> list[str]:
     """A place for each of search.jobs trials; ConfigError where they would disturb each other."""
     jobs = cfg.search.jobs
-    if jobs == 1:
-        return [""]
+    if jobs == 1 or cfg.launch.name == "ray":
+        # 在集群上，由 ray 派到空着的卡
+        return [""] * jobs
     cards = earlier_results.visible_cards(cfg)
     if cards is None:
         if cfg.objective == "tokens_per_s":

@@ -7,8 +7,10 @@ Needs no torch.
 # 任务之间只靠各自目录里的 trial.json 相通：结束时收齐、认出溢出的、排名次，退出码说明有没有意外
 # 这里不导入 torch：扫描的父进程要小，也不能先占住显存
 
+import functools
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ def trial_job(cfg: TrainConfig, overrides: list[str]) -> float:
     """
     folder = Path(cfg.out_dir) if cfg.out_dir else FIT / time.strftime("%Y-%m-%d_%H-%M-%S")
     try:
-        result = run_trial(cfg, overrides, folder)
+        result = runner(cfg)(cfg, overrides, folder)
         results.write(result, folder / "trial.json")
     except KeyboardInterrupt:
         say("search_interrupted")
@@ -44,6 +46,18 @@ def trial_job(cfg: TrainConfig, overrides: list[str]) -> float:
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.RUN and (code := exit_code([result])):
         sys.exit(code)
     return result.score
+
+
+@functools.cache
+def _on_ray(one_kind: bool) -> Callable[..., TrialResult]:
+    from nanogpt.sweep.ray_trials import RayTrials
+
+    return RayTrials(one_kind=one_kind)
+
+
+def runner(cfg: TrainConfig, *, one_kind: bool = False) -> Callable[..., TrialResult]:
+    """What runs trials: run_trial here, or its like on a Ray cluster; one_kind: all of them on one kind of card."""
+    return _on_ray(one_kind) if cfg.launch.name == "ray" else run_trial
 
 
 def line_of(result: TrialResult) -> str:

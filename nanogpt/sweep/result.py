@@ -203,7 +203,7 @@ def collect(folder: Path) -> list[TrialResult]:
 # 只改变微批的键：同一条曲线上的点
 BATCH_KEYS = ("batch_size", "gradient_accumulation_steps")
 # 只说明“这是试跑”的键
-TRIAL_KEYS = ("experiment", "trial", "lang", "out_dir", "hydra")
+TRIAL_KEYS = ("experiment", "trial", "lang", "out_dir", "hydra", "launch")
 
 
 def ranked(found: Sequence[TrialResult], margin: float) -> list[TrialResult]:

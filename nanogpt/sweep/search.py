@@ -34,9 +34,10 @@ from nanogpt.sweep.auto_batch import candidates as batch_sizes
 from nanogpt.sweep.auto_batch import fastest
 from nanogpt.sweep.beside import Beside, places
 from nanogpt.sweep.halving import Candidate, Schedule, Search, divide
+from nanogpt.sweep.jobs import runner
 from nanogpt.sweep.result import FIT, STATUS_MESSAGES, TrialResult
 from nanogpt.sweep.space import OWN, Dimension, default_of, overrides_of, space_of
-from nanogpt.sweep.trial import RUNS, run_trial
+from nanogpt.sweep.trial import RUNS
 
 # 量快慢：预热一步，计时的各步合起来约这么久，取中位数；别的程序偶尔插进来就不算数
 TIMED_S, TIMED_STEPS = 2.0, (2, 30)
@@ -205,6 +206,7 @@ class Trials:
         self.evaluated: list[str] = []
         self.schedule: Schedule | None = None
         self.beside = Beside(places(cfg))
+        self.run_trial = runner(cfg, one_kind=True)
         # Hydra 的拼装只有一份全局的状态
         self.composing = threading.Lock()
 
@@ -246,7 +248,7 @@ class Trials:
             folder = self.folder / str(self.number)
         shown = [*self.base, *more]
         try:
-            return run_trial(self.composed(more), shown, folder, run_dir=run_dir)
+            return self.run_trial(self.composed(more), shown, folder, run_dir=run_dir)
         except ConfigError as error:
             return result.made({"overrides": shown, "status": "invalid", "reason": str(error)})
 

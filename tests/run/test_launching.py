@@ -184,7 +184,7 @@ def test_without_ray_its_package_is_named(slurm, monkeypatch):
 @pytest.mark.parametrize(("words", "line"), [
     (["launch.nodes=0"], "launch.nodes=0 is out of range; it must be >= 1"),
     (["launch.options=gpu"], "launch.options='gpu': options of sbatch begin with -"),
-    (["experiment=fit"], "launch=slurm starts one training; trials go to a cluster by"),
+    (["experiment=fit"], "launch=slurm starts one training; trials go to a cluster by launch=ray"),
     (["launch=slrm"], "there is no such option; choose one of: none, ray, slurm"),
 ])
 def test_what_cannot_be_launched_is_refused_in_one_line(slurm, words, line):

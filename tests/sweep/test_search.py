@@ -17,7 +17,7 @@ from test_end_to_end import QUICK, TEXT
 from typed import typed
 
 from nanogpt.base.language import ConfigError
-from nanogpt.sweep import child, earlier_results, process, result, search
+from nanogpt.sweep import child, earlier_results, jobs, process, result
 from nanogpt.sweep.beside import Beside, places
 from nanogpt.sweep.extrapolation import estimate
 from nanogpt.sweep.halving import LEAST_MINUTES, Search, divide, importance
@@ -329,7 +329,7 @@ def test_a_search_as_it_is_typed_ends_with_a_report_and_a_recipe(in_tmp, monkeyp
         curve = [(n * 100.0, n / 10, loss + 1 / n) for n in range(1, 8)]
         return result.made({**common, "val_loss": loss, "curve": curve, "tokens": 700, "minutes": 0.7, "run_dir": str(run_dir)})
 
-    monkeypatch.setattr(search, "run_trial", faked)
+    monkeypatch.setattr(jobs, "run_trial", faked)
     words = ["-m", "experiment=search", "objective=val_loss", "search.minutes=15", "search.trials=9", "learning_rate=3e-3,1e-2,3e-2", "dropout=0", "dataset.path=my.txt",
              "dataset.dir=prepared", *(word for word in QUICK if not word.startswith(("logger", "sample", "eval")))]
     done = typed("run_train.py", in_tmp, *words, "max_iters=5000")
@@ -361,7 +361,7 @@ def test_speed_can_be_searched_too(in_tmp, monkeypatch):
         return result.made({"overrides": overrides, "key": f"{cfg.batch_size}", "status": "ok" if fits else "oom", "tokens_per_s": 100.0 * cfg.batch_size if fits else None,
                             "micro_batch": cfg.batch_size, "wall_s": 1.0})
 
-    monkeypatch.setattr(search, "run_trial", faked)
+    monkeypatch.setattr(jobs, "run_trial", faked)
     # 画图要一秒多，test_report.py 已看过
     monkeypatch.setattr("nanogpt.sweep.report.write_pictures", lambda *asked: [])
     done = typed("run_train.py", in_tmp, "-m", "experiment=search", "objective=tokens_per_s", "search.trials=8", "batch_size=4,8,16,32", "dataset.path=my.txt")

@@ -17,8 +17,9 @@ from conftest import make_config
 from nanogpt.base.config import ROOT, lookup
 from nanogpt.base.language import ConfigError
 from nanogpt.base.lock import only_one
-from nanogpt.sweep import child, claims, earlier_results, process, result
+from nanogpt.sweep import child, claims, earlier_results, process, ray_trials, result
 from nanogpt.sweep.process import Ended
+from nanogpt.sweep.ray_trials import RayTrials, described, selector
 from nanogpt.sweep.result import TrialResult, made
 from nanogpt.sweep.trial import classified, lock_path, run_trial
 
@@ -372,6 +373,22 @@ def test_the_same_kind_of_card_or_processor_is_the_same_device_on_every_machine(
     earlier_results._processor.cache_clear()
     monkeypatch.setattr(earlier_results.platform, "node", lambda: "another")
     assert earlier_results.device(make_config("device=cpu")) == cpu
+
+
+def test_a_trial_on_a_cluster_goes_to_the_nodes_whose_cards_it_fits(monkeypatch):
+    monkeypatch.setattr(ray_trials, "connected", lambda: None)
+    monkeypatch.setattr(RayTrials, "_fits", lambda trials, cfg, card: cfg.batch_size <= card.vram_gib)
+    cards = {"a": ("NVIDIA GeForce RTX 3060", 12.0), "b": ("NVIDIA A100-SXM4-80GB", 80.0), "c": ("An unknown card", 30.0), "d": ("NVIDIA GeForce RTX 3060", 11.9)}
+    every, one = RayTrials(one_kind=False), RayTrials(one_kind=True)
+    every.cards = one.cards = {node: described(*card) for node, card in cards.items()}
+    assert [card.name for card in every.cards.values()] == ["rtx3060_12gb", "a100_80gb", "An unknown card", "rtx3060_12gb"]
+    placed = {rows: every.nodes(make_config(f"batch_size={rows}")) for rows in (8, 16, 64, 100)}
+    assert placed == {8: ["a", "b", "c", "d"], 16: ["b", "c"], 64: ["b"], 100: []}
+    # 比时间的搜索：第一个放得下的、最多的那种卡，以后都是它
+    assert one.nodes(make_config("batch_size=8")) == one.nodes(make_config("batch_size=64")) == ["a", "d"]
+    assert selector(["a", "d"]) == {"ray.io/node-id": "in(a,d)"} and selector([]) == {}
+    every.cards = {node: card for node, card in every.cards.items() if node in "ad"}
+    assert every.nodes(make_config("batch_size=64")) == []
 
 
 def test_the_lock_of_trials_lies_where_only_its_owner_writes(in_tmp, monkeypatch, tiny_overrides):

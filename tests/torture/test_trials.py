@@ -226,6 +226,47 @@ def test_a_sweep_on_workers_whose_driver_or_workers_are_killed_loses_no_trial_an
     assert not list((tmp_path / "outputs/fit/trials").glob("*.claim.*"))
 
 
+@ONLY_LONG
+@pytest.mark.skipif(not find_spec("ray"), reason="extra ray is not installed")
+def test_trials_of_a_sweep_and_of_a_search_run_on_the_nodes_of_a_ray_cluster_that_they_fit(tmp_path):
+    from ray.cluster_utils import Cluster
+
+    small = {"object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **small})
+    try:
+        for name, mib in (("NVIDIA GeForce RTX 3060", 12288), ("NVIDIA A100-SXM4-80GB", 81920)):
+            # 同一台机器上的两个节点，各有各的“显卡”
+            folder = tmp_path / str(mib)
+            folder.mkdir()
+            (folder / "nvidia-smi").write_text(f"#!/bin/sh\necho '{name}, {mib}'\n", encoding="utf-8")
+            (folder / "nvidia-smi").chmod(0o755)
+            cluster.add_node(num_cpus=1, num_gpus=1, env_vars={"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "WHICH": str(mib)}, **small)
+        cluster.wait_for_nodes()
+        code = f"""
+import os, sys
+os.environ["RAY_ADDRESS"] = {cluster.address!r}
+sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]!r}
+from conftest import make_config
+from nanogpt.sweep.ray_trials import RayTrials
+trials = RayTrials(one_kind=False)
+where = {{node: card.name for node, card in trials._cards().items()}}
+for words in (["model=tiny"], ["model=gpt2_xl", "batch_size=4"]):
+    print(sorted(where[node] for node in trials.nodes(make_config(*words, "model.vocab_size=50257"))))
+"""
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", check=False)
+        assert done.stdout.splitlines() == ["['a100_80gb', 'rtx3060_12gb']", "['a100_80gb']"], done.stdout + done.stderr
+        os.environ["RAY_ADDRESS"] = cluster.address
+        sweep = Sweep(tmp_path / "sweep", (str(ROOT / "run_train.py"),), [2, 4], "launch=ray", "launch.gpus=1")
+        assert sweep.start().wait(600) == 0, (sweep.folder / "console").read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in sweep.newest("trials.jsonl").splitlines()]
+        assert sorted(row["micro_batch"] for row in rows) == [2, 4] and {row["status"] for row in rows} == {"ok"}
+        recipe = (sweep.folder / "outputs/fit/fit/best.yaml").read_text(encoding="utf-8")
+        assert "launch" not in recipe and "batch_size: " in recipe
+    finally:
+        os.environ.pop("RAY_ADDRESS", None)
+        cluster.shutdown()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="SIGIO on a closed pipe")
 def test_a_trial_that_is_stuck_in_c_ends_with_its_sweep(tmp_path):
     stuck = (
