@@ -61,7 +61,7 @@ def run_trial(
         return made({**common, "status": "invalid", "reason": str(error)})
     folder.mkdir(parents=True, exist_ok=True)
     key = earlier_results.key_of(cfg)
-    # 先占试跑，再排队等设备：等别人量完时，不占着空闲的卡
+    # 先占试跑，再排队等设备：等别人量完时，不占着空闲的卡；记下之后才放开，等着的才找得到
     with claimed(earlier_results.claim_of(key)), _turn(cfg.device):
         # 占到了再查：别的进程、别的机器可能刚测完同一个
         earlier = None if cfg.trial.again else earlier_results.find(key)
@@ -75,11 +75,11 @@ def run_trial(
         }
         signs = [where / "metrics.jsonl"] if learns else []
         ended = run_child(job, folder, timeout_s=cfg.trial.timeout_s, signs=signs, command=command)
-    status, reason = classified(ended, cfg.trial.timeout_s)
-    result = judge(made({**common, **ended.values, "key": key, "status": status, "reason": reason, "known": False,
-                         "peak_gib": _peak(ended, status), "wall_s": time.perf_counter() - started}))
-    earlier_results.keep(result)
-    return result
+        status, reason = classified(ended, cfg.trial.timeout_s)
+        result = judge(made({**common, **ended.values, "key": key, "status": status, "reason": reason, "known": False,
+                             "peak_gib": _peak(ended, status), "wall_s": time.perf_counter() - started}))
+        earlier_results.keep(result)
+        return result
 
 
 def refuse(cfg: TrainConfig) -> None:

@@ -317,8 +317,9 @@ def test_a_trial_that_is_wanted_twice_at_once_is_measured_once(quick, monkeypatc
     _, folder = quick
     monkeypatch.setattr(claims, "POLL_S", 0.02)
     code = f"open({str(folder / 'begun')!r}, 'a').write('x'); time.sleep(0.3); report(status='ok', tokens_per_s=5.0)"
-    found = []
-    both = [threading.Thread(target=lambda: found.append(trial(quick, code=code))) for _ in range(2)]
+    # Hydra 拼配置不能几个线程一起
+    overrides, cfg, found = quick[0], make_config(*quick[0]), []
+    both = [threading.Thread(target=lambda: found.append(run_trial(cfg, overrides, folder / "job", command=fake(code)))) for _ in range(2)]
     for one in both:
         one.start()
     for one in both:
