@@ -4,6 +4,7 @@
 # 不花时间的检查都在导入 torch 之前：写错一个键，一秒之内就知道
 # before_sweep 在 -m 时先把每个任务查一遍，第九个写错不会等到八个训完才说
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from nanogpt.base import run_names
 from nanogpt.base.before_torch import importing_torch
 from nanogpt.base.cli import TYPED, run_script
 from nanogpt.base.config import TrainConfig, check, check_launch
+from nanogpt.base.errors import EXIT_TERMINATED
 from nanogpt.base.language import ConfigError
 from nanogpt.base.sweep_folder import Job
 from nanogpt.run import rundir
@@ -89,6 +91,8 @@ def main(cfg: TrainConfig, overrides: list[str]) -> float | None:
     else:
         session = Session.new(cfg, run_dir, overrides, above)
     session.run()
+    if session.told_to_end:
+        sys.exit(EXIT_TERMINATED)
     return None
 
 

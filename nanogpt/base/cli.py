@@ -96,7 +96,8 @@ def gone_on(arguments: list[str]) -> list[str]:
         )
     begun = (Path(expanded(folders[-1])) / "run.json").is_file()
     # 配方、overwrite、起点的 checkpoint 只对开头有意义；其余的照敲的盖上去，与存下的相同就什么也不改
-    dropped = ("resume", "out_dir", "overwrite", "experiment", "checkpoint") if begun else ("resume",)
+    # out_dir 留着：与 resume 相同，就是“没有剩下的也算成功”
+    dropped = ("resume", "overwrite", "experiment", "checkpoint") if begun else ("resume",)
     left = [argument for argument in arguments if argument.partition("=")[0] not in dropped]
     return [*left, f"resume={folders[-1]}"] if begun else left
 

@@ -24,6 +24,8 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 # 与被 SIGPIPE 结束的程序相同：128 + 13
 EXIT_PIPE_CLOSED = 141
+# 与被 SIGTERM 结束的程序相同：128 + 15；存好了，却没有训完：torchrun 会再启动，Slurm 等也看得出
+EXIT_TERMINATED = 143
 
 SPACE = sentence("free some disk space or choose another disk, then start again")
 ACCESS = sentence("change its permissions or choose another place")

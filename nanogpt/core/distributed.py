@@ -11,6 +11,7 @@ import contextlib
 import os
 import sys
 import time
+import uuid
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
@@ -26,6 +27,9 @@ from nanogpt.core.watch import Watch
 
 # 其余进程在第一个进程准备数据时等着：大语料要几个小时，NCCL 默认 10 分钟就中断全部
 PATIENCE = timedelta(hours=24)
+CONNECT = timedelta(minutes=1)
+# 等别的进程来时，隔这么久看一次
+MEET_S = 0.02
 # 这么大（字节）的梯度原地求和，不抄；更小的攒成一捆，免得每次通信都在等延迟
 LARGE, BUNDLE = 2**20, 25 * 2**20
 # 别的进程把话说完的时间
@@ -57,17 +61,45 @@ def start(device: torch.device, timeout_s: float) -> None:
     global _watch
     if world() == 1:
         return
-    store, _, _ = next(rendezvous("env://", timeout=PATIENCE))
-    # batch_size=auto 由第一个进程先量：先在 store 里等齐，通信的时限才能短
-    store.set(f"here/{rank()}", "1")
-    store.wait([f"here/{number}" for number in range(world())], PATIENCE)
+    # torchrun 自己的 store 早就在了，连不上就是它已经不在；没有 torchrun，要等 0 号进程来开
+    there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
     # 时限由 watch 管，它说得出是哪一个；通信库自己的只是后备
     limit = timedelta(seconds=2 * timeout_s + 60)
-    dist.init_process_group(
-        backend, store=dist.PrefixStore("group", store), rank=rank(), world_size=world(), timeout=limit,
-    )
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=CONNECT if there else PATIENCE))
+        store = _met(store)
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("group", store), rank=rank(), world_size=world(), timeout=limit,
+        )
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            "the processes of this training could not meet ({reason}); type the command again", reason=reason,
+        ) from None
     _watch = Watch(dist.PrefixStore("watch", store), rank(), world(), timeout_s)
+
+
+def _met(store: dist.Store) -> dist.Store:
+    """The part of the store that belongs to this start alone, when all processes are there."""
+    # torchrun 的 store 活过每一次重启，里面还有上一次的地址与警报：由 0 号起一个新名字，逐个告诉此刻活着的
+    # batch_size=auto 由 0 号先量，别的等着：先在这里等齐，通信的时限才能短
+    mine = uuid.uuid4().hex
+    if rank():
+        store.set(f"hello/{rank()}", mine)
+        store.wait([f"name/{mine}"], PATIENCE)
+        name = store.get(f"name/{mine}").decode()
+        store.set(f"{name}/{rank()}", "here")
+        store.wait([f"{name}/0"], PATIENCE)
+        return dist.PrefixStore(name, store)
+    for number in range(1, world()):
+        while not store.check([f"{mine}/{number}"]):
+            # 读到的也许还是上一次的：多告诉一个早已不在的，无妨
+            if store.check([f"hello/{number}"]):
+                store.set(f"name/{store.get(f'hello/{number}').decode()}", mine)
+            time.sleep(MEET_S)
+    store.set(f"{mine}/0", "here")
+    return dist.PrefixStore(mine, store)
 
 
 def waiting() -> contextlib.AbstractContextManager[None]:
@@ -84,6 +116,12 @@ def to_go_on(remedy: str) -> None:
     """Say this where another process hangs or is gone."""
     if _watch:
         _watch.remedy = remedy
+
+
+def when_left_alone(task: Callable[[], None]) -> None:
+    """Call task() from another thread if what started the processes is gone."""
+    if _watch:
+        _watch.left_alone = task
 
 
 def stop() -> None:

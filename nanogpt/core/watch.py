@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch.distributed as dist
@@ -40,6 +40,8 @@ class Watch:
         """Whether the training is lost: nothing can be sent any more."""
         self.remedy = text(REMEDY)
         """What to type to go on."""
+        self.left_alone: Callable[[], None] = lambda: None
+        """Called where the process that holds the store is gone: torchrun's agent, or process 0 without one."""
         threading.Thread(target=self._look, daemon=True).start()
 
     @contextlib.contextmanager
@@ -69,7 +71,8 @@ class Watch:
                 elif self.store.check([ALARM]):
                     self._answer()
             except RuntimeError:
-                # store 已不在：管它的那个进程走了，通信自会出错
+                # store 已不在：管它的那个进程走了；若是 torchrun，训练自己还走得下去，却没有人管了
+                self.left_alone()
                 return
 
     def _leave(self) -> None:

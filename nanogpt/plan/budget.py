@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from nanogpt.base.config import TrainConfig
 from nanogpt.base.hardware import GIB, allocator_cap, device_memory, device_name, free_ram
 
+# 走第一步才读进来的 torch 代码页（21 MiB）与 oneDNN、Python 留着的（4 MiB），几个进程也是各这么多
+STEP_BYTES = 24 * 2**20
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -26,7 +29,7 @@ class Budget:
     capacity: int
     """What tensors may take: all that PyTorch's allocator may reserve."""
     context: int
-    """The card's own part; on a CPU this process before any tensor."""
+    """The card's own part; on a CPU this process without its tensors."""
     desktop: int
     present: bool
     """Whether the device is in this machine, so that it can be measured."""
@@ -89,4 +92,4 @@ def process_bytes(checkpointing: bool, sharded: bool = False) -> int:
 def _cpu(cfg: TrainConfig) -> Budget:
     process = process_bytes(cfg.memory.activation_checkpointing != "none", cfg.parallel.mode != "ddp")
     total = int(cfg.hardware.ram_gib * GIB) if cfg.hardware.ram_gib is not None else free_ram() + process
-    return Budget("cpu", "CPU", total, total - process, process, 0, True)
+    return Budget("cpu", "CPU", total, total - process - STEP_BYTES, process + STEP_BYTES, 0, True)

@@ -217,7 +217,7 @@ class Training(Trainer):
         cfg, progress, began, reason = self.cfg, self.progress, time.perf_counter(), None
         last = self.spent >= 1
         evaluated = last or (self._every(cfg.eval_interval) and self._leaves_time())
-        if result.stop_requested:
+        if result.stop_requested and not last:
             reason = "interrupted"
         elif evaluated:
             reason = self._evaluate_and_judge()

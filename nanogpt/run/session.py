@@ -117,14 +117,16 @@ class Session:
     def __init__(
         self, cfg: TrainConfig, run_dir: Path, source: checkpoint.Checkpoint | None, *, other_data: bool = False,
         pretrained: Pretrained | None = None, lock: Lock | None = None, record: RunRecord | None = None,
-        hooks: Hooks = NO_HOOKS, limits: Collection[str] = (),
+        hooks: Hooks = NO_HOOKS, limits: Collection[str] = (), same: bool = False,
     ):
         """`lock` and `record` are those of a run that is resumed, or begun again because it has no checkpoint yet.
 
-        `limits` are the budgets that were typed for a resume.
+        `limits` are the budgets that were typed for a resume; `same`: by the command that began the run.
         """
         self.cfg, self.source, self.other_data, self.pretrained = cfg, source, other_data, pretrained
-        self.lock, self.record, self.hooks, self.limits = lock, record, hooks, limits
+        self.lock, self.record, self.hooks, self.limits, self.same = lock, record, hooks, limits, same
+        self.by_hand = self.told_to_end = False
+        """Whether a training was ended before its time by the person at the keyboard, or by what launched it."""
         # 锁在手里却没有 checkpoint：同一次训练重新开始
         self.begun_again = source is None and lock is not None
         self.why_format: str | None = None
@@ -230,8 +232,10 @@ class Session:
         check_weights(source, cfg.model, cfg.finetune)
         typed_keys = {override.partition("=")[0] for override in overrides}
         limits = [key for key in LIMITS if key in typed_keys and getattr(cfg, key) is not None]
+        # 同一条命令再敲一遍、torchrun 再启动一次：早已训完的，补上可能没写完的总结，照样成功
+        same = typed.out_dir is not None and Path(typed.out_dir) == Path(typed.resume)
         # 时间与 token 数在状态里，要读完才知道；步数马上就说
-        _leave_behind(cfg, limits, Progress(source.iteration), Console(quiet=distributed.rank() > 0))
+        _leave_behind(cfg, limits, Progress(source.iteration), Console(quiet=distributed.rank() > 0), same=same)
         bundled = run_dir / "data"
         # 试的是同一个形状：权重是什么不影响快慢与内存
         dataset = {**cfg.dataset, "dir": str(bundled)} if bundled.is_dir() else cfg.dataset
@@ -239,7 +243,7 @@ class Session:
         cfg.batch_size = hooks.measure_batch(trial, [])
         other_data = any(o.startswith("dataset.dir=") for o in overrides)
         return cls(
-            cfg, run_dir, source, other_data=other_data, lock=lock, record=record, hooks=hooks, limits=limits
+            cfg, run_dir, source, other_data=other_data, lock=lock, record=record, hooks=hooks, limits=limits, same=same
         )
 
     # ---- 数据 ----
@@ -303,6 +307,7 @@ class Session:
                 raise
             finally:
                 distributed.stop()
+            self.told_to_end = summary["stopped_by"] == "interrupted" and not self.by_hand
             if distributed.rank() == 0:
                 self._finish(trainer, summary)
         finally:
@@ -318,7 +323,7 @@ class Session:
         loggers = Loggers([JsonlLogger(), *backends] if distributed.rank() == 0 else [])
         computation = self._build_step()
         progress, order = restore(self.source, computation, self.data) if self.source else (Progress(), ORDER)
-        _leave_behind(self.cfg, self.limits, progress, self.console)
+        _leave_behind(self.cfg, self.limits, progress, self.console, same=self.same)
         node = OmegaConf.structured(self.cfg)
         config_text = OmegaConf.to_yaml(node)
         if distributed.rank() == 0:
@@ -578,6 +583,7 @@ class Session:
                 return
             if trainer.stop_requested:
                 os._exit(128 + number)
+            self.by_hand = number != signal.SIGTERM
             trainer.stop_requested = True
             self.console.line("interrupted: saving after this step; once more to exit at once")
 
@@ -585,6 +591,7 @@ class Session:
             trainer.stop_requested = True
 
         self.console.on_gone = stop
+        distributed.when_left_alone(stop)
         if self.console.gone:
             # 开头几行还没说完，人就走了
             stop()
@@ -676,11 +683,18 @@ class Session:
         return commands
 
 
-def _leave_behind(cfg: TrainConfig, limits: Collection[str], progress: Progress, console: Console) -> None:
-    """Drop a limit that is reached where others were typed (`limits`); ConfigError where none was, or it was itself."""
+def _leave_behind(
+    cfg: TrainConfig, limits: Collection[str], progress: Progress, console: Console, *, same: bool,
+) -> None:
+    """Drop a limit that is reached where others were typed (`limits`); ConfigError where none was, or it was itself.
+
+    Typed by the `same` command again, such a run has nothing left to do, and that is no mistake.
+    """
     at = progress.iteration
     while (span := span_of(cfg, at, progress.tokens_trained)).spent(at, progress.wall_s) >= 1:
         key = span.ended_by(at)
+        if same and (not limits or key in limits):
+            return
         got = span.iters if key == "max_iters" else getattr(cfg, key)
         if limits and key not in limits:
             goal = " ".join(f"{limit}={getattr(cfg, limit)}" for limit in limits)

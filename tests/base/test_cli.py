@@ -61,7 +61,7 @@ def test_the_same_command_begins_a_training_and_goes_on_with_it(in_tmp, monkeypa
     (in_tmp / "outputs/a b").mkdir(parents=True)
     assert cli.gone_on([*words, *typed]) == words
     (in_tmp / "outputs/a b/run.json").touch()
-    assert cli.gone_on([*words, *typed]) == ["model=small", "max_iters=9", "resume=outputs/a b"]
+    assert cli.gone_on([*words, *typed]) == ["model=small", "out_dir=outputs/a b", "max_iters=9", "resume=outputs/a b"]
     # 写明了接着哪一个的，就是那一个
     assert cli.gone_on([*words, "resume=outputs/c"]) == [*words, "resume=outputs/c"]
     with pytest.raises(ConfigError, match="add out_dir=outputs/my-run"):

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from attack import POSIX
 from conftest import new_trainer, tiny
 from members import commands, together
+from torch.distributed.rendezvous import rendezvous
 
 from nanogpt.base.language import ConfigError
 from nanogpt.core import distributed
@@ -136,6 +137,26 @@ def test_all_begin_with_the_first_ones_weights_and_a_gradient_that_one_process_l
 
 def test_all_sums_of_a_backward_pass_have_begun_when_it_ends_and_large_gradients_are_not_copied():
     assert [result[3] for result in together(2, summed, False)] == [2, 2]
+
+
+def meet_again():
+    """Whether a member still sees the alarm of the start before, in a store that outlives a restart."""
+    store, _, _ = next(rendezvous("env://"))
+    if distributed.rank():
+        for key in ("hello/1", "watch/alarm", "group/alarm"):
+            store.set(key, "stale")
+    here = distributed._met(store)
+    seen = here.check(["watch/alarm"])
+    if distributed.rank():
+        here.set("seen", "1")
+    else:
+        # 别的看完了，才能带着 store 走
+        here.wait(["seen"])
+    return seen
+
+
+def test_processes_that_torchrun_starts_again_do_not_see_what_those_before_them_left():
+    assert together(2, meet_again) == [False, False]
 
 
 def test_a_stated_number_of_processes_that_were_not_started_is_one_line(in_tmp, corpus_folder):

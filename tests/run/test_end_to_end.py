@@ -17,6 +17,7 @@ from typed import ENVIRONMENT, typed
 
 from nanogpt.base import quoting
 from nanogpt.base.config import ROOT
+from nanogpt.base.errors import EXIT_TERMINATED
 from nanogpt.run.loop import Training
 
 RUN = [sys.executable, str(ROOT / "run_train.py")]
@@ -96,32 +97,18 @@ def check_interrupted(folder, out):
     assert f"continuing outputs/a at iteration {stopped['iters']}" in done.stdout
 
 
-def test_ctrl_c_saves_and_exits_cleanly_and_resume_goes_on(own_text, monkeypatch):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, EXIT_TERMINATED)])
+def test_ctrl_c_and_a_launcher_that_ends_the_run_save_and_resume_goes_on(own_text, monkeypatch, number, code):
     folder, overrides = own_text
     step = Training.step
 
     def interrupted(trainer):
         if trainer.progress.iteration == 3 and trainer.cfg.resume is None:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return step(trainer)
 
     monkeypatch.setattr(Training, "step", interrupted)
-    check_interrupted(folder, run(folder, *overrides, "out_dir=outputs/a", "max_iters=100000", "eval_interval=100000").stdout)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
-def test_a_process_told_to_end_saves_and_exits_cleanly_and_resume_goes_on(own_text):
-    folder, overrides = own_text
-    process = subprocess.Popen(
-        [*RUN, *overrides, "out_dir=outputs/a", "max_iters=100000", "eval_interval=100000"], cwd=folder, env=ENVIRONMENT,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
-    )
-    while "iter 3:" not in process.stdout.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    check_interrupted(folder, out)
+    check_interrupted(folder, run(folder, *overrides, "out_dir=outputs/a", "max_iters=100000", "eval_interval=100000", expect=code).stdout)
 
 
 def test_two_processes_train_like_one(own_text):

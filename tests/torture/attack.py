@@ -37,7 +37,7 @@ POSIX = pytest.mark.skipif(os.name == "nt", reason="the attack forks")
 ONLY_LONG = pytest.mark.skipif(not LONG, reason="takes minutes: pytest -m torture")
 # 已经用过 CUDA 的进程不能 fork：有显卡的机器上另起一个干净的进程来 fork
 FORKS = None if os.name == "nt" else multiprocessing.get_context("forkserver" if torch.cuda.is_available() else "fork")
-GIVEN_UP_S = 120
+GIVEN_UP_S = 600 if LONG else 120
 # 改动文件的审计事件；fsync 没有事件，它前后总有别的
 CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
 RUN = Path("outputs/run")
