@@ -87,7 +87,7 @@ def test_one_file_is_prepared_as_before_and_holds_the_same_texts(tmp_path):
     assert documents_in(many) == documents_in(one)
 
 
-@pytest.mark.parametrize(("kind", "size"), [("jsonl", 1), ("jsonl", 100), ("jsonl", 10**6), ("parquet", 100), ("parquet", 10**6), ("txt", 7), ("txt", 100)])
+@pytest.mark.parametrize(("kind", "size"), [("jsonl", 16), ("jsonl", 500), ("jsonl", 10**6), ("parquet", 700), ("parquet", 10**6), ("txt", 7), ("txt", 100)])
 def test_every_record_is_in_one_part_however_the_bytes_are_divided(tmp_path, kind, size):
     written = texts(80)
     if kind == "txt":
