@@ -67,7 +67,7 @@ def environment(folder: Path) -> dict[str, str]:
 def running(command: list[str], folder: Path, stop_at: int | None = None) -> dict[str, float]:
     """Seconds, peak MiB of the largest process and of all; killed as soon as `stop_at` parts are finished."""
     began, before, largest, total = time.monotonic(), cpu_seconds(resource.RUSAGE_CHILDREN), 0, 0
-    with (folder / "said.txt").open("w") as said:
+    with (folder / "said.txt").open("w", encoding="utf-8") as said:
         process = subprocess.Popen([sys.executable, *command], cwd=folder, env=environment(folder), stdout=said, stderr=said)
     family = psutil.Process(process.pid)
     while process.poll() is None:
