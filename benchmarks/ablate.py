@@ -118,6 +118,18 @@ STUDIES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
         **held_back(1_000_000, 4, "- 1 0.1", "23 1 0.1", "- 1 0", decay=0.1),
         **held_back(1_000_000, 8, "- 1 0.2", decay=0.1),
     }),
+    # 背起来以后会不会再好起来：early_stop_evals=null 照着这些曲线定，tests/run/test_regularize.py 核对
+    "stop": (
+        ["model.n_layer=2", "model.n_head=4", "model.n_embd=64", "model.block_size=64", "batch_size=16", "dropout=0", *CHAR],
+        {
+            f"{characters // 1000}k characters, {passes} passes, {schedule}, {name}": [
+                f"lr_schedule={schedule}", f"model.ngrams={tables}", f"passes={passes}", f"characters={characters}", "evaluations=30",
+            ]
+            for characters, passes in ((40_000, 8), (40_000, 24), (120_000, 8))
+            for schedule in ("linear", "wsd")
+            for name, tables in {"all tables": "[2,3,4,5]", "no tables": "[]"}.items()
+        },
+    ),
     # 预设照默认值训练：读得多的那次不该更差
     "presets": (CHAR, {
         f"{preset}, {passes} passes": [f"model={preset}", f"passes={passes}"]
@@ -137,7 +149,7 @@ STUDIES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
     ),
 }
 # 不是设置，是研究自己的话
-OURS = ("passes=", "characters=")
+OURS = ("passes=", "characters=", "evaluations=")
 QUICK = ["model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "batch_size=4", "eval_tokens=512"]
 
 
@@ -181,7 +193,7 @@ class Study:
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
     def of(self, variant: str, key: str) -> float | None:
-        """What a variant says of its text (characters) or its budget (passes)."""
+        """What a variant says of its text (characters), its budget (passes) or how often it is judged (evaluations)."""
         return next((float(o.partition("=")[2]) for o in self.variants[variant] if o.startswith(f"{key}=")), None)
 
     def text(self, variant: str) -> Path:
@@ -238,10 +250,11 @@ class Study:
         # 文字的后一成是验证部分；按字符切，一个字符一个 token
         tokens = passes * 0.9 * len(text.read_text(encoding="utf-8")) if passes else self.arguments.tokens * self.found["speed"].get(variant, 1.0)
         iterations = 4 if self.arguments.quick else max(8, round(tokens / self.tokens_per_iteration(variant)))
+        interval = max(1, iterations // int(self.of(variant, "evaluations") or 8))
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
             summary = run(
                 text, Path(folder) / "run",
-                [*self.settings(variant), f"seed={seed}", f"max_iters={iterations}", f"eval_interval={max(1, iterations // 8)}",
+                [*self.settings(variant), f"seed={seed}", f"max_iters={iterations}", f"eval_interval={interval}",
                  *([] if self.arguments.quick else ["eval_tokens=null"])],
                 device=self.arguments.device, environment=self.environment,
             )

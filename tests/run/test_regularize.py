@@ -77,17 +77,16 @@ def stopped_at(curve, train_losses, targets=10**9):
     return None
 
 
-@pytest.mark.parametrize("study", ["turn", "stop"])
-def test_no_measured_training_that_stops_by_itself_would_have_become_better(study):
-    runs = json.loads((ROOT / f"benchmarks/results/ablate_{study}.json").read_text(encoding="utf-8"))["runs"]
+def test_no_measured_training_that_stops_by_itself_would_have_become_better():
+    studies = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((ROOT / "benchmarks/results").glob("ablate_*.json"))]
     stopped = []
-    for run in runs:
+    for run in (run for study in studies for run in study["runs"]):
         curve = [loss for _, loss in run["curve"]]
         # 训练损失没有都记下：当作总在降，停得只会更早
         if at := stopped_at(curve, [0.0] * len(curve)):
             stopped.append(at / len(curve))
             assert min(curve[:at]) == min(curve), run["variant"]
-    assert stopped and min(stopped) < 0.7
+    assert len(stopped) > 10 and min(stopped) < 0.5
 
 
 def test_only_a_loss_that_stays_clearly_above_the_best_while_the_training_loss_falls_stops_a_training():
