@@ -1,10 +1,11 @@
 """What a training keeps of its speed while another one runs on the same cores, by how OpenMP's threads wait.
 
-    python benchmarks/busy.py [--seconds 85] [--shape 4/4/128]
+    python benchmarks/busy.py [--seconds 85] [--shape 4/4/128] [--others 0.1]
 
 Two trainings for each way of waiting stand ready and stopped; alone and beside its twin each runs for a moment, in turn, until
-the time is over. A moment counts in which other programs took less than a tenth of a core (Linux only). Writes
-benchmarks/results/busy.json: steps/s alone, of one beside the other, and its share of half of the best lone speed.
+the time is over. A moment counts in which other programs took less than --others cores (Linux only). Writes
+benchmarks/results/busy.json: steps/s alone, of one beside the other, and its share of half of the best lone speed; where other
+programs were let in, only the ways beside each other say something.
 """
 
 # 同一台机器上两次训练，各还剩多少：按 OpenMP 的线程怎样等来分
@@ -33,7 +34,6 @@ WAYS = {
 }
 # 看机器的半秒一次：先让它看过两次
 SETTLE_S, COUNT_S = 1.2, 1.5
-OTHERS = 0.1
 TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -103,20 +103,21 @@ def busy_s() -> float:
     return (user + nice + system + irq + soft) / TICK
 
 
-def measure(shape: str, seconds: float, folder: Path) -> dict:
+def measure(shape: str, seconds: float, most_others: float, folder: Path) -> dict:
     """Speeds of every way, alone and beside a twin."""
     pairs = {way: [Training(shape, way, folder / f"{number}{twin}") for twin in "ab"] for number, way in enumerate(WAYS)}
     for each in (training for pair in pairs.values() for training in pair):
         each.stand_ready()
     seen: dict[str, dict[str, list[float]]] = {way: {"alone": [], "beside": []} for way in WAYS}
-    until, left_out = time.monotonic() + seconds, 0
+    until, left_out, beside_us = time.monotonic() + seconds, 0, []
     try:
         while time.monotonic() < until:
             for way, pair in pairs.items():
                 for name, running in (("alone", pair[:1]), ("beside", pair)):
                     speed, others = moment(running)
-                    if others < OTHERS:
+                    if others < most_others:
                         seen[way][name].append(speed)
+                        beside_us.append(others)
                     else:
                         left_out += 1
     finally:
@@ -130,20 +131,22 @@ def measure(shape: str, seconds: float, folder: Path) -> dict:
         alone, beside = cells["alone"], cells["beside"]
         cells |= {"alone, of the best": alone and alone / best, "share of half of the best": beside and best and beside / (best / 2)}
         cells |= {"moments": [len(seen[way]["alone"]), len(seen[way]["beside"])]}
-    return {"shape": shape, "cores": os.cpu_count(), "moments_left_out": left_out, "ways": medians}
+    others = round(statistics.median(beside_us), 2) if beside_us else None
+    return {"shape": shape, "cores": os.cpu_count(), "cores_of_others": others, "moments_left_out": left_out, "ways": medians}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=85)
     parser.add_argument("--shape", default="4/4/128")
+    parser.add_argument("--others", type=float, default=0.1)
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "busy.json")
     arguments = parser.parse_args()
     if arguments.train:
         train(arguments.shape, arguments.train)
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(arguments.shape, arguments.seconds, Path(folder))
+        result = measure(arguments.shape, arguments.seconds, arguments.others, Path(folder))
     print(json.dumps(result, indent=2))
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8", newline="\n")
 

@@ -31,6 +31,9 @@ COMMANDS = {
     "help": ["run_train.py", "--help"],
     "plan tiny": ["run_train.py", *PLAN, "model=tiny"],
     "plan medium": ["run_train.py", *PLAN, "model=medium"],
+    "plan and advice, GPT-2 medium in 8 GB": [
+        "run_train.py", "plan=true", "hardware=rtx3060_8gb", "model=gpt2_medium", "model.vocab_size=50257", "batch_size=16",
+    ],
     "first text": ["run_sample.py", "out_dir=run", "max_new_tokens=1", "device=cpu"],
     "first text, plain step": ["run_sample.py", "out_dir=run", "max_new_tokens=1", "device=cpu", "fast=false"],
     "first training step": ["run_train.py", *TINY, "out_dir=again", "overwrite=true"],

@@ -2,7 +2,7 @@
 
 # 一个设置放不下时，算出改哪几个键就放得下，按速度排好
 # 先找同样有效 batch 下更小的微批，再试成套设置与 memory= 的各个键，都不行才缩短上下文；每条建议都完整追踪过
-# show 由 plan=true 用，presets 与 changed 由 autopsy 用；找到够用的、或过了 SECONDS 秒就停，不求穷尽
+# show 由 plan=true 用，presets 与 changed 由 autopsy 用；找到够用的、或用了 SECONDS 秒的 CPU 时间就停，不求穷尽
 
 import time
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from nanogpt.plan.plan import TIGHT, Plan, Planner
 from nanogpt.weights.build import memory_options
 
 LINES = 5
-SECONDS = 5.0
-"""No further candidate is looked at after that long."""
+SECONDS = 4.0
+"""No further candidate is looked at after so much CPU time: a busy machine gives the same advice, only later."""
 USEFUL = 0.995
 """A change counts where it brings the peak below this part of what it was."""
 
@@ -64,13 +64,13 @@ def advise(plan: Plan, planner: Planner, looked: Callable[[float], None] = lambd
     Where none of them fits, those that fit tightly; where there are none either, a shorter context.
     looked(seconds since the beginning) is called on the way.
     """
-    began = time.monotonic()
+    began = time.process_time()
     until = began + SECONDS
     found, whole = _ways(plan, planner, ()), presets()
     # 次序：最便宜的成套设置；还不够，就更彻底的；再是各个单项，先粗估有没有用
     for change in (*whole, *KEYS):
-        looked(time.monotonic() - began)
-        if len(found) >= LINES or time.monotonic() > until:
+        looked(time.process_time() - began)
+        if len(found) >= LINES or time.process_time() > until:
             break
         # 已经有够用的，不必再劝人用更重的成套设置
         if not (found and change in whole[1:]) and (change in whole or _is_useful(change, plan, planner)):
@@ -138,14 +138,17 @@ def _ways(
     """The changes at the present batch size, or else at the largest smaller one with the same effective batch."""
     total = plan.batch_size * plan.accumulation if plan.cfg.global_batch_size is None else plan.cfg.global_batch_size
     sizes = [b for b in range(plan.batch_size, 0, -1) if total % b == 0 or b == plan.batch_size]
-    tried = 0
+    part = TIGHT if len(accepted) == 1 else TIGHT * 1.1
+    alone, tried = changed(_alone(plan.cfg), changes), 0
+    # 最小的都放不下，大的不必一个个估
+    if alone is None or not planner.estimate(alone).fits(sizes[-1], planner.budget, part):
+        return []
     for rows in sizes:
         accumulation = -(-total // rows)
         batch = {} if rows == plan.batch_size else {
             "batch_size": rows, "gradient_accumulation_steps": accumulation, "global_batch_size": None,
         }
         candidate = changed(replace(plan.cfg, **batch), changes)
-        part = TIGHT if len(accepted) == 1 else TIGHT * 1.1
         # 粗估就放不下的不去追踪：完整追踪一次要几秒
         if candidate is None or not planner.estimate(candidate).fits(rows, planner.budget, part):
             continue
@@ -172,6 +175,6 @@ def _shorter(plan: Plan, planner: Planner, levels: list[tuple[Change, ...]], unt
         block = plan.cfg.model.block_size // divisor
         shorter = replace(plan, cfg=replace(plan.cfg, model=replace(plan.cfg.model, block_size=block)))
         for changes in levels:
-            if block and time.monotonic() < until and (ways := _ways(shorter, planner, changes)):
+            if block and time.process_time() < until and (ways := _ways(shorter, planner, changes)):
                 return [replace(way, typed=f"model.block_size={block} {way.typed}".strip()) for way in ways]
     return []

@@ -83,7 +83,7 @@ class Estimate:
     def live(self, rows: int) -> float:
         """Peak of the live bytes."""
         at, depth = self.rows(rows), self.cfg.model.n_layer
-        phases = self.corner(0, at[0]).events
+        phases = self.corner(0, at[rows >= at[1]]).events
 
         def peak(phase: str) -> float:
             return bilinear(lambda i, j: self.corner(i, at[j]).peaks()[phase], depth, rows, at)
