@@ -75,12 +75,16 @@ def launch(cfg: TrainConfig, run_dir: Path, typed: Sequence[str]) -> None:
             "{path}: job {id} is {state} for it; wait until it ends, or end it with scancel {id}",
             path=run_dir, id=_id(run_dir), state=state,
         )
+    content = batch_file(cfg.launch, run_dir, command) if cfg.launch.name == "slurm" else ""
+    if content and cfg.overwrite and shutil.which("sbatch"):
+        # 要清掉旧的：先问它收不收
+        _sbatch("--test-only", content=content)
     # 占一下：别的训练在里面、目录写不了、要清掉旧的，都在提交之前
     lock = rundir.hold(run_dir) if cfg.resume else rundir.claim(run_dir, overwrite=cfg.overwrite)
     try:
         (run_dir / JOB).mkdir(exist_ok=True)
-        if cfg.launch.name == "slurm":
-            submit(batch_file(cfg.launch, run_dir, command), run_dir, Console())
+        if content:
+            submit(content, run_dir, Console())
     except BaseException:
         if not cfg.resume:
             shutil.rmtree(run_dir / JOB, ignore_errors=True)
@@ -154,19 +158,12 @@ def submit(content: str, run_dir: Path, console: Console) -> None:
     file = run_dir / JOB / "job.sbatch"
     write_text(file, content)
     typed = f"sbatch {word(file.as_posix(), 'sh')}"
-    if not (program := shutil.which("sbatch")):
+    if not shutil.which("sbatch"):
         console.line(
             "no sbatch on this machine: {file} is written; where Slurm is, type:\n  {command}", file=file, command=typed
         )
         return
-    done = subprocess.run([program, "--parsable", str(file)], **READABLE, check=False)
-    if done.returncode:
-        reason = " ".join(done.stderr.replace("sbatch: error:", "").split())
-        raise ConfigError(
-            "launch=slurm: sbatch refuses the job ({reason}); change launch.nodes, launch.gpus or launch.options",
-            reason=reason or done.returncode,
-        )
-    number = done.stdout.strip().partition(";")[0]
+    number = _sbatch("--parsable", str(file)).strip().partition(";")[0]
     write_text(run_dir / JOB / "id", number + "\n")
     console.line(
         "submitted as job {id}; `nanogpt runs` shows it, what it prints comes into {log}",
@@ -174,7 +171,19 @@ def submit(content: str, run_dir: Path, console: Console) -> None:
     )
 
 
-READABLE = {"capture_output": True, "text": True, "encoding": "utf-8", "errors": "replace", "stdin": subprocess.DEVNULL}
+def _sbatch(*arguments: str, content: str = "") -> str:
+    """What sbatch prints; `content` is a batch file for its stdin."""
+    done = subprocess.run([shutil.which("sbatch"), *arguments], **READABLE, input=content, check=False)
+    if done.returncode:
+        reason = " ".join(done.stderr.replace("sbatch: error:", "").split())
+        raise ConfigError(
+            "launch=slurm: sbatch refuses the job ({reason}); change launch.nodes, launch.gpus or launch.options",
+            reason=reason or done.returncode,
+        )
+    return done.stdout
+
+
+READABLE = {"capture_output": True, "text": True, "encoding": "utf-8", "errors": "replace"}
 
 
 def states(run_dirs: Iterable[Path]) -> dict[Path, str]:
@@ -204,7 +213,7 @@ def _asked(program: str, *arguments: str) -> dict[str, str]:
     if not (path := shutil.which(program)):
         return {}
     try:
-        said = subprocess.run([path, *arguments], **READABLE, check=False, timeout=ASKING_S).stdout
+        said = subprocess.run([path, *arguments], **READABLE, input="", check=False, timeout=ASKING_S).stdout
     except (OSError, subprocess.TimeoutExpired):
         # Slurm 不应答，列表照样要有
         return {}

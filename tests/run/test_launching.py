@@ -1,6 +1,7 @@
 """Trainings that run elsewhere: what is written for Slurm, what travels, what is said of jobs, and what is refused."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,6 +164,23 @@ def test_a_job_that_sbatch_refuses_leaves_nothing(slurm):
     done = typed("run_train.py", folder, "launch=slurm", "launch.options=--partition=gpu", expect=2)
     assert "error: launch=slurm: sbatch refuses the job (invalid partition specified: gpu)" in done.stderr
     assert not (folder / "outputs").exists() or not list((folder / "outputs").iterdir())
+
+
+@POSIX
+def test_a_run_is_not_cleared_for_a_job_that_sbatch_refuses(slurm, own_run):
+    _, program = slurm
+    program("sbatch", "echo 'sbatch: error: no' >&2; exit 1")
+    before = sorted((own_run / "outputs" / "run").rglob("*"))
+    assert "sbatch refuses the job (no)" in typed("run_train.py", own_run, "launch=slurm", "out_dir=outputs/run", "overwrite=true", expect=2).stderr
+    assert len(before) > 5 and sorted((own_run / "outputs" / "run").rglob("*")) == before
+
+
+@pytest.mark.skipif(not shutil.which("sinfo") or subprocess.run(["sinfo"], capture_output=True).returncode != 0, reason="no Slurm answers here")
+def test_slurm_itself_takes_the_file():
+    cfg = make_config("launch=slurm", "launch.gpus=0", "launch.minutes=5", "launch.options='--comment=mine'")
+    content = launching.batch_file(cfg.launch, Path("it's 100% \"mine\""), ["run_train.py"])
+    done = subprocess.run(["sbatch", "--test-only"], input=content, capture_output=True, text=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_folder_that_is_cleared_keeps_its_job(own_run):

@@ -228,7 +228,7 @@ def test_a_sweep_on_workers_whose_driver_or_workers_are_killed_loses_no_trial_an
 
 @ONLY_LONG
 @pytest.mark.skipif(not find_spec("ray"), reason="extra ray is not installed")
-def test_trials_of_a_sweep_and_of_a_search_run_on_the_nodes_of_a_ray_cluster_that_they_fit(tmp_path):
+def test_trials_of_a_sweep_run_on_the_nodes_of_a_ray_cluster_that_they_fit(tmp_path):
     from ray.cluster_utils import Cluster
 
     small = {"object_store_memory": 80 * 2**20}
