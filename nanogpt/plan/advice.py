@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from nanogpt.base.config import MemoryConfig, TrainConfig, check
 from nanogpt.base.console import Console
 from nanogpt.base.language import ConfigError, text
-from nanogpt.plan.plan import TIGHT, Plan, Planner
+from nanogpt.plan.plan import TIGHT, Plan, Planner, parallels
 from nanogpt.weights.build import memory_options
 
 LINES = 5
@@ -66,7 +66,7 @@ def advise(plan: Plan, planner: Planner, looked: Callable[[float], None] = lambd
     """
     began = time.process_time()
     until = began + SECONDS
-    found, whole = _ways(plan, planner, ()), presets()
+    found, whole = _ways(plan, planner, ()) + sharded(plan, planner), presets()
     # 次序：最便宜的成套设置；还不够，就更彻底的；再是各个单项，先粗估有没有用
     for change in (*whole, *KEYS):
         looked(time.process_time() - began)
@@ -80,6 +80,20 @@ def advise(plan: Plan, planner: Planner, looked: Callable[[float], None] = lambd
     if not found:
         found = _shorter(plan, planner, [(), *((c,) for c in whole)], until)
     return sorted((a for a in found if not any(_beats(b, a) for b in found)), key=lambda a: -a.speed)[:LINES]
+
+
+def sharded(plan: Plan, planner: Planner) -> list[Advice]:
+    """How to share out the model, where several processes train it."""
+    before = plan.cfg.parallel
+    for parallel in parallels(replace(plan.cfg, parallel=replace(before, mode="auto"))):
+        typed = ["parallel=fsdp"] if parallel.mode != before.mode else []
+        typed += ["parallel.sum_gradients=every"] if parallel.sum_gradients != before.sum_gradients else []
+        if parallel.mode == "ddp" or not typed:
+            continue
+        outcome = planner.judge(replace(plan.cfg, parallel=parallel), plan.vocab_source)
+        if outcome.verdict == "fits":
+            return [Advice(" ".join(typed), outcome.tokens_per_s / plan.tokens_per_s, outcome)]
+    return []
 
 
 def _beats(one: Advice, other: Advice) -> bool:

@@ -23,6 +23,13 @@ pytestmark = POSIX
 ROWS = ("batch_size=3", "global_batch_size=10", "eval_batch_size=4", "overwrite=true", "max_iters=50", "model.dropout=0")
 
 
+# 16 位的舍入会放大末位的差别
+OTHERS = (
+    ("optimizer=adamw", "precision=fp16", "memory=lean", "model.tie_embeddings=true"),
+    ("finetune=lora", "precision=bf16", "parallel.sum_gradients=every"),
+)
+
+
 def steps(trainer, count):
     """Losses and gradient norms of so many steps, and the validation loss behind them."""
     results = [trainer.step() for _ in range(count)]
@@ -69,10 +76,14 @@ def copied(in_tmp, name):
 def test_fifty_losses_equal_those_of_one_process_and_a_run_goes_on_under_any_number_of_processes(in_tmp, corpus_folder):
     overrides = tiny(corpus_folder)
     alone = trained(overrides, in_tmp / "one", 50)
+    others = [trained(overrides, in_tmp / "other", 2, *more) for more in OTHERS]
     results = together(
         2, several, (trained, overrides, in_tmp / "two", 50, "parallel=fsdp"), (resumed, copied(in_tmp, "one"), 3, "parallel=fsdp"),
+        *((trained, overrides, in_tmp / f"other{n}", 2, "parallel=fsdp", *more) for n, more in enumerate(OTHERS)),
     )
-    for sharded, went_on in results:
+    for sharded, went_on, *others_sharded in results:
+        for one, other in zip(others_sharded, others, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-3)
         same(sharded[0], alone[0])
         same(sharded[1], alone[1])
         # 1 -> fsdp(2)

@@ -12,6 +12,7 @@ from test_plan import SMALL
 from nanogpt.base.config import ParallelConfig
 from nanogpt.base.console import Console
 from nanogpt.base.language import ConfigError
+from nanogpt.plan.advice import sharded
 from nanogpt.plan.communication import EFFICIENT, Communication, Gradient, Network, exposed_s, waits
 from nanogpt.plan.plan import Planner
 from nanogpt.plan.show import chosen_parallel, show
@@ -101,14 +102,19 @@ def test_each_of_many_sharded_processes_holds_its_rows_and_what_is_gathered(caps
 
 
 def test_auto_takes_the_whole_model_where_it_fits_else_rows_of_it(capsys):
-    shape = ("model.n_layer=4", "model.n_head=2", "model.n_embd=256", "batch_size=1", "global_batch_size=16", "optimizer=adamw", "parallel=auto")
+    shape = ("model.n_layer=4", "model.n_head=2", "model.n_embd=256", "batch_size=1", "global_batch_size=16", "optimizer=adamw")
+
+    def on_card(gib, *more):
+        cfg = make_config(*SMALL, *shape, *more)
+        return replace(cfg, hardware=replace(cfg.hardware, vram_gib=gib + 1, context_gib=0.5, desktop_gib=0.5))
 
     def chosen(gib, *more):
-        cfg = make_config(*SMALL, *shape, *more)
-        cfg = replace(cfg, hardware=replace(cfg.hardware, vram_gib=gib + 1, context_gib=0.5, desktop_gib=0.5))
-        return chosen_parallel(cfg, console=Console())
+        return chosen_parallel(on_card(gib, "parallel=auto", *more), console=Console())
 
     assert chosen(1, "parallel.world=1").mode == "ddp" == chosen(1, "parallel.world=8").mode
-    assert (chosen(0.1, "parallel.world=8").mode, chosen(0.1, "parallel.world=8", "memory.weights=bf16").mode) == ("fsdp", "ddp")
+    assert (chosen(0.118, "parallel.world=8").mode, chosen(0.118, "parallel.world=8", "memory.weights=bf16").mode) == ("fsdp", "ddp")
     said = capsys.readouterr().out
-    assert "parallel=auto takes parallel=ddp: " in said and "parallel=auto takes parallel=fsdp" in said
+    assert "parallel=auto takes parallel=ddp: " in said and "parallel=auto takes parallel=fsdp: " in said
+    planner = Planner(cfg := on_card(0.118, "parallel.world=8"))
+    (way,) = sharded(planner.predict(cfg), planner)
+    assert way.typed.startswith("parallel=fsdp") and way.plan.verdict == "fits"
