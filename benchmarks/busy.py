@@ -125,14 +125,15 @@ def measure(shape: str, seconds: float, most_others: float, folder: Path) -> dic
             for each in pair:
                 each.process.kill()
                 each.process.wait()
-    medians = {way: {name: statistics.median(speeds) if speeds else None for name, speeds in cells.items()} for way, cells in seen.items()}
-    best = max((cells["alone"] for cells in medians.values() if cells["alone"]), default=None)
-    for way, cells in medians.items():
+    # 平均而不是中位数：机器很忙时，一个片刻只走得了几步
+    means = {way: {name: statistics.mean(speeds) if speeds else None for name, speeds in cells.items()} for way, cells in seen.items()}
+    best = max((cells["alone"] for cells in means.values() if cells["alone"]), default=None)
+    for way, cells in means.items():
         alone, beside = cells["alone"], cells["beside"]
         cells |= {"alone, of the best": alone and alone / best, "share of half of the best": beside and best and beside / (best / 2)}
         cells |= {"moments": [len(seen[way]["alone"]), len(seen[way]["beside"])]}
     others = round(statistics.median(beside_us), 2) if beside_us else None
-    return {"shape": shape, "cores": os.cpu_count(), "cores_of_others": others, "moments_left_out": left_out, "ways": medians}
+    return {"shape": shape, "cores": os.cpu_count(), "cores_of_others": others, "moments_left_out": left_out, "ways": means}
 
 
 def main() -> None:
