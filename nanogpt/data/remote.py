@@ -109,7 +109,11 @@ class Cache:
                 os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
     def _make_room(self, size: int, keep: Collection[Path]) -> None:
-        found = [(path, path.stat()) for path in self.folder.parent.glob("*/train-*.bin")]
+        found = []
+        for path in self.folder.parent.glob("*/train-*.bin"):
+            # 别的进程也在删
+            with contextlib.suppress(FileNotFoundError):
+                found.append((path, path.stat()))
         excess = sum(state.st_size for _, state in found) + size - self.limit
         for path, state in sorted(found, key=lambda one: one[1].st_atime_ns):
             if excess <= 0:

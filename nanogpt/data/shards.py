@@ -63,6 +63,7 @@ class Opener:
         self.folder, self.meta, self.verify, self.bring = folder, meta, verify, bring
         self.dtype = np.dtype(meta["dtype"])
         self._opened: dict[str, Future[np.ndarray]] = {}
+        self._one_by_one = threading.Lock()
         if not bring:
             # 少了一个、短了一截，一开始就说
             for file, count in meta["shards"].items():
@@ -90,7 +91,9 @@ class Opener:
                 opened.cancel()
                 continue
             try:
-                opened.set_result(self._open(file))
+                # 一次一个：否则上一批的线程腾地方时，会删掉刚取来、还没映射的
+                with self._one_by_one:
+                    opened.set_result(self._open(file))
             except BaseException as error:
                 # 留给用到它的线程去抛
                 opened.set_exception(error)
