@@ -14,7 +14,7 @@ from nanogpt.base.language import ConfigError, say
 from nanogpt.data.bpe import check_vocab_size
 from nanogpt.data.corpus import tokenizer_for
 from nanogpt.data.document_files import Corpus, find_corpus
-from nanogpt.data.sharding import split_of, write_shards
+from nanogpt.data.shard_writer import split_of, write_shards
 from nanogpt.data.source_text import text_files, unchanged
 from nanogpt.data.tokenizer import Tokenizer
 

@@ -1,6 +1,6 @@
 """Turns text into a data set folder: chooses the tokenizer, writes the token files, prepares each data set once.
 
-A data set folder holds train.bin (or many train-*.bin, see nanogpt.data.sharding), val.bin, tokenizer.json and
+A data set folder holds train.bin (or many train-*.bin, see nanogpt.data.shard_writer), val.bin, tokenizer.json and
 meta.json. The scripts data/<name>/prepare.py are
 written with these functions; so is a script of your own.
 """

@@ -11,7 +11,7 @@ import pytest
 from test_corpus import script
 
 from nanogpt.base.language import ConfigError
-from nanogpt.data import corpus, document_files, sharding
+from nanogpt.data import corpus, document_files, shard_writer
 from nanogpt.data.document_files import find_corpus
 from nanogpt.data.tokens import TokenData, read_meta
 
@@ -24,7 +24,7 @@ OPTIONS = {
 @pytest.fixture(autouse=True)
 def nothing_is_flushed(monkeypatch):
     """Flushing a few hundred small files takes seconds and proves nothing here."""
-    for module in ("nanogpt.base.files", "nanogpt.data.sharding"):
+    for module in ("nanogpt.base.files", "nanogpt.data.shard_writer"):
         monkeypatch.setattr(f"{module}.sync", lambda path: None)
 
 
@@ -117,7 +117,7 @@ def test_text_files_end_where_they_end_and_long_lines_are_cut(tmp_path, monkeypa
 def test_a_preparation_that_ended_early_goes_on_with_what_is_whole(tmp_path, monkeypatch, capsys):
     source = write_jsonl(tmp_path / "texts", texts())
     whole, parts, did = content(prepare(tmp_path / "whole", source, shard_tokens=1000)), tmp_path / ".d.parts", []
-    original = sharding.Job._written
+    original = shard_writer.Job._written
 
     def written(self, number, aside, told):
         if len(did) == 3:
@@ -125,7 +125,7 @@ def test_a_preparation_that_ended_early_goes_on_with_what_is_whole(tmp_path, mon
         did.append(number)
         return original(self, number, aside, told)
 
-    monkeypatch.setattr(sharding.Job, "_written", written)
+    monkeypatch.setattr(shard_writer.Job, "_written", written)
     with pytest.raises(OSError, match="No space"):
         prepare(tmp_path / "d", source, shard_tokens=1000)
     assert did == [0, 1, 2] and not (tmp_path / "d").exists() and len(list(parts.glob("part-*.json"))) == 3
@@ -133,7 +133,7 @@ def test_a_preparation_that_ended_early_goes_on_with_what_is_whole(tmp_path, mon
     damaged = next(parts.glob("part-00001-train-*.bin"))
     damaged.write_bytes(damaged.read_bytes()[:-1])
     did[:] = [None, None]
-    monkeypatch.setattr(sharding.Job, "_written", lambda self, number, *rest: did.append(number) or original(self, number, *rest))
+    monkeypatch.setattr(shard_writer.Job, "_written", lambda self, number, *rest: did.append(number) or original(self, number, *rest))
     capsys.readouterr()
     assert content(prepare(tmp_path / "d", source, shard_tokens=1000)) == whole and "going on where it was left: 3 of" in capsys.readouterr().err
     assert did[2:4] == [1, 3] and 0 not in did and 2 not in did and not parts.exists()
@@ -143,7 +143,7 @@ def test_parts_of_another_tokenizer_are_not_taken_for_ones_own(tmp_path, monkeyp
     source = write_jsonl(tmp_path / "texts", texts())
     whole = content(prepare(tmp_path / "whole", source))
     with monkeypatch.context() as changed:
-        changed.setattr(sharding, "_join", lambda *_: 1 / 0)
+        changed.setattr(shard_writer, "_join", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare(tmp_path / "d", source, tokenizer="bpe", vocab_size=300)
     assert (tmp_path / ".d.parts").is_dir() and content(prepare(tmp_path / "d", source)) == whole
@@ -156,7 +156,7 @@ def test_a_limit_takes_the_first_files_whatever_was_done_beyond_them(tmp_path, m
     train = TokenData(limited).tokens["train"]
     assert 4000 <= len(train) < 5500 and np.array_equal(train[:], every.tokens["train"][: len(train)])
     # 几个进程会多做几份，做完的次序也不定
-    monkeypatch.setattr(sharding, "_in_turn", lambda job, advance: {n: job.do(n, advance) for n in reversed(range(len(job.parts)))})
+    monkeypatch.setattr(shard_writer, "_in_turn", lambda job, advance: {n: job.do(n, advance) for n in reversed(range(len(job.parts)))})
     assert content(prepare(tmp_path / "beyond", source, shard_tokens=1000, max_tokens=4000)) == content(limited)
 
 
