@@ -193,7 +193,7 @@ class Stored:
         if not shape:
             yield 0, self()
             return
-        step = max(1, PIECE // 4096 // max(1, math.prod(shape[1:]))) * 64
+        step = max(1, PIECE // 1024 // max(1, math.prod(shape[1:]))) * 64
         for start in range(0, shape[0], step):
             with safe_open(self.path, framework="pt") as file:
                 rows = file.get_slice(self.name)[start : start + step].clone()

@@ -1,5 +1,7 @@
 """The model: equal to GPT-2, cached equal to full, chunked equal to plain, open to subclasses."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -213,8 +215,11 @@ def test_a_models_size_names_its_look_up_tables_apart_also_with_int8_weights():
     assert model.parameter_count() == total and table_count(model) == (77**2 + 3 * 16384) * 256
     said = size_text(model)
     assert said == f"{(total - table_count(model)) / 1e6:.2f}M + {table_count(model) / 1e6:.2f}M in look-up tables"
-    convert(model, "int8")
-    assert model.parameter_count() == total and size_text(model) == said
+    for precision in ("int8", "int4"):
+        smaller = copy.deepcopy(model)
+        convert(smaller, precision)
+        # 词表 76 行，4 位的补到 80 行：多出的不算
+        assert smaller.parameter_count() == total and size_text(smaller) == said
     assert size_text(nanogpt.create_model("tiny", vocab_size=76, arch="gpt2")).endswith("M")
 
 

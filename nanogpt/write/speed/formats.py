@@ -17,8 +17,8 @@ from nanogpt.write.speed.int8 import Int8Embedding, Int8Linear
 
 # 换算成别的形式的
 CONVERTED = ("int8", "int4", "bf16")
-# 一次换算这么多个数：float32 的中间结果只有一两 MiB
-PIECE = 2**18
+# 一次换算这么多个数：float32 的中间结果只有几 MiB
+PIECE = 2**20
 
 
 class Bf16Linear(nn.Module):
@@ -101,6 +101,7 @@ def convert(model: nn.Module, precision: str, *, empty: bool = False) -> None:
 
     With `empty` the weights will be filled in.
     """
+    # count：这个张量代表几个数；补齐的行、没有的 bias 不算（GPT.parameter_count）
     done: dict[int, tuple[torch.Tensor, ...]] = {}
     layers: dict[tuple, Iterator[tuple[torch.Tensor, ...]]] = {}
     multiplied = {id(m.weight) for m in model.modules() if type(m) is nn.Linear}
@@ -117,6 +118,7 @@ def convert(model: nn.Module, precision: str, *, empty: bool = False) -> None:
                 if key not in layers:
                     layers[key] = rooms(form, weight, len(model.h) if in_block else 1)
                 done[id(weight)] = next(layers[key])
+                done[id(weight)][0].count = weight.numel()
                 for start, rows in () if empty else in_pieces(weight.detach()):
                     write(done[id(weight)], start, rows)
             setattr(parent, name, _converted(child, done[id(weight)]))
@@ -126,8 +128,11 @@ def _converted(child: nn.Linear | nn.Embedding, stored: tuple[torch.Tensor, ...]
     """The module that takes the place of a linear or an embedding."""
     dtype, linear = stored[0].dtype, type(child) is nn.Linear
     if dtype == torch.uint8:
-        bias = child.bias.detach() if linear and child.bias is not None else child.weight.new_zeros(len(child.weight))
-        return Int4Linear(*stored, bias) if linear else Int4Embedding(*stored, child.weight.dtype, len(bias))
+        if not linear:
+            return Int4Embedding(*stored, child.weight.dtype, child.num_embeddings)
+        bias = child.weight.new_zeros(len(child.weight)) if child.bias is None else child.bias.detach()
+        bias.count = 0 if child.bias is None else len(bias)
+        return Int4Linear(*stored, bias)
     kinds = (Bf16Linear, Bf16Embedding) if dtype == torch.bfloat16 else (Int8Linear, Int8Embedding)
     if linear:
         return kinds[0](*stored, None if child.bias is None else child.bias.detach())
