@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "scale.json"
 MODELS = {
     "matrices": ["model.n_layer=4", "model.n_head=4", "model.n_embd=256", "model.ngrams=[]"],
-    "look-up tables": ["model=tiny"],
+    "look-up tables": ["model=tiny", "model.ngrams=[2,3,4,5]"],
 }
 # ram_gib：放掉的内存马上还给系统，峰值才比得了计划
 COMMON = [

@@ -204,18 +204,18 @@ class OutOfMemory(ConfigError):  # noqa: N818 - 与 torch.OutOfMemoryError 区�
 
     # 是 ConfigError：没有设错键，但要的也是一行话和补救，而不是 traceback
 
-    def __init__(self, phase: str, *, rows: int, detail: str):
+    def __init__(self, phase: str, *, rows: int, detail: str, line: str = "oom_final"):
         """phase: one of PHASES."""
-        super().__init__("oom_final", phase=text(PHASES[phase]), rows=rows)
+        super().__init__(line, phase=text(PHASES[phase]), rows=rows)
         self.phase, self.rows, self.detail = phase, rows, detail
 
 
 @contextlib.contextmanager
-def not_divisible(phase: str, *, rows: int) -> Iterator[None]:
+def not_divisible(phase: str, *, rows: int, line: str = "oom_final") -> Iterator[None]:
     """Turn running out of memory inside into OutOfMemory, where nothing can be halved or repeated."""
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(phase, rows=rows, detail=str(error)) from None
+        raise OutOfMemory(phase, rows=rows, detail=str(error), line=line) from None

@@ -295,6 +295,10 @@ NAMED = {
         "out of memory in the {phase} with {rows} rows at a time, which cannot be divided further; add memory=lean, "
         "or choose a smaller model or model.block_size"
     ),
+    "oom_sharded": (
+        "out of memory in the {phase} with {rows} rows at a time, and parallel=fsdp can repeat no step; go on with "
+        "resume=… and a smaller batch_size, or memory=lean"
+    ),
     "nonfinite": "iter {iteration}: {what} is not finite; step skipped ({count} in a row)",
     "nonfinite_partly": (
         "iter {iteration}: {what} is not finite; the parameters that it belongs to were left as they are ({count} in "

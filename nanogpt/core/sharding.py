@@ -179,7 +179,7 @@ def _cut(whole: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
 @contextlib.contextmanager
 def _in_step(phase: str, rows: int) -> Iterator[None]:
     """Around what every process has to do alike: one that runs out of memory cannot repeat it by itself."""
-    with distributed.waiting(), not_divisible(phase, rows=rows):
+    with distributed.waiting(), not_divisible(phase, rows=rows, line="oom_sharded"):
         yield
 
 

@@ -567,7 +567,8 @@ class Session:
 
     def _explain(self, error: OutOfMemory, *, has_checkpoint: bool) -> None:
         """One screen about what did not fit and what to type instead."""
-        if self.hooks.explain and distributed.rank() == 0:
+        # 分片的训练到处是通信：此刻规划不了，那一行已说了怎么办
+        if self.hooks.explain and distributed.rank() == 0 and not applies(self.parallel):
             resume = [*self._named("train"), override("resume", self.run_dir)] if has_checkpoint else []
             self.hooks.explain(error, self.cfg, self.console, resume=resume)
 
