@@ -19,8 +19,10 @@ from nanogpt.weights import build, checkpoint
 from nanogpt.weights.tensors import read_tensors
 
 pytestmark = POSIX
-# 10 条分给 3 个进程：3、3、4 条，各切成 1、1、2 个微批；评估的批数各进程也不同
-ROWS = ("batch_size=3", "global_batch_size=10", "eval_batch_size=4", "overwrite=true", "max_iters=50", "model.dropout=0")
+# 5 条分给 2 个进程：2、3 条，各切成 1、2 个微批；10 个评估的窗口分给 3 个进程：2、1、1 批
+ROWS = (
+    "batch_size=2", "global_batch_size=5", "eval_batch_size=3", "eval_tokens=160", "overwrite=true", "max_iters=50", "model.dropout=0",
+)
 
 
 # 16 位的舍入会放大末位的差别
@@ -118,7 +120,7 @@ def out_of_memory(overrides):
 
 def test_a_process_without_memory_ends_a_sharded_training_in_one_line_each(in_tmp, corpus_folder):
     (kind, said), (oom, why) = together(2, out_of_memory, tiny(corpus_folder))
-    assert oom is OutOfMemory and "with 3 rows at a time, and parallel=fsdp can repeat no step" in why
+    assert oom is OutOfMemory and "with 2 rows at a time, and parallel=fsdp can repeat no step" in why
     assert kind is ConfigError and said.startswith("process 1 is gone; what is saved is kept: ")
 
 
