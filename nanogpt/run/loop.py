@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 from nanogpt.base.config import MANY, TrainConfig, effective_batch, schedule_of, span_of
 from nanogpt.base.console import Console, duration
 from nanogpt.base.errors import is_out_of_memory, not_divisible
@@ -54,6 +56,12 @@ class Interval:
     results: list[StepResult] = field(default_factory=list)
     tokens: int = 0
     """Of the steps that were timed."""
+
+
+class _ToldToEndError(Exception):
+    """Ends an evaluation halfway."""
+
+    # 只在这个文件里：评估会走好几分钟，被叫停时不能等它
 
 
 class Training(Trainer):
@@ -307,6 +315,9 @@ class Training(Trainer):
     def _evaluate_and_judge(self) -> str | None:
         progress, loss = self.progress, self._evaluate_in_sight()
         self._count_time()
+        if self._cut_short(loss):
+            progress.val_loss = None
+            return "interrupted"
         # 开始时机器忙，峰值可能偏低：不计时的间隙里再量，只升不降
         self.peak_source, self.peak = peak_tflops(self.cfg.hardware, self.device, self.precision)
         if not self.health.after_evaluation(loss):
@@ -325,6 +336,10 @@ class Training(Trainer):
             return "target_reached"
         # 预算正好用完的，不是提前停：那时没有“接着训”可言
         return self._judge_turn() if self.spent < 1 else None
+
+    def _cut_short(self, loss: float) -> bool:
+        """Whether an evaluation gave no number because one of the processes was told to end meanwhile."""
+        return math.isnan(loss) and distributed.largest([float(self.stop_requested)], self.device)[0] > 0
 
     def _judge_turn(self) -> str | None:
         """Stop, or say once, where validation gets no better any more; the reason to stop, or None."""
@@ -364,9 +379,16 @@ class Training(Trainer):
             nonlocal done
             done += rows
             advance(done)
+            if self.stop_requested and self.spent < 1:
+                raise _ToldToEndError
 
         with self.console.progress(len(self.windows) // distributed.world(), title="progress_evaluating") as advance:
-            return self.evaluate(told)
+            try:
+                return self.evaluate(told)
+            except _ToldToEndError:
+                # 收回机器之前也许只有半分钟：先存；别的进程在等这次求和
+                distributed.total(torch.full((2,), math.nan, dtype=torch.float64, device=self._sums_on()))
+                return math.nan
 
     @functools.cached_property
     def bits(self) -> float | None:

@@ -107,6 +107,25 @@ def stopped_by_itself(overrides):
     return summary["stopped_by"], summary["iters"]
 
 
+def told_while_evaluating(overrides):
+    """(reason, steps, validation loss) of a member of two, of which the second is told to end in the evaluation behind step 2."""
+    trainer = new_trainer(overrides, *ROWS, "max_iters=6", "eval_interval=2", "eval_batch_size=1", "sample_tokens=0", out="outputs/run")
+    loss = trainer.model.loss
+
+    def told(x, y):
+        trainer.stop_requested |= distributed.rank() == 1 and not trainer.model.training
+        return loss(x, y)
+
+    trainer.model.loss = told
+    summary = trainer.fit()
+    return summary["stopped_by"], summary["iters"], summary["val_loss"]
+
+
+def test_a_process_told_to_end_does_not_wait_for_an_evaluation(in_tmp, corpus_folder):
+    assert together(2, told_while_evaluating, tiny(corpus_folder)) == [("interrupted", 2, None)] * 2
+    assert checkpoint.find(in_tmp / "outputs/run", "last").iteration == 2
+
+
 def test_processes_stop_by_themselves_behind_the_same_step(in_tmp, corpus_folder):
     assert together(2, stopped_by_itself, tiny(corpus_folder)) == [("early_stop", 5)] * 2
 

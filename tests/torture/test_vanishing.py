@@ -297,7 +297,7 @@ def test_what_vanishes_under_torchrun_at_any_moment_does_not_change_where_the_tr
     chance, done, ended = random.Random(os.urandom(8)), [], None
     while ended is None or ended.code:
         # 换一个数目再敲同一条命令
-        job = Job(folder, chance.randint(1, 3))
+        job, before = Job(folder, chance.randint(1, 3)), len(done)
         while not job.over and len(done) < KILLS:
             job.until_other(job.workers, [])
             if chance.random() < 0.7:
@@ -311,7 +311,8 @@ def test_what_vanishes_under_torchrun_at_any_moment_does_not_change_where_the_tr
                 kill(job, done[-1], chance)
         job.until_over()
         ended = job.launcher.wait()
-        assert not ended.code or len(done) < KILLS or done[-1] in ("launcher", "node", "preempted"), ended.output
+        # 只杀了工作进程的，torchrun 自己就训到了头
+        assert not ended.code or {"launcher", "node", "preempted"} & {*done[before:]}, ended.output
     print(f"survived {len(done)}", flush=True)
     found, val_loss = outcome(folder)
     np.testing.assert_allclose(found, weights, atol=1e-3, rtol=1e-2)
