@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from nanogpt.base.config import ParallelConfig
 from nanogpt.base.errors import not_divisible
+from nanogpt.base.language import ConfigError
 from nanogpt.core import distributed
 from nanogpt.core.kernels import orthogonalized, update_scale
 from nanogpt.core.optimizers import portions
@@ -195,9 +196,14 @@ def shard(model: torch.nn.Module, device_type: str) -> None:
     """Leave every process its rows of the model's parameters, on its device."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    from nanogpt.core.model import GPT
+
+    if not isinstance(model, GPT):
+        raise ConfigError("not_sharded", key=f"model._target_={type(model).__module__}.{type(model).__qualname__}")
     mesh = mesh_on(device_type)
-    # 输出层与共享它权重的 embedding 留在根上：损失直接读它的权重
+    # 输出层与共享它权重的 embedding 留在根上：损失直接读它的权重；使用者自己的 embed 也可能直接读
     tables = [*model.ngrams, *([] if model.lm_head.weight is model.wte.weight else [model.wte])]
+    tables = tables if type(model).embed is GPT.embed else []
     for part in (*tables, *model.h):
         fully_shard(part, mesh=mesh)
     for table in tables:

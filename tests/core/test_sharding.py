@@ -134,7 +134,9 @@ def test_what_does_not_go_with_shards_is_refused_by_its_key(typed):
         make_config("parallel=fsdp", *typed.split())
 
 
-def test_a_foreign_optimizer_is_refused(in_tmp, tiny_overrides, monkeypatch):
+def test_a_foreign_optimizer_or_model_is_refused(in_tmp, tiny_overrides, monkeypatch):
+    with pytest.raises(ConfigError, match=r"^model._target_=torch.*Linear does not go with parallel=fsdp"):
+        sharding.shard(torch.nn.Linear(1, 1), "cpu")
     monkeypatch.setattr(sharding, "applies", lambda parallel: True)
     monkeypatch.setattr(sharding, "shard", lambda *_: None)
     monkeypatch.setattr(build, "build_part", lambda node, key, model: torch.optim.SGD(model.parameters()))
