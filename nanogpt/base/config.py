@@ -720,7 +720,7 @@ def check_launch(cfg: Any) -> None:
             "launch=slurm starts one training; trials go to a cluster by launch=ray, or by -m "
             "hydra/launcher=submitit_slurm",
         )
-    if cfg.resume and cfg.checkpoint:
+    if cfg.resume and cfg.checkpoint not in (None, "last"):
         raise ConfigError(
             "checkpoint={got}: a job that is started again would go back to it each time; leave it out, or start from "
             "its weights with init_from",

@@ -142,7 +142,7 @@ def test_a_job_that_is_told_to_end_saves_at_once_and_its_exit_code_lets_a_launch
 
 @ONLY_LONG
 @pytest.mark.skipif(not find_spec("ray"), reason="extra ray is not installed")
-@pytest.mark.parametrize("victim", ["process", "node"])
+@pytest.mark.parametrize("victim", ["process", "node", "command"])
 def test_a_training_on_a_ray_cluster_outlives_its_processes_and_its_nodes(undisturbed, victim):
     from ray.cluster_utils import Cluster
 
@@ -154,10 +154,14 @@ def test_a_training_on_a_ray_cluster_outlives_its_processes_and_its_nodes(undist
     try:
         nodes = [cluster.add_node(num_cpus=1, **small) for _ in range(2)]
         cluster.wait_for_nodes()
-        job = subprocess.Popen(
-            [sys.executable, str(ROOT / "run_train.py"), *WORDS, "launch=ray", "launch.nodes=2", "launch.gpus=0"],
-            cwd=folder, env={**ENVIRONMENT, "RAY_ADDRESS": cluster.address}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
-        )
+        def typed():
+            words = [*WORDS, "launch=ray", "launch.nodes=2", "launch.gpus=0"]
+            return subprocess.Popen(
+                [sys.executable, str(ROOT / "run_train.py"), *words], cwd=folder, env={**ENVIRONMENT, "RAY_ADDRESS": cluster.address},
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
+            )
+
+        job = typed()
         said = []
         while not said or "iter 6:" not in said[-1]:
             said.append(job.stdout.readline())
@@ -165,12 +169,18 @@ def test_a_training_on_a_ray_cluster_outlives_its_processes_and_its_nodes(undist
         if victim == "node":
             cluster.remove_node(nodes[1], allow_graceful=False)
             cluster.add_node(num_cpus=1, **small)
+        elif victim == "command":
+            job.send_signal(signal.SIGINT)
+            said, _ = job.communicate(timeout=2 * GIVEN_UP_S)
+            assert job.returncode == 130 and "saved; continue with:" in said and summary(folder)["stopped_by"] == "interrupted", said
+            job = typed()
         else:
             os.kill(int(re.search(r"pid (\d+)", (folder / RUN / "job" / "ray-1.log").read_text(encoding="utf-8"))[1]), signal.SIGKILL)
         rest, _ = job.communicate(timeout=2 * GIVEN_UP_S)
     finally:
         cluster.shutdown()
-    assert job.returncode == 0 and "all begin again from what is saved (1 of 3)" in rest and "continuing outputs/run at iteration" in rest, rest
+    again = victim == "command" or "all begin again from what is saved (1 of 3)" in rest
+    assert job.returncode == 0 and again and "continuing outputs/run at iteration" in rest, rest
     ends_like(folder, weights, loss)
 
 
