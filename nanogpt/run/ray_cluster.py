@@ -17,7 +17,7 @@ from pathlib import Path
 from nanogpt.base.config import LaunchConfig
 from nanogpt.base.console import Console
 from nanogpt.base.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
-from nanogpt.base.language import ConfigError
+from nanogpt.base.language import ConfigError, show
 from nanogpt.run.rundir import JOB
 
 POLL_S = 0.3
@@ -157,7 +157,7 @@ def _process(told: dict, path: list[str], here: Path, command: list[str], log: P
     # 人敲的命令印在文件里时也是这样
     sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", buffering=1, closefd=False) for number in (1, 2))
     now, host = time.strftime("%Y-%m-%d %H:%M:%S"), socket.gethostname()
-    print(f"--- {now}, process {told['RANK']} of {told['WORLD_SIZE']} on {host}, pid {os.getpid()}", flush=True)
+    show(f"--- {now}, process {told['RANK']} of {told['WORLD_SIZE']} on {host}, pid {os.getpid()}")
     try:
         if command[0] == "-m":
             sys.argv[:] = [command[1], *command[2:]]
