@@ -1,18 +1,23 @@
-"""One process against two on this machine's cores: efficiency, bytes sent in a step, memory of each, and the plan of all three.
+"""One process against two and four on this machine's cores: efficiency, bytes sent in a step, memory of each, and the
+plan of all three; what a worker that is killed under torchrun costs.
 
-    python benchmarks/scale.py [--steps 6]      about 2 minutes; writes benchmarks/results/scale.json
+    python benchmarks/scale.py [--steps 6]      about 4 minutes; writes benchmarks/results/scale.json
     python benchmarks/scale.py --paper          the table of docs/scale.md: up to 1,024 cards, by the plan alone
 
-Every process has one thread, so that two of them have twice the cores of one. The effective batch is the same. Of each
-setting the median step counts. Bytes are those of the loopback device, so nothing else should talk over it meanwhile.
+Every process has one thread, so that two of them have twice the cores of one; more processes than cores say only what
+dividing a step costs on top. The effective batch is the same. Of each setting the median step counts. Bytes are those
+of the loopback device, so nothing else should talk over it meanwhile. On a busy machine times say nothing: those that
+were measured before stay.
 """
 
-# 一个进程与两个进程比：同样的等效批量，各一个线程；两个进程再各比一次“反向完了才求和”
+# 一个进程与两个、四个比：同样的等效批量，各一个线程；两个进程再各比一次“反向完了才求和”
 # 两种模型：矩阵为主的，计算盖得住通信；查表为主的（默认的 tiny），梯度多而计算少
+# 最后在 torchrun 下杀掉一个进程，看丢了多少步、多久之后又走到那里
 
 import argparse
 import json
 import os
+import random
 import resource
 import socket
 import subprocess
@@ -44,6 +49,11 @@ COMMON = [
 ]
 WARM_UP = 2
 ECHO = 64 * 2**20
+PROCESSES = (1, 2, 4)
+# 重启：杀这么多次；每隔这么多步存一份
+KILLS, SAVE_INTERVAL = 3, 20
+# 负载高于它，别人也在算：不量时间
+QUIET = 0.5
 # 纸上的：卡、卡间 GB/s、网速 Gbit/s、微批
 BOXES = (("a100_40gb", 230, 200, 16), ("rtx3060_12gb", 12, 25, 4))
 WORLDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -110,50 +120,100 @@ def planned(words: list[str], world: int, vocabulary: int, bytes_per_s: float):
     return Planner(cfg).predict(cfg)
 
 
-def measure(steps: int) -> dict:
-    """All settings, one after the other, on this machine."""
+def measure(steps: int, before: dict, *, quiet: bool) -> dict:
+    """All settings, one after the other, on this machine; times only where it is quiet, else those of `before`."""
     torch.set_num_threads(1)
-    found = {}
+    found = {"models": {}, "times": {} if quiet else before.get("times", {})}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         text = "To be, or not to be, that is the question.\n" * 3000
         (folder / "text.txt").write_text(text, encoding="utf-8")
         for name, words in MODELS.items():
-            one, two = together(folder, 1, words, steps), together(folder, 2, words, steps)
-            late = together(folder, 2, words, steps, late=True)
-            shared = together(folder, 2, [*words, "parallel=fsdp"], steps)
+            ran = {world: together(folder, world, words, steps if quiet else 1) for world in PROCESSES}
+            shared = together(folder, 2, [*words, "parallel=fsdp"], steps if quiet else 1)
             os.chdir(folder)
-            plans = [planned(words, world, len(set(text)), two["bytes_per_s"]) for world in (1, 2)]
-            sharded = planned([*words, "parallel=fsdp"], 2, len(set(text)), two["bytes_per_s"])
+            sharded = planned([*words, "parallel=fsdp"], 2, len(set(text)), ran[2]["bytes_per_s"])
+            plans = {world: planned(words, world, len(set(text)), ran[world].get("bytes_per_s", 1e9)) for world in PROCESSES}
             os.chdir(ROOT)
-            found[name] = {
-                "efficiency": one["step_s"] / (2 * two["step_s"]), "efficiency_planned": plans[0].step_s / (2 * plans[1].step_s),
-                "summed_behind": late["step_s"] / two["step_s"],
-                # 每个进程发一份，两份都经过回环
-                "sent_over_theory": two["sent"] / (2 * plans[1].communication.network.sent(two["gradients"])),
-                "peak_over_plan": [each["peak"] / plan.total for each, plan in zip((one, two), plans)],
-                "gradients_mib": two["gradients"] / 2**20, "link_gb_per_s": two["bytes_per_s"] / 1e9,
+            several, size = PROCESSES[1:], ran[1]["gradients"]
+            found["models"][name] = {
+                "gradients_mib": size / 2**20, "peak_over_plan": {n: ran[n]["peak"] / plans[n].total for n in PROCESSES},
+                # 每个进程发一份，都经过回环
+                "sent_over_theory": {n: ran[n]["sent"] / (n * plans[n].communication.network.sent(size)) for n in several},
                 "fsdp": {
-                    "step_over_ddp": shared["step_s"] / two["step_s"], "step_over_ddp_planned": sharded.step_s / plans[1].step_s,
-                    "sent_over_theory": shared["sent"] / (2 * sharded.communication.sent),
-                    "peak_over_plan": shared["peak"] / sharded.total, "peak_over_ddp": shared["peak"] / two["peak"],
-                    "peak_over_ddp_planned": sharded.total / plans[1].total,
+                    "sent_over_theory": shared["sent"] / (2 * sharded.communication.sent), "peak_over_plan": shared["peak"] / sharded.total,
+                    "peak_over_ddp": shared["peak"] / ran[2]["peak"], "peak_over_ddp_planned": sharded.total / plans[2].total,
                 },
-                "step_over_plan": [each["step_s"] / plan.step_s for each, plan in zip((one, two), plans)],
             }
+            if quiet:
+                late = together(folder, 2, words, steps, late=True)
+                found["times"][name] = {
+                    # 进程比核多的，每核的效率：多出来的只有分摊的代价
+                    "efficiency": {n: ran[1]["step_s"] / (min(n, os.cpu_count()) * ran[n]["step_s"]) for n in several},
+                    "efficiency_planned": {n: plans[1].step_s / (n * plans[n].step_s) for n in several if n <= os.cpu_count()},
+                    "step_over_plan": {n: ran[n]["step_s"] / plans[n].step_s for n in PROCESSES if n <= os.cpu_count()},
+                    "summed_behind": late["step_s"] / ran[2]["step_s"], "link_gb_per_s": ran[2]["bytes_per_s"] / 1e9,
+                    "fsdp_over_ddp": shared["step_s"] / ran[2]["step_s"], "fsdp_over_ddp_planned": sharded.step_s / plans[2].step_s,
+                }
+        found["restarts"] = restarts(folder, quiet=quiet)
     return found
+
+
+def restarts(folder: Path, *, quiet: bool) -> dict:
+    """What killing a process of a training under torchrun costs: steps that are done again, and seconds until they are."""
+    words = [*COMMON, *MODELS["matrices"], "out_dir=run", f"save_interval={SAVE_INTERVAL}", "eval_interval=1000000", "log_interval=1", "max_iters=100000"]
+    torchrun = [sys.executable, "-u", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={KILLS}", "--monitor-interval=0.2"]
+    job = subprocess.Popen(
+        [*torchrun, str(ROOT / "run_train.py"), *words], cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
+    )
+
+    def until(step: int) -> tuple[int, float]:
+        """The first iteration from `step` on that is logged, and when."""
+        for line in job.stdout:
+            if line.startswith("iter ") and ": loss" in line and (at := int(line[5:].partition(":")[0])) >= step:
+                return at, time.perf_counter()
+        raise RuntimeError("torchrun gave up")
+
+    chance, lost, seconds, away = random.Random(0), [], [], []
+    at = 0
+    for _ in range(KILLS):
+        at, killed = until(at + SAVE_INTERVAL + chance.randrange(SAVE_INTERVAL))
+        workers = [child for child in psutil.Process(job.pid).children() if "run_train.py" in " ".join(child.cmdline())]
+        chance.choice(workers).kill()
+        again, began = until(0)
+        while again > at:
+            # 被杀之前已写在管道里的
+            again, began = until(0)
+        _, caught_up = until(at)
+        lost.append(at - again + 1)
+        away.append(began - killed)
+        seconds.append(caught_up - killed)
+    job.terminate()
+    job.communicate()
+    times = {"seconds_until_it_trains": away, "seconds_until_it_is_where_it_was": seconds} if quiet else {}
+    return {"save_interval": SAVE_INTERVAL, "steps_lost": lost, **times}
 
 
 def show(found: dict) -> None:
     """Print what measure() found."""
-    for name, row in found.items():
-        print(f"{name}: {row['gradients_mib']:.1f} MiB of gradients, links of {row['link_gb_per_s']:.2f} GB/s")
-        print(f"  efficiency of two processes {row['efficiency']:.0%}, by the plan {row['efficiency_planned']:.0%}")
-        print(f"  sums behind the backward pass instead of beside it: {row['summed_behind']:.2f} times as long")
-        print(f"  bytes sent {row['sent_over_theory']:.3f} of theory; peak over plan {row['peak_over_plan'][0]:.3f}, {row['peak_over_plan'][1]:.3f}")
-        shards = row["fsdp"]
-        print(f"  parallel=fsdp: {shards['step_over_ddp']:.2f} times as long as ddp (plan {shards['step_over_ddp_planned']:.2f}), bytes sent {shards['sent_over_theory']:.3f} of theory")
-        print(f"  peak over plan {shards['peak_over_plan']:.3f}, over that of ddp {shards['peak_over_ddp']:.3f} (plan {shards['peak_over_ddp_planned']:.3f})")
+    for name, row in found["models"].items():
+        print(f"{name}: {row['gradients_mib']:.1f} MiB of gradients")
+        print(f"  bytes sent over theory: {each(row['sent_over_theory'])}; peak over plan: {each(row['peak_over_plan'])}")
+        if shards := row.get("fsdp"):
+            print(f"  parallel=fsdp: bytes sent {shards['sent_over_theory']:.3f} of theory, peak over plan {shards['peak_over_plan']:.3f}", end=", ")
+            print(f"over that of ddp {shards['peak_over_ddp']:.3f} (plan {shards['peak_over_ddp_planned']:.3f})")
+    for name, row in found["times"].items():
+        print(f"{name}: efficiency {each(row['efficiency'])}, by the plan {each(row['efficiency_planned'])}; links of {row['link_gb_per_s']:.2f} GB/s")
+        print(f"  sums behind the backward pass instead of beside it: {row['summed_behind']:.2f} times as long", end="")
+        print(f"; fsdp {row['fsdp_over_ddp']:.2f} times as long as ddp (plan {row['fsdp_over_ddp_planned']:.2f})" if "fsdp_over_ddp" in row else "")
+    for name, numbers in found["restarts"].items():
+        print(f"a process killed under torchrun, {name.replace('_', ' ')}: {numbers}")
+
+
+def each(numbers: dict) -> str:
+    """A number for each number of processes."""
+    return ", ".join(f"{processes} processes {number:.3f}" for processes, number in numbers.items())
 
 
 def paper() -> None:
@@ -188,9 +248,10 @@ def main() -> None:
     elif given.paper:
         paper()
     else:
-        found = measure(given.steps)
-        show(found)
-        RESULTS.write_text(json.dumps({"cores": os.cpu_count(), "torch": torch.__version__, "models": found}, indent=1) + "\n", encoding="utf-8")
+        before = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+        quiet = os.getloadavg()[0] < QUIET
+        show(found := measure(given.steps, before, quiet=quiet))
+        RESULTS.write_text(json.dumps({"cores": os.cpu_count(), "torch": torch.__version__, **found}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
