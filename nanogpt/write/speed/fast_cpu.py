@@ -36,9 +36,12 @@ from nanogpt.write.speed.integer_dot import VNNI, activations
 
 # 模型里的矩阵可以是哪几种，各叫什么
 FORMATS = {torch.nn.Linear: "fp32", Bf16Linear: "bf16", Int8Linear: "int8", Int4Linear: "int4"}
-# 有 AVX-512 时 8 行起乘加就接近机器的极限，int8 也到 48 行都快（benchmarks/fast_rows.py）；更窄的向量没有量过，不放宽
+# 至多几行走编译好的一步：48 行时 fp32 仍是普通的路的 0.8，int8、int4 0.9 ~ 0.97；bf16 到 24 行，再多用 bf16 单元更快
+# （benchmarks/fast_rows.py，有 AVX-512）；更窄的向量没有量过，不放宽
 # 定死而不在启动时量：量出的选择随机器忙闲而变，同一个种子就写不出同样的字
-MAX_ROWS = dict.fromkeys(("fp32", "bf16"), 48 if LANES == 16 else 16) | {"int8": 48, "int4": 48}
+MAX_ROWS = {"fp32": 48, "bf16": 24, "int8": 48, "int4": 48} if LANES == 16 else {
+    "fp32": 16, "bf16": 16, "int8": 48, "int4": 48,
+}
 # 一步里多一行要多花的时间，占第一行的几分之几（benchmarks/speculation.py），没有 VNNI 的整数没有量过
 # GPT-2 的形状 8 行对 1 行：fp32 0.03，bf16 0.10，int8 0.10，int4 0.20，在忙着的机器上量的；多留余量，猜不中时不白读
 ROW_COST = {"fp32": 0.2, "bf16": 0.2} | ({"int8": 0.15, "int4": 0.25} if VNNI else {"int8": 0.4, "int4": 0.4})
