@@ -42,8 +42,8 @@ FORMATS = {torch.nn.Linear: "fp32", Bf16Linear: "bf16", Int8Linear: "int8", Int4
 MAX_ROWS = {"fp32": 48, "bf16": 24, "int8": 48, "int4": 48} if LANES == 16 else {
     "fp32": 16, "bf16": 16, "int8": 48, "int4": 48,
 }
-# 一步里多一行要多花的时间，占第一行的几分之几（benchmarks/speculation.py），没有 VNNI 的整数没有量过
-# GPT-2 的形状 8 行对 1 行：fp32 0.03，bf16 0.10，int8 0.10，int4 0.20，在忙着的机器上量的；多留余量，猜不中时不白读
+# 一步里多一行要多花的时间，占第一行的几分之几（benchmarks/speculation.py）：fp32 0.06 ~ 0.12，bf16 0.12 ~ 0.14
+# int8 0.08 ~ 0.11，int4 0.09 ~ 0.24；留余量，猜不中时不白读；没有 VNNI 的整数没有量过
 ROW_COST = {"fp32": 0.2, "bf16": 0.2} | ({"int8": 0.15, "int4": 0.25} if VNNI else {"int8": 0.4, "int4": 0.4})
 ACTIVATIONS = {"none": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3, "swiglu": 4}
 
