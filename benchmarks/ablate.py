@@ -116,7 +116,8 @@ STUDIES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
         **held_back(1_000_000, 8, "- 1 0.2", "- 1 0.1", decay=0.5),
         **held_back(1_000_000, 4, "- 1 0.1", "23 1 0.1", decay=0.5),
         **held_back(1_000_000, 4, "- 1 0.1", "23 1 0.1", "- 1 0", decay=0.1),
-        **held_back(1_000_000, 8, "- 1 0.2", decay=0.1),
+        # 后一个是以前的默认值
+        **held_back(1_000_000, 8, "- 1 0.2", "23 3 0.1", decay=0.1),
     }),
     # 背起来以后会不会再好起来：early_stop_evals=null 照着这些曲线定，tests/run/test_regularize.py 核对
     "stop": (
