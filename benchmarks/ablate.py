@@ -3,10 +3,10 @@
     python benchmarks/ablate.py STUDY [--seeds 1337 1 2] [--tokens 1500000] [--equal time|tokens] [--jobs 2] [--only NAME …]
                                 [--device cpu|cuda] [--out FOLDER]
 
-Studies: see STUDIES below. Every training has a process of
-its own with one thread; with `--equal time` a variant trains on as many more tokens as it is faster than the first one,
-measured in turn, unless the study says how often the text is read. A variant is judged on the last tenth of the
-*training* part of tiny-shakespeare, so that the validation part stays unseen.
+Studies: see STUDIES below. Every training has a process of its own with one thread; with `--equal time` a variant trains
+on as many more tokens as it is faster than the first one, measured in turn, unless the study says how often the text is
+read. A variant is judged on the last tenth of the *training* part of tiny-shakespeare, so that the validation part stays
+unseen.
 
 Writes benchmarks/results/ablate_<study>.json after every training; the same command goes on where it stopped.
 `--quick` trains a few iterations of a small model and writes nothing.

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from nanogpt.sweep.process import ending
+from nanogpt.sweep.process import changed_ns, ending
 
 # 多久改一次时间，多久没有变就算死了（秒）：网络盘上别人的改动要几十秒才看得到
 BEAT_S, STALE_S = 10.0, 150.0
@@ -53,7 +53,7 @@ def _taken(path: Path) -> Path:
         if latest is None or _process_is_gone(latest):
             alive = False
         else:
-            if (mark := (latest, _changed(latest))) != seen:
+            if (mark := (latest, changed_ns(latest))) != seen:
                 seen, since = mark, time.monotonic()
             alive = time.monotonic() - since < STALE_S
         if alive:
@@ -73,13 +73,6 @@ def _numbered(path: Path) -> list[tuple[int, Path]]:
     """The files of a claim by their numbers; the highest one counts."""
     found = path.parent.glob(f"{path.name}.*")
     return [(int(file.suffix[1:]), file) for file in found if re.fullmatch(r"\.\d+", file.suffix)]
-
-
-def _changed(file: Path) -> int:
-    try:
-        return file.stat().st_mtime_ns
-    except OSError:
-        return 0
 
 
 def _process_is_gone(file: Path) -> bool:

@@ -146,7 +146,7 @@ def _wait(
         if ending.is_set():
             raise KeyboardInterrupt
         # 学的试跑有多长由预算定：卡住，是很久没有新的一行
-        if signs and (changed := max(map(_changed, (report, *signs)))) > latest:
+        if signs and (changed := max(map(changed_ns, (report, *signs)))) > latest:
             seen, latest = time.monotonic(), changed
         if time.monotonic() > (seen if signs else started) + timeout_s:
             return "timeout"
@@ -163,7 +163,7 @@ def _wait(
     return None
 
 
-def _changed(path: Path) -> int:
+def changed_ns(path: Path) -> int:
     """When a file was written last, ns; 0 where there is none."""
     try:
         return path.stat().st_mtime_ns

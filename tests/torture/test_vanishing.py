@@ -44,8 +44,12 @@ WORDS = [*TINY, "dropout=0", "batch_size=6", "optimizer=adamw", f"out_dir={RUN}"
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """(folder, weights, validation loss) of a training by one process from start to end."""
-    folder = new_place(tmp_path_factory.mktemp("vanishing"))
-    ended = train(WORDS, folder)
+    return trained_alone(WORDS, tmp_path_factory.mktemp("vanishing"))
+
+
+def trained_alone(words, place):
+    folder = new_place(place)
+    ended = train(words, folder)
     assert ended.code == 0, ended.output
     return folder, *outcome(folder)
 
@@ -195,10 +199,7 @@ KILLS, RESTARTS = 5, 20
 @pytest.fixture(scope="module")
 def longer_undisturbed(tmp_path_factory):
     """The same of the training that torchrun starts."""
-    folder = new_place(tmp_path_factory.mktemp("killed"))
-    ended = train(LONGER, folder)
-    assert ended.code == 0, ended.output
-    return folder, *outcome(folder)
+    return trained_alone(LONGER, tmp_path_factory.mktemp("killed"))
 
 
 class Forked:
