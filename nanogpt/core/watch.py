@@ -8,6 +8,7 @@ alarm, and answers with what it does; who does not answer, or does not wait as t
 # 问答都经 torchrun 的 TCPStore，与梯度不是一条路：卡在通信里的进程，由旁边的线程来答
 # distributed 的每次通信都在 waiting() 里；平时只花每秒一次查询
 
+import atexit
 import contextlib
 import json
 import os
@@ -30,7 +31,9 @@ REMEDY = sentence("type the command again with resume=<run folder>")
 class Watch:
     """Ends this process with one line where another one hangs or is gone."""
 
-    # 一个进程一个；线程是守护的，随进程一起结束
+    # 一个进程一个；线程是守护的，异常结束时不拖住进程
+    # 正常结束时先停下它：解释器收尾时还在 store 的 C++ 里的线程拿不回 GIL，会以 abort（134）结束整个进程，
+    # torchrun 便以为训练失败了
 
     def __init__(self, store: dist.Store, rank: int, world: int, timeout_s: float):
         self.store, self.rank, self.world, self.timeout_s = store, rank, world, timeout_s
@@ -42,7 +45,10 @@ class Watch:
         """What to type to go on."""
         self.left_alone: Callable[[], None] = lambda: None
         """Called where the process that holds the store is gone: torchrun's agent, or process 0 without one."""
-        threading.Thread(target=self._look, daemon=True).start()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        atexit.register(self._stop)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -59,9 +65,13 @@ class Watch:
         finally:
             self.since = None
 
+    def _stop(self) -> None:
+        self._over.set()
+        # 一次查询远短于此；store 那头卡住了也不必陪它
+        self._thread.join(5)
+
     def _look(self) -> None:
-        while True:
-            time.sleep(self.every_s)
+        while not self._over.wait(self.every_s):
             since = self.since
             try:
                 if self.ending:
