@@ -73,18 +73,21 @@ def budget_for(cfg: TrainConfig) -> Budget:
 
 
 @functools.cache
-def process_bytes(checkpointing: bool, sharded: bool = False) -> int:
+def process_bytes(checkpointing: bool, sharded: bool) -> int:
     """Resident size of this process when it was first asked for: the program before any tensor.
 
     A forked copy keeps the figure.
     """
     import psutil
 
-    if checkpointing or sharded:
-        # 重算、分片第一次用到时会导入它们，占几十 MB：训练时反正要有
-        import torch._dynamo
+    # 重算、分片第一次用到时会导入它们，占几十 MB：训练时反正要有。导入前先把少的那份量下来，
+    # 不然同一进程里随后的规划（sweep 里很常见）会把这些也算进去
     if sharded:
-        import torch.distributed.fsdp  # noqa: F401
+        process_bytes(True, False)
+        import torch.distributed.fsdp
+    elif checkpointing:
+        process_bytes(False, False)
+        import torch._dynamo  # noqa: F401
 
     return psutil.Process().memory_info().rss
 

@@ -15,7 +15,7 @@ from nanogpt.base.language import ConfigError
 from nanogpt.core import machine
 from nanogpt.plan import advice, filled_config, matrix
 from nanogpt.plan.allocator import replay
-from nanogpt.plan.budget import STEP_BYTES, budget_for
+from nanogpt.plan.budget import STEP_BYTES, budget_for, process_bytes
 from nanogpt.plan.plan import TIGHT, Planner, predict, step_seconds, with_workspace
 from nanogpt.plan.roofline import rates_of
 from nanogpt.plan.show import run_plan, show, table
@@ -115,6 +115,25 @@ def test_a_cpu_is_planned_with_its_ram():
                               "hardware.bandwidth_gb_per_s=10", "precision=fp32"))
     assert got.budget.total == 2 * GIB and got.parts.context > 50 * 2**20 and got.parts.workspace == got.parts.rounding == 0
     assert got.verdict == "fits" and len(table(got)) == 9
+
+
+def test_what_a_setting_imports_does_not_count_into_the_plans_of_others_that_come_later(monkeypatch):
+    class Growing:
+        sizes = iter(range(1, 9))
+
+        def memory_info(self):
+            return self
+
+        @property
+        def rss(self):
+            return next(self.sizes) * GIB
+
+    monkeypatch.setattr("psutil.Process", Growing)
+    process_bytes.cache_clear()
+    cfgs = [make_config(*SMALL, "hardware=cpu", "hardware.ram_gib=8", *more) for more in (("parallel=fsdp", "parallel.world=2"), ("memory=lean",), ())]
+    sharded, recomputed, plain = (budget_for(cfg).context for cfg in cfgs)
+    process_bytes.cache_clear()
+    assert (plain, recomputed, sharded) == (GIB + STEP_BYTES, 2 * GIB + STEP_BYTES, 3 * GIB + STEP_BYTES)
 
 
 def test_the_largest_batch_fits_and_is_planned_for_auto():
