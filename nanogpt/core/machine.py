@@ -22,6 +22,8 @@ WINDOWS_MARGIN = 2**28
 """VRAM that stays free on Windows, where memory beyond the card is paged instead of refused."""
 # glibc mallopt 的参数号（malloc.h）
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+# Linux 的 madvise：往后用大页；把已有的小页并成大页（6.1 起，更早的不认，无妨）。大页多大
+MADV_HUGEPAGE, MADV_COLLAPSE, LARGE_PAGE = 14, 25, 2**21
 # cuBLAS 只有用这两种固定工作区时才逐位重现
 REPEATABLE_WORKSPACES = (":4096:8", ":16:8")
 # 给 CUDA 分配器的设置：新旧两个名字
@@ -179,6 +181,21 @@ def return_freed_memory() -> None:
     Without it the heap of a training step was seen to hold 1.7 times what lives: too much under a budget.
     """
     _mallopt(mmap_threshold=2**20, trim_threshold=2**21)
+
+
+def use_large_pages(tensor: torch.Tensor) -> None:
+    """Ask the system to keep a tensor of the CPU in pages of 2 MiB, for what is read from end to end again and again.
+
+    Linux only; the tensor itself stays where and what it is.
+    """
+    # 4 KiB 一页时，顺着读几百 MB 也总在等页表：一行的一步慢一成半到两成
+    start = -(-tensor.data_ptr() // LARGE_PAGE) * LARGE_PAGE
+    size = (tensor.data_ptr() + tensor.nbytes) // LARGE_PAGE * LARGE_PAGE - start
+    if sys.platform == "linux" and tensor.device.type == "cpu" and size > 0:
+        advise = ctypes.CDLL(None).madvise
+        for advice in (MADV_HUGEPAGE, MADV_COLLAPSE):
+            # 只是请求：系统不答应，照旧也对
+            advise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
 
 
 def _mallopt(*, mmap_threshold: int, trim_threshold: int) -> None:

@@ -1,7 +1,10 @@
 """Devices other than CUDA's: which one is taken, and a whole run on a pretended Mac, whose GPU has no float64."""
 
+import ctypes
 import json
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,3 +200,23 @@ def test_a_skipped_adamw_update_changes_nothing_where_the_kernel_does_not_look(m
         p, states = torch.ones(4), ([torch.zeros(4)], [torch.zeros(4)], [torch.zeros(())])
         kernels.adamw([p], [torch.full((4,), math.nan if skip else 1.0)], states, group, torch.tensor(skip))
         assert torch.equal(p, torch.ones(4)) is not moved and states[2][0].item() == moved
+
+
+@pytest.mark.parametrize("mib", [1, 7])
+def test_large_pages_are_asked_for_whole_ones_inside_of_a_tensor_whose_values_stay(monkeypatch, mib):
+    asked, advise = [], ctypes.CDLL(None).madvise if sys.platform == "linux" else lambda *_: 0
+
+    def seen(start, size, advice):
+        asked.append((start.value, size.value))
+        return advise(start, size, advice)
+
+    x = torch.arange(mib * 2**18, dtype=torch.float32)
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda _: SimpleNamespace(madvise=seen))
+    machine.use_large_pages(x)
+    assert torch.equal(x, torch.arange(len(x), dtype=torch.float32))
+    page = machine.LARGE_PAGE
+    # 页界落在哪里由系统定：7 MiB 里至少有两整页
+    assert bool(asked) == (sys.platform == "linux" and mib == 7)
+    for start, size in asked:
+        assert start % page == size % page == 0 and x.data_ptr() <= start and start + size <= x.data_ptr() + x.nbytes
+        assert x.nbytes - size < 2 * page

@@ -24,6 +24,7 @@ from numba.extending import overload
 
 from nanogpt.core.attention import CausalSelfAttention
 from nanogpt.core.kv_cache import KVCache
+from nanogpt.core.machine import use_large_pages
 from nanogpt.core.model import GPT, MLP, Block, Norm
 from nanogpt.core.ngrams import NgramEmbedding
 from nanogpt.write.speed import compiled, float_dot, int4_dot, integer_dot
@@ -359,6 +360,7 @@ def _stacked(vectors: list[torch.Tensor | None], size: int, missing: float) -> n
 def _matrices(linears: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Weights (layers, …), scales (layers, …) and biases (layers, N); the linears' own become views of them."""
     whole = tuple(_shared(linears, name) for name in ("weight", "scale"))
+    use_large_pages(whole[0])
     biases = _stacked([m.bias for m in linears], linears[0].out_features, 0.0)
     return *(part.view(torch.int16).numpy() if part.dtype == torch.bfloat16 else part.numpy() for part in whole), biases
 
