@@ -212,6 +212,7 @@ def open_engine(program: str, folder: Path, threads: int):
 
 def open_own(folder: Path, kind: str):
     """generate of this project, loaded as a checkpoint is."""
+    import nanogpt  # noqa: F401, I001 先于 torch：定下空闲的线程怎么等
     import torch
 
     from nanogpt.core.generate import Decoder

@@ -13,6 +13,7 @@ import sys
 from functools import partial
 from importlib import import_module
 
+from nanogpt.base.before_torch import spin_briefly
 from nanogpt.base.moved import keep_earlier_names
 
 # 名字 -> 所在的模块
@@ -29,6 +30,8 @@ __all__ = [*PUBLIC]
 __version__ = "0.1.0"
 
 keep_earlier_names()
+# 在 notebook 里也一样：晚于 torch 导入便来不及，写字时 OpenMP 空转的线程要与我们的抢核（2 核上慢四成）
+spin_briefly(os.environ)
 if sys.platform == "darwin":
     # MPS 还没有的运算改由 CPU 算；torch 在导入时读它
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")

@@ -30,7 +30,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.base import run_names
-from nanogpt.base.before_torch import spin_briefly
 from nanogpt.base.composing import SCHEMAS, check_whole, composing, one_line, refuse_unknown_hydra_keys
 from nanogpt.base.config import PATH_KEYS, RECORD_SUFFIXES, ROOT, TEXT_KEYS, TrainConfig
 from nanogpt.base.console import Console, duration
@@ -252,7 +251,6 @@ def run_script(
     the folder that only this job may use. after_sweep(jobs) is called with those that had one, however they ended.
     """
     forgive_output()
-    spin_briefly(os.environ)
     set_language(language_from_arguments(sys.argv))
     TYPED[:] = sys.argv[1:]
     register_schemas()
