@@ -81,6 +81,18 @@ def test_orthogonalize_in_bf16_points_where_float32_does():
     assert rough.dtype == torch.float32 and torch.nn.functional.cosine_similarity(exact.flatten(), rough.flatten(), dim=0) > 0.999
 
 
+@pytest.mark.parametrize("decades", [1, 4])
+def test_the_gram_matrix_in_bf16_is_as_close_to_the_exact_iteration_as_the_plain_one_in_bf16(monkeypatch, decades):
+    torch.manual_seed(0)
+    u, s, v = torch.linalg.svd(torch.randn(2, 64, 256), full_matrices=False)
+    x = u * torch.logspace(0, -decades, s.size(-1)) @ v
+    on_gram = orthogonalize(x, 5, bf16=True)
+    monkeypatch.setattr(kernels, "GRAM_RATIO", math.inf)
+    exact, plain = orthogonalize(x, 5), orthogonalize(x, 5, bf16=True)
+    assert not torch.equal(on_gram, plain)
+    assert (on_gram - exact).norm() < 1.5 * (plain - exact).norm() + 0.02 * exact.norm()
+
+
 def test_muon_moves_matrices_by_the_update_of_an_adamw_step():
     model = build_model(tiny_model_config(n_embd=64, n_head=4), 0)
     optimizer = muon(model, **{**settings("muon"), "weight_decay": 0.0})
