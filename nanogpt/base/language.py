@@ -426,6 +426,7 @@ NAMED = {
     "column_spread": "spread",
     "column_seeds": "seeds",
     "column_minutes": "minutes",
+    "column_rows": "rows",
     "learned_use": "Train with the best setting",
     "learned_keys": "Which key mattered",
     "learned_keys_note": "Share of each key in how far the settings lay apart after the first rung (fANOVA).",

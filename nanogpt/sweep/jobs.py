@@ -23,6 +23,7 @@ from nanogpt.base.config import TrainConfig
 from nanogpt.base.errors import EXIT_INTERRUPTED
 from nanogpt.base.language import ConfigError, say, show, text, wrapped
 from nanogpt.sweep import result as results
+from nanogpt.sweep.auto_batch import settled
 from nanogpt.sweep.result import EXPECTED, FIT, STATUS_MESSAGES, TrialResult
 from nanogpt.sweep.spill import judge_all
 from nanogpt.sweep.trial import run_trial
@@ -56,8 +57,11 @@ def _on_ray(one_kind: bool) -> Callable[..., TrialResult]:
 
 
 def runner(cfg: TrainConfig, *, one_kind: bool = False) -> Callable[..., TrialResult]:
-    """What runs trials: run_trial here, or its like on a Ray cluster; one_kind: all of them on one kind of card."""
-    return _on_ray(one_kind) if cfg.launch.name == "ray" else run_trial
+    """What runs trials: run_trial here, or its like on a Ray cluster; one_kind: all of them on one kind of card.
+
+    With batch_size=auto the micro-batch is settled first.
+    """
+    return functools.partial(settled, _on_ray(one_kind) if cfg.launch.name == "ray" else run_trial)
 
 
 def line_of(result: TrialResult) -> str:

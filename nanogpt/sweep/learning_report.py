@@ -61,6 +61,13 @@ class Row:
     def speed(self) -> float | None:
         return self.last and self.last.tokens_per_s
 
+    @property
+    def rows(self) -> str:
+        """The micro-batch that was chosen, times how many of them make a step."""
+        if not (self.last and self.last.micro_batch and self.last.effective_batch):
+            return "–"
+        return f"{self.last.micro_batch} x {math.ceil(self.last.effective_batch / self.last.micro_batch)}"
+
 
 def curve(result: TrialResult, axis: int) -> list[tuple[float, float]]:
     """(tokens or minutes, the objective) of every evaluation; axis 0 is tokens, 1 minutes."""
@@ -283,14 +290,14 @@ def _write(
 
 def print_rows(rows: Sequence[Row], objective: str) -> None:
     """The ranking on the console, and below it why the failures failed."""
-    names = ("column_spread", "column_minutes", "column_status", "column_setting")
+    names = ("column_spread", "column_minutes", "column_rows", "column_status", "column_setting")
     heads = ("#", objective, *map(text, names))
     cells = [
         (row.number, report.formatted(row.value, ".4f"), report.formatted(row.spread, ".4f"),
-         report.formatted(row.minutes, ".1f"), text(STATUS_MESSAGES[row.status]), row.name)
+         report.formatted(row.minutes, ".1f"), row.rows, text(STATUS_MESSAGES[row.status]), row.name)
         for row in rows[:MOST_ROWS]
     ]
-    for line in aligned(heads, cells, sides="lrrrll"):
+    for line in aligned(heads, cells, sides="lrrrrll"):
         show(line)
     if len(rows) > MOST_ROWS:
         show(text("… and {count} more, in report.html", count=len(rows) - MOST_ROWS))

@@ -7,8 +7,9 @@ Needs no torch: the trials train in child processes.
 # 先用配置里本来的设置量一次快慢：由它知道起一个进程要多久、每级有多少步、评估能用多少 token，再把时间分好，说给人听
 # 每个设置先照 experiment=fit 量几步（放不下的到此为止，绝不训练），步时把分钟换成步数：
 # 从此一切由步数决定，同样的设置、同样的种子得到同样的结果，续训逐位一致；时间预算只在换算的那一刻进来
-# 微批只找一次：在最大的批量上量出最快的那档，其余设置用它与自己批量中较小的
+# 微批只找一次：在最大的批量上量出最快的那档，其余设置用它与自己批量中较小的；放不下的（更宽、更深）再减半，批量不变
 
+import math
 import shutil
 import sys
 import threading
@@ -16,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
@@ -180,15 +182,15 @@ class Steps:
 
     rungs: tuple[int, ...]
 
-    def overrides(self, rung: int) -> list[str]:
-        """The keys of the training up to the end of a rung."""
+    def keys(self, rung: int) -> dict[str, Any]:
+        """Of the training up to the end of a rung; -1: of the last one."""
         whole, end = self.rungs[-1], self.rungs[rung]
         before = self.rungs[rung - 1] if rung else 0
-        return [
-            f"max_iters={end}", "max_tokens=null", "max_minutes=null", f"lr_decay_iters={whole}", "lr_schedule=wsd",
-            f"decay_fraction={DECAY}",
-            f"eval_interval={max(1, -(-(end - before) // EVALUATIONS))}", "save_interval=null", "warmup_iters=null",
-        ]
+        return {
+            "max_iters": end, "max_tokens": None, "max_minutes": None, "lr_decay_iters": whole, "lr_schedule": "wsd",
+            "decay_fraction": DECAY, "eval_interval": max(1, -(-(end - before) // EVALUATIONS)), "save_interval": None,
+            "warmup_iters": None,
+        }
 
 
 class Trials:
@@ -204,6 +206,8 @@ class Trials:
         """Of the setting from which the search starts."""
         self.micro_batch = cfg.batch_size if isinstance(cfg.batch_size, int) else None
         self.evaluated: list[str] = []
+        self.measured: dict[tuple, TrialResult] = {}
+        """The speed of every setting that was met."""
         self.schedule: Schedule | None = None
         self.beside = Beside(places(cfg))
         self.run_trial = runner(cfg, one_kind=True)
@@ -225,11 +229,14 @@ class Trials:
         check_values(cfg)
         return replace(cfg, search=replace(cfg.search, enabled=False), trial=replace(cfg.trial, enabled=True))
 
-    def words(self, setting: dict[str, str]) -> list[str]:
-        """The overrides of a setting, its micro-batch included."""
+    def words(self, setting: dict[str, str], micro_batch: int | None = None) -> list[str]:
+        """The overrides of a setting with this micro-batch; None: that of the search."""
         words = overrides_of(setting, self.cfg.model)
-        rows = int(setting.get("global_batch_size") or self.rows)
-        return [*words, *batch_words(rows, self.micro_batch)]
+        return [*words, *batch_words(self.rows_of(setting), micro_batch or self.micro_batch)]
+
+    def rows_of(self, setting: dict[str, str]) -> int:
+        """Rows per step of a setting."""
+        return int(setting.get("global_batch_size") or self.rows)
 
     @property
     def rows(self) -> int:
@@ -241,20 +248,25 @@ class Trials:
 
     # ---- 试跑 ----
 
-    def trial(self, more: list[str], run_dir: Path | None = None) -> TrialResult:
-        """One child process with these overrides behind the typed ones; a mistake in them is a result."""
+    def trial(self, more: list[str], steps: Steps | None = None, rung: int = 0) -> TrialResult:
+        """One child process with these overrides behind the typed ones; a mistake in them is a result.
+
+        With `steps` it trains to the end of a rung, in the folder that the setting and seed have at every rung.
+        """
         with self.composing:
             self.number += 1
             folder = self.folder / str(self.number)
-        shown = [*self.base, *more]
+        keys = steps.keys(rung) if steps else {}
+        shown = [*self.base, *more, *(f"{key}={'null' if value is None else value}" for key, value in keys.items())]
         try:
-            return self.run_trial(self.composed(more), shown, folder, run_dir=run_dir)
+            cfg = self.composed(more)
+            run_dir = RUNS / earlier_results.key_of(replace(cfg, **steps.keys(-1))) if steps else None
+            return self.run_trial(replace(cfg, **keys), shown, folder, run_dir=run_dir)
         except ConfigError as error:
             return result.made({"overrides": shown, "status": "invalid", "reason": str(error)})
 
-    def speed(self, setting: dict[str, str], words: list[str] | None = None) -> TrialResult:
-        """Whether the setting fits, and how long its steps are; not trained at all where the plan says no."""
-        words = self.words(setting) if words is None else words
+    def speed(self, words: list[str]) -> TrialResult:
+        """Whether a setting fits, and how long its steps are; not trained at all where the plan says no."""
         # 学习率与种子不影响快慢：写成一样的，量过的就认得
         alike = [word for word in words if not word.startswith("learning_rate=")]
         rows = next(int(word.split("=")[1]) for word in words if word.startswith("global_batch_size="))
@@ -262,13 +274,25 @@ class Trials:
         steps = max(least, min(most, int(TIMED_S * 1000 / (self.row_ms * rows)))) if self.row_ms else least
         return self.trial([*alike, "objective=tokens_per_s", "trial.warmup_steps=1", f"trial.steps={steps}"])
 
+    def fitting(self, setting: dict[str, str]) -> TrialResult:
+        """speed() with half of the micro-batch, and half of that, until the setting fits; the batch stays as it is."""
+        size, wall_s = min(self.rows_of(setting), self.micro_batch or self.rows_of(setting)), 0.0
+        # 自己写下的微批照写的试；反向里更新的不能累积
+        fixed = (self._typed("batch_size") and self.cfg.batch_size != "auto") or self.cfg.memory.optimizer_in_backward
+        while True:
+            got = self.speed(self.words(setting, size))
+            wall_s += got.wall_s or 0.0
+            if got.status not in ("oom", "skipped") or size == 1 or fixed:
+                return replace(got, wall_s=wall_s)
+            size = math.ceil(size / 2)
+
     def prepared(self, space: list[Dimension]) -> tuple[Schedule, list[Dimension]]:
         """Measure the default setting and the fastest micro-batch; the division of the time, and what can be searched.
 
         Batches of which a rung would hold only a few steps leave the space, unless they were typed.
         """
         search = self.cfg.search
-        first = self.speed({})
+        first = self.fitting({})
         if first.status != "ok":
             raise ConfigError(
                 "the setting from which the search starts cannot be trained ({status}: {reason}); choose a smaller "
@@ -281,7 +305,9 @@ class Trials:
         most = self._divided(start).rungs[0] * rows_per_minute / LEAST_STEPS
         typed = {line.partition("=")[0] for line in search.typed}
         space = [one if one.key in typed else fewer(one, max(most, self.rows)) for one in space]
-        if search.minutes >= MINUTES_FOR_BATCH and not self._typed("batch_size"):
+        if first.micro_batch and first.micro_batch < min(self.rows, self.micro_batch or self.rows):
+            self.micro_batch = first.micro_batch
+        if self.cfg.batch_size == "auto" or (search.minutes >= MINUTES_FOR_BATCH and not self._typed("batch_size")):
             self._find_micro_batch(space)
         # 找微批用掉的时间也是搜索的时间：剩下的才分
         self.schedule = self._divided(start)
@@ -307,7 +333,7 @@ class Trials:
         rows = max([self.rows, *(int(w) for one in space if one.key == "global_batch_size" for w in one.choices)])
 
         def measure(size: int) -> TrialResult:
-            got = self.speed({}, batch_words(rows, size))
+            got = self.speed(batch_words(rows, size))
             self.spent += (got.wall_s or 0.0) / 60
             return got
 
@@ -319,23 +345,20 @@ class Trials:
 
     def run(self, setting: dict[str, str], rung: int, seed: int) -> TrialResult:
         """Train a setting to the end of a rung, from where the rung before ended."""
-        measured = self.speed(setting)
+        asked = tuple(setting.items())
+        measured = self.measured[asked] = self.measured.get(asked) or self.fitting(setting)
         if measured.status != "ok":
             return measured
         steps = steps_of(self.schedule, measured.step_ms)
-        words = [*self.words(setting), *self.evaluated, f"seed={self.cfg.seed + seed}"]
-        got = self.trial([*words, *steps.overrides(rung)], self.run_dir(words, steps))
+        setting_words = self.words(setting, measured.micro_batch)
+        words = [*setting_words, *self.evaluated, f"seed={self.cfg.seed + seed}"]
+        got = self.trial(words, steps, rung)
         # 量快慢的时间记在第一级上
         beside = measured.wall_s or 0.0 if rung == 0 and seed == 0 else 0.0
         # 配方里要有的：设置与学习率怎样走；训多久由人另说
         schedule = ("lr_schedule=wsd", f"decay_fraction={DECAY}")
-        return replace(got, overrides=(*self.base, *self.words(setting), *schedule),
+        return replace(got, overrides=(*self.base, *setting_words, *schedule),
                        wall_s=(got.wall_s or 0.0) + beside)
-
-    def run_dir(self, words: list[str], steps: Steps) -> Path:
-        """The run folder of a setting and seed, the same at every rung."""
-        whole = self.composed([*words, *steps.overrides(len(steps.rungs) - 1)])
-        return RUNS / earlier_results.key_of(whole)
 
     def forget(self, candidate: Candidate) -> None:
         """Delete the weights of a setting that goes no further: a search would fill the disk; its curve stays."""

@@ -152,3 +152,44 @@ def test_a_run_trains_with_what_auto_found_and_resumes_with_it(machine, tiny_ove
     other = resume("outputs/run", "max_iters=8", "batch_size=auto", "global_batch_size=8")
     assert other.cfg.batch_size == 8
     assert machine[-1].resume is None and machine[-1].model.n_embd == 16 and machine[-1].dataset["dir"].endswith("data")
+
+
+def test_a_trial_with_a_loss_takes_the_fastest_micro_batch_of_each_batch_and_finds_it_once(in_tmp):
+    asked = []
+
+    def run(cfg, overrides, folder, **where):
+        asked.append(cfg)
+        if cfg.objective != "tokens_per_s":
+            return TrialResult(tuple(overrides), "ok", val_loss=cfg.learning_rate, objective=cfg.objective, micro_batch=cfg.batch_size)
+        # 超过 16 条放不下；4 条最快
+        return result(cfg.batch_size, 100.0 - abs(cfg.batch_size - 4)) if cfg.batch_size <= 16 else result(cfg.batch_size, 0.0, status="skipped")
+
+    found = {}
+    for rate in (1e-2, 2e-2):
+        for rows in (8, 64):
+            words = ["trial.enabled=true", "objective=val_loss", "batch_size=auto", f"global_batch_size={rows}", f"learning_rate={rate}", f"seed={rows}"]
+            one = auto_batch.settled(run, make_config(*words), words, in_tmp / "job", run_dir=None)
+            found[rate, rows] = (one.objective, one.val_loss, one.micro_batch, asked[-1].global_batch_size, asked[-1].seed)
+    assert found == {(rate, rows): ("val_loss", rate, 4, rows, rows) for rate in (1e-2, 2e-2) for rows in (8, 64)}
+    # 学习率不同的，用上次的结论；放不下的只问了对半找时的那几档
+    measured = [(cfg.global_batch_size, cfg.batch_size) for cfg in asked if cfg.objective == "tokens_per_s"]
+    assert len(asked) - len(measured) == 4 and len(measured) == len(set(measured)) and sum(size > 16 for _, size in measured) <= 2
+    assert all(cfg.trial.skip_predicted for cfg in asked)
+
+
+@pytest.mark.parametrize("status", ["skipped", "oom"])
+def test_a_trial_that_fits_with_no_micro_batch_trains_nothing_and_says_why(in_tmp, status):
+    asked = []
+
+    def run(cfg, overrides, folder):
+        asked.append(cfg)
+        return TrialResult((), status, f"{cfg.batch_size} too many")
+
+    words = ["trial.enabled=true", "objective=val_bpb", "batch_size=auto", "global_batch_size=64"]
+    got = auto_batch.settled(run, make_config(*words), words, in_tmp / "job")
+    assert (got.status, got.reason, got.objective, got.overrides) == (status, "1 too many", "val_bpb", tuple(words))
+    assert all(cfg.objective == "tokens_per_s" for cfg in asked)
+    # 写错的，不去量：由 run 说
+    del asked[:]
+    auto_batch.settled(run, make_config("batch_size=auto", "global_batch_size=64", "model.n_embd=15", checked=False), [], in_tmp / "job")
+    assert [cfg.batch_size for cfg in asked] == ["auto"]

@@ -23,6 +23,7 @@ from nanogpt.sweep.extrapolation import estimate
 from nanogpt.sweep.halving import LEAST_MINUTES, Search, divide, importance
 from nanogpt.sweep.learning_report import full_budget
 from nanogpt.sweep.result import TrialResult
+from nanogpt.sweep.search import Trials
 from nanogpt.sweep.space import default_of, overrides_of, shaped, space_of
 from nanogpt.sweep.trial import lock_path
 
@@ -309,6 +310,21 @@ def test_a_training_that_still_writes_is_not_taken_for_one_that_hangs(tmp_path, 
     code = f"import sys, time; sys.stdin.readline(); [({writes} and open({str(sign)!r}, 'w').close(), time.sleep(0.2)) for _ in range(7)]"
     ended = process.run_child({}, tmp_path, timeout_s=1, signs=[sign], command=[process.sys.executable, "-S", "-c", code])
     assert ended.killed == (None if writes else "timeout")
+
+
+@pytest.mark.parametrize(("typed_words", "tried"), [([], [64, 32, 16, 8]), (["batch_size=64"], [64]), (["memory.optimizer_in_backward=true"], [64])])
+def test_a_setting_that_does_not_fit_is_tried_in_smaller_micro_batches_of_the_same_batch(typed_words, tried):
+    trials, asked = Trials.__new__(Trials), []
+    trials.cfg, trials.base, trials.micro_batch = make_config(*typed_words), typed_words, 64
+
+    def speed(words):
+        asked.append(dict(word.split("=") for word in words))
+        return TrialResult((), "ok" if int(asked[-1]["batch_size"]) <= 8 else "skipped", wall_s=2.0)
+
+    trials.speed = speed
+    got = trials.fitting({"global_batch_size": "64", "dropout": "0.1"})
+    assert [int(words["batch_size"]) for words in asked] == tried and {(words["global_batch_size"], words["dropout"]) for words in asked} == {("64", "0.1")}
+    assert (got.status, got.wall_s) == ("ok" if len(tried) > 1 else "skipped", 2.0 * len(tried))
 
 
 # ---- 敲下的命令 ----
