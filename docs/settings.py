@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 from nanogpt.base.config import (
     ROOT,
+    AdamWConfig,
     FinetuneConfig,
     HardwareConfig,
     LaunchConfig,
     MemoryConfig,
     ModelConfig,
+    MuonConfig,
     ParallelConfig,
     PrecisionConfig,
     Range,
@@ -19,20 +21,23 @@ from nanogpt.base.config import (
     TrialConfig,
 )
 from nanogpt.base.help import commented, described
-from nanogpt.base.sample_config import SampleConfig, ServerConfig
+from nanogpt.base.sample_config import SampleConfig, SamplerConfig, ServerConfig
 
 # 哪个 schema 的键写在哪个 yaml 的哪一层
 SECTIONS = (
     ("nanogpt train", "", TrainConfig, "train.yaml"), ("trial", "trial.", TrialConfig, "train.yaml"),
     ("search", "search.", SearchConfig, "experiment/search.yaml"),
     ("model", "model.", ModelConfig, "model/tiny.yaml"), ("arch", "model.", ModelConfig, "arch/modern.yaml"),
+    ("optimizer=muon", "optimizer.", MuonConfig, "optimizer/muon.yaml"),
+    ("optimizer=adamw", "optimizer.", AdamWConfig, "optimizer/adamw.yaml"),
     ("precision", "precision.", PrecisionConfig, "precision/auto.yaml"),
     ("memory", "memory.", MemoryConfig, "memory/default.yaml"),
     ("finetune", "finetune.", FinetuneConfig, "finetune/lora.yaml"),
     ("hardware", "hardware.", HardwareConfig, "hardware/auto.yaml"),
     ("parallel", "parallel.", ParallelConfig, "parallel/ddp.yaml"),
     ("launch", "launch.", LaunchConfig, "launch/none.yaml"),
-    ("nanogpt sample", "", SampleConfig, "sample.yaml"), ("server", "server.", ServerConfig, "sample.yaml"),
+    ("nanogpt sample", "", SampleConfig, "sample.yaml"), ("sampler", "sampler.", SamplerConfig, "sampler/temperature.yaml"),
+    ("server", "server.", ServerConfig, "sample.yaml"),
 )
 HEADS = {
     "en": (

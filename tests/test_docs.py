@@ -223,7 +223,11 @@ def test_the_pages_of_settings_are_what_the_code_and_the_yaml_say():
     for name, language in (("docs/settings.md", "en"), ("docs/settings.zh-CN.md", "zh")):
         assert read(name) == settings.page(language), "python docs/settings.py writes it anew"
     keys = re.findall(r"^\| `([\w.]+)`", read("docs/settings.md"), flags=re.MULTILINE)
-    assert {"out_dir", "trial.margin", "memory.weights", "server.port", "finetune.rank"} <= set(keys) and len(keys) > 100
+    assert {"out_dir", "trial.margin", "memory.weights", "server.port", "finetune.rank", "optimizer.ns_steps", "sampler.min_p"} <= set(keys) and len(keys) > 100
+    # 值由函数收的几组：schema 只说范围与意思，键要与 yaml 的一样
+    for schema, file in (("AdamWConfig", "optimizer/adamw"), ("MuonConfig", "optimizer/muon"), ("SamplerConfig", "sampler/temperature")):
+        named = yaml.safe_load(read(f"conf/{file}.yaml"))
+        assert ["_target_", *getattr(settings, schema).__dataclass_fields__] == list(named)
 
 
 def test_the_documented_python_runs_as_printed(own_run, capsys):

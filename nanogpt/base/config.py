@@ -351,6 +351,50 @@ class LaunchConfig:
 
 
 @dataclass(kw_only=True)
+class AdamWConfig:
+    """The settings of optimizer=adamw (conf/optimizer); nanogpt.core.optimizers.adamw takes them."""
+
+    # 只为范围与说明：optimizer 是可换的组，值在 yaml 里，由 _target_ 的函数收
+
+    weight_decay: float = number(0, 10)
+    """Of matrices and embeddings, not of biases and gains."""
+    beta1: float = number(0, 0.99999)
+    """How much of the running mean of gradients is kept at each step."""
+    beta2: float = number(0, 0.99999)
+    """The same of their squares; 0.99 where a step has few tokens."""
+    eps: float = number(0, 1)
+    """What is added to the root of that mean before dividing by it."""
+
+
+@dataclass(kw_only=True)
+class MuonConfig:
+    """The settings of optimizer=muon (conf/optimizer); nanogpt.core.optimizers.muon takes them."""
+
+    # 前三个只管 block 内的矩阵，末三个是其余参数的 AdamW
+
+    weight_decay: float = number(0, 10)
+    """Of the matrices in the blocks alone; 0.5 beats 0.1 where a text is read several times, read once they are
+    alike."""
+    momentum: float = number(0, 0.99999)
+    """How much of the running mean of gradients is kept at each step."""
+    ns_steps: int = number(1, 20)
+    """Newton-Schulz iterations: fewer are faster, more come nearer to orthogonal."""
+    embedding_lr_scale: float = number(0, 10**6)
+    """What the learning rate is multiplied by for the input embedding."""
+    head_lr_scale: float = number(0, 10**6)
+    """The same for the output layer."""
+    ngram_lr_scale: float | None = number(0, 10**6)
+    """The same for the n-gram tables. None: 3 for a text that is read once, whose rows are seldom updated; 1 for one
+    that is read several times, so that the tables learn it by heart more slowly."""
+    beta1: float = number(0, 0.99999)
+    """How much of the running mean is kept in AdamW's part: embeddings, head and vectors."""
+    beta2: float = number(0, 0.99999)
+    """The same of the squared gradients there."""
+    eps: float = number(0, 1)
+    """What is added to the root of their mean there."""
+
+
+@dataclass(kw_only=True)
 class TrialConfig:
     """A bounded trial in a process of its own instead of a training; see nanogpt.sweep.trial."""
 

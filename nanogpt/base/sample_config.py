@@ -6,6 +6,7 @@
 # 两个 schema 由 register_schemas 交给 Hydra：拼写错的键、不对的类型在拼的时候就报
 
 import ipaddress
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -23,6 +24,30 @@ from nanogpt.base.config import (
     number,
 )
 from nanogpt.base.language import ConfigError
+
+
+@dataclass(kw_only=True)
+class SamplerConfig:
+    """The settings of conf/sampler: what may be drawn next; nanogpt.core.sampling.sampler takes them."""
+
+    # 只为范围与说明，API 的字段也由它得出：sampler 是可换的组，值在 yaml 里，由 _target_ 的函数收
+
+    temperature: float = number(0, 100)
+    """What logits are divided by; 0 is greedy. It follows the key temperature, except in sampler=greedy."""
+    top_k: int = number(0, math.inf)
+    """Only so many of the likeliest tokens; 0: all. Usually 20 … 200."""
+    top_p: float = number(0, 1)
+    """Only the likeliest tokens that together have this probability; 1: all. Usually 0.8 … 0.95."""
+    min_p: float = number(0, 1)
+    """Only tokens that are at least this part as likely as the likeliest one; 0: all. Usually 0.02 … 0.1."""
+    typical: float = number(0, 1)
+    """Only the tokens whose surprise is nearest to the expected one, with this probability together; 1: all. Usually
+    0.9."""
+    repetition_penalty: float = number(0.01, 100)
+    """What the logits of tokens that occurred are divided by, or multiplied by where they are negative; 1: nothing.
+    Usually 1.05 … 1.3."""
+    no_repeat_ngram: int = number(0, math.inf)
+    """No run of so many tokens occurs twice; 0: any may. Usually 3 … 6."""
 
 
 @dataclass(kw_only=True)

@@ -4,8 +4,11 @@
 # 组里的 lr_scale 乘在学习率上
 """Optimizers: AdamW and Muon over named parameters, and which parameters go where."""
 
+from dataclasses import fields
+
 import torch
 
+from nanogpt.base.config import AdamWConfig, MuonConfig
 from nanogpt.core import kernels
 from nanogpt.core.kernels import orthogonalized, update_scale
 
@@ -13,10 +16,7 @@ from nanogpt.core.kernels import orthogonalized, update_scale
 STACK_BYTES = 64 * 2**20
 # 8 位的状态另有一份 scale，名字是状态的名字加上它
 SCALE = "_scale"
-RANGES = {
-    "beta1": (0, 0.99999), "beta2": (0, 0.99999), "momentum": (0, 0.99999), "weight_decay": (0, 10), "eps": (0, 1),
-    "ns_steps": (1, 20), "embedding_lr_scale": (0, 1e6), "head_lr_scale": (0, 1e6), "ngram_lr_scale": (0, 1e6),
-}
+RANGES = {one.name: one.metadata["range"] for schema in (AdamWConfig, MuonConfig) for one in fields(schema)}
 # n-gram 表的学习率倍数，适合只读一遍的文字
 FRESH_NGRAM_SCALE = 3.0
 ADAMW_STATES = ("step", "exp_avg", "exp_avg_sq")
@@ -192,9 +192,8 @@ def _group(named: list, **settings) -> dict:
 
 def _check(**values: float) -> None:
     for key, value in values.items():
-        low, high = RANGES[key]
-        if not low <= value <= high:
-            raise ValueError(f"optimizer.{key}={value} is out of range; choose a value from {low:g} to {high:g}")
+        if value not in RANGES[key]:
+            raise ValueError(f"optimizer.{key}={value} is out of range; it must be {RANGES[key]}")
 
 
 def adamw(model: torch.nn.Module, *, weight_decay: float, beta1: float, beta2: float, eps: float) -> Optimizer:

@@ -9,19 +9,19 @@ Ties are settled in favour of the lower id everywhere.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 from nanogpt.base.config import check_range
 from nanogpt.base.language import ConfigError
+from nanogpt.base.sample_config import SamplerConfig
 from nanogpt.core.machine import in_float64
 
 Stage = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # `sampler` 的设置 -> (类型, 下限, 上限)；API 的字段也由它得出
 SETTINGS = {
-    "temperature": (float, 0, 100), "top_k": (int, 0, None), "top_p": (float, 0, 1), "min_p": (float, 0, 1),
-    "typical": (float, 0, 1), "repetition_penalty": (float, 0.01, 100), "no_repeat_ngram": (int, 0, None),
+    one.name: (one.type, one.metadata["range"].low, one.metadata["range"].high) for one in fields(SamplerConfig)
 }
 
 
