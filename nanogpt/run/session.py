@@ -461,8 +461,8 @@ class Session:
         if cfg.finetune.method == "lora":
             trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
             line(
-                "LoRA: {trained:,} of {total:,} parameters are trained, the others are frozen",
-                trained=trained, total=trainer.model.parameter_count(),
+                "LoRA: {trained:,} parameters are trained, the others of {size} are frozen",
+                trained=trained, size=size_text(trainer.model),
             )
             if not cfg.init_from:
                 line(

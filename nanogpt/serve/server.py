@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nanogpt.base.language import ConfigError, say
 from nanogpt.base.sample_config import SampleConfig, ServerConfig
+from nanogpt.core.ngrams import table_count
 
 try:
     import fastapi
@@ -164,7 +165,7 @@ def announcement(cfg: SampleConfig, model) -> dict:
         **({"controls": controls} if any(known.values()) else {}),
         # 只报最后一段：本机的目录结构与访客无关
         "checkpoint": Path(model.name).name, "chat": bool(model.tokenizer.chat_template),
-        "parameters": model.network.parameter_count(),
+        "parameters": model.network.parameter_count(), "table_parameters": table_count(model.network),
         "block_size": model.network.config.block_size, "vocab_size": model.tokenizer.vocab_size,
         "limits": {name: getattr(limits, name) for name in ("max_tokens", "max_texts", "max_prompt_chars")},
         "defaults": {

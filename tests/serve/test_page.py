@@ -133,6 +133,8 @@ def test_write_stop_undo_reload_and_change_the_language(driver, poet):
     page["language"].click()
     assert page["write"].text == "写作" and "种子" in page["status"].text and driver.execute_script("return document.documentElement.lang") == "zh-CN"
     assert page.options("emotion")[:2] == ["无", "开心"]
+    # 查表与其余的参数分开说
+    assert driver.execute_script("return counted({parameters: 17285376, table_parameters: 14100736})") == "3.2M + 查表 14.1M"
     page.until(lambda: len(page.text) > before)
     page["text"].send_keys(Keys.ESCAPE)
     page.until(lambda: page["write"].is_enabled())
