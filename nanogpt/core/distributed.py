@@ -7,6 +7,7 @@ Gradients are summed while the backward pass goes on, without DistributedDataPar
 memory takes part in the sums that are left, so that all can agree to repeat the step.
 """
 
+import atexit
 import contextlib
 import os
 import sys
@@ -32,6 +33,8 @@ CONNECT = timedelta(minutes=1)
 MEET_S = 0.02
 # 这么大（字节）的梯度原地求和，不抄；更小的攒成一捆，免得每次通信都在等延迟
 LARGE, BUNDLE = 2**20, 25 * 2**20
+# gloo 的线程拿到 GIL、松开张量的时间：平时不到 1 ms，机器忙时也够
+PAUSE_GLOO_S = 0.2
 # 别的进程把话说完的时间
 PAUSE_S = 3
 
@@ -77,6 +80,9 @@ def start(device: torch.device, timeout_s: float) -> None:
         raise ConfigError(
             "the processes of this training could not meet ({reason}); type the command again", reason=reason,
         ) from None
+    if backend == "gloo":
+        # gloo 的线程松开最后一个张量要拿 GIL；解释器已在收尾，就以 abort（134）结束整个进程：先等它松手
+        atexit.register(time.sleep, PAUSE_GLOO_S)
     _watch = Watch(dist.PrefixStore("watch", store), rank(), world(), timeout_s)
 
 
