@@ -183,7 +183,7 @@ class Steps:
     rungs: tuple[int, ...]
 
     def keys(self, rung: int) -> dict[str, Any]:
-        """Of the training up to the end of a rung; -1: of the last one."""
+        """Of the training up to the end of a rung."""
         whole, end = self.rungs[-1], self.rungs[rung]
         before = self.rungs[rung - 1] if rung else 0
         return {
@@ -260,7 +260,7 @@ class Trials:
         shown = [*self.base, *more, *(f"{key}={'null' if value is None else value}" for key, value in keys.items())]
         try:
             cfg = self.composed(more)
-            run_dir = RUNS / earlier_results.key_of(replace(cfg, **steps.keys(-1))) if steps else None
+            run_dir = RUNS / earlier_results.key_of(replace(cfg, **steps.keys(len(steps.rungs) - 1))) if steps else None
             return self.run_trial(replace(cfg, **keys), shown, folder, run_dir=run_dir)
         except ConfigError as error:
             return result.made({"overrides": shown, "status": "invalid", "reason": str(error)})

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +24,7 @@ from nanogpt.sweep.extrapolation import estimate
 from nanogpt.sweep.halving import LEAST_MINUTES, Search, divide, importance
 from nanogpt.sweep.learning_report import full_budget
 from nanogpt.sweep.result import TrialResult
-from nanogpt.sweep.search import Trials
+from nanogpt.sweep.search import Steps, Trials
 from nanogpt.sweep.space import default_of, overrides_of, shaped, space_of
 from nanogpt.sweep.trial import lock_path
 
@@ -325,6 +326,16 @@ def test_a_setting_that_does_not_fit_is_tried_in_smaller_micro_batches_of_the_sa
     got = trials.fitting({"global_batch_size": "64", "dropout": "0.1"})
     assert [int(words["batch_size"]) for words in asked] == tried and {(words["global_batch_size"], words["dropout"]) for words in asked} == {("64", "0.1")}
     assert (got.status, got.wall_s) == ("ok" if len(tried) > 1 else "skipped", 2.0 * len(tried))
+
+
+@pytest.mark.parametrize("rungs", [(5,), (2, 5), (1, 2, 5)])
+def test_a_setting_trains_in_one_folder_at_every_rung_however_many_there_are(rungs, tmp_path):
+    trials, asked, steps = Trials.__new__(Trials), [], Steps(rungs)
+    trials.base, trials.number, trials.folder, trials.composing, trials.composed = [], 0, tmp_path, threading.Lock(), lambda more: make_config()
+    trials.run_trial = lambda cfg, shown, folder, run_dir: asked.append((run_dir, cfg.max_iters, f"max_iters={cfg.max_iters}" in shown))
+    for rung in range(len(rungs)):
+        trials.trial(["seed=0"], steps, rung)
+    assert len({run_dir for run_dir, *_ in asked}) == 1 and [(iters, said) for _, iters, said in asked] == [(n, True) for n in rungs]
 
 
 # ---- 敲下的命令 ----
