@@ -40,9 +40,9 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, *self.layout)
         dropout = self.dropout if self.training else 0.0
         short = cache is None and is_short(qkv, dropout)
-        if short and self.joint and not self.qk_norm and rope is None:
-            # q、k 原样使用时不必先拆开：反向少一次拼接
-            y = short_attention(self.scale, visible, qkv)
+        if short and self.joint:
+            # 不必先拆开：归一化与旋转也在那里面做，反向少一次拼接
+            y = short_attention(self.scale, visible, qkv, eps=self.eps if self.qk_norm else None, rope=rope)
         else:
             *qk, v = qkv.split(self.sizes, dim=self.dim)
             if self.qk_norm:

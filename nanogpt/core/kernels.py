@@ -29,15 +29,19 @@ def device_type(x: torch.Tensor) -> str:
     return x.device.type
 
 
+def _reciprocal_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    # 半精度的平方和会丢位，在 fp32 里求
+    wide = torch.promote_types(x.dtype, torch.float32)
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_()
+    return square.div_(x.size(-1)).add_(eps).rsqrt_()
+
+
 class _RMSNorm(torch.autograd.Function):
     """y = x * r with r = (mean(x^2) + eps)^-1/2; dx = r * (g - y * mean(g * y))."""
 
     @staticmethod
     def forward(ctx, x, eps):
-        # 半精度的平方和会丢位，在 fp32 里求
-        wide = torch.promote_types(x.dtype, torch.float32)
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_()
-        r = square.div_(x.size(-1)).add_(eps).rsqrt_()
+        r = _reciprocal_rms(x, eps)
         y = (x * r).to(x.dtype)
         # y 本来就要留给后面的线性层，存它不多占内存
         ctx.save_for_backward(y, r)
@@ -77,12 +81,13 @@ class _SquaredReLU(torch.autograd.Function):
     def forward(ctx, x):
         r = x.relu()
         ctx.save_for_backward(r)
-        return r * r
+        return r.square()
 
     @staticmethod
     def backward(ctx, grad):
         (r,) = ctx.saved_tensors
-        return (grad * r).mul_(2)
+        # 加在 0 上：乘 2 不另走一遍
+        return torch.addcmul(grad.new_zeros(()), grad, r, value=2)
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
@@ -149,15 +154,53 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return _Rotate.apply(x, cos.to(x.dtype), sin.to(x.dtype))
 
 
+def _normalize_and_rotate(qk: torch.Tensor, eps: float | None, rope) -> torch.Tensor | None:
+    """RMSNorm and rotate contiguous qk (..., T, hs) in place, each if asked for; returns 1 / RMS, (..., T, 1)."""
+    if eps is None and rope is None:
+        return None
+    # 全程 fp32，只舍入一次：bf16 的每个小运算都要先转过去再转回来，反而慢
+    x, r = qk.to(torch.promote_types(qk.dtype, torch.float32)), None
+    if eps is not None:
+        r = _reciprocal_rms(x, eps)
+        x = x * r
+    if rope is None:
+        qk.copy_(x)
+    else:
+        torch.addcmul(x * rope[0], x.roll(x.size(-1) // 2, dims=-1), rope[1], out=qk)
+    return r
+
+
+def _normalize_and_rotate_back(grad: torch.Tensor, y: torch.Tensor, r: torch.Tensor | None, rope) -> None:
+    """Turn the gradient of y, which _normalize_and_rotate() made, into that of its input, in place."""
+    if r is None and rope is None:
+        return
+    g = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    if r is not None:
+        y = y.to(g.dtype)
+        mean = (g * y).sum(-1, keepdim=True).div_(y.size(-1))
+        if rope is not None:
+            # 旋转保持内积，先退归一化也一样，不必留着未旋转的；YaRN 的表把长度也放大了，要除回去
+            mean.div_(rope[0][0, 0].square() + rope[1][0, 0].square())
+        g = torch.addcmul(g, y, mean, value=-1).mul_(r)
+    if rope is None:
+        grad.copy_(g)
+    else:
+        torch.addcmul(g * rope[0], g.roll(g.size(-1) // 2, dims=-1), rope[1], value=-1, out=grad)
+
+
 class _ShortAttention(torch.autograd.Function):
     """softmax(scale * q k^T) v for a short causal context, in two batched products and four backward."""
 
     @staticmethod
-    def forward(ctx, scale, visible, *parts):
+    def forward(ctx, scale, visible, eps, rope, *parts):
         # parts 沿第 2 维拼起来是 q、k、v，(B, T, 3, nh, hs)；拼接与换轴一次做完
         packed = torch.cat([part.permute(2, 0, 3, 1, 4) for part in parts])
         _, B, nh, T, hs = packed.shape
-        q, k, v = packed.view(3, B * nh, T, hs)
+        # 换过轴之后内存连续，逐元素的运算快几倍：归一化与旋转放在这里做
+        ctx.rope = None if rope is None else tuple(table.view(T, hs) for table in rope)
+        packed = packed.view(3, B * nh, T, hs)
+        r = _normalize_and_rotate(packed[:2], eps, ctx.rope)
+        q, k, v = packed
         mask = torch.full((T, T), float("-inf"), dtype=q.dtype).triu_(1)
         # 缩放与掩码都并进矩阵乘，不再各走一遍内存
         p = torch.baddbmm(mask, q, k.mT, alpha=scale)
@@ -165,14 +208,15 @@ class _ShortAttention(torch.autograd.Function):
             # 每行的文章边界不同，只好再走一遍；因果部分已经遮好
             p.view(B, nh, T, T).masked_fill_(~visible, float("-inf"))
         p = p.softmax(dim=-1)
-        ctx.save_for_backward(q, k, v, p)
+        ctx.save_for_backward(packed, p, r)
         ctx.scale = scale
         ctx.sizes = [part.size(2) for part in parts]
         return torch.bmm(p, v).view(B, nh, T, hs)
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, p = ctx.saved_tensors
+        saved, p, r = ctx.saved_tensors
+        q, k, v = saved
         B, nh, T, hs = grad.shape
         grad = grad.reshape(B * nh, T, hs)
         grad_s = torch._softmax_backward_data(torch.bmm(grad, v.mT), p, -1, p.dtype)
@@ -181,8 +225,9 @@ class _ShortAttention(torch.autograd.Function):
         packed[0].baddbmm_(grad_s, k, beta=0, alpha=ctx.scale)
         packed[1].baddbmm_(grad_s.mT, q, beta=0, alpha=ctx.scale)
         torch.bmm(p.mT, grad, out=packed[2])
+        _normalize_and_rotate_back(packed[:2], saved[:2], r, ctx.rope)
         grads = packed.view(3, B, nh, T, hs).permute(1, 3, 0, 2, 4).split(ctx.sizes, dim=2)
-        return None, None, *grads
+        return None, None, None, None, *grads
 
 
 def is_short(qkv: torch.Tensor, dropout: float) -> bool:
@@ -195,15 +240,18 @@ def is_short(qkv: torch.Tensor, dropout: float) -> bool:
     return qkv.size(1) <= SHORT_CONTEXT and qkv.dtype in (torch.float32, torch.float64)
 
 
-def short_attention(scale: float, visible: torch.Tensor | None, *parts: torch.Tensor) -> torch.Tensor:
+def short_attention(
+    scale: float, visible: torch.Tensor | None, *parts: torch.Tensor, eps: float | None = None, rope=None,
+) -> torch.Tensor:
     """Causal attention (B, nh, T, hs) of parts that make q, k, v (B, T, 3, nh, hs) when joined along dimension 2.
 
-    Keys and values may have fewer heads, a divisor of nh.
+    Keys and values may have fewer heads, a divisor of nh. With `eps` q and k pass rms_norm() first, with the tables
+    `rope` then rotate().
     """
     heads = parts[0].size(3)
     # 上下文短，抄几份 key 也不多
     parts = [part if part.size(3) == heads else part.repeat_interleave(heads // part.size(3), dim=3) for part in parts]
-    return _ShortAttention.apply(scale, visible, *parts)
+    return _ShortAttention.apply(scale, visible, eps, rope, *parts)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask, dropout: float, scale: float) -> torch.Tensor:

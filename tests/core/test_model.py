@@ -9,12 +9,13 @@ from conftest import GPT2_RECIPE, LLAMA_RECIPE, QWEN3_RECIPE, no_grad_eval, tiny
 
 import nanogpt
 from nanogpt.core.attention import CausalSelfAttention
-from nanogpt.core.kernels import attention, swiglu
+from nanogpt.core.kernels import attention, squared_relu, swiglu
 from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.loss import chunked_cross_entropy
 from nanogpt.core.memory.recompute import recompute_blocks
 from nanogpt.core.model import GPT
 from nanogpt.core.ngrams import size_text, table_count
+from nanogpt.core.rope import rope_table
 from nanogpt.weights.build import build_model, preset, preset_names
 from nanogpt.write.speed.formats import convert
 
@@ -149,6 +150,28 @@ def test_fewer_key_heads_equal_as_many_that_are_copies(T, L, masked, dtype):
     mask = torch.ones(2, 1, T, L, dtype=torch.bool).tril(L - T) if masked else None
     copied = attention(q, *(t.repeat_interleave(3, dim=1) for t in (k, v)), mask, 0.0, 0.3)
     torch.testing.assert_close(attention(q, k, v, mask, 0.0, 0.3), copied)
+
+
+@pytest.mark.parametrize("changes", [{}, {"position": "none"}, {"qk_norm": False}, {"rope_scaling": "yarn", "rope_attention_factor": 1.3}])
+def test_attention_over_a_short_context_equals_its_parts_one_after_another(monkeypatch, changes):
+    """Value and gradients; tables of YaRN also lengthen what they rotate."""
+    torch.manual_seed(0)
+    config = tiny_model_config(**changes).completed()
+    attend, x = CausalSelfAttention(config, 0).double(), torch.randn(2, 16, 16, dtype=torch.double, requires_grad=True)
+    rope = None if config.position == "none" else tuple(table.double() for table in rope_table(config))
+    outcomes = []
+    for short in (True, False):
+        monkeypatch.setattr("nanogpt.core.attention.is_short", lambda qkv, dropout, short=short: short)
+        y = attend(x, rope)
+        outcomes.append((y, *torch.autograd.grad(y.square().sum(), (x, attend.c_attn.weight))))
+    for a, b in zip(*outcomes):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+def test_the_squared_relu_kernel_has_the_gradient_of_its_formula():
+    x = torch.randn(3, 8, dtype=torch.double, requires_grad=True)
+    torch.testing.assert_close(squared_relu(x), x.relu().square())
+    assert torch.autograd.gradcheck(squared_relu, x)
 
 
 def test_the_swiglu_kernel_has_the_gradient_of_its_formula():
