@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.adamw import adamw as adamw_kernel
 
-from nanogpt.core.machine import any_kernels
+from nanogpt.core.machine import any_kernels, in_float64
 
 # 两种写法都给同样的 rms_norm，显式写出才不随 dtype 变
 RMS_EPS = 1e-6
@@ -20,6 +20,8 @@ SHORT_CONTEXT, SHORT_CONTEXT_BF16 = 128, 512
 GRAM_RATIO, GRAM_ROWS = 2, 64
 # Gram 矩阵里舍入的负特征值每步放大 12 倍：这么多步之后就重新算一次；bf16 粗 16 位，3 步时误差与直接迭代一样，5 步就发散
 GRAM_STEPS = {torch.float32: 5, torch.bfloat16: 3}
+# 候选多半就在最靠前的这么多个里：五万个词在 CPU 上全排一遍要几毫秒，比 8 位权重的一步还久
+FOREMOST = 1024
 # NS 五步的系数：让奇异值尽快靠近 1，不求精确收敛（Keller Jordan, 2024）
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
@@ -444,3 +446,36 @@ def orthogonalized(matrices: list[torch.Tensor], group: dict) -> list[torch.Tens
 def update_scale(shape: torch.Size) -> float:
     """What an orthogonal matrix is multiplied with to have the RMS of an AdamW update."""
     return 0.2 * math.sqrt(max(shape))
+
+
+def smallest_set(probabilities: torch.Tensor, rank_by: torch.Tensor, mass: float) -> torch.Tensor:
+    """Which ids (B, V) come first in ascending order of rank_by until their probability reaches `mass`; at least one.
+
+    Of equals the lower id comes first.
+    """
+    if device_type(probabilities) == "cpu" and probabilities.size(-1) > 4 * FOREMOST:
+        # 一行一行：各行要看到第几个，由这一行的数定；显卡上问一次就得等一次，不这样做
+        return torch.stack([_foremost(*row, mass) for row in zip(probabilities, rank_by, strict=True)])
+    # 稳定排序：并列时 id 小的在前
+    order = rank_by.argsort(dim=-1, stable=True)
+    ordered = in_float64(probabilities.gather(-1, order))
+    # 排在前面的合计已经达到 mass，就不再需要；float64 里求和，词表大也不丢位
+    kept = ordered.cumsum(-1) - ordered < mass
+    kept[:, 0] = True
+    return torch.zeros_like(rank_by, dtype=torch.bool).scatter_(1, order, kept.to(rank_by.device))
+
+
+def _foremost(probabilities: torch.Tensor, rank_by: torch.Tensor, mass: float) -> torch.Tensor:
+    """smallest_set() of one row (V,): all of it is put in order only where its beginning does not reach the mass."""
+    least = rank_by.topk(FOREMOST, largest=False, sorted=False).values.max()
+    # 与边界并列的一个也不要：留下的才是完整的开头，次序与全排的一样
+    foremost = (rank_by < least).nonzero()[:, 0]
+    for ids in (foremost, torch.arange(len(rank_by))):
+        order = ids[rank_by[ids].argsort(stable=True)]
+        ordered = probabilities[order].double()
+        total = ordered.cumsum(0)
+        if len(total) and total[-1] >= mass:
+            break
+    kept = total - ordered < mass
+    kept[0] = True
+    return torch.zeros_like(rank_by, dtype=torch.bool).index_fill_(0, order[kept], True)

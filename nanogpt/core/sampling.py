@@ -16,6 +16,7 @@ import torch
 from nanogpt.base.config import check_range
 from nanogpt.base.language import ConfigError
 from nanogpt.base.sample_config import SamplerConfig
+from nanogpt.core.kernels import smallest_set
 from nanogpt.core.machine import in_float64
 
 Stage = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -103,7 +104,7 @@ class TopP:
         if self.p >= 1:
             return logits
         probabilities = torch.softmax(logits, dim=-1)
-        return smallest_set(logits, probabilities, -probabilities, self.p)
+        return logits.masked_fill(~smallest_set(probabilities, -probabilities, self.p), -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -129,19 +130,8 @@ class Typical:
         probabilities = log_probabilities.exp()
         # 概率为 0 的项，0 * -inf 记作 0
         entropy = -(probabilities * log_probabilities).nan_to_num(nan=0.0).sum(-1, keepdim=True)
-        return smallest_set(logits, probabilities, (-log_probabilities - entropy).abs(), self.mass)
-
-
-def smallest_set(logits: torch.Tensor, probabilities: torch.Tensor, rank_by: torch.Tensor, mass: float) -> torch.Tensor:
-    """Keep ids in ascending order of rank_by until their mass reaches `mass`; at least one."""
-    # 稳定排序：并列时 id 小的在前
-    order = rank_by.argsort(dim=-1, stable=True)
-    ordered = in_float64(probabilities.gather(-1, order))
-    # 排在前面的合计已经达到 mass，就不再需要；float64 里求和，词表大也不丢位
-    spare = ordered.cumsum(-1) - ordered >= mass
-    spare[:, 0] = False
-    spare = spare.to(logits.device)
-    return logits.masked_fill(torch.zeros_like(spare).scatter_(1, order, spare), -torch.inf)
+        kept = smallest_set(probabilities, (-log_probabilities - entropy).abs(), self.mass)
+        return logits.masked_fill(~kept, -torch.inf)
 
 
 @dataclass(frozen=True)

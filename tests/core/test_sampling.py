@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nanogpt.base.language import ConfigError
+from nanogpt.core import kernels
 from nanogpt.core.sampling import (
     MinP,
     NoRepeatNgram,
@@ -49,6 +50,17 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(p, want):
         assert kept(TopP(0.79), logits) == want
     else:
         assert kept(TopP(p), logits) == want
+
+
+@pytest.mark.parametrize("stage", [TopP(0.05), TopP(0.9), TopP(0.999), Typical(0.2), Typical(0.95)])
+def test_a_large_vocabulary_is_put_in_order_only_as_far_as_needed_and_the_same_ids_are_kept(stage, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    peaked = 5 * torch.randn(3, 9000, generator=generator)
+    few = torch.full((1, 9000), -torch.inf).index_fill_(1, torch.arange(0, 9000, 300), 1.0)
+    logits = torch.cat((peaked, peaked[:1].round(), peaked[:1] / 50, torch.zeros(1, 9000), few, torch.full((1, 9000), torch.nan)))
+    found = stage(logits, None)
+    monkeypatch.setattr(kernels, "FOREMOST", 9000)
+    assert torch.equal(found.isneginf(), stage(logits, None).isneginf())
 
 
 def test_top_p_settles_ties_for_the_lower_id():
