@@ -164,11 +164,12 @@ def _normalize_and_rotate(qk: torch.Tensor, eps: float | None, rope) -> torch.Te
     x, r = qk.to(torch.promote_types(qk.dtype, torch.float32)), None
     if eps is not None:
         r = _reciprocal_rms(x, eps)
-        x = x * r
-    if rope is None:
-        qk.copy_(x)
-    else:
-        torch.addcmul(x * rope[0], x.roll(x.size(-1) // 2, dims=-1), rope[1], out=qk)
+        x.mul_(r)
+    if rope is not None:
+        swapped = _swap_halves(x)
+        x.mul_(rope[0]).addcmul_(swapped, rope[1])
+    # fp32 时 x 就是 qk
+    qk.copy_(x)
     return r
 
 
@@ -183,11 +184,11 @@ def _normalize_and_rotate_back(grad: torch.Tensor, y: torch.Tensor, r: torch.Ten
         if rope is not None:
             # 旋转保持内积，先退归一化也一样，不必留着未旋转的；YaRN 的表把长度也放大了，要除回去
             mean.div_(rope[0][0, 0].square() + rope[1][0, 0].square())
-        g = torch.addcmul(g, y, mean, value=-1).mul_(r)
-    if rope is None:
-        grad.copy_(g)
-    else:
-        torch.addcmul(g * rope[0], g.roll(g.size(-1) // 2, dims=-1), rope[1], value=-1, out=grad)
+        g.addcmul_(y, mean, value=-1).mul_(r)
+    if rope is not None:
+        swapped = _swap_halves(g)
+        g.mul_(rope[0]).addcmul_(swapped, rope[1], value=-1)
+    grad.copy_(g)
 
 
 class _ShortAttention(torch.autograd.Function):
