@@ -435,10 +435,11 @@ class _Script:
         self.checked += len(batch)
         # Optuna 与分批的扫描，到最后才知道有多少
         # Hydra 把插件另载一遍，类不是同一个，只能看名字
-        if type(sweeper).__name__ == "BasicSweeper" and not sweeper.max_batch_size and len(batch) > 1:
-            shared = set.intersection(*map(set, batch))
-            self.swept = [", ".join(word for word in words if word not in shared) for words in batch]
-            self.began = time.time()
+        if type(sweeper).__name__ == "BasicSweeper" and not sweeper.max_batch_size:
+            if len(batch) > 1:
+                shared = set.intersection(*map(set, batch))
+                self.swept = [", ".join(word for word in words if word not in shared) for words in batch]
+                self.began = time.time()
             # 它会打出每个任务的整串命令；一行放得下的，只有扫的那几项
             logging.getLogger("hydra._internal.core_plugins.basic_launcher").setLevel(logging.WARNING)
 

@@ -162,12 +162,15 @@ def aligned(heads: Sequence[str], rows: Sequence[Sequence[str]], *, sides: str =
 
     found = io.StringIO()
     plain = {"markup": False, "highlight": False, "emoji": False, "color_system": None}
-    console = RichConsole(file=found, width=None if sys.stdout.isatty() else 10**4, **plain)
+    # 宽度只用来分段：一段里还是太宽的，让终端去折，不截断
+    console, width = RichConsole(file=found, width=10**4, **plain), 10**4
+    if sys.stdout.isatty():
+        width = RichConsole(**plain).width
     # rich 遇到窄终端会把格子截断：先按宽度分成几段，每段都从第一列（行名）开始
     widths = [max(map(cell_len, column)) + 2 for column in zip(heads, *rows)]
     parts: list[list[int]] = [[0]]
     for index in range(1, len(heads)):
-        if len(parts[-1]) > 1 and sum(widths[i] for i in parts[-1]) + widths[index] > console.width:
+        if len(parts[-1]) > 1 and sum(widths[i] for i in parts[-1]) + widths[index] > width:
             parts.append([0])
         parts[-1].append(index)
     for part in parts:

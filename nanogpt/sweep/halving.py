@@ -74,28 +74,33 @@ class Schedule:
 
 
 def divide(
-    minutes: float, start_minutes: float, *, trials: int, eta: int, rungs: int, top: int, seeds: int, jobs: int = 1
+    minutes: float, start_minutes: float, *, trials: int, eta: int, rungs: int, top: int, seeds: int, jobs: int = 1,
+    spent: float = 0.0,
 ) -> Schedule:
-    """The division of `minutes`: as many settings as `trials` allows, if the first rung is long enough to say a thing.
+    """The division of `minutes`, `spent` of which are gone: as many settings as `trials` allows, each long enough.
 
-    With less time there are fewer settings, then fewer rungs, then fewer seeds; ConfigError where nothing is left.
+    With less time there are fewer settings, then fewer rungs, then fewer seeds; ConfigError where no two settings can
+    be compared.
     """
+    left, least = minutes - spent, min(2, trials)
     for count_rungs in range(rungs, 0, -1):
         size = eta ** (count_rungs - 1)
-        for generations in range(max(1, trials // size), 0, -1):
+        for generations in range(max(1, trials // size), math.ceil(least / size) - 1, -1):
             for count_seeds, count_top in ((seeds, min(top, generations)), (min(seeds, 2), 1), (1, 1)):
                 shares = tuple(1 / eta ** (count_rungs - 1 - rung) for rung in range(count_rungs))
                 one = Schedule(shares, generations, eta, count_top, count_seeds, start_minutes, jobs)
                 none = replace(one, rungs=(0.0,) * count_rungs)
                 # 总时间是最后一级长度的一次函数
-                longest = (minutes - none.minutes) / (one.minutes - none.minutes)
-                worth = generations == 1 or count_seeds == seeds
+                longest = (left - none.minutes) / (one.minutes - none.minutes)
+                # 时间少时先比几个设置，再问种子
+                worth = generations == 1 or count_seeds == seeds or count_rungs == 1
                 if longest * shares[0] >= LEAST_MINUTES and size * generations <= trials and worth:
                     return replace(one, rungs=tuple(share * longest for share in shares))
-    shortest = Schedule((LEAST_MINUTES,), 1, eta, 1, 1, start_minutes).minutes
+    shortest = Schedule((LEAST_MINUTES,), least, eta, 1, 1, start_minutes, jobs).minutes
     raise ConfigError(
-        "search.minutes={got:g} is too short for a single trial; give at least {least:.0f}",
-        got=minutes, least=math.ceil(2 * shortest),
+        "search.minutes={got:g} is too short to compare settings: a trial takes {each:.1f} min here; give at least "
+        "{least:.0f}",
+        got=minutes, each=shortest / least, least=math.ceil(1.2 * (spent + shortest)),
     )
 
 
@@ -139,7 +144,7 @@ class Candidate:
 
 
 Run = Callable[[dict[str, str], int, int], TrialResult]
-Say = Callable[[Candidate, TrialResult, int], None]
+Say = Callable[[Candidate, TrialResult, int, float], None]
 
 
 class Search:
@@ -205,7 +210,7 @@ class Search:
         self.spent += max(result.wall_s or 0.0 for result in results) / 60
         for (candidate, seed), result in zip(pieces, results, strict=True):
             candidate.tried.append(result)
-            self.say(candidate, result, rung)
+            self.say(candidate, result, seed, self.spent)
             if seed:
                 candidate.others.append(result)
         return results

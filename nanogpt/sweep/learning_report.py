@@ -141,9 +141,9 @@ def notes_of(cfg: TrainConfig, search: Search) -> list[str]:
             best=best.results[first.rung].value,
         ))
     if seen := validations(best):
+        several = len(seen) > 1 and text(" (spread {spread:.4f}, {count} seeds)", spread=stdev(seen), count=len(seen))
         lines.append(text(
-            "on the validation split, looked at once: {value:.4f} (spread {spread:.4f}, {count} seeds)",
-            value=fmean(seen), spread=stdev(seen) if len(seen) > 1 else None, count=len(seen),
+            "on the validation split, looked at once: {value:.4f}{spread}", value=fmean(seen), spread=several or "",
         ))
     if expected := expectation(cfg, search):
         lines.append(text(

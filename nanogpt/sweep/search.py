@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def _search(cfg: TrainConfig, overrides: list[str]) -> float:
     schedule, space = trials.prepared(space)
     announce(cfg, space, schedule)
     search = Search(
-        space, schedule, trials.run, minutes=cfg.search.minutes, seed=cfg.seed, say=tell,
+        space, schedule, trials.run, minutes=cfg.search.minutes, seed=cfg.seed, say=partial(tell, cfg),
         first=default_of(space, cfg), prune=trials.forget, spent=trials.spent, beside=trials.beside,
     )
     search.run()
@@ -104,7 +105,7 @@ def _fastest(cfg: TrainConfig, overrides: list[str]) -> float:
     schedule = Schedule((0.0,), cfg.search.trials, cfg.search.eta, 1, 1, 0.0)
     search = Search(
         space, schedule, lambda setting, rung, seed: trials.trial(overrides_of(setting, cfg.model)),
-        minutes=cfg.search.minutes, seed=cfg.seed, say=tell, beside=trials.beside,
+        minutes=cfg.search.minutes, seed=cfg.seed, say=partial(tell, cfg), beside=trials.beside,
     )
     search.run()
     found = list({got.key: got for one in search.candidates for got in one.tried}.values())
@@ -123,7 +124,9 @@ def searched(cfg: TrainConfig, overrides: Sequence[str] = ()) -> list[Dimension]
 def check_search(cfg: TrainConfig) -> None:
     """ConfigError for what cannot be searched, before anything begins, and where no recent Optuna is installed."""
     check(cfg)
-    searched(cfg)
+    if cfg.resume:
+        raise ConfigError("trial_not_with", key="resume", got=cfg.resume)
+    searched(cfg, HydraConfig.get().overrides.task if HydraConfig.initialized() else ())
     places(cfg)
     try:
         import optuna
@@ -146,7 +149,9 @@ def announce(cfg: TrainConfig, space: Sequence[Dimension], schedule: Schedule) -
     lines = [text("searching {space}", space="; ".join(map(str, space)))]
     minutes = [f"{minutes:.1f}" for minutes in schedule.rungs]
     kept = [schedule.generations * (schedule.size // schedule.eta**rung) for rung in range(len(minutes))]
-    steps = " → ".join(text("{count} to {minutes} min", count=n, minutes=m) for n, m in zip(kept, minutes))
+    steps = text("{count} settings for {minutes} min each", count=kept[0], minutes=minutes[0])
+    for count, longer in zip(kept[1:], minutes[1:]):
+        steps += text(" → the best {count} on to {minutes} min", count=count, minutes=longer)
     if schedule.seeds > 1:
         steps += text(", then the best {top} with {seeds} seeds each", top=schedule.top, seeds=schedule.seeds)
     lines.append(text(
@@ -163,15 +168,18 @@ def announce(cfg: TrainConfig, space: Sequence[Dimension], schedule: Schedule) -
         show(wrapped(line, sys.stdout))
 
 
-def tell(candidate: Candidate, got: TrialResult, rung: int) -> None:
-    """One line on the console for every piece of training."""
+def tell(cfg: TrainConfig, candidate: Candidate, got: TrialResult, seed: int, spent: float) -> None:
+    """One line on the console for every piece of training, and how much of the time is used up."""
     words = " ".join(f"{key}={word}" for key, word in candidate.setting.items())
+    what = f"{text(STATUS_MESSAGES[got.status])}: {got.reason}"
     if got.status == "ok":
-        what = f"{got.objective} {got.value:.4f}"
-    else:
-        what = f"{text(STATUS_MESSAGES[got.status])}: {got.reason}"
-    seed = f" seed+{len(candidate.others) + 1}" if len(candidate.results) > rung else ""
-    show(wrapped(f"{candidate.number} [{rung + 1}{seed}] {words}: {what}", sys.stdout))
+        what = f"{got.value:,.0f} tokens/s" if got.objective == "tokens_per_s" else f"{got.objective} {got.value:.4f}"
+    show(wrapped(text(
+        "setting {number}{trained}{seed}: {words}: {what} ({spent:.1f} of {minutes:g} min)", number=candidate.number,
+        trained=text(" for {minutes:.1f} min", minutes=got.minutes) if got.minutes else "",
+        seed=text(", seed {seed}", seed=cfg.seed + seed) if seed else "", words=words, what=what, spent=spent,
+        minutes=cfg.search.minutes,
+    ), sys.stdout))
 
 
 @dataclass(frozen=True)
@@ -292,6 +300,7 @@ class Trials:
         Batches of which a rung would hold only a few steps leave the space, unless they were typed.
         """
         search = self.cfg.search
+        show(wrapped(text("measuring how long the steps of the present setting take …"), sys.stdout))
         first = self.fitting({})
         if first.status != "ok":
             raise ConfigError(
@@ -321,8 +330,8 @@ class Trials:
     def _divided(self, start_minutes: float) -> Schedule:
         search = self.cfg.search
         return divide(
-            search.minutes - self.spent, start_minutes, trials=search.trials, eta=search.eta, rungs=search.rungs,
-            top=search.top, seeds=search.seeds, jobs=search.jobs,
+            search.minutes, start_minutes, trials=search.trials, eta=search.eta, rungs=search.rungs, top=search.top,
+            seeds=search.seeds, jobs=search.jobs, spent=self.spent,
         )
 
     def _typed(self, key: str) -> bool:

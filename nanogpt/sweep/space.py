@@ -14,9 +14,10 @@ from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Overrid
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from nanogpt.base.config import ModelConfig, TrainConfig, effective_batch, keys
+from nanogpt.base.config import ModelConfig, TrainConfig, check_choice, check_in, effective_batch, keys
 from nanogpt.base.language import ConfigError
-from nanogpt.base.user_yaml import is_group
+from nanogpt.base.user_yaml import group_options, is_group
+from nanogpt.base.value_checks import wanted_type
 
 # 搜索自己定的键：每次试跑训多久、怎样收尾、用哪个种子
 OWN = (
@@ -26,6 +27,7 @@ OWN = (
 )
 # 宽与深由 shape 一起定
 SHAPE = ("model.n_layer", "model.n_head", "model.n_embd", "model")
+SHAPES = ("as_is", "deeper", "wider")
 
 
 @dataclass(frozen=True)
@@ -109,16 +111,17 @@ def dimension(line: str, own: Sequence[str] = OWN) -> Dimension:
             line=line, key=key,
         )
     if isinstance(value, IntervalSweep):
-        return _interval(line, override, value)
-    if isinstance(value, ChoiceSweep | RangeSweep):
-        words = tuple(dict.fromkeys(part.partition("=")[2] for part in _each(override)))
-        if words:
-            return Dimension(_name(override), words)
-    elif not override.is_delete():
-        return Dimension(_name(override), (line.partition("=")[2],))
-    raise ConfigError(
-        "{line}: no value is left to search; write {key}=a,b,c or {key}=interval(1,2)", line=line, key=key,
-    )
+        one = _interval(line, override, value)
+    else:
+        several = isinstance(value, ChoiceSweep | RangeSweep)
+        words = [part.partition("=")[2] for part in _each(override)] if several else [line.partition("=")[2]]
+        one = Dimension(_name(override), tuple(dict.fromkeys(words)))
+        if not words or override.is_delete():
+            raise ConfigError(
+                "{line}: no value is left to search; write {key}=a,b,c or {key}=interval(1,2)", line=line, key=key,
+            )
+    _check_values(key, one)
+    return one
 
 
 def _parsed(line: str) -> Override:
@@ -138,6 +141,24 @@ def _known(override: Override) -> bool:
     if key == "shape" or override.is_add() or is_group(key) or key.startswith("optimizer."):
         return True
     return key in dict(keys(TrainConfig))
+
+
+def _check_values(key: str, one: Dimension) -> None:
+    """Refuse what a key cannot be, now and not when its turn comes."""
+    # 两小时的搜索，写错的一个值不要等提到它时才说
+    if key == "shape" or is_group(key):
+        options = SHAPES if key == "shape" else group_options(key)
+        for word in one.choices:
+            check_choice(key, word, tuple(options))
+        return
+    known = dict(keys(TrainConfig)).get(key)
+    for value in [yaml.safe_load(word) for word in one.choices] or [one.low, one.high]:
+        if known and "range" in known.metadata and value is not None:
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError("wrong_type", key=key, got=value, want=wanted_type(TrainConfig, key))
+            check_in(key, value, known.metadata["range"])
+        elif known and "choices" in known.metadata:
+            check_choice(key, value, known.metadata["choices"])
 
 
 def _name(override: Override) -> str:
@@ -198,15 +219,13 @@ def overrides_of(setting: dict[str, str], model: ModelConfig) -> list[str]:
 
 
 def shaped(model: ModelConfig, word: str) -> list[str]:
-    """Width and depth with about the same work per token: as_is, deeper or wider.
+    """Width and depth with about the same work per token; `word` is one of SHAPES.
 
     The blocks of a GPT take 12 n_layer n_embd² products per token: half as many layers may be 1.41 times as wide.
     """
     # 步子不会恰好一样快：每个设置按自己实测的步时换算成步数，比的总是同样的时间，这里只要差不多
     if word == "as_is":
         return []
-    if word not in ("deeper", "wider"):
-        raise ConfigError("not_a_choice", key="shape", got=word, allowed="as_is | deeper | wider")
     factor = 1.5 if word == "deeper" else 1 / 1.5
     layers = max(1, round(model.n_layer * factor))
     head = model.n_embd // model.n_head
