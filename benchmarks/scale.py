@@ -1,12 +1,12 @@
 """One process against two and four on this machine's cores: efficiency, bytes sent in a step, memory of each, and the
 plan of all three; what a worker that is killed under torchrun costs.
 
-    python benchmarks/scale.py [--steps 6]      about 4 minutes; writes benchmarks/results/scale.json
+    python benchmarks/scale.py [--steps 6]      about 8 minutes; writes benchmarks/results/scale.json
     python benchmarks/scale.py --paper          the table of docs/scale.md: up to 1,024 cards, by the plan alone
 
 Every process has one thread, so that two of them have twice the cores of one; more processes than cores say only what
-dividing a step costs on top. The effective batch is the same. Of each setting the median step counts. Bytes are those
-of the loopback device, so nothing else should talk over it meanwhile. On a busy machine times say nothing: those that
+dividing a step costs on top. The effective batch is the same. Of each setting the median step counts, and of its ratios
+to one process the median of three rounds, in which all settings take turns. Bytes are those of the loopback device, so nothing else should talk over it meanwhile. On a busy machine times say nothing: those that
 were measured before stay.
 """
 
@@ -52,6 +52,8 @@ ECHO = 64 * 2**20
 PROCESSES = (1, 2, 4)
 # 重启：杀这么多次；每隔这么多步存一份
 KILLS, SAVE_INTERVAL = 3, 20
+# 各设置轮流这么多回：机器一阵快一阵慢，比值取中位数，附最小与最大
+ROUNDS = 3
 # 负载高于它，别人也在算：不量时间
 QUIET = 0.5
 # 纸上的：卡、卡间 GB/s、网速 Gbit/s、微批
@@ -129,11 +131,13 @@ def measure(steps: int, before: dict, *, quiet: bool) -> dict:
         text = "To be, or not to be, that is the question.\n" * 3000
         (folder / "text.txt").write_text(text, encoding="utf-8")
         for name, words in MODELS.items():
-            ran = {world: together(folder, world, words, steps if quiet else 1) for world in PROCESSES}
-            shared = together(folder, 2, [*words, "parallel=fsdp"], steps if quiet else 1)
+            rounds = [one_round(folder, words, steps) for _ in range(ROUNDS)] if quiet else [one_round(folder, words, 1, late=False)]
+            ran = rounds[0]
+            links = median(each[2]["bytes_per_s"] for each in rounds)
             os.chdir(folder)
-            sharded = planned([*words, "parallel=fsdp"], 2, len(set(text)), ran[2]["bytes_per_s"])
-            plans = {world: planned(words, world, len(set(text)), ran[world].get("bytes_per_s", 1e9)) for world in PROCESSES}
+            # 先算分片的：本进程有多大，第一次问时量，规划过别的就更大了
+            sharded = planned([*words, "parallel=fsdp"], 2, len(set(text)), links)
+            plans = {world: planned(words, world, len(set(text)), links) for world in PROCESSES}
             os.chdir(ROOT)
             several, size = PROCESSES[1:], ran[1]["gradients"]
             found["models"][name] = {
@@ -141,22 +145,36 @@ def measure(steps: int, before: dict, *, quiet: bool) -> dict:
                 # 每个进程发一份，都经过回环
                 "sent_over_theory": {n: ran[n]["sent"] / (n * plans[n].communication.network.sent(size)) for n in several},
                 "fsdp": {
-                    "sent_over_theory": shared["sent"] / (2 * sharded.communication.sent), "peak_over_plan": shared["peak"] / sharded.total,
-                    "peak_over_ddp": shared["peak"] / ran[2]["peak"], "peak_over_ddp_planned": sharded.total / plans[2].total,
+                    "sent_over_theory": ran["fsdp"]["sent"] / (2 * sharded.communication.sent), "peak_over_plan": ran["fsdp"]["peak"] / sharded.total,
+                    "peak_over_ddp": ran["fsdp"]["peak"] / ran[2]["peak"], "peak_over_ddp_planned": sharded.total / plans[2].total,
                 },
             }
             if quiet:
-                late = together(folder, 2, words, steps, late=True)
+                cores = os.cpu_count()
                 found["times"][name] = {
                     # 进程比核多的，每核的效率：多出来的只有分摊的代价
-                    "efficiency": {n: ran[1]["step_s"] / (min(n, os.cpu_count()) * ran[n]["step_s"]) for n in several},
-                    "efficiency_planned": {n: plans[1].step_s / (n * plans[n].step_s) for n in several if n <= os.cpu_count()},
-                    "step_over_plan": {n: ran[n]["step_s"] / plans[n].step_s for n in PROCESSES if n <= os.cpu_count()},
-                    "summed_behind": late["step_s"] / ran[2]["step_s"], "link_gb_per_s": ran[2]["bytes_per_s"] / 1e9,
-                    "fsdp_over_ddp": shared["step_s"] / ran[2]["step_s"], "fsdp_over_ddp_planned": sharded.step_s / plans[2].step_s,
+                    "efficiency": {n: spread(each[1]["step_s"] / (min(n, cores) * each[n]["step_s"]) for each in rounds) for n in several},
+                    "efficiency_planned": {n: plans[1].step_s / (n * plans[n].step_s) for n in several if n <= cores},
+                    "step_over_plan": {n: spread(each[n]["step_s"] / plans[n].step_s for each in rounds) for n in PROCESSES if n <= cores},
+                    "summed_behind": spread(each["late"]["step_s"] / each[2]["step_s"] for each in rounds), "link_gb_per_s": links / 1e9,
+                    "fsdp_over_ddp": spread(each["fsdp"]["step_s"] / each[2]["step_s"] for each in rounds),
+                    "fsdp_over_ddp_planned": sharded.step_s / plans[2].step_s,
                 }
-        found["restarts"] = restarts(folder, quiet=quiet)
+        found["restarts"] = before.get("restarts", {}) | restarts(folder, quiet=quiet)
     return found
+
+
+def one_round(folder: Path, words: list[str], steps: int, *, late: bool = True) -> dict:
+    """Each setting once, in turn."""
+    ran = {world: together(folder, world, words, steps) for world in PROCESSES}
+    ran["fsdp"] = together(folder, 2, [*words, "parallel=fsdp"], steps)
+    return ran | ({"late": together(folder, 2, words, steps, late=True)} if late else {})
+
+
+def spread(ratios) -> list[float]:
+    """The median, the smallest and the largest."""
+    ratios = list(ratios)
+    return [median(ratios), min(ratios), max(ratios)]
 
 
 def restarts(folder: Path, *, quiet: bool) -> dict:
@@ -205,15 +223,20 @@ def show(found: dict) -> None:
             print(f"over that of ddp {shards['peak_over_ddp']:.3f} (plan {shards['peak_over_ddp_planned']:.3f})")
     for name, row in found["times"].items():
         print(f"{name}: efficiency {each(row['efficiency'])}, by the plan {each(row['efficiency_planned'])}; links of {row['link_gb_per_s']:.2f} GB/s")
-        print(f"  sums behind the backward pass instead of beside it: {row['summed_behind']:.2f} times as long", end="")
-        print(f"; fsdp {row['fsdp_over_ddp']:.2f} times as long as ddp (plan {row['fsdp_over_ddp_planned']:.2f})" if "fsdp_over_ddp" in row else "")
+        print(f"  sums behind the backward pass instead of beside it: {with_range(row['summed_behind'])} times as long", end="")
+        print(f"; fsdp {with_range(row['fsdp_over_ddp'])} times as long as ddp (plan {row['fsdp_over_ddp_planned']:.2f})")
     for name, numbers in found["restarts"].items():
         print(f"a process killed under torchrun, {name.replace('_', ' ')}: {numbers}")
 
 
 def each(numbers: dict) -> str:
     """A number for each number of processes."""
-    return ", ".join(f"{processes} processes {number:.3f}" for processes, number in numbers.items())
+    return ", ".join(f"{processes} processes {with_range(number)}" for processes, number in numbers.items())
+
+
+def with_range(number: float | list[float]) -> str:
+    """One number, or a median with its range."""
+    return "{:.2f} ({:.2f} to {:.2f})".format(*number) if isinstance(number, list) else f"{number:.3f}"
 
 
 def paper() -> None:
