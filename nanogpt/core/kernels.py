@@ -5,6 +5,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -342,6 +343,13 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.add_(torch.mm(a, b))
+
+
+def chunk_by_chunk(work: Callable[[int], None], total: int, rows: int) -> None:
+    """work(start) for every chunk of `rows` out of `total`, one after the other."""
+    # 规划只追踪各种大小的第一块，见 plan/substitutes
+    for start in range(0, total, rows):
+        work(start)
 
 
 def sums_in_product(total: torch.Tensor) -> bool:

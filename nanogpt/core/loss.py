@@ -56,9 +56,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if need_weight:
                 kernels.add_product(grad_weight, grad.t()[:V], h)
 
-        for start in range(0, hidden.size(0), rows):
-            # 写成函数：上一块的 logits 随返回释放，不与下一块同时占着
-            add(start)
+        # 写成函数：上一块的 logits 随返回释放，不与下一块同时占着
+        kernels.chunk_by_chunk(add, hidden.size(0), rows)
         if need_grad:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype) if need_weight else None)
             ctx.N = N
