@@ -157,38 +157,38 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return _Rotate.apply(x, cos.to(x.dtype), sin.to(x.dtype))
 
 
-def _normalize_and_rotate(qk: torch.Tensor, eps: float | None, rope) -> torch.Tensor | None:
-    """RMSNorm and rotate contiguous qk (..., T, hs) in place, each if asked for; returns 1 / RMS, (..., T, 1)."""
+def _normalize_and_rotate(qk: torch.Tensor, eps: float | None, rope) -> tuple:
+    """RMSNorm and rotate contiguous qk (..., T, hs) in place, each if asked for.
+
+    Returns what was rotated and 1 / RMS (..., T, 1) for the way back, None without a norm.
+    """
     if eps is None and rope is None:
-        return None
-    # 全程 fp32，只舍入一次：bf16 的每个小运算都要先转过去再转回来，反而慢
-    x, r = qk.to(torch.promote_types(qk.dtype, torch.float32)), None
+        return None, None
+    # 全程 fp32：bf16 的每个小运算都要先转过去再转回来，反而慢
+    x, y, r = qk.to(torch.promote_types(qk.dtype, torch.float32)), None, None
     if eps is not None:
         r = _reciprocal_rms(x, eps)
-        x.mul_(r)
+        y = x.mul_(r).to(qk.dtype, copy=True)
     if rope is not None:
         swapped = _swap_halves(x)
         x.mul_(rope[0]).addcmul_(swapped, rope[1])
     # fp32 时 x 就是 qk
     qk.copy_(x)
-    return r
+    return y, r
 
 
-def _normalize_and_rotate_back(grad: torch.Tensor, y: torch.Tensor, r: torch.Tensor | None, rope) -> None:
-    """Turn the gradient of y, which _normalize_and_rotate() made, into that of its input, in place."""
+def _normalize_and_rotate_back(grad: torch.Tensor, y: torch.Tensor | None, r: torch.Tensor | None, rope) -> None:
+    """Turn the gradient of what _normalize_and_rotate() made into that of what it got, in place."""
     if r is None and rope is None:
         return
     g = grad.to(torch.promote_types(grad.dtype, torch.float32))
-    if r is not None:
-        y = y.to(g.dtype)
-        mean = (g * y).sum(-1, keepdim=True).div_(y.size(-1))
-        if rope is not None:
-            # 旋转保持内积，先退归一化也一样，不必留着未旋转的；YaRN 的表把长度也放大了，要除回去
-            mean.div_(rope[0][0, 0].square() + rope[1][0, 0].square())
-        g.addcmul_(y, mean, value=-1).mul_(r)
     if rope is not None:
         swapped = _swap_halves(g)
         g.mul_(rope[0]).addcmul_(swapped, rope[1], value=-1)
+    if r is not None:
+        y = y.to(g.dtype)
+        mean = (g * y).sum(-1, keepdim=True).div_(y.size(-1))
+        g.addcmul_(y, mean, value=-1).mul_(r)
     grad.copy_(g)
 
 
@@ -203,7 +203,7 @@ class _ShortAttention(torch.autograd.Function):
         # 换过轴之后内存连续，逐元素的运算快几倍：归一化与旋转放在这里做
         ctx.rope = None if rope is None else tuple(table.view(T, hs) for table in rope)
         packed = packed.view(3, B * nh, T, hs)
-        r = _normalize_and_rotate(packed[:2], eps, ctx.rope)
+        y, r = _normalize_and_rotate(packed[:2], eps, ctx.rope)
         q, k, v = packed
         mask = torch.full((T, T), float("-inf"), dtype=q.dtype).triu_(1)
         # 缩放与掩码都并进矩阵乘，不再各走一遍内存
@@ -212,15 +212,14 @@ class _ShortAttention(torch.autograd.Function):
             # 每行的文章边界不同，只好再走一遍；因果部分已经遮好
             p.view(B, nh, T, T).masked_fill_(~visible, float("-inf"))
         p = p.softmax(dim=-1)
-        ctx.save_for_backward(packed, p, r)
+        ctx.save_for_backward(packed, p, y, r)
         ctx.scale = scale
         ctx.sizes = [part.size(2) for part in parts]
         return torch.bmm(p, v).view(B, nh, T, hs)
 
     @staticmethod
     def backward(ctx, grad):
-        saved, p, r = ctx.saved_tensors
-        q, k, v = saved
+        (q, k, v), p, y, r = ctx.saved_tensors
         B, nh, T, hs = grad.shape
         grad = grad.reshape(B * nh, T, hs)
         grad_s = torch._softmax_backward_data(torch.bmm(grad, v.mT), p, -1, p.dtype)
@@ -229,7 +228,7 @@ class _ShortAttention(torch.autograd.Function):
         packed[0].baddbmm_(grad_s, k, beta=0, alpha=ctx.scale)
         packed[1].baddbmm_(grad_s.mT, q, beta=0, alpha=ctx.scale)
         torch.bmm(p.mT, grad, out=packed[2])
-        _normalize_and_rotate_back(packed[:2], saved[:2], r, ctx.rope)
+        _normalize_and_rotate_back(packed[:2], y, r, ctx.rope)
         grads = packed.view(3, B, nh, T, hs).permute(1, 3, 0, 2, 4).split(ctx.sizes, dim=2)
         return None, None, None, None, *grads
 
