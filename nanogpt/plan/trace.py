@@ -156,8 +156,20 @@ class _CompilerNeededError(Exception):
     # 少见；那就真的导入它，从头追踪一遍
 
 
+class _Source:
+    """What stands for torch._dynamo's classes of where a tensor comes from, which nobody reads here."""
+
+    # torch.tensor(…) 造出真的张量（激活重算要存随机数的状态）：FakeTensorMode 给它起个名字，为此也会导入整个编译器
+
+    def __init__(self, source_name: str):
+        pass
+
+    def __getattr__(self, name: str):
+        raise AttributeError(f"torch._dynamo.source: {name}")
+
+
 class _Stand(types.ModuleType):
-    """What stands for torch._dynamo while nothing is compiled: its switches, and disable()."""
+    """What stands for torch._dynamo while nothing is compiled: its switches, disable() and the names of tensors."""
 
     # FakeTensorMode 只读 torch._dynamo.config 里的几个开关，却因此导入整个编译器：一次规划的五分之一
 
@@ -169,6 +181,8 @@ class _Stand(types.ModuleType):
         # 它在 sys.modules 里找自己
         self.config = sys.modules[own.name] = importlib.util.module_from_spec(own)
         own.loader.exec_module(self.config)
+        self.source = types.ModuleType(f"{package}.source")
+        self.source.ConstantSource = self.source.RandomValueSource = _Source
 
     def disable(self, fn, *args, **options):
         """torch._dynamo.disable of a compiler that is not there."""
@@ -196,7 +210,9 @@ def without_compiler(*, sharded: bool = False) -> Iterator[None]:
         return
     stand = _stands[0] if _stands else _Stand(name)
     _stands[:] = [stand]
-    sys.modules[name], sys.modules[f"{name}.config"], torch._dynamo = stand, stand.config, stand
+    standing = {name: stand, f"{name}.config": stand.config, f"{name}.source": stand.source}
+    sys.modules |= standing
+    torch._dynamo = stand
     try:
         yield
     except (ImportError, AttributeError) as error:
@@ -205,7 +221,9 @@ def without_compiler(*, sharded: bool = False) -> Iterator[None]:
         _stands[:] = [None]
         raise _CompilerNeededError from error
     finally:
-        del sys.modules[name], sys.modules[f"{name}.config"], torch._dynamo
+        for one in standing:
+            del sys.modules[one]
+        del torch._dynamo
 
 
 def fake_tensors() -> FakeTensorMode:

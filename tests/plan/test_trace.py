@@ -260,7 +260,7 @@ def test_a_plan_imports_neither_the_compiler_nor_distributed_tensors():
     # 一个新的进程：这里的别的测试早已导入了它
     code = (
         "import sys; from run_train import main; from nanogpt.base.cli import run_script; sys.argv = ['run_train.py', 'plan=true', 'model=tiny', "
-        "'model.n_layer=1', 'hardware=rtx3060_12gb']; run_script('train', main)\nassert 'torch' in sys.modules and 'torch._dynamo' not in sys.modules"
+        "'model.n_layer=1', 'hardware=rtx3060_12gb', 'memory=lean']; run_script('train', main)\nassert 'torch' in sys.modules and 'torch._dynamo' not in sys.modules"
     )
     code += "\nassert 'torch.distributed.tensor' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
