@@ -72,27 +72,31 @@ def budget_for(cfg: TrainConfig) -> Budget:
     return Budget(device.type, device_name(device), total, free, context, desktop, True, growing)
 
 
-@functools.cache
-def process_bytes(checkpointing: bool, sharded: bool) -> int:
+def process_bytes(cfg: TrainConfig) -> int:
     """Resident size of this process when it was first asked for: the program before any tensor.
 
     A forked copy keeps the figure.
     """
+    return _resident(cfg.memory.activation_checkpointing != "none", cfg.parallel.mode != "ddp")
+
+
+@functools.cache
+def _resident(checkpointing: bool, sharded: bool) -> int:
     import psutil
 
     # 重算、分片第一次用到时会导入它们，占几十 MB：训练时反正要有。导入前先把少的那份量下来，
     # 不然同一进程里随后的规划（sweep 里很常见）会把这些也算进去
     if sharded:
-        process_bytes(True, False)
+        _resident(True, False)
         import torch.distributed.fsdp
     elif checkpointing:
-        process_bytes(False, False)
+        _resident(False, False)
         import torch._dynamo  # noqa: F401
 
     return psutil.Process().memory_info().rss
 
 
 def _cpu(cfg: TrainConfig) -> Budget:
-    process = process_bytes(cfg.memory.activation_checkpointing != "none", cfg.parallel.mode != "ddp")
+    process = process_bytes(cfg)
     total = int(cfg.hardware.ram_gib * GIB) if cfg.hardware.ram_gib is not None else free_ram() + process
     return Budget("cpu", "CPU", total, total - process - STEP_BYTES, process + STEP_BYTES, 0, True)

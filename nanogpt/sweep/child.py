@@ -82,7 +82,7 @@ def prediction_aside(cfg: TrainConfig, device_type: str) -> Prediction | None:
         # 显存的峰值不受影响；没有安全的 fork 就在这里算
         return prediction(cfg, device_type)
     # 在分身之前量：分身里只有碰过的页才算常驻
-    process_bytes(cfg.memory.activation_checkpointing != "none", cfg.parallel.mode != "ddp")
+    process_bytes(cfg)
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:

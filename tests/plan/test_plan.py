@@ -13,9 +13,9 @@ from nanogpt.base.console import Console
 from nanogpt.base.hardware import GIB, allocator_cap
 from nanogpt.base.language import ConfigError
 from nanogpt.core import machine
-from nanogpt.plan import advice, filled_config, matrix
+from nanogpt.plan import advice, budget, filled_config, matrix
 from nanogpt.plan.allocator import replay
-from nanogpt.plan.budget import STEP_BYTES, budget_for, process_bytes
+from nanogpt.plan.budget import STEP_BYTES, budget_for
 from nanogpt.plan.plan import TIGHT, Planner, predict, step_seconds, with_workspace
 from nanogpt.plan.roofline import rates_of
 from nanogpt.plan.show import run_plan, show, table
@@ -129,10 +129,10 @@ def test_what_a_setting_imports_does_not_count_into_the_plans_of_others_that_com
             return next(self.sizes) * GIB
 
     monkeypatch.setattr("psutil.Process", Growing)
-    process_bytes.cache_clear()
+    budget._resident.cache_clear()
     cfgs = [make_config(*SMALL, "hardware=cpu", "hardware.ram_gib=8", *more) for more in (("parallel=fsdp", "parallel.world=2"), ("memory=lean",), ())]
     sharded, recomputed, plain = (budget_for(cfg).context for cfg in cfgs)
-    process_bytes.cache_clear()
+    budget._resident.cache_clear()
     assert (plain, recomputed, sharded) == (GIB + STEP_BYTES, 2 * GIB + STEP_BYTES, 3 * GIB + STEP_BYTES)
 
 
