@@ -66,7 +66,7 @@ def dot_of(rows: int, columns: int, lanes: int):
 
     return tile_of(
         rows, columns, vector=lambda of: ir.VectorType(FLOAT if of is types.float32 else ir.IntType(16), lanes),
-        sums=vector, step=lanes, multiple=lanes, prepare=prepare, multiply=multiply, store=store, prefetch=True,
+        sums=vector, step=lanes, multiple=lanes, prepare=prepare, multiply=multiply, store=store,
     )
 
 

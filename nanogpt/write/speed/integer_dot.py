@@ -64,7 +64,7 @@ def dot_of(rows: int, columns: int, vnni: int):
     return tile_of(
         rows, columns, vector=lambda of: sums if vnni else ir.VectorType(INT8, lanes), sums=sums, step=vnni or lanes,
         multiple=64, prepare=lambda builder, weight: builder.xor(weight, flip) if vnni else weight, multiply=multiply,
-        store=store, prefetch=True,
+        store=store,
     )
 
 

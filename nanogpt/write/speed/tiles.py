@@ -21,13 +21,12 @@ def declared(builder, name: str, returns, takes) -> ir.Function:
     return builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(returns, takes), name)
 
 
-def tile_of(rows: int, columns: int, *, vector, sums, step: int, multiple: int, prepare, multiply, store, prefetch):
+def tile_of(rows: int, columns: int, *, vector, sums, step: int, multiple: int, prepare, multiply, store):
     """dot(w, x, k, out): the products of contiguous rows w[r] and x[c] of length k, r < rows and c < columns.
 
     `step` elements are read at a time, as vector(their numba type), up to k // multiple * multiple, which must not be
     0. `multiply` (builder, total, weight, act) adds to a vector of `sums`, `prepare` (builder, weight) comes first;
-    `store` (builder, totals, out) gets those of row 0, row 1, …. With `prefetch` weights are asked for before they are
-    needed.
+    `store` (builder, totals, out) gets those of row 0, row 1, …. Weights are asked for before they are needed.
     """
 
     def generate(context, builder, signature, args):
@@ -49,8 +48,7 @@ def tile_of(rows: int, columns: int, *, vector, sums, step: int, multiple: int, 
         totals = [builder.phi(sums) for _ in range(rows * columns)]
         for phi, first in ((i, ir.Constant(INT64, 0)), *((total, ir.Constant(sums, None)) for total in totals)):
             phi.add_incoming(first, entry)
-        if prefetch:
-            _prefetch(builder, w, i, rows, step)
+        _prefetch(builder, w, i, rows, step)
         weights = [prepare(builder, load(0, r, i)) for r in range(rows)]
         after = list(totals)
         for c in range(columns):
