@@ -612,10 +612,15 @@ def choices_of(schema: type, key: str) -> tuple[str, ...]:
 def check_keys(cfg: Any) -> None:
     """Refuse a number outside the range of its key, and a word that is not one of the allowed ones."""
     for key, one in keys(type(cfg)):
-        if "choices" in one.metadata:
-            check_choice(key, lookup(cfg, key), one.metadata["choices"])
-        elif "range" in one.metadata:
-            check_in(key, lookup(cfg, key), one.metadata["range"])
+        check_key(key, one, lookup(cfg, key))
+
+
+def check_key(key: str, one: Field, value: Any) -> None:
+    """Refuse a value that the field of a key does not allow."""
+    if "choices" in one.metadata:
+        check_choice(key, value, one.metadata["choices"])
+    elif "range" in one.metadata:
+        check_in(key, value, one.metadata["range"])
 
 
 def check_choice(key: str, value: str | None, allowed: tuple[str, ...]) -> None:

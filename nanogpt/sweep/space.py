@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Overrid
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from nanogpt.base.config import ModelConfig, TrainConfig, check_choice, check_in, effective_batch, keys
+from nanogpt.base.config import ModelConfig, TrainConfig, check_choice, check_key, effective_batch, keys
 from nanogpt.base.language import ConfigError
 from nanogpt.base.user_yaml import group_options, is_group
 from nanogpt.base.value_checks import wanted_type
@@ -156,9 +156,8 @@ def _check_values(key: str, one: Dimension) -> None:
         if known and "range" in known.metadata and value is not None:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ConfigError("wrong_type", key=key, got=value, want=wanted_type(TrainConfig, key))
-            check_in(key, value, known.metadata["range"])
-        elif known and "choices" in known.metadata:
-            check_choice(key, value, known.metadata["choices"])
+        if known:
+            check_key(key, known, value)
 
 
 def _name(override: Override) -> str:
