@@ -39,9 +39,7 @@ TICK = os.sysconf("SC_CLK_TCK")
 
 def train(shape: str, counter: Path) -> None:
     """Take training steps for ever, and keep their number in the file."""
-    from nanogpt.base.before_torch import spin_briefly
-
-    spin_briefly(os.environ)
+    import nanogpt  # noqa: F401, I001 先于 torch：定下空闲的线程怎么等
     import train_cpu
 
     from nanogpt.core import machine

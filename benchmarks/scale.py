@@ -6,8 +6,8 @@ plan of all three; what a worker that is killed under torchrun costs.
 
 Every process has one thread, so that two of them have twice the cores of one; more processes than cores say only what
 dividing a step costs on top. The effective batch is the same. Of each setting the median step counts, and of its ratios
-to one process the median of three rounds, in which all settings take turns. Bytes are those of the loopback device, so nothing else should talk over it meanwhile. On a busy machine times say nothing: those that
-were measured before stay.
+to one process the median of three rounds, in which all settings take turns. Bytes are those of the loopback device, so
+nothing else should talk over it meanwhile. On a busy machine times say nothing: those that were measured before stay.
 """
 
 # 一个进程与两个、四个比：同样的等效批量，各一个线程；两个进程再各比一次“反向完了才求和”
@@ -218,9 +218,9 @@ def show(found: dict) -> None:
     for name, row in found["models"].items():
         print(f"{name}: {row['gradients_mib']:.1f} MiB of gradients")
         print(f"  bytes sent over theory: {each(row['sent_over_theory'])}; peak over plan: {each(row['peak_over_plan'])}")
-        if shards := row.get("fsdp"):
-            print(f"  parallel=fsdp: bytes sent {shards['sent_over_theory']:.3f} of theory, peak over plan {shards['peak_over_plan']:.3f}", end=", ")
-            print(f"over that of ddp {shards['peak_over_ddp']:.3f} (plan {shards['peak_over_ddp_planned']:.3f})")
+        shards = row["fsdp"]
+        print(f"  parallel=fsdp: bytes sent {shards['sent_over_theory']:.3f} of theory, peak over plan {shards['peak_over_plan']:.3f}", end=", ")
+        print(f"over that of ddp {shards['peak_over_ddp']:.3f} (plan {shards['peak_over_ddp_planned']:.3f})")
     for name, row in found["times"].items():
         print(f"{name}: efficiency {each(row['efficiency'])}, by the plan {each(row['efficiency_planned'])}; links of {row['link_gb_per_s']:.2f} GB/s")
         print(f"  sums behind the backward pass instead of beside it: {with_range(row['summed_behind'])} times as long", end="")
