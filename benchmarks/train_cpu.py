@@ -22,10 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402 - 先把仓库根目录放进路径
+import torch.nn.functional as F  # noqa: E402
 
 from nanogpt.base.config import HardwareConfig  # noqa: E402
 from nanogpt.base.groups import train_config  # noqa: E402
-from nanogpt.core import kernels, machine  # noqa: E402
+from nanogpt.core import attention, kernels, machine  # noqa: E402
 from nanogpt.core.precision import Precision  # noqa: E402
 from nanogpt.run import cpu_units  # noqa: E402
 from nanogpt.run.metrics import processor_name  # noqa: E402
@@ -42,6 +43,8 @@ DEFAULT, GPT2 = ("arch=modern", "optimizer=muon"), ("arch=gpt2", "optimizer=adam
 WAYS = {
     "before": (*DEFAULT, "precision.cpu_bf16=none"), "fp32": (*DEFAULT, "precision.cpu_bf16=none"),
     "fp32, bf16 iteration": (*DEFAULT, "precision.cpu_bf16=optimizer"), "bf16": (*DEFAULT, "precision.cpu_bf16=all"),
+    "bf16, dropout": (*DEFAULT, "precision.cpu_bf16=all", "dropout=0.1"),
+    "bf16, PyTorch's dropout": (*DEFAULT, "precision.cpu_bf16=all", "dropout=0.1"),
     "bf16, no tables": (*DEFAULT, "precision.cpu_bf16=all", "model.ngrams=[]"),
     "gpt2 adamw fp32": (*GPT2, "precision.cpu_bf16=none"), "gpt2 adamw bf16": (*GPT2, "precision.cpu_bf16=all"),
 }
@@ -52,13 +55,21 @@ RATIOS = {
     "default takes, of gpt2 adamw, before": ("before", "gpt2 adamw fp32"),
     "default takes, of gpt2 adamw, fp32 with bf16 iteration": ("fp32, bf16 iteration", "gpt2 adamw fp32"),
     "default takes, of gpt2 adamw, both bf16": ("bf16", "gpt2 adamw bf16"), "with tables over without, bf16": ("bf16", "bf16, no tables"),
+    "with dropout over without, bf16": ("bf16, dropout", "bf16"), "with PyTorch's dropout over without, bf16": ("bf16, PyTorch's dropout", "bf16"),
 }
+OWN_DROPOUT = kernels.dropout
 FORMS = {"plain": (False, math.inf), "Gram matrix": (False, kernels.GRAM_RATIO), "bf16": (True, kernels.GRAM_RATIO)}
 
 
 def on_gram_from(ratio: float) -> None:
     """Iterate on the Gram matrix where a matrix is `ratio` times as long as wide."""
     kernels.GRAM_RATIO = ratio
+
+
+def drop_with_pytorch(yes: bool) -> None:
+    """Dropout of activations by F.dropout, and of attention's weights by SDPA."""
+    kernels.dropout = F.dropout if yes else OWN_DROPOUT
+    attention.is_short = (lambda qkv, p: kernels.is_short(qkv, p) and not p) if yes else kernels.is_short
 
 
 def training(shape: str, way: str) -> Callable[[], None]:
@@ -72,6 +83,7 @@ def training(shape: str, way: str) -> Callable[[], None]:
 
     def once() -> None:
         on_gram_from(math.inf if way == "before" else FORMS["Gram matrix"][1])
+        drop_with_pytorch(way.endswith("PyTorch's dropout"))
         step.finish(step.micro_batch(x, y, 1.0), 1.0, late=False)
 
     return once

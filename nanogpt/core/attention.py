@@ -6,7 +6,7 @@
 import torch
 import torch.nn as nn
 
-from nanogpt.core.kernels import attention, is_short, rms_norm, rotate, short_attention
+from nanogpt.core.kernels import Dropout, attention, is_short, rms_norm, rotate, short_attention
 from nanogpt.core.kv_cache import KVCache
 
 # 归一化后 q·k 不超过 hs；除以 hs 再乘它，注意力足够尖锐，与 head 大小无关；有增益的自己学会多尖锐
@@ -31,7 +31,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, (config.n_head + 2 * kv) * hs, bias=config.bias or config.qkv_bias)
         self.c_proj = nn.Linear(config.n_head * hs, config.n_embd, bias=config.bias)
         self.q_gain, self.k_gain = (nn.Parameter(torch.ones(hs)) if gains else None for _ in range(2))
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
 
     def forward(
         self, x: torch.Tensor, rope=None, cache: KVCache | None = None, visible: torch.Tensor | None = None,
@@ -42,7 +42,8 @@ class CausalSelfAttention(nn.Module):
         short = cache is None and is_short(qkv, dropout)
         if short and self.joint:
             # 不必先拆开：归一化与旋转也在那里面做，反向少一次拼接
-            y = short_attention(self.scale, visible, qkv, eps=self.eps if self.qk_norm else None, rope=rope)
+            eps = self.eps if self.qk_norm else None
+            y = short_attention(self.scale, visible, qkv, dropout=dropout, eps=eps, rope=rope)
         else:
             *qk, v = qkv.split(self.sizes, dim=self.dim)
             if self.qk_norm:
@@ -57,7 +58,7 @@ class CausalSelfAttention(nn.Module):
     def _attend(self, parts: list[torch.Tensor], cache: KVCache | None, dropout: float, visible, short: bool):
         """Attention (B, nh, T, hs) of parts (B, T, ., ., hs) that are q, k and v, the heads in the last but one."""
         if short:
-            return short_attention(self.scale, visible, *parts)
+            return short_attention(self.scale, visible, *parts, dropout=dropout)
         q, k, v = (t.transpose(1, 2) for part in parts for t in part.unbind(2))
         T, mask = q.size(2), visible
         if cache is not None:

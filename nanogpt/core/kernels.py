@@ -192,11 +192,50 @@ def _normalize_and_rotate_back(grad: torch.Tensor, y: torch.Tensor | None, r: to
     grad.copy_(g)
 
 
-class _ShortAttention(torch.autograd.Function):
-    """softmax(scale * q k^T) v for a short causal context, in two batched products and four backward."""
+def _kept(like: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
+    """1 for the elements that a dropout of p keeps, else 0, uint8; and the factor that makes up for the others."""
+    # CPU 上 bernoulli_ 一个元素要 6 ns，六层 384 宽的一步里占四分之一；一个 64 位随机数当八个元素用，便宜十倍
+    # p 因此舍入到 1/256，倍数照真正丢掉的份额算，期望不变
+    drawn = torch.empty((like.numel() + 7) // 8, dtype=torch.int64).random_(torch.iinfo(torch.int64).min, None)
+    dropped = min(255, max(1, round(p * 256)))
+    # 就地比较、留作 uint8：bool 乘 bf16 要先转换，慢三倍
+    return drawn.view(torch.uint8)[: like.numel()].view(like.shape).ge_(dropped), 256 / (256 - dropped)
+
+
+class _Dropout(torch.autograd.Function):
+    """x * kept * factor, which keeps one byte per element for the backward pass."""
 
     @staticmethod
-    def forward(ctx, scale, visible, eps, rope, *parts):
+    def forward(ctx, x, p):
+        kept, ctx.factor = _kept(x, p)
+        ctx.save_for_backward(kept)
+        return (x * kept).mul_(ctx.factor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (kept,) = ctx.saved_tensors
+        return (grad * kept).mul_(ctx.factor), None
+
+
+def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
+    """x with a share p of its elements zero and the others larger by as much; on a CPU p is rounded to 1/256."""
+    if device_type(x) == "cpu" and not torch.compiler.is_compiling():
+        return _Dropout.apply(x, p)
+    return F.dropout(x, p)
+
+
+class Dropout(torch.nn.Dropout):
+    """dropout() while training."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return dropout(x, self.p) if self.training and self.p else x
+
+
+class _ShortAttention(torch.autograd.Function):
+    """dropout(softmax(scale * q k^T)) v for a short causal context, in two batched products and four backward."""
+
+    @staticmethod
+    def forward(ctx, scale, visible, dropout, eps, rope, *parts):
         # parts 沿第 2 维拼起来是 q、k、v，(B, T, 3, nh, hs)；拼接与换轴一次做完
         packed = torch.cat([part.permute(2, 0, 3, 1, 4) for part in parts])
         _, B, nh, T, hs = packed.shape
@@ -212,39 +251,52 @@ class _ShortAttention(torch.autograd.Function):
             # 每行的文章边界不同，只好再走一遍；因果部分已经遮好
             p.view(B, nh, T, T).masked_fill_(~visible, float("-inf"))
         p = p.softmax(dim=-1)
-        ctx.save_for_backward(packed, p, y, r)
+        kept, ctx.factor = _kept(p, dropout) if dropout else (None, 1.0)
+        ctx.save_for_backward(packed, p, kept, y, r)
         ctx.scale = scale
         ctx.sizes = [part.size(2) for part in parts]
-        return torch.bmm(p, v).view(B, nh, T, hs)
+        out = torch.bmm(p if kept is None else p * kept, v).view(B, nh, T, hs)
+        # 不就地乘：分段重算会留着乘积，不许改
+        return out if kept is None else out * ctx.factor
 
     @staticmethod
     def backward(ctx, grad):
-        (q, k, v), p, y, r = ctx.saved_tensors
+        (q, k, v), p, kept, y, r = ctx.saved_tensors
         B, nh, T, hs = grad.shape
         grad = grad.reshape(B * nh, T, hs)
-        grad_s = torch._softmax_backward_data(torch.bmm(grad, v.mT), p, -1, p.dtype)
+        if kept is not None:
+            # dv 与 grad_p 都由它乘出：在最小的张量上放大一次就够了
+            grad = grad * ctx.factor
+        grad_p, used = torch.bmm(grad, v.mT), p
+        if kept is not None:
+            grad_p.mul_(kept)
+            used = p * kept
+        grad_s = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
         # 直接写进同一块内存，缩放也并进乘法
         packed = torch.empty((3, B * nh, T, hs), dtype=q.dtype)
         packed[0].baddbmm_(grad_s, k, beta=0, alpha=ctx.scale)
         packed[1].baddbmm_(grad_s.mT, q, beta=0, alpha=ctx.scale)
-        torch.bmm(p.mT, grad, out=packed[2])
+        torch.bmm(used.mT, grad, out=packed[2])
         _normalize_and_rotate_back(packed[:2], y, r, ctx.rope)
         grads = packed.view(3, B, nh, T, hs).permute(1, 3, 0, 2, 4).split(ctx.sizes, dim=2)
-        return None, None, None, None, *grads
+        return None, None, None, None, None, *grads
 
 
 def is_short(qkv: torch.Tensor, dropout: float) -> bool:
     """Whether short_attention() beats SDPA on qkv (B, T, 3, nh, hs): on a CPU, with a short context, not in half."""
-    if device_type(qkv) != "cpu" or dropout or torch.compiler.is_compiling():
+    if device_type(qkv) != "cpu" or torch.compiler.is_compiling():
         return False
+    # 要丢弃的 SDPA 在 CPU 上没有 flash：也存下整个概率矩阵，而且多存几份，多长都是这里快
+    length = 0 if dropout else qkv.size(1)
     if qkv.dtype == torch.bfloat16:
         # 没有 bf16 单元的 CPU 上小矩阵乘很慢，仍交给 SDPA；用得上单元的训练才开 autocast
-        return qkv.size(1) <= SHORT_CONTEXT_BF16 and torch.is_autocast_enabled("cpu")
-    return qkv.size(1) <= SHORT_CONTEXT and qkv.dtype in (torch.float32, torch.float64)
+        return length <= SHORT_CONTEXT_BF16 and torch.is_autocast_enabled("cpu")
+    return length <= SHORT_CONTEXT and qkv.dtype in (torch.float32, torch.float64)
 
 
 def short_attention(
-    scale: float, visible: torch.Tensor | None, *parts: torch.Tensor, eps: float | None = None, rope=None,
+    scale: float, visible: torch.Tensor | None, *parts: torch.Tensor,
+    dropout: float = 0.0, eps: float | None = None, rope=None,
 ) -> torch.Tensor:
     """Causal attention (B, nh, T, hs) of parts that make q, k, v (B, T, 3, nh, hs) when joined along dimension 2.
 
@@ -254,7 +306,7 @@ def short_attention(
     heads = parts[0].size(3)
     # 上下文短，抄几份 key 也不多
     parts = [part if part.size(3) == heads else part.repeat_interleave(heads // part.size(3), dim=3) for part in parts]
-    return _ShortAttention.apply(scale, visible, eps, rope, *parts)
+    return _ShortAttention.apply(scale, visible, dropout, eps, rope, *parts)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask, dropout: float, scale: float) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from nanogpt.base.config import ModelConfig
 from nanogpt.core.attention import CausalSelfAttention
 from nanogpt.core.initialize import initialize
-from nanogpt.core.kernels import beginnings, rms_norm, squared_relu, swiglu
+from nanogpt.core.kernels import Dropout, beginnings, rms_norm, squared_relu, swiglu
 from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.loss import chunked_cross_entropy
 from nanogpt.core.ngrams import NgramEmbedding
@@ -47,7 +47,7 @@ class MLP(nn.Module):
         # SwiGLU 的两个矩阵合成一次乘法：前一半过 SiLU，再乘后一半
         self.c_fc = nn.Linear(config.n_embd, width * (2 if self.activation == "swiglu" else 1), bias=config.bias)
         self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.c_fc(x)
@@ -97,7 +97,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.ngrams = nn.ModuleList(NgramEmbedding(n, config) for n in config.ngrams)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
         self.h = nn.ModuleList(
             Block(config, self.make_attention(layer), self.make_mlp(layer)) for layer in range(config.n_layer)
         )

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from conftest import GPT2_RECIPE, LLAMA_RECIPE, QWEN3_RECIPE, no_grad_eval, tiny_model_config
 
 import nanogpt
+from nanogpt.core import kernels
 from nanogpt.core.attention import CausalSelfAttention
 from nanogpt.core.kernels import attention, squared_relu, swiglu
 from nanogpt.core.kv_cache import KVCache
@@ -166,6 +167,43 @@ def test_attention_over_a_short_context_equals_its_parts_one_after_another(monke
         outcomes.append((y, *torch.autograd.grad(y.square().sum(), (x, attend.c_attn.weight))))
     for a, b in zip(*outcomes):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+def test_attention_over_a_short_context_drops_as_its_formula_says(monkeypatch):
+    """Value and gradients of softmax(...) * kept * factor, with grouped heads too."""
+    torch.manual_seed(0)
+    kept = torch.rand(4, 12, 12) < 0.75
+    monkeypatch.setattr(kernels, "_kept", lambda like, p: (kept.to(torch.uint8), 1 / (1 - p)))
+    q, k, v = (torch.randn(2, 12, 1, 2, 8, dtype=torch.double, requires_grad=True) for _ in range(3))
+    ours = kernels.short_attention(0.3, None, q, k, v, dropout=0.25)
+    heads = [part.squeeze(2).transpose(1, 2) for part in (q, k, v)]
+    scores = (0.3 * heads[0] @ heads[1].mT).masked_fill(torch.ones(12, 12).triu(1).bool(), float("-inf"))
+    plain = (scores.softmax(-1) * kept.view(2, 2, 12, 12) / 0.75) @ heads[2]
+    torch.testing.assert_close(ours, plain)
+    for own, other in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (ours, plain))):
+        torch.testing.assert_close(own, other)
+
+
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.999])
+def test_dropout_drops_its_share_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    x = torch.ones(1001, 1003, requires_grad=True)
+    y = kernels.dropout(x, p)
+    dropped, share = (y == 0).double().mean().item(), min(255, max(1, round(256 * p))) / 256
+    assert dropped == pytest.approx(share, abs=4 * (share * (1 - share) / x.numel()) ** 0.5) and share == pytest.approx(p, abs=1 / 256)
+    torch.testing.assert_close(y[y > 0], torch.full_like(y[y > 0], 1 / (1 - share)))
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], y)
+    torch.manual_seed(0)
+    assert torch.equal(kernels.dropout(x, p), y) and not torch.equal(kernels.dropout(x, p), y)
+    # 相邻的、隔一个随机数的，互不相干
+    for apart in (1, 8):
+        assert ((y == 0).flatten()[:-apart] & (y == 0).flatten()[apart:]).double().mean().item() == pytest.approx(share**2, abs=3e-3)
+
+
+def test_dropout_is_for_training_only():
+    x = torch.ones(8, 64)
+    layer = kernels.Dropout(0.5)
+    assert (layer(x) == 0).any() and torch.equal(layer.eval()(x), x) and torch.equal(kernels.Dropout(0.0)(x), x)
 
 
 def test_the_squared_relu_kernel_has_the_gradient_of_its_formula():

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from nanogpt.base.config import FinetuneConfig
 from nanogpt.base.language import ConfigError
+from nanogpt.core.kernels import Dropout
 from nanogpt.core.memory.nf4 import NF4Linear
 
 
@@ -32,7 +33,7 @@ class LoRALinear(nn.Linear):
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, config.rank, **place))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         self.scale = config.alpha / config.rank
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         plain = self.base(x) if self.base else super().forward(x)
