@@ -77,6 +77,8 @@ class Decoder:
         else:
             torch.rand(count, generator=randoms)
         labels = torch.tensor(list(labels), dtype=torch.long, device=self.device)
+        # 一样的采样器只算一次：请求各带各的，设置却多半相同
+        sampler = next((other.sampler for other in self.rows if other.sampler == sampler), sampler)
         row = Row(key, sampler, randoms, count, labels, float(guidance), ids[:0].to(self.device))
         self.rows.append(row)
         self._open_lanes(row, ids)
@@ -177,8 +179,10 @@ class Decoder:
 
     def next_logits(self) -> torch.Tensor:
         """Logits (lanes, V) behind the newest id of every lane."""
-        if self.lanes and all(lane.unread is not None for lane in self.lanes):
-            return self._read(0, [lane.unread for lane in self.lanes])
+        unread = [lane.unread for lane in self.lanes if lane.unread is not None]
+        # 都只有一个 id 的，下面逐 token 的那一步就读了
+        if unread and len(unread) == len(self.lanes) and max(map(len, unread)) > 1:
+            return self._read(0, unread)
         for start, unread in passes(self.lanes):
             # 别的行正在逐 token 前进：这几行先读到只剩最后一个，再一起走
             self._read(start, [ids[:-1] for ids in unread], only_hidden=True)

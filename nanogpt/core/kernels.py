@@ -23,6 +23,8 @@ GRAM_RATIO, GRAM_ROWS = 2, 64
 GRAM_STEPS = {torch.float32: 5, torch.bfloat16: 3}
 # 候选多半就在最靠前的这么多个里：五万个词在 CPU 上全排一遍要几毫秒，比 8 位权重的一步还久
 FOREMOST = 1024
+# 大词表一段一段地抽，一段这么长
+PART = 256
 # NS 五步的系数：让奇异值尽快靠近 1，不求精确收敛（Keller Jordan, 2024）
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
@@ -539,3 +541,34 @@ def _foremost(probabilities: torch.Tensor, rank_by: torch.Tensor, mass: float) -
     kept = total - ordered < mass
     kept[0] = True
     return torch.zeros_like(rank_by, dtype=torch.bool).index_fill_(0, order[kept], True)
+
+
+def inverse_cumulative(probabilities: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """The ids (B,) at which the sums of probabilities (B, V) pass this share (B,) in [0, 1) of the whole."""
+    V, share = probabilities.size(-1), in_float64(share)[:, None]
+    if V <= 16 * PART:
+        sums = _sums(probabilities)
+        return _place(sums, share * sums[:, -1:]).to(probabilities.device)[:, 0]
+    # 先定落在哪一段，再在段里定哪一个：五万个词不必逐个累加，32 行时 CPU 上快十倍
+    whole = V // PART * PART
+    parts = (probabilities[:, :whole].unflatten(-1, (-1, PART)).sum(-1), probabilities[:, whole:].sum(-1, keepdim=True))
+    sums = _sums(torch.cat(parts, dim=-1))
+    target = share * sums[:, -1:]
+    part = _place(sums, target)
+    ids = part.to(probabilities.device) * PART + torch.arange(PART, device=probabilities.device)
+    inside = _sums(probabilities.gather(-1, ids.clamp(max=V - 1)).masked_fill_(ids >= V, 0.0))
+    # 段的和与段里逐个的和差在舍入：落点总要在段里
+    rest = torch.minimum((target - sums.gather(-1, part)).clamp_(min=0), inside[:, -1:] * (1 - 2**-52))
+    return ids.gather(-1, _place(inside, rest).to(ids.device))[:, 0]
+
+
+def _sums(masses: torch.Tensor) -> torch.Tensor:
+    """(B, n + 1): the sums of the first 0, 1 … n of masses (B, n)."""
+    # float64 的累加：尾巴也不会被舍入吞掉
+    return F.pad(in_float64(masses).cumsum(-1), (1, 0))
+
+
+def _place(sums: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Which of the masses behind the sums (B, n + 1) target (B, 1) falls into, (B, 1)."""
+    # right=True：概率为 0 的 id 不占任何区间，永远抽不到；不是有限数的行抽到什么都不算数，但不许越界
+    return (torch.searchsorted(sums, target, right=True) - 1).clamp_(0, sums.size(-1) - 2)

@@ -16,8 +16,7 @@ import torch
 from nanogpt.base.config import check_range
 from nanogpt.base.language import ConfigError
 from nanogpt.base.sample_config import SamplerConfig
-from nanogpt.core.kernels import smallest_set
-from nanogpt.core.machine import in_float64
+from nanogpt.core.kernels import inverse_cumulative, smallest_set
 
 Stage = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # `sampler` 的设置 -> (类型, 下限, 上限)；API 的字段也由它得出
@@ -179,9 +178,5 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 
     One uniform number per token makes a row's text independent of the rows beside it.
     """
-    # float64 的累加：五万个词的尾巴也不会被舍入吞掉
-    cumulative = in_float64(torch.softmax(logits, dim=-1, dtype=torch.float32)).cumsum(-1)
-    target = in_float64(uniforms)[:, None] * cumulative[:, -1:]
-    # right=True：概率为 0 的 id 不占任何区间，永远抽不到
-    drawn = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.size(-1) - 1)
-    return drawn.to(logits.device)
+    probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    return inverse_cumulative(probabilities, uniforms)

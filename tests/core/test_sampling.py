@@ -151,6 +151,22 @@ def test_draws_follow_the_distribution():
     assert (counts - probabilities).abs().max() < 5 * math.sqrt(0.25 / n) and counts[2] == 0
 
 
+@pytest.mark.parametrize("size", [65, 4096, 4097, 4352, 50257])
+def test_a_draw_is_where_the_sum_of_the_probabilities_passes_the_uniform_number(size):
+    """Of small vocabularies and of large ones, which are drawn part by part; what has no probability is never drawn."""
+    generator = torch.Generator().manual_seed(size)
+    logits = torch.randn(500, size, generator=generator).mul_(3).masked_fill_(torch.rand(500, size, generator=generator) < 0.7, -torch.inf)
+    logits[:, -1] = 0.0
+    uniforms = torch.rand(500, generator=generator)
+    uniforms[:3], uniforms[3:6] = 0.0, 1 - 2**-24
+    drawn, sums = draw(logits, uniforms), torch.softmax(logits, -1).double().cumsum(-1)
+    target = uniforms.double() * sums[:, -1]
+    below, above = (sums.gather(-1, (drawn + back).clamp(min=0)[:, None])[:, 0] for back in (-1, 0))
+    assert logits.gather(-1, drawn[:, None]).isfinite().all()
+    assert ((below * (drawn > 0) - 1e-6 <= target) & (target <= above + 1e-6)).all()
+    assert torch.equal(draw(logits[7:9], uniforms[7:9]), drawn[7:9])
+
+
 def test_a_draw_never_takes_what_was_masked_even_at_the_ends():
     logits = torch.full((3, 5), -torch.inf)
     logits[:, 2] = -700.0
