@@ -6,7 +6,7 @@ from conftest import GPT2_RECIPE, wild_model
 
 from nanogpt.core import lanes
 from nanogpt.core.generate import UNIFORMS, Decoder
-from nanogpt.core.sampling import sampler
+from nanogpt.core.sampling import Sampler, sampler
 from nanogpt.write.speed.acceleration import accelerate
 
 GREEDY = sampler(temperature=0.0)
@@ -140,6 +140,28 @@ def test_samplers_of_their_own_apply_to_their_own_rows():
     drawn = torch.stack([decoder.step() for _ in range(8)], dim=1)
     assert torch.equal(drawn[0], drawn[2]) and torch.equal(drawn[0], decode(model, [[1, 2, 3]], 8)[0])
     assert sorted(drawn[1].tolist()) == sorted(set(range(11)) - {1, 2, 3})
+
+
+def test_equal_samplers_are_applied_to_all_their_rows_at_once(monkeypatch):
+    model, applied = wild_model(), []
+    decoder, call = Decoder(model, capacity=4), Sampler.__call__
+    monkeypatch.setattr(Sampler, "__call__", lambda self, logits, tokens: applied.append(len(logits)) or call(self, logits, tokens))
+    for key, top_k in enumerate((3, 4, 3, 3)):
+        decoder.add(key, [1, 2], sampler(top_k=top_k), seed=key)
+    decoder.step()
+    assert sorted(applied) == [1, 3]
+
+
+def test_texts_of_one_id_are_read_by_the_fast_step_alone(monkeypatch):
+    model = wild_model(**GPT2_RECIPE)
+    rows, plain = prompts(1, 1, 1), []
+    expected = decode(model, rows, 6)
+    accelerate(model, "fp32")
+    assert model.fast_step is not None
+    hidden = type(model).hidden
+    monkeypatch.setattr(model, "hidden", lambda idx, cache: plain.append(tuple(idx.shape)) or hidden(model, idx, cache), raising=False)
+    assert torch.equal(decode(model, rows, 6), expected) and not plain
+    assert torch.equal(decode(model, prompts(1, 3), 6)[0], expected[0]) and plain
 
 
 def test_the_penalties_see_the_whole_text_even_beyond_the_context():
