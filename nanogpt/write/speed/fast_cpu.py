@@ -14,7 +14,6 @@ the compiled code is kept on disk.
 # 与 core/model 是两份实现：模型的式子改了，这里要跟着改，否则 fits 要说不认得
 # 编译结果缓存在磁盘上，第一次要几秒；行数超过 MAX_ROWS 时普通的路更快
 
-import math
 from itertools import pairwise
 
 import numpy as np
@@ -53,7 +52,8 @@ ACTIVATIONS = {"none": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3, "swiglu": 4}
 def _exp(x):
     """e^x in float32 to about 2 ulp for x <= 88; arithmetic only, so that LLVM turns loops over it into SIMD."""
     x = max(x, np.float32(-87.0))
-    n = np.float32(math.floor(x * np.float32(1.4426950408889634) + np.float32(0.5)))
+    # math.floor 是 libm 的一次调用，np.floor 是一条指令
+    n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
     # 分两段减去 n·ln2，余数才不丢位；多项式是 e^r 的泰勒展开，|r| <= ln2 / 2
     r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
     p = np.float32(1 / 5040)
@@ -78,17 +78,19 @@ def _erf(x):
 def _activate(y, start, stop, kind):
     """Apply the activation to columns start … stop of y (B, N) in place."""
     for b in range(y.shape[0]):
+        # 切出一段、从 0 数起：numba 就知道下标不是负的，循环才成了 SIMD
+        row = y[b, start:stop]
         if kind == 1:
-            for n in range(start, stop):
-                y[b, n] = max(y[b, n], np.float32(0.0)) ** 2
+            for n in range(len(row)):
+                row[n] = max(row[n], np.float32(0.0)) ** 2
         elif kind == 2:
-            for n in range(start, stop):
-                y[b, n] = np.float32(0.5) * y[b, n] * (np.float32(1.0) + _erf(y[b, n] * np.float32(0.7071067811865476)))
+            for n in range(len(row)):
+                row[n] = np.float32(0.5) * row[n] * (np.float32(1.0) + _erf(row[n] * np.float32(0.7071067811865476)))
         elif kind == 3:
-            for n in range(start, stop):
+            for n in range(len(row)):
                 # (1 + tanh u) / 2 = 1 / (1 + e^-2u)
-                u = np.float32(0.7978845608028654) * (y[b, n] + np.float32(0.044715) * y[b, n] * y[b, n] * y[b, n])
-                y[b, n] = y[b, n] / (np.float32(1.0) + _exp(min(np.float32(-2.0) * u, np.float32(87.0))))
+                u = np.float32(0.7978845608028654) * (row[n] + np.float32(0.044715) * row[n] * row[n] * row[n])
+                row[n] = row[n] / (np.float32(1.0) + _exp(min(np.float32(-2.0) * u, np.float32(87.0))))
 
 
 def _products(matrix, x, acts, y, start, stop, add):
@@ -143,9 +145,9 @@ def _gate(fused, y, start, stop):
     """silu(gate) * up of rows start … stop of fused (B, 2 I) = (gate, up) into y (B, I)."""
     size = y.shape[1]
     for b in range(start, stop):
+        gates, ups, row = fused[b, :size], fused[b, size:], y[b]
         for i in range(size):
-            gate = fused[b, i]
-            y[b, i] = fused[b, size + i] * gate / (np.float32(1.0) + _exp(min(-gate, np.float32(87.0))))
+            row[i] = ups[i] * gates[i] / (np.float32(1.0) + _exp(min(-gates[i], np.float32(87.0))))
 
 
 @kernel(reorder=True)
@@ -219,18 +221,20 @@ def _attend(qkv, keys, values, lengths, gains, cos, sin, settings, y, part, size
                 _turn(qkv[row, at : at + head_size], q_gain, cos[turn], sin[turn], qk_norm, eps, q)
                 highest = np.float32(-np.inf)
                 for t in range(last + 1):
-                    score = np.float32(0.0)
+                    key, score = keys[b, h, t], np.float32(0.0)
                     for i in range(head_size):
-                        score += q[i] * keys[b, h, t, i]
+                        score += q[i] * key[i]
                     weights[t] = score * scale
                     highest = max(highest, weights[t])
                 total = np.float32(0.0)
+                for t in range(last + 1):
+                    weights[t] = _exp(weights[t] - highest)
+                    total += weights[t]
                 out[:] = np.float32(0.0)
                 for t in range(last + 1):
-                    weight = _exp(weights[t] - highest)
-                    total += weight
+                    value = values[b, h, t]
                     for i in range(head_size):
-                        out[i] += weight * values[b, h, t, i]
+                        out[i] += weights[t] * value[i]
                 for i in range(head_size):
                     y[row, at + i] = out[i] / total
 
