@@ -11,8 +11,8 @@ from llvmlite import ir
 from numba import config, types
 from numba.extending import overload
 
-from nanogpt.write.speed.compiled import INT32, INT64, kernel, part_of_kernel
-from nanogpt.write.speed.tiles import at, declared, tile_of
+from nanogpt.write.speed.compiled import INT32, kernel, part_of_kernel
+from nanogpt.write.speed.tiles import added_up, at, declared, keep, tile_of
 
 FLOAT = ir.FloatType()
 # 一次几行权重
@@ -49,20 +49,9 @@ def dot_of(rows: int, columns: int, lanes: int):
         bits = builder.shl(builder.zext(weight, wide), ir.Constant(wide, [16] * lanes))
         return builder.bitcast(bits, vector)
 
-    def pick(builder, a, b, places):
-        mask = ir.Constant(ir.VectorType(INT32, len(places)), list(places))
-        return builder.shuffle_vector(a, b, mask)
-
     def store(builder, totals, out):
-        # 相邻两数相加，直到每个累加器剩一个数：两个累加器挤进一个，最后一个向量装下 lanes 个积
-        vectors = totals
-        for _ in range(lanes.bit_length() - 1):
-            pairs = zip(vectors[::2], [*vectors[1::2], *vectors[-1:]])
-            vectors = [builder.fadd(*(pick(builder, a, b, range(o, 2 * lanes, 2)) for o in (0, 1))) for a, b in pairs]
-        for j, whole in enumerate(vectors):
-            part = pick(builder, whole, whole, range(min(lanes, len(totals) - j * lanes)))
-            place = builder.bitcast(builder.gep(out, [ir.Constant(INT64, j * lanes)]), part.type.as_pointer())
-            builder.store(part, place).align = 4
+        for j, whole in enumerate(added_up(builder, totals, builder.fadd)):
+            keep(builder, whole, 0, min(lanes, len(totals) - j * lanes), out, j * lanes)
 
     return tile_of(
         rows, columns, vector=lambda of: ir.VectorType(FLOAT if of is types.float32 else ir.IntType(16), lanes),

@@ -14,8 +14,8 @@ import torch
 from llvmlite import ir
 from numba import carray, config
 
-from nanogpt.write.speed.compiled import INT32, INT64, crew_of, kernel, meet, part_of_kernel, share, threads
-from nanogpt.write.speed.tiles import INT8, at, declared, tile_of
+from nanogpt.write.speed.compiled import INT32, crew_of, kernel, meet, part_of_kernel, share, threads
+from nanogpt.write.speed.tiles import INT8, added_up, at, declared, keep, tile_of
 
 # 一块权重同时配几行激活：寄存器够放 2 x 8 个累加器
 COLUMNS = 8
@@ -56,10 +56,12 @@ def dot_of(rows: int, columns: int, vnni: int):
         return builder.add(total, builder.mul(builder.sext(weight, sums), builder.sext(act, sums)))
 
     def store(builder, totals, out):
-        whole = declared(builder, f"llvm.vector.reduce.add.v{lanes}i32", INT32, [sums])
-        for j, total in enumerate(totals):
-            place = j % columns * CHUNK + j // columns
-            builder.store(builder.call(whole, [total]), builder.gep(out, [ir.Constant(INT64, place)]))
+        # 同一行激活的排在一起：几行权重的结果一次写下
+        ordered = [totals[r * columns + c] for c in range(columns) for r in range(rows)]
+        whole = added_up(builder, ordered, builder.add)
+        for c in range(columns):
+            vector, first = divmod(c * rows, lanes)
+            keep(builder, whole[vector], first, rows, out, c * CHUNK)
 
     return tile_of(
         rows, columns, vector=lambda of: sums if vnni else ir.VectorType(INT8, lanes), sums=sums, step=vnni or lanes,

@@ -21,6 +21,29 @@ def declared(builder, name: str, returns, takes) -> ir.Function:
     return builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(returns, takes), name)
 
 
+def added_up(builder, vectors: list, add) -> list:
+    """The sum of every vector's lanes, in order, as many in one vector as it has lanes; the last has others behind."""
+    # 相邻两数相加，直到每个累加器剩一个数：两个累加器挤进一个，比逐个横着加少一大半指令
+    lanes = vectors[0].type.count
+
+    def picked(a, b, first):
+        places = ir.Constant(ir.VectorType(INT32, lanes), list(range(first, 2 * lanes, 2)))
+        return builder.shuffle_vector(a, b, places)
+
+    for _ in range(lanes.bit_length() - 1):
+        pairs = zip(vectors[::2], [*vectors[1::2], *vectors[-1:]])
+        vectors = [add(*(picked(a, b, first) for first in (0, 1))) for a, b in pairs]
+    return vectors
+
+
+def keep(builder, vector, first: int, count: int, out, offset: int) -> None:
+    """Store lanes first … first + count of a vector at out[offset]."""
+    places = ir.Constant(ir.VectorType(INT32, count), list(range(first, first + count)))
+    part = builder.shuffle_vector(vector, vector, places)
+    place = builder.gep(out, [ir.Constant(INT64, offset)])
+    builder.store(part, builder.bitcast(place, part.type.as_pointer())).align = 4
+
+
 def tile_of(rows: int, columns: int, *, vector, sums, step: int, multiple: int, prepare, multiply, store):
     """dot(w, x, k, out): the products of contiguous rows w[r] and x[c] of length k, r < rows and c < columns.
 
