@@ -8,7 +8,7 @@
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir
-from numba import config, types
+from numba import carray, config, types
 from numba.extending import overload
 
 from nanogpt.write.speed.compiled import INT32, kernel, part_of_kernel
@@ -29,7 +29,7 @@ def float_lanes() -> int:
 
 
 def dot_of(rows: int, columns: int, lanes: int):
-    """dot(w, x, k, out): out[r * columns + c] = sum of w[r, i] x[c, i], for contiguous rows of length k.
+    """dot(w, x, k, out): out[c * CHUNK + r] = sum of w[r, i] x[c, i], for contiguous rows of length k.
 
     x are float32, w float32 or the bits of bf16 as int16.
 
@@ -50,8 +50,11 @@ def dot_of(rows: int, columns: int, lanes: int):
         return builder.bitcast(bits, vector)
 
     def store(builder, totals, out):
-        for j, whole in enumerate(added_up(builder, totals, builder.fadd)):
-            keep(builder, whole, 0, min(lanes, len(totals) - j * lanes), out, j * lanes)
+        # 同一行激活的排在一起：几行权重的结果一次写下
+        ordered = [totals[r * columns + c] for c in range(columns) for r in range(rows)]
+        whole = added_up(builder, ordered, builder.fadd)
+        for c in range(columns):
+            keep(builder, whole, c * rows, rows, out, c * CHUNK)
 
     return tile_of(
         rows, columns, vector=lambda of: ir.VectorType(FLOAT if of is types.float32 else ir.IntType(16), lanes),
@@ -80,7 +83,7 @@ def _float_of(weight):
 
 @part_of_kernel
 def _sums(weight, n, width, x, b, columns, out):
-    """out[r * columns + c] = row n + r of weight times row b + c of x, r < width, c < columns."""
+    """out[c * CHUNK + r] = row n + r of weight times row b + c of x, r < width, c < columns."""
     size = x.shape[1]
     whole, even = size // LANES * LANES, width // ROWS * ROWS if len(x) > 1 else 0
     if whole == 0:
@@ -88,7 +91,7 @@ def _sums(weight, n, width, x, b, columns, out):
     else:
         for r in range(0, even, ROWS):
             # 只传指针：切片要记引用，比这里的乘法还贵
-            w, acts, into = at(weight, (n + r) * size), at(x, b * size), at(out, r * columns)
+            w, acts, into = at(weight, (n + r) * size), at(x, b * size), at(out, r)
             if COLUMNS == 8 and columns == 8:
                 _dot_3x8(w, acts, size, into)
             elif columns == 4:
@@ -100,12 +103,12 @@ def _sums(weight, n, width, x, b, columns, out):
         # 只有一行激活：一次一行权重，读内存最快
         for r in range(even, width):
             for c in range(columns):
-                _dot_1x1(at(weight, (n + r) * size), at(x, (b + c) * size), size, at(out, r * columns + c))
+                _dot_1x1(at(weight, (n + r) * size), at(x, (b + c) * size), size, at(out, c * CHUNK + r))
     if whole < size:
         for r in range(width):
             for c in range(columns):
                 for k in range(whole, size):
-                    out[r * columns + c] += _float(weight[n + r, k]) * x[b + c, k]
+                    out[c * CHUNK + r] += _float(weight[n + r, k]) * x[b + c, k]
 
 
 @kernel
@@ -121,7 +124,10 @@ def products(weight, bias, x, y, start, stop, add):
                 columns //= 2
             _sums(weight, n, width, x, b, columns, out)
             for c in range(columns):
+                # 从 0 数起的一段：循环才成 SIMD，有 bias 要加的有几百万个
+                into, added = carray(at(y, (b + c) * y.shape[1] + n), (width,)), carray(at(bias, n), (width,))
+                sums = carray(at(out, c * CHUNK), (width,))
                 for i in range(width):
-                    value = out[i * columns + c] + bias[n + i]
-                    y[b + c, n + i] = y[b + c, n + i] + value if add else value
+                    value = sums[i] + added[i]
+                    into[i] = into[i] + value if add else value
             b += columns

@@ -60,8 +60,7 @@ def dot_of(rows: int, columns: int, vnni: int):
         ordered = [totals[r * columns + c] for c in range(columns) for r in range(rows)]
         whole = added_up(builder, ordered, builder.add)
         for c in range(columns):
-            vector, first = divmod(c * rows, lanes)
-            keep(builder, whole[vector], first, rows, out, c * CHUNK)
+            keep(builder, whole, c * rows, rows, out, c * CHUNK)
 
     return tile_of(
         rows, columns, vector=lambda of: sums if vnni else ir.VectorType(INT8, lanes), sums=sums, step=vnni or lanes,

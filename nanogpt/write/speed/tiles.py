@@ -36,10 +36,12 @@ def added_up(builder, vectors: list, add) -> list:
     return vectors
 
 
-def keep(builder, vector, first: int, count: int, out, offset: int) -> None:
-    """Store lanes first … first + count of a vector at out[offset]."""
+def keep(builder, vectors: list, first: int, count: int, out, offset: int) -> None:
+    """Store `count` lanes from `first` on, counted through all vectors, at out[offset]."""
+    lanes = vectors[0].type.count
+    whole, first = divmod(first, lanes)
     places = ir.Constant(ir.VectorType(INT32, count), list(range(first, first + count)))
-    part = builder.shuffle_vector(vector, vector, places)
+    part = builder.shuffle_vector(vectors[whole], vectors[min(whole + 1, len(vectors) - 1)], places)
     place = builder.gep(out, [ir.Constant(INT64, offset)])
     builder.store(part, builder.bitcast(place, part.type.as_pointer())).align = 4
 
