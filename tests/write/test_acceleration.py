@@ -208,7 +208,7 @@ def test_a_cpu_without_vnni_multiplies_int4_to_the_same_numbers(vnni):
     q, row_scale = quantize_rows(x)
     sums, out = q.view(2, 3, 32).sum(2, dtype=torch.int32).numpy(), np.zeros((2, 16), np.float32)
     njit = pytest.importorskip("numba").njit
-    run = njit(lambda w, s, q, sums, out: dot(at(w, 0), at(s, 0), at(q, 0), at(sums, 0), 3, at(out, 0)))
+    run = njit(lambda w, s, q, sums, out: dot(at(w, 0), at(s, 0), at(q, 0), 96, at(sums, 0), 3, at(out, 0)))
     run(packed.numpy(), scale.view(torch.int16).numpy(), q.numpy(), sums, out)
     assert torch.equal(torch.from_numpy(out) * row_scale[:, None], int4.plain_linear(x, packed, scale, torch.zeros(16)))
 
@@ -269,13 +269,13 @@ def test_a_cpu_without_vnni_gets_the_same_integers(vnni):
     weight, q = np.random.default_rng(0).integers(-127, 128, (2, 6, 130), dtype=np.int8)
     weight, q, out = weight[:2, :128].copy(), q[:4, :128].copy(), np.zeros((8, integer_dot.CHUNK), np.int32)
     njit = pytest.importorskip("numba").njit
-    njit(lambda w, x, out: dot(at(w, 0), at(x, 0), 128, at(out, 0)))(weight, q, out)
+    njit(lambda w, x, out: dot(at(w, 0), 128, at(x, 0), 128, 128, at(out, 0)))(weight, q, out)
     more = 128 * q.astype(int).sum(1, keepdims=True) if vnni else 0
     assert (out[:4, :2] - more == q.astype(int) @ weight.astype(int).T).all()
 
 
 @pytest.mark.parametrize("form", ["fp32", "bf16"])
-@pytest.mark.parametrize("n_out, n_in", [(50, 7), (29, 64), (75, 100), (48, 768)])
+@pytest.mark.parametrize("n_out, n_in", [(50, 7), (29, 64), (75, 100), (48, 768), (29, 2500)])
 def test_products_of_floats_are_exact_within_rounding_and_the_same_bits_whatever_lies_beside_a_row(n_out, n_in, form):
     products = pytest.importorskip("nanogpt.write.speed.float_dot").products
     draw = np.random.default_rng(0)
@@ -295,8 +295,21 @@ def test_products_of_floats_are_exact_within_rounding_and_the_same_bits_whatever
     assert np.abs(y - exact).max() < 1e-6 * n_in**0.5 * 4
     assert np.abs(multiplied(x, [0, n_out], True) - exact - 1).max() < 1e-6 * n_in**0.5 * 4
     for rows in (1, 2, 3, 7, 8, 14):
-        # 行数与各核的分界都会换掉块的形状
+        # 行数与各核的分界都会换掉块的形状；行与行之间也可以隔着别的
         assert (multiplied(x[-rows:].copy(), [0, 5, n_out - 1, n_out], False) == y[-rows:]).all()
+    assert (multiplied(np.pad(x, ((0, 0), (0, 16)), constant_values=np.nan), [0, n_out], False) == y).all()
+
+
+def test_rows_of_integers_that_would_push_each_other_out_of_the_cache_lie_further_apart():
+    """4096 columns: the same bits as the plain paths'."""
+    integer_dot, int4_dot = (pytest.importorskip(f"nanogpt.write.speed.{name}_dot") for name in ("integer", "int4"))
+    assert [integer_dot.activations(3, size)[0].shape for size in (4096, 4032)] == [(3, 4160), (3, 4032)]
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(40, 4096), torch.randn(40), torch.randn(9, 4096)
+    eight, four = (*quantize(weight), bias), (*int4.quantize(weight), bias)
+    for way in (integer_dot.linear, partial(integer_dot.linear, multiply=by_int_mm)):
+        assert torch.equal(way(x, *eight), plain_linear(x, *eight))
+    assert torch.equal(int4_dot.linear(x, *four), int4.plain_linear(x, *four))
 
 
 def test_no_product_may_be_reordered_because_of_who_calls_it_first():
@@ -312,9 +325,10 @@ def test_a_cpu_with_narrower_vectors_multiplies_floats_too(lanes):
     float_dot = pytest.importorskip("nanogpt.write.speed.float_dot")
     dot, at, njit = float_dot.dot_of(3, 4, lanes), float_dot.at, pytest.importorskip("numba").njit
     weight, x = np.random.default_rng(0).standard_normal((2, 4, 32), dtype=np.float32)
-    out = np.zeros(12, np.float32)
-    njit(lambda w, x, out: dot(at(w, 0), at(x, 0), 32, at(out, 0)))(weight, x, out)
-    np.testing.assert_allclose(out.reshape(3, 4), weight[:3] @ x.T, rtol=1e-5, atol=1e-5)
+    out = np.zeros((4, float_dot.CHUNK), np.float32)
+    # 只要前 16 个；行与行之间隔着 32 个
+    njit(lambda w, x, out: dot(at(w, 0), 32, at(x, 0), 32, 16, at(out, 0)))(weight, x, out)
+    np.testing.assert_allclose(out[:, :3], x[:, :16] @ weight[:3, :16].T, rtol=1e-5, atol=1e-5)
 
 
 def test_a_row_of_activations_that_is_not_finite_is_not_hidden_by_integers():

@@ -33,6 +33,7 @@ from nanogpt.write.speed.formats import Bf16Linear
 from nanogpt.write.speed.int4 import Int4Linear
 from nanogpt.write.speed.int8 import Int8Linear
 from nanogpt.write.speed.integer_dot import VNNI, activations
+from nanogpt.write.speed.tiles import row_length
 
 # 模型里的矩阵可以是哪几种，各叫什么
 FORMATS = {torch.nn.Linear: "fp32", Bf16Linear: "bf16", Int8Linear: "int8", Int4Linear: "int4"}
@@ -142,8 +143,8 @@ def _layer(stacked, i):
 
 @kernel(reorder=True)
 def _gate(fused, y, start, stop):
-    """silu(gate) * up of rows start … stop of fused (B, 2 I) = (gate, up) into y (B, I)."""
-    size = y.shape[1]
+    """silu(gate) * up of rows start … stop of fused (B, 2 I) = (gate, up) into y (B, >= I)."""
+    size = fused.shape[1] // 2
     for b in range(start, stop):
         gates, ups, row = fused[b, :size], fused[b, size:], y[b]
         for i in range(size):
@@ -310,8 +311,8 @@ class FastStep:
 
     def __init__(self, model):
         c, blocks = model.config, list(model.h)
-        kind = FORMATS[type(blocks[0].mlp.c_fc)]
-        self.max_rows, self.row_cost = MAX_ROWS[kind], ROW_COST[kind]
+        self.kind = FORMATS[type(blocks[0].mlp.c_fc)]
+        self.max_rows, self.row_cost = MAX_ROWS[self.kind], ROW_COST[self.kind]
         self.model, self.crew = model, Crew(compiled.threads())
         attn, proj, fc, out = (_matrices(linears) for linears in zip(*map(_linears_of, blocks), strict=True))
         gains = tuple(_stacked([getattr(b.attn, g) for b in blocks], c.head_size, 1.0) for g in ("q_gain", "k_gain"))
@@ -345,10 +346,14 @@ class FastStep:
     def _room(self, rows: int) -> tuple:
         """Room for what lies between the matrices: normed, qkv, attended, fused, inner, and each as int8."""
         c, (_, attn, _, _, _, fc, _) = self.model.config, self.layers
-        sizes = (c.n_embd, attn[2].shape[1], c.n_head * c.head_size, fc[2].shape[1])
-        normed, qkv, attended, fused = (np.empty((rows, size), np.float32) for size in sizes)
-        inner = np.empty((rows, c.mlp_width), np.float32) if c.activation == "swiglu" else fused
-        return normed, qkv, attended, fused, inner, *(activations(*x.shape) for x in (normed, attended, inner))
+        sizes = (c.n_embd, c.n_head * c.head_size, c.mlp_width)
+        acts = [activations(rows, size) for size in sizes]
+        # 量化的由 acts 去乘：这里的一行就是一行
+        length = row_length if self.kind in ("fp32", "bf16") else lambda size, _: size
+        normed, attended, inner = (np.empty((rows, length(size, 4)), np.float32) for size in sizes)
+        qkv = np.empty((rows, attn[2].shape[1]), np.float32)
+        fused = np.empty((rows, fc[2].shape[1]), np.float32) if c.activation == "swiglu" else inner
+        return normed, qkv, attended, fused, inner, *acts
 
 
 def _norms(norms: list[Norm], size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -19,6 +19,8 @@ FLOAT = ir.FloatType()
 ROWS = 3
 # 权重这么多行的结果先攒着，再加 bias 写出；权重这一段留在 L2 里，几组激活轮着用
 CHUNK = 8 * ROWS
+# 一段激活最多这么长：八行占 24 KiB
+BLOCK = 1024
 
 
 def float_lanes() -> int:
@@ -29,7 +31,7 @@ def float_lanes() -> int:
 
 
 def dot_of(rows: int, columns: int, lanes: int):
-    """dot(w, x, k, out): out[c * CHUNK + r] = sum of w[r, i] x[c, i], for contiguous rows of length k.
+    """dot(w, w_stride, x, x_stride, k, out): out[c * CHUNK + r] = sum of w[r, i] x[c, i] over i < k.
 
     x are float32, w float32 or the bits of bf16 as int16.
 
@@ -82,52 +84,55 @@ def _float_of(weight):
 
 
 @part_of_kernel
-def _sums(weight, n, width, x, b, columns, out):
-    """out[c * CHUNK + r] = row n + r of weight times row b + c of x, r < width, c < columns."""
-    size = x.shape[1]
+def _sums(weight, n, width, x, b, columns, out, sums):
+    """sums[c * CHUNK + r] = row n + r of weight times row b + c of x, r < width, c < columns; out is as much room."""
+    size, stride = weight.shape[1], x.shape[1]
     whole, even = size // LANES * LANES, width // ROWS * ROWS if len(x) > 1 else 0
-    if whole == 0:
-        out[:] = 0
-    else:
+    sums[:] = 0
+    # 长的行分几段，一段段地加：八行激活的一段与权重一起留得在 L1 里；一行激活也照样分，逐位相同
+    for first in range(0, whole, BLOCK):
+        length = min(BLOCK, whole - first)
         for r in range(0, even, ROWS):
             # 只传指针：切片要记引用，比这里的乘法还贵
-            w, acts, into = at(weight, (n + r) * size), at(x, b * size), at(out, r)
+            w, acts, into = at(weight, (n + r) * size + first), at(x, b * stride + first), at(out, r)
             if COLUMNS == 8 and columns == 8:
-                _dot_3x8(w, acts, size, into)
+                _dot_3x8(w, size, acts, stride, length, into)
             elif columns == 4:
-                _dot_3x4(w, acts, size, into)
+                _dot_3x4(w, size, acts, stride, length, into)
             elif columns == 2:
-                _dot_3x2(w, acts, size, into)
+                _dot_3x2(w, size, acts, stride, length, into)
             else:
-                _dot_3x1(w, acts, size, into)
+                _dot_3x1(w, size, acts, stride, length, into)
         # 只有一行激活：一次一行权重，读内存最快
         for r in range(even, width):
             for c in range(columns):
-                _dot_1x1(at(weight, (n + r) * size), at(x, (b + c) * size), size, at(out, c * CHUNK + r))
-    if whole < size:
-        for r in range(width):
-            for c in range(columns):
-                for k in range(whole, size):
-                    out[c * CHUNK + r] += _float(weight[n + r, k]) * x[b + c, k]
+                w, acts = at(weight, (n + r) * size + first), at(x, (b + c) * stride + first)
+                _dot_1x1(w, size, acts, stride, length, at(out, c * CHUNK + r))
+        for i in range(columns * CHUNK):
+            sums[i] += out[i]
+    for r in range(width):
+        for c in range(columns):
+            for k in range(whole, size):
+                sums[c * CHUNK + r] += _float(weight[n + r, k]) * x[b + c, k]
 
 
 @kernel
 def products(weight, bias, x, y, start, stop, add):
-    """Columns start … stop of y (B, N) = x (B, K) weight^T (N, K) + bias, or added to y."""
+    """Columns start … stop of y (B, >= N) = x (B, >= K) weight^T (N, K) + bias, or added to y."""
     rows = x.shape[0]
-    out = np.empty(CHUNK * COLUMNS, np.float32)
+    out, sums = np.zeros(CHUNK * COLUMNS, np.float32), np.zeros(CHUNK * COLUMNS, np.float32)
     for n in range(start, stop, CHUNK):
         width, b = min(CHUNK, stop - n), 0
         while b < rows:
             columns = COLUMNS
             while columns > rows - b:
                 columns //= 2
-            _sums(weight, n, width, x, b, columns, out)
+            _sums(weight, n, width, x, b, columns, out, sums)
             for c in range(columns):
                 # 从 0 数起的一段：循环才成 SIMD，有 bias 要加的有几百万个
                 into, added = carray(at(y, (b + c) * y.shape[1] + n), (width,)), carray(at(bias, n), (width,))
-                sums = carray(at(out, c * CHUNK), (width,))
+                found = carray(at(sums, c * CHUNK), (width,))
                 for i in range(width):
-                    value = sums[i] + added[i]
+                    value = found[i] + added[i]
                     into[i] = into[i] + value if add else value
             b += columns

@@ -45,13 +45,13 @@ def dot4(builder, total, codes, act, vnni: int):
 
 
 def dot_of(columns: int, vnni: int):
-    """dot(w, scale, q, sums, groups, out): out[c * ROWS + r] = products of row r of a block with row c of q.
+    """dot(w, scale, q, stride, sums, groups, out): out[c * ROWS + r] = products of row r of a block with row c of q.
 
-    w and scale are those of one block, q (columns, groups * GROUP) int8 and sums (columns, groups) int32 contiguous.
+    w and scale are those of one block, rows of q int8, `stride` apart, and sums (columns, groups) int32 contiguous.
     """
 
     def generate(context, builder, signature, args):
-        w, scale, q, sums, groups, out = args
+        w, scale, q, stride, sums, groups, out = args
         builder.function.attributes.add("noinline")
 
         def constant(number):
@@ -81,7 +81,7 @@ def dot_of(columns: int, vnni: int):
             for half, shifted in enumerate((packed, builder.lshr(packed, four))):
                 codes = builder.and_(shifted, nibble)
                 for c in range(columns):
-                    column = builder.mul(builder.add(builder.mul(groups, constant(c)), g), constant(GROUP))
+                    column = builder.add(builder.mul(stride, constant(c)), builder.mul(g, constant(GROUP)))
                     act = load(q, builder.add(column, constant(8 * j + 4 * half)), INT32, 1)
                     exact[c] = dot4(builder, exact[c], codes, act, vnni)
         bits = load(scale, builder.mul(g, constant(ROWS)), ir.VectorType(ir.IntType(16), ROWS), 2)
@@ -102,8 +102,8 @@ def dot_of(columns: int, vnni: int):
         return context.get_dummy_value()
 
     @intrinsic
-    def dot(typing, w, scale, q, sums, groups, out):
-        return types.void(w, scale, q, sums, types.intp, out), generate
+    def dot(typing, w, scale, q, stride, sums, groups, out):
+        return types.void(w, scale, q, types.intp, sums, types.intp, out), generate
 
     return dot
 
@@ -118,7 +118,7 @@ def products(weight, scale, bias, acts, y, start, stop, add):
     acts are x as integer_dot.quantize_rows() writes it; start is a multiple of ROWS.
     """
     q, row_scale, sums = acts
-    rows, groups = sums.shape
+    (rows, groups), stride = sums.shape, q.shape[1]
     out = np.empty(COLUMNS * ROWS, np.float32)
     for n in range(start, stop, ROWS):
         width, block, b = min(ROWS, stop - n), n // ROWS, 0
@@ -127,15 +127,15 @@ def products(weight, scale, bias, acts, y, start, stop, add):
             columns = COLUMNS
             while columns > rows - b:
                 columns //= 2
-            x, added, into = at(q, b * groups * GROUP), at(sums, b * groups), at(out, 0)
+            x, added, into = at(q, b * stride), at(sums, b * groups), at(out, 0)
             if columns == 8:
-                _dot_8(w, factors, x, added, groups, into)
+                _dot_8(w, factors, x, stride, added, groups, into)
             elif columns == 4:
-                _dot_4(w, factors, x, added, groups, into)
+                _dot_4(w, factors, x, stride, added, groups, into)
             elif columns == 2:
-                _dot_2(w, factors, x, added, groups, into)
+                _dot_2(w, factors, x, stride, added, groups, into)
             else:
-                _dot_1(w, factors, x, added, groups, into)
+                _dot_1(w, factors, x, stride, added, groups, into)
             for c in range(columns):
                 row, factor = carray(at(y, (b + c) * y.shape[1] + n), (width,)), row_scale[b + c]
                 for i in range(width):

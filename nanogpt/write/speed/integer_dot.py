@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import carray, config
 
 from nanogpt.write.speed.compiled import INT32, crew_of, kernel, meet, part_of_kernel, share, threads
-from nanogpt.write.speed.tiles import INT8, added_up, at, declared, keep, tile_of
+from nanogpt.write.speed.tiles import INT8, added_up, at, declared, keep, row_length, tile_of
 
 # 一块权重同时配几行激活：寄存器够放 2 x 8 个累加器
 COLUMNS = 8
@@ -39,8 +39,8 @@ def vnni_bytes() -> int:
 
 
 def dot_of(rows: int, columns: int, vnni: int):
-    """dot(w, x, k, out): out[c * CHUNK + r] = sum of w[r, i] x[c, i] over i < k, for contiguous int8 rows of length k,
-    but with VNNI 128 sum(x[c]) more.
+    """dot(w, w_stride, x, x_stride, k, out): out[c * CHUNK + r] = sum of w[r, i] x[c, i] over i < k, of int8; with VNNI
+    128 sum(x[c]) more.
 
     Only the first k // 64 * 64 elements count; k >= 64.
     """
@@ -79,7 +79,7 @@ _dot_1x1, _dot_2x2, _dot_2x4, _dot_2x8 = (
 
 @kernel
 def quantize_rows(x, start, stop, acts):
-    """Rows start … stop of x (B, K) into acts = (q (B, K) int8, scale (B,), sums (B, K // GROUP)).
+    """Rows start … stop of x (B, K) into acts = (q (B, >= K) int8, scale (B,), sums (B, K // GROUP)).
 
     x ~ q * scale[:, None], the same numbers as int8.quantize_rows gives; sums are those of q over GROUP columns each.
     """
@@ -105,24 +105,25 @@ def quantize_rows(x, start, stop, acts):
 @part_of_kernel
 def _integers(weight, n, width, q, b, columns, out):
     """out (COLUMNS, CHUNK) = rows n … n + width of weight times rows b … b + columns of q."""
-    size = q.shape[1]
+    size, stride = weight.shape[1], q.shape[1]
     whole, even = size // 64 * 64, width // 2 * 2 if columns > 1 else 0
     # 只传指针：切片要记引用，比这里的乘法还贵
     if whole == 0:
         out[:] = 0
     else:
         for r in range(0, even, 2):
-            w, x, into = at(weight, (n + r) * size), at(q, b * size), at(out, r)
+            w, x, into = at(weight, (n + r) * size), at(q, b * stride), at(out, r)
             if columns == 8:
-                _dot_2x8(w, x, size, into)
+                _dot_2x8(w, size, x, stride, size, into)
             elif columns == 4:
-                _dot_2x4(w, x, size, into)
+                _dot_2x4(w, size, x, stride, size, into)
             else:
-                _dot_2x2(w, x, size, into)
+                _dot_2x2(w, size, x, stride, size, into)
         for c in range(columns):
             # 只有一行激活：一次一行权重，读内存最快
             for r in range(even, width):
-                _dot_1x1(at(weight, (n + r) * size), at(q, (b + c) * size), size, at(out, c * CHUNK + r))
+                w, x = at(weight, (n + r) * size), at(q, (b + c) * stride)
+                _dot_1x1(w, size, x, stride, size, at(out, c * CHUNK + r))
     if whole < size:
         for c in range(columns):
             for r in range(width):
@@ -137,7 +138,7 @@ def products(weight, scale, bias, acts, y, start, stop, add):
     The integers are exact, so that the order of the sums does not matter.
     """
     q, row_scale, sums = acts
-    rows, size = y.shape[0], q.shape[1]
+    rows, size = y.shape[0], weight.shape[1]
     out = np.empty((COLUMNS, CHUNK), np.int32)
     offsets = np.zeros(rows, np.int32)
     for b in range(rows):
@@ -166,7 +167,8 @@ def products(weight, scale, bias, acts, y, start, stop, add):
 
 def activations(rows: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Room for `rows` of activations (rows, size) as quantize_rows() writes them."""
-    return np.empty((rows, size), np.int8), np.empty(rows, np.float32), np.empty((rows, size // GROUP), np.int32)
+    q = np.empty((rows, row_length(size, 1)), np.int8)
+    return q, np.empty(rows, np.float32), np.empty((rows, size // GROUP), np.int32)
 
 
 @kernel
@@ -201,6 +203,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias, mul
         crew.run(_linear, weight, scale, bias, x, acts, y)
     else:
         crew.run(_quantize, x, acts)
-        exact = multiply(torch.from_numpy(acts[0]), torch.from_numpy(weight)).numpy()
+        q = np.ascontiguousarray(acts[0][:, : x.shape[1]])
+        exact = multiply(torch.from_numpy(q), torch.from_numpy(weight)).numpy()
         crew.run(_rescale, exact, scale, acts[1], bias, y)
     return torch.from_numpy(y)

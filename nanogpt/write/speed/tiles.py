@@ -16,6 +16,12 @@ INT8, INT32, INT64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 AHEAD = 12 * 1024
 
 
+def row_length(size: int, itemsize: int) -> int:
+    """Elements from one row of activations to the next, so that several rows fit into L1."""
+    # 每行都从页里同一处开始的，同一列的几行落在 L1 的同一组里，组里只有八个位子：32 行、宽 3072 的 fp32 慢一半
+    return size + (64 // itemsize if size * itemsize % 4096 == 0 else 0)
+
+
 def declared(builder, name: str, returns, takes) -> ir.Function:
     """An LLVM intrinsic."""
     return builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(returns, takes), name)
@@ -47,7 +53,9 @@ def keep(builder, vectors: list, first: int, count: int, out, offset: int) -> No
 
 
 def tile_of(rows: int, columns: int, *, vector, sums, step: int, multiple: int, prepare, multiply, store):
-    """dot(w, x, k, out): the products of contiguous rows w[r] and x[c] of length k, r < rows and c < columns.
+    """dot(w, w_stride, x, x_stride, k, out): products of the first k of rows w[r] and x[c], r < rows, c < columns.
+
+    Rows begin a stride behind the one before.
 
     `step` elements are read at a time, as vector(their numba type), up to k // multiple * multiple, which must not be
     0. `multiply` (builder, total, weight, act) adds to a vector of `sums`, `prepare` (builder, weight) comes first;
@@ -55,13 +63,13 @@ def tile_of(rows: int, columns: int, *, vector, sums, step: int, multiple: int, 
     """
 
     def generate(context, builder, signature, args):
-        w, _, k, out = args
+        w, w_stride, x, x_stride, k, out = args
         # 调用它的函数不再并进上一层：每并一层就要重新优化、生成一遍，第一次编译多等几秒
         builder.function.attributes.add("noinline")
 
-        def load(number, row, i):
-            place = builder.gep(args[number], [builder.add(i, builder.mul(k, ir.Constant(INT64, row)))])
-            value = builder.load(builder.bitcast(place, vector(signature.args[number].dtype).as_pointer()))
+        def load(start, of, stride, row, i):
+            place = builder.gep(start, [builder.add(i, builder.mul(stride, ir.Constant(INT64, row)))])
+            value = builder.load(builder.bitcast(place, vector(of.dtype).as_pointer()))
             value.align = 1
             return value
 
@@ -74,10 +82,10 @@ def tile_of(rows: int, columns: int, *, vector, sums, step: int, multiple: int, 
         for phi, first in ((i, ir.Constant(INT64, 0)), *((total, ir.Constant(sums, None)) for total in totals)):
             phi.add_incoming(first, entry)
         _prefetch(builder, w, i, rows, step)
-        weights = [prepare(builder, load(0, r, i)) for r in range(rows)]
+        weights = [prepare(builder, load(w, signature.args[0], w_stride, r, i)) for r in range(rows)]
         after = list(totals)
         for c in range(columns):
-            act = load(1, c, i)
+            act = load(x, signature.args[2], x_stride, c, i)
             for r in range(rows):
                 after[r * columns + c] = multiply(builder, totals[r * columns + c], weights[r], act)
         following = builder.add(i, ir.Constant(INT64, step))
@@ -89,8 +97,8 @@ def tile_of(rows: int, columns: int, *, vector, sums, step: int, multiple: int, 
         return context.get_dummy_value()
 
     @intrinsic
-    def dot(typing, w, x, k, out):
-        return types.void(w, x, types.intp, out), generate
+    def dot(typing, w, w_stride, x, x_stride, k, out):
+        return types.void(w, types.intp, x, types.intp, types.intp, out), generate
 
     return dot
 
