@@ -15,8 +15,10 @@ from nanogpt.core.machine import any_kernels, in_float64
 
 # 两种写法都给同样的 rms_norm，显式写出才不随 dtype 变
 RMS_EPS = 1e-6
-# CPU 上 T 不超过它时，存下整个 T x T 概率矩阵比 flash 重算更快；bf16 的矩阵小一半，flash 却更慢（256 时三倍）
-SHORT_CONTEXT, SHORT_CONTEXT_BF16 = 128, 512
+# CPU 上 T 不超过它时，存下概率矩阵比 flash 重算更快；bf16 的矩阵小一半，flash 却更慢（1024 时两倍）
+SHORT_CONTEXT, SHORT_CONTEXT_BF16 = 512, 1024
+# 一次这么多个 query，只配它们看得到的 key：因果的那一半不算，512 时快一倍多
+QUERIES = 128
 # 长边是短边的这么多倍时，在 Gram 矩阵上迭代的运算才少；比这还小的矩阵，多出的调用次数更贵
 GRAM_RATIO, GRAM_ROWS = 2, 64
 # Gram 矩阵里舍入的负特征值每步放大 12 倍：这么多步之后就重新算一次；bf16 粗 16 位，3 步时误差与直接迭代一样，5 步就发散
@@ -234,7 +236,7 @@ class Dropout(torch.nn.Dropout):
 
 
 class _ShortAttention(torch.autograd.Function):
-    """dropout(softmax(scale * q k^T)) v for a short causal context, in two batched products and four backward."""
+    """dropout(softmax(scale * q k^T)) v of some queries at a time, each with two products, and four on the way back."""
 
     @staticmethod
     def forward(ctx, scale, visible, dropout, eps, rope, *parts):
@@ -246,42 +248,56 @@ class _ShortAttention(torch.autograd.Function):
         packed = packed.view(3, B * nh, T, hs)
         y, r = _normalize_and_rotate(packed[:2], eps, ctx.rope)
         q, k, v = packed
-        mask = torch.full((T, T), float("-inf"), dtype=q.dtype).triu_(1)
-        # 缩放与掩码都并进矩阵乘，不再各走一遍内存
-        p = torch.baddbmm(mask, q, k.mT, alpha=scale)
-        if visible is not None:
-            # 每行的文章边界不同，只好再走一遍；因果部分已经遮好
-            p.view(B, nh, T, T).masked_fill_(~visible, float("-inf"))
-        p = p.softmax(dim=-1)
-        kept, ctx.factor = _kept(p, dropout) if dropout else (None, 1.0)
-        ctx.save_for_backward(packed, p, kept, y, r)
+        mask = torch.full((min(T, QUERIES), T), float("-inf"), dtype=q.dtype)
+        out, kept_of, ctx.factor = torch.empty_like(q), [], 1.0
+        for start, stop in _spans(T):
+            # 这几个 query 看不到 stop 之后的：不去算那一块，也不存；缩放与掩码都并进矩阵乘，不再各走一遍内存
+            here = mask[: stop - start, :stop].triu(start + 1)
+            p = torch.baddbmm(here, q[:, start:stop], k[:, :stop].mT, alpha=scale)
+            if visible is not None:
+                # 每行的文章边界不同，只好再走一遍；因果部分已经遮好
+                p.view(B, nh, stop - start, stop).masked_fill_(~visible[..., start:stop, :stop], float("-inf"))
+            p = p.softmax(dim=-1)
+            kept, ctx.factor = _kept(p, dropout) if dropout else (None, 1.0)
+            torch.bmm(p if kept is None else p * kept, v[:, :stop], out=out[:, start:stop])
+            kept_of += [p, kept]
+        ctx.save_for_backward(packed, y, r, *kept_of)
         ctx.scale = scale
         ctx.sizes = [part.size(2) for part in parts]
-        out = torch.bmm(p if kept is None else p * kept, v).view(B, nh, T, hs)
+        out = out.view(B, nh, T, hs)
         # 不就地乘：分段重算会留着乘积，不许改
-        return out if kept is None else out * ctx.factor
+        return out * ctx.factor if dropout else out
 
     @staticmethod
     def backward(ctx, grad):
-        (q, k, v), p, kept, y, r = ctx.saved_tensors
+        (q, k, v), y, r, *kept_of = ctx.saved_tensors
         B, nh, T, hs = grad.shape
         grad = grad.reshape(B * nh, T, hs)
-        if kept is not None:
+        if ctx.factor != 1:
             # dv 与 grad_p 都由它乘出：在最小的张量上放大一次就够了
             grad = grad * ctx.factor
-        grad_p, used = torch.bmm(grad, v.mT), p
-        if kept is not None:
-            grad_p.mul_(kept)
-            used = p * kept
-        grad_s = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
-        # 直接写进同一块内存，缩放也并进乘法
+        # 直接写进同一块内存，缩放也并进乘法；从最后几个 query 起：它们看得到全部 key，写满，前面的再加上去
         packed = torch.empty((3, B * nh, T, hs), dtype=q.dtype)
-        packed[0].baddbmm_(grad_s, k, beta=0, alpha=ctx.scale)
-        packed[1].baddbmm_(grad_s.mT, q, beta=0, alpha=ctx.scale)
-        torch.bmm(used.mT, grad, out=packed[2])
+        of_q, of_k, of_v = packed
+        for number, (start, stop) in reversed(list(enumerate(_spans(T)))):
+            p, kept = kept_of[2 * number : 2 * number + 2]
+            grad_p, used = torch.bmm(grad[:, start:stop], v[:, :stop].mT), p
+            if kept is not None:
+                grad_p.mul_(kept)
+                used = p * kept
+            grad_s = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
+            beta = 0 if stop == T else 1
+            of_q[:, start:stop].baddbmm_(grad_s, k[:, :stop], beta=0, alpha=ctx.scale)
+            of_k[:, :stop].baddbmm_(grad_s.mT, q[:, start:stop], beta=beta, alpha=ctx.scale)
+            of_v[:, :stop].baddbmm_(used.mT, grad[:, start:stop], beta=beta)
         _normalize_and_rotate_back(packed[:2], y, r, ctx.rope)
         grads = packed.view(3, B, nh, T, hs).permute(1, 3, 0, 2, 4).split(ctx.sizes, dim=2)
         return None, None, None, None, None, *grads
+
+
+def _spans(T: int) -> list[tuple[int, int]]:
+    """Which queries are taken at a time: from start to stop, QUERIES of them."""
+    return [(start, min(T, start + QUERIES)) for start in range(0, T, QUERIES)]
 
 
 def is_short(qkv: torch.Tensor, dropout: float) -> bool:

@@ -153,10 +153,12 @@ def test_fewer_key_heads_equal_as_many_that_are_copies(T, L, masked, dtype):
     torch.testing.assert_close(attention(q, k, v, mask, 0.0, 0.3), copied)
 
 
+@pytest.mark.parametrize("queries", [5, 128])
 @pytest.mark.parametrize("changes", [{}, {"position": "none"}, {"qk_norm": False}, {"rope_scaling": "yarn", "rope_attention_factor": 1.3}])
-def test_attention_over_a_short_context_equals_its_parts_one_after_another(monkeypatch, changes):
-    """Value and gradients; tables of YaRN also lengthen what they rotate."""
+def test_attention_over_a_short_context_equals_its_parts_one_after_another(monkeypatch, changes, queries):
+    """Value and gradients; tables of YaRN also lengthen what they rotate; also a few queries at a time."""
     torch.manual_seed(0)
+    monkeypatch.setattr(kernels, "QUERIES", queries)
     config = tiny_model_config(**changes).completed()
     attend, x = CausalSelfAttention(config, 0).double(), torch.randn(2, 16, 16, dtype=torch.double, requires_grad=True)
     rope = None if config.position == "none" else tuple(table.double() for table in rope_table(config))
@@ -169,15 +171,27 @@ def test_attention_over_a_short_context_equals_its_parts_one_after_another(monke
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
-def test_attention_over_a_short_context_drops_as_its_formula_says(monkeypatch):
-    """Value and gradients of softmax(...) * kept * factor, with grouped heads too."""
+@pytest.mark.parametrize("queries", [5, 12])
+@pytest.mark.parametrize("documents", [False, True])
+def test_attention_over_a_short_context_drops_as_its_formula_says(monkeypatch, queries, documents):
+    """Value and gradients of softmax(...) * kept * factor; also a few queries at a time, and with ends of documents."""
     torch.manual_seed(0)
-    kept = torch.rand(4, 12, 12) < 0.75
-    monkeypatch.setattr(kernels, "_kept", lambda like, p: (kept.to(torch.uint8), 1 / (1 - p)))
+    kept, taken = torch.rand(4, 12, 12) < 0.75, []
+
+    def kept_here(like, p):
+        taken.append(like.size(1))
+        return kept[:, sum(taken) - like.size(1) : sum(taken), : like.size(2)].to(torch.uint8), 1 / (1 - p)
+
+    monkeypatch.setattr(kernels, "_kept", kept_here)
+    monkeypatch.setattr(kernels, "QUERIES", queries)
     q, k, v = (torch.randn(2, 12, 1, 2, 8, dtype=torch.double, requires_grad=True) for _ in range(3))
-    ours = kernels.short_attention(0.3, None, q, k, v, dropout=0.25)
+    unseen = torch.ones(2, 1, 12, 12).triu(1).bool()
+    if documents:
+        # 第二篇从第 7 个起：后面的看不到前面的
+        unseen[1, 0, 7:, :7] = True
+    ours = kernels.short_attention(0.3, ~unseen if documents else None, q, k, v, dropout=0.25)
     heads = [part.squeeze(2).transpose(1, 2) for part in (q, k, v)]
-    scores = (0.3 * heads[0] @ heads[1].mT).masked_fill(torch.ones(12, 12).triu(1).bool(), float("-inf"))
+    scores = (0.3 * heads[0] @ heads[1].mT).masked_fill(unseen, float("-inf"))
     plain = (scores.softmax(-1) * kept.view(2, 2, 12, 12) / 0.75) @ heads[2]
     torch.testing.assert_close(ours, plain)
     for own, other in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (ours, plain))):

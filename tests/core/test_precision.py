@@ -93,8 +93,9 @@ def test_short_attention_in_bf16_is_that_of_float32():
     qkv = torch.randn(2, 160, 3, 2, 16)
     assert not is_short(qkv.bfloat16(), 0.0)
     with torch.autocast("cpu", torch.bfloat16):
-        assert is_short(qkv.bfloat16(), 0.0) and not is_short(qkv, 0.0) and not is_short(torch.zeros(1, 600, 3, 1, 1).bfloat16(), 0.0)
+        longer, longest = torch.zeros(1, 600, 3, 1, 1), torch.zeros(1, 1100, 3, 1, 1).bfloat16()
+        assert is_short(longer.bfloat16(), 0.0) and is_short(qkv, 0.0) and not is_short(longer, 0.0) and not is_short(longest, 0.0)
         # 要丢弃时 SDPA 没有 flash：多长都在这里算
-        assert is_short(torch.zeros(1, 600, 3, 1, 1).bfloat16(), 0.1)
+        assert is_short(longest, 0.1) and is_short(longer, 0.1)
         own = short_attention(0.25, None, qkv.bfloat16())
     torch.testing.assert_close(own.float(), short_attention(0.25, None, qkv), atol=0.03, rtol=0.03)
