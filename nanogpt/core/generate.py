@@ -77,8 +77,6 @@ class Decoder:
         else:
             torch.rand(count, generator=randoms)
         labels = torch.tensor(list(labels), dtype=torch.long, device=self.device)
-        # 一样的采样器只算一次：请求各带各的，设置却多半相同
-        sampler = next((other.sampler for other in self.rows if other.sampler == sampler), sampler)
         row = Row(key, sampler, randoms, count, labels, float(guidance), ids[:0].to(self.device))
         self.rows.append(row)
         self._open_lanes(row, ids)

@@ -8,6 +8,7 @@ repetition penalty, no-repeat n-gram, temperature, top-k, top-p, min-p, typical.
 Ties are settled in favour of the lower id everywhere.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -152,7 +153,7 @@ def sampler(
     *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, typical: float = 1.0,
     repetition_penalty: float = 1.0, no_repeat_ngram: int = 0,
 ) -> Sampler:
-    """The strategies that are switched on, in the order of the module's docstring."""
+    """The strategies that are switched on, in the order of the module's docstring; one object for equal settings."""
     given = locals()
     for name, (kind, low, high) in SETTINGS.items():
         got = given[name]
@@ -160,6 +161,12 @@ def sampler(
         if isinstance(got, bool) or not isinstance(got, (int, kind)):
             raise ConfigError("wrong_type", key=f"sampler.{name}", got=got, want=kind.__name__)
         check_range(f"sampler.{name}", got, low, high)
+    return _assembled(**given)
+
+
+# 一样的设置得同一个：请求各带各的，几行却可以一起算
+@functools.lru_cache(maxsize=256, typed=True)
+def _assembled(temperature, top_k, top_p, min_p, typical, repetition_penalty, no_repeat_ngram) -> Sampler:
     stages: list[Stage] = [RepetitionPenalty(repetition_penalty)] if repetition_penalty != 1 else []
     stages += [NoRepeatNgram(no_repeat_ngram)] if no_repeat_ngram else []
     reads_tokens = bool(stages)
