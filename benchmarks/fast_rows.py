@@ -31,7 +31,7 @@ SHAPES = {
     "gpt2_124m": {"vocab_size": 50257},
     "char_6_layers": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65},
 }
-ROWS = (8, 24, 48)
+ROWS = (8, 24, 32, 48, 96)
 PROMPT, STEPS = 16, 2
 
 

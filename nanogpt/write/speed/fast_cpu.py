@@ -37,10 +37,10 @@ from nanogpt.write.speed.tiles import row_length
 
 # 模型里的矩阵可以是哪几种，各叫什么
 FORMATS = {torch.nn.Linear: "fp32", Bf16Linear: "bf16", Int8Linear: "int8", Int4Linear: "int4"}
-# 至多几行走编译好的一步：48 行时 fp32 仍是普通的路的 0.8，int8、int4 0.9 ~ 0.97；bf16 到 24 行，再多用 bf16 单元更快
+# 至多几行走编译好的一步：96 行时 fp32 仍是普通的路的 0.7，int8、int4 0.6 ~ 0.8；bf16 到 24 行，再多用 bf16 单元更快
 # （benchmarks/fast_rows.py，有 AVX-512）；更窄的向量没有量过，不放宽
 # 定死而不在启动时量：量出的选择随机器忙闲而变，同一个种子就写不出同样的字
-MAX_ROWS = {"fp32": 48, "bf16": 24, "int8": 48, "int4": 48} if LANES == 16 else {
+MAX_ROWS = {"fp32": 96, "bf16": 24, "int8": 96, "int4": 96} if LANES == 16 else {
     "fp32": 16, "bf16": 16, "int8": 48, "int4": 48,
 }
 # 一步里多一行要多花的时间，占第一行的几分之几（benchmarks/speculation.py）：fp32 0.06 ~ 0.12，bf16 0.12 ~ 0.14
