@@ -23,10 +23,8 @@ QUERIES = 128
 GRAM_RATIO, GRAM_ROWS = 2, 64
 # Gram 矩阵里舍入的负特征值每步放大 12 倍：这么多步之后就重新算一次；bf16 粗 16 位，3 步时误差与直接迭代一样，5 步就发散
 GRAM_STEPS = {torch.float32: 5, torch.bfloat16: 3}
-# 候选多半就在最靠前的这么多个里：五万个词在 CPU 上全排一遍要几毫秒，比 8 位权重的一步还久
-FOREMOST = 1024
-# 大词表一段一段地抽，一段这么长
-PART = 256
+# 词表大过它：CPU 上筛时不全排一遍（五万个词要几毫秒，比 8 位权重的一步还久），抽时一段一段地抽，一段 PART 个
+LARGE, PART = 4096, 256
 # NS 五步的系数：让奇异值尽快靠近 1，不求精确收敛（Keller Jordan, 2024）
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
@@ -531,9 +529,9 @@ def smallest_set(probabilities: torch.Tensor, rank_by: torch.Tensor, mass: float
 
     Of equals the lower id comes first.
     """
-    if device_type(probabilities) == "cpu" and probabilities.size(-1) > 4 * FOREMOST:
-        # 一行一行：各行要看到第几个，由这一行的数定；显卡上问一次就得等一次，不这样做
-        return torch.stack([_foremost(*row, mass) for row in zip(probabilities, rank_by, strict=True)])
+    if device_type(probabilities) == "cpu" and probabilities.size(-1) > LARGE:
+        # 一行一行：各行只排哪一小堆，由这一行的数定；显卡上问一次就得等一次，不这样做
+        return torch.stack([_smallest_of_row(*row, mass) for row in zip(probabilities, rank_by, strict=True)])
     # 稳定排序：并列时 id 小的在前
     order = rank_by.argsort(dim=-1, stable=True)
     ordered = in_float64(probabilities.gather(-1, order))
@@ -543,26 +541,29 @@ def smallest_set(probabilities: torch.Tensor, rank_by: torch.Tensor, mass: float
     return torch.zeros_like(rank_by, dtype=torch.bool).scatter_(1, order, kept.to(rank_by.device))
 
 
-def _foremost(probabilities: torch.Tensor, rank_by: torch.Tensor, mass: float) -> torch.Tensor:
-    """smallest_set() of one row (V,): all of it is put in order only where its beginning does not reach the mass."""
-    least = rank_by.topk(FOREMOST, largest=False, sorted=False).values.max()
-    # 与边界并列的一个也不要：留下的才是完整的开头，次序与全排的一样
-    foremost = (rank_by < least).nonzero()[:, 0]
-    for ids in (foremost, torch.arange(len(rank_by))):
-        order = ids[rank_by[ids].argsort(stable=True)]
-        ordered = probabilities[order].double()
-        total = ordered.cumsum(0)
-        if len(total) and total[-1] >= mass:
-            break
-    kept = total - ordered < mass
-    kept[0] = True
-    return torch.zeros_like(rank_by, dtype=torch.bool).index_fill_(0, order[kept], True)
+def _smallest_of_row(probabilities: torch.Tensor, rank_by: torch.Tensor, mass: float) -> torch.Tensor:
+    """smallest_set() of one row (V,): only those near its border are put in order."""
+    # 浮点数的次序就是位的次序（负数反过来；加 0 使 -0 成 0）：按前 16 位分堆，界线落在哪一堆，只排那一堆
+    bits = (rank_by + 0.0).view(torch.int32)
+    heap = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> 16
+    heap -= heap.min()
+    within = torch.bincount(heap, weights=probabilities.double())
+    total = within.cumsum(0)
+    border = min(int(torch.searchsorted(total, mass)), len(total) - 1)
+    ids = (heap == border).nonzero()[:, 0]
+    # 稳定排序：并列时 id 小的在前
+    order = ids[rank_by[ids].argsort(stable=True)]
+    ordered = probabilities[order].double()
+    kept = (total - within)[border] + ordered.cumsum(0) - ordered < mass
+    # 至少一个：前面一堆也没有时
+    kept[0] |= border == 0
+    return (heap < border).index_fill_(0, order[kept], True)
 
 
 def inverse_cumulative(probabilities: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     """The ids (B,) at which the sums of probabilities (B, V) pass this share (B,) in [0, 1) of the whole."""
     V, share = probabilities.size(-1), in_float64(share)[:, None]
-    if V <= 16 * PART:
+    if V <= LARGE:
         sums = _sums(probabilities)
         return _place(sums, share * sums[:, -1:]).to(probabilities.device)[:, 0]
     # 先定落在哪一段，再在段里定哪一个：五万个词不必逐个累加，32 行时 CPU 上快十倍

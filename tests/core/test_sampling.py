@@ -59,8 +59,16 @@ def test_a_large_vocabulary_is_put_in_order_only_as_far_as_needed_and_the_same_i
     few = torch.full((1, 9000), -torch.inf).index_fill_(1, torch.arange(0, 9000, 300), 1.0)
     logits = torch.cat((peaked, peaked[:1].round(), peaked[:1] / 50, torch.zeros(1, 9000), few, torch.full((1, 9000), torch.nan)))
     found = stage(logits, None)
-    monkeypatch.setattr(kernels, "FOREMOST", 9000)
+    monkeypatch.setattr(kernels, "LARGE", 9000)
     assert torch.equal(found.isneginf(), stage(logits, None).isneginf())
+
+
+@pytest.mark.parametrize("k", [1, 3, 4, 5, 7])
+def test_top_k_keeps_exactly_k_with_and_without_ties_at_its_border(k):
+    logits = torch.tensor([[5.0, 1.0, 4.0, 1.0, 3.0, 1.0, 0.0], [7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]])
+    found = TopK(k)(logits, NOTHING).isfinite()
+    expected = torch.zeros_like(found).scatter_(1, logits.argsort(dim=-1, descending=True, stable=True)[:, :k], True)
+    assert torch.equal(found, expected)
 
 
 def test_top_p_settles_ties_for_the_lower_id():
