@@ -2,7 +2,7 @@
 
     python benchmarks/recipes.py [NAME …] [--seeds 1337 1 2] [--runs FOLDER] [--out FILE]
 
-Recipes: see RECIPES below; without names all of them, two to three hours on 2 cores, most of it for `shakespeare_small`.
+Recipes: see RECIPES below; without names all of them, three to four hours on 2 cores, most of it for `shakespeare_small`.
 Every training keeps its run folder under --runs: the same command goes on where it was stopped. Beside the losses and minutes
 stand the minutes that the plan gives for an RTX 3060, and a text that the first seed wrote.
 
