@@ -66,13 +66,13 @@ def planned(settings: list[str]) -> float:
     return round(Planner(cfg).predict(cfg).train_s / 60, 2)
 
 
-def report(name: str, runs: list[dict]) -> dict:
+def report(name: str, runs: list[dict], minutes_on_card: float) -> dict:
     """The figures of a recipe over its seeds."""
     losses = [run["val_loss"] for run in runs]
     spread = {"deviation": round(statistics.stdev(losses), 4)} if len(losses) > 1 else {}
     return {
         "settings": RECIPES[name][0], "val_loss": round(statistics.mean(losses), 4), **spread, "val_bpb": round(statistics.mean(r["val_bpb"] for r in runs), 4),
-        "minutes": round(statistics.mean(r["minutes"] for r in runs), 2), "planned_minutes": {CARD: planned(RECIPES[name][0])}, "runs": runs,
+        "minutes": round(statistics.mean(r["minutes"] for r in runs), 2), "planned_minutes": {CARD: minutes_on_card}, "runs": runs,
     }
 
 
@@ -91,14 +91,14 @@ def main() -> None:
         folder, more = (Path(temporary), QUICK) if arguments.quick else (arguments.runs, [])
         for name in arguments.names or RECIPES:
             settings, writing = RECIPES[name]
-            runs = []
+            runs, minutes_on_card = [], planned(settings)
             for seed in arguments.seeds:
                 run = folder / f"{name.replace(', ', '_').replace(' ', '_')}-{seed}"
                 runs.append(train([*settings, *more], seed, run))
                 print(name, {key: runs[-1][key] for key in ("seed", "minutes", "val_loss", "val_bpb")}, flush=True)
                 if seed == arguments.seeds[0]:
                     runs[-1]["wrote"] = program("sample", f"out_dir={run}", "seed=1", *writing).strip()
-                result[name] = report(name, runs)
+                result[name] = report(name, runs, minutes_on_card)
                 if not arguments.quick:
                     arguments.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for name, found in result.items():

@@ -181,10 +181,10 @@ class Decoder:
         # 都只有一个 id 的，下面逐 token 的那一步就读了
         if unread and len(unread) == len(self.lanes) and max(map(len, unread)) > 1:
             return self._read(0, unread)
-        for start, unread in passes(self.lanes):
+        for start, texts in passes(self.lanes):
             # 别的行正在逐 token 前进：这几行先读到只剩最后一个，再一起走
-            self._read(start, [ids[:-1] for ids in unread], only_hidden=True)
-            self.newest[start : start + len(unread)] = torch.stack([ids[-1] for ids in unread])
+            self._read(start, [ids[:-1] for ids in texts], only_hidden=True)
+            self.newest[start : start + len(texts)] = torch.stack([ids[-1] for ids in texts])
         return self.model.next_logits(self.newest[: len(self.lanes)], self.cache)
 
     def _read(self, start: int, texts: list[torch.Tensor], *, only_hidden: bool = False) -> torch.Tensor | None:

@@ -12,14 +12,14 @@ from numba import carray, config, types
 from numba.extending import overload
 
 from nanogpt.write.speed.compiled import INT32, kernel, part_of_kernel
-from nanogpt.write.speed.tiles import added_up, at, declared, keep, tile_of
+from nanogpt.write.speed.tiles import at, declared, tile_of
 
 FLOAT = ir.FloatType()
 # 一次几行权重
 ROWS = 3
 # 权重这么多行的结果先攒着，再加 bias 写出；权重这一段留在 L2 里，几组激活轮着用
 CHUNK = 8 * ROWS
-# 一段激活最多这么长：八行占 24 KiB
+# 一段激活最多这么长：八行占 32 KiB
 BLOCK = 1024
 
 
@@ -51,16 +51,9 @@ def dot_of(rows: int, columns: int, lanes: int):
         bits = builder.shl(builder.zext(weight, wide), ir.Constant(wide, [16] * lanes))
         return builder.bitcast(bits, vector)
 
-    def store(builder, totals, out):
-        # 同一行激活的排在一起：几行权重的结果一次写下
-        ordered = [totals[r * columns + c] for c in range(columns) for r in range(rows)]
-        whole = added_up(builder, ordered, builder.fadd)
-        for c in range(columns):
-            keep(builder, whole, c * rows, rows, out, c * CHUNK)
-
     return tile_of(
         rows, columns, vector=lambda of: ir.VectorType(FLOAT if of is types.float32 else ir.IntType(16), lanes),
-        sums=vector, step=lanes, multiple=lanes, prepare=prepare, multiply=multiply, store=store,
+        sums=vector, step=lanes, multiple=lanes, prepare=prepare, multiply=multiply, add="fadd", chunk=CHUNK,
     )
 
 

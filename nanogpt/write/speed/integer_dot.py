@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import carray, config
 
 from nanogpt.write.speed.compiled import INT32, crew_of, kernel, meet, part_of_kernel, share, threads
-from nanogpt.write.speed.tiles import INT8, added_up, at, declared, keep, row_length, tile_of
+from nanogpt.write.speed.tiles import INT8, at, declared, row_length, tile_of
 
 # 一块权重同时配几行激活：寄存器够放 2 x 8 个累加器
 COLUMNS = 8
@@ -55,17 +55,10 @@ def dot_of(rows: int, columns: int, vnni: int):
             return builder.call(declared(builder, name, sums, [sums] * 3), [total, weight, act])
         return builder.add(total, builder.mul(builder.sext(weight, sums), builder.sext(act, sums)))
 
-    def store(builder, totals, out):
-        # 同一行激活的排在一起：几行权重的结果一次写下
-        ordered = [totals[r * columns + c] for c in range(columns) for r in range(rows)]
-        whole = added_up(builder, ordered, builder.add)
-        for c in range(columns):
-            keep(builder, whole, c * rows, rows, out, c * CHUNK)
-
     return tile_of(
         rows, columns, vector=lambda of: sums if vnni else ir.VectorType(INT8, lanes), sums=sums, step=vnni or lanes,
         multiple=64, prepare=lambda builder, weight: builder.xor(weight, flip) if vnni else weight, multiply=multiply,
-        store=store,
+        add="add", chunk=CHUNK,
     )
 
 

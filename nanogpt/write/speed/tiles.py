@@ -27,7 +27,7 @@ def declared(builder, name: str, returns, takes) -> ir.Function:
     return builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(returns, takes), name)
 
 
-def added_up(builder, vectors: list, add) -> list:
+def _added_up(builder, vectors: list, add: str) -> list:
     """The sum of every vector's lanes, in order, as many in one vector as it has lanes; the last has others behind."""
     # 相邻两数相加，直到每个累加器剩一个数：两个累加器挤进一个，比逐个横着加少一大半指令
     lanes = vectors[0].type.count
@@ -38,11 +38,11 @@ def added_up(builder, vectors: list, add) -> list:
 
     for _ in range(lanes.bit_length() - 1):
         pairs = zip(vectors[::2], [*vectors[1::2], *vectors[-1:]])
-        vectors = [add(*(picked(a, b, first) for first in (0, 1))) for a, b in pairs]
+        vectors = [getattr(builder, add)(*(picked(a, b, first) for first in (0, 1))) for a, b in pairs]
     return vectors
 
 
-def keep(builder, vectors: list, first: int, count: int, out, offset: int) -> None:
+def _keep(builder, vectors: list, first: int, count: int, out, offset: int) -> None:
     """Store `count` lanes from `first` on, counted through all vectors, at out[offset]."""
     lanes = vectors[0].type.count
     whole, first = divmod(first, lanes)
@@ -52,14 +52,16 @@ def keep(builder, vectors: list, first: int, count: int, out, offset: int) -> No
     builder.store(part, builder.bitcast(place, part.type.as_pointer())).align = 4
 
 
-def tile_of(rows: int, columns: int, *, vector, sums, step: int, multiple: int, prepare, multiply, store):
-    """dot(w, w_stride, x, x_stride, k, out): products of the first k of rows w[r] and x[c], r < rows, c < columns.
+def tile_of(
+    rows: int, columns: int, *, vector, sums, step: int, multiple: int, prepare, multiply, add: str, chunk: int,
+):
+    """dot(w, w_stride, x, x_stride, k, out): products of the first k of rows w[r] and x[c] into out[c * chunk + r].
 
-    Rows begin a stride behind the one before.
+    r < rows, c < columns; rows begin a stride behind the one before.
 
     `step` elements are read at a time, as vector(their numba type), up to k // multiple * multiple, which must not be
     0. `multiply` (builder, total, weight, act) adds to a vector of `sums`, `prepare` (builder, weight) comes first;
-    `store` (builder, totals, out) gets those of row 0, row 1, …. Weights are asked for before they are needed.
+    `add` names the builder's addition of such vectors. Weights are asked for before they are needed.
     """
 
     def generate(context, builder, signature, args):
@@ -87,13 +89,16 @@ def tile_of(rows: int, columns: int, *, vector, sums, step: int, multiple: int, 
         for c in range(columns):
             act = load(x, signature.args[2], x_stride, c, i)
             for r in range(rows):
-                after[r * columns + c] = multiply(builder, totals[r * columns + c], weights[r], act)
+                # 同一行激活的排在一起：几行权重的结果一次写下
+                after[c * rows + r] = multiply(builder, totals[c * rows + r], weights[r], act)
         following = builder.add(i, ir.Constant(INT64, step))
         for phi, value in ((i, following), *zip(totals, after, strict=True)):
             phi.add_incoming(value, loop)
         builder.cbranch(builder.icmp_signed("<", following, end), loop, done)
         builder.position_at_end(done)
-        store(builder, after, out)
+        whole = _added_up(builder, after, add)
+        for c in range(columns):
+            _keep(builder, whole, c * rows, rows, out, c * chunk)
         return context.get_dummy_value()
 
     @intrinsic
