@@ -7,6 +7,7 @@ import torch.nn as nn
 
 from nanogpt.base.config import ModelConfig
 from nanogpt.base.language import text
+from nanogpt.core.tables import look_up
 
 
 class NgramEmbedding(nn.Module):
@@ -45,7 +46,7 @@ class NgramEmbedding(nn.Module):
                 before = before * (inside >= back)
             # int64 溢出时自然回绕，不影响哈希
             key = key * self.multiplier + before
-        return self.table(key % self.table.num_embeddings)
+        return look_up(self.table, key % self.table.num_embeddings)
 
 
 def table_count(model: nn.Module) -> int:

@@ -1,4 +1,4 @@
-# AdamW 与 Muon：一个类，两条更新公式；哪些参数归哪条，由 adamw() 与 muon() 分组时定下（rule）
+# AdamW 与 Muon：一个类，三条更新公式；哪些参数归哪条，由 adamw() 与 muon() 分组时定下（rule）
 # 状态按参数的名字存，checkpoint 打开就能读懂；8 位、放在 RAM 里的状态由 core/memory 从外面包上来
 # 凡有 param_groups、step、zero_grad、state_dict、load_state_dict 的都能当优化器，torch.optim 的也行
 # 组里的 lr_scale 乘在学习率上
@@ -11,6 +11,7 @@ import torch
 from nanogpt.base.config import AdamWConfig, MuonConfig
 from nanogpt.core import kernels
 from nanogpt.core.kernels import orthogonalized, update_scale
+from nanogpt.core.tables import ROW_AVG_SQ, from_adamw, update_table
 
 # 同形状的矩阵一起正交化：小模型快数倍，大模型不为此多占显存
 STACK_BYTES = 64 * 2**20
@@ -25,7 +26,7 @@ ADAMW_STATES = ("step", "exp_avg", "exp_avg_sq")
 class Optimizer:
     """Base of ours: groups of named parameters, state kept by name, so that a checkpoint is readable.
 
-    A group's `rule` is adamw or muon. Not a torch.optim.Optimizer, whose first use imports torch._dynamo (3 s).
+    A group's `rule` is adamw, muon or rows. Not a torch.optim.Optimizer, whose first use imports torch._dynamo (3 s).
     """
 
     takes_factor = False
@@ -59,13 +60,20 @@ class Optimizer:
         for name, tensors in state["state"].items():
             for key, tensor in tensors.items():
                 # 形状不对的状态要到更新时才出事，那时参数已改了一半
-                if not key.endswith(SCALE) and tensor.numel() != (1 if key == "step" else by_name[name].numel()):
+                values = {"step": 1, ROW_AVG_SQ: by_name[name].shape[:1].numel()}.get(key, by_name[name].numel())
+                if not key.endswith(SCALE) and tensor.numel() != values:
                     raise ValueError(f"optimizer: {key} of {name} has {tensor.numel()} values")
-        self.state = {name: self.converted(tensors, by_name[name]) for name, tensors in state["state"].items()}
+        by_rows = {name for group in self.param_groups if group["rule"] == "rows" for name in group["names"]}
+        saved = {n: from_adamw(self, t, by_name[n]) if n in by_rows else t for n, t in state["state"].items()}
+        self.state = {name: self.converted(tensors, by_name[name]) for name, tensors in saved.items()}
 
     def converted(self, saved: dict[str, torch.Tensor], p: torch.Tensor) -> dict[str, torch.Tensor]:
         """A checkpoint's states of p where p lies."""
         return {key: tensor.to(p.device) for key, tensor in saved.items()}
+
+    def decoded(self, saved: dict[str, torch.Tensor], key: str, p: torch.Tensor) -> torch.Tensor:
+        """A checkpoint's state of p, (n,) or p's shape, in float32."""
+        return saved[key].float()
 
     def start(self, state: dict[str, torch.Tensor], key: str, p: torch.Tensor) -> None:
         """Add a state of zeros of p under `key`."""
@@ -75,8 +83,9 @@ class Optimizer:
         """The states of a parameter, zeros at first."""
         state = self.state.setdefault(name, {})
         for key in group["states"]:
-            if key not in state and key == "step":
-                state[key] = torch.zeros((), dtype=torch.float32, device=p.device)
+            if key not in state and key in ("step", ROW_AVG_SQ):
+                shape = () if key == "step" else (len(p), 1)
+                state[key] = torch.zeros(shape, dtype=torch.float32, device=p.device)
             elif key not in state:
                 self.start(state, key, p)
         return state
@@ -103,10 +112,10 @@ class Optimizer:
 
     def update(self, group: dict, named: list[tuple[str, torch.Tensor]], *, skip=None, factor=None) -> None:
         """Update (name, parameter) pairs of a group from their gradients."""
-        if group["rule"] == "adamw":
-            self.adamw(group, named, skip=skip, factor=factor)
+        if group["rule"] != "muon":
+            getattr(self, group["rule"])(group, named, skip=skip, factor=factor)
             return
-        for portion in portions(named, self.stack_bytes):
+        for portion in kernels.portions(named, self.stack_bytes):
             self.muon(group, portion, skip=skip, factor=factor)
 
     def adamw(self, group: dict, named: list[tuple[str, torch.Tensor]], *, skip=None, factor=None) -> None:
@@ -115,6 +124,11 @@ class Optimizer:
         if states:
             moments = tuple([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
             kernels.adamw([p for _, p in named], [p.grad for _, p in named], moments, group, skip)
+
+    def rows(self, group: dict, named: list[tuple[str, torch.Tensor]], *, skip=None, factor=None) -> None:
+        """One update of look-up tables (rows, cols): see kernels.update_rows()."""
+        for name, p in named:
+            update_table(p, self.started(name, p, group), group, skip)
 
     def muon(self, group: dict, named: list[tuple[str, torch.Tensor]], *, skip=None, factor=None) -> None:
         """One Muon update (Jordan 2024; scaled as in Moonlight, arXiv:2502.16982) of matrices.
@@ -153,18 +167,6 @@ class Optimizer:
         parts = [part for matrix, rows in zip(ahead, splits, strict=True) for part in matrix.split(rows)]
         weights = [part for (_, p), rows in zip(named, splits, strict=True) for part in p.detach().split(rows)]
         return weights, orthogonalized(parts, group), [update_scale(part.shape) for part in weights]
-
-
-def portions(named: list[tuple[str, torch.Tensor]], most_bytes: int) -> list[list[tuple[str, torch.Tensor]]]:
-    """The pairs (their tensors, or shapes) in lists of at most most_bytes of float32 matrices, but at least one."""
-    lists, size = [], most_bytes
-    for name, p in named:
-        size += 4 * p.numel()
-        if size > most_bytes:
-            lists.append([])
-            size = 4 * p.numel()
-        lists[-1].append((name, p))
-    return lists
 
 
 def split_parameters(model: torch.nn.Module) -> tuple[list, list, list]:
@@ -211,7 +213,8 @@ def muon(
     embedding_lr_scale: float, head_lr_scale: float, ngram_lr_scale: float | None, beta1: float, beta2: float,
     eps: float,
 ) -> Optimizer:
-    """Muon on the blocks' matrices, AdamW without decay on embeddings, head and vectors; ngram_lr_scale None is 3."""
+    """Muon on the blocks' matrices, AdamW without decay on embeddings, head and vectors, rows of the n-gram tables each
+    by its own mean square; ngram_lr_scale None is 3."""
     ngram_lr_scale = FRESH_NGRAM_SCALE if ngram_lr_scale is None else ngram_lr_scale
     _check(
         beta1=beta1, beta2=beta2, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps, eps=eps,
@@ -227,9 +230,8 @@ def muon(
             matrices, rule="muon", states=("momentum",), lr_scale=1.0, weight_decay=weight_decay, momentum=momentum,
             ns_steps=ns_steps, ns_bf16=False, splits=joined_rows(model),
         ),
-        # 每步只有少数行有梯度，查表参数要更大的步长
         _group(embeddings, lr_scale=embedding_lr_scale, **shared),
-        _group(ngrams, lr_scale=ngram_lr_scale, **shared),
+        _group(ngrams, lr_scale=ngram_lr_scale, **{**shared, "rule": "rows", "states": ("step", ROW_AVG_SQ)}),
         _group(head, lr_scale=head_lr_scale, **shared),
         _group(vectors, lr_scale=1.0, **shared),
     ]

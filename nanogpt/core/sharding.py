@@ -23,8 +23,7 @@ from nanogpt.base.config import ParallelConfig
 from nanogpt.base.errors import not_divisible
 from nanogpt.base.language import ConfigError
 from nanogpt.core import distributed
-from nanogpt.core.kernels import orthogonalized, update_scale
-from nanogpt.core.optimizers import portions
+from nanogpt.core.kernels import orthogonalized, portions, update_scale
 from nanogpt.core.wrapping import mix_in
 
 
@@ -349,7 +348,7 @@ class ShardedOptimizer:
         for name, tensors in state["state"].items():
             # 换一种格式（8 位）存下的，先整个换回来
             whole = self.converted(tensors, torch.empty(self.shapes[name])) if name in self.shapes else tensors
-            if any(t.dim() and t.shape != self.shapes.get(name) for t in whole.values()):
+            if any(t.dim() and t.shape not in (self.shapes.get(name), (len(t), 1)) for t in whole.values()):
                 raise ValueError(f"optimizer: the states of {name} have other shapes")
             cut[name] = {
                 key: t[rows_of(len(t), distributed.rank())].clone() if t.dim() else t for key, t in whole.items()

@@ -10,6 +10,7 @@ import torch
 from nanogpt.core.machine import Reading
 from nanogpt.core.optimizers import Optimizer
 from nanogpt.core.precision import adjust_scale
+from nanogpt.core.tables import row_gradient
 
 
 class Step:
@@ -58,12 +59,15 @@ class Step:
         """Global L2 norm of all gradients, shape ()."""
         if self.in_backward:
             return self.in_backward.gradient_norm()
+        grads = [rows.once() if (rows := row_gradient(p)) else p.grad for p in self.parameters if p.grad is not None]
         # bf16 的梯度得出 bf16 的范数：裁剪的系数不该再跟着粗一遍
-        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]).float()
+        return torch.nn.utils.get_total_norm(grads).float()
 
     def clip(self, norm: torch.Tensor, limit: float) -> None:
         """Scale all gradients so that their norm `norm` becomes `limit`."""
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
+        torch.nn.utils.clip_grads_with_norm_([p for p in self.parameters if not row_gradient(p)], limit, norm)
+        for rows in filter(None, map(row_gradient, self.parameters)):
+            rows.scale((limit / (norm + 1e-6)).clamp(max=1.0))
 
     def update(self) -> None:
         """Apply the gradients and drop them; nothing is left to do after a backward that did."""

@@ -346,6 +346,8 @@ class _Run:
             self._forward_ended()
             with self.precision.backward_context():
                 step.backward(loss)
+            for tensor in _rows_kept(step):
+                self.result.kinds[self.tracker.follow(tensor)] = "gradients"
             total += loss.detach()
             del loss
             if step.sums:
@@ -379,10 +381,11 @@ class _Run:
         if self.shape.shards > 1:
             # 最后凑齐的那个 block 要到下一次前向才放掉：它不是状态
             states = {self.tracker.follow(t) for each in step.optimizer.state.values() for t in each.values()}
+        rows = {self.tracker.follow(tensor) for tensor in _rows_kept(step)}
         for number, size in self.tracker.live().items():
             if states is not None and number not in states:
                 continue
-            if self.result.kinds.get(number) != "weights" and number not in self.tracker.host:
+            if self.result.kinds.get(number) != "weights" and number not in self.tracker.host | rows:
                 self.result.kinds[number] = "optimizer"
                 self.result.optimizer_bytes += size
 
@@ -403,3 +406,9 @@ class _Run:
         logits = model.logits(model.hidden(idx, cache)[:, -1])
         del cache, idx, logits
         self._end_phase("sample")
+
+
+def _rows_kept(step: Step) -> list[torch.Tensor]:
+    """What the gradients of look-up tables keep from one step to the next."""
+    # 它们自己写进 p.grad，autograd 的 hook 看不见
+    return [t for p in step.parameters if hasattr(p, "row_gradient") for t in p.row_gradient.tensors()]

@@ -154,11 +154,12 @@ def build_step(cfg: TrainConfig, model, precision):
     from nanogpt.core.distributed import world
     from nanogpt.core.loss import chunked_cross_entropy
     from nanogpt.core.memory.in_backward import InBackward
-    from nanogpt.core.memory.lean_optimizers import configure
+    from nanogpt.core.memory.lean_optimizers import Lean, configure
     from nanogpt.core.memory.recompute import fit_budget, recompute_blocks
     from nanogpt.core.optimizers import Optimizer
     from nanogpt.core.sharding import applies, shard, shard_step
     from nanogpt.core.step import Step
+    from nanogpt.core.tables import RowGradient
 
     memory, expect = cfg.memory, None
     model.cross_entropy = partial(chunked_cross_entropy, chunk_mib=memory.loss_chunk_mib)
@@ -173,6 +174,10 @@ def build_step(cfg: TrainConfig, model, precision):
     for group in optimizer.param_groups if precision.bf16_updates else ():
         if group.get("rule") == "muon":
             group["ns_bf16"] = True
+    alone = world() == 1 and not applies(cfg.parallel)
+    if precision.device_type == "cpu" and alone and not isinstance(optimizer, Lean):
+        for p in (p for group in optimizer.param_groups if group.get("rule") == "rows" for p in group["params"]):
+            p.row_gradient = RowGradient()
     in_backward = InBackward(optimizer, cfg.grad_clip) if memory.optimizer_in_backward else None
     step = Step(model, optimizer, precision, in_backward=in_backward, expect=expect)
     if applies(cfg.parallel):

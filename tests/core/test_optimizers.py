@@ -5,15 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LLAMA_RECIPE, tiny_model_config
+from conftest import LLAMA_RECIPE, make_config, tiny_model_config
 
 from nanogpt.base.config import ROOT, MemoryConfig
 from nanogpt.core import kernels
 from nanogpt.core.kernels import orthogonalize
 from nanogpt.core.memory.lean_optimizers import configure
-from nanogpt.core.optimizers import adamw, muon
+from nanogpt.core.memory.lowbit import PIECE
+from nanogpt.core.optimizers import ADAMW_STATES, adamw, muon
+from nanogpt.core.precision import Precision
 from nanogpt.core.schedule import learning_rate_at
-from nanogpt.weights.build import build_model
+from nanogpt.core.tables import row_gradient
+from nanogpt.weights.build import build_model, build_step
 
 
 def settings(name):
@@ -119,6 +122,105 @@ def test_muon_moves_each_of_the_matrices_that_share_a_weight_as_if_it_stood_alon
         alone = [orthogonalize(part[None], 5)[0] * 0.2 * max(part.shape) ** 0.5 for part in parts]
         optimizer.step()
         torch.testing.assert_close(before - weight, torch.cat(alone), atol=1e-4, rtol=1e-3)
+
+
+TABLES = {"ngrams": [2, 3], "ngram_buckets": 97}
+
+
+def with_tables(**memory):
+    """A model with n-gram tables, and Muon for it."""
+    model = build_model(tiny_model_config(**TABLES), 0)
+    optimizer = muon(model, **settings("muon"))
+    configure(optimizer, MemoryConfig(**memory))
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2
+    return model, optimizer, model.ngrams[1].table.weight
+
+
+def test_a_row_of_a_table_moves_against_its_gradient_over_the_root_of_its_mean_square_and_without_one_not_at_all():
+    model, optimizer, table = with_tables()
+    squares, expected = torch.zeros(len(table)), table.detach().double()
+    for step in range(4):
+        gradients(model, step)
+        table.grad[3 + step :] = 0
+        grad = table.grad.double()
+        used = grad.square().sum(1) > 0
+        squares[used] = (0.95 * squares[used] + 0.05 * grad.square().mean(1)[used]).float()
+        rate = 1e-2 / ((squares.double() / (1 - 0.95 ** (step + 1))).sqrt() + 1e-10)
+        expected[used] -= (grad * rate[:, None])[used]
+        optimizer.step()
+    torch.testing.assert_close(table.detach().double(), expected, rtol=1e-5, atol=1e-6)
+    assert [t.shape for t in optimizer.state["ngrams.1.table.weight"].values()] == [(), (97, 1)]
+
+
+def test_a_step_that_is_skipped_changes_no_table_even_if_its_gradient_is_nan():
+    model, optimizer, table = with_tables()
+    gradients(model, 0)
+    optimizer.step()
+    before = [t.clone() for t in (table, *optimizer.state["ngrams.1.table.weight"].values())]
+    gradients(model, 1)
+    table.grad[5] = math.nan
+    optimizer.step(skip=torch.ones(()))
+    assert all(map(torch.equal, before, (table, *optimizer.state["ngrams.1.table.weight"].values())))
+
+
+@pytest.mark.parametrize("memory", [{"optimizer_in_backward": True}, {"optimizer_state": "int8"}])
+def test_tables_move_alike_however_the_optimizer_stores_what_it_keeps(monkeypatch, memory):
+    # 一块只装得下几行
+    monkeypatch.setitem(PIECE, "cpu", 256)
+    (plain, one, a), (lean, two, b) = with_tables(), with_tables(**memory)
+    for step in range(3):
+        gradients(plain, step)
+        gradients(lean, step)
+        one.step()
+        two.step(factor=torch.ones(()))
+    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("memory", [{}, {"optimizer_state": "int8"}])
+def test_a_checkpoint_whose_tables_adamw_trained_goes_on_with_their_mean_squares(memory):
+    model, _, table = with_tables()
+    old = muon(model, **settings("muon"))
+    for group in old.param_groups:
+        group["lr"] = 1e-2
+        if group["rule"] == "rows":
+            group |= {"rule": "adamw", "states": ADAMW_STATES}
+    configure(old, MemoryConfig(**memory))
+    gradients(model, 0)
+    table.grad[7:] = 0
+    squares = 0.05 * table.grad.square().mean(1, keepdim=True)
+    old.step()
+    _, optimizer, _ = with_tables(**memory)
+    optimizer.load_state_dict(old.state_dict())
+    state = optimizer.state["ngrams.1.table.weight"]
+    assert set(state) == {"step", "row_avg_sq"} and state["step"] == 1
+    torch.testing.assert_close(state["row_avg_sq"], squares, rtol=0.05 if memory else 1e-6, atol=1e-4 if memory else 1e-9)
+
+
+def test_going_through_the_touched_rows_alone_gives_what_going_through_the_tables_gives():
+    """With gradients that are clipped and two micro-batches in a step, of which rows are read more than once."""
+    def trained(by_rows):
+        cfg = make_config("model.ngrams=[2,3]", "model.ngram_buckets=997", "batch_size=4", "model.block_size=16", "model.vocab_size=30")
+        model = build_model(cfg.model, 0).train()
+        step = build_step(cfg, model, Precision(cfg.precision, torch.device("cpu")))
+        tables = [part.table.weight for part in model.ngrams]
+        assert all(hasattr(table, "row_gradient") for table in tables)
+        for table in () if by_rows else tables:
+            del table.row_gradient
+        for group in step.optimizer.param_groups:
+            group["lr"] = 1e-2 * group["lr_scale"]
+        norms, generator = [], torch.Generator().manual_seed(0)
+        for number in range(5):
+            micro_batches = [torch.randint(30, (2, 4, 16), generator=generator) for _ in range(2)]
+            loss = sum(step.micro_batch(x, y, 0.5) for x, y in micro_batches)
+            assert not by_rows or all(row_gradient(table) for table in tables)
+            norms.append(step.finish(loss, 0.05, late=number % 2 == 1)[0].read()[1])
+            assert all(p.grad is None for p in model.parameters())
+        return norms, [p.detach() for p in model.parameters()]
+
+    (norms, weights), (wanted, others) = trained(True), trained(False)
+    assert min(norms) > 0.1 and norms == pytest.approx(wanted, rel=1e-5)
+    torch.testing.assert_close(weights, others, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("factory", "name"), [(adamw, "adamw"), (muon, "muon")])

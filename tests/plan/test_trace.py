@@ -68,7 +68,10 @@ def test_traced_weights_gradients_and_state_are_those_of_the_real_model(optimize
     traced = traced_once(Shape(2, 2, 2), f"optimizer={optimizer}")
     step, _ = real_step(cfg, 2)
     weights = sum(t.untyped_storage().nbytes() for t in (*step.model.parameters(), *step.model.buffers()))
-    gradients = sum(p.grad.untyped_storage().nbytes() for p in step.model.parameters())
+    rows = [p.row_gradient.tensors() for p in step.model.parameters() if hasattr(p, "row_gradient")]
+    # 表的梯度还记着碰过哪些行：追踪的一步有两个微批
+    touched = 2 * sum(t.nbytes for _, *ids in rows for t in ids)
+    gradients = sum(p.grad.untyped_storage().nbytes() for p in step.model.parameters()) + touched
     step.update()
     assert (traced.weight_bytes, traced.optimizer_bytes) == (weights, state_bytes(step))
     assert traced.parameters == step.model.parameter_count()

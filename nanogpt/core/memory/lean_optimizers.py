@@ -22,6 +22,7 @@ from nanogpt.core.kernels import orthogonalized, update_scale
 from nanogpt.core.memory import lowbit
 from nanogpt.core.memory.lowbit import BLOCK, PIECE, SMALL, Codec, round_stochastically, scale_of, zero_code
 from nanogpt.core.optimizers import SCALE, Optimizer
+from nanogpt.core.tables import ROW_AVG_SQ
 from nanogpt.core.wrapping import mix_in
 
 # 二阶矩非负，整个码表都给正数
@@ -108,8 +109,8 @@ class Storage:
         for key, tensor in saved.items():
             if key.endswith(SCALE) or (key == COMPENSATION and not self.compensates(p)):
                 continue
-            # 步数是标量，融合 kernel 要求它与参数在同一设备
-            if tensor.dim() == 0:
+            # 步数是标量，融合 kernel 要求它与参数在同一设备；一行一个的数也小
+            if tensor.dim() == 0 or key == ROW_AVG_SQ:
                 state[key] = tensor.to(p.device)
             elif (key + SCALE in saved) == self.keeps_codes(key, p):
                 state |= {k: self.place(saved[k], p) for k in (key, key + SCALE) if k in saved}
@@ -190,6 +191,22 @@ def adamw_update(
         kernels.adamw([weights], [_gradient(grad, span, factor)], moments, group, skip)
         storage.write(state, "exp_avg", span, first)
         storage.write(state, "exp_avg_sq", span, second)
+        storage.write_weights(state, p, span, weights, skip)
+    step.add_(1 if skip is None else 1 - skip)
+
+
+def rows_update(
+    storage: Storage, state: dict, group: dict, p: torch.Tensor, grad: torch.Tensor, *,
+    skip: torch.Tensor | None = None, factor: torch.Tensor | None = None,
+) -> None:
+    """kernels.update_rows() on one look-up table (rows, cols)."""
+    cols, step = p.size(1), state["step"]
+    # 一块总是整行
+    for rows in lowbit.spans(len(p), max(1, storage.piece // cols)):
+        span = slice(rows.start * cols, rows.stop * cols)
+        weights = storage.read_weights(state, p, span)
+        gradient = _gradient(grad, span, factor).view(-1, cols)
+        kernels.update_rows(weights.view(-1, cols), gradient, state[ROW_AVG_SQ][rows], step, group, skip)
         storage.write_weights(state, p, span, weights, skip)
     step.add_(1 if skip is None else 1 - skip)
 
@@ -343,6 +360,9 @@ class Stored:
     def converted(self, saved: dict[str, torch.Tensor], p: torch.Tensor) -> dict[str, torch.Tensor]:
         return self.storage.converted(saved, p)
 
+    def decoded(self, saved: dict[str, torch.Tensor], key: str, p: torch.Tensor) -> torch.Tensor:
+        return self.storage.read(saved, key, slice(0, p.numel()), saved[key].device)
+
 
 class Lean(Stored):
     """Mixed in before an optimizer's class: states and weights in the storage's formats, updated one by one."""
@@ -393,6 +413,10 @@ class Lean(Stored):
     def adamw(self, group: dict, named: list[tuple[str, torch.Tensor]], *, skip=None, factor=None) -> None:
         for name, p in named:
             adamw_update(self.storage, self.started(name, p, group), group, p, p.grad, skip=skip, factor=factor)
+
+    def rows(self, group: dict, named: list[tuple[str, torch.Tensor]], *, skip=None, factor=None) -> None:
+        for name, p in named:
+            rows_update(self.storage, self.started(name, p, group), group, p, p.grad, skip=skip, factor=factor)
 
     def muon(self, group: dict, named: list[tuple[str, torch.Tensor]], *, skip=None, factor=None) -> None:
         states = [self.started(name, p, group) for name, p in named]
