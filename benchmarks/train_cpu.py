@@ -90,14 +90,15 @@ def training(shape: str, way: str) -> Callable[[], None]:
 
 
 def in_turn(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, behind one round that does not count."""
+    """Median milliseconds of each, every one behind one that does not count."""
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
+    for _ in range(rounds):
         for name, once in ways.items():
+            # 前一步是别的模型的：缓存里没有自己的权重与状态，训练时却总有
+            once()
             start = time.perf_counter()
             once()
-            if number:
-                times[name].append((time.perf_counter() - start) * 1e3)
+            times[name].append((time.perf_counter() - start) * 1e3)
     return {name: round(statistics.median(each), 3) for name, each in times.items()}
 
 

@@ -379,8 +379,9 @@ class MuonConfig:
     """How much of the running mean of gradients is kept at each step."""
     ns_steps: int = number(1, 20)
     """Newton-Schulz iterations: fewer are faster, more come nearer to orthogonal."""
-    embedding_lr_scale: float = number(0, 10**6)
-    """What the learning rate is multiplied by for the input embedding."""
+    embedding_lr_scale: float | None = number(0, 10**6)
+    """What the learning rate is multiplied by for the input embedding. None: 30 if it starts from values
+    around 1 (model.init=modern); 1 if it is the output layer too or the training begins from other weights."""
     head_lr_scale: float = number(0, 10**6)
     """The same for the output layer."""
     ngram_lr_scale: float | None = number(0, 10**6)

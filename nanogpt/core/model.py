@@ -19,6 +19,7 @@ from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.loss import chunked_cross_entropy
 from nanogpt.core.ngrams import NgramEmbedding
 from nanogpt.core.rope import rope_table
+from nanogpt.core.tables import look_up
 
 
 class Norm(nn.Module):
@@ -141,7 +142,7 @@ class GPT(nn.Module):
         inside = self.inside(idx) if cache is None else None
         if self.config.marked:
             idx = torch.where(idx < 0, ~idx, idx)
-        x = self.wte(idx)
+        x = look_up(self.wte, idx)
         if self.wpe is not None:
             # 每篇文章的位置从 0 数起，与单独写它时一样
             x = x + self.wpe.weight[at if inside is None else inside]

@@ -11,7 +11,7 @@ import torch
 from nanogpt.base.config import AdamWConfig, MuonConfig
 from nanogpt.core import kernels
 from nanogpt.core.kernels import orthogonalized, update_scale
-from nanogpt.core.tables import ROW_AVG_SQ, from_adamw, update_table
+from nanogpt.core.tables import ROW_AVG_SQ, embedding_scale, from_adamw, update_table
 
 # 同形状的矩阵一起正交化：小模型快数倍，大模型不为此多占显存
 STACK_BYTES = 64 * 2**20
@@ -71,10 +71,6 @@ class Optimizer:
         """A checkpoint's states of p where p lies."""
         return {key: tensor.to(p.device) for key, tensor in saved.items()}
 
-    def decoded(self, saved: dict[str, torch.Tensor], key: str, p: torch.Tensor) -> torch.Tensor:
-        """A checkpoint's state of p, (n,) or p's shape, in float32."""
-        return saved[key].float()
-
     def start(self, state: dict[str, torch.Tensor], key: str, p: torch.Tensor) -> None:
         """Add a state of zeros of p under `key`."""
         state[key] = torch.zeros_like(p)
@@ -112,11 +108,8 @@ class Optimizer:
 
     def update(self, group: dict, named: list[tuple[str, torch.Tensor]], *, skip=None, factor=None) -> None:
         """Update (name, parameter) pairs of a group from their gradients."""
-        if group["rule"] != "muon":
-            getattr(self, group["rule"])(group, named, skip=skip, factor=factor)
-            return
-        for portion in kernels.portions(named, self.stack_bytes):
-            self.muon(group, portion, skip=skip, factor=factor)
+        for portion in kernels.portions(named, self.stack_bytes) if group["rule"] == "muon" else [named]:
+            getattr(self, group["rule"])(group, portion, skip=skip, factor=factor)
 
     def adamw(self, group: dict, named: list[tuple[str, torch.Tensor]], *, skip=None, factor=None) -> None:
         """One AdamW update."""
@@ -210,28 +203,34 @@ def adamw(model: torch.nn.Module, *, weight_decay: float, beta1: float, beta2: f
 
 def muon(
     model: torch.nn.Module, *, weight_decay: float, momentum: float, ns_steps: int,
-    embedding_lr_scale: float, head_lr_scale: float, ngram_lr_scale: float | None, beta1: float, beta2: float,
-    eps: float,
+    embedding_lr_scale: float | None, head_lr_scale: float, ngram_lr_scale: float | None, beta1: float,
+    beta2: float, eps: float,
 ) -> Optimizer:
-    """Muon on the blocks' matrices, AdamW without decay on embeddings, head and vectors, rows of the n-gram tables each
-    by its own mean square; ngram_lr_scale None is 3."""
+    """Muon on the blocks' matrices, each row of tables and untied embedding by its own mean square, else AdamW.
+
+    ngram_lr_scale None is 3, embedding_lr_scale None what embedding_scale() says.
+    """
+    tied = model.config.tie_embeddings
     ngram_lr_scale = FRESH_NGRAM_SCALE if ngram_lr_scale is None else ngram_lr_scale
+    embedding_lr_scale = embedding_scale(model.config) if embedding_lr_scale is None else embedding_lr_scale
     _check(
         beta1=beta1, beta2=beta2, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps, eps=eps,
         embedding_lr_scale=embedding_lr_scale, head_lr_scale=head_lr_scale, ngram_lr_scale=ngram_lr_scale,
     )
     matrices, tables, vectors = split_parameters(model)
     shared = {"betas": (beta1, beta2), "eps": eps, "weight_decay": 0.0, "rule": "adamw", "states": ADAMW_STATES}
-    head = [(n, p) for n, p in tables if n.startswith("lm_head")]
-    ngrams = [(n, p) for n, p in tables if n.startswith("ngrams")]
-    embeddings = [(n, p) for n, p in tables if not n.startswith(("lm_head", "ngrams"))]
+    kinds = ("lm_head", "ngrams", "wte")
+    head, ngrams, embedding = ([(n, p) for n, p in tables if n.startswith(kind)] for kind in kinds)
+    positions = [(n, p) for n, p in tables if not n.startswith(kinds)]
+    by_rows = {**shared, "rule": "rows", "states": ("step", ROW_AVG_SQ)}
     groups = [
         _group(
             matrices, rule="muon", states=("momentum",), lr_scale=1.0, weight_decay=weight_decay, momentum=momentum,
             ns_steps=ns_steps, ns_bf16=False, splits=joined_rows(model),
         ),
-        _group(embeddings, lr_scale=embedding_lr_scale, **shared),
-        _group(ngrams, lr_scale=ngram_lr_scale, **{**shared, "rule": "rows", "states": ("step", ROW_AVG_SQ)}),
+        _group(embedding, lr_scale=embedding_lr_scale, **(shared if tied else by_rows)),
+        _group(positions, lr_scale=1.0, **shared),
+        _group(ngrams, lr_scale=ngram_lr_scale, **by_rows),
         _group(head, lr_scale=head_lr_scale, **shared),
         _group(vectors, lr_scale=1.0, **shared),
     ]

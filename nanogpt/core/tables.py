@@ -10,6 +10,15 @@ from nanogpt.core import kernels
 
 # 一行一个数，(rows, 1)：不压成 8 位，也不搬去 RAM
 ROW_AVG_SQ = "row_avg_sq"
+# 从头训练的输入 embedding 的学习率倍数：它从标准差 1 出发，照一倍走，短训练里几乎没动
+FRESH_EMBEDDING_SCALE = 30.0
+
+
+def embedding_scale(config, fresh: bool = True) -> float:
+    """What the learning rate of an input embedding is multiplied by, also if it is not `fresh` but trained before."""
+    # 与输出层共享的、从 0.02 出发的，一步本来就不小
+    large = config.init == "modern" and not config.tie_embeddings
+    return FRESH_EMBEDDING_SCALE if fresh and large else 1.0
 
 
 class RowGradient:
@@ -83,9 +92,9 @@ class _LookUp(torch.autograd.Function):
 def look_up(table: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
     """table(ids), (..., cols)."""
     weight = table.weight
-    if hasattr(weight, "row_gradient") and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _LookUp.apply(weight, ids)
-    return table(ids)
+    # 使用者挂了 hook 的，梯度要经过 autograd
+    by_rows = hasattr(weight, "row_gradient") and torch.is_grad_enabled() and not weight._backward_hooks
+    return _LookUp.apply(weight, ids) if by_rows and not torch.compiler.is_compiling() else table(ids)
 
 
 def update_table(p: torch.Tensor, state: dict[str, torch.Tensor], group: dict, skip: torch.Tensor | None) -> None:
@@ -107,5 +116,8 @@ def from_adamw(optimizer, saved: dict[str, torch.Tensor], p: torch.Tensor) -> di
     # 早先的训练用 AdamW 更新这些表：接着它每行的均方走，动量不要了
     if "exp_avg_sq" not in saved:
         return saved
-    squares = optimizer.decoded(saved, "exp_avg_sq", p).view(p.shape)
-    return {"step": saved["step"], ROW_AVG_SQ: squares.mean(1, keepdim=True)}
+    squares = saved["exp_avg_sq"]
+    if hasattr(optimizer, "storage"):
+        # 可能是 8 位的
+        squares = optimizer.storage.read(saved, "exp_avg_sq", slice(0, p.numel()), squares.device)
+    return {"step": saved["step"], ROW_AVG_SQ: squares.view(p.shape).float().mean(1, keepdim=True)}

@@ -1,5 +1,6 @@
 # 文字少、读的遍数多，模型就会背诵：n-gram 表背得最快，大模型也快
 # 所以 model.ngrams、dropout、optimizer.ngram_lr_scale 为 null 时，由预算读几遍文字、block 多大来定
+# optimizer.embedding_lr_scale 为 null 时，看是不是从头训练
 # 定下的数写进配置，续训与写作照着它；命令行上写了的不动
 # 仍然背了起来的，early_stop_evals=null 时由 past_turn 叫停：宁可晚停，不停会好起来的
 """What a run takes against learning its text by heart, where the person leaves it open."""
@@ -17,10 +18,13 @@ from nanogpt.base.config import (
 )
 from nanogpt.core.optimizers import FRESH_NGRAM_SCALE
 from nanogpt.core.progress import Progress
+from nanogpt.core.tables import embedding_scale
 
 # 一遍之内背不下来，表都占便宜；再多，n 越大的表越早只剩下背诵：5 读 2 遍还留着，4 到 4 遍，3 到 8 遍，2 到 16 遍
 # 这是 SMALL 个 block 参数的模型；更大的自己就学得会，遍数按参数之比的 LARGER 次方折算
 PASSES_OF_2, SMALL, LARGER = 16, 0.8e6, 0.75
+# 以上量自英文的字符；一个 token 越有内容，同样的 n 背下的越多：n 按词表的对数折算，BPE 4096 的 2 当作字符的 4
+CHARACTERS = 65
 # 从差不多读两遍起，表学得慢些更好：一遍时 3 倍好 0.026，两遍时相当，四遍以上 1 倍才能多留一张表
 TWICE = 1.75
 # 从读这么多遍起丢弃，每翻一倍多丢 0.05；都量自 benchmarks/ablate.py held_back 与 held_back_small
@@ -39,26 +43,31 @@ def passes_of(cfg: TrainConfig, text_tokens: int) -> float:
 
 
 def held_back(cfg: TrainConfig, text_tokens: int) -> TrainConfig:
-    """The config with ngrams, dropout and ngram_lr_scale filled in; text_tokens of the training split, 0: unknown."""
+    """The config with ngrams, dropout and the optimizer's scales of the learning rate filled in; text_tokens of the
+    training split, 0: unknown."""
     model, passes = cfg.model, passes_of(cfg, text_tokens) if text_tokens else 0.0
     if model.ngrams is None:
-        model = replace(model, ngrams=tables_for(passes, block_parameters(model)))
+        model = replace(model, ngrams=tables_for(passes, block_parameters(model), model.vocab_size))
     if model.dropout is None:
         # 训练过的权重学得慢，也背得慢：微调照旧从 0 起，要多少由人写
         model = replace(model, dropout=0.0 if cfg.init_from else dropout_for(passes))
     optimizer = cfg.optimizer
     if "ngram_lr_scale" in optimizer and optimizer["ngram_lr_scale"] is None:
         optimizer = {**optimizer, "ngram_lr_scale": FRESH_NGRAM_SCALE if passes < TWICE else 1.0}
+    if "embedding_lr_scale" in optimizer and optimizer["embedding_lr_scale"] is None:
+        optimizer = {**optimizer, "embedding_lr_scale": embedding_scale(model, fresh=not cfg.init_from)}
     return replace(cfg, model=model, dropout=model.dropout, optimizer=optimizer)
 
 
-def tables_for(passes: float, parameters: int) -> list[int]:
-    """Sizes n of the n-gram tables of a model with so many parameters in its blocks, for a text read so many times."""
+def tables_for(passes: float, parameters: int, vocabulary: int | None = None) -> list[int]:
+    """Sizes n of the n-gram tables of a model with so many parameters in its blocks, for a text read so many times, of
+    so many different tokens; None: characters."""
     if round(passes) <= 1:
         return list(ALL_NGRAMS)
     scaled = passes * max(1.0, parameters / SMALL) ** LARGER
+    each = max(1.0, math.log(vocabulary or CHARACTERS, CHARACTERS))
     # 界线在两档的几何平均处
-    return [n for n in ALL_NGRAMS if scaled < math.sqrt(2) * PASSES_OF_2 / 2 ** (n - 2)]
+    return [n for n in ALL_NGRAMS if scaled < math.sqrt(2) * PASSES_OF_2 / 2 ** (n * each - 2)]
 
 
 def dropout_for(passes: float) -> float:

@@ -32,6 +32,9 @@ def test_what_was_measured_is_what_is_chosen():
     """The best settings of results/ablate_held_back.json and ablate_held_back_small.json."""
     assert [tables_for(passes, 786_432) for passes in (2, 4, 8)] == [[2, 3, 4, 5], [2, 3, 4], [2, 3]]
     assert [tables_for(passes, 10_616_832) for passes in (4, 8)] == [[], []]
+    # BPE，4096 个：4 遍时 2 最好，2 遍时 2 好于没有；读一遍时都留
+    assert [tables_for(passes, 786_432, 4096) for passes in (1, 2, 4, 8)] == [[2, 3, 4, 5], [2], [2], []]
+    assert tables_for(4, 786_432, 30) == tables_for(4, 786_432, 65) == tables_for(4, 786_432)
 
 
 def test_what_is_typed_is_taken_and_weights_trained_before_are_not_dropped():
@@ -40,6 +43,14 @@ def test_what_is_typed_is_taken_and_weights_trained_before_are_not_dropped():
     cfg = make_config("max_tokens=100000", "arch=gpt2", "init_from=gpt2")
     assert held_back(cfg, 1000).dropout == 0 and held_back(cfg, 0).model.ngrams == []
     assert passes_of(make_config("max_minutes=1"), 10) == 4
+
+
+@pytest.mark.parametrize(("typed", "scale"), [
+    ((), 30), (("arch=llama",), 30), (("arch=gpt2",), 1), (("model.tie_embeddings=true",), 1), (("model.init=gpt2",), 1), (("init_from=there",), 1),
+    (("optimizer.embedding_lr_scale=2",), 2),
+])
+def test_an_embedding_that_starts_from_values_around_one_takes_larger_steps(typed, scale):
+    assert held_back(make_config("max_iters=10", *typed), 1000).optimizer["embedding_lr_scale"] == scale
 
 
 def test_a_run_writes_down_what_was_chosen_and_keeps_it(in_tmp, tiny_overrides, capsys):

@@ -360,9 +360,6 @@ class Stored:
     def converted(self, saved: dict[str, torch.Tensor], p: torch.Tensor) -> dict[str, torch.Tensor]:
         return self.storage.converted(saved, p)
 
-    def decoded(self, saved: dict[str, torch.Tensor], key: str, p: torch.Tensor) -> torch.Tensor:
-        return self.storage.read(saved, key, slice(0, p.numel()), saved[key].device)
-
 
 class Lean(Stored):
     """Mixed in before an optimizer's class: states and weights in the storage's formats, updated one by one."""
