@@ -29,7 +29,7 @@ from nanogpt.write.terminal import from_a_pipe, toolbar
 # 问一个字母，答它的大写三遍；再问一次，答得一样：第二句要看得见前面的
 LETTERS = "abcdefghijklmnop"
 LEARNING = [
-    "model.n_layer=2", "model.n_head=2", "model.n_embd=32", "model.block_size=32", "model.ngrams=[2]", "model.ngram_buckets=97", "optimizer.ngram_lr_scale=3", "batch_size=8",
+    "model.n_layer=2", "model.n_head=2", "model.n_embd=32", "model.block_size=32", "model.ngrams=[2]", "model.ngram_buckets=97", "optimizer.ngram_lr_scale=3", "optimizer.embedding_lr_scale=1", "batch_size=8",
     "dataset=chat", "dataset.path=talks.jsonl", "dataset.dir=talks", "dataset.val_fraction=0.1",
     "max_iters=60", "eval_interval=60", "learning_rate=2e-2", "warmup_iters=2", "logger=none", "device=cpu", "sample_tokens=8", "log_interval=30",
 ]
