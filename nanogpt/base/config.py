@@ -388,9 +388,9 @@ class MuonConfig:
     """The same for the n-gram tables. None: 3 for a text that is read once, whose rows are seldom updated; 1 for one
     that is read several times, so that the tables learn it by heart more slowly."""
     beta1: float = number(0, 0.99999)
-    """How much of the running mean is kept in AdamW's part: embeddings, head and vectors."""
+    """How much of the running mean is kept in AdamW's part: head, positions and vectors."""
     beta2: float = number(0, 0.99999)
-    """The same of the squared gradients there."""
+    """The same of the squared gradients there, and of those of the n-gram tables and the input embedding."""
     eps: float = number(0, 1)
     """What is added to the root of their mean there."""
 

@@ -11,15 +11,13 @@ import torch
 from nanogpt.base.config import AdamWConfig, MuonConfig
 from nanogpt.core import kernels
 from nanogpt.core.kernels import orthogonalized, update_scale
-from nanogpt.core.tables import ROW_AVG_SQ, embedding_scale, from_adamw, update_table
+from nanogpt.core.tables import FRESH_NGRAM_SCALE, ROW_AVG_SQ, embedding_scale, from_adamw, update_table
 
 # 同形状的矩阵一起正交化：小模型快数倍，大模型不为此多占显存
 STACK_BYTES = 64 * 2**20
 # 8 位的状态另有一份 scale，名字是状态的名字加上它
 SCALE = "_scale"
 RANGES = {one.name: one.metadata["range"] for schema in (AdamWConfig, MuonConfig) for one in fields(schema)}
-# n-gram 表的学习率倍数，适合只读一遍的文字
-FRESH_NGRAM_SCALE = 3.0
 ADAMW_STATES = ("step", "exp_avg", "exp_avg_sq")
 
 

@@ -1,4 +1,5 @@
-# n-gram 表怎么训练：公式是 kernels.update_rows，一行一个均方，没有动量；这里是 CPU 上只碰该碰的行的那套做法
+# n-gram 表与输入 embedding 怎么训练：公式是 kernels.update_rows，一行一个均方，没有动量
+# 下面是 CPU 上只碰该碰的行的那套做法
 # 一步只碰到几百行，却要为整张表的梯度清零、求范数、更新，小模型上占一步的七分之一
 # RowGradient 留着一块与表同大的和，只加、只清、只读碰到的行；p.grad 就是它，别处照旧可以当普通的梯度用
 # 只在单进程、状态不压缩时用（weights.build.build_step 接上）；显卡上读写整张表本来就快，也不必等下标
@@ -10,8 +11,9 @@ from nanogpt.core import kernels
 
 # 一行一个数，(rows, 1)：不压成 8 位，也不搬去 RAM
 ROW_AVG_SQ = "row_avg_sq"
-# 从头训练的输入 embedding 的学习率倍数：它从标准差 1 出发，照一倍走，短训练里几乎没动
-FRESH_EMBEDDING_SCALE = 30.0
+# 学习率的倍数：n-gram 表的，适合只读一遍的文字；从头训练的输入 embedding 的
+# 后者从标准差 1 出发，照一倍走，短训练里几乎没动
+FRESH_NGRAM_SCALE, FRESH_EMBEDDING_SCALE = 3.0, 30.0
 
 
 def embedding_scale(config, fresh: bool = True) -> float:
@@ -27,6 +29,9 @@ class RowGradient:
     def __init__(self):
         self.sum: torch.Tensor | None = None
         self._ids: list[torch.Tensor] = []
+        # 自己最后一次写它时的版本：别人也写过，就不知道碰过哪些行了
+        # 使用者的模型照普通的办法再查这张表时，autograd 就加进同一块内存
+        self._version = 0
 
     def tensors(self) -> list[torch.Tensor]:
         """What is kept between two steps."""
@@ -38,16 +43,25 @@ class RowGradient:
             self.sum = torch.zeros_like(table.detach())
         if table.grad is None:
             # 上一步的梯度已经不要了：它碰过的行清零，其余本来就是 0
-            if self._ids:
+            if not self._known:
+                self.sum.zero_()
+            elif self._ids:
                 self.sum.index_fill_(0, self.ids(), 0.0)
-            self._ids, table.grad = [], self.sum
+            self._ids, self._version, table.grad = [], self.sum._version, self.sum
         self._ids.append(ids)
+        known = self._known
         table.grad.index_add_(0, ids, grad)
+        self._version = self.sum._version if known else -1
+
+    @property
+    def _known(self) -> bool:
+        """Whether nobody else has written to the gradient."""
+        return self.sum._version == self._version
 
     @property
     def few(self) -> bool:
-        """Whether the touched rows are so few that going through them beats going through the table."""
-        return sum(map(len, self._ids)) <= len(self.sum) // 2
+        """Whether the touched rows are known and so few that going through them beats going through the table."""
+        return self._known and sum(map(len, self._ids)) <= len(self.sum) // 2
 
     def ids(self) -> torch.Tensor:
         """The touched rows (n,), some more than once."""
@@ -65,6 +79,7 @@ class RowGradient:
         """Multiply the gradient with factor ()."""
         ids = self.ids()
         self.sum.index_copy_(0, ids, self.sum.index_select(0, ids).mul_(factor))
+        self._version = self.sum._version
 
 
 def row_gradient(p: torch.Tensor) -> RowGradient | None:

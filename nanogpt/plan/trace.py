@@ -381,11 +381,11 @@ class _Run:
         if self.shape.shards > 1:
             # 最后凑齐的那个 block 要到下一次前向才放掉：它不是状态
             states = {self.tracker.follow(t) for each in step.optimizer.state.values() for t in each.values()}
-        rows = {self.tracker.follow(tensor) for tensor in _rows_kept(step)}
+        apart = self.tracker.host | {self.tracker.follow(tensor) for tensor in _rows_kept(step)}
         for number, size in self.tracker.live().items():
             if states is not None and number not in states:
                 continue
-            if self.result.kinds.get(number) != "weights" and number not in self.tracker.host | rows:
+            if self.result.kinds.get(number) != "weights" and number not in apart:
                 self.result.kinds[number] = "optimizer"
                 self.result.optimizer_bytes += size
 

@@ -16,9 +16,8 @@ from nanogpt.base.config import (
     span_of,
     tokens_per_step,
 )
-from nanogpt.core.optimizers import FRESH_NGRAM_SCALE
 from nanogpt.core.progress import Progress
-from nanogpt.core.tables import embedding_scale
+from nanogpt.core.tables import FRESH_NGRAM_SCALE, embedding_scale
 
 # 一遍之内背不下来，表都占便宜；再多，n 越大的表越早只剩下背诵：5 读 2 遍还留着，4 到 4 遍，3 到 8 遍，2 到 16 遍
 # 这是 SMALL 个 block 参数的模型；更大的自己就学得会，遍数按参数之比的 LARGER 次方折算

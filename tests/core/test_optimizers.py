@@ -15,7 +15,7 @@ from nanogpt.core.memory.lowbit import PIECE
 from nanogpt.core.optimizers import ADAMW_STATES, adamw, muon
 from nanogpt.core.precision import Precision
 from nanogpt.core.schedule import learning_rate_at
-from nanogpt.core.tables import row_gradient
+from nanogpt.core.tables import RowGradient, look_up, row_gradient
 from nanogpt.weights.build import build_model, build_step
 
 
@@ -221,6 +221,23 @@ def test_going_through_the_touched_rows_alone_gives_what_going_through_the_table
     (norms, weights), (wanted, others) = trained(True), trained(False)
     assert min(norms) > 0.1 and norms == pytest.approx(wanted, rel=1e-5)
     torch.testing.assert_close(weights, others, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("looked_up_first", [True, False])
+def test_a_table_that_is_also_read_in_the_ordinary_way_keeps_nothing_of_the_step_before(looked_up_first):
+    table = torch.nn.Embedding(40, 3)
+    reference = torch.nn.Embedding.from_pretrained(table.weight.detach().clone(), freeze=False)
+    table.weight.row_gradient = RowGradient()
+    generator = torch.Generator().manual_seed(0)
+    for number in range(4):
+        first, second = torch.randint(40, (2, 5), generator=generator)
+        for one, rows in ((table, look_up), (reference, torch.nn.Embedding.__call__)):
+            one.weight.grad = None
+            losses = [rows(one, first).square().sum(), *([one(second).pow(3).sum()] if number < 2 else [])]
+            for loss in losses if looked_up_first else losses[::-1]:
+                loss.backward()
+        torch.testing.assert_close(table.weight.grad, reference.weight.grad)
+        assert bool(row_gradient(table.weight)) == (number >= 2)
 
 
 @pytest.mark.parametrize(("factory", "name"), [(adamw, "adamw"), (muon, "muon")])

@@ -385,8 +385,10 @@ class Lean(Stored):
     @torch.no_grad()
     def prepare(self) -> None:
         super().prepare()
+        # 表的更新没有融合的写法
         for group in self.param_groups if self.storage.fused_adamw else ():
-            self._compile_update(group)
+            if group["rule"] != "rows":
+                self._compile_update(group)
 
     def _compile_update(self, group: dict) -> None:
         """Run an update that changes nothing, so that it is compiled here and not in a thread of the backward pass."""
