@@ -33,7 +33,7 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     most = x.abs().amax(dim=1).clamp(min=1e-12)
     # 127 / most 在 torch 里是先取倒数再乘，舍入两次，与别处的一次偶尔差一位
     factor = torch.full_like(most, 127) / most
-    return (x * factor[:, None]).round().to(torch.int8), most / 127
+    return (x * factor[:, None]).round_().to(torch.int8), most / 127
 
 
 def by_floats(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
