@@ -153,14 +153,20 @@ STUDIES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
 }
 # 不是设置，是研究自己的话
 OURS = ("passes=", "tokens=", "characters=", "evaluations=")
-# 各种 CPU 上都是同一种数字格式；计时与训练一样
+# 各种 CPU 上都是同一种数字格式，除非命令行上写了 precision=；计时与训练一样
 ON_CPU = ["compile=false", "precision=fp32"]
 QUICK = ["model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "batch_size=4", "eval_tokens=512"]
 
 
+def on_cpu(overrides: list[str]) -> list[str]:
+    """How a CPU computes where `overrides` do not say so."""
+    typed = {override.partition("=")[0] for override in overrides}
+    return [setting for setting in ON_CPU if setting.partition("=")[0] not in typed]
+
+
 def run(text: Path, out: Path, overrides: list[str], *, device: str, environment: dict[str, str]) -> dict:
     """Train in a process of its own; what its summary and its evaluations say."""
-    how = ON_CPU if device == "cpu" else ["eval_batch_size=128"]
+    how = on_cpu(overrides) if device == "cpu" else ["eval_batch_size=128"]
     command = [
         sys.executable, str(ROOT / "run_train.py"), "dataset=text_file", f"dataset.path={text.as_posix()}", f"device={device}", *how,
         "sample_tokens=0", "logger=jsonl", "log_interval=1000000", "bundle_data_mib=0", "keep=1", "early_stop_evals=0", "lang=en",
@@ -242,11 +248,11 @@ class Study:
     def speed(self, variant: str) -> float:
         """Tokens/s of a short trial."""
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
-            out = Path(folder) / "trial"
+            out, settings = Path(folder) / "trial", self.settings(variant)
             command = [
                 sys.executable, str(ROOT / "run_train.py"), "experiment=fit", "trial.again=true", "trial.steps=12", "trial.skip_predicted=false",
-                "dataset=text_file", f"dataset.path={self.text(variant).as_posix()}", "device=cpu", *ON_CPU, f"out_dir={out.as_posix()}",
-                *self.settings(variant),
+                "dataset=text_file", f"dataset.path={self.text(variant).as_posix()}", "device=cpu", *on_cpu(settings), f"out_dir={out.as_posix()}",
+                *settings,
             ]
             subprocess.run(command, cwd=folder, env=self.environment, check=True, stdout=subprocess.DEVNULL)
             return json.loads((out / "trial.json").read_text(encoding="utf-8"))["tokens_per_s"]

@@ -1,6 +1,6 @@
 """Writing speed beside the engines that do nothing else: CTranslate2, OpenVINO and llama.cpp, where they are installed.
 
-    python benchmarks/engines.py [--rounds 2] [--only ours ctranslate2 …] [--run FOLDER]
+    python benchmarks/engines.py [--rounds 2] [--only ours ctranslate2 …] [--run FOLDER] [--out FILE]
 
 All hold the same random weights of GPT-2 124M (speed does not depend on them), in float32, in 8 bits and, ours and llama.cpp, in 4 bits
 (its Q4_0 is our format), and write the same greedy text; what they write in float32 is compared. One program at a time, in a process of its own, in turn: 1, 8 and 32 rows, the first
@@ -399,6 +399,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", nargs="*", help="parts of program names")
     parser.add_argument("--run", type=Path, default=ROOT / "tests" / "runs" / "modern_muon")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "engines.json")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -443,7 +444,7 @@ def main() -> None:
         "equal_greedy_ids_in_fp32": len(texts) == 1, "torch_threads": torch.get_num_threads(), "changes": changes(args.run),
         "programs": result,
     }
-    write_text(ROOT / "benchmarks" / "results" / "engines.json", json.dumps(record, indent=1) + "\n")
+    write_text(args.out, json.dumps(record, indent=1) + "\n")
     print(json.dumps({program: found.get("times_the_best_other") for program, found in result.items() if "ours" in program}, indent=1))
 
 
