@@ -5,7 +5,8 @@
 Recipes: see RECIPES below; without names all of them, three to four hours on 2 cores, most of it for `shakespeare_small`.
 With --jobs 2 two seeds are trained beside each other and share the cores: together sooner done, but each takes longer.
 Every training keeps its run folder under --runs: the same command goes on where it was stopped. Beside the losses and minutes
-stand the minutes that the plan gives for an RTX 3060, and a text that the first seed wrote.
+(of the steps, at the median of their speeds, without evaluations) stand the minutes that the plan gives for an RTX 3060, and a text
+that the first seed wrote.
 
 Writes benchmarks/results/recipes.json after every training. `--quick` trains a few iterations of small models, in a folder
 of its own, and writes nothing else.
@@ -58,7 +59,9 @@ def train(settings: list[str], seed: int, run: Path, threads: int) -> dict:
     kept = ("val_loss", "best_val_loss", "val_bpb", "iters", "tokens", "parameters", "table_parameters", "precision", "device", "versions")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     curve = [[line["tokens"], round(line["val/loss"], 4)] for line in lines if "val/loss" in line]
-    return {"seed": seed, "minutes": round(found["train_s"] / 60, 2), **{key: found[key] for key in kept}, "curve": curve}
+    # 按途中速度的中位数算：中途停过、挤过也不算进去；评估不算
+    speed = statistics.median(line["tokens_per_s"] for line in lines if "tokens_per_s" in line)
+    return {"seed": seed, "minutes": round(found["tokens"] / speed / 60, 2), **{key: found[key] for key in kept}, "curve": curve}
 
 
 def planned(settings: list[str]) -> float:
