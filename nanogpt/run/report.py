@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from nanogpt.base.config import TrainConfig, span_of
-from nanogpt.base.console import clock, short
+from nanogpt.base.console import clock
 from nanogpt.base.files import write_text
 from nanogpt.base.groups import leaves, train_config
 from nanogpt.base.language import text
@@ -61,7 +61,7 @@ def _tiles(records: list[dict], summary: Mapping[str, Any], planned: int | None)
         (formatted(max(peaks, default=None), ".2f"), "chart_ram" if summary["peak_vram_gib"] is None else "chart_vram"),
         # wall_s 只是这一次的，train_s 是全程的，但不含评估
         (clock(max(summary["wall_s"], summary["train_s"])), "tile_time"),
-        (short(summary["iters"]) + (f" / {short(planned)}" if planned else ""), "tile_iterations"),
+        (f"{summary['iters']:,}" + (f" / {planned:,}" if planned and planned != summary["iters"] else ""), "tile_iterations"),
     ]
 
 

@@ -54,6 +54,8 @@ def points(html):
 def test_a_report_has_curves_samples_settings_and_commands_and_covers_the_whole_run_after_a_resume(in_tmp, tiny_overrides):
     html = finished(new_session(tiny_overrides, "sample_prompt=the king"))
     assert points(html) == [6, 2] and html.count('<pre class="text">') == 2 and 'lang="en"' in html
+    # 走完了的只说一个数，不缩写
+    assert "<b>6</b>" in html
     rows = changed(make_config(*tiny_overrides, "sample_prompt=the king"))
     assert len(rows) > 15 and ("model.n_embd", "16", "256") in rows and ("sample_prompt", "the king", "null") in rows
     for row in rows:
