@@ -118,7 +118,11 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def tick(value: float) -> str:
-    """The number at a tick of an axis."""
+    """The number at a tick of an axis: 0.25, 2,500, 30k, 12M."""
+    # 长的数在图的右边会被切掉
+    for least, size, unit in ((1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= least:
+            return f"{value / size:g}{unit}"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:g}"
 
 

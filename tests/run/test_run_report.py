@@ -5,9 +5,11 @@ import re
 from html import escape
 from html.parser import HTMLParser
 
+import pytest
 from conftest import make_config, new_session, resume
 
 from nanogpt.base.language import set_language
+from nanogpt.base.report import curves
 from nanogpt.run import report
 from nanogpt.run.report import MOST_SAMPLES, changed, write_report
 
@@ -93,3 +95,11 @@ def test_a_run_without_a_line_of_metrics_has_a_report_too(in_tmp):
     nothing = {"best_val_loss": None, "tokens_per_s": 0.0, "peak_vram_gib": None, "wall_s": 0.0, "train_s": 0.0, "iters": 0, "device": "cpu"}
     write_report(in_tmp, make_config(), nothing, model="m", commands={})
     assert "<svg" not in (in_tmp / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("most", [7, 980, 8000, 30_000, 12_000_000, 3_200_000_000])
+def test_no_number_below_a_chart_is_cut_off_at_its_edge(most):
+    drawn = curves({"a": [(0.0, 1.0), (most, 2.0)]}, "t", x_label="x", y_label="y")
+    labels = re.findall(r'<text x="([\d.]+)" y="400.0"[^>]*>([^<]+)<', drawn)
+    # 14 像素的字，一个至多 8 像素宽
+    assert len(labels) > 2 and all(float(x) + 8 * len(words) / 2 <= 1000 for x, words in labels)
