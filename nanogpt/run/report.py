@@ -52,7 +52,7 @@ def write_report(
 
 def _tiles(records: list[dict], summary: Mapping[str, Any], planned: int | None) -> list[tuple[str, str]]:
     """The figures at the top of the page and the messages that name them."""
-    bits = [value for _, value in points(records, "val/bpb")]
+    done, bits = summary["iters"], [value for _, value in points(records, "val/bpb")]
     peaks = [value for _, value in points(records, "memory/peak_gib")]
     return [
         (formatted(summary["best_val_loss"], ".4f"), "tile_loss"),
@@ -61,7 +61,7 @@ def _tiles(records: list[dict], summary: Mapping[str, Any], planned: int | None)
         (formatted(max(peaks, default=None), ".2f"), "chart_ram" if summary["peak_vram_gib"] is None else "chart_vram"),
         # wall_s 只是这一次的，train_s 是全程的，但不含评估
         (clock(max(summary["wall_s"], summary["train_s"])), "tile_time"),
-        (f"{summary['iters']:,}" + (f" / {planned:,}" if planned and planned != summary["iters"] else ""), "tile_iterations"),
+        (f"{done:,}" + (f" / {planned:,}" if planned and planned != done else ""), "tile_iterations"),
     ]
 
 
