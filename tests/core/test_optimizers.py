@@ -220,7 +220,8 @@ def test_going_through_the_touched_rows_alone_gives_what_going_through_the_table
 
     (norms, weights), (wanted, others) = trained(True), trained(False)
     assert min(norms) > 0.1 and norms == pytest.approx(wanted, rel=1e-5)
-    torch.testing.assert_close(weights, others, rtol=1e-4, atol=1e-5)
+    # 求和的次序不同；一步有 1e-2 那么大，差一行没清零就远不止这么多
+    torch.testing.assert_close(weights, others, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("looked_up_first", [True, False])

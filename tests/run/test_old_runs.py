@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import make_sample_config, resumed_trainer
 
+from nanogpt.run.metrics import processor_name
 from nanogpt.write.loading import open_model
 from nanogpt.write.samples import write_samples
 
@@ -19,7 +20,8 @@ RUNS = Path(__file__).parents[1] / "runs"
 
 def kernels() -> dict[str, str]:
     """What decides the last digits of a sum on this machine."""
-    return {"torch": torch.__version__.partition("+")[0], "cpu": torch.backends.cpu.get_cpu_capability()}
+    # 指令一样也不够：矩阵乘的库在 AMD 与 Intel 上求和的次序不同
+    return {"torch": torch.__version__.partition("+")[0], "cpu": processor_name(torch.device("cpu"))}
 
 
 def resumed_losses(folder: str) -> list[float]:
