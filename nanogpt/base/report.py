@@ -17,6 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from nanogpt.base.console import scaled
 from nanogpt.base.language import current_language, text
 
 # 浅色一套；网页里换成同名的 CSS 变量，才能随系统变深色
@@ -120,9 +121,9 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 def tick(value: float) -> str:
     """The number at a tick of an axis: 0.25, 2,500, 30k, 12M."""
     # 长的数在图的右边会被切掉
-    for least, size, unit in ((1e6, 1e6, "M"), (1e4, 1e3, "k")):
-        if abs(value) >= least:
-            return f"{value / size:g}{unit}"
+    if value >= 1e4:
+        size, unit = scaled(value, ("", "k", "M"))
+        return f"{size:g}{unit}"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:g}"
 
 
