@@ -33,9 +33,7 @@ class CausalSelfAttention(nn.Module):
         self.q_gain, self.k_gain = (nn.Parameter(torch.ones(hs)) if gains else None for _ in range(2))
         self.resid_dropout = Dropout(config.dropout)
 
-    def forward(
-        self, x: torch.Tensor, rope=None, cache: KVCache | None = None, visible: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope=None, cache: KVCache | None = None, visible=None) -> torch.Tensor:
         B, T, _ = x.shape
         qkv = self.c_attn(x).view(B, T, *self.layout)
         dropout = self.dropout if self.training else 0.0
@@ -45,15 +43,17 @@ class CausalSelfAttention(nn.Module):
             eps = self.eps if self.qk_norm else None
             y = short_attention(self.scale, visible, qkv, dropout=dropout, eps=eps, rope=rope)
         else:
-            *qk, v = qkv.split(self.sizes, dim=self.dim)
-            if self.qk_norm:
-                # 限住 q·k 的幅度，学习率可以更大而注意力不发散
-                qk = [rms_norm(part, gain, self.eps) for part, gain in zip(qk, (self.q_gain, self.k_gain))]
-            if rope is not None:
-                qk = [rotate(part, *rope) for part in qk]
-            y = self._attend([*qk, v], cache, dropout, visible, short)
+            y = self._attend(self.parts(qkv, rope), cache, dropout, visible, short)
         # (B, nh, T, hs) -> (B, T, nh * hs)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, -1)))
+
+    def parts(self, qkv: torch.Tensor, rope=None) -> list[torch.Tensor]:
+        """Normalised and rotated q, k and v (B, T, ., ., hs) of c_attn's output in `layout`; q and k may be one."""
+        *qk, v = qkv.split(self.sizes, dim=self.dim)
+        if self.qk_norm:
+            # 限住 q·k 的幅度，学习率可以更大而注意力不发散
+            qk = [rms_norm(part, gain, self.eps) for part, gain in zip(qk, (self.q_gain, self.k_gain))]
+        return [*(qk if rope is None else [rotate(part, *rope) for part in qk]), v]
 
     def _attend(self, parts: list[torch.Tensor], cache: KVCache | None, dropout: float, visible, short: bool):
         """Attention (B, nh, T, hs) of parts (B, T, ., ., hs) that are q, k and v, the heads in the last but one."""

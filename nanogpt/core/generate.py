@@ -192,15 +192,13 @@ class Decoder:
         # 因果注意力看不到右边：补的 0 不影响前面，之后会被真正的 token 覆盖
         lengths = [len(t) for t in texts]
         idx = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        part, last = self.cache.part(start, start + len(texts)), on_device(lengths, self.device) - 1
         # 只有一个 id 的文字，前面没有要读的
-        hidden = self.model.hidden(idx, self.cache.part(start, start + len(texts))) if idx.size(1) else None
+        hidden = self.model.last_hidden(idx, part, last.clamp(min=0)) if idx.size(1) else None
         self.cache.lengths[start : start + len(texts)] = lengths
         for lane in self.lanes[start : start + len(texts)]:
             lane.unread = None
-        if only_hidden:
-            return None
-        last = on_device(lengths, self.device) - 1
-        return self.model.logits(hidden[torch.arange(len(texts), device=self.device), last])
+        return None if only_hidden else self.model.logits(hidden)
 
     # ---- 抽 ----
 

@@ -73,9 +73,7 @@ class Block(nn.Module):
         self.ln_2 = Norm(config)
         self.mlp = mlp
 
-    def forward(
-        self, x: torch.Tensor, rope=None, cache: KVCache | None = None, visible: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope=None, cache: KVCache | None = None, visible=None) -> torch.Tensor:
         # 只有成篇的数据才有 visible：使用者自己的注意力不必认识它
         seen = {} if visible is None else {"visible": visible}
         x = x + self.attn(self.ln_1(x), rope, cache, **seen)
@@ -181,6 +179,10 @@ class GPT(nn.Module):
         if cache is not None:
             cache.advance(idx)
         return self.ln_f(x)
+
+    def last_hidden(self, idx: torch.Tensor, cache: KVCache, last: torch.Tensor) -> torch.Tensor:
+        """Read idx (B, T) into a cache; return the hidden states (B, C) at position last (B,) of each row."""
+        return self.hidden(idx, cache)[torch.arange(len(idx), device=idx.device), last]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Project hidden states (..., C) to logits (..., V), soft-capped if the config says so."""

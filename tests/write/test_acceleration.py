@@ -13,7 +13,9 @@ import torch
 from conftest import GPT2_RECIPE, QWEN3_RECIPE, tiny_model_config, wild_model
 from test_generate import decode, prompts
 
+from nanogpt.core.attention import CausalSelfAttention
 from nanogpt.core.generate import Decoder
+from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.model import GPT, MLP
 from nanogpt.core.sampling import sampler
 from nanogpt.write.speed import acceleration, int4
@@ -94,6 +96,39 @@ def test_a_model_of_ones_own_is_not_compiled():
     model = Other(tiny_model_config()).eval()
     assert not fast_cpu.fits(model) and not hasattr(accelerate(model, "fp32"), "fast_step")
     assert isinstance(model.h[0].mlp.c_fc, PackedLinear)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_prompt_goes_through_the_last_block_with_one_position(recipe):
+    model, rows, seen = wild_model(**RECIPES[recipe]), prompts(7, 1, 9), []
+    idx = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    last = torch.tensor([len(row) - 1 for row in rows])
+    caches = [KVCache(model, 3) for _ in range(2)]
+    with torch.inference_mode():
+        plain = model.last_hidden(idx, caches[0], last)
+    model.h[-1].mlp.register_forward_hook(lambda mlp, x, y: seen.append(y.size(1)))
+    accelerate(model, "fp32")
+    with torch.inference_mode():
+        got = model.last_hidden(idx, caches[1], last)
+        assert seen == [1]
+        # 别处照旧算每个位置
+        torch.testing.assert_close(model.hidden(idx)[torch.arange(3), last], got, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, plain, atol=1e-5, rtol=1e-5)
+    assert torch.equal(caches[0].k, caches[1].k) and torch.equal(caches[0].v, caches[1].v) and caches[1].lengths == [9, 9, 9]
+
+
+def test_a_prompt_goes_whole_through_a_block_of_the_users_own():
+    class Attention(CausalSelfAttention):
+        def forward(self, x, rope=None, cache=None):
+            return super().forward(x, rope, cache) * 0.5
+
+    class Own(GPT):
+        def make_attention(self, layer):
+            return Attention(self.config, layer)
+
+    model, rows = Own(tiny_model_config()).eval(), prompts(5, 1, 9)
+    plain = decode(model, rows, 20)
+    assert torch.equal(decode(accelerate(model, "fp32"), rows, 20), plain) and not isinstance(model, acceleration.FastReading)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

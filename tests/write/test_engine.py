@@ -52,6 +52,9 @@ class Scripted:
         cache.advance(idx)
         return torch.zeros(*idx.shape, 16)
 
+    def last_hidden(self, idx, cache, last):
+        return self.hidden(idx, cache)[torch.arange(len(idx)), last]
+
     def logits(self, hidden):
         logits = torch.zeros(hidden.size(0), self.vocab_size)
         logits[:, self.ids[min(self.read, len(self.ids) - 1)]] = 50.0

@@ -12,7 +12,10 @@ import torch
 import torch.nn as nn
 
 from nanogpt.base.language import say
+from nanogpt.core.attention import CausalSelfAttention
+from nanogpt.core.kernels import attention
 from nanogpt.core.kv_cache import KVCache
+from nanogpt.core.model import GPT, Block
 from nanogpt.core.precision import check_half, default_format
 from nanogpt.core.wrapping import mix_in
 from nanogpt.run.cpu_units import LEAST_GAIN_OF_PRODUCTS, gain_of_products
@@ -95,6 +98,8 @@ def accelerate(model, precision: str, *, fast: bool = True):
         model.to(HALF[name] if name in HALF else HALF.get(default_format(model.device), torch.float16))
     if name in ("int8", "int4") or (name == "bf16" and model.device.type == "cpu"):
         convert(model, name)
+    if fast:
+        read_for_last(model)
     if fast and model.device.type == "cpu":
         if name == "bf16" and gain_of_products() >= LEAST_GAIN_OF_PRODUCTS:
             use_bf16_units(model)
@@ -118,6 +123,41 @@ def measured_format(model, fast: bool) -> str:
             say("precision=auto: weights in bf16, half the reading of fp32; precision=fp32 keeps to fp32")
             return "bf16"
     return name
+
+
+def of_last(block: Block, last: torch.Tensor, x: torch.Tensor, rope, cache: KVCache, visible=None) -> torch.Tensor:
+    """block(x (B, T, C), rope, cache) at position last (B,) of each row, (B, 1, C); the cache is empty before."""
+    attn, (B, T, _) = block.attn, x.shape
+    parts = attn.parts(attn.c_attn(block.ln_1(x)).view(B, T, *attn.layout), rope)
+    q, k, v = (t.transpose(1, 2) for part in parts for t in part.unbind(2))
+    k, v = cache.update(attn.layer, k, v)
+    rows = torch.arange(B, device=x.device)
+    # 右边的是补上去的
+    mask = torch.arange(T, device=x.device) <= last[:, None]
+    y = attention(q[rows, :, last][:, :, None], k, v, mask[:, None, None], 0.0, attn.scale)
+    x = x[rows, last][:, None] + attn.c_proj(y.reshape(B, 1, -1))
+    return x + block.mlp(block.ln_2(x))
+
+
+class FastReading:
+    """Put before a model's own class: reads a text for the next id alone; the last block computes one position."""
+
+    # 别的位置到了最后一层，有用的只是 key 与 value：十二层的模型省百分之六，六层的省一倍
+
+    def last_hidden(self, idx: torch.Tensor, cache: KVCache, last: torch.Tensor) -> torch.Tensor:
+        block = self.h[-1]
+        block.forward = partial(of_last, block, last)
+        try:
+            return self.hidden(idx, cache)[:, 0]
+        finally:
+            del block.forward
+
+
+def read_for_last(model) -> None:
+    """Let a model read prompts through FastReading, unless it has parts of the user's own there."""
+    block = model.h[-1]
+    if type(block) is Block and type(block.attn) is CausalSelfAttention and type(model).hidden is GPT.hidden:
+        mix_in(model, FastReading)
 
 
 class FastSteps:
