@@ -51,7 +51,7 @@ def held_back(characters: int, passes: int, *settings: str, decay: float | None 
 
 # 默认配方的每一部分：换掉或关掉，一次一样
 PARTS: dict[str, list[str]] = {
-    "default": [],
+    "soft-cap 15": [],
     "no tables": ["model.ngrams=[]"],
     "table of 2": ["model.ngrams=[2]"],
     "tables of 2 and 3": ["model.ngrams=[2,3]"],
@@ -66,15 +66,35 @@ PARTS: dict[str, list[str]] = {
     "tied": ["model.tie_embeddings=true"],
     "gpt2 init": ["model.init=gpt2"],
     "no embed-norm": ["model.embed_norm=false"],
+    "embedding's rate x 1": ["optimizer.embedding_lr_scale=1"],
+    "embedding's rate x 10": ["optimizer.embedding_lr_scale=10"],
     "adamw": ["optimizer=adamw", "learning_rate=3e-3"],
+}
+
+# 量它们的时候默认还有限幅；量完就去掉了
+CAPPED = "model.logit_softcap=15"
+NO_CAP = "model.logit_softcap=0"
+# 短训练里单独换时更好的，训练久一点还好不好
+LONGER: dict[str, list[str]] = {
+    "soft-cap 15": [],
+    "no soft-cap": [NO_CAP],
+    "no soft-cap, embedding's rate x 10": [NO_CAP, "optimizer.embedding_lr_scale=10"],
+    "no soft-cap, no embed-norm": [NO_CAP, "model.embed_norm=false"],
+    "no soft-cap, no qk-norm": [NO_CAP, "model.qk_norm=false"],
 }
 
 # 研究 -> (共有的设置, 变体)；第一个变体是基准
 STUDIES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
-    "parts_char": ([*SMALL, *CHAR], PARTS),
+    "parts_char": ([*SMALL, *CHAR, CAPPED], PARTS),
     # 一个 token 三四个字符：同样的文字步数少得多，批量也小些
-    "parts_bpe": ([*SMALL, *BPE, "batch_size=16"], PARTS),
-    "parts_gpt2": ([*SMALL, *GPT2, "batch_size=16"], PARTS),
+    "parts_bpe": ([*SMALL, *BPE, "batch_size=16", CAPPED], PARTS),
+    "parts_gpt2": ([*SMALL, *GPT2, "batch_size=16", CAPPED], PARTS),
+    "longer_bpe": ([*SMALL, *BPE, "batch_size=16", CAPPED], LONGER),
+    # 读一遍的文字越大，几个 token 的表才值得；--text 换成大的文字，--tokens 给一遍
+    "once": ([*SMALL, *BPE, "batch_size=16", NO_CAP, "optimizer.embedding_lr_scale=10"], {
+        f"tables {','.join(map(str, tables)) or '-'}": [f"model.ngrams={tables}".replace(" ", "")]
+        for tables in ([], [2], [2, 3], [2, 3, 4], [2, 3, 4, 5])
+    }),
     # 输入 embedding 的学习率倍数；一遍约二十七万个 token
     "embedding": ([*SMALL, *BPE, "batch_size=16"], {
         f"{tokens // 1000}k tokens, x {scale}": [f"tokens={tokens}", f"optimizer.embedding_lr_scale={scale}"]

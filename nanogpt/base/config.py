@@ -139,7 +139,7 @@ class ModelConfig:
     """Share the weights of input and output embedding."""
     init: str = choice("modern", "gpt2", default="modern")
     """Initialisation; modern starts the residual projections at zero."""
-    logit_softcap: float = number(0, HUGE, 15.0)
+    logit_softcap: float = number(0, HUGE, 0.0)
     """Bound of |logit|; 0 switches the cap off."""
     rope_base: float = number(1, HUGE, 10000.0)
     """Base of the rotary frequencies."""
@@ -158,7 +158,7 @@ class ModelConfig:
     """yarn: what the rotated queries and keys are multiplied by."""
     ngrams: list[int] | None = None
     """Sizes n of the hashed n-gram embeddings, each 2 … 8, for example [2, 3]; [] has none. None: 2 … 5, the
-    fewer the more often the budget reads the text and the larger the blocks."""
+    fewer the more often the budget reads the text and the larger vocabulary and blocks."""
     ngram_buckets: int = number(1, 10**9, 16384)
     """Rows of each n-gram table."""
     separator: int | None = None

@@ -19,10 +19,11 @@ from nanogpt.base.config import (
 from nanogpt.core.progress import Progress
 from nanogpt.core.tables import FRESH_NGRAM_SCALE, embedding_scale
 
-# 一遍之内背不下来，表都占便宜；再多，n 越大的表越早只剩下背诵：5 读 2 遍还留着，4 到 4 遍，3 到 8 遍，2 到 16 遍
+# 字符读一遍，表都占便宜；再多，n 越大的表越早只剩下背诵：5 读 2 遍还留着，4 到 4 遍，3 到 8 遍，2 到 16 遍
 # 这是 SMALL 个 block 参数的模型；更大的自己就学得会，遍数按参数之比的 LARGER 次方折算
 PASSES_OF_2, SMALL, LARGER = 16, 0.8e6, 0.75
 # 以上量自英文的字符；一个 token 越有内容，同样的 n 背下的越多：n 按词表的对数折算，BPE 4096 的 2 当作字符的 4
+# 读一遍时也照此折算：BPE 4096 的 2 与 3 最好，27 万与 150 万个 token 都是（ablate.py parts_bpe、once）
 CHARACTERS = 65
 # 从差不多读两遍起，表学得慢些更好：一遍时 3 倍好 0.026，两遍时相当，四遍以上 1 倍才能多留一张表
 TWICE = 1.75
@@ -61,9 +62,8 @@ def held_back(cfg: TrainConfig, text_tokens: int) -> TrainConfig:
 def tables_for(passes: float, parameters: int, vocabulary: int | None = None) -> list[int]:
     """Sizes n of the n-gram tables of a model with so many parameters in its blocks, for a text read so many times, of
     so many different tokens; None: characters."""
-    if round(passes) <= 1:
-        return list(ALL_NGRAMS)
-    scaled = passes * max(1.0, parameters / SMALL) ** LARGER
+    # 只读一遍背不下来，block 再大也一样；但一个 token 内容多的，长的 n 几乎不重复，留着只是白算
+    scaled = passes * max(1.0, parameters / SMALL) ** LARGER if round(passes) > 1 else 1.0
     each = max(1.0, math.log(vocabulary or CHARACTERS, CHARACTERS))
     # 界线在两档的几何平均处
     return [n for n in ALL_NGRAMS if scaled < math.sqrt(2) * PASSES_OF_2 / 2 ** (n * each - 2)]

@@ -151,7 +151,7 @@ def test_advice_fits_keeps_the_effective_batch_and_is_sorted_by_speed(monkeypatc
     monkeypatch.setattr(advice, "KEYS", tuple(c for c in advice.KEYS if "optimizer_state" in c.fields))
     presets = advice.presets()
     monkeypatch.setattr(advice, "presets", lambda: presets[:1])
-    cfg = with_vram(small("model.n_layer=2", "batch_size=64", "memory.loss_chunk_mib=1"), 0.1)
+    cfg = with_vram(small("model.n_layer=2", "batch_size=64", "memory.loss_chunk_mib=1", "model.logit_softcap=15"), 0.1)
     planner = Planner(cfg)
     got = planner.predict(cfg)
     assert got.verdict == "does_not_fit"

@@ -32,8 +32,9 @@ def test_what_was_measured_is_what_is_chosen():
     """The best settings of results/ablate_held_back.json and ablate_held_back_small.json."""
     assert [tables_for(passes, 786_432) for passes in (2, 4, 8)] == [[2, 3, 4, 5], [2, 3, 4], [2, 3]]
     assert [tables_for(passes, 10_616_832) for passes in (4, 8)] == [[], []]
-    # BPE，4096 个：4 遍时 2 最好，2 遍时 2 好于没有；读一遍时都留
-    assert [tables_for(passes, 786_432, 4096) for passes in (1, 2, 4, 8)] == [[2, 3, 4, 5], [2], [2], []]
+    # BPE，4096 个：4 遍时 2 最好，2 遍时 2 好于没有；读一遍时 2 与 3 最好，block 多大都一样
+    assert [tables_for(passes, 786_432, 4096) for passes in (1, 2, 4, 8)] == [[2, 3], [2], [2], []]
+    assert tables_for(1, 10**8, 4096) == [2, 3] and tables_for(1, 10**8) == [2, 3, 4, 5]
     assert tables_for(4, 786_432, 30) == tables_for(4, 786_432, 65) == tables_for(4, 786_432)
 
 
