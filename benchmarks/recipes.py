@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 # 名字 -> (训练的设置, 写作的设置)
 SHAKESPEARE = ["sampler.temperature=0.8", "max_new_tokens=300"]
 RECIPES: dict[str, tuple[list[str], list[str]]] = {
+    "default": ([], SHAKESPEARE),
     "cpu_speedrun": (["experiment=cpu_speedrun"], SHAKESPEARE),
     "shakespeare_char": (["experiment=shakespeare_char"], SHAKESPEARE),
     "tiny, 8 passes": (["model=tiny", "dataset=shakespeare_char", "batch_size=16", "max_iters=3920", "eval_interval=490"], SHAKESPEARE),

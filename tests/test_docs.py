@@ -22,6 +22,7 @@ from nanogpt.base.quoting import quoted
 from nanogpt.core.ngrams import size_text
 from nanogpt.data import corpus
 from nanogpt.data.tokens import TokenData
+from nanogpt.plan.show import run_plan
 from nanogpt.sweep.search import check_search
 from nanogpt.weights import build
 from nanogpt.weights.build import build_sampler
@@ -92,6 +93,15 @@ def test_the_preset_table_is_what_the_code_reports():
         c = build.preset(name)
         for page in ("docs/models.md", "docs/models.zh-CN.md"):
             assert f"| `{name}` | {c.n_layer} | {c.n_head} | {c.n_embd} | {c.block_size} | {counts[0]} | {counts[1]} |" in read(page)
+
+
+def test_the_plan_in_the_documents_is_what_is_printed(capsys):
+    run_plan(make_config("plan=true", "model=medium", "precision=fp16", "hardware=rtx3060_12gb", "model.vocab_size=76"), [])
+    printed = " ".join(capsys.readouterr().out.split())
+    for page in ("README.md", "docs/fit.md"):
+        shown = read(page).partition("$ python run_train.py plan=true model=medium")[2].partition("```")[0]
+        lines = [" ".join(line.split()) for line in shown.splitlines()[1:] if not line.startswith("vocabulary")]
+        assert len(lines) > 5 and [line for line in lines if line not in printed] == []
 
 
 @pytest.mark.parametrize("page", ["docs/models.md", "docs/models.zh-CN.md"])
