@@ -73,30 +73,28 @@ PARTS: dict[str, list[str]] = {
 
 # 量它们的时候默认还有限幅；量完就去掉了
 CAPPED = "model.logit_softcap=15"
-NO_CAP = "model.logit_softcap=0"
+NO_CAP, SLOWER = PARTS["no soft-cap"], PARTS["embedding's rate x 10"]
 # 短训练里单独换时更好的，训练久一点还好不好
 LONGER: dict[str, list[str]] = {
-    "soft-cap 15": [],
-    "no soft-cap": [NO_CAP],
-    "no soft-cap, embedding's rate x 10": [NO_CAP, "optimizer.embedding_lr_scale=10"],
-    "no soft-cap, no embed-norm": [NO_CAP, "model.embed_norm=false"],
-    "no soft-cap, no qk-norm": [NO_CAP, "model.qk_norm=false"],
+    **{name: PARTS[name] for name in ("soft-cap 15", "no soft-cap")},
+    **{f"no soft-cap, {name}": [*NO_CAP, *PARTS[name]] for name in ("embedding's rate x 10", "no embed-norm", "no qk-norm")},
 }
+# 一个 token 三四个字符：同样的文字步数少得多，批量也小些
+SMALL_BPE = [*SMALL, *BPE, "batch_size=16"]
 
 # 研究 -> (共有的设置, 变体)；第一个变体是基准
 STUDIES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
     "parts_char": ([*SMALL, *CHAR, CAPPED], PARTS),
-    # 一个 token 三四个字符：同样的文字步数少得多，批量也小些
-    "parts_bpe": ([*SMALL, *BPE, "batch_size=16", CAPPED], PARTS),
+    "parts_bpe": ([*SMALL_BPE, CAPPED], PARTS),
     "parts_gpt2": ([*SMALL, *GPT2, "batch_size=16", CAPPED], PARTS),
-    "longer_bpe": ([*SMALL, *BPE, "batch_size=16", CAPPED], LONGER),
+    "longer_bpe": ([*SMALL_BPE, CAPPED], LONGER),
     # 读一遍的文字越大，几个 token 的表才值得；--text 换成大的文字，--tokens 给一遍
-    "once": ([*SMALL, *BPE, "batch_size=16", NO_CAP, "optimizer.embedding_lr_scale=10"], {
+    "once": ([*SMALL_BPE, *NO_CAP, *SLOWER], {
         f"tables {','.join(map(str, tables)) or '-'}": [f"model.ngrams={tables}".replace(" ", "")]
         for tables in ([], [2], [2, 3], [2, 3, 4], [2, 3, 4, 5])
     }),
     # 输入 embedding 的学习率倍数；一遍约二十七万个 token
-    "embedding": ([*SMALL, *BPE, "batch_size=16"], {
+    "embedding": ([*SMALL_BPE, CAPPED], {
         f"{tokens // 1000}k tokens, x {scale}": [f"tokens={tokens}", f"optimizer.embedding_lr_scale={scale}"]
         for tokens in (270_000, 1_080_000) for scale in (1, 10, 30)
     }),

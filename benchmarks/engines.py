@@ -416,7 +416,7 @@ def main() -> None:
         if (package is None or find_spec(package)) and (not args.only or any(part in name for part in args.only))
     ]
     packages = sorted({"torch", *(PROGRAMS[name] for name in programs if PROGRAMS[name])})
-    limits, seen = [(read_bandwidth("cpu"), matrix_rates())], {}
+    limits, seen = [], {}
     with tempfile.TemporaryDirectory() as name:
         folder, tensors = Path(name), random_weights(SHAPE)
         save_file(tensors, folder / "weights.safetensors")
@@ -426,6 +426,8 @@ def main() -> None:
                 write({name: tensor.clone() for name, tensor in tensors.items()}, folder / package.removeprefix("x").removesuffix("cpp"))
         del tensors
         for _ in range(args.rounds):
+            # 极限也一轮量一次，取最高的：别的程序只会使它显得低
+            limits.append((read_bandwidth("cpu"), matrix_rates()))
             for program in programs:
                 command = [sys.executable, __file__, "--child", program, name, str(time.time())]
                 done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
@@ -435,8 +437,6 @@ def main() -> None:
                     continue
                 seen.setdefault(program, []).append(json.loads(done.stdout.splitlines()[-1]))
                 print(f"{program:18s}", {case: round(rate, 1) for case, rate in seen[program][-1]["tokens_per_s"].items()}, flush=True)
-            # 极限也一轮量一次，取最高的：别的程序只会使它显得低
-            limits.append((read_bandwidth("cpu"), matrix_rates()))
     bandwidth, rates = max(read for read, _ in limits), {kind: max(rate[kind] for _, rate in limits) for kind in limits[0][1]}
     result = summarised(seen, bandwidth, rates)
     texts = {tuple(found["greedy"]) for program, found in result.items() if program.endswith("fp32")}

@@ -11,6 +11,7 @@ from test_tokenizer import STREAMED, some_ids
 
 from nanogpt.base.language import ConfigError
 from nanogpt.core import generate
+from nanogpt.core.model import GPT
 from nanogpt.core.sampling import sampler
 from nanogpt.data.labels import with_labels
 from nanogpt.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
@@ -42,6 +43,7 @@ class Scripted:
     """A "model" that writes the given ids one after the other, whatever it reads."""
 
     device, dtype = torch.device("cpu"), torch.float32
+    last_hidden = GPT.last_hidden
 
     def __init__(self, ids, vocab_size):
         self.ids, self.vocab_size, self.read = ids, vocab_size, 0
@@ -51,9 +53,6 @@ class Scripted:
         cache.begin(idx.size(1))
         cache.advance(idx)
         return torch.zeros(*idx.shape, 16)
-
-    def last_hidden(self, idx, cache, last):
-        return self.hidden(idx, cache)[torch.arange(len(idx)), last]
 
     def logits(self, hidden):
         logits = torch.zeros(hidden.size(0), self.vocab_size)
