@@ -18,9 +18,9 @@ from nanogpt.base.errors import Arguments, run_command
 from nanogpt.base.hashed_json import DamagedError, read_object
 from nanogpt.base.language import ConfigError, show, text
 from nanogpt.base.lock import is_held
-from nanogpt.base.run_names import OUTPUTS
+from nanogpt.base.run_names import OUTPUTS, recorded
 from nanogpt.run import folders, rundir
-from nanogpt.run.rundir import LOCK, RUN_FILES
+from nanogpt.run.rundir import JOB, LOCK
 from nanogpt.weights import checkpoint
 from nanogpt.weights.checkpoint import Checkpoint
 
@@ -71,9 +71,14 @@ def proposed(run_dir: Path, *, optimizer: bool) -> Iterator[Item]:
 
 def _unsaved(run_dir: Path) -> bool:
     """Whether a run ended before its first checkpoint and holds nothing but what its start wrote."""
-    strange = {path.name for path in run_dir.iterdir()} - RUN_FILES - {LOCK}
     saved = [path for path in (run_dir / "ckpt").glob("*") if not re.fullmatch(r"\..+\.tmp", path.name)]
-    return not strange and not saved and (run_dir / "run.json").is_file()
+    if saved or rundir.foreign(run_dir) or (run_dir / JOB).exists():
+        return False
+    try:
+        # 名字像还不够：别的程序也写 run.json
+        return bool(recorded(run_dir))
+    except DamagedError:
+        return False
 
 
 def failed_trials(folder: Path) -> Iterator[Item]:

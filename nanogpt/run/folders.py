@@ -89,7 +89,8 @@ class Run:
         if self.problem:
             return "damaged"
         # 后来又接着训、没走完的，summary 是从前的
-        over = self.summary.get("stopped_by") in ENDED and self.summary.get("iters", 0) >= self.last("iteration", 0)
+        reached = number(self.summary.get("iters"), 0)
+        over = self.summary.get("stopped_by") in ENDED and reached >= self.last("iteration", 0)
         return "finished" if over else "stopped"
 
     def last(self, name: str, nothing: float | None = None) -> float | None:

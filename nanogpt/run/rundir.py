@@ -42,6 +42,8 @@ RUN_FILES = {
     "run.json", "config.yaml", "tokenizer.json", "metrics.jsonl", "summary.json", "logs", "ckpt", "data", "wandb",
     "swanlog", "report.html",
 }
+# 别的程序也爱用这两个名字：里面的也要是训练写的
+INSIDE = {"ckpt": r"(replaced_)?iter_\d+(-\d+)?", "data": r".+\.(bin|json)"}
 LOCK = "lock"
 # 交给集群的任务：它的文件与日志。比训练先有，清空目录时留着
 JOB = "job"
@@ -84,10 +86,19 @@ def choose(cfg: TrainConfig) -> Path:
 def refuse_contents(path: Path, *, overwrite: bool) -> None:
     """ConfigError when a run may not begin in this folder, which need not be there yet."""
     there = {p.name for p in path.iterdir() if not _left_behind(p)} if path.is_dir() else set()
-    if there - RUN_FILES:
+    if there and foreign(path):
         raise ConfigError("out_dir={path} holds files that are not a run's; choose an empty or new folder", path=path)
     if there and not overwrite:
         raise ConfigError("out_dir_exists", path=path, resume=typed_override("resume", path))
+
+
+def foreign(path: Path) -> set[Path]:
+    """What lies in a run folder, its ckpt/ or its data/ and was not written by a run, nor by what started it."""
+    strange = {p for p in path.iterdir() if p.name not in RUN_FILES and not _left_behind(p)}
+    return strange | {
+        p for name, ours in INSIDE.items() for p in (path / name).glob("*")
+        if not re.fullmatch(ours, p.name) and not _left_behind(p)
+    }
 
 
 def _left_behind(path: Path) -> bool:

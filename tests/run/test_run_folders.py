@@ -66,7 +66,7 @@ def test_runs_are_chosen_by_any_setting(outputs, capsys):
 
 def test_what_is_damaged_running_or_unfinished_is_listed_with_what_is_known(outputs, capsys):
     summary = outputs / "modern" / "summary.json"
-    content = json.loads(summary.read_text(encoding="utf-8")) | {"best_val_bpb": 2.5, "best_val_loss": float("nan"), "tokens": "many"}
+    content = json.loads(summary.read_text(encoding="utf-8")) | {"best_val_bpb": 2.5, "best_val_loss": float("nan"), "tokens": "many", "iters": "x"}
     summary.write_text(json.dumps(content), encoding="utf-8")
     for name in ("config.yaml", "run.json"):
         (outputs / "labels" / name).write_text("a: [", encoding="utf-8")
@@ -145,7 +145,7 @@ def test_cleaning_shows_first_and_deletes_only_when_told(runs, capsys, monkeypat
     assert "nothing to clean" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("reason", ["training", "last damaged", "best damaged", "manifest damaged", "strange file", "changed meanwhile", "resumed from an older one"])
+@pytest.mark.parametrize("reason", ["training", "last damaged", "best damaged", "manifest damaged", "strange file", "another program's", "changed meanwhile", "resumed from an older one"])
 def test_cleaning_leaves_alone_what_is_in_use_damaged_or_strange(runs, capsys, reason):
     lock = Lock(runs / "run" / "lock")
     items = cleaning.everything(["run"], optimizer=False)
@@ -157,7 +157,15 @@ def test_cleaning_leaves_alone_what_is_in_use_damaged_or_strange(runs, capsys, r
     elif reason == "strange file":
         (runs / "begun" / "novel.txt").touch()
         assert not cleaning.everything(["begun"], optimizer=True)
+        (runs / "begun" / "novel.txt").rename(runs / "begun" / "ckpt" / "best.pt")
+        assert not cleaning.everything(["begun"], optimizer=True)
         items = []
+    elif reason == "another program's":
+        for place in ("data/measured.json", "logs/a.log", "run.json"):
+            (runs / "other" / place).parent.mkdir(parents=True, exist_ok=True)
+            (runs / "other" / place).write_text('{"lr": 1}', encoding="utf-8")
+        items = [item for item in cleaning.everything([], optimizer=True) if item.folder.name == "other"]
+        assert not items
     elif reason == "resumed from an older one":
         checkpoint.set_aside_newer(runs / "run", 3)
         items = [cleaning.Item("old", runs / "run", ("iter_00000003",), 1)]

@@ -101,6 +101,16 @@ def test_nothing_is_written_through_hard_links_in_a_run_folder(own_run):
 # ---- 一个目录一次训练 ----
 
 
+@pytest.mark.parametrize("file", ["notes.txt", "ckpt/best.pt", "ckpt/iter_3.pt", "data/measured.csv"])
+def test_a_folder_that_holds_something_of_another_program_is_never_emptied(tmp_path, file):
+    for name in ("config.yaml", "run.json", file):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine", encoding="utf-8")
+    with pytest.raises(ConfigError, match="not a run's"):
+        rundir.claim(tmp_path, overwrite=True)
+    assert all((tmp_path / name).read_text(encoding="utf-8") == "mine" for name in ("config.yaml", "run.json", file))
+
+
 def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(in_tmp, tiny_overrides):
     first = new_session(tiny_overrides)
     trainer = first._build()
