@@ -43,6 +43,8 @@ class Progress:
     samples_seen: int = 0
     """Sequences drawn so far, all processes together."""
     best_val_loss: float = math.inf
+    best_iteration: int | None = None
+    """When that was; None before the first evaluation, and from a checkpoint of a version that did not keep it."""
     evals_without_gain: int = 0
     evals_risen: int = 0
     """Latest evaluations in a row that were clearly above best_val_loss; see run.regularize."""
@@ -59,3 +61,9 @@ class Progress:
     wall_s: float = 0.0
     """Seconds since the training began, with its evaluations and saves but without the time between two resumes; 0 in a
     checkpoint of a version that did not count them."""
+
+    def since_best(self, eval_interval: int) -> int:
+        """Iterations since the best evaluation; an older checkpoint knows only how many brought no gain."""
+        # 间隔可以在续训时改，收尾的那次评估也不在整数倍上：记得住就不去推算
+        known = self.best_iteration is not None
+        return self.iteration - self.best_iteration if known else self.evals_without_gain * eval_interval

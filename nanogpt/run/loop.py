@@ -326,7 +326,8 @@ class Training(Trainer):
             return None
         progress.val_loss, self.evaluated_at = loss, progress.iteration
         if progress.val_loss < progress.best_val_loss:
-            progress.best_val_loss, progress.evals_without_gain, progress.evals_risen = progress.val_loss, 0, 0
+            progress.best_val_loss, progress.best_iteration = progress.val_loss, progress.iteration
+            progress.evals_without_gain = progress.evals_risen = 0
         else:
             progress.evals_without_gain += 1
             risen = has_risen(loss, progress.best_val_loss, self.latest_loss, self.data.val_targets(self.windows))
@@ -345,7 +346,7 @@ class Training(Trainer):
         """Stop, or say once, where validation gets no better any more; the reason to stop, or None."""
         progress, cfg = self.progress, self.cfg
         count, limit = progress.evals_without_gain, cfg.early_stop_evals
-        since = progress.iteration - count * cfg.eval_interval
+        since = progress.iteration - progress.since_best(cfg.eval_interval)
         if limit is None and past_turn(progress, cfg.eval_interval, self.spent):
             self.console.line("turned_for_good", loss=progress.val_loss, best=progress.best_val_loss, since=since)
             return "early_stop"
@@ -353,7 +354,7 @@ class Training(Trainer):
             self.console.line("early_stop", count=count, best=progress.best_val_loss, since=since)
             return "early_stop"
         # 还不停：学习率还要降，最后一段常常又好起来；试跑与短的训练评估不了这么多次，不会说
-        if count == TURNED and not self.told_turned:
+        if count >= TURNED and not self.told_turned:
             self.told_turned = True
             resume = f"{command('run_train.py')} {self.saver.resuming} early_stop_evals={count}"
             self.console.line(

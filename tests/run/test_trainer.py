@@ -15,6 +15,7 @@ from nanogpt.base.config import auto_tokens, block_parameters, span_of
 from nanogpt.base.language import ConfigError
 from nanogpt.base.lock import Lock
 from nanogpt.core import distributed
+from nanogpt.core.progress import Progress
 from nanogpt.run import loop
 from nanogpt.run.loop import share_batch
 from nanogpt.run.metrics import Forecast
@@ -124,6 +125,20 @@ def test_a_validation_loss_that_has_turned_is_said_once_with_what_to_type(in_tmp
         said = [line for line in capsys.readouterr().out.splitlines() if "has not improved" in line or "early_stop" in line]
         assert "since iteration 2:" in said[0] and "dropout=0.2" in said[0] and len(said) == 2 - (typed == "null")
         assert said[-1].endswith("run_train.py resume=outputs/run early_stop_evals=3" if typed == "0" else "it stops by itself if that goes on (early_stop_evals)")
+
+
+def test_since_when_it_has_turned_is_right_whatever_the_interval_was_before(in_tmp, tiny_overrides, capsys):
+    losses = iter([2.0, 2.1, 2.1, 2.1, 2.1])
+    more = ["early_stop_evals=0", "lr_schedule=constant"]
+    for trainer in (lambda: new_trainer(tiny_overrides, *more, "max_iters=7", "eval_interval=3"), lambda: resumed_trainer("outputs/run", "max_iters=40", "eval_interval=20")):
+        trainer = trainer()
+        trainer.evaluate = lambda *told: next(losses)
+        trainer.fit()
+    said = [line for line in capsys.readouterr().out.splitlines() if "has not improved" in line]
+    # 第三次没有更好的，恰好在前一次训练的末尾：那时不说，接着训再说
+    assert len(said) == 1 and "since iteration 3:" in said[0]
+    older = Progress(iteration=40, evals_without_gain=2)
+    assert older.since_best(10) == 20 and trainer.progress.since_best(10) == trainer.progress.iteration - 3
 
 
 class Clock:
