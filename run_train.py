@@ -102,7 +102,8 @@ def hooks():
     from nanogpt.write.engine import write_sample
 
     return Hooks(
-        choose_batch=choose_batch, choose_parallel=choose_parallel, explain=explain, write_sample=write_sample,
+        choose_batch=choose_batch, choose_parallel=choose_parallel, count_steps=count_steps, explain=explain,
+        write_sample=write_sample,
     )
 
 
@@ -119,6 +120,13 @@ def choose_parallel(*asked, **how):
     from nanogpt.plan.show import chosen_parallel
 
     return chosen_parallel(*asked, **how)
+
+
+def count_steps(cfg: TrainConfig) -> int:
+    """How many steps max_minutes is good for."""
+    from nanogpt.plan.show import steps_of
+
+    return steps_of(cfg)
 
 
 def explain(*failed, **how) -> None:

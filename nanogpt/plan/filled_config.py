@@ -25,8 +25,13 @@ ENGLISH_CHARACTERS = 100
 OTHER_CHARACTERS = 6000
 
 
-def filled(cfg: TrainConfig, overrides: list[str] | None = None) -> tuple[TrainConfig, str]:
-    """(a copy of cfg whose model has its final shape and vocabulary, where the vocabulary comes from)."""
+def filled(
+    cfg: TrainConfig, overrides: list[str] | None = None, steps: int | None = None,
+) -> tuple[TrainConfig, str]:
+    """(a copy of cfg whose model has its final shape and vocabulary, where the vocabulary comes from).
+
+    steps: what the time of the budget is good for, if that is known.
+    """
     if cfg.init_from:
         model, source = _pretrained_model(cfg, overrides or []), text("init_from")
     elif cfg.model.vocab_size is not None:
@@ -37,10 +42,10 @@ def filled(cfg: TrainConfig, overrides: list[str] | None = None) -> tuple[TrainC
     # 对话与文章一样多一张“谁看得见谁”的表，还没准备好的也知道
     chat = cfg.dataset["name"] == "chat"
     model = replace(model, separator=None if chat else model.separator, marked=chat)
-    return for_the_text(replace(cfg, model=model)), source
+    return for_the_text(replace(cfg, model=model), steps), source
 
 
-def for_the_text(cfg: TrainConfig) -> TrainConfig:
+def for_the_text(cfg: TrainConfig, steps: int | None = None) -> TrainConfig:
     """The same with what the text decides as numbers; where it is not prepared, with the most memory that may be."""
     options = {k: v for k, v in cfg.dataset.items() if k not in ("name", "dir")}
     folder, tokens = corpus.folder_of(cfg.dataset["name"], cfg.dataset["dir"], options), 0
@@ -48,7 +53,7 @@ def for_the_text(cfg: TrainConfig) -> TrainConfig:
         tokens = len(unchecked(folder))
     if cfg.max_tokens == "auto":
         cfg = replace(cfg, max_tokens=auto_tokens(cfg.model, tokens or None))
-    return held_back(cfg, tokens)
+    return held_back(cfg, tokens, steps)
 
 
 def vocabulary(cfg: TrainConfig) -> tuple[int, int | None, str]:

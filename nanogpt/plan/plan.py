@@ -25,6 +25,7 @@ from nanogpt.plan.roofline import Rates, rates_of
 from nanogpt.plan.trace import Shape, Trace, trace
 from nanogpt.run import cpu_units
 from nanogpt.run.loop import share_batch
+from nanogpt.run.regularize import counts_time
 
 # ---- 粗略的峰值 ----
 
@@ -197,7 +198,15 @@ class Planner:
 
     def predict(self, cfg: TrainConfig, overrides: list[str] | None = None) -> Plan:
         """The plan of cfg; `overrides` as typed say which model fields override init_from."""
-        cfg, vocab_source = filled(cfg, overrides)
+        return self._predict(cfg, overrides, self.steps(cfg, overrides) if counts_time(cfg) else None)
+
+    def steps(self, cfg: TrainConfig, overrides: list[str] | None = None) -> int:
+        """How many steps the budget of cfg is good for, by the speed of what a few passes would be trained with."""
+        # 读几遍要看多快，多快又看留下哪些表：差得不多，不再来回
+        return self._predict(cfg, overrides, None).iters
+
+    def _predict(self, cfg: TrainConfig, overrides: list[str] | None, steps: int | None) -> Plan:
+        cfg, vocab_source = filled(cfg, overrides, steps)
         cfg = replace(cfg, precision=cpu_units.settled(cfg.precision, cfg.model, self.budget.device_type))
         if cfg.precision.cpu_bf16 == "all" and not cfg.hardware.peak_tflops_half:
             # 量过的训练知道单元有多快；不用单元的，16 位只是取整

@@ -6,21 +6,25 @@
 
 import math
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from nanogpt.base import run_names
-from nanogpt.base.config import ParallelConfig, TrainConfig, check, effective_batch
+from nanogpt.base.config import ParallelConfig, TrainConfig, check, effective_batch, span_of
 from nanogpt.base.console import Console, aligned, duration
 from nanogpt.base.hardware import GIB
 from nanogpt.base.language import sentence, text
+from nanogpt.core.progress import Progress
 from nanogpt.plan import advice, matrix
 from nanogpt.plan.communication import EFFICIENT, ShardedCommunication
+from nanogpt.plan.filled_config import for_the_text
 from nanogpt.plan.plan import Plan, Planner
 from nanogpt.plan.roofline import BANDWIDTH_EFFICIENCY, LAUNCH_S, PRODUCT_EFFICIENCY
 from nanogpt.run import rundir
+from nanogpt.run.session import leave_behind, typed_limits
+from nanogpt.weights.checkpoint import find, listed
 
 BAR = 30
 NAMES = {
@@ -135,6 +139,11 @@ def chosen_parallel(cfg: TrainConfig, *, console: Console) -> ParallelConfig:
     return plan.cfg.parallel
 
 
+def steps_of(cfg: TrainConfig) -> int:
+    """How many steps the time of a training's budget is good for."""
+    return Planner(cfg).steps(cfg)
+
+
 def _say_chosen(plan: Plan, console: Console) -> None:
     parallel = plan.cfg.parallel
     more = " parallel.sum_gradients=every" if (parallel.mode, parallel.sum_gradients) == ("fsdp", "every") else ""
@@ -144,16 +153,34 @@ def _say_chosen(plan: Plan, console: Console) -> None:
     )
 
 
+def _what_is_left(typed: TrainConfig, overrides: list[str], console: Console) -> TrainConfig:
+    """The settings of a resume, with what it still has to do as its budget."""
+    run_dir = run_names.locate(typed.resume)
+    saved, file = rundir.saved_settings(run_dir)
+    cfg = rundir.resumed_config(saved, typed, overrides, file)
+    check(cfg)
+    if not listed(run_dir).good:
+        # 还没存过：从头来
+        return cfg
+    state = find(run_dir, typed.checkpoint or "last").load_state(mapped=True)
+    at, cfg = Progress(**state["progress"]), for_the_text(cfg)
+    leave_behind(cfg, typed_limits(cfg, overrides), at, console, same=False)
+    span = span_of(cfg, at.iteration, at.tokens_trained)
+    return replace(
+        cfg, max_iters=span.iters and span.iters - at.iteration, max_tokens=None,
+        max_minutes=span.seconds and (span.seconds - at.wall_s) / 60,
+    )
+
+
 EXIT_DOES_NOT_FIT = 1
 
 
 def run_plan(cfg: TrainConfig, overrides: list[str]) -> None:
     """Print what cfg.plan asks for; exit code 1 when the setting does not fit."""
-    if cfg.resume:
-        saved, file = rundir.saved_settings(run_names.locate(cfg.resume))
-        cfg = rundir.resumed_config(saved, cfg, overrides, file)
-    check(cfg)
     console = Console()
+    if cfg.resume:
+        cfg = _what_is_left(cfg, overrides, console)
+    check(cfg)
     if cfg.plan.lower() == "matrix":
         matrix.show(cfg, console)
         return

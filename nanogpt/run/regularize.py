@@ -36,16 +36,29 @@ RISEN, RISEN_EVALS, RISEN_SHARE = 0.05, 4, 0.2
 ERRORS = 4
 
 
-def passes_of(cfg: TrainConfig, text_tokens: int) -> float:
-    """How many times the training reads its text; of a budget in time alone, the most that max_tokens=auto takes."""
-    iters = span_of(cfg).iters
-    return PASSES if iters is None else iters * tokens_per_step(cfg) / max(1, text_tokens)
+def passes_of(cfg: TrainConfig, text_tokens: int, steps: int | None = None) -> float:
+    """How many times the training reads its text.
+
+    `steps` is what the time of the budget is good for; where that is not known, a budget in time alone counts as the
+    most passes that max_tokens=auto takes.
+    """
+    known = [count for count in (span_of(cfg).iters, steps) if count is not None]
+    if not known:
+        return PASSES
+    # 学习率要到更远处才降完的，是打算接着训：照那里算，搜索的每一级、每个种子也就是同一个配方
+    return max(min(known), cfg.lr_decay_iters or 0) * tokens_per_step(cfg) / max(1, text_tokens)
 
 
-def held_back(cfg: TrainConfig, text_tokens: int) -> TrainConfig:
+def counts_time(cfg: TrainConfig) -> bool:
+    """Whether something is left to the number of passes and that depends on how fast the training is."""
+    scale = cfg.optimizer.get("ngram_lr_scale", 0)
+    return bool(cfg.max_minutes) and not cfg.init_from and None in (cfg.model.ngrams, cfg.model.dropout, scale)
+
+
+def held_back(cfg: TrainConfig, text_tokens: int, steps: int | None = None) -> TrainConfig:
     """The config with ngrams, dropout and the optimizer's scales of the learning rate filled in; text_tokens of the
-    training split, 0: unknown."""
-    model, passes = cfg.model, passes_of(cfg, text_tokens) if text_tokens else 0.0
+    training split, 0: unknown; steps: see passes_of()."""
+    model, passes = cfg.model, passes_of(cfg, text_tokens, steps) if text_tokens else 0.0
     if model.ngrams is None:
         model = replace(model, ngrams=tables_for(passes, block_parameters(model), model.vocab_size))
     if model.dropout is None:
@@ -84,5 +97,5 @@ def has_risen(loss: float, best: float, train_loss: float, targets: int) -> bool
 
 def past_turn(progress: Progress, eval_interval: int, spent: float) -> bool:
     """Whether a training that has used up this share of its budget would only get worse."""
-    back = progress.evals_without_gain * eval_interval / progress.iteration * spent
+    back = progress.since_best(eval_interval) / progress.iteration * spent
     return progress.evals_risen >= RISEN_EVALS and back >= RISEN_SHARE

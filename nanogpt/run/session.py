@@ -59,7 +59,7 @@ from nanogpt.run import cpu_units, rundir
 from nanogpt.run.folders import size_of
 from nanogpt.run.loggers import JsonlLogger, Loggers
 from nanogpt.run.loop import Training, share_batch
-from nanogpt.run.regularize import held_back, passes_of
+from nanogpt.run.regularize import counts_time, held_back, passes_of
 from nanogpt.run.saving import Saver, largest_bytes, restore
 from nanogpt.run.summary import versions
 from nanogpt.weights import checkpoint
@@ -83,6 +83,8 @@ class Hooks:
     """nanogpt.sweep.auto_batch.choose: the micro-batch for batch_size=auto."""
     choose_parallel: Callable[..., ParallelConfig] | None = None
     """nanogpt.plan.show.chosen_parallel: ddp or fsdp for parallel=auto."""
+    count_steps: Callable[[TrainConfig], int] | None = None
+    """nanogpt.plan.show.steps_of: how many steps the time of a budget is good for."""
     explain: Callable[..., None] | None = None
     """nanogpt.plan.autopsy.show: what did not fit, and what to type."""
     write_sample: Callable[..., str] | None = None
@@ -104,6 +106,17 @@ class Hooks:
             return replace(cfg.parallel, mode="ddp")
         # 模型的形状此时已经定了：不必再去读 init_from 的权重
         return self.choose_parallel(replace(cfg, init_from=None), console=Console())
+
+    def steps(self, cfg: TrainConfig) -> int | None:
+        """How many steps the time of the budget is good for, if something depends on that and it can be told."""
+        if not counts_time(cfg):
+            return None
+        found = None
+        if self.count_steps and not distributed.rank():
+            # 自己的模型不一定规划得了：只为挑几个默认值，不值得停下
+            with contextlib.suppress(Exception):
+                found = self.count_steps(cfg)
+        return distributed.broadcast(found)
 
 
 NO_HOOKS = Hooks()
@@ -155,7 +168,9 @@ class Session:
         if cfg.max_tokens == "auto":
             cfg.max_tokens = auto_tokens(cfg.model, len(self.data.tokens["train"]))
         self.left_open = [key for key in ("dropout", "ngrams") if getattr(cfg.model, key) is None]
-        filled = held_back(cfg, len(self.data.tokens["train"]))
+        text_tokens, steps = len(self.data.tokens["train"]), hooks.steps(cfg)
+        self.passes = passes_of(cfg, text_tokens, steps)
+        filled = held_back(cfg, text_tokens, steps)
         cfg.model, cfg.dropout, cfg.optimizer = filled.model, filled.dropout, filled.optimizer
         distributed.check_alike(self._facts())
 
@@ -230,12 +245,11 @@ class Session:
         cfg = replace(rundir.resumed_config(source.config_text(), typed, overrides, source.folder), resume=str(run_dir))
         check(cfg)
         check_weights(source, cfg.model, cfg.finetune)
-        typed_keys = {override.partition("=")[0] for override in overrides}
-        limits = [key for key in LIMITS if key in typed_keys and getattr(cfg, key) is not None]
+        limits = typed_limits(cfg, overrides)
         # 同一条命令再敲一遍、torchrun 再启动一次：早已训完的，补上可能没写完的总结，照样成功
         same = typed.out_dir is not None and Path(typed.out_dir) == Path(typed.resume)
         # 时间与 token 数在状态里，要读完才知道；步数马上就说
-        _leave_behind(cfg, limits, Progress(source.iteration), Console(quiet=distributed.rank() > 0), same=same)
+        leave_behind(cfg, limits, Progress(source.iteration), Console(quiet=distributed.rank() > 0), same=same)
         bundled = run_dir / "data"
         # 试的是同一个形状：权重是什么不影响快慢与内存
         dataset = {**cfg.dataset, "dir": str(bundled)} if bundled.is_dir() else cfg.dataset
@@ -323,7 +337,7 @@ class Session:
         loggers = Loggers([JsonlLogger(), *backends] if distributed.rank() == 0 else [])
         computation = self._build_step()
         progress, order = restore(self.source, computation, self.data) if self.source else (Progress(), ORDER)
-        _leave_behind(self.cfg, self.limits, progress, self.console, same=self.same)
+        leave_behind(self.cfg, self.limits, progress, self.console, same=self.same)
         node = OmegaConf.structured(self.cfg)
         config_text = OmegaConf.to_yaml(node)
         if distributed.rank() == 0:
@@ -551,19 +565,21 @@ class Session:
         if cfg.max_minutes:
             used = trainer.progress.wall_s / 60
             line("budget: {minutes:g} minutes, of which {used:.1f} are used", minutes=cfg.max_minutes, used=used)
-        if not trainer.span.iters:
-            return
-        tokens, wanted = trainer.span.iters * tokens_per_step(cfg), auto_tokens(cfg.model, text_tokens)
-        line(
-            "budget: {iters:,} iterations read {tokens:.3g}M tokens: {passes:.2g} passes over the text, {each:.2g} per "
-            "parameter of the blocks{hint}",
-            iters=trainer.span.iters, tokens=tokens / 1e6, passes=tokens / text_tokens,
-            each=tokens / block_parameters(cfg.model),
-            hint=text("; max_tokens=auto would read {tokens:.3g}M", tokens=wanted / 1e6) if tokens < wanted / 2 else "",
-        )
-        if self.left_open and round(passes_of(cfg, text_tokens)) > 1:
+        if trainer.span.iters:
+            tokens, wanted = trainer.span.iters * tokens_per_step(cfg), auto_tokens(cfg.model, text_tokens)
+            more = text("; max_tokens=auto would read {tokens:.3g}M", tokens=wanted / 1e6)
+            line(
+                "budget: {iters:,} iterations read {tokens:.3g}M tokens: {passes:.2g} passes over the text, {each:.2g} "
+                "per parameter of the blocks{hint}",
+                iters=trainer.span.iters, tokens=tokens / 1e6, passes=tokens / text_tokens,
+                each=tokens / block_parameters(cfg.model), hint=more if tokens < wanted / 2 else "",
+            )
+        if self.left_open and round(self.passes) > 1:
             chosen = ", ".join(f"model.{key}={getattr(cfg.model, key)}" for key in self.left_open)
-            line("for so many passes it takes {settings}; what you type goes before", settings=chosen)
+            line(
+                "for about {passes:.2g} passes over the text it takes {settings}; what you type goes before",
+                passes=self.passes, settings=chosen,
+            )
 
     def _explain(self, error: OutOfMemory, *, has_checkpoint: bool) -> None:
         """One screen about what did not fit and what to type instead."""
@@ -684,7 +700,13 @@ class Session:
         return commands
 
 
-def _leave_behind(
+def typed_limits(cfg: TrainConfig, overrides: list[str]) -> list[str]:
+    """The budgets that were typed for a resume."""
+    typed = {override.partition("=")[0] for override in overrides}
+    return [key for key in LIMITS if key in typed and getattr(cfg, key) is not None]
+
+
+def leave_behind(
     cfg: TrainConfig, limits: Collection[str], progress: Progress, console: Console, *, same: bool,
 ) -> None:
     """Drop a limit that is reached where others were typed (`limits`); ConfigError where none was, or it was itself.

@@ -248,6 +248,18 @@ def test_plan_true_prints_a_verdict_and_writes_nothing(tmp_path):
     assert "FITS: 0.8" in done.stdout and "tokens/s" in done.stdout and "hardware=rtx3060_8gb" in done.stdout
 
 
+def test_the_plan_of_a_resume_is_for_what_it_still_has_to_do(own_run, capsys):
+    def planned(*words):
+        run_plan(make_config("resume=outputs/run", "plan=true", *words, checked=False), list(words))
+        return capsys.readouterr().out
+
+    assert "for 4 iterations with evaluation" in planned("max_iters=10")
+    with pytest.raises(ConfigError, match="already stands at iteration 6 of max_iters=6; add max_iters=12"):
+        planned()
+    shown = planned("max_tokens=1000000")
+    assert "max_iters=6 was the end of this run; it goes on to max_tokens=1000000" in shown and "for 6 iterations" not in shown
+
+
 def test_what_does_not_fit_ends_with_advice_and_exit_code_1(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(advice, "advise", lambda plan, planner, looked: [advice.Advice("memory=lean", 0.71, plan)])

@@ -9,6 +9,7 @@ import pytest
 from attack import outcome
 from conftest import ROOT, make_config, new_session, resume, train
 
+from nanogpt.base.config import tokens_per_step
 from nanogpt.core.progress import Progress
 from nanogpt.plan.plan import Planner
 from nanogpt.run.regularize import RISEN_EVALS, has_risen, held_back, passes_of, past_turn, tables_for
@@ -44,6 +45,11 @@ def test_what_is_typed_is_taken_and_weights_trained_before_are_not_dropped():
     cfg = make_config("max_tokens=100000", "arch=gpt2", "init_from=gpt2")
     assert held_back(cfg, 1000).dropout == 0 and held_back(cfg, 0).model.ngrams == []
     assert passes_of(make_config("max_minutes=1"), 10) == 4
+    a_step = tokens_per_step(make_config())
+    assert passes_of(make_config("max_minutes=1"), a_step, 30) == passes_of(make_config("max_minutes=1", "max_iters=30"), a_step, 99) == 30
+    # 搜索的每一级：停得早晚不同，学习率的终点相同，配方也就相同
+    rungs = [held_back(make_config(f"max_iters={end}", "lr_decay_iters=90"), 10 * a_step) for end in (10, 30, 90)]
+    assert rungs[0].model == rungs[1].model == rungs[2].model and rungs[0].optimizer == rungs[2].optimizer
 
 
 @pytest.mark.parametrize(("typed", "scale"), [
@@ -66,6 +72,26 @@ def test_a_run_writes_down_what_was_chosen_and_keeps_it(in_tmp, tiny_overrides, 
     assert (kept.model.ngrams, kept.dropout, kept.model.dropout) == ([2, 3, 4, 5], 0.0, 0.0)
 
 
+def test_minutes_are_worth_as_many_passes_as_the_plan_says(in_tmp, tiny_overrides, monkeypatch, capsys):
+    more = ["model.ngrams=null", "model.ngram_buckets=97", "dropout=null", "max_iters=null", "max_minutes=1"]
+    chosen, text_tokens = [], len(new_session(tiny_overrides).data.tokens["train"])
+    for passes in (0.5, 8, None):
+        def steps(self, cfg, overrides=None, passes=passes):
+            return int(passes * text_tokens / tokens_per_step(cfg)) if passes else 1 // 0
+
+        monkeypatch.setattr(Planner, "steps", steps)
+        session = new_session(tiny_overrides, *more, out=f"outputs/{passes}")
+        chosen.append((session.cfg.dropout, session.cfg.model.ngrams))
+        session._announce_budget(session._build())
+        if passes:
+            cfg = make_config(*tiny_overrides, *more)
+            planned = Planner(cfg).predict(cfg).cfg.model
+            assert (planned.dropout, planned.ngrams) == chosen[-1]
+    # 规划不了的：当作 4 遍
+    assert chosen == [(0.0, [2, 3, 4, 5]), (0.1, [2, 3]), (0.05, [2, 3, 4])]
+    assert "for about 8 passes over the text it takes model.dropout=0.1" in capsys.readouterr().out
+
+
 def test_a_plan_knows_the_text_where_it_is_prepared(in_tmp, tiny_overrides):
     more = ["model.ngrams=null", "model.ngram_buckets=97", "dropout=null", "max_iters=400"]
     session = new_session(tiny_overrides, *more)
@@ -80,9 +106,8 @@ def stopped_at(curve, train_losses, targets=10**9):
     for number, (loss, train_loss) in enumerate(zip(curve, train_losses), 1):
         progress.iteration = number
         if loss < best:
-            best, progress.evals_without_gain, progress.evals_risen = loss, 0, 0
+            best, progress.best_iteration, progress.evals_risen = loss, number, 0
         else:
-            progress.evals_without_gain += 1
             progress.evals_risen = progress.evals_risen + 1 if has_risen(loss, best, train_loss, targets) else 0
         if number < len(curve) and past_turn(progress, 1, number / len(curve)):
             return number
