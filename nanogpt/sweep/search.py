@@ -26,8 +26,9 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf, open_dict
 
 from nanogpt.base.cli import at_home
-from nanogpt.base.config import TrainConfig, check
-from nanogpt.base.errors import EXIT_INTERRUPTED
+from nanogpt.base.config import TrainConfig, auto_tokens, check
+from nanogpt.base.errors import EXIT_INTERRUPTED, leave
+from nanogpt.base.hashed_json import read_sealed
 from nanogpt.base.language import ConfigError, say, show, text, wrapped
 from nanogpt.base.value_checks import check_values
 from nanogpt.data import corpus
@@ -66,6 +67,9 @@ def search_job(cfg: TrainConfig, overrides: list[str]) -> float:
     except KeyboardInterrupt:
         say("search_interrupted")
         sys.exit(EXIT_INTERRUPTED)
+    except ConfigError as error:
+        # 交给 Hydra，它会另说一行是哪个任务：搜索只有一个
+        leave(error)
 
 
 def _search(cfg: TrainConfig, overrides: list[str]) -> float:
@@ -84,6 +88,10 @@ def _search(cfg: TrainConfig, overrides: list[str]) -> float:
             "objective=val_bpb: the tokens of this vocabulary stand for no fixed number of bytes; type "
             "objective=val_loss",
         )
+    # 报告要估计的那次训练，读多少与真的一样
+    if cfg.max_tokens == "auto":
+        read = read_sealed(folder / "meta.json", corpus.FORMAT)["tokens"]["train"]
+        cfg = replace(cfg, max_tokens=auto_tokens(cfg.model, read))
     trials = Trials(cfg, overrides, _folder())
     schedule, space = trials.prepared(space)
     announce(cfg, space, schedule)

@@ -192,8 +192,8 @@ def default_of(space: Sequence[Dimension], cfg: TrainConfig) -> dict[str, Any]:
         value = cfg.model.name if one.key == "model" else OmegaConf.select(node, one.key.lstrip("+"))
         if one.key == "shape":
             value = "as_is"
-        if value is None and one.key in ("dropout", "model.dropout", "model.ngrams"):
-            # 由文字定的：第一个试的，取文字不限的那种
+        if value is None and "null" not in one.choices and one.key in ("dropout", "model.dropout", "model.ngrams"):
+            # 由文字定的，空间里却没有这个词：第一个试的，取文字不限的那种
             value = getattr(cfg.model.completed(), one.key.rpartition(".")[2])
         if one.key == "global_batch_size" and value is None and isinstance(cfg.batch_size, int):
             value = effective_batch(cfg)

@@ -387,6 +387,8 @@ def test_a_search_as_it_is_typed_ends_with_a_report_and_a_recipe(in_tmp, monkeyp
     assert len(rows) == len(trainings)
     refused = typed("run_train.py", in_tmp, *words, "search.minutes=0", expect=2)
     assert "search.minutes=0" in refused.stderr and "Traceback" not in refused.stderr
+    refused = typed("run_train.py", in_tmp, *words, "search.minutes=0.001", expect=2)
+    assert "search.minutes=0.001 is too short" in refused.stderr and refused.stderr.count("error") == 1
 
 
 @OPTUNA
