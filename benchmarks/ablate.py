@@ -82,11 +82,24 @@ LONGER: dict[str, list[str]] = {
 # 一个 token 三四个字符：同样的文字步数少得多，批量也小些
 SMALL_BPE = [*SMALL, *BPE, "batch_size=16"]
 
+# 注意力的 values 也查一张表（benchmarks/value_embeddings.py）：1 个或 2 个 token 的，每个 block 或只有头尾
+WITH_VALUES = "model._target_=benchmarks.value_embeddings.ValueGPT"
+VALUES: dict[str, list[str]] = {
+    "default": [],
+    "values of 1": [WITH_VALUES, "+model.extra.ngrams=[1]"],
+    "values of 1, first and last block": [WITH_VALUES, "+model.extra.ngrams=[1]", "+model.extra.ends=true"],
+    "values of 2": [WITH_VALUES, "+model.extra.ngrams=[2]"],
+    "values of 1 in place of tables": [WITH_VALUES, "+model.extra.ngrams=[1]", "model.ngrams=[]"],
+}
+
 # 研究 -> (共有的设置, 变体)；第一个变体是基准
 STUDIES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
     "parts_char": ([*SMALL, *CHAR, CAPPED], PARTS),
     "parts_bpe": ([*SMALL_BPE, CAPPED], PARTS),
     "parts_gpt2": ([*SMALL, *GPT2, "batch_size=16", CAPPED], PARTS),
+    "values_char": ([*SMALL, *CHAR], VALUES),
+    "values_bpe": (SMALL_BPE, VALUES),
+    "values_gpt2": ([*SMALL, *GPT2, "batch_size=16"], VALUES),
     "longer_bpe": ([*SMALL_BPE, CAPPED], LONGER),
     # 读一遍的文字越大，几个 token 的表才值得；--text 换成大的文字，--tokens 给一遍
     "once": ([*SMALL_BPE, *NO_CAP, *SLOWER], {

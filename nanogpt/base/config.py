@@ -783,7 +783,7 @@ def check_budget(cfg: Any) -> None:
     if isinstance(cfg.max_tokens, int):
         check_range("max_tokens", cfg.max_tokens, 1, 10**15)
     elif cfg.max_tokens not in (None, "auto"):
-        raise ConfigError("not_a_choice", key="max_tokens", got=cfg.max_tokens, allowed="1000000 … | auto | null")
+        raise ConfigError("not_a_choice", key="max_tokens", got=cfg.max_tokens, allowed="1 … 1e+15 | auto | null")
 
 
 def check_batch(cfg: Any) -> None:

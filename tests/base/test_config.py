@@ -100,7 +100,7 @@ BAD = {
     "gradient_accumulation_steps=-2": "gradient_accumulation_steps",
     "max_iters=0": "max_iters",
     "max_tokens=0": "max_tokens=0 is out of range",
-    "max_tokens=lots": "max_tokens=lots is not known; choose one of: 1000000 … | auto | null",
+    "max_tokens=lots": "max_tokens=lots is not known; choose one of: 1 … 1e+15 | auto | null",
     "max_minutes=0": "max_minutes=0.0 is out of range",
     "warmup_iters=100 max_tokens=4096": "warmup_iters=100 is not shorter than max_iters=2",
     "model.dropout=1.0": "model.dropout",
