@@ -147,6 +147,7 @@ STUDIES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
         **held_back(250_000, 8, "- 1 0.2", decay=0.5),
         **held_back(250_000, 4, "- 1 0.1", decay=0.5),
         **held_back(1_000_000, 8, "- 1 0.2", "- 1 0.1", decay=0.5),
+        **held_back(1_000_000, 8, "- 1 0.1", decay=1.0),
         **held_back(1_000_000, 4, "- 1 0.1", "23 1 0.1", decay=0.5),
         **held_back(1_000_000, 4, "- 1 0.1", "23 1 0.1", "- 1 0", decay=0.1),
         # 后一个是以前的默认值

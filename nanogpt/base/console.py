@@ -201,6 +201,11 @@ def short(count: float | None) -> str:
     return f"{value:.0f}{unit}" if value >= 100 or not unit else f"{value:.3g}{unit}"
 
 
+def rounded(value: float) -> str:
+    """A number to two digits, such as 0.28 or 1,200."""
+    return f"{float(f'{value:.2g}'):,g}"
+
+
 def scaled(value: float, units: Sequence[str]) -> tuple[float, str]:
     """The value below 1000 and the unit that goes with it."""
     step = 0

@@ -30,7 +30,7 @@ from nanogpt.base.config import (
     span_of,
     tokens_per_step,
 )
-from nanogpt.base.console import Console, file_size
+from nanogpt.base.console import Console, file_size, rounded, short
 from nanogpt.base.errors import OutOfMemory
 from nanogpt.base.files import folders_around, sync_names, write_text
 from nanogpt.base.groups import leaves, naming
@@ -567,18 +567,18 @@ class Session:
             line("budget: {minutes:g} minutes, of which {used:.1f} are used", minutes=cfg.max_minutes, used=used)
         if trainer.span.iters:
             tokens, wanted = trainer.span.iters * tokens_per_step(cfg), auto_tokens(cfg.model, text_tokens)
-            more = text("; max_tokens=auto would read {tokens:.3g}M", tokens=wanted / 1e6)
+            more = text("; max_tokens=auto would read {tokens}", tokens=short(wanted))
             line(
-                "budget: {iters:,} iterations read {tokens:.3g}M tokens: {passes:.2g} passes over the text, {each:.2g} "
-                "per parameter of the blocks{hint}",
-                iters=trainer.span.iters, tokens=tokens / 1e6, passes=tokens / text_tokens,
-                each=tokens / block_parameters(cfg.model), hint=more if tokens < wanted / 2 else "",
+                "budget: {iters:,} iterations read {tokens} tokens: {passes} passes over the text, {each} per parameter "
+                "of the blocks{hint}",
+                iters=trainer.span.iters, tokens=short(tokens), passes=rounded(tokens / text_tokens),
+                each=rounded(tokens / block_parameters(cfg.model)), hint=more if tokens < wanted / 2 else "",
             )
         if self.left_open and round(self.passes) > 1:
             chosen = ", ".join(f"model.{key}={getattr(cfg.model, key)}" for key in self.left_open)
             line(
-                "for about {passes:.2g} passes over the text it takes {settings}; what you type goes before",
-                passes=self.passes, settings=chosen,
+                "for about {passes} passes over the text it takes {settings}; what you type goes before",
+                passes=rounded(self.passes), settings=chosen,
             )
 
     def _explain(self, error: OutOfMemory, *, has_checkpoint: bool) -> None:

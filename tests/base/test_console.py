@@ -11,7 +11,7 @@ from rich.console import Console as RichConsole
 
 from nanogpt.base import language
 from nanogpt.base.cli import _Script
-from nanogpt.base.console import Console, _bars, duration
+from nanogpt.base.console import Console, _bars, duration, rounded
 from nanogpt.base.language import PIECE, set_language, text, wrapped
 
 WIDTH = 80
@@ -130,3 +130,7 @@ def test_chinese_sentences_have_full_width_punctuation():
 def test_a_list_of_ones_own_words_is_joined_as_the_language_does(spoken):
     assert language.joined(["宋词", "元曲"]) == {"en": "宋词, 元曲", "zh": "宋词、元曲"}[spoken]
     assert text("{kind}: {names}", kind="style", names="宋词") == {"en": "style: 宋词", "zh": "style：宋词"}[spoken]
+
+
+def test_rounded_numbers_are_never_in_exponents():
+    assert [rounded(value) for value in (0.0012, 0.284, 1, 12.4, 284, 1250)] == ["0.0012", "0.28", "1", "12", "280", "1,200"]
