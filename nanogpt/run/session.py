@@ -569,8 +569,8 @@ class Session:
             tokens, wanted = trainer.span.iters * tokens_per_step(cfg), auto_tokens(cfg.model, text_tokens)
             more = text("; max_tokens=auto would read {tokens}", tokens=short(wanted))
             line(
-                "budget: {iters:,} iterations read {tokens} tokens: {passes} passes over the text, {each} per parameter "
-                "of the blocks{hint}",
+                "budget: {iters:,} iterations read {tokens} tokens: {passes} passes over the text, {each} per "
+                "parameter of the blocks{hint}",
                 iters=trainer.span.iters, tokens=short(tokens), passes=rounded(tokens / text_tokens),
                 each=rounded(tokens / block_parameters(cfg.model)), hint=more if tokens < wanted / 2 else "",
             )
