@@ -147,11 +147,15 @@ STUDIES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
         **held_back(250_000, 8, "- 1 0.2", decay=0.5),
         **held_back(250_000, 4, "- 1 0.1", decay=0.5),
         **held_back(1_000_000, 8, "- 1 0.2", "- 1 0.1", decay=0.5),
-        **held_back(1_000_000, 8, "- 1 0.1", decay=1.0),
         **held_back(1_000_000, 4, "- 1 0.1", "23 1 0.1", decay=0.5),
         **held_back(1_000_000, 4, "- 1 0.1", "23 1 0.1", "- 1 0", decay=0.1),
         # 后一个是以前的默认值
         **held_back(1_000_000, 8, "- 1 0.2", "23 3 0.1", decay=0.1),
+    }),
+    # 同样的大模型，衰减多少与学习率多高：两样一起定
+    "decay_and_rate": ([*CHAR, "model=small", "model.ngrams=[]", "dropout=0.1"], {
+        f"decay {decay}, rate {rate:g}": [f"optimizer.weight_decay={decay}", f"learning_rate={rate:g}", "passes=8", "characters=1000000"]
+        for decay in (0.5, 1.0) for rate in (1e-2, 5e-3)
     }),
     # 背起来以后会不会再好起来：early_stop_evals=null 照着这些曲线定，tests/run/test_regularize.py 核对
     "stop": (
