@@ -306,6 +306,7 @@ def test_the_documented_model_optimizer_and_logger_train_resume_write_and_are_fi
 
     mine = ["--config-dir=conf", "model=gated", "optimizer=mine", "logger=mine"]
     begun = run("run_train.py", *mine, "dataset=text_file", "dataset.path=my.txt", "dataset.dir=prepared", *quick, "out_dir=outputs/a")
+    assert "tokens/s" in run("run_train.py", *mine, "dataset=text_file", "dataset.path=my.txt", "dataset.dir=prepared", *quick, "plan=true").stdout
     refused = run("run_train.py", "resume=outputs/a", "max_iters=6", expect=2)
     # 照着文档把 yaml 也放进了 conf/ 的人，那里写着的就是他自己的
     assert "names code of its own (" in refused.stderr and "my_model.GatedGPT" in refused.stderr

@@ -146,7 +146,11 @@ def trace(cfg: TrainConfig, shape: Shape) -> Trace:
 
 def _traced(cfg: TrainConfig, shape: Shape) -> Trace:
     # 追踪中收走循环引用会改变释放的时刻：结果要每次相同
-    with _no_collector(), torch.random.fork_rng(devices=[]), one_of(shape.shards), fake_tensors() as mode:
+    # 上一遍可能停在 torch.optim 的 step 里：那里关掉的求导，没来得及打开
+    with (
+        torch.enable_grad(), _no_collector(), torch.random.fork_rng(devices=[]), one_of(shape.shards),
+        fake_tensors() as mode,
+    ):
         return _Run(cfg, shape, mode).all()
 
 
@@ -183,6 +187,9 @@ class _Stand(types.ModuleType):
         own.loader.exec_module(self.config)
         self.source = types.ModuleType(f"{package}.source")
         self.source.ConstantSource = self.source.RandomValueSource = _Source
+
+    def graph_break(self, *args, **options) -> None:
+        """Called by torch.optim in every step; nothing is compiled."""
 
     def disable(self, fn, *args, **options):
         """torch._dynamo.disable of a compiler that is not there."""

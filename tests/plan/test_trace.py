@@ -79,6 +79,16 @@ def test_traced_weights_gradients_and_state_are_those_of_the_real_model(optimize
     assert at_peak["gradients"] == gradients
 
 
+def test_an_optimizer_of_torchs_is_planned_like_any_other(monkeypatch):
+    monkeypatch.setattr("nanogpt.weights.build.build_part", lambda node, key, model: torch.optim.SGD(model.parameters(), momentum=0.9))
+    own = traced_once(Shape(2, 2, 2), "model.ngrams=[]")
+    traced = trace(small("model.ngrams=[]"), Shape(2, 2, 2))
+    # 一份动量，每个参数一个数
+    assert traced.weight_bytes == own.weight_bytes and traced.optimizer_bytes == 4 * traced.parameters
+    with torch.no_grad():
+        assert trace(small("model.ngrams=[]"), Shape(2, 2, 2)).parameters == traced.parameters
+
+
 QWEN3 = ("arch=qwen3", "model.n_head=4", "model.n_kv_head=2", "model.head_dim=16", "model.block_size=160")
 
 
