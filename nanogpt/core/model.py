@@ -213,6 +213,6 @@ class GPT(nn.Module):
 
     def parameter_count(self) -> int:
         """Number of distinct parameters (tied weights count once), frozen ones, int8 and 4-bit weights included."""
-        small = (b for name, b in self.named_buffers() if name.rpartition(".")[2] in ("weight", "bias"))
+        small = (b for name, b in self.named_buffers() if name.endswith(("weight", "bias")))
         # 4 位的一个字节两个；写作时补齐了行的，自己说有几个
         return sum(getattr(t, "count", t.numel() << (t.dtype == torch.uint8)) for t in {*self.parameters(), *small})

@@ -137,9 +137,11 @@ def test_packed_weights_give_the_same_logits(recipe, threads, monkeypatch):
     model = wild_model(**RECIPES[recipe])
     idx = torch.tensor(prompts(7, 7))
     expected = logits_of(model, idx)
-    weight = model.h[0].mlp.c_fc.weight.detach().clone()
+    weight, size = model.h[0].mlp.c_fc.weight.detach().clone(), model.parameter_count()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     pack(model)
+    # 补齐的行、与词嵌入共用的，都不多算
+    assert model.parameter_count() == size
     torch.testing.assert_close(logits_of(model, idx), expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(model.h[0].mlp.c_fc.weight, weight)
 

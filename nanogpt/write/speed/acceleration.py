@@ -36,30 +36,33 @@ class PackedLinear(nn.Module):
 
     # 没有 numba 时的退路：只换排法，不需要编译，结果只差求和次序
 
-    def __init__(self, linear: nn.Linear, parts: int):
+    def __init__(self, linear: nn.Linear, parts: int, *, tied: bool = False):
         super().__init__()
         self.n_out = linear.out_features
         # 词表之类除不尽的行数，末尾补 0，算完再切掉
         padding = -self.n_out % parts
         weight = nn.functional.pad(linear.weight.detach(), (0, 0, 0, padding))
-        self.register_buffer("packed", weight.view(parts, -1, linear.in_features).mT.contiguous(), persistent=False)
-        bias = None
+        packed, bias = weight.view(parts, -1, linear.in_features).mT.contiguous(), None
+        # count：代表几个数（GPT.parameter_count）；补的 0 不算，与词嵌入共用的那里已经算了
+        packed.count = 0 if tied else linear.weight.numel()
         if linear.bias is not None:
             bias = nn.functional.pad(linear.bias.detach(), (0, padding)).view(parts, 1, -1)
+            bias.count = linear.out_features
+        self.register_buffer("packed_weight", packed, persistent=False)
         self.register_buffer("packed_bias", bias, persistent=False)
 
     @property
     def weight(self) -> torch.Tensor:
         """The weight as nn.Linear has it, (N, K); a copy."""
-        return self.packed.mT.reshape(-1, self.packed.size(1))[: self.n_out]
+        return self.packed_weight.mT.reshape(-1, self.packed_weight.size(1))[: self.n_out]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parts, k, width = self.packed.shape
+        parts, k, width = self.packed_weight.shape
         rows = x.reshape(1, -1, k).expand(parts, -1, -1)
         if self.packed_bias is None:
-            y = torch.bmm(rows, self.packed)
+            y = torch.bmm(rows, self.packed_weight)
         else:
-            y = torch.baddbmm(self.packed_bias, rows, self.packed)
+            y = torch.baddbmm(self.packed_bias, rows, self.packed_weight)
         # (parts, rows, width) -> (rows, N)；只有一行时不必搬动
         y = y.transpose(0, 1).reshape(-1, parts * width)[:, : self.n_out]
         return y.view(*x.shape[:-1], self.n_out)
@@ -71,11 +74,11 @@ def pack(model: nn.Module) -> None:
 
     The old weights are freed unless they are tied.
     """
-    parts = torch.get_num_threads()
+    parts, shared = torch.get_num_threads(), {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and child.weight.dtype == torch.float32 and child.weight.device.type == "cpu":
-                setattr(parent, name, PackedLinear(child, parts))
+                setattr(parent, name, PackedLinear(child, parts, tied=id(child.weight) in shared))
 
 
 # 小于它的模型，权重大半留在高速缓存里：减半省不下时间
