@@ -215,7 +215,7 @@ NAMED = {
     "no_labelled_path": "dataset.path is not set; type dataset=labelled dataset.path=my.jsonl",
     "unknown_characters": "the vocabulary lacks {characters}; leave them out{skip}, or train on text that has them",
     "prompt_all_skipped": (
-        "start={got!r}: the vocabulary has none of its characters, so that nothing of it is left; give others, or "
+        "the prompt {got!r}: the vocabulary has none of its characters, so that nothing of it is left; give others, or "
         "train on text that has them"
     ),
     "damaged_dataset": (
@@ -231,7 +231,7 @@ NAMED = {
     ),
     "not_writable": "out_dir={path} cannot be written ({reason}); choose another out_dir",
     "no_run": "{key}={path}: there is no checkpoint in it; give a run folder, e.g. {key}=outputs/my-run",
-    "empty_prompt": "start={got!r} is empty; give at least one character",
+    "empty_prompt": "a prompt is empty; give at least one character (start, starts, prompts)",
     "bad_prompt_line": 'prompts={path}: line {number} is neither a string nor an object with "prompt"; correct it',
     "bad_prompt_list": (
         'prompts={path}: item {number} of what should be one list of strings, or of objects with "prompt", is '

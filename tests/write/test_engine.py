@@ -199,7 +199,7 @@ def test_unknown_characters_are_named_or_skipped(model):
     with pytest.raises(ConfigError, match="lacks 'x' 'z'; leave them out, or train"):
         write(model, Request("azbx", GREEDY, 3, seed=0))
     assert write(model, Request("azbx", GREEDY, 3, seed=0, skip_unknown=True)) == write(model, Request("ab", GREEDY, 3, seed=0))
-    with pytest.raises(ConfigError, match="start='zx': the vocabulary has none of its characters"):
+    with pytest.raises(ConfigError, match="the prompt 'zx': the vocabulary has none of its characters"):
         write(model, Request("zx", GREEDY, 3, seed=0, skip_unknown=True))
 
 

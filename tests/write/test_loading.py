@@ -84,7 +84,7 @@ def test_characters_that_the_vocabulary_lacks_are_one_line(own_run):
     done = sample(own_run, "start=春, x", "fast=false", expect=2)
     assert "the vocabulary lacks ',' 'x' '春'; leave them out, pass over them with unknown=skip, or" in done.stderr and done.stderr.count("\n") == 1
     skipped = sample(own_run, "start=春", "unknown=skip", "fast=false", expect=2).stderr
-    assert "start='春': the vocabulary has none of its characters" in skipped and skipped.count("\n") == 1
+    assert "the prompt '春': the vocabulary has none of its characters" in skipped and skipped.count("\n") == 1
 
 
 @pytest.mark.parametrize(("change", "message"), [
