@@ -225,6 +225,13 @@ def typed_config(cfg: DictConfig, config_name: str) -> TrainConfig | SampleConfi
         if typed_key.startswith("~") and re.match(r"(sampler|control|optimizer|dataset)\.|logger\.\w+\.", key):
             # 悄悄换成函数的默认值，会与 yaml 里写的不一样
             raise ConfigError("removed_key", key=key)
+        if key == "model.arch":
+            # 标题里的名字而已：敲它的人要的是另一种结构
+            raise ConfigError(
+                "model.arch={got} changes the name in the titles and nothing else; choose an architecture with "
+                "arch={got}",
+                got=typed.model.arch,
+            )
     typed.groups = choices
     at_home(typed)
     check_values(typed)

@@ -49,6 +49,12 @@ def test_all_weights_and_frozen_weights_of_4_bits_contradict_each_other(in_tmp, 
     assert capsys.readouterr().err.startswith("error: finetune=full contradicts memory=lora4, ")
 
 
+def test_the_name_of_the_recipe_is_not_taken_for_the_recipe(in_tmp, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        what_the_task_sees(monkeypatch, "model.arch=gpt2")
+    assert capsys.readouterr().err.strip().endswith("choose an architecture with arch=gpt2")
+
+
 RESTARTS = {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_RESTART_COUNT": "0"}
 
 
