@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from typing_extensions import TypedDict
 
 from nanogpt.base.config import choices_of, range_of
-from nanogpt.base.language import NAMED, ConfigError, presentable, text_in
+from nanogpt.base.language import NAMED, ConfigError, presentable, sentence, text_in
 from nanogpt.base.sample_config import SampleConfig, ServerConfig
 from nanogpt.core.sampling import SETTINGS
 from nanogpt.core.scoring import Score
@@ -145,7 +145,8 @@ def error_body(error: ConfigError, language: str | None) -> Refusal:
     """OpenAI's form of an error, in the client's language; None: in the console's."""
     # 怎样跳过词表没有的字，这里有这里的写法
     name = "api_unknown_characters" if isinstance(error, UnknownCharacters) else error.message
-    values = {key: presentable(value) for key, value in error.values.items()}
+    values = {key: presentable(value.said(language) if isinstance(value, Wanted) else value)
+              for key, value in error.values.items()}
     code = name.removeprefix("api_") if name in NAMED else "invalid_value"
     return {"error": {
         "message": text_in(language, name, **values),
@@ -163,6 +164,25 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+class Wanted(str):
+    """What a field takes: a sentence in English, which an error says in the client's language."""
+
+    # 同一句话先写进 /openapi.json（英文），出了错再译：那时才知道对方说哪种语言
+
+    def __new__(cls, message: str, **values):
+        made = super().__new__(cls, message.format(**values))
+        made.message, made.values = message, values
+        return made
+
+    def said(self, language: str | None) -> str:
+        """The sentence in this language; None: in the console's."""
+        return text_in(language, self.message, **self.values)
+
+
+ONLY = sentence("{value}: anything else is not supported")
+INTEGER = sentence("an integer, {low} … {high}{key}")
+
+
 def _field(kind: Any, wanted: str) -> tuple[Any, Any]:
     """A field that may be left out; `wanted` stands in the description and in the error."""
     return kind | None, Field(None, description=wanted)
@@ -170,7 +190,8 @@ def _field(kind: Any, wanted: str) -> tuple[Any, Any]:
 
 def _number(kind: type, low: float, high: float, key: str = "") -> tuple[Any, Any]:
     """A field of numbers; `key` is the key of the configuration that sets its upper limit."""
-    wanted = f"{'an integer' if kind is int else 'a number'}, {low} … {high}" + (f" ({key})" if key else "")
+    message = INTEGER if kind is int else sentence("a number, {low} … {high}{key}")
+    wanted = Wanted(message, low=low, high=high, key=f" ({key})" if key else "")
     within = Annotated[kind, Field(ge=low, le=high), *([BeforeValidator(_whole)] if kind is int else [])]
     return _field(within, wanted)
 
@@ -182,10 +203,12 @@ def _prompt(limits: ServerConfig, shortest: int, vocab_size: int) -> tuple[Any, 
     several = Field(min_length=1, max_length=limits.max_texts, fail_fast=True)
     text, token = Annotated[str, size], Annotated[int, Field(ge=0, lt=vocab_size), BeforeValidator(_whole)]
     ids = Annotated[list[token], Field(fail_fast=True), size]
-    wanted = (
-        f"a string, an array of strings, an array of token ids (0 … {vocab_size - 1}) or an array of such arrays; each "
-        f"of {shortest} … {limits.max_prompt_chars} characters or ids (server.max_prompt_chars), "
-        f"at most {limits.max_texts} of them (server.max_texts)"
+    wanted = Wanted(
+        sentence(
+            "a string, an array of strings, an array of token ids (0 … {last}) or an array of such arrays; each of "
+            "{least} … {most} characters or ids (server.max_prompt_chars), at most {texts} of them (server.max_texts)",
+        ),
+        last=vocab_size - 1, least=shortest, most=limits.max_prompt_chars, texts=limits.max_texts,
     )
     one = text | Annotated[ids, Field(min_length=1)]
     return one | Annotated[list[text], several] | Annotated[list[ids], several], Field(description=wanted)
@@ -214,20 +237,21 @@ class MessageForm(BaseModel):  # 客户端把收到的回答原样带回来：�
 def chat_form_of(form: type[BaseModel], limits: ServerConfig) -> type[BaseModel]:
     """The fields of a request for an answer: those of a completion, with messages instead of a prompt."""
     fields = {name: (f.annotation, f) for name, f in form.model_fields.items() if name not in NOT_IN_CHAT}
-    only = "{}: anything else is not supported"
-    wanted = (
-        f'an array of 1 … {MOST_MESSAGES} objects {{"role": "system" | "user" | "assistant", "content": a string}} '
-        f"without tool calls, the last of the user, of at most {limits.max_prompt_chars} characters in all "
-        "(server.max_prompt_chars)"
+    wanted = Wanted(
+        sentence(
+            'an array of 1 … {most} objects {{"role": "system" | "user" | "assistant", "content": a string}} without '
+            "tool calls, the last of the user, of at most {chars} characters in all (server.max_prompt_chars)",
+        ),
+        most=MOST_MESSAGES, chars=limits.max_prompt_chars,
     )
     size = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
     listed = Annotated[list[MessageForm], size]
     return create_model(
         "ChatCompletionRequest", __config__=form.model_config, messages=(listed, Field(description=wanted)), **fields,
         max_completion_tokens=_number(int, 1, limits.max_tokens, "server.max_tokens"),
-        **dict.fromkeys(("logprobs", "store"), _field(Literal[False], only.format("false"))),
-        response_format=_field(dict[Literal["type"], Literal["text"]], only.format('{"type": "text"}')),
-        tools=_field(Annotated[list, Field(max_length=0)], only.format("[]")),
+        **dict.fromkeys(("logprobs", "store"), _field(Literal[False], Wanted(ONLY, value="false"))),
+        response_format=_field(dict[Literal["type"], Literal["text"]], Wanted(ONLY, value='{"type": "text"}')),
+        tools=_field(Annotated[list, Field(max_length=0)], Wanted(ONLY, value="[]")),
         tool_choice=_field(Literal["none", "auto"], "none | auto"),
     )
 
@@ -236,9 +260,12 @@ def form_of(base: Settings, limits: ServerConfig, *, vocab_size: int, empty_prom
     """The fields of a request here, with their limits: what the sampler or the control lacks is no field."""
     label = Annotated[str, Field(max_length=MAX_LABEL_CHARS, pattern=r"^[^\n]*$")]
     stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-    stops = f"a string or an array of at most {MAX_STOPS} strings, each of 1 … {MAX_STOP_CHARS} characters"
+    stops = Wanted(
+        sentence("a string or an array of at most {most} strings, each of 1 … {chars} characters"), most=MAX_STOPS,
+        chars=MAX_STOP_CHARS,
+    )
     skipping = choices_of(SampleConfig, "unknown")
-    texts, unsupported = _number(int, 1, limits.max_texts, "server.max_texts"), ": anything else is not supported"
+    texts = _number(int, 1, limits.max_texts, "server.max_texts")
     fields = {
         "prompt": _prompt(limits, 0 if empty_prompts else 1, vocab_size),
         "max_tokens": _number(int, 0, limits.max_tokens, "server.max_tokens"), "n": texts, "best_of": texts,
@@ -246,23 +273,28 @@ def form_of(base: Settings, limits: ServerConfig, *, vocab_size: int, empty_prom
         "seed": _number(int, UNSET["seed"], range_of(SampleConfig, "seed").high),
         "stop": _field(stop | Annotated[list[stop], Field(max_length=MAX_STOPS, fail_fast=True)], stops),
         "unknown": _field(Literal[skipping], " | ".join(skipping)),
-        **dict.fromkeys(("stream", "echo"), _field(bool, "a boolean")),
-        **dict.fromkeys(("model", "user"), _field(str, "a string")),
+        **dict.fromkeys(("stream", "echo"), _field(bool, Wanted(sentence("a boolean")))),
+        **dict.fromkeys(("model", "user"), _field(str, Wanted(sentence("a string")))),
         "stream_options": _field(
-            dict[Literal[STREAM_OPTIONS], bool], f"an object of booleans: {', '.join(STREAM_OPTIONS)}"
+            dict[Literal[STREAM_OPTIONS], bool],
+            Wanted(sentence("an object of booleans: {names}"), names=", ".join(STREAM_OPTIONS)),
         ),
         # OpenAI 有而这里没有的：写着“不用”的值放行，官方客户端会带上它们
         **dict.fromkeys(
-            ("frequency_penalty", "presence_penalty"), _field(Annotated[float, Field(ge=0, le=0)], f"0{unsupported}")
+            ("frequency_penalty", "presence_penalty"),
+            _field(Annotated[float, Field(ge=0, le=0)], Wanted(ONLY, value="0")),
         ),
-        **dict.fromkeys(("logit_bias", "metadata"), _field(Annotated[dict, Field(max_length=0)], f"{{}}{unsupported}")),
-        "suffix": _field(Literal[""], f'""{unsupported}'),
+        **dict.fromkeys(
+            ("logit_bias", "metadata"), _field(Annotated[dict, Field(max_length=0)], Wanted(ONLY, value="{}")),
+        ),
+        "suffix": _field(Literal[""], Wanted(ONLY, value='""')),
     }
     for name, (kind, low, high) in SETTINGS.items():
         if name in base.sampler:
             fields[name] = _number(kind, UNSET.get(name, low), HIGHEST.get(name, high))
     if takes_forms(base.control):
-        fields |= dict.fromkeys(KINDS, _field(label, f"one line of at most {MAX_LABEL_CHARS} characters"))
+        line = Wanted(sentence("one line of at most {most} characters"), most=MAX_LABEL_CHARS)
+        fields |= dict.fromkeys(KINDS, _field(label, line))
     if "guidance" in base.control:
         fields["guidance"] = _number(float, *GUIDANCE)
     # strict：字符串 "1" 不是数，true 也不是；NaN 与 Infinity 不是 JSON，解析器却收下
@@ -318,7 +350,7 @@ class Reader:
                 code="best_of", field="best_of", got=given["best_of"], n=n,
             )
         if given.get("max_tokens") == 0 and not echo:
-            wanted = f"an integer, 1 … {self.limits.max_tokens} (0 with echo=true)"
+            wanted = Wanted(sentence("an integer, 1 … {most} (0 with echo=true)"), most=self.limits.max_tokens)
             raise ConfigError("api_out_of_range", field="max_tokens", got=0, wanted=wanted)
         settings, logprobs, options = self._settings(given), given.get("logprobs"), given.get("stream_options", {})
         scored = {"logprobs": logprobs, "score_prompt": echo and logprobs is not None}
@@ -341,12 +373,13 @@ class Reader:
         messages, n = [message.plain() for message in given["messages"]], given.get("n", 1)
         chars = sum(len(message["content"]) for message in messages)
         if chars > self.limits.max_prompt_chars or messages[-1]["role"] != "user":
-            wanted, got = self.chat_form.model_fields["messages"].description, f"{chars} characters"
+            wanted = self.chat_form.model_fields["messages"].description
+            got = Wanted(sentence("{n} characters"), n=chars)
             raise ConfigError("api_out_of_range", field="messages", got=got, wanted=wanted)
         if "max_completion_tokens" in given:
             given["max_tokens"] = given["max_completion_tokens"]
         if given.get("max_tokens") == 0:
-            wanted = f"an integer, 1 … {self.limits.max_tokens}"
+            wanted = Wanted(INTEGER, low=1, high=self.limits.max_tokens, key="")
             raise ConfigError("api_out_of_range", field="max_tokens", got=0, wanted=wanted)
         settings, options = self._settings(given), given.get("stream_options", {})
         try:
