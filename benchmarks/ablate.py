@@ -49,6 +49,14 @@ def held_back(characters: int, passes: int, *settings: str, decay: float | None 
     return found
 
 
+def decay_and_rate(characters: int) -> dict[str, list[str]]:
+    """Variants of eight passes over so many characters."""
+    return {
+        f"decay {decay}, rate {rate:g}": [f"optimizer.weight_decay={decay}", f"learning_rate={rate:g}", "passes=8", f"characters={characters}"]
+        for decay in (0.5, 1.0) for rate in (1e-2, 5e-3)
+    }
+
+
 # 默认配方的每一部分：换掉或关掉，一次一样
 PARTS: dict[str, list[str]] = {
     "soft-cap 15": [],
@@ -152,11 +160,9 @@ STUDIES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
         # 后一个是以前的默认值
         **held_back(1_000_000, 8, "- 1 0.2", "23 3 0.1", decay=0.1),
     }),
-    # 同样的大模型，衰减多少与学习率多高：两样一起定
-    "decay_and_rate": ([*CHAR, "model=small", "model.ngrams=[]", "dropout=0.1"], {
-        f"decay {decay}, rate {rate:g}": [f"optimizer.weight_decay={decay}", f"learning_rate={rate:g}", "passes=8", "characters=1000000"]
-        for decay in (0.5, 1.0) for rate in (1e-2, 5e-3)
-    }),
+    # 衰减多少与学习率多高，两样一起定：同样的大模型读一百万个字符，4/4/128 读二十五万个
+    "decay_and_rate": ([*CHAR, "model=small", "model.ngrams=[]", "dropout=0.1"], decay_and_rate(1_000_000)),
+    "decay_and_rate_128": ([*SMALL, *CHAR, "model.ngrams=[2,3]", "optimizer.ngram_lr_scale=1", "dropout=0.1"], decay_and_rate(250_000)),
     # 背起来以后会不会再好起来：early_stop_evals=null 照着这些曲线定，tests/run/test_regularize.py 核对
     "stop": (
         ["model.n_layer=2", "model.n_head=4", "model.n_embd=64", "model.block_size=64", "batch_size=16", "dropout=0", *CHAR],
