@@ -124,9 +124,9 @@ def choose_parallel(*asked, **how):
 
 def count_steps(cfg: TrainConfig) -> int:
     """How many steps max_minutes is good for."""
-    from nanogpt.plan.show import steps_of
+    from nanogpt.plan.plan import Planner
 
-    return steps_of(cfg)
+    return Planner(cfg).steps(cfg)
 
 
 def explain(*failed, **how) -> None:

@@ -139,11 +139,6 @@ def chosen_parallel(cfg: TrainConfig, *, console: Console) -> ParallelConfig:
     return plan.cfg.parallel
 
 
-def steps_of(cfg: TrainConfig) -> int:
-    """How many steps the time of a training's budget is good for."""
-    return Planner(cfg).steps(cfg)
-
-
 def _say_chosen(plan: Plan, console: Console) -> None:
     parallel = plan.cfg.parallel
     more = " parallel.sum_gradients=every" if (parallel.mode, parallel.sum_gradients) == ("fsdp", "every") else ""
@@ -166,8 +161,9 @@ def _what_is_left(typed: TrainConfig, overrides: list[str], console: Console) ->
     at, cfg = Progress(**state["progress"]), for_the_text(cfg)
     leave_behind(cfg, typed_limits(cfg, overrides), at, console, same=False)
     span = span_of(cfg, at.iteration, at.tokens_trained)
+    # 预热早已走完：留着它，剩下的步数短了，建议里的每一条都会被当成写错了
     return replace(
-        cfg, max_iters=span.iters and span.iters - at.iteration, max_tokens=None,
+        cfg, max_iters=span.iters and span.iters - at.iteration, max_tokens=None, warmup_iters=0,
         max_minutes=span.seconds and (span.seconds - at.wall_s) / 60,
     )
 
@@ -180,7 +176,8 @@ def run_plan(cfg: TrainConfig, overrides: list[str]) -> None:
     console = Console()
     if cfg.resume:
         cfg = _what_is_left(cfg, overrides, console)
-    check(cfg)
+    else:
+        check(cfg)
     if cfg.plan.lower() == "matrix":
         matrix.show(cfg, console)
         return

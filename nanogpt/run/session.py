@@ -84,7 +84,7 @@ class Hooks:
     choose_parallel: Callable[..., ParallelConfig] | None = None
     """nanogpt.plan.show.chosen_parallel: ddp or fsdp for parallel=auto."""
     count_steps: Callable[[TrainConfig], int] | None = None
-    """nanogpt.plan.show.steps_of: how many steps the time of a budget is good for."""
+    """nanogpt.plan.plan.Planner.steps: how many steps the time of a budget is good for."""
     explain: Callable[..., None] | None = None
     """nanogpt.plan.autopsy.show: what did not fit, and what to type."""
     write_sample: Callable[..., str] | None = None
@@ -165,10 +165,11 @@ class Session:
             self.data.hold_out(cfg.holdout)
         self._check_against_data()
         # 记下算出的数：接着训时要加，就在它上面加
+        text_tokens = len(self.data.tokens["train"])
         if cfg.max_tokens == "auto":
-            cfg.max_tokens = auto_tokens(cfg.model, len(self.data.tokens["train"]))
+            cfg.max_tokens = auto_tokens(cfg.model, text_tokens)
         self.left_open = [key for key in ("dropout", "ngrams") if getattr(cfg.model, key) is None]
-        text_tokens, steps = len(self.data.tokens["train"]), hooks.steps(cfg)
+        steps = hooks.steps(cfg)
         self.passes = passes_of(cfg, text_tokens, steps)
         filled = held_back(cfg, text_tokens, steps)
         cfg.model, cfg.dropout, cfg.optimizer = filled.model, filled.dropout, filled.optimizer
