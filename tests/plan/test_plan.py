@@ -2,8 +2,10 @@
 
 import sys
 from dataclasses import asdict, replace
+from itertools import count
 
 import pytest
+import torch
 from conftest import make_config
 from rich.cells import cell_len
 from typed import typed
@@ -13,7 +15,7 @@ from nanogpt.base.console import Console
 from nanogpt.base.hardware import GIB, allocator_cap
 from nanogpt.base.language import ConfigError
 from nanogpt.core import machine
-from nanogpt.plan import advice, budget, filled_config, matrix
+from nanogpt.plan import advice, budget, filled_config, matrix, roofline
 from nanogpt.plan.allocator import replay
 from nanogpt.plan.budget import STEP_BYTES, budget_for
 from nanogpt.plan.plan import TIGHT, Planner, predict, step_seconds, with_workspace
@@ -204,6 +206,16 @@ VOCABULARIES = {
     "dataset=shakespeare_bpe": 50257, "dataset=plays_char dataset.tokenizer=gpt2": 50257, "dataset=plays_char dataset.tokenizer=byte": 256,
     "dataset=plays_char init_from=gpt2-medium": 50257,
 }
+
+
+def test_the_bandwidth_of_a_busy_cpu_is_what_one_thread_copies_in_its_own_time(monkeypatch):
+    # 墙上的每一次抄写都要等别的程序 100 秒，线程自己只用了 0.8 秒抄 8 次
+    walls, owns = count(step=100), iter((5.0, 5.8))
+    monkeypatch.setattr("time.perf_counter", lambda: next(walls))
+    monkeypatch.setattr("time.thread_time", lambda: next(owns))
+    threads = torch.get_num_threads()
+    assert roofline.copy_bandwidth.__wrapped__(torch.device("cpu")) == pytest.approx(2 * roofline.COPY_BYTES / 0.1 / 1e9)
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize("overrides", VOCABULARIES)
