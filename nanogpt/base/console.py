@@ -10,6 +10,7 @@ import contextlib
 import io
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from time import monotonic
 from typing import Any
 
 from nanogpt.base.language import show, shown, text, wrapped
@@ -77,9 +78,13 @@ class Console:
             # 生成器里的进度条，出错时未必轮得到收尾：光标不能一直藏着
             atexit.register(bar.stop)
         with bar if outermost else contextlib.nullcontext():
-            task = bar.add_task(text(title), total=total, completed=done, note="", left=None)
+            task = bar.add_task(text(title), total=total, completed=done, note="", ends=None)
+
+            def advance(done: int, note: str = "", left: float | None = None) -> None:
+                bar.update(task, completed=done, note=note, ends=left if left is None else monotonic() + left)
+
             try:
-                yield lambda done, note="", left=None: bar.update(task, completed=done, note=note, left=left)
+                yield advance
             finally:
                 bar.remove_task(task)
                 if outermost:
@@ -125,8 +130,9 @@ def _bars(console):
     # 写在函数里：它的基类要等 rich 导入之后才有
     class Left(TimeRemainingColumn):
         def render(self, task) -> Text:
-            seconds = task.fields["left"]
-            return Text(f"ETA {clock(seconds)}") if seconds is not None else Text("ETA ") + super().render(task)
+            # 评估时外面这条不前进，剩下的时间照样一秒一秒地少
+            ends = task.fields["ends"]
+            return Text("ETA ") + (super().render(task) if ends is None else Text(clock(max(0, ends - monotonic()))))
 
     columns = (
         TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn(),

@@ -50,17 +50,27 @@ def test_a_log_interval_is_one_line_of_80_columns_and_an_evaluation_a_second_one
     assert "10.123 bpb" in lines[1]
 
 
-def test_bars_fit_beside_each_other_into_80_columns(spoken):
+def test_bars_fit_beside_each_other_into_80_columns_and_their_time_runs_while_they_stand_still(spoken, monkeypatch):
+    now, hours = [5.0], 99 * 3600
+    monkeypatch.setattr("nanogpt.base.console.monotonic", lambda: now[0])
     shown = Terminal()
     bar = _bars(RichConsole(file=shown, width=WIDTH, color_system=None))
     note = text("loss {loss:.4f}, {speed:.0f} tok/s", loss=10.1234, speed=1234567)
-    bar.add_task(text("progress"), total=100_000, completed=100_000, note=note, left=99 * 3600 + 59)
+    bar.add_task(text("progress"), total=100_000, completed=100_000, note=note, ends=now[0] + hours + 59)
     for title in TITLES:
-        bar.add_task(text(title), total=100_000, completed=99_999, note="", left=None)
-    bar.console.print(bar.make_tasks_table(bar.tasks))
-    lines = shown.getvalue().splitlines()
-    assert len(lines) == 1 + len(TITLES) and all(cell_len(line.rstrip()) < WIDTH for line in lines)
-    assert f"100000/100000 {note} ETA 99:00:59" in lines[0]
+        bar.add_task(text(title), total=100_000, completed=99_999, note="", ends=None)
+
+    def lines(after: float) -> list[str]:
+        now[0] += after
+        shown.seek(0)
+        shown.truncate()
+        bar.console.print(bar.make_tasks_table(bar.tasks))
+        return shown.getvalue().splitlines()
+
+    first = lines(0)
+    assert len(first) == 1 + len(TITLES) and all(cell_len(line.rstrip()) < WIDTH for line in first)
+    assert f"100000/100000 {note} ETA 99:00:59" in first[0]
+    assert "ETA 98:59:59" in lines(60)[0] and "ETA 0:00" in lines(hours)[0]
 
 
 def test_a_bar_below_a_bar_goes_away_with_its_work_and_without_a_terminal_there_is_none(monkeypatch, capsys):
