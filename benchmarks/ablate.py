@@ -104,6 +104,11 @@ VALUES: dict[str, list[str]] = {
 STUDIES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
     "parts_char": ([*SMALL, *CHAR, CAPPED], PARTS),
     "parts_bpe": ([*SMALL_BPE, CAPPED], PARTS),
+    # 宽一倍、上下文长一倍的 model=tiny：最要紧的几样还是不是一样
+    "parts_tiny": ([*CHAR, "model=tiny", "batch_size=16"], {
+        "default": [],
+        **{name: PARTS[name] for name in ("no tables", "tables of 2 and 3", "swiglu", "no qk-norm", "tied", "gpt2 init", "adamw")},
+    }),
     "parts_gpt2": ([*SMALL, *GPT2, "batch_size=16", CAPPED], PARTS),
     "values_char": ([*SMALL, *CHAR], VALUES),
     "values_bpe": (SMALL_BPE, VALUES),

@@ -175,6 +175,8 @@ class Search:
         if first:
             # 先试配置里本来的设置：搜出来的至少不比它差，报告也有得比
             self.study.enqueue_trial(first)
+        self.starts_as_typed = bool(first) and len(first) == len(space)
+        """Whether the first setting is the one without a search."""
         self.space = {one.key: one for one in space}
         self.distributions = {key: one.distribution() for key, one in self.space.items()}
         self.schedule, self.run_one, self.minutes, self.say, self.prune = schedule, run, minutes, say, prune
@@ -196,7 +198,8 @@ class Search:
         self.best = ranked[: schedule.top]
         if furthest == len(schedule.rungs) - 1:
             self._seeds()
-        self.best.sort(key=lambda one: one.mean)
+        # 换个种子就发散的，均值再好也排在后面
+        self.best.sort(key=lambda one: (one.status != "ok", one.mean))
         return self.candidates
 
     def _step(self, candidates: Sequence[Candidate], rung: int, seeds: Sequence[int] = ()) -> list[TrialResult | None]:
@@ -213,6 +216,9 @@ class Search:
             self.say(candidate, result, seed, self.spent)
             if seed:
                 candidate.others.append(result)
+                if result.status != "ok":
+                    candidate.status = result.status
+                    candidate.reason = text("with another of its seeds: {reason}", reason=result.reason)
         return results
 
     def _asked(self, count: int, most: int) -> tuple[list, int]:

@@ -39,7 +39,8 @@ def session(cfg: TrainConfig, run_dir: Path, overrides: list[str]):
     # 有总结，就是这个预算走完了：见 finished
     (run_dir / "summary.json").unlink(missing_ok=True)
     typed = [f"{key}={'null' if value is None else value}" for key, value in budget_of(cfg).items()]
-    return Session.resume(replace(cfg, resume=str(run_dir), out_dir=None), typed, run_dir, hooks)
+    # 同一条命令再来一次：死在最后一个 checkpoint 与总结之间的，补上总结就是
+    return Session.resume(replace(cfg, resume=str(run_dir), out_dir=str(run_dir)), typed, run_dir, hooks)
 
 
 def train(begun, cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:

@@ -134,7 +134,8 @@ def notes_of(cfg: TrainConfig, search: Search) -> list[str]:
     """What the best setting gained, reaches on the validation split and should reach with the full budget."""
     best, first = search.best[0], search.candidates[0]
     lines = []
-    if first is not best and first.results:
+    # 写下的空间里没有不搜索时的那个设置：第一个试的，就不是它
+    if search.starts_as_typed and first is not best and first.results:
         lines.append(text(
             "the setting without a search: {default:.4f} after {minutes:.1f} min; the best one then: {best:.4f}",
             default=first.results[-1].value, minutes=search.schedule.rungs[first.rung],

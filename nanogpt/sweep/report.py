@@ -26,7 +26,7 @@ from nanogpt.sweep.result import FIT, STATUS_MESSAGES, TrialResult, best_of, nam
 # 试跑自己的，或会拦住正常训练的键
 LEFT_OUT = (
     "experiment", "trial", "hydra", "out_dir", "overwrite", "resume", "checkpoint", "plan", "lang",
-    "objective", "search", "launch",
+    "objective", "search", "launch", "holdout",
 )
 
 

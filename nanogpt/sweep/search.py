@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from hydra import compose
@@ -40,7 +41,7 @@ from nanogpt.sweep.beside import Beside, places
 from nanogpt.sweep.halving import Candidate, Schedule, Search, divide
 from nanogpt.sweep.jobs import runner
 from nanogpt.sweep.result import FIT, STATUS_MESSAGES, TrialResult
-from nanogpt.sweep.space import OWN, Dimension, default_of, overrides_of, space_of
+from nanogpt.sweep.space import Dimension, default_of, overrides_of, space_of, with_own
 from nanogpt.sweep.trial import RUNS
 
 # 量快慢：预热一步，计时的各步合起来约这么久，取中位数；别的程序偶尔插进来就不算数
@@ -58,6 +59,8 @@ FORWARD = 3
 # 平台之后衰减的一段：wsd 论文与 train.yaml 都用五分之一
 DECAY = 0.2
 LEAST_EVAL_TOKENS = 2048
+# 开始之前试拼这么多个设置
+DRAWN = 8
 
 
 def search_job(cfg: TrainConfig, overrides: list[str]) -> float:
@@ -93,6 +96,7 @@ def _search(cfg: TrainConfig, overrides: list[str]) -> float:
         read = read_sealed(folder / "meta.json", corpus.FORMAT)["tokens"]["train"]
         cfg = replace(cfg, max_tokens=auto_tokens(cfg.model, read))
     trials = Trials(cfg, overrides, _folder())
+    trials.refuse_impossible(space)
     schedule, space = trials.prepared(space)
     announce(cfg, space, schedule)
     search = Search(
@@ -101,7 +105,9 @@ def _search(cfg: TrainConfig, overrides: list[str]) -> float:
     )
     search.run()
     write_search(cfg, space, search, trials.folder)
-    return search.best[0].mean if search.best else result.WORST_LOSS
+    if not search.best:
+        sys.exit(1)
+    return search.best[0].mean
 
 
 def _fastest(cfg: TrainConfig, overrides: list[str]) -> float:
@@ -125,8 +131,9 @@ def _fastest(cfg: TrainConfig, overrides: list[str]) -> float:
 def searched(cfg: TrainConfig, overrides: Sequence[str] = ()) -> list[Dimension]:
     """The space of a search; for speed only what was typed, the micro-batch too."""
     speed = cfg.objective == "tokens_per_s"
-    lines, own = ([], ()) if speed else (cfg.search.space, OWN)
-    return space_of(lines, cfg.search.typed, overrides, own=own)
+    if speed:
+        return space_of([], cfg.search.typed, overrides, own=())
+    return with_own(space_of(cfg.search.space, cfg.search.typed, overrides), cfg.search.typed, cfg)
 
 
 def check_search(cfg: TrainConfig) -> None:
@@ -168,8 +175,8 @@ def announce(cfg: TrainConfig, space: Sequence[Dimension], schedule: Schedule) -
     ))
     if cfg.holdout:
         lines.append(text(
-            "chosen on {part:.0%} of the training split, which is held out; the validation split is looked at once, at "
-            "the end",
+            "chosen on {part:.0%} of the training split, which is held out; only trainings that have come to their end "
+            "look at the validation split, once, and nothing is chosen by it",
             part=cfg.holdout,
         ))
     for line in lines:
@@ -260,6 +267,22 @@ class Trials:
         cfg = self.cfg
         return cfg.global_batch_size or (cfg.batch_size if isinstance(cfg.batch_size, int) else 16) * (
             cfg.gradient_accumulation_steps
+        )
+
+    def refuse_impossible(self, space: Sequence[Dimension]) -> None:
+        """ConfigError where none of some settings drawn from the space is a possible configuration."""
+        # 合法的只是其中几种组合，也照搜；一种也没有的，不要等量完了快慢才知道
+        random = Random(self.cfg.seed)
+        for _ in range(DRAWN):
+            try:
+                check(self.composed(self.words({one.key: one.word(one.drawn(random)) for one in space})))
+                return
+            except ConfigError as error:
+                reason = str(error)
+        raise ConfigError(
+            "the search space contradicts itself: of {count} settings drawn from it none is possible; the last: "
+            "{reason}",
+            count=DRAWN, reason=reason,
         )
 
     # ---- 试跑 ----
@@ -372,10 +395,13 @@ class Trials:
         got = self.trial(words, steps, rung)
         # 量快慢的时间记在第一级上
         beside = measured.wall_s or 0.0 if rung == 0 and seed == 0 else 0.0
+        # 中断过的，记下的只是后来的一段：这一级训了多久，训练自己知道
+        before = steps.rungs[rung - 1] if rung and not seed else 0
+        trained_s = (got.minutes or 0.0) * 60 * (1 - before / steps.rungs[rung])
         # 配方里要有的：设置与学习率怎样走；训多久由人另说
         schedule = ("lr_schedule=wsd", f"decay_fraction={DECAY}")
         return replace(got, overrides=(*self.base, *setting_words, *schedule),
-                       wall_s=(got.wall_s or 0.0) + beside)
+                       wall_s=max(got.wall_s or 0.0, trained_s) + beside)
 
     def forget(self, candidate: Candidate) -> None:
         """Delete the weights of a setting that goes no further: a search would fill the disk; its curve stays."""

@@ -4,8 +4,10 @@
 # 默认的空间在 conf/experiment/search.yaml；命令行上写几个值的键换掉那一行，只写一个值的键就此定下，不再搜索
 # shape 不是配置里的键：同样的计算量下换一种宽与深，由 shapes 换成 model.n_layer 等
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from random import Random
 from typing import Any
 
 import yaml
@@ -59,6 +61,14 @@ class Dimension:
             return IntDistribution(int(self.low), int(self.high), log=self.log)
         return FloatDistribution(self.low, self.high, log=self.log)
 
+    def drawn(self, random: Random) -> Any:
+        """One of the values, as likely as any other."""
+        if self.choices:
+            return random.choice(self.choices)
+        scale, back = (math.log, math.exp) if self.log else (float, float)
+        value = back(random.uniform(scale(self.low), scale(self.high)))
+        return round(value) if self.whole else value
+
     def word(self, value: Any) -> str:
         """A value as it is typed; four digits of a number are more than a search can tell apart."""
         return value if isinstance(value, str) else str(value) if self.whole else f"{value:.4g}"
@@ -76,17 +86,19 @@ def space_of(
     if twice := [one.key for one in mine if sum(other.key == one.key for other in mine) > 1]:
         raise ConfigError("{key} is given twice; write all its values into one: {key}=a,b,c", key=twice[0])
     decided = {override.key_or_group for override in map(_parsed, fixed)} | {one.key for one in mine}
-    if "shape" in given and "shape" not in {one.key for one in mine} and decided & {*SHAPE[:3]}:
-        # 自己定了宽或深：默认的 shape 就不再管它
+    typed_keys = {one.key for one in mine}
+    if "shape" in given and "shape" not in typed_keys and (decided & {*SHAPE[:3]} or typed_keys & {*SHAPE}):
+        # 自己定了宽或深，或者搜几个模型：默认的 shape 就不再管它
         del given["shape"]
     space = {key: one for key, one in given.items() if key not in decided} | {one.key: one for one in mine}
-    if clash := sorted({*SHAPE} & {*space}):
-        if "shape" in space:
-            raise ConfigError(
-                "the search space contradicts itself: shape and {key} both decide the model's width and depth; leave "
-                "one of the two out",
-                key=clash[0],
-            )
+    clash = sorted({*SHAPE} & {*space})
+    # 只有 as_is 的 shape 什么也不改
+    if clash and "shape" in space and space["shape"].choices != SHAPES[:1]:
+        raise ConfigError(
+            "the search space contradicts itself: shape and {key} both decide the model's width and depth; leave "
+            "one of the two out",
+            key=clash[0],
+        )
     if all(len(one.choices) == 1 for one in space.values()):
         raise ConfigError(
             "the search space is empty: no key has several values; give one of them several, such as "
@@ -185,18 +197,41 @@ def _interval(line: str, override: Override, value: IntervalSweep) -> Dimension:
 # ---- 从空间里的词到配置 ----
 
 
+def with_own(space: Sequence[Dimension], typed: Sequence[str], cfg: TrainConfig) -> list[Dimension]:
+    """The space with the numbers of the configuration itself in it; keys that were `typed` have what was typed."""
+    # 空间是默认的，批量却是自己写的 12：不搜索时会训的那个设置，也要第一个试
+    wider, mine = [], {line.partition("=")[0] for line in typed}
+    for one in space:
+        value = _own(one, cfg)
+        if one.key not in mine and isinstance(value, int | float) and not isinstance(value, bool):
+            words = {word: yaml.safe_load(word) for word in one.choices}
+            if words and value not in words.values() and all(isinstance(n, int | float) for n in words.values()):
+                words[one.word(value) if isinstance(value, float) else str(value)] = value
+                one = replace(one, choices=tuple(sorted(words, key=words.get)))
+            elif not words:
+                one = replace(one, low=min(one.low, value), high=max(one.high, value))
+        wider.append(one)
+    return wider
+
+
+def _own(one: Dimension, cfg: TrainConfig) -> Any:
+    """What the configuration itself has for a key."""
+    if one.key == "shape":
+        return "as_is"
+    value = cfg.model.name if one.key == "model" else OmegaConf.select(OmegaConf.structured(cfg), one.key.lstrip("+"))
+    if value is None and "null" not in one.choices and one.key in ("dropout", "model.dropout", "model.ngrams"):
+        # 由文字定的，空间里却没有这个词：第一个试的，取文字不限的那种
+        value = getattr(cfg.model.completed(), one.key.rpartition(".")[2])
+    if one.key == "global_batch_size" and value is None and isinstance(cfg.batch_size, int):
+        value = effective_batch(cfg)
+    return value
+
+
 def default_of(space: Sequence[Dimension], cfg: TrainConfig) -> dict[str, Any]:
     """What the configuration itself has, as far as it lies in the space: the first setting that is tried."""
-    node, found = OmegaConf.structured(cfg), {}
+    found = {}
     for one in space:
-        value = cfg.model.name if one.key == "model" else OmegaConf.select(node, one.key.lstrip("+"))
-        if one.key == "shape":
-            value = "as_is"
-        if value is None and "null" not in one.choices and one.key in ("dropout", "model.dropout", "model.ngrams"):
-            # 由文字定的，空间里却没有这个词：第一个试的，取文字不限的那种
-            value = getattr(cfg.model.completed(), one.key.rpartition(".")[2])
-        if one.key == "global_batch_size" and value is None and isinstance(cfg.batch_size, int):
-            value = effective_batch(cfg)
+        value = _own(one, cfg)
         same = [word for word in one.choices if yaml.safe_load(word) == _plain(value)]
         if same:
             found[one.key] = same[0]

@@ -44,8 +44,8 @@ class TrialTrainer(Training):
             )
 
 
-# 最后看一眼验证部分，用这么多 token：只看一次，看得准些
-VALIDATION_TOKENS = 2**18
+# 最后看一眼验证部分，用这么多 token：只看一次，看得准些；慢的模型少看些，至多是一次评估的 LOOK 倍
+VALIDATION_TOKENS, LOOK = 2**18, 8
 
 
 class LearningTrainer(TrialTrainer):
@@ -59,7 +59,10 @@ class LearningTrainer(TrialTrainer):
         ended = cfg.lr_decay_iters in (None, self.progress.iteration) or summary["stopped_by"] == "early_stop"
         if cfg.holdout and ended and summary["stopped_by"] != "interrupted":
             self.data = open_data(self.data.folder, cfg.label_dropout, cache_gib=cfg.cache_data_gib)
-            self.windows = self.data.val_windows(self.block_size, VALIDATION_TOKENS)
+            if cfg.eval_stride:
+                self.data.slide(cfg.eval_stride, self.block_size)
+            tokens = min(VALIDATION_TOKENS, LOOK * cfg.eval_tokens) if cfg.eval_tokens else VALIDATION_TOKENS
+            self.windows = self.data.val_windows(self.block_size, tokens)
             loss, bits = self.evaluate(), self.data.bits_per_byte(self.windows)
             summary["validation"] = {"val_loss": loss, "val_bpb": bits and bits * loss}
         return summary

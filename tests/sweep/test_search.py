@@ -18,14 +18,15 @@ from test_end_to_end import QUICK, TEXT
 from typed import typed
 
 from nanogpt.base.language import ConfigError
-from nanogpt.sweep import child, earlier_results, jobs, process, result
+from nanogpt.data.opening import open_data
+from nanogpt.sweep import child, earlier_results, jobs, process, result, trial_trainer
 from nanogpt.sweep.beside import Beside, places
 from nanogpt.sweep.extrapolation import estimate
 from nanogpt.sweep.halving import LEAST_MINUTES, Search, divide, importance
 from nanogpt.sweep.learning_report import full_budget
 from nanogpt.sweep.result import TrialResult
 from nanogpt.sweep.search import Steps, Trials
-from nanogpt.sweep.space import default_of, overrides_of, shaped, space_of
+from nanogpt.sweep.space import default_of, overrides_of, shaped, space_of, with_own
 from nanogpt.sweep.trial import lock_path
 
 OPTUNA = pytest.mark.skipif(not find_spec("optuna"), reason="extra search is not installed")
@@ -187,6 +188,18 @@ def test_no_setting_is_tried_twice_however_small_the_space():
 
 
 @OPTUNA
+def test_a_setting_that_crashes_with_another_seed_is_ranked_behind_those_that_do_not():
+    schedule = divide(60.0, 0.1, trials=27, eta=3, rungs=3, top=2, seeds=3)
+    best = searched(Fake(schedule)).best[0]
+    fake = Fake(schedule)
+    trained = fake.trained
+    fake.trained = lambda setting, rung, seed: TrialResult((), "crashed", "diverged", objective="val_loss", wall_s=5.0) if seed == 2 and setting == best.setting else trained(setting, rung, seed)
+    found = searched(fake)
+    assert [one.status for one in found.best] == ["ok", "crashed"] and found.best[1].setting == best.setting and found.best[1].mean < found.best[0].mean
+    assert found.best[1].reason == "with another of its seeds: diverged"
+
+
+@OPTUNA
 def test_trials_that_take_longer_than_planned_end_the_search_with_what_there_is():
     schedule = divide(30.0, 0.1, trials=27, eta=3, rungs=3, top=2, seeds=3)
     slow = Fake(schedule)
@@ -222,10 +235,29 @@ def test_typed_keys_replace_those_of_the_space_and_single_values_end_the_search_
     assert default_of(space_of(lines, [], []), cfg) == {"learning_rate": 0.01, "global_batch_size": "16", "dropout": "0.0", "shape": "as_is"}
 
 
+@pytest.mark.parametrize("typed_words", [["model=tiny,small"], ["model=tiny,small", "shape=as_is"]])
+def test_several_models_can_be_searched_in_place_of_shapes(typed_words):
+    space = {one.key: one.choices for one in space_of([*SPACE, "shape=as_is,deeper"], typed_words, [])}
+    assert space["model"] == ("tiny", "small") and space.get("shape", ("as_is",)) == ("as_is",)
+
+
+def test_the_setting_without_a_search_is_in_the_space_unless_it_was_left_out():
+    cfg = make_config("batch_size=12", "learning_rate=0.2")
+    space = with_own(space_of(SPACE, ["dropout=0.1,0.2"], []), ["dropout=0.1,0.2"], cfg)
+    assert {one.key: str(one) for one in space} == {
+        "learning_rate": "learning_rate=0.001 … 0.2 (log)", "global_batch_size": "global_batch_size=8,12,16,32", "dropout": "dropout=0.1,0.2",
+    }
+    first = default_of(space, cfg)
+    assert first == {"learning_rate": 0.2, "global_batch_size": "12"}
+    # 由文字定的，默认的空间里有这个词
+    assert default_of(space_of(["dropout=null,0.1"], [], []), cfg) == {"dropout": "null"}
+
+
 @pytest.mark.parametrize(("typed_words", "said"), [
     (["learning_rate=interval(1e-2,1e-3)"], "contradicts itself: 0.01 is not below 0.001"),
     (["learning_rate=tag(log,interval(0,1e-3))"], "a logarithmic interval begins above 0"),
     (["shape=as_is,wider", "model.n_embd=64,128"], "shape and model.n_embd both decide"),
+    (["shape=as_is,wider", "model=tiny,small"], "shape and model both decide"),
     (["dropout=0.1,0.2", "dropout=0.3,0.4"], "dropout is given twice"),
     (["max_iters=10,20"], "the search decides max_iters by itself"),
     (["optimiser=muon,adamw"], "there is no key optimiser"),
@@ -300,13 +332,22 @@ def test_a_survivor_goes_on_exactly_as_if_it_had_not_stopped(tiny_overrides, in_
     # 已走完、还没记下的，不再训练；latest 仍是人自己训的那一次
     again = learned(tiny_overrides, Path("outputs/fit/runs/a"), "max_iters=8", "eval_interval=2")
     assert again["val_loss"] == whole["val_loss"] and "micro_batch" in again and not Path("outputs/.latest").exists()
+    # 死在最后一个 checkpoint 与总结之间的，补上总结
+    Path("outputs/fit/runs/a/summary.json").unlink()
+    ended = learned(tiny_overrides, Path("outputs/fit/runs/a"), "max_iters=8", "eval_interval=2")
+    assert (ended["status"], ended["val_loss"], ended["curve"]) == ("ok", whole["val_loss"], went_on["curve"])
 
 
-def test_the_validation_split_is_looked_at_once_when_the_training_has_ended(tiny_overrides, in_tmp):
+def test_the_validation_split_is_looked_at_once_when_the_training_has_ended(tiny_overrides, in_tmp, monkeypatch):
+    opened = []
+    monkeypatch.setattr(trial_trainer, "open_data", lambda *asked, **how: opened.append(open_data(*asked, **how)) or opened[-1])
     stopped = learned(tiny_overrides, Path("outputs/fit/runs/a"), "max_iters=4", "eval_interval=4", "holdout=0.2")
     ended = learned(tiny_overrides, Path("outputs/fit/runs/a"), "max_iters=8", "eval_interval=4", "holdout=0.2")
     assert stopped["validation"] is None and ended["validation"] != ended["val_loss"] and abs(ended["validation"] - ended["val_loss"]) < 1
-    assert ended["validation"] == learned(tiny_overrides, Path("outputs/fit/runs/b"), "max_iters=8", "eval_interval=8", "holdout=0.2", "eval_tokens=64")["validation"]
+    assert ended["validation"] == learned(tiny_overrides, Path("outputs/fit/runs/b"), "max_iters=8", "eval_interval=8", "holdout=0.2", "eval_tokens=128")["validation"]
+    # 与挑选时的评估一样滑动；评估短的，这一眼也短
+    slid = learned(tiny_overrides, Path("outputs/fit/runs/c"), "max_iters=8", "eval_interval=8", "holdout=0.2", "eval_tokens=16", "eval_stride=8")
+    assert [data.overlap for data in opened] == [0, 0, 8] and abs(slid["validation"] - ended["validation"]) > 1e-4
 
 
 def test_an_objective_that_never_appears_is_a_line(tiny_overrides, in_tmp, monkeypatch):
@@ -385,6 +426,10 @@ def test_a_search_as_it_is_typed_ends_with_a_report_and_a_recipe(in_tmp, monkeyp
     assert report.count("<svg") == 3 and "pruned" in report and "<script" not in report and "is expected" in report
     rows = [json.loads(line) for line in next(in_tmp.glob("outputs/fit/*/trials.jsonl")).read_text(encoding="utf-8").splitlines()]
     assert len(rows) == len(trainings)
+    # 一半是从断处接着训的：记下的时间里也要有前一半
+    assert all(row["wall_s"] >= 6.0 for row in rows) and any(row["wall_s"] > 6.0 for row in rows)
+    refused = typed("run_train.py", in_tmp, *words, "model.n_embd=32", "model.n_head=3,5", expect=2)
+    assert "of 8 settings drawn from it none is possible; the last: model.n_embd=32 is not divisible by model.n_head=" in refused.stderr
     refused = typed("run_train.py", in_tmp, *words, "search.minutes=0", expect=2)
     assert "search.minutes=0" in refused.stderr and "Traceback" not in refused.stderr
     refused = typed("run_train.py", in_tmp, *words, "search.minutes=0.001", expect=2)
