@@ -59,7 +59,7 @@ from nanogpt.run import cpu_units, rundir
 from nanogpt.run.folders import size_of
 from nanogpt.run.loggers import JsonlLogger, Loggers
 from nanogpt.run.loop import Training, share_batch
-from nanogpt.run.regularize import counts_time, held_back, passes_of
+from nanogpt.run.regularize import counts_time, dropout_for, held_back, passes_of
 from nanogpt.run.saving import Saver, largest_bytes, restore
 from nanogpt.run.summary import versions
 from nanogpt.weights import checkpoint
@@ -580,6 +580,13 @@ class Session:
             line(
                 "for about {passes} passes over the text it takes {settings}; what you type goes before",
                 passes=rounded(self.passes), settings=chosen,
+            )
+        # 表已经训进去了，去不掉；丢多少还可以改，但接着训不自己改：与一口气训完的要逐位一样
+        if self.source and self.limits and not cfg.init_from and cfg.dropout < (wanted := dropout_for(self.passes)):
+            line(
+                "for about {passes} passes over the text a new training would take dropout={wanted:g}; this one goes "
+                "on with dropout={got:g}: add dropout={wanted:g} if its validation loss no longer falls",
+                passes=rounded(self.passes), wanted=wanted, got=cfg.dropout,
             )
 
     def _explain(self, error: OutOfMemory, *, has_checkpoint: bool) -> None:

@@ -68,8 +68,17 @@ def test_a_run_writes_down_what_was_chosen_and_keeps_it(in_tmp, tiny_overrides, 
     assert passes_of(session.cfg, text_tokens) > 4 and chosen.dropout == session.cfg.dropout > 0 and chosen.ngrams != [2, 3, 4, 5]
     trainer = train(tiny_overrides, *more, "max_iters=3", out="outputs/short")
     assert (trainer.model.config.ngrams, trainer.model.config.dropout) == ([2, 3, 4, 5], 0.0)
-    kept = resume("outputs/short", "max_iters=400").cfg
-    assert (kept.model.ngrams, kept.dropout, kept.model.dropout) == ([2, 3, 4, 5], 0.0, 0.0)
+    capsys.readouterr()
+    # 预算变长了：说一声，不自己改
+    for typed, said in ((["max_iters=400"], True), (["max_iters=400", "dropout=0.3"], False), (["max_iters=4"], False)):
+        session = resume("outputs/short", *typed)
+        session._announce_budget(session._build())
+        session.lock.release()
+        kept = session.cfg
+        dropout = 0.3 if "dropout=0.3" in typed else 0.0
+        assert (kept.model.ngrams, kept.dropout, kept.model.dropout) == ([2, 3, 4, 5], dropout, dropout)
+        asked = f"a new training would take dropout={chosen.dropout:g}; this one goes on with dropout=0: add dropout={chosen.dropout:g}"
+        assert (asked in capsys.readouterr().out) == said
 
 
 def test_minutes_are_worth_as_many_passes_as_the_plan_says(in_tmp, tiny_overrides, monkeypatch, capsys):
