@@ -33,7 +33,7 @@ from nanogpt.base.errors import forgive_output, one_line_each
 from nanogpt.base.files import folder_aside, folders_around, refuse_file, remove_leftovers, sha256
 from nanogpt.base.hashed_json import DamagedError, read_sealed, write_sealed
 from nanogpt.base.language import ConfigError, say
-from nanogpt.base.lock import only_one, remove_stale
+from nanogpt.base.lock import Lock, only_one, remove_stale
 from nanogpt.base.value_checks import check_types, check_value, expanded
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.bpe import check_vocab_size, train_bpe
@@ -299,6 +299,8 @@ def prepare(name: str, directory: str | None, options: dict, *, verify: bool = F
             name=name,
         )):
             if not (folder / "meta.json").is_file():
+                if not directory:
+                    _remove_abandoned(folder.parent)
                 _prepare_in(folder, name, module, options)
     except OSError as error:
         # 磁盘满、目录只读、原文读不出来
@@ -308,6 +310,16 @@ def prepare(name: str, directory: str | None, options: dict, *, verify: bool = F
             name=name, path=error.filename or folder, reason=error.strerror or error,
         ) from None
     return folder
+
+
+def _remove_abandoned(home: Path) -> None:
+    """Delete what killed preparations left in a folder of our own, whatever text they were of."""
+    # 被杀之后原文又改过：旧的名字再也没有人来用，也就没有人来清；活着的那些拿着自己的锁
+    for path in home.glob(".*.lock"):
+        with contextlib.suppress(OSError):
+            if (lock := Lock(path)).take():
+                remove_leftovers(home, path.stem.removeprefix("."))
+                lock.release(remove=True)
 
 
 def _identity_or_none(module, options: dict) -> str | None:

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from nanogpt.base.console import Console
-from nanogpt.base.files import make_folder, refuse_file, remove_leftovers, sha256, sync
+from nanogpt.base.files import folder_aside, make_folder, refuse_file, remove_leftovers, sha256, sync
 from nanogpt.base.hashed_json import DamagedError, digest_of, read_sealed, write_sealed
 from nanogpt.base.language import ConfigError, current_language, say, set_language
 from nanogpt.data import tokenizer as tokenizers
@@ -294,14 +294,13 @@ def write_shards(
 
             done = _in_turn(job, advance) if count == 1 else _in_processes(job, count, advance)
         check()
-        tokens = _finish(job, done, name, source, tokenizer)
-        os.replace(job.folder, folder)
-        sync(folder.parent)
+        tokens = _finish(job, done, folder, name, source, tokenizer)
     except BaseException:
         if not any(job.folder.glob("part-*.json")):
             # 还没有一个做好的：不留痕迹
             shutil.rmtree(job.folder, ignore_errors=True)
         raise
+    shutil.rmtree(job.folder, ignore_errors=True)
     return say_written(folder, name, tokenizer, tokens)
 
 
@@ -327,9 +326,11 @@ def _open(job: Job, tokenizer: tokenizers.Tokenizer) -> None:
 
 
 def _finish(
-    job: Job, done: dict[int, dict[str, list[File]]], name: str, source: str, tokenizer: tokenizers.Tokenizer
+    job: Job, done: dict[int, dict[str, list[File]]], folder: Path, name: str, source: str,
+    tokenizer: tokenizers.Tokenizer,
 ) -> dict[str, int]:
-    """Turn the parts into the files of a data set; tokens of each split."""
+    """Make a data set folder of the parts, which stay as they are; tokens of each split."""
+    # 到这里被杀，几个小时的 part 也还在：数据集就位之后才删它们
     files: dict[str, list[File]] = {"train": [], "val": []}
     for number in range(job.enough(done) or len(job.parts)):
         for split in files:
@@ -352,28 +353,27 @@ def _finish(
         else:
             joined.append([one])
     stems = [f"train-{number:05d}.bin" if job.shard_tokens else "train.bin" for number in range(len(joined))]
-    known = {stem: _join(job.folder, listed, stem) for stem, listed in zip(stems, joined)}
-    known["val.bin"] = _join(job.folder, files["val"], "val.bin")
-    for file in job.folder.iterdir():
-        if file.name not in known:
-            shutil.rmtree(file) if file.is_dir() else file.unlink()
     shards = {stem: sum(count for _, count, _ in listed) for stem, listed in zip(stems, joined)}
-    write_meta(
-        job.folder, name=name, source=source, tokenizer=tokenizer, dtype=TokenWriter.dtype_of(tokenizer.vocab_size),
-        tokens=tokens, known=known, **({"shards": shards} if job.shard_tokens else {}),
-    )
+    with folder_aside(folder) as aside:
+        known = {stem: _join(job.folder, listed, aside / stem) for stem, listed in zip(stems, joined)}
+        known["val.bin"] = _join(job.folder, files["val"], aside / "val.bin")
+        write_meta(
+            aside, name=name, source=source, tokenizer=tokenizer, dtype=TokenWriter.dtype_of(tokenizer.vocab_size),
+            tokens=tokens, known=known, **({"shards": shards} if job.shard_tokens else {}),
+        )
     return tokens
 
 
-def _join(folder: Path, files: list[File], name: str) -> str:
-    """Put files one behind the other under a name; the SHA-256."""
-    first, *rest = (folder / file for file, _, _ in files)
-    with first.open("ab") as whole:
-        for path in rest:
+def _join(folder: Path, files: list[File], whole: Path) -> str:
+    """Put files of a folder one behind the other into a new file; the SHA-256."""
+    paths = [folder / name for name, _, _ in files]
+    if len(paths) == 1:
+        # 同一个文件的第二个名字，不占地方；有的文件系统没有
+        with contextlib.suppress(OSError):
+            os.link(paths[0], whole)
+            return files[0][2]
+    with whole.open("wb") as joined:
+        for path in paths:
             with path.open("rb") as more:
-                shutil.copyfileobj(more, whole, 2**22)
-            path.unlink()
-    if rest:
-        sync(first)
-    os.replace(first, folder / name)
-    return sha256(folder / name) if rest else files[0][2]
+                shutil.copyfileobj(more, joined, 2**22)
+    return sha256(whole)

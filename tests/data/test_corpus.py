@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from nanogpt.base.config import ROOT
 from nanogpt.base.language import ConfigError
+from nanogpt.base.lock import only_one
 from nanogpt.data import bpe, corpus, source_text
 from nanogpt.data.source_text import iter_text, resolved, text_files
 from nanogpt.data.tokenizer import GPT2_PATTERN, BPETokenizer, ByteTokenizer
@@ -206,3 +207,15 @@ def test_preparing_beside_a_persons_files_deletes_none_of_them(tmp_path):
     torn.mkdir()
     folder = corpus.prepare("text_file", str(tmp_path / "prepared"), {**OPTIONS, "path": str(tmp_path / "t.txt")})
     assert (folder / "meta.json").is_file() and (tmp_path / ".notes.tmp").read_text(encoding="utf-8") == "mine" and not torn.exists()
+
+
+def test_what_a_killed_preparation_left_goes_with_the_next_one_though_the_text_was_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "home_of", lambda name: tmp_path / "home")
+    (tmp_path / "home" / ".t-0123.abcd.tmp").mkdir(parents=True)
+    (tmp_path / "home" / ".busy-0123.abcd.tmp").mkdir()
+    (tmp_path / "home" / ".t-0123.lock").touch()
+    (tmp_path / "t.txt").write_text("some text to learn from\n" * 50, encoding="utf-8")
+    # 另一份文字正由别人准备着
+    with only_one(tmp_path / "home" / ".busy-0123.lock"):
+        folder = corpus.prepare("text_file", None, {**OPTIONS, "path": str(tmp_path / "t.txt")})
+        assert {path.name for path in (tmp_path / "home").iterdir()} == {folder.name, ".busy-0123.abcd.tmp", ".busy-0123.lock"}

@@ -139,6 +139,30 @@ def test_a_preparation_that_ended_early_goes_on_with_what_is_whole(tmp_path, mon
     assert did[2:4] == [1, 3] and 0 not in did and 2 not in did and not parts.exists()
 
 
+@pytest.mark.parametrize("name", ["_join", "write_meta", "folder_aside"])
+@pytest.mark.parametrize("linked", [True, False])
+def test_what_fails_at_the_very_end_keeps_every_part(tmp_path, monkeypatch, name, linked):
+    if not linked:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
+    source, count = write_jsonl(tmp_path / "texts", texts()), []
+    whole, real = content(prepare(tmp_path / "whole", source, shard_tokens=1000)), getattr(shard_writer, name)
+
+    def full(*asked, **how):
+        count.append(name)
+        if len(count) > (3 if name == "_join" else 0):
+            raise OSError(28, "No space left on device")
+        return real(*asked, **how)
+
+    with monkeypatch.context() as changed:
+        changed.setattr(shard_writer, name, full)
+        with pytest.raises(OSError, match="No space"):
+            prepare(tmp_path / "d", source, shard_tokens=1000)
+    assert not (tmp_path / "d").exists()
+    monkeypatch.setattr(shard_writer.Job, "_written", lambda *_: 1 / 0)
+    assert content(prepare(tmp_path / "d", source, shard_tokens=1000)) == whole
+    assert {path.name for path in tmp_path.iterdir()} == {"texts", "whole", "d"}
+
+
 def test_parts_of_another_tokenizer_are_not_taken_for_ones_own(tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "texts", texts())
     whole = content(prepare(tmp_path / "whole", source))
