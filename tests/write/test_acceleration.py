@@ -297,6 +297,33 @@ def test_compiled_code_is_thrown_away_when_any_file_of_kernels_changes(tmp_path,
     assert compiled._stamp.__wrapped__() != before
 
 
+def test_a_damaged_full_or_forbidden_cache_of_compiled_code_only_costs_compiling_again(tmp_path, monkeypatch):
+    compiled = pytest.importorskip("nanogpt.write.speed.compiled")
+    from numba.core import caching
+
+    monkeypatch.setattr(compiled.config, "CACHE_DIR", str(tmp_path))
+
+    def again():
+        # 只在这里编译，不碰真的那些
+        plus = compiled.kernel(lambda x: x + 1)
+        kept = compiled.is_kept(plus)
+        assert plus(2) == 3
+        return kept, plus
+
+    assert [again()[0] for _ in range(2)] == [False, True]
+    for suffix, known in ((".nbi", False), (".nbc", True)):
+        for damage in (b"", b"\x80", b"no pickle"):
+            for file in tmp_path.rglob(f"*{suffix}"):
+                file.write_bytes(damage)
+            assert again()[0] == known and again()[1].stats.cache_hits
+    with monkeypatch.context() as full:
+        full.setattr(caching.IndexDataCacheFile, "_dump", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        next(tmp_path.rglob("*.nbi")).unlink()
+        assert not again()[0]
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+    assert not again()[0]
+
+
 @pytest.mark.parametrize("vnni", [0, 32, 64])
 def test_a_cpu_without_vnni_gets_the_same_integers(vnni):
     integer_dot = pytest.importorskip("nanogpt.write.speed.integer_dot")

@@ -5,6 +5,7 @@
 # 这里一个 token 只叫醒一次，中间由 meet 空转着等，等不到就让出核：别的程序占着核时不与它争
 # 缓存认得的是整个文件夹的摘要：numba 只看函数自己的文件，改了它调用的就会用上旧的机器码
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -17,6 +18,7 @@ import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import config, njit, types
+from numba.core.caching import IndexDataCacheFile
 from numba.extending import intrinsic
 
 INT32, INT64 = ir.IntType(32), ir.IntType(64)
@@ -37,9 +39,37 @@ def kernel(function=None, *, reorder: bool = False):
     # fastmath=False 要写明：不写就随第一个编译它的调用者
     # 一层调一层，每层都把里面的机器码重新生成一遍：只隔一层的用 part_of_kernel
     # 除以 0 照 IEEE 得无穷：要报错的除法，每个都是循环的一个出口，LLVM 就不向量化了，慢近二十倍
-    compiled = njit(nogil=True, cache=True, fastmath=REORDER if reorder else False, error_model="numpy")(function)
-    compiled._cache._cache_file._source_stamp = _stamp()
+    how = {"nogil": True, "fastmath": REORDER if reorder else False, "error_model": "numpy"}
+    try:
+        compiled = njit(cache=True, **how)(function)
+    except RuntimeError:
+        # 程序的文件夹与主目录都不可写（换了用户的容器）：每个进程编译一次
+        return njit(**how)(function)
+    file = compiled._cache._cache_file
+    file.__class__, file._source_stamp = _Kept, _stamp()
     return compiled
+
+
+class _Kept(IndexDataCacheFile):
+    """Code on disk; what cannot be read counts as not there, and what cannot be written is compiled again next time."""
+
+    # 缓存坏了、磁盘满了，都只是慢一点，不该写不出字来；numba 自己只容得下“没有这个文件”
+
+    def _load_index(self) -> dict:
+        try:
+            return super()._load_index()
+        except Exception:
+            return {}
+
+    def _load_data(self, name: str):
+        try:
+            return super()._load_data(name)
+        except Exception as error:
+            raise OSError from error
+
+    def save(self, key, data) -> None:
+        with contextlib.suppress(OSError):
+            super().save(key, data)
 
 
 # 抄进调用它的 kernel 里：少一层
@@ -55,7 +85,7 @@ def _stamp() -> str:
 
 def is_kept(compiled) -> bool:
     """Whether code of a kernel as it is now lies on disk, for whatever types."""
-    return bool(compiled._cache._cache_file._load_index())
+    return hasattr(compiled._cache, "_cache_file") and bool(compiled._cache._cache_file._load_index())
 
 
 def threads() -> int:
