@@ -17,8 +17,8 @@ def spin_briefly(environment: MutableMapping[str, str]) -> None:
 
     To be called before torch is imported.
     """
-    # 默认的空转很久：两次训练同机，各只剩独占时的一成；转这么多次是三成多，独占时不慢（2 核、默认的训练）
-    # 机器忙不忙要到跑起来才知道：那时由 core/waiting 再减
+    # 默认的空转很久，别的程序要核时也不让；转这么多次，独占时不慢
+    # 光靠它，两次训练同机并不更快（benchmarks/busy.py）：机器忙不忙要到跑起来才知道，那时由 core/waiting 再减
     if "OMP_WAIT_POLICY" not in environment:
         environment.setdefault("GOMP_SPINCOUNT", SPINS)
 

@@ -19,7 +19,7 @@ from nanogpt.base.before_torch import SPINS
 PERIOD_S = 0.5
 # 半秒里排队等核的时间，占一个线程的这么多就是忙；降到后一个数以下才算闲：别人一停就回落，不会来回跳
 CROWDED, FREE = 0.15, 0.05
-MOST_POOLS = 4
+MOST_POOLS = 16
 TASKS = Path("/proc/self/task")
 POOL = "nanogpt-pool"
 
