@@ -182,8 +182,9 @@ STUDIES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
     ),
     # 预设照默认值训练：读得多的那次不该更差
     "presets": (CHAR, {
-        f"{preset}, {passes} passes": [f"model={preset}", f"passes={passes}"]
-        for preset in ("tiny", "small", "medium") for passes in (2, 4, 8, 16)
+        f"{preset}, {characters // 1000}k characters, {passes} passes": [f"model={preset}", f"passes={passes}", f"characters={characters}"]
+        for preset, characters, most in (("tiny", 250_000, 8), ("tiny", 1_000_000, 8), ("medium", 100_000, 8))
+        for passes in (most // 4, most // 2, most)
     }),
     # nanoGPT 的 GPU 例子的形状与批量，读 27 遍：批量大、遍数多，就要丢得多；held_back_small 的小批量少读几遍，反而更好
     "reference": (

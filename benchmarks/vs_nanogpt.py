@@ -1,10 +1,11 @@
 """nanoGPT and this project side by side on one machine: speed, time to a loss, loss after equal tokens.
 
-    python benchmarks/vs_nanogpt.py --nanogpt PATH [--part speed|target] [--rounds 5] [--seeds 1337 1338 1339]
+    python benchmarks/vs_nanogpt.py --nanogpt PATH [--part speed|wide|target] [--rounds 5] [--seeds 1337 1338 1339]
 
 PATH is a checkout of karpathy/nanoGPT. Both programs run as a person would start them, one at a
-time, on tiny-shakespeare with nanoGPT's published CPU recipe, which does not compile. Writes
-benchmarks/results/vs_nanogpt.json; --part measures one half anew and keeps the other.
+time, on tiny-shakespeare with nanoGPT's published CPU recipe, which does not compile; `wide` compares the speed at the shape
+of its GPU example, both with and without compiling. Writes benchmarks/results/vs_nanogpt.json; --part measures one part anew
+and keeps the others.
 """
 
 import argparse
@@ -34,12 +35,12 @@ RECIPE = {
     "device": "cpu", "compile": "False", "eval_iters": 20, "log_interval": 1, "block_size": 64, "batch_size": 12, "n_layer": 4,
     "n_head": 4, "n_embd": 128, "max_iters": 2000, "lr_decay_iters": 2000, "dropout": 0.0,
 }
-TOKENS_PER_ITERATION = 64 * 12
-# 与上面同一结构、同一批量，用本项目来训
+# 它的 GPU 例子的形状，批量按 CPU 取小
+WIDE = {"block_size": 256, "batch_size": 16, "n_layer": 6, "n_head": 6, "n_embd": 384}
+# 与它同一结构、同一批量，用本项目来训
 SAME_ARCHITECTURE = [
-    "dataset=shakespeare_char", "arch=gpt2", "model.activation=gelu", "model.n_layer=4", "model.n_head=4", "model.n_embd=128",
-    "model.block_size=64", "batch_size=12", "optimizer=adamw", "learning_rate=1e-3", "logger=none", "sample_tokens=0", "device=cpu",
-    "log_interval=1", "eval_interval=1000000", "eval_tokens=64",
+    "dataset=shakespeare_char", "arch=gpt2", "model.activation=gelu", "optimizer=adamw", "learning_rate=1e-3", "logger=none",
+    "sample_tokens=0", "device=cpu", "log_interval=1", "eval_interval=1000000", "eval_tokens=64",
 ]
 
 
@@ -107,18 +108,31 @@ def prepare(path: Path) -> np.ndarray:
     return theirs
 
 
-def same_architecture(path: Path, folder: Path, rounds: int) -> dict:
-    """Tokens/s at the same architecture and batch, the programs in turn, ours also with compile=true."""
-    rows = []
+def same_architecture(path: Path, folder: Path, rounds: int, shape: dict, iters: int, *, both_compiled: bool = False) -> dict:
+    """Tokens/s at the same architecture and batch, the programs in turn, ours (and where said nanoGPT) also compiled."""
+    rows, tokens = [], shape["block_size"] * shape["batch_size"]
+    batch = ("batch_size", "block_size")
+    mine = [f"{key if key == 'batch_size' else 'model.' + key}={shape[key]}" for key in ("n_layer", "n_head", "n_embd", *batch)]
     for number in range(rounds):
-        theirs = run_nanogpt(path, folder / f"nano{number}", max_iters=200, eval_iters=1, eval_interval=100000)
-        plain, compiled = (run_ours(folder, f"same{number}{c}", *SAME_ARCHITECTURE, "max_iters=200", f"compile={c}") for c in ("false", "true"))
-        rows.append((TOKENS_PER_ITERATION / theirs["step_ms"] * 1e3, plain["tokens_per_s"], compiled["tokens_per_s"]))
-        print("same architecture, round {}: nanoGPT {:.0f}, ours {:.0f}, compiled {:.0f} tokens/s".format(number + 1, *rows[-1]), flush=True)
+        found = {}
+        for compiled in ("False", "True") if both_compiled else ("False",):
+            out = folder / f"nano{shape['n_embd']}-{number}{compiled}"
+            theirs = run_nanogpt(path, out, **shape, max_iters=iters, eval_iters=1, eval_interval=100000, compile=compiled)
+            found["nanogpt" + "_compiled" * (compiled == "True")] = tokens / theirs["step_ms"] * 1e3
+        for compiled in ("false", "true"):
+            out = f"same{shape['n_embd']}-{number}{compiled}"
+            ours = run_ours(folder, out, *SAME_ARCHITECTURE, *mine, f"max_iters={iters}", f"compile={compiled}")
+            found["ours" + "_compiled" * (compiled == "true")] = ours["tokens_per_s"]
+        rows.append(found)
+        print(f"same architecture, round {number + 1}, tokens/s:", {name: round(speed) for name, speed in found.items()}, flush=True)
+
+    def ratio(ours: str, theirs: str = "nanogpt") -> float:
+        return statistics.median(row[ours] / row[theirs] for row in rows)
+
+    of_both = {"ratio_both_compiled": ratio("ours_compiled", "nanogpt_compiled")} if both_compiled else {}
     return {
-        "nanogpt_tokens_per_s": [row[0] for row in rows], "ours_tokens_per_s": [row[1] for row in rows],
-        "ours_compiled_tokens_per_s": [row[2] for row in rows],
-        "ratio": statistics.median(row[1] / row[0] for row in rows), "ratio_compiled": statistics.median(row[2] / row[0] for row in rows),
+        **{f"{name}_tokens_per_s": [row[name] for row in rows] for name in rows[0]},
+        "ratio": ratio("ours"), "ratio_compiled": ratio("ours_compiled"), **of_both,
     }
 
 
@@ -142,7 +156,7 @@ def time_to_target(path: Path, folder: Path, seeds: list[int], val: np.ndarray) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, required=True)
-    parser.add_argument("--part", choices=("all", "speed", "target"), default="all")
+    parser.add_argument("--part", choices=("all", "speed", "wide", "target"), default="all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 1338, 1339])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "vs_nanogpt.json")
@@ -153,7 +167,9 @@ def main() -> None:
         folder = Path(folder)
         result = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.is_file() else {}
         if arguments.part in ("all", "speed"):
-            result["same_architecture"] = same_architecture(path, folder, arguments.rounds)
+            result["same_architecture"] = same_architecture(path, folder, arguments.rounds, {key: RECIPE[key] for key in WIDE}, 200)
+        if arguments.part in ("all", "wide"):
+            result["same_architecture_6_6_384"] = same_architecture(path, folder, arguments.rounds, WIDE, 24, both_compiled=True)
         if arguments.part in ("all", "target"):
             target = result["time_to_target"] = time_to_target(path, folder, arguments.seeds, val)
             equal = run_ours(folder, "equal", "experiment=shakespeare_char")["summary"]

@@ -369,6 +369,7 @@ NAMED = {
         "trials of sweeps. Nothing is deleted before you agree."
     ),
     "clean_old": "older checkpoints: {count}",
+    "clean_replaced": "checkpoints set aside by a resume from an older one: {count}",
     "clean_optimizer": "optimizer states: {count}",
     "clean_unsaved": "a run that never saved a checkpoint",
     "clean_trial": "a trial or a job that failed",

@@ -67,3 +67,7 @@ class Progress:
         # 间隔可以在续训时改，收尾的那次评估也不在整数倍上：记得住就不去推算
         known = self.best_iteration is not None
         return self.iteration - self.best_iteration if known else self.evals_without_gain * eval_interval
+
+    def measure_anew(self) -> None:
+        """Forget what earlier evaluations reached: later ones measure something else."""
+        self.best_val_loss, self.best_iteration, self.evals_without_gain, self.evals_risen = math.inf, None, 0, 0

@@ -45,7 +45,8 @@ class Item:
 
 # 种类 -> 列表里怎样说
 KINDS = {
-    "old": "clean_old", "optimizer": "clean_optimizer", "unsaved": "clean_unsaved", "trial": "clean_trial",
+    "old": "clean_old", "replaced": "clean_replaced", "optimizer": "clean_optimizer", "unsaved": "clean_unsaved",
+    "trial": "clean_trial",
 }
 
 
@@ -63,10 +64,18 @@ def proposed(run_dir: Path, *, optimizer: bool) -> Iterator[Item]:
     old = checkpoint.superseded(found.good, 1)
     if old:
         yield Item("old", run_dir, tuple(one.name for one in old), sum(folders.size_of(one.folder) for one in old))
+    if replaced := _replaced(run_dir):
+        sizes = (folders.size_of(run_dir / "ckpt" / name) for name in replaced)
+        yield Item("replaced", run_dir, tuple(replaced), sum(sizes))
     kept = [one for one in found.good if one not in old and one.resumable]
     if optimizer and kept:
         state = sum(path.stat().st_size for one in kept for path in one.folder.glob("state.*"))
         yield Item("optimizer", run_dir, tuple(one.name for one in kept), state)
+
+
+def _replaced(run_dir: Path) -> list[str]:
+    """Names of the checkpoints that a resume from an older one has set aside."""
+    return sorted(path.name for path in (run_dir / "ckpt").glob("replaced_iter_*") if path.is_dir())
 
 
 def _unsaved(run_dir: Path) -> bool:
@@ -144,6 +153,13 @@ def _remove_of_run(item: Item) -> None:
             rundir.abandon(item.folder, lock)
             return
         found = checkpoint.listed(item.folder)
+        if item.kind == "replaced":
+            if found.bad or not {*item.names} <= {*_replaced(item.folder)}:
+                raise ConfigError("clean_changed")
+            _verify(found.good)
+            for name in item.names:
+                shutil.rmtree(item.folder / "ckpt" / name)
+            return
         named = [one for one in found.good if one.name in item.names]
         # 从旧的接着训过，它就成了最后一个
         kept = [one for one in named if one not in checkpoint.superseded(found.good, 1)] if item.kind == "old" else []

@@ -108,7 +108,8 @@ class JsonlLogger:
             if self._file.read(1) != b"\n":
                 # 上次被杀在半行：补一个换行，别把新的一行也毁了
                 self._pending = b"\n"
-        if iteration:
+        # 没存过就被杀的从头来过，先前的几步也不算
+        if iteration or size:
             self._write({"event": "resume", "iteration": iteration})
 
     def _write(self, record: dict) -> None:

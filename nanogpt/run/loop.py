@@ -56,6 +56,8 @@ class Interval:
     results: list[StepResult] = field(default_factory=list)
     tokens: int = 0
     """Of the steps that were timed."""
+    seconds: float = 0.0
+    """Of the same steps."""
 
 
 class _ToldToEndError(Exception):
@@ -94,6 +96,8 @@ class Training(Trainer):
         self.forecast = Forecast(self.span.iters or MANY, cfg.eval_interval, cfg.save_interval, work)
         self.latest_loss = math.nan
         self.told_turned = False
+        self.ended: str | None = None
+        """Why the training that is gone on with had stopped for good; None: it goes on."""
         self.unjudged: StepResult | None = None
         self.shapes_met: set[int] = set()
         self.health = Health(
@@ -167,9 +171,9 @@ class Training(Trainer):
 
     def fit(self) -> dict:
         """Train to the end of the budget or until something asks to stop; return the summary."""
-        progress, started, reason = self.progress, time.perf_counter(), None
+        progress, reason = self.progress, self.ended
         # 以前各程的时间也算：从那里接着走的钟
-        self.began = started - progress.wall_s
+        self.began = time.perf_counter() - progress.wall_s
         self._count_time()
         try:
             with self.console.progress(*self._of_span()) as advance:
@@ -187,7 +191,7 @@ class Training(Trainer):
                 self.loggers.close()
             raise
         self.loggers.close()
-        return self._summary(reason or self._end(), time.perf_counter() - started)
+        return self._summary(reason or self._end())
 
     def _end(self) -> str:
         """What the summary says of a training that used up its budget."""
@@ -209,8 +213,8 @@ class Training(Trainer):
             return self.span.iters, self.progress.iteration
         return round(self.span.seconds), round(self.progress.wall_s)
 
-    def _summary(self, reason: str, wall_s: float) -> dict:
-        progress = self.progress
+    def _summary(self, reason: str) -> dict:
+        progress, wall_s = self.progress, self.progress.wall_s
         timed = progress.tokens_trained - progress.untimed_tokens
         # 只走了编译的那一步：速度只能连编译一起算
         measured = self.metrics(timed, progress.train_s) if timed else self.metrics(progress.tokens_trained, wall_s)
@@ -226,12 +230,15 @@ class Training(Trainer):
         last = self.spent >= 1
         evaluated = last or (self._every(cfg.eval_interval) and self._leaves_time())
         if result.stop_requested and not last:
-            reason = "interrupted"
+            # 不再评估：手里的损失是上一次的，不能记在这一步上
+            reason, evaluated = "interrupted", False
         elif evaluated:
             reason = self._evaluate_and_judge()
         if evaluated or reason or self._every(cfg.log_interval):
             self._log(result, evaluated and progress.val_loss is not None)
-        save_due = self._every(cfg.save_interval) if cfg.save_interval else evaluated
+        # 说好了最好的一定留着：另有保存的间隔，也不等它
+        best = evaluated and progress.val_loss is not None and progress.best_iteration == progress.iteration
+        save_due = self._every(cfg.save_interval) or best if cfg.save_interval else evaluated
         if save_due or reason or self.saver.overdue:
             self._save(final=bool(reason) or last)
         if evaluated and cfg.sample_tokens and self.write_sample and reason != "interrupted":
@@ -300,8 +307,9 @@ class Training(Trainer):
         return result
 
     def _save(self, *, final: bool) -> None:
-        # 最后一步的好坏也要记进去
+        # 最后一步的好坏也要记进去；token 数存下了，走它们的时间也要
         self.judge_latest()
+        self._take_time()
         # 坏掉的权重宁可不存：它会把完好的旧 checkpoint 挤掉
         self.health.before_save()
         progress = self.progress
@@ -406,9 +414,14 @@ class Training(Trainer):
         mfu, mfu_reference = flops / self.peak / 1e12, flops / of_reference / 1e12
         return {"tokens_per_s": speed, "mfu": mfu, "mfu_rtx3060": mfu_reference, **memory}
 
-    def _log(self, result: StepResult, evaluated: bool) -> None:
+    def _take_time(self) -> None:
+        """Add what the stopwatch counted to the run's time and to that of the next log line."""
         seconds = self.stopwatch.take()
         self.progress.train_s += seconds
+        self.interval.seconds += seconds
+
+    def _log(self, result: StepResult, evaluated: bool) -> None:
+        self._take_time()
         self.judge_latest()
         finite = [result.loss for result in self.interval.results if math.isfinite(result.loss)]
         record = {
@@ -416,7 +429,7 @@ class Training(Trainer):
             "learning_rate": result.learning_rate,
             "gradient_norm": result.gradient_norm,
             "tokens": self.progress.tokens_trained,
-            **self.metrics(self.interval.tokens, seconds),
+            **self.metrics(self.interval.tokens, self.interval.seconds),
         }
         if not self.interval.tokens:
             # 这一段只有编译的那一步：没有速度可言

@@ -94,6 +94,10 @@ def refuse_contents(path: Path, *, overwrite: bool) -> None:
 
 def foreign(path: Path) -> set[Path]:
     """What lies in a run folder, its ckpt/ or its data/ and was not written by a run, nor by what started it."""
+    begun = (path / "run.json").exists() or any((path / "ckpt").glob("*iter_*"))
+    if not begun and not all((path / name).exists() for name in ("tokenizer.json", "metrics.jsonl")):
+        # 名字一样还不够：config.yaml、logs 谁都会有；run.json 丢了的，另两个也认得出
+        return {p for p in path.iterdir() if not _left_behind(p)}
     strange = {p for p in path.iterdir() if p.name not in RUN_FILES and not _left_behind(p)}
     return strange | {
         p for name, ours in INSIDE.items() for p in (path / name).glob("*")

@@ -44,7 +44,9 @@ def restore(source: checkpoint.Checkpoint, computation: Step, data: TokenData) -
         source.load_model(computation.model)
         # 先装权重：状态的格式要看参数是 fp32 还是 bf16
         computation.optimizer.load_state_dict(state["optimizer"])
-        computation.precision.scaler.load_state_dict(state["scaler"])
+        # 别的格式没有缩放的状态：换到 fp16 接着训，从头找缩放的倍数
+        if state["scaler"]:
+            computation.precision.scaler.load_state_dict(state["scaler"])
         # 早先的 checkpoint 没有次序这一项：照旧，接着训才逐位一致
         progress, order = Progress(**state["progress"]), state.get("order", 1)
         if order not in ORDERS:
@@ -147,7 +149,8 @@ class Saver:
             return text(
                 "nothing has been saved yet; start again with a lower rate: learning_rate={rate:.1e}", rate=rate,
             )
-        chosen = (checkpoint.best_of(found) if best else None) or found[-1]
+        evaluated = checkpoint.best_of(found) if best else None
+        chosen = evaluated or found[-1]
         which = "" if chosen.iteration == found[-1].iteration else f" checkpoint={chosen.name}"
-        line = "remedy_best" if best else "remedy_last"
+        line = "remedy_best" if evaluated else "remedy_last"
         return text(line, checkpoint=chosen.name, resume=self.resuming, which=which, rate=rate)

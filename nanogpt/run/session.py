@@ -34,13 +34,13 @@ from nanogpt.base.console import Console, file_size, rounded, short
 from nanogpt.base.errors import OutOfMemory
 from nanogpt.base.files import folders_around, sync_names, write_text
 from nanogpt.base.groups import leaves, naming
-from nanogpt.base.hashed_json import reason_of
+from nanogpt.base.hashed_json import DamagedError, read_object, reason_of
 from nanogpt.base.language import ConfigError, text
 from nanogpt.base.lock import Lock
 from nanogpt.base.parts import build_part
 from nanogpt.base.quoting import command, override, word
 from nanogpt.base.run_names import RunRecord
-from nanogpt.base.saved_config import PARTS
+from nanogpt.base.saved_config import PARTS, read_saved
 from nanogpt.base.value_checks import unescaped
 from nanogpt.core import distributed, machine
 from nanogpt.core.memory.lora import add_adapters
@@ -68,6 +68,11 @@ from nanogpt.weights.pretrained import Pretrained, adapted, build_pretrained, ch
 
 # 各种预算；接着训时写了新的，已经到头的旧的就不再管
 LIMITS = ("max_iters", "max_tokens", "max_minutes")
+# 还有这两个也让训练停下，总结里各有一个词
+ENDS = (*LIMITS, "early_stop_evals", "target_val_loss")
+STOPPED = ("early_stop", "target_reached")
+# 换了它们，前后的验证损失就不是一回事
+MEASURED = ("eval_tokens", "eval_stride")
 # 停下时预算还没用完：接着训不必再给
 EARLY = ("interrupted", "early_stop")
 # 大于它的学习率几步之内就会冲掉预训练学到的东西
@@ -130,14 +135,16 @@ class Session:
     def __init__(
         self, cfg: TrainConfig, run_dir: Path, source: checkpoint.Checkpoint | None, *, other_data: bool = False,
         pretrained: Pretrained | None = None, lock: Lock | None = None, record: RunRecord | None = None,
-        hooks: Hooks = NO_HOOKS, limits: Collection[str] = (), same: bool = False,
+        hooks: Hooks = NO_HOOKS, limits: Collection[str] = (), same: bool = False, changed: Collection[str] = (),
     ):
         """`lock` and `record` are those of a run that is resumed, or begun again because it has no checkpoint yet.
 
-        `limits` are the budgets that were typed for a resume; `same`: by the command that began the run.
+        `limits` are the budgets that were typed for a resume; `same`: by the command that began the run; `changed` are
+        the keys of ENDS and MEASURED that it changes.
         """
         self.cfg, self.source, self.other_data, self.pretrained = cfg, source, other_data, pretrained
         self.lock, self.record, self.hooks, self.limits, self.same = lock, record, hooks, limits, same
+        self.changed = {*changed}
         self.by_hand = self.told_to_end = False
         """Whether a training was ended before its time by the person at the keyboard, or by what launched it."""
         # 锁在手里却没有 checkpoint：同一次训练重新开始
@@ -257,8 +264,11 @@ class Session:
         trial = replace(cfg, resume=None, init_from=None, dataset=dataset)
         cfg.batch_size = hooks.measure_batch(trial, [])
         other_data = any(o.startswith("dataset.dir=") for o in overrides)
+        saved = read_saved(source.config_text())
+        changed = [key for key in (*ENDS, *MEASURED) if saved.get(key) != getattr(cfg, key)]
         return cls(
-            cfg, run_dir, source, other_data=other_data, lock=lock, record=record, hooks=hooks, limits=limits, same=same
+            cfg, run_dir, source, other_data=other_data, lock=lock, record=record, hooks=hooks, limits=limits,
+            same=same, changed=changed,
         )
 
     # ---- 数据 ----
@@ -316,6 +326,7 @@ class Session:
             self._announce(trainer)
             self._catch_signals(trainer)
             try:
+                trainer.ended = distributed.broadcast(self._ended())
                 summary = trainer.fit()
             except OutOfMemory as error:
                 self._explain(error, has_checkpoint=trainer.saver.saved is not None)
@@ -333,11 +344,27 @@ class Session:
             raise BrokenPipeError
         return summary
 
+    def _ended(self) -> str | None:
+        """Why this run had stopped for good, where the same command is typed again; None: there is something to do."""
+        if not (self.source and self.same and not self.changed & {*ENDS}):
+            return None
+        with contextlib.suppress(DamagedError):
+            summary = read_object(self.run_dir / "summary.json")
+            if summary.get("iters") == self.source.iteration and summary.get("stopped_by") in STOPPED:
+                return summary["stopped_by"]
+        return None
+
     def _build(self, kind: type[Training] = Training) -> Training:
         backends = [build_part(node, f"logger.{name}") for name, node in (self.cfg.logger or {}).items()]
         loggers = Loggers([JsonlLogger(), *backends] if distributed.rank() == 0 else [])
         computation = self._build_step()
         progress, order = restore(self.source, computation, self.data) if self.source else (Progress(), ORDER)
+        if self.changed & {*MEASURED} and math.isfinite(progress.best_val_loss):
+            self.console.line(
+                "validation is measured otherwise than before (eval_tokens, eval_stride): the best loss and early "
+                "stopping count anew from here; checkpoint=best still compares all of them",
+            )
+            progress.measure_anew()
         leave_behind(self.cfg, self.limits, progress, self.console, same=self.same)
         node = OmegaConf.structured(self.cfg)
         config_text = OmegaConf.to_yaml(node)
@@ -582,7 +609,8 @@ class Session:
                 passes=rounded(self.passes), settings=chosen,
             )
         # 表已经训进去了，去不掉；丢多少还可以改，但接着训不自己改：与一口气训完的要逐位一样
-        if self.source and self.limits and not cfg.init_from and cfg.dropout < (wanted := dropout_for(self.passes)):
+        longer = self.source and self.changed & {*LIMITS}
+        if longer and not cfg.init_from and cfg.dropout < (wanted := dropout_for(self.passes)):
             line(
                 "for about {passes} passes over the text a new training would take dropout={wanted:g}; this one goes "
                 "on with dropout={got:g}: add dropout={wanted:g} if its validation loss no longer falls",
@@ -692,8 +720,13 @@ class Session:
         again = ["run_train.py", *self._named("train"), override("resume", path)]
         span = span_of(self.cfg)
         key = span.key if span.iters and summary["stopped_by"] != "max_minutes" else "max_minutes"
-        more = 2 * (summary["iters"] if key == "max_iters" else getattr(self.cfg, key))
-        longer = {"next_longer": command(*again, f"{key}={more}", *off)}
+        # 达到目标而停的，预算还没用完：加倍的是预算
+        iters = max(summary["iters"], (span.iters or 0) if off else 0)
+        more = 2 * (iters if key == "max_iters" else getattr(self.cfg, key))
+        # 学习率写明到哪里降完的，之后就是零：跟着加长
+        further = more if key == "max_iters" else 2 * iters
+        decay = [f"lr_decay_iters={further}"] if self.cfg.lr_decay_iters and self.cfg.lr_decay_iters < further else []
+        longer = {"next_longer": command(*again, f"{key}={more}", *decay, *off)}
         commands = {
             "next_sample": command("run_sample.py", *self._named("sample"), override("out_dir", path), *label, *chat),
             **({"next_resume": command(*again, *off)} if summary["stopped_by"] in EARLY else longer),

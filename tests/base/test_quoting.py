@@ -174,9 +174,11 @@ def test_values_and_scripts_are_named_as_they_have_to_be_typed(in_tmp, monkeypat
     ]),
     (["dataset=text_file", "dataset.path=x"], {}, "interrupted", False, ["run_sample.py", "run_train.py 'resume=runs/a b'"]),
     (["dataset=text_file", "dataset.path=x"], {}, "early_stop", False, ["out_dir", "'resume=runs/a b' early_stop_evals=0"]),
-    (["dataset=labelled", "dataset.path=x"], {"style": {"it's": (1,)}}, "target_reached", False, [
-        '"control.style=it\'s"', "target_val_loss=null",
+    (["dataset=labelled", "dataset.path=x", "max_iters=60"], {"style": {"it's": (1,)}}, "target_reached", False, [
+        '"control.style=it\'s"', "max_iters=120 target_val_loss=null",
     ]),
+    (["dataset=text_file", "dataset.path=x", "lr_decay_iters=5"], {}, "max_iters", False, ["out_dir", "max_iters=10 lr_decay_iters=10"]),
+    (["dataset=text_file", "dataset.path=x", "lr_decay_iters=10"], {}, "max_iters", False, ["out_dir", "max_iters=10"]),
 ])
 def test_what_is_said_to_come_next_fits_the_run(data, labels, stopped_by, curves, expected):
     cfg = make_config(*data, checked=False)

@@ -84,6 +84,12 @@ def test_an_existing_run_is_kept_unless_told_otherwise(own_text):
     assert json.loads((folder / "outputs/a/summary.json").read_text(encoding="utf-8"))["iters"] == 2
     (folder / "outputs/precious").mkdir()
     (folder / "outputs/precious/thesis.txt").write_text("years of work", encoding="utf-8")
+    (folder / "outputs/mine/logs").mkdir(parents=True)
+    for mine in ("logs/mine.txt", "config.yaml"):
+        # 名字与训练写的一样，却不是训练
+        (folder / "outputs/mine" / mine).write_text("a: 1", encoding="utf-8")
+    assert "holds files that are not a run's" in run(folder, *overrides, "out_dir=outputs/mine", "overwrite=true", expect=2).stderr
+    assert len([path for path in (folder / "outputs/mine").rglob("*") if path.is_file()]) == 2
     refused = run(folder, *overrides, "out_dir=outputs/precious", "overwrite=true", expect=2)
     assert "not a run's" in refused.stderr and (folder / "outputs/precious/thesis.txt").exists()
 

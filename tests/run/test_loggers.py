@@ -15,7 +15,7 @@ from conftest import (
 from test_trainer import records
 
 from nanogpt.base.language import ConfigError
-from nanogpt.run.loggers import JsonlLogger, Loggers, SwanLabLogger, TensorBoardLogger, WandbLogger
+from nanogpt.run.loggers import JsonlLogger, Loggers, SwanLabLogger, TensorBoardLogger, WandbLogger, history
 
 
 def events_in(folder):
@@ -150,3 +150,13 @@ def test_curves_on_a_full_disk_are_one_line_and_go_on_when_there_is_room(in_tmp,
     said = capfd.readouterr().err
     assert said.count("TensorBoardLogger cannot write") == 1 and "Traceback" not in said
     assert [e.step for e in events_in(in_tmp).Scalars("x")][-2:] == [3, 4]
+
+
+def test_steps_of_an_attempt_that_never_saved_are_not_in_the_curve_of_the_next(tmp_path):
+    for attempt, iterations in enumerate(([2, 4, 6], [5])):
+        logger = JsonlLogger()
+        logger.open(tmp_path, {}, 0)
+        for iteration in iterations:
+            logger.log(iteration, {"train/loss": float(attempt)})
+        logger.close()
+    assert history(tmp_path)[0] == [{"iteration": 5, "train/loss": 1.0}]

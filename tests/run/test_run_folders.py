@@ -143,6 +143,12 @@ def test_cleaning_shows_first_and_deletes_only_when_told(runs, capsys, monkeypat
     assert not (runs / "begun").exists() and not (runs / "sweeps" / "0").exists() and [path.name for path in (runs / "fit" / "monday").iterdir() if path.is_dir()] == ["0"]
     cleaning.main(["--yes"])
     assert "nothing to clean" in capsys.readouterr().out
+    # 从更早的接着训，挪开的那个也占地方
+    checkpoint.set_aside_newer(runs / "run", 4)
+    assert kept(runs) == [4] and (runs / "run" / "ckpt" / "replaced_iter_00000007").is_dir()
+    cleaning.main(["--yes"])
+    assert "checkpoints set aside by a resume from an older one: 1" in capsys.readouterr().out
+    assert [path.name for path in (runs / "run" / "ckpt").iterdir()] == ["iter_00000004"]
 
 
 @pytest.mark.parametrize("reason", ["training", "last damaged", "best damaged", "manifest damaged", "strange file", "another program's", "changed meanwhile", "resumed from an older one"])

@@ -4,13 +4,15 @@ import dataclasses
 import json
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_config, new_session, new_trainer, no_grad_eval, reseal, resume, resumed_trainer, train
+from conftest import hooks, make_config, new_session, new_trainer, no_grad_eval, reseal, resume, resumed_trainer, train
 from test_shards import sharded_dataset
 
+from nanogpt.base.cli import remembered_groups
 from nanogpt.base.config import auto_tokens, block_parameters, span_of
 from nanogpt.base.language import ConfigError
 from nanogpt.base.lock import Lock
@@ -19,6 +21,7 @@ from nanogpt.core.progress import Progress
 from nanogpt.run import loop
 from nanogpt.run.loop import share_batch
 from nanogpt.run.metrics import Forecast
+from nanogpt.run.session import Session
 from nanogpt.weights import checkpoint
 
 
@@ -406,6 +409,64 @@ def test_early_stopping_and_target_stop_the_run(in_tmp, tiny_overrides):
     assert stopped.progress.iteration < 50
     reached = train(tiny_overrides, "max_iters=50", "eval_interval=1", "target_val_loss=100", out="outputs/b")
     assert reached.progress.iteration == 1 and checkpoint.find(in_tmp / "outputs" / "b", "last").iteration == 1
+
+
+def test_the_best_weights_are_kept_also_with_an_interval_for_saves_of_its_own(in_tmp, tiny_overrides):
+    trainer = train(tiny_overrides, "max_iters=12", "eval_interval=2", "save_interval=5", "keep=1", "learning_rate=0.3", "lr_schedule=constant", "warmup_iters=0")
+    found = checkpoint.checkpoints(in_tmp / "outputs/run")
+    assert trainer.progress.best_iteration < 12 and [one.iteration for one in found] == [trainer.progress.best_iteration, 12]
+    assert checkpoint.best_of(found).val_loss == trainer.progress.best_val_loss
+
+
+def test_an_interrupt_where_an_evaluation_was_due_notes_no_loss_that_was_not_measured(in_tmp, tiny_overrides):
+    trainer = new_trainer(tiny_overrides, "max_iters=9", "eval_interval=2", "log_interval=1")
+    step = trainer.step
+
+    def stopped():
+        trainer.stop_requested = trainer.progress.iteration == 3
+        return step()
+
+    trainer.step = stopped
+    assert trainer.fit()["stopped_by"] == "interrupted"
+    assert [record["iteration"] for record in records() if "val/loss" in record] == [2]
+
+
+def test_the_same_command_after_an_early_end_has_nothing_to_do_and_keeps_the_times(in_tmp, tiny_overrides):
+    def again(*more):
+        typed = ["resume=outputs/run", "max_iters=50", "target_val_loss=100", *more]
+        cfg = make_config(*typed, "out_dir=outputs/run", *remembered_groups(typed), checked=False)
+        return Session.resume(cfg, typed[1:], Path("outputs/run"), hooks()).run()
+
+    first = new_session([*tiny_overrides, "max_iters=50", "eval_interval=1", "target_val_loss=100"]).run()
+    second = again()
+    assert (first["iters"], second["iters"], second["stopped_by"]) == (1, 1, "target_reached")
+    assert second["wall_s"] >= first["wall_s"] > 0 and second["train_s"] == first["train_s"]
+    # 换了目标，就还有事做
+    assert again("target_val_loss=null", "max_iters=3")["iters"] == 3
+
+
+def test_time_and_tokens_of_a_checkpoint_belong_to_the_same_steps(in_tmp, tiny_overrides):
+    train(tiny_overrides, "max_iters=4", "eval_interval=100", "log_interval=100", "save_interval=2", "keep=3")
+    times = [one.load_state()["progress"]["train_s"] for one in checkpoint.checkpoints(in_tmp / "outputs/run")]
+    assert 0 < times[0] < times[1]
+    record, = (one for one in records() if "tokens_per_s" in one)
+    assert record["tokens_per_s"] == pytest.approx(record["tokens"] / times[1])
+
+
+def test_a_validation_that_is_measured_otherwise_counts_its_best_anew(in_tmp, tiny_overrides, capsys):
+    train(tiny_overrides, "eval_tokens=128")
+    for typed, anew in ((["eval_tokens=64"], True), ([], False)):
+        trainer = resumed_trainer("outputs/run", "max_iters=9", *typed)
+        assert (trainer.progress.best_val_loss == math.inf) == anew == ("measured otherwise than before" in capsys.readouterr().out)
+        trainer.loggers.close()
+        Lock(Path("outputs/run/lock")).release()
+
+
+def test_another_number_format_goes_on_with_a_loss_scale_of_its_own(in_tmp, tiny_overrides):
+    train(tiny_overrides, "precision=fp32")
+    trainer = resumed_trainer("outputs/run", "max_iters=8", "precision=fp16")
+    trainer.fit()
+    assert trainer.progress.iteration == 8 and trainer.precision.scaler.is_enabled()
 
 
 def test_evaluation_covers_the_whole_split_exactly(in_tmp, tiny_overrides):
