@@ -431,6 +431,7 @@ NAMED = {
     "learned_use": "Train with the best setting",
     "learned_keys": "Which key mattered",
     "learned_keys_note": "Share of each key in how far the settings lay apart after the first rung (fANOVA).",
+    "none_trained": "no setting could be trained; the reasons are in the table above",
     "search_interrupted": "interrupted; what is finished is kept, the same command goes on from there",
     "chart_vram": "peak VRAM, GiB",
     "chart_ram": "peak RAM, GiB",

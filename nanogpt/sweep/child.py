@@ -189,7 +189,7 @@ def measure(
 
     emit(phase="data")
     learns = cfg.objective != "tokens_per_s"
-    if learns and (found := learning.finished(cfg, folder)):
+    if learns and not cfg.trial.again and (found := learning.finished(cfg, folder)):
         # 上次训完了，还没来得及记下
         emit(**found, status="ok")
         return

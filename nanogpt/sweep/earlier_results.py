@@ -24,8 +24,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import nanogpt
+from nanogpt.base import run_names
 from nanogpt.base.config import PACKAGE, TrainConfig, targets
 from nanogpt.base.files import remove_leftovers
+from nanogpt.base.language import ConfigError
+from nanogpt.data import corpus
 from nanogpt.sweep import result as results
 from nanogpt.sweep.process import place
 from nanogpt.sweep.result import FIT, LASTING, TrialResult
@@ -50,7 +53,31 @@ def key_of(cfg: TrainConfig) -> str:
     facts = {"config": node, "versions": versions(), "device": device(cfg), "threads": threads}
     # 没有自己模块的设置，键与从前相同：测过的还认得
     facts |= {"own": own} if (own := own_code(node)) else {}
+    if cfg.objective != "tokens_per_s":
+        # 学得多好要看学的是什么：文字改了、起点又训过了，先前的损失就不算数
+        facts |= {"data": data_of(cfg), "start": files_of(cfg.init_from) if cfg.init_from else None}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def data_of(cfg: TrainConfig) -> str | None:
+    """What tells the text of a trial from another one at the same place; None where it cannot be told."""
+    options = {key: value for key, value in cfg.dataset.items() if key not in ("name", "dir")}
+    # 读不了的，试跑自己会说
+    with contextlib.suppress(ConfigError, OSError):
+        folder = corpus.folder_of(cfg.dataset["name"], cfg.dataset["dir"], options)
+        if not cfg.dataset["dir"]:
+            return folder.name
+        return hashlib.sha256((folder / "meta.json").read_bytes()).hexdigest()
+    return None
+
+
+def files_of(named: str) -> list[list] | None:
+    """Sizes and times of the weights at a place; None for a name that is none."""
+    with contextlib.suppress(ConfigError, OSError):
+        path = run_names.locate(named) if run_names.names_run(named) else Path(named)
+        files = [path] if path.is_file() else sorted(path.rglob("*.safetensors")) + sorted(path.rglob("*.bin"))
+        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] or None
+    return None
 
 
 def own_code(node: Any) -> dict[str, str]:

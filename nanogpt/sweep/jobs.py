@@ -8,6 +8,7 @@ Needs no torch.
 # 这里不导入 torch：扫描的父进程要小，也不能先占住显存
 
 import functools
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from nanogpt.base.config import TrainConfig
-from nanogpt.base.errors import EXIT_INTERRUPTED
+from nanogpt.base.errors import EXIT_INTERRUPTED, leave
 from nanogpt.base.language import ConfigError, say, show, text, wrapped
 from nanogpt.sweep import result as results
 from nanogpt.sweep.auto_batch import settled
@@ -100,6 +101,12 @@ class SweepReport(Callback):
     # 普通的 -m 训练也会经过它：没有 trial.json 就什么也不做
 
     def on_multirun_start(self, config: DictConfig, **_kwargs: Any) -> None:
+        if swept := [word for word in config.hydra.overrides.task if re.match(r"objective=.*,", word)]:
+            # 损失与速度排不成一列
+            leave(ConfigError(
+                "{got}: a sweep is ranked by one objective; type one of val_bpb | val_loss | tokens_per_s",
+                got=swept[0],
+            ))
         # 自己指定了 hydra.sweep.dir 时，上一次扫描留下的不能算进这一次
         for stale in Path(config.hydra.sweep.dir).glob("*/trial.json"):
             stale.unlink()

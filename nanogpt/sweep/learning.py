@@ -33,14 +33,26 @@ def session(cfg: TrainConfig, run_dir: Path, overrides: list[str]):
     from nanogpt.run.session import Hooks, Session
 
     # 存下的是一次普通的训练：往后也能照常接着训；latest 仍是人自己训的那一次
-    cfg, hooks = replace(cfg, trial=replace(cfg.trial, enabled=False)), Hooks(remember=False)
-    if not (run_dir / "run.json").is_file():
-        return Session.new(replace(cfg, out_dir=str(run_dir)), run_dir, overrides, hooks)
+    again = cfg.trial.again
+    cfg, hooks = replace(cfg, trial=replace(cfg.trial, enabled=False, again=False)), Hooks(remember=False)
+    anew = _trained_before(cfg, run_dir) and again
+    if anew or not (run_dir / "run.json").is_file():
+        return Session.new(replace(cfg, out_dir=str(run_dir), overwrite=anew), run_dir, overrides, hooks)
     # 有总结，就是这个预算走完了：见 finished
     (run_dir / "summary.json").unlink(missing_ok=True)
     typed = [f"{key}={'null' if value is None else value}" for key, value in budget_of(cfg).items()]
     # 同一条命令再来一次：死在最后一个 checkpoint 与总结之间的，补上总结就是
     return Session.resume(replace(cfg, resume=str(run_dir), out_dir=str(run_dir)), typed, run_dir, hooks)
+
+
+def _trained_before(cfg: TrainConfig, run_dir: Path) -> bool:
+    """Whether the training that is there has come to the end of this budget, or went beyond it."""
+    # 下一级的预算更长：重测的那一次，也是从上一级接着走
+    try:
+        reached = read_saved((run_dir / "config.yaml").read_text(encoding="utf-8"))["max_iters"]
+    except (OSError, ValueError, KeyError, TypeError, ConfigError):
+        return False
+    return (run_dir / "summary.json").is_file() and (None in (reached, cfg.max_iters) or reached >= cfg.max_iters)
 
 
 def train(begun, cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:

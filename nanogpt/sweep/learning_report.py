@@ -13,6 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
 from nanogpt.base import report
 from nanogpt.base.config import TrainConfig, auto_tokens, span_of
 from nanogpt.base.console import aligned
@@ -21,7 +24,7 @@ from nanogpt.base.language import show, text, wrapped
 from nanogpt.base.saved_config import read_saved
 from nanogpt.sweep.extrapolation import Estimate, estimate
 from nanogpt.sweep.halving import Candidate, Search, importance
-from nanogpt.sweep.report import keep
+from nanogpt.sweep.report import LEFT_OUT, keep
 from nanogpt.sweep.result import STATUS_MESSAGES, TrialResult, best_of, names, ranked
 from nanogpt.sweep.space import Dimension
 
@@ -154,7 +157,7 @@ def notes_of(cfg: TrainConfig, search: Search) -> list[str]:
             tokens=expected.tokens, objective=cfg.objective, value=expected.value, low=expected.low,
             high=expected.high, count=len(best.values),
         ))
-    for name, tokens, value in trained(best.results[-1], cfg.objective):
+    for name, tokens, value in trained(best.results[-1], cfg):
         if at := expectation(cfg, search, tokens):
             lines.append(text(
                 "{name} was trained with it: {value:.4f} on the validation split after {tokens:,.0f} tokens; expected "
@@ -194,22 +197,38 @@ def full_budget(cfg: TrainConfig, best: TrialResult) -> float:
     return min(limits)
 
 
-def trained(best: TrialResult, objective: str) -> list[tuple[str, int, float]]:
+def trained(best: TrialResult, cfg: TrainConfig) -> list[tuple[str, int, float]]:
     """(run folder, tokens, what it reached) of finished trainings with this best.yaml in outputs/."""
-    wanted = dict(word.split("=", 1) for word in best.overrides if word.startswith(("learning_rate=", "global_batch")))
+    # 训多久由人另说，微批只看放不放得下；照文字定的（null），存下的是定出来的那个
+    words = [word for word in best.overrides if not word.startswith((*BUDGET, "batch_size=", "eval_"))]
+    wanted = {key: yaml.safe_load(word) for key, _, word in (word.partition("=") for word in words)}
+    wanted = {key: value for key, value in wanted.items() if key.split(".")[0] not in LEFT_OUT}
+    wanted = {**{f"dataset.{key}": cfg.dataset.get(key) for key in ("name", "path")}, **wanted}
     found = []
     for file in sorted(Path("outputs").glob("*/summary.json")):
         try:
             saved = read_saved((file.parent / "config.yaml").read_text(encoding="utf-8"))
             summary = json.loads(file.read_text(encoding="utf-8"))
-            same = all(float(saved[key]) == float(word) for key, word in wanted.items())
-            value = summary[f"best_{objective}"]
+            node = OmegaConf.create(saved)
+            there = {key: OmegaConf.select(node, key) for key, value in wanted.items() if value is not None}
+            same = all(_alike(value, wanted[key]) for key, value in there.items())
+            value = summary[f"best_{cfg.objective}"]
             if saved["groups"].get("fit") == "best" and same and value is not None:
                 found.append((file.parent.as_posix(), summary["tokens"], value))
         except (OSError, ValueError, KeyError, TypeError):
             # 别的训练，或者不完整的
             continue
     return found
+
+
+def _alike(saved: object, typed: object) -> bool:
+    """Whether a saved value is what was typed; groups are no values."""
+    if saved is None or isinstance(saved, DictConfig):
+        return True
+    try:
+        return float(saved) == float(typed)
+    except (TypeError, ValueError):
+        return saved == typed
 
 
 # ---- 写出来 ----
@@ -284,9 +303,7 @@ def _write(
     for line in notes:
         show(wrapped(line, sys.stdout))
     show(text("the report is in {path}: report.html, trials.jsonl", path=folder))
-    show(text("train with the best setting:\n  {command}", command=use) if use else text(
-        "no setting could be trained; the reasons are in the table above",
-    ))
+    show(text("train with the best setting:\n  {command}", command=use) if use else text("none_trained"))
 
 
 def print_rows(rows: Sequence[Row], objective: str) -> None:

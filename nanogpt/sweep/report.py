@@ -90,6 +90,8 @@ def command(result: TrialResult, folder: Path) -> str:
     return quoting.command("run_train.py", "--config-dir", folder.as_posix(), *searched, *under, "+fit=best")
 
 
+# 放不下的几种
+OF_MEMORY = ("oom", "skipped", "spilled")
 # 屏幕上与网页里的表说的是同样的词
 STATUS, STEP = sentence("status"), sentence("step ms")
 PEAK, PREDICTED, BATCH = sentence("peak / budget GiB"), sentence("predicted GiB"), sentence("effective batch")
@@ -130,7 +132,7 @@ def write_report(found: Sequence[TrialResult], folder: Path, *, margin: float) -
         ),
         text("train with the fastest setting:\n  {command}", command=use) if use else text(
             "no setting fits; try a smaller batch_size, memory=lean or a smaller model",
-        ),
+        ) if any(result.status in OF_MEMORY for result in found) else text("none_trained"),
     ):
         if line:
             show(line)

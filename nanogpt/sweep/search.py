@@ -122,9 +122,12 @@ def _fastest(cfg: TrainConfig, overrides: list[str]) -> float:
         minutes=cfg.search.minutes, seed=cfg.seed, say=partial(tell, cfg), beside=trials.beside,
     )
     search.run()
-    found = list({got.key: got for one in search.candidates for got in one.tried}.values())
+    # 不成立的设置没有键：一个也不能并掉
+    found = list({got.key or id(got): got for one in search.candidates for got in one.tried}.values())
     trials.folder.mkdir(parents=True, exist_ok=True)
     write_report(found, trials.folder, margin=cfg.trial.margin)
+    if not any(got.status == "ok" for got in found):
+        sys.exit(1)
     return max(got.score for got in found)
 
 
@@ -311,6 +314,8 @@ class Trials:
         rows = next(int(word.split("=")[1]) for word in words if word.startswith("global_batch_size="))
         least, most = TIMED_STEPS
         steps = max(least, min(most, int(TIMED_S * 1000 / (self.row_ms * rows)))) if self.row_ms else least
+        # 真的训练有多长，也不影响：换个预算再敲，不必从头量起、从头训起
+        alike += ["max_iters=250", "max_tokens=null", "max_minutes=null"]
         return self.trial([*alike, "objective=tokens_per_s", "trial.warmup_steps=1", f"trial.steps={steps}"])
 
     def fitting(self, setting: dict[str, str]) -> TrialResult:

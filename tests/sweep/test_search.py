@@ -23,7 +23,7 @@ from nanogpt.sweep import child, earlier_results, jobs, process, result, trial_t
 from nanogpt.sweep.beside import Beside, places
 from nanogpt.sweep.extrapolation import estimate
 from nanogpt.sweep.halving import LEAST_MINUTES, Search, divide, importance
-from nanogpt.sweep.learning_report import full_budget
+from nanogpt.sweep.learning_report import full_budget, trained
 from nanogpt.sweep.result import TrialResult
 from nanogpt.sweep.search import Steps, Trials
 from nanogpt.sweep.space import default_of, overrides_of, shaped, space_of, with_own
@@ -338,6 +338,46 @@ def test_a_survivor_goes_on_exactly_as_if_it_had_not_stopped(tiny_overrides, in_
     assert (ended["status"], ended["val_loss"], ended["curve"]) == ("ok", whole["val_loss"], went_on["curve"])
 
 
+def test_measured_anew_is_trained_anew_but_a_longer_budget_goes_on(tiny_overrides, in_tmp):
+    run_dir = Path("outputs/fit/runs/a")
+    learned(tiny_overrides, run_dir, "max_iters=4", "eval_interval=2")
+    marked = run_dir / "metrics.jsonl"
+    for more, begun in ((["max_iters=4"], True), (["max_iters=8"], False), (["max_iters=4"], True)):
+        marked.write_text(marked.read_text(encoding="utf-8") + '{"event": "mine"}\n', encoding="utf-8")
+        got = learned(tiny_overrides, run_dir, *more, "eval_interval=2", "trial.again=true")
+        assert got["status"] == "ok" and ("mine" not in marked.read_text(encoding="utf-8")) == begun
+
+
+def test_a_text_or_start_that_was_changed_is_another_trial_of_learning_and_the_same_of_speed(in_tmp):
+    text, start = in_tmp / "my.txt", in_tmp / "start"
+    start.mkdir()
+
+    def keys():
+        cfg = make_config("dataset=text_file", f"dataset.path={text}", f"init_from={start}", checked=False)
+        return [earlier_results.key_of(dataclasses.replace(cfg, objective=objective)) for objective in ("val_loss", "tokens_per_s")]
+
+    text.write_text(TEXT, encoding="utf-8")
+    (start / "model.safetensors").write_bytes(b"1")
+    first = keys()
+    text.write_text(TEXT[::-1], encoding="utf-8")
+    second = keys()
+    (start / "model.safetensors").write_bytes(b"12")
+    third = keys()
+    assert len({first[0], second[0], third[0]}) == 3 and first[1] == second[1] == third[1] and keys() == third
+
+
+def test_only_trainings_with_the_settings_of_best_yaml_are_compared_with_what_was_expected(in_tmp):
+    best = TrialResult(("dataset.path=my.txt", "model.n_layer=2", "learning_rate=1e-2", "dropout=null", "objective=val_loss", "max_iters=9"), "ok")
+    cfg = make_config("dataset=text_file", "dataset.path=my.txt", "objective=val_loss", checked=False)
+    same = {"groups": {"fit": "best"}, "dataset": {"name": "text_file", "path": "my.txt"}, "model": {"n_layer": 2}, "learning_rate": 0.01, "dropout": 0.05, "objective": "tokens_per_s"}
+    changes = {"same": {}, "text": {"dataset": {"name": "text_file", "path": "other.txt"}}, "depth": {"model": {"n_layer": 1}}, "rate": {"learning_rate": 0.02}, "own": {"groups": {}}}
+    for name, change in changes.items():
+        (in_tmp / "outputs" / name).mkdir(parents=True)
+        (in_tmp / "outputs" / name / "config.yaml").write_text(yaml.safe_dump({**same, **change}), encoding="utf-8")
+        (in_tmp / "outputs" / name / "summary.json").write_text('{"tokens": 5, "best_val_loss": 1.5}', encoding="utf-8")
+    assert trained(best, cfg) == [("outputs/same", 5, 1.5)]
+
+
 def test_the_validation_split_is_looked_at_once_when_the_training_has_ended(tiny_overrides, in_tmp, monkeypatch):
     opened = []
     monkeypatch.setattr(trial_trainer, "open_data", lambda *asked, **how: opened.append(open_data(*asked, **how)) or opened[-1])
@@ -441,6 +481,8 @@ def test_speed_can_be_searched_too(in_tmp, monkeypatch):
     (in_tmp / "my.txt").write_text(TEXT, encoding="utf-8")
 
     def faked(cfg, overrides, folder, *, run_dir=None):
+        if cfg.model.n_embd % cfg.model.n_head:
+            return result.made({"overrides": overrides, "status": "invalid", "reason": f"{cfg.model.n_head} heads"})
         fits = cfg.batch_size < 32
         return result.made({"overrides": overrides, "key": f"{cfg.batch_size}", "status": "ok" if fits else "oom", "tokens_per_s": 100.0 * cfg.batch_size if fits else None,
                             "micro_batch": cfg.batch_size, "wall_s": 1.0})
@@ -451,3 +493,9 @@ def test_speed_can_be_searched_too(in_tmp, monkeypatch):
     done = typed("run_train.py", in_tmp, "-m", "experiment=search", "objective=tokens_per_s", "search.trials=8", "batch_size=4,8,16,32", "dataset.path=my.txt")
     best = yaml.safe_load((in_tmp / "outputs/fit/fit/best.yaml").read_text(encoding="utf-8"))
     assert best["batch_size"] == 16 and "train with the fastest setting" in done.stdout
+    # 一个也不成立：每个都列出，退出码说没有结果
+    refused = typed("run_train.py", in_tmp, "-m", "experiment=search", "objective=tokens_per_s", "search.trials=6", "model.n_head=3,5,7", "model.n_embd=32", "dataset.path=my.txt", expect=1)
+    assert len(next(path for path in in_tmp.glob("outputs/fit/*/trials.jsonl") if "heads" in path.read_text(encoding="utf-8")).read_text(encoding="utf-8").splitlines()) == 3
+    assert "no setting could be trained; the reasons" in refused.stdout
+    swept = typed("run_train.py", in_tmp, "-m", "experiment=fit", "objective=val_loss,val_bpb", "dataset.path=my.txt", expect=2)
+    assert "objective=val_loss,val_bpb: a sweep is ranked by one objective" in swept.stderr
