@@ -61,7 +61,8 @@ def presets() -> list[Change]:
 def advise(plan: Plan, planner: Planner, looked: Callable[[float], None] = lambda seconds: None) -> list[Advice]:
     """At most LINES ways to make plan.cfg fit, the fastest first: a smaller batch, one key, a preset.
 
-    Where none of them fits, those that fit tightly; where there are none either, a shorter context.
+    Where none of them fits, those that fit tightly; where there are none either, a single row, which is another
+    effective batch; and then a shorter context.
     looked(seconds since the beginning) is called on the way.
     """
     began = time.process_time()
@@ -77,6 +78,8 @@ def advise(plan: Plan, planner: Planner, looked: Callable[[float], None] = lambd
             found += _ways(plan, planner, (change,))
     if not found:
         found = [way for change in whole for way in _ways(plan, planner, (change,), accepted=("fits", "tight"))][:LINES]
+    if not found:
+        found = _one_row(plan, planner, whole)
     if not found:
         found = _shorter(plan, planner, [(), *((c,) for c in whole)], until)
     return sorted((a for a in found if not any(_beats(b, a) for b in found)), key=lambda a: -a.speed)[:LINES]
@@ -155,7 +158,10 @@ def _ways(
     part = TIGHT if len(accepted) == 1 else TIGHT * 1.1
     alone, tried = changed(_alone(plan.cfg), changes), 0
     # 最小的都放不下，大的不必一个个估
-    if alone is None or not planner.estimate(alone).fits(sizes[-1], planner.budget, part):
+    if alone is None:
+        return []
+    budget = planner.budget_of(alone)
+    if not planner.estimate(alone).fits(sizes[-1], budget, part):
         return []
     for rows in sizes:
         accumulation = -(-total // rows)
@@ -164,7 +170,7 @@ def _ways(
         }
         candidate = changed(replace(plan.cfg, **batch), changes)
         # 粗估就放不下的不去追踪：完整追踪一次要几秒
-        if candidate is None or not planner.estimate(candidate).fits(rows, planner.budget, part):
+        if candidate is None or not planner.estimate(candidate).fits(rows, budget, part):
             continue
         outcome = planner.judge(candidate, plan.vocab_source)
         if outcome.verdict in accepted:
@@ -181,6 +187,20 @@ def _typed(batch: dict[str, int | None], cfg: TrainConfig, changes: tuple[Change
     keys = [key for key in batch if key != "global_batch_size" or cfg.global_batch_size]
     values = [f"{key}={'null' if batch[key] is None else batch[key]}" for key in keys]
     return " ".join([*values, *(change.typed for change in changes)])
+
+
+def _one_row(plan: Plan, planner: Planner, changes: list[Change]) -> list[Advice]:
+    """The cheapest change with which a single row fits that is not accumulated."""
+    # 反向里更新的不能累积：批量小了，模型还是那个模型
+    batch = {"batch_size": 1, "gradient_accumulation_steps": 1, "global_batch_size": None}
+    for change in changes:
+        candidate = changed(replace(plan.cfg, **batch), (change,))
+        if candidate and planner.estimate(candidate).fits(1, planner.budget_of(candidate), 1.0):
+            outcome = planner.judge(candidate, plan.vocab_source)
+            if outcome.verdict != "does_not_fit":
+                speed = outcome.tokens_per_s / plan.tokens_per_s
+                return [Advice(_typed(batch, plan.cfg, (change,)), speed, outcome)]
+    return []
 
 
 def _shorter(plan: Plan, planner: Planner, levels: list[tuple[Change, ...]], until: float) -> list[Advice]:

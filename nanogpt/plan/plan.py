@@ -18,7 +18,7 @@ from nanogpt.base.groups import train_config
 from nanogpt.base.quoting import quoted
 from nanogpt.core import distributed
 from nanogpt.plan.allocator import Replay, replay
-from nanogpt.plan.budget import Budget, budget_for
+from nanogpt.plan.budget import STEP_BYTES, Budget, budget_for, process_bytes
 from nanogpt.plan.communication import BACKWARD, Communication, Gradient, Network, ShardedCommunication
 from nanogpt.plan.filled_config import filled
 from nanogpt.plan.roofline import Rates, rates_of
@@ -180,6 +180,13 @@ class Planner:
         self._traces: dict[str, Trace] = {}
         self._estimates: dict[str, Estimate] = {}
 
+    def budget_of(self, cfg: TrainConfig) -> Budget:
+        """What tensors may take with the settings of cfg: on a CPU these decide what the process itself takes."""
+        if self.budget.device_type != "cpu":
+            return self.budget
+        context = process_bytes(cfg) + STEP_BYTES
+        return replace(self.budget, context=context, capacity=self.budget.total - context)
+
     def share(self, other: "Planner") -> None:
         """Use the traces of another planner for the same kind of device."""
         self._traces, self._estimates = other._traces, other._estimates
@@ -261,7 +268,7 @@ class Planner:
         return self._within(cfg, traced, TIGHT).fits
 
     def _within(self, cfg: TrainConfig, traced: Trace, part: float) -> Replay:
-        capacity = int(self.budget.capacity * part)
+        capacity = int(self.budget_of(cfg).capacity * part)
         if self.budget.device_type != "cuda":
             live, _ = traced.peak()
             return Replay(live + traced.ram <= capacity, live, live)
@@ -272,7 +279,7 @@ class Planner:
 
     def judge(self, cfg: TrainConfig, vocab_source: str) -> Plan:
         """The plan of a filled config with a batch_size."""
-        world = cfg.parallel.world or distributed.world()
+        world, budget = cfg.parallel.world or distributed.world(), self.budget_of(cfg)
         total, rows = share_batch(cfg, world)
         traced = self.trace(cfg, rows, total, cfg.eval_batch_size or rows)
         result, verdict = self._within(cfg, traced, TIGHT), "fits"
@@ -288,7 +295,7 @@ class Planner:
         workspace = CUBLAS_HANDLES * CUBLAS_WORKSPACE[cfg.deterministic] if on_cuda else 0
         parts = Parts(
             **by_kind, rounding=max(0, result.reserved - workspace - live), workspace=workspace,
-            context=self.budget.context, desktop=self.budget.desktop,
+            context=budget.context, desktop=budget.desktop,
         )
         step_s, evaluation_s = step_seconds(traced, self.rates, total), self._evaluation_s(cfg, traced) / world
         communication = None
@@ -300,7 +307,7 @@ class Planner:
         if span.seconds:
             steps = max(1, min(steps, int(span.seconds / (step_s + evaluation_s / cfg.eval_interval))))
         return Plan(
-            cfg=cfg, budget=self.budget, rates=self.rates, parts=parts, allocated=result.allocated,
+            cfg=cfg, budget=budget, rates=self.rates, parts=parts, allocated=result.allocated,
             reserved=result.reserved, ram=traced.ram, verdict=verdict, batch_size=traced.shape.rows,
             accumulation=-(-total // traced.shape.rows), parameters=traced.parameters, size=traced.size,
             precision=str(traced.dtype).removeprefix("torch."), vocab_source=vocab_source, step_s=step_s,

@@ -3,6 +3,7 @@
 import sys
 from dataclasses import asdict, replace
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,6 +181,24 @@ def test_advice_goes_on_to_heavier_presets_only_until_one_fits(plan, monkeypatch
     # 时间用完而一个也没有：成套的仍逐个问
     monkeypatch.setattr(advice, "SECONDS", -1.0)
     assert [found.typed for found in advice.advise(plan, None)] == ["memory=lean8"]
+
+
+def test_where_nothing_that_accumulates_fits_a_single_row_is_advised():
+    planner = SimpleNamespace(
+        budget_of=lambda cfg: None, judge=lambda cfg, source: SimpleNamespace(verdict="fits", tokens_per_s=5.0),
+        estimate=lambda cfg: SimpleNamespace(fits=lambda rows, budget, part: cfg.memory.optimizer_in_backward and cfg.batch_size == 1),
+    )
+    plan = SimpleNamespace(cfg=make_config(*SMALL, "batch_size=8", "gradient_accumulation_steps=4"), vocab_source="-", tokens_per_s=10.0)
+    (found,) = advice._one_row(plan, planner, advice.presets())
+    assert (found.typed, found.speed) == ("batch_size=1 gradient_accumulation_steps=1 memory=minimal", 0.5)
+
+
+def test_on_a_cpu_every_setting_is_judged_beside_what_its_own_process_takes(monkeypatch):
+    cfg, lean = (make_config(*SMALL, "hardware=cpu", "hardware.ram_gib=2", *more) for more in ((), ("memory=lean",)))
+    planner = Planner(cfg)
+    monkeypatch.setattr("nanogpt.plan.plan.process_bytes", lambda cfg: GIB * (2 if cfg.memory.activation_checkpointing != "none" else 1))
+    assert [planner.predict(one).parts.context for one in (cfg, lean)] == [GIB + STEP_BYTES, 2 * GIB + STEP_BYTES]
+    assert [planner.predict(one).verdict for one in (cfg, lean)] == ["fits", "does_not_fit"]
 
 
 def test_every_change_that_advice_knows_is_a_key_of_the_schema():
