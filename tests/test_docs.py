@@ -205,7 +205,7 @@ def test_the_notebook_runs_cell_by_cell_in_both_languages(in_tmp, type_command, 
     names = {"shell": shell}
     for cell in (cell for cell in notebook["cells"] if cell["cell_type"] == "code"):
         assert cell["outputs"] == [] and cell["execution_count"] is None
-        exec(re.sub(r"^( *)[!%](.*)$", r"\1shell(r'''\2''')", "".join(cell["source"]).replace('", "max_new', '", "fast=false", "unknown=skip", "max_new'), flags=re.MULTILINE), names)
+        exec(re.sub(r"^( *)[!%](.*)$", r"\1shell(r'''\2''')", "".join(cell["source"]).replace('", "max_new', '", "unknown=skip", "max_new'), flags=re.MULTILINE), names)
     assert [words[:2] for words in shells[:3]] == [["git", "clone"], ["cd", "nanogpt"], ["pip", "install"]]
     assert [tuple(words[1:]) for words in shells[3:]] == [(script, *words) for script, words in commands("docs/nanogpt.ipynb")]
     assert (in_tmp / "first.zip").is_file() and torch.__version__ in capsys.readouterr().out

@@ -537,7 +537,7 @@ class TrainConfig:
     log_interval: int = number(1, MANY)
     """Steps between two lines."""
     save_interval: int | None = number(1, MANY)
-    """Steps between checkpoints; None: one per evaluation. A new best is saved at once."""
+    """Steps between saves, new bests aside; None: as evals."""
     keep: int = number(1, MANY)
     """Latest checkpoints that are kept, beside the best one."""
     max_nonfinite_steps: int = number(1, MANY)

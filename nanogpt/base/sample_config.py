@@ -118,7 +118,7 @@ class SampleConfig:
     starts: list[str]
     """Several prompts."""
     prompts: str | None
-    """A file of prompts."""
+    """A file of prompts, read as they stand."""
     num_samples: int = number(1, 10**6)
     """Texts behind each prompt."""
     max_new_tokens: int = number(1, 10**7)
@@ -193,7 +193,10 @@ def check_sample(cfg: SampleConfig) -> None:
         # 这些只属于命令行：悄悄忽略会让人以为写进了文件
         for key in ("interactive", "chat", "starts", "prompts", "output"):
             if getattr(cfg, key):
-                raise ConfigError("serve=true writes for a browser or a program; leave out {key}=…", key=key)
+                raise ConfigError("serve_not_with", key=key)
+        for key in ("start", "num_samples"):
+            if getattr(cfg, key) not in (None, 1):
+                raise ConfigError("serve_not_with", key=key)
     if cfg.interactive and named:
         raise ConfigError(
             "interactive=true reads its prompts from the terminal or a pipe; leave out {key}=…",

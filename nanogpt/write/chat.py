@@ -41,7 +41,10 @@ class Chat:
         if self.system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         if settings.unknown == "skip":
-            messages = written_with(self.model.tokenizer, messages)
+            asked, messages = messages[-1]["content"], written_with(self.model.tokenizer, messages)
+            if asked and not messages[-1]["content"]:
+                # 悄悄当作空的来问，会让人以为问到了
+                raise ConfigError("prompt_all_skipped", got=asked)
         block = self.model.network.config.block_size
         # 留出回答的位置，但至多一半：max_new_tokens 常比上下文还长
         room = block - min(settings.max_new_tokens, block // 2) if forget else block

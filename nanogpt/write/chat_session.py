@@ -30,7 +30,7 @@ class ChatSession(InteractiveSession):
         super().write(typed, first=first, samples=samples)
         if len(self.written) > before:
             asked = {"role": "user", "content": typed}
-            self.said += [asked, {"role": "assistant", "content": self.written[-1].shown}]
+            self.said = [*self.said, asked, {"role": "assistant", "content": self.written[-1].shown}]
 
     def _requests(self, typed: str, first: int, count: int) -> list[Request]:
         messages = [*self.said, {"role": "user", "content": typed}]
@@ -69,10 +69,12 @@ class ChatSession(InteractiveSession):
         self._do_reset("")
 
     def _do_again(self, value: str) -> None:
-        last = self._last()
-        kept, self.said = self.said, self.said[:-2]
+        last, kept = self._last(), self.said
+        # /reset 之后，要重答的那一问已经不在对话里了
+        begun = kept[:-2] if kept and kept[-2]["content"] == last.typed else kept
+        self.said = begun
         try:
             self.write(last.typed, first=last.number + 1)
         finally:
             # 没写成：原来的回答还在
-            self.said = self.said if len(self.said) == len(kept) else kept
+            self.said = kept if self.said is begun else self.said

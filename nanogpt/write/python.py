@@ -5,10 +5,23 @@
 import dataclasses
 
 from nanogpt.base.groups import sample_config
+from nanogpt.base.language import ConfigError
 from nanogpt.base.quoting import override, quoted
 from nanogpt.base.run_names import locate, names_run
 from nanogpt.base.sample_config import check_sample
-from nanogpt.write.loading import Model, Settings, open_model, take_defaults
+from nanogpt.write.chat import Chat
+from nanogpt.write.loading import Model, Settings, open_model, prompt_list, take_defaults
+
+# 只对命令行有意义的，与载入之后改不了的：悄悄不理会，人会以为起了作用
+COMMAND = ("interactive", "serve", "starts", "prompts", "output", "num_samples")
+LOADED = ("out_dir", "init_from", "checkpoint", "device", "precision", "block_size", "threads", "fast", "model")
+
+
+def refuse(overrides: tuple[str, ...], keys: tuple[str, ...], message: str) -> None:
+    """ConfigError where one of the overrides is of one of the keys."""
+    for key in (one.partition("=")[0].partition(".")[0] for one in overrides):
+        if key in keys:
+            raise ConfigError(message, key=key)
 
 
 def load(run: str = "latest", *overrides: str) -> "Loaded":
@@ -19,6 +32,7 @@ def load(run: str = "latest", *overrides: str) -> "Loaded":
     """
     named = override("out_dir" if names_run(run) else "init_from", run)
     typed = [quoted(one) for one in (named, *overrides)]
+    refuse(overrides, COMMAND, "python_command")
     cfg = sample_config(typed)
     check_sample(cfg)
     run_dir = None if cfg.init_from else locate(cfg.out_dir, key="out_dir")
@@ -34,14 +48,23 @@ class Loaded:
     overrides: list[str]
 
     def write(self, prompt: str | None = None, *overrides: str) -> str:
-        """The text behind a prompt; None: what start=null means. The same seed gives the same text.
+        """The text behind a prompt, with chat=true the answer to a question; None: what start= says, as the command.
+        The same seed gives the same text.
 
         Overrides are keys of conf/sample.yaml: write("KING:", "max_new_tokens=100", "sampler=top_p", "seed=7").
         """
+        refuse(overrides, COMMAND, "python_command")
+        refuse(overrides, LOADED, "python_loaded")
         typed = [*self.overrides, *map(quoted, overrides)]
         cfg = sample_config(typed)
         check_sample(cfg)
         take_defaults(cfg, self.model.tokenizer, typed, quiet=True)
-        request = Settings.of(cfg).request(self.model.default_prompt if prompt is None else prompt)
+        if prompt is None:
+            prompt = prompt_list(cfg, self.model.default_prompt)[0]
+        if cfg.chat:
+            chat, asked = Chat(self.model, cfg.system), [{"role": "user", "content": prompt}]
+            request = chat.request(Settings.of(cfg), asked, skip="unknown=skip")
+        else:
+            request = Settings.of(cfg).request(prompt)
         writer = self.model.writer_of([request], batch_size=1, skip="unknown=skip")
         return "".join(piece.text for piece in writer.write())

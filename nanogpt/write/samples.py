@@ -102,7 +102,12 @@ def recorded(writer: Writer, records: Records, settings: Settings, advance) -> I
     done = 0
     for piece in writer.write():
         if piece.result:
-            records.add(piece.result, settings)
+            try:
+                records.add(piece.result, settings)
+            except OSError as error:
+                # 写好的先给人看
+                yield piece
+                raise ConfigError("output_not_writable", got=records.path, reason=error.strerror) from None
             done += 1
             advance(done)
         yield piece

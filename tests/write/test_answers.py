@@ -9,6 +9,7 @@ import pytest
 from conftest import make_config, make_sample_config, resumed_trainer, train, wild_model
 from typed import typed
 
+import nanogpt
 from nanogpt.base.language import ConfigError
 from nanogpt.core.sampling import sampler
 from nanogpt.data.chat import question_ids, turn_end, with_template
@@ -92,6 +93,27 @@ def test_a_mistake_leaves_the_conversation_as_it_was(answers, capsys):
     session.handle("/unknown skip")
     session.handle("éagain")
     assert capsys.readouterr().out.count("AAA") == 2
+    # 一个字也不剩的，不当作空的来问
+    with pytest.raises(ConfigError, match="the prompt 'é': the vocabulary has none of its characters"):
+        session.handle("é")
+
+
+def test_another_answer_after_a_reset_begins_the_conversation(answers, capsys):
+    model, cfg = answers
+    session = ChatSession(cfg, model, piped=True)
+    for line in ("say pa", "/reset", "/again"):
+        session.handle(line)
+    assert session.said == [{"role": "user", "content": "say pa"}, {"role": "assistant", "content": "AAA"}]
+    session.handle("/again")
+    assert len(session.said) == 2
+
+
+def test_from_python_a_question_is_answered_as_the_command_does(learned):
+    writer = nanogpt.load("outputs/run", "chat=true", "temperature=0", "device=cpu", "fast=false")
+    assert writer.write("say pa") == writer.write(None, "start=say pa") == "AAA"
+    for key in ("num_samples=2", "output=a.jsonl", "checkpoint=last", "interactive=true"):
+        with pytest.raises(ConfigError, match=f"^{key.partition('=')[0]}=…: "):
+            writer.write("say pa", key)
 
 
 def test_a_conversation_longer_than_the_context_forgets_its_oldest_questions(answers):

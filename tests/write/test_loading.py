@@ -89,7 +89,7 @@ def test_characters_that_the_vocabulary_lacks_are_one_line(own_run):
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"num_samples": 0}, "num_samples=0"), ({"temperature": -1.0}, "temperature=-1.0"), ({"start": "a", "starts": ["b"]}, "name prompts twice"), ({"stop": [""]}, "stop holds"),
-    ({"serve": True, "output": "a.jsonl"}, "leave out output"), ({"unknown": "maybe"}, "unknown=maybe"), ({"device": "tpu"}, "device=tpu"), ({"lang": "xx"}, "lang=xx"),
+    ({"serve": True, "output": "a.jsonl"}, "leave out output"), ({"serve": True, "start": "a"}, "leave out start"), ({"serve": True, "num_samples": 2}, "leave out num_samples"), ({"unknown": "maybe"}, "unknown=maybe"), ({"device": "tpu"}, "device=tpu"), ({"lang": "xx"}, "lang=xx"),
 ])
 def test_bad_settings_are_named(change, message):
     with pytest.raises(ConfigError, match=message):

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +92,14 @@ def test_an_output_that_cannot_be_written_is_told_before_the_writing(in_tmp):
     (in_tmp / "folder").mkdir()
     with pytest.raises(ConfigError, match="output=folder cannot be written"):
         samples.Records("folder", "model")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_text_whose_record_finds_no_room_is_shown_before_the_mistake(run, capsys):
+    with pytest.raises(ConfigError, match="output=/dev/full cannot be written .No space left on device"):
+        written(capsys, "start=the", "max_new_tokens=12", "output=/dev/full")
+    shown = capsys.readouterr().out
+    assert shown.startswith("the") and len(shown) == 16 and shown.endswith("\n")
 
 
 def test_a_wrong_prompt_among_many_is_told_before_the_first_is_written(run, capsys):

@@ -218,13 +218,21 @@ def _node(control: str) -> dict:
     return option("control", control, temperature=1.0)
 
 
+def _asked(model: Model, base: Settings, node: dict) -> tuple:
+    """What a control makes of an empty prompt."""
+    request = dataclasses.replace(base, control=node).request("")
+    # 词表写不出那句话的前缀，什么也没有加：控制不同，问的还是同一件事
+    request = request.control.apply(request, model.tokenizer) if request.control else request
+    return request.prefix, request.prefix_ids, request.sampler
+
+
 def write(
     model: Model, cfg: SampleConfig, labels: list[str], node: Callable[[str], dict], samples: int
 ) -> dict[str, list[Result]]:
     """`samples` texts for each label, from nothing but the label, with the same seeds from cfg.seed on for each."""
     base, requests = Settings.of(cfg), []
     # 不控制时各标签问的是同一件事：种子错开，才不是同样的文字
-    alike = node(labels[0]) == node(labels[-1])
+    alike = _asked(model, base, node(labels[0])) == _asked(model, base, node(labels[-1]))
     for number, label in enumerate(labels):
         settings = dataclasses.replace(base, control=node(label))
         requests += [settings.request("", number * samples * alike + i) for i in range(samples)]
