@@ -84,20 +84,16 @@ def process_bytes(cfg: TrainConfig) -> int:
 def _resident(checkpointing: bool, sharded: bool) -> int:
     import psutil
 
-    def resident() -> int:
-        return psutil.Process().memory_info().rss
-
     # 重算、分片第一次用到时会导入它们，占几十 MB：训练时反正要有。导入前先把少的那份量下来，
-    # 不然同一进程里随后的规划（sweep 里很常见）会把这些也算进去；追踪占的不算，所以只加导入多出来的
-    if not (checkpointing or sharded):
-        return resident()
-    least, before = _resident(sharded, False), resident()
+    # 不然同一进程里随后的规划（sweep 里很常见）会把这些也算进去。追踪过再量的偏多几十 MB：宁可多算
     if sharded:
+        _resident(True, False)
         import torch.distributed.fsdp
-    else:
+    elif checkpointing:
+        _resident(False, False)
         import torch._dynamo  # noqa: F401
 
-    return least + resident() - before
+    return psutil.Process().memory_info().rss
 
 
 def _cpu(cfg: TrainConfig) -> Budget:
