@@ -27,7 +27,7 @@ def _file() -> Path:
 
 
 def _read() -> dict[str, list]:
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         if isinstance(found := json.loads(_file().read_text(encoding="utf-8")), dict):
             return found
     return {}

@@ -414,7 +414,7 @@ def test_what_was_just_written_or_cannot_be_remembered_is_read_again(tmp_path, h
     assert len(hashed_whole) == 12
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", "null", '{"PATH": 1}', '{"PATH": [[], "x"]}'])
+@pytest.mark.parametrize("content", ["", "[]", "{", "[" * 10**5, "null", '{"PATH": 1}', '{"PATH": [[], "x"]}'])
 def test_a_memory_that_cannot_be_read_costs_a_reading_and_no_more(tmp_path, hashed_whole, content):
     text = tmp_path / "t" / "a.txt"
     text.parent.mkdir()
