@@ -289,7 +289,7 @@ def prepare(name: str, directory: str | None, options: dict, *, verify: bool = F
         folder = folder_of(name, directory, options, module, verify=verify)
         lock = folder.with_name(f".{folder.name}.lock")
         if (folder / "meta.json").is_file():
-            remove_stale(lock)
+            _remove_parts(folder, lock)
             say_reused(name, folder, _identity_or_none(module, options) if directory else None)
             return folder
         refuse_file(folder)
@@ -310,6 +310,23 @@ def prepare(name: str, directory: str | None, options: dict, *, verify: bool = F
             name=name, path=error.filename or folder, reason=error.strerror or error,
         ) from None
     return folder
+
+
+def parts_of(folder: Path) -> Path:
+    """Where the parts of a data set lie until it is whole."""
+    # 名字固定、不是 .tmp：中断之后要找得到
+    return folder.with_name(f".{folder.name}.parts")
+
+
+def _remove_parts(folder: Path, lock: Path) -> None:
+    """Delete what a process left that was killed when its data set was whole already."""
+    if not parts_of(folder).is_dir():
+        remove_stale(lock)
+        return
+    with contextlib.suppress(OSError):
+        if (held := Lock(lock)).take():
+            shutil.rmtree(parts_of(folder), ignore_errors=True)
+            held.release(remove=True)
 
 
 def _remove_abandoned(home: Path) -> None:

@@ -34,7 +34,7 @@ from nanogpt.base.files import folder_aside, make_folder, refuse_file, remove_le
 from nanogpt.base.hashed_json import DamagedError, digest_of, read_sealed, write_sealed
 from nanogpt.base.language import ConfigError, current_language, say, set_language
 from nanogpt.data import tokenizer as tokenizers
-from nanogpt.data.corpus import TokenWriter, say_written, write_meta
+from nanogpt.data.corpus import TokenWriter, parts_of, say_written, write_meta
 from nanogpt.data.document_files import Corpus, Range
 
 FORMAT = 1
@@ -282,8 +282,7 @@ def write_shards(
     folder appears.
     """
     refuse_file(folder)
-    # 名字固定、不是 .tmp：中断之后要找得到
-    job = Job(folder.with_name(f".{folder.name}.parts"), corpus, shard_tokens, val_fraction, max_tokens)
+    job = Job(parts_of(folder), corpus, shard_tokens, val_fraction, max_tokens)
     _open(job, tokenizer)
     try:
         count = min(processes or os.cpu_count() or 1, len(job.parts))

@@ -79,7 +79,7 @@ def advise(plan: Plan, planner: Planner, looked: Callable[[float], None] = lambd
     if not found:
         found = [way for change in whole for way in _ways(plan, planner, (change,), accepted=("fits", "tight"))][:LINES]
     if not found:
-        found = _one_row(plan, planner, whole)
+        found = _one_row(plan, planner, [(), *((change,) for change in whole)])
     if not found:
         found = _shorter(plan, planner, [(), *((c,) for c in whole)], until)
     return sorted((a for a in found if not any(_beats(b, a) for b in found)), key=lambda a: -a.speed)[:LINES]
@@ -189,17 +189,17 @@ def _typed(batch: dict[str, int | None], cfg: TrainConfig, changes: tuple[Change
     return " ".join([*values, *(change.typed for change in changes)])
 
 
-def _one_row(plan: Plan, planner: Planner, changes: list[Change]) -> list[Advice]:
-    """The cheapest change with which a single row fits that is not accumulated."""
+def _one_row(plan: Plan, planner: Planner, levels: list[tuple[Change, ...]]) -> list[Advice]:
+    """The cheapest changes with which a single row fits that is not accumulated."""
     # 反向里更新的不能累积：批量小了，模型还是那个模型
     batch = {"batch_size": 1, "gradient_accumulation_steps": 1, "global_batch_size": None}
-    for change in changes:
-        candidate = changed(replace(plan.cfg, **batch), (change,))
+    for changes in levels:
+        candidate = changed(replace(plan.cfg, **batch), changes)
         if candidate and planner.estimate(candidate).fits(1, planner.budget_of(candidate), 1.0):
             outcome = planner.judge(candidate, plan.vocab_source)
             if outcome.verdict != "does_not_fit":
                 speed = outcome.tokens_per_s / plan.tokens_per_s
-                return [Advice(_typed(batch, plan.cfg, (change,)), speed, outcome)]
+                return [Advice(_typed(batch, plan.cfg, changes), speed, outcome)]
     return []
 
 

@@ -154,7 +154,8 @@ def claim(path: Path, *, overwrite: bool) -> Lock:
 
 
 def _empty(path: Path) -> None:
-    for name in RUN_FILES:
+    # 认得出是训练的两样最后删：删到一半被杀，同一条命令还能接着清
+    for name in sorted(RUN_FILES, key=("run.json", "ckpt").count):
         if (path / name).is_dir():
             shutil.rmtree(path / name)
         else:

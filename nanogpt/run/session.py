@@ -68,11 +68,10 @@ from nanogpt.weights.pretrained import Pretrained, adapted, build_pretrained, ch
 
 # 各种预算；接着训时写了新的，已经到头的旧的就不再管
 LIMITS = ("max_iters", "max_tokens", "max_minutes")
-# 还有这两个也让训练停下，总结里各有一个词
-ENDS = (*LIMITS, "early_stop_evals", "target_val_loss")
+# 预算之外让训练停下的，总结里各有一个词
 STOPPED = ("early_stop", "target_reached")
-# 换了它们，前后的验证损失就不是一回事
-MEASURED = ("eval_tokens", "eval_stride")
+# 换了也还是同一条命令：不影响训练怎样走下去
+HARMLESS = ("resume", "out_dir", "overwrite", "device", "lang", "logger", "groups", "plan", "batch_size", "compile")
 # 停下时预算还没用完：接着训不必再给
 EARLY = ("interrupted", "early_stop")
 # 大于它的学习率几步之内就会冲掉预训练学到的东西
@@ -135,16 +134,16 @@ class Session:
     def __init__(
         self, cfg: TrainConfig, run_dir: Path, source: checkpoint.Checkpoint | None, *, other_data: bool = False,
         pretrained: Pretrained | None = None, lock: Lock | None = None, record: RunRecord | None = None,
-        hooks: Hooks = NO_HOOKS, limits: Collection[str] = (), same: bool = False, changed: Collection[str] = (),
+        hooks: Hooks = NO_HOOKS, limits: Collection[str] = (), same: bool = False, saved: dict | None = None,
     ):
         """`lock` and `record` are those of a run that is resumed, or begun again because it has no checkpoint yet.
 
-        `limits` are the budgets that were typed for a resume; `same`: by the command that began the run; `changed` are
-        the keys of ENDS and MEASURED that it changes.
+        `limits` are the budgets that were typed for a resume; `same`: by the command that began the run; `saved` is
+        the config of the checkpoint from which it goes on.
         """
         self.cfg, self.source, self.other_data, self.pretrained = cfg, source, other_data, pretrained
         self.lock, self.record, self.hooks, self.limits, self.same = lock, record, hooks, limits, same
-        self.changed = {*changed}
+        self.saved = saved or {}
         self.by_hand = self.told_to_end = False
         """Whether a training was ended before its time by the person at the keyboard, or by what launched it."""
         # 锁在手里却没有 checkpoint：同一次训练重新开始
@@ -175,6 +174,9 @@ class Session:
         text_tokens = len(self.data.tokens["train"])
         if cfg.max_tokens == "auto":
             cfg.max_tokens = auto_tokens(cfg.model, text_tokens)
+        now = OmegaConf.to_container(OmegaConf.structured(cfg))
+        self.changed = {key for key, value in now.items() if saved and key in saved and saved[key] != value}
+        """Keys that a resume changes."""
         self.left_open = [key for key in ("dropout", "ngrams") if getattr(cfg.model, key) is None]
         steps = hooks.steps(cfg)
         self.passes = passes_of(cfg, text_tokens, steps)
@@ -264,11 +266,9 @@ class Session:
         trial = replace(cfg, resume=None, init_from=None, dataset=dataset)
         cfg.batch_size = hooks.measure_batch(trial, [])
         other_data = any(o.startswith("dataset.dir=") for o in overrides)
-        saved = read_saved(source.config_text())
-        changed = [key for key in (*ENDS, *MEASURED) if saved.get(key) != getattr(cfg, key)]
         return cls(
             cfg, run_dir, source, other_data=other_data, lock=lock, record=record, hooks=hooks, limits=limits,
-            same=same, changed=changed,
+            same=same, saved=read_saved(source.config_text()),
         )
 
     # ---- 数据 ----
@@ -327,6 +327,7 @@ class Session:
             self._catch_signals(trainer)
             try:
                 trainer.ended = distributed.broadcast(self._ended())
+                self._measure_anew(trainer)
                 summary = trainer.fit()
             except OutOfMemory as error:
                 self._explain(error, has_checkpoint=trainer.saver.saved is not None)
@@ -344,9 +345,24 @@ class Session:
             raise BrokenPipeError
         return summary
 
+    def _measure_anew(self, trainer: Training) -> None:
+        """Where a training goes on and its validation is other text than before, forget what was reached on that."""
+        at = trainer.progress
+        goes_on = trainer.ended is None and trainer.span.spent(at.iteration, at.wall_s) < 1
+        if not (self.saved and goes_on and math.isfinite(at.best_val_loss)):
+            return
+        # 写的数变了，量的未必变：验证部分可能本来就没那么长
+        before = self.data.val_windows(trainer.block_size, self.saved.get("eval_tokens"))
+        if "eval_stride" in self.changed or len(before) != len(trainer.windows):
+            self.console.line(
+                "validation is measured otherwise than before (eval_tokens, eval_stride): the best loss and early "
+                "stopping count anew from here; checkpoint=best still compares all of them",
+            )
+            at.measure_anew()
+
     def _ended(self) -> str | None:
         """Why this run had stopped for good, where the same command is typed again; None: there is something to do."""
-        if not (self.source and self.same and not self.changed & {*ENDS}):
+        if not (self.source and self.same) or self.changed - {*HARMLESS}:
             return None
         with contextlib.suppress(DamagedError):
             summary = read_object(self.run_dir / "summary.json")
@@ -359,12 +375,6 @@ class Session:
         loggers = Loggers([JsonlLogger(), *backends] if distributed.rank() == 0 else [])
         computation = self._build_step()
         progress, order = restore(self.source, computation, self.data) if self.source else (Progress(), ORDER)
-        if self.changed & {*MEASURED} and math.isfinite(progress.best_val_loss):
-            self.console.line(
-                "validation is measured otherwise than before (eval_tokens, eval_stride): the best loss and early "
-                "stopping count anew from here; checkpoint=best still compares all of them",
-            )
-            progress.measure_anew()
         leave_behind(self.cfg, self.limits, progress, self.console, same=self.same)
         node = OmegaConf.structured(self.cfg)
         config_text = OmegaConf.to_yaml(node)
@@ -559,7 +569,8 @@ class Session:
         there = len(checkpoint.listed(self.run_dir).good)
         # 只有时间预算时不知道会有多少步：当作存得满
         left = (trainer.span.iters or MANY) - trainer.progress.iteration
-        saves = math.ceil(left / (cfg.save_interval or cfg.eval_interval))
+        # 评估出了新的最好也会存：按每次评估都存来算
+        saves = math.ceil(left / min(cfg.save_interval or cfg.eval_interval, cfg.eval_interval))
         # 最好的可能另算一份；步数少的训练存不了那么多
         kept = max(1, min(cfg.keep + 1, there + saves))
         self.console.line(
@@ -609,12 +620,14 @@ class Session:
                 passes=rounded(self.passes), settings=chosen,
             )
         # 表已经训进去了，去不掉；丢多少还可以改，但接着训不自己改：与一口气训完的要逐位一样
+        # 上一个终点可能刚刚放下：照此刻的预算算
+        passes = trainer.span.iters * tokens_per_step(cfg) / text_tokens if trainer.span.iters else self.passes
         longer = self.source and self.changed & {*LIMITS}
-        if longer and not cfg.init_from and cfg.dropout < (wanted := dropout_for(self.passes)):
+        if longer and not cfg.init_from and cfg.dropout < (wanted := dropout_for(passes)):
             line(
                 "for about {passes} passes over the text a new training would take dropout={wanted:g}; this one goes "
                 "on with dropout={got:g}: add dropout={wanted:g} if its validation loss no longer falls",
-                passes=rounded(self.passes), wanted=wanted, got=cfg.dropout,
+                passes=rounded(passes), wanted=wanted, got=cfg.dropout,
             )
 
     def _explain(self, error: OutOfMemory, *, has_checkpoint: bool) -> None:

@@ -11,6 +11,7 @@ import pytest
 from test_corpus import script
 
 from nanogpt.base.language import ConfigError
+from nanogpt.base.lock import only_one
 from nanogpt.data import corpus, document_files, shard_writer
 from nanogpt.data.document_files import find_corpus
 from nanogpt.data.tokens import TokenData, read_meta
@@ -161,6 +162,18 @@ def test_what_fails_at_the_very_end_keeps_every_part(tmp_path, monkeypatch, name
     monkeypatch.setattr(shard_writer.Job, "_written", lambda *_: 1 / 0)
     assert content(prepare(tmp_path / "d", source, shard_tokens=1000)) == whole
     assert {path.name for path in tmp_path.iterdir()} == {"texts", "whole", "d"}
+
+
+def test_parts_whose_data_set_is_whole_go_when_it_is_used_again(tmp_path):
+    source = write_jsonl(tmp_path / "texts", texts())
+    options = {**OPTIONS, "path": str(source)}
+    folder = corpus.prepare("hf", str(tmp_path / "d"), options)
+    corpus.parts_of(folder).mkdir()
+    with only_one(tmp_path / ".d.lock"):
+        corpus.prepare("hf", str(folder), options)
+        assert corpus.parts_of(folder).is_dir()
+    corpus.prepare("hf", str(folder), options)
+    assert {path.name for path in tmp_path.iterdir()} == {"texts", "d"}
 
 
 def test_parts_of_another_tokenizer_are_not_taken_for_ones_own(tmp_path, monkeypatch):

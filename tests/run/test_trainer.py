@@ -431,16 +431,22 @@ def test_an_interrupt_where_an_evaluation_was_due_notes_no_loss_that_was_not_mea
     assert [record["iteration"] for record in records() if "val/loss" in record] == [2]
 
 
+def same_again(*overrides):
+    """The session of the first command typed again, with resume=auto."""
+    typed = ["resume=outputs/run", *overrides]
+    cfg = make_config(*typed, "out_dir=outputs/run", *remembered_groups(typed), checked=False)
+    return Session.resume(cfg, list(overrides), Path("outputs/run"), hooks())
+
+
 def test_the_same_command_after_an_early_end_has_nothing_to_do_and_keeps_the_times(in_tmp, tiny_overrides):
     def again(*more):
-        typed = ["resume=outputs/run", "max_iters=50", "target_val_loss=100", *more]
-        cfg = make_config(*typed, "out_dir=outputs/run", *remembered_groups(typed), checked=False)
-        return Session.resume(cfg, typed[1:], Path("outputs/run"), hooks()).run()
+        return same_again("max_iters=50", "target_val_loss=100", *more).run()
 
     first = new_session([*tiny_overrides, "max_iters=50", "eval_interval=1", "target_val_loss=100"]).run()
     second = again()
     assert (first["iters"], second["iters"], second["stopped_by"]) == (1, 1, "target_reached")
     assert second["wall_s"] >= first["wall_s"] > 0 and second["train_s"] == first["train_s"]
+    assert again("learning_rate=1e-3")["iters"] == 2
     # 换了目标，就还有事做
     assert again("target_val_loss=null", "max_iters=3")["iters"] == 3
 
@@ -455,11 +461,14 @@ def test_time_and_tokens_of_a_checkpoint_belong_to_the_same_steps(in_tmp, tiny_o
 
 def test_a_validation_that_is_measured_otherwise_counts_its_best_anew(in_tmp, tiny_overrides, capsys):
     train(tiny_overrides, "eval_tokens=128")
-    for typed, anew in ((["eval_tokens=64"], True), ([], False)):
-        trainer = resumed_trainer("outputs/run", "max_iters=9", *typed)
+    # 验证部分没有那么长的，量的还是那些；没有事做的，也什么都不忘
+    for typed, anew in ((["max_iters=9", "eval_tokens=64"], True), (["max_iters=9"], False), (["max_iters=9", "eval_tokens=100000"], True), (["eval_tokens=64"], False)):
+        session = resume("outputs/run", *typed) if len(typed) > 1 or "max_iters=9" in typed else same_again(*typed)
+        trainer = session._build()
+        session._measure_anew(trainer)
         assert (trainer.progress.best_val_loss == math.inf) == anew == ("measured otherwise than before" in capsys.readouterr().out)
         trainer.loggers.close()
-        Lock(Path("outputs/run/lock")).release()
+        session.lock.release()
 
 
 def test_another_number_format_goes_on_with_a_loss_scale_of_its_own(in_tmp, tiny_overrides):
