@@ -339,6 +339,11 @@ def _remove_abandoned(home: Path) -> None:
                 lock.release(remove=True)
 
 
+def identity_of_dataset(name: str, options: dict) -> str:
+    """What meta.json will say that data set `name` was made from."""
+    return identity_of(_script(name), options)
+
+
 def _identity_or_none(module, options: dict) -> str | None:
     # 指名了文件夹：原文可能早已不在这台机器上
     with contextlib.suppress(ConfigError, OSError):

@@ -27,6 +27,7 @@ import nanogpt
 from nanogpt.base import run_names
 from nanogpt.base.config import PACKAGE, TrainConfig, targets
 from nanogpt.base.files import remove_leftovers
+from nanogpt.base.hashed_json import DamagedError, read_object
 from nanogpt.base.language import ConfigError
 from nanogpt.data import corpus
 from nanogpt.sweep import result as results
@@ -63,11 +64,15 @@ def data_of(cfg: TrainConfig) -> str | None:
     """What tells the text of a trial from another one at the same place; None where it cannot be told."""
     options = {key: value for key, value in cfg.dataset.items() if key not in ("name", "dir")}
     # 读不了的，试跑自己会说
-    with contextlib.suppress(ConfigError, OSError):
+    with contextlib.suppress(ConfigError, DamagedError, OSError):
         folder = corpus.folder_of(cfg.dataset["name"], cfg.dataset["dir"], options)
         if not cfg.dataset["dir"]:
             return folder.name
-        return hashlib.sha256((folder / "meta.json").read_bytes()).hexdigest()
+        if (meta := folder / "meta.json").is_file():
+            # 别人写的没有这一项
+            return read_object(meta).get("made_from") or hashlib.sha256(meta.read_bytes()).hexdigest()
+        # 还没准备的，准备好之后会是这一份
+        return corpus.identity_of_dataset(cfg.dataset["name"], options)
     return None
 
 

@@ -101,7 +101,7 @@ class SweepReport(Callback):
     # 普通的 -m 训练也会经过它：没有 trial.json 就什么也不做
 
     def on_multirun_start(self, config: DictConfig, **_kwargs: Any) -> None:
-        if swept := [word for word in config.hydra.overrides.task if re.match(r"objective=.*,", word)]:
+        if swept := [word for word in config.hydra.overrides.task if re.match(r"\+*objective=.*,", word)]:
             # 损失与速度排不成一列
             leave(ConfigError(
                 "{got}: a sweep is ranked by one objective; type one of val_bpb | val_loss | tokens_per_s",

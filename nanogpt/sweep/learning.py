@@ -31,18 +31,22 @@ def budget_of(cfg: TrainConfig) -> dict[str, Any]:
 def session(cfg: TrainConfig, run_dir: Path, overrides: list[str]):
     """The training in run_dir: a new one, or the one that is there with this budget laid over it."""
     from nanogpt.run.session import Hooks, Session
+    from nanogpt.weights.checkpoint import listed
 
     # 存下的是一次普通的训练：往后也能照常接着训；latest 仍是人自己训的那一次
     again = cfg.trial.again
     cfg, hooks = replace(cfg, trial=replace(cfg.trial, enabled=False, again=False)), Hooks(remember=False)
-    anew = _trained_before(cfg, run_dir) and again
+    # 已经走到更远的级里去了：那里的权重不是这一级的，重测才从头来
+    beyond = cfg.max_iters is not None and any(one.iteration > cfg.max_iters for one in listed(run_dir).good)
+    anew = again and (beyond or _trained_before(cfg, run_dir))
     if anew or not (run_dir / "run.json").is_file():
         return Session.new(replace(cfg, out_dir=str(run_dir), overwrite=anew), run_dir, overrides, hooks)
     # 有总结，就是这个预算走完了：见 finished
     (run_dir / "summary.json").unlink(missing_ok=True)
     typed = [f"{key}={'null' if value is None else value}" for key, value in budget_of(cfg).items()]
     # 同一条命令再来一次：死在最后一个 checkpoint 与总结之间的，补上总结就是
-    return Session.resume(replace(cfg, resume=str(run_dir), out_dir=str(run_dir)), typed, run_dir, hooks)
+    same = None if beyond else str(run_dir)
+    return Session.resume(replace(cfg, resume=str(run_dir), out_dir=same), typed, run_dir, hooks)
 
 
 def _trained_before(cfg: TrainConfig, run_dir: Path) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
-import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from nanogpt.base import report
@@ -24,7 +24,7 @@ from nanogpt.base.language import show, text, wrapped
 from nanogpt.base.saved_config import read_saved
 from nanogpt.sweep.extrapolation import Estimate, estimate
 from nanogpt.sweep.halving import Candidate, Search, importance
-from nanogpt.sweep.report import LEFT_OUT, keep
+from nanogpt.sweep.report import LEFT_OUT, keep, plain
 from nanogpt.sweep.result import STATUS_MESSAGES, TrialResult, best_of, names, ranked
 from nanogpt.sweep.space import Dimension
 
@@ -201,7 +201,8 @@ def trained(best: TrialResult, cfg: TrainConfig) -> list[tuple[str, int, float]]
     """(run folder, tokens, what it reached) of finished trainings with this best.yaml in outputs/."""
     # 训多久由人另说，微批只看放不放得下；照文字定的（null），存下的是定出来的那个
     words = [word for word in best.overrides if not word.startswith((*BUDGET, "batch_size=", "eval_"))]
-    wanted = {key: yaml.safe_load(word) for key, _, word in (word.partition("=") for word in words)}
+    overrides = OverridesParser.create().parse_overrides(words)
+    wanted = {one.key_or_group: plain(one.value()) for one in overrides if not one.is_delete()}
     wanted = {key: value for key, value in wanted.items() if key.split(".")[0] not in LEFT_OUT}
     wanted = {**{f"dataset.{key}": cfg.dataset.get(key) for key in ("name", "path")}, **wanted}
     found = []

@@ -41,7 +41,7 @@ def recipe(result: TrialResult) -> str:
             # 新加的组（+组=项）不在默认列表里，不能写成 override
             groups.append({key if override.is_add() else f"override /{key}": override.value()})
         else:
-            _put(values, key.split("."), _plain(override.value()))
+            _put(values, key.split("."), plain(override.value()))
     if result.micro_batch:
         # 没有敲过的也写明：换了默认值，这份设置仍是测过的那个
         values["batch_size"] = result.micro_batch
@@ -64,12 +64,12 @@ def _put(node: dict[str, Any], path: list[str], value: Any) -> None:
     node[path[-1]] = value
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Hydra's own parsed types (quoted strings) as plain values."""
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     return value if isinstance(value, int | float | bool | None) else str(getattr(value, "text", value))
 
 

@@ -60,7 +60,7 @@ FORWARD = 3
 DECAY = 0.2
 LEAST_EVAL_TOKENS = 2048
 # 开始之前试拼这么多个设置
-DRAWN = 8
+DRAWN = 64
 
 
 def search_job(cfg: TrainConfig, overrides: list[str]) -> float:
@@ -275,10 +275,14 @@ class Trials:
     def refuse_impossible(self, space: Sequence[Dimension]) -> None:
         """ConfigError where none of some settings drawn from the space is a possible configuration."""
         # 合法的只是其中几种组合，也照搜；一种也没有的，不要等量完了快慢才知道
-        random = Random(self.cfg.seed)
-        for _ in range(DRAWN):
+        random, own = Random(self.cfg.seed), default_of(space, self.cfg)
+        for number in range(DRAWN):
+            # 第一个试的，是不搜索时的那个
+            drawn = {one.key: one.word(one.drawn(random)) for one in space}
+            if number == 0:
+                drawn |= {one.key: one.word(own[one.key]) for one in space if one.key in own}
             try:
-                check(self.composed(self.words({one.key: one.word(one.drawn(random)) for one in space})))
+                check(self.composed(self.words(drawn)))
                 return
             except ConfigError as error:
                 reason = str(error)
@@ -315,7 +319,7 @@ class Trials:
         least, most = TIMED_STEPS
         steps = max(least, min(most, int(TIMED_S * 1000 / (self.row_ms * rows)))) if self.row_ms else least
         # 真的训练有多长，也不影响：换个预算再敲，不必从头量起、从头训起
-        alike += ["max_iters=250", "max_tokens=null", "max_minutes=null"]
+        alike += ["max_iters=250", "max_tokens=null", "max_minutes=null", "warmup_iters=null", "lr_decay_iters=null"]
         return self.trial([*alike, "objective=tokens_per_s", "trial.warmup_steps=1", f"trial.steps={steps}"])
 
     def fitting(self, setting: dict[str, str]) -> TrialResult:

@@ -208,7 +208,7 @@ def with_own(space: Sequence[Dimension], typed: Sequence[str], cfg: TrainConfig)
             if words and value not in words.values() and all(isinstance(n, int | float) for n in words.values()):
                 words[one.word(value) if isinstance(value, float) else str(value)] = value
                 one = replace(one, choices=tuple(sorted(words, key=words.get)))
-            elif not words:
+            elif not words and (value > 0 or not one.log):
                 one = replace(one, low=min(one.low, value), high=max(one.high, value))
         wider.append(one)
     return wider
@@ -218,6 +218,8 @@ def _own(one: Dimension, cfg: TrainConfig) -> Any:
     """What the configuration itself has for a key."""
     if one.key == "shape":
         return "as_is"
+    if one.key != "model" and is_group(one.key):
+        return cfg.groups.get(one.key)
     value = cfg.model.name if one.key == "model" else OmegaConf.select(OmegaConf.structured(cfg), one.key.lstrip("+"))
     if value is None and "null" not in one.choices and one.key in ("dropout", "model.dropout", "model.ngrams"):
         # 由文字定的，空间里却没有这个词：第一个试的，取文字不限的那种

@@ -14,12 +14,14 @@ from nanogpt.write.loading import Model, Settings, open_model, prompt_list, take
 
 # 只对命令行有意义的，与载入之后改不了的：悄悄不理会，人会以为起了作用
 COMMAND = ("interactive", "serve", "starts", "prompts", "output", "num_samples")
-LOADED = ("out_dir", "init_from", "checkpoint", "device", "precision", "block_size", "threads", "fast", "model")
+LOADED = (
+    "out_dir", "init_from", "checkpoint", "device", "precision", "block_size", "threads", "fast", "speculate", "model",
+)
 
 
 def refuse(overrides: tuple[str, ...], keys: tuple[str, ...], message: str) -> None:
     """ConfigError where one of the overrides is of one of the keys."""
-    for key in (one.partition("=")[0].partition(".")[0] for one in overrides):
+    for key in (one.lstrip("+").partition("=")[0].partition(".")[0] for one in overrides):
         if key in keys:
             raise ConfigError(message, key=key)
 

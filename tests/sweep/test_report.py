@@ -155,8 +155,9 @@ def test_a_table_of_large_values_fits_into_80_columns_and_is_wrapped_at_commas(l
 
 
 def test_without_a_success_the_report_says_so(in_tmp, capsys):
-    write_report(SWEEP[6:7], in_tmp, margin=0.05)
-    assert "no setting fits" in capsys.readouterr().out
+    for status, said in (("oom", "no setting fits"), ("invalid", "no setting could be trained; the reasons are in the table")):
+        write_report([dataclasses.replace(SWEEP[6], status=status)], in_tmp, margin=0.05)
+        assert said in capsys.readouterr().out
     assert not list(in_tmp.rglob("best.yaml")) and not list(in_tmp.glob("*.png")) and "<svg" not in (in_tmp / "report.html").read_text(encoding="utf-8")
 
 

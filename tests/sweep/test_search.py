@@ -18,6 +18,7 @@ from test_end_to_end import QUICK, TEXT
 from typed import typed
 
 from nanogpt.base.language import ConfigError
+from nanogpt.data import corpus
 from nanogpt.data.opening import open_data
 from nanogpt.sweep import child, earlier_results, jobs, process, result, trial_trainer
 from nanogpt.sweep.beside import Beside, places
@@ -249,6 +250,10 @@ def test_the_setting_without_a_search_is_in_the_space_unless_it_was_left_out():
     }
     first = default_of(space, cfg)
     assert first == {"learning_rate": 0.2, "global_batch_size": "12"}
+    lines = ["min_lr=tag(log,interval(1e-5,1e-3))", "optimizer=adamw,muon"]
+    other = dataclasses.replace(cfg, min_lr=0.0, groups={"optimizer": "muon"})
+    assert [str(one) for one in with_own(space_of(lines, [], []), [], other)] == ["min_lr=1e-05 … 0.001 (log)", "optimizer=adamw,muon"]
+    assert default_of(space_of(lines, [], []), other) == {"optimizer": "muon"}
     # 由文字定的，默认的空间里有这个词
     assert default_of(space_of(["dropout=null,0.1"], [], []), cfg) == {"dropout": "null"}
 
@@ -346,6 +351,12 @@ def test_measured_anew_is_trained_anew_but_a_longer_budget_goes_on(tiny_override
         marked.write_text(marked.read_text(encoding="utf-8") + '{"event": "mine"}\n', encoding="utf-8")
         got = learned(tiny_overrides, run_dir, *more, "eval_interval=2", "trial.again=true")
         assert got["status"] == "ok" and ("mine" not in marked.read_text(encoding="utf-8")) == begun
+    # 在更远的一级里被打断的：那里的权重不是这一级的
+    learned(tiny_overrides, run_dir, "max_iters=8", "eval_interval=2")
+    (run_dir / "summary.json").unlink()
+    with pytest.raises(ConfigError, match="the run already stands at iteration 8"):
+        learned(tiny_overrides, run_dir, "max_iters=4", "eval_interval=2")
+    assert learned(tiny_overrides, run_dir, "max_iters=4", "eval_interval=2", "trial.again=true")["iters"] == 4
 
 
 def test_a_text_or_start_that_was_changed_is_another_trial_of_learning_and_the_same_of_speed(in_tmp):
@@ -363,13 +374,18 @@ def test_a_text_or_start_that_was_changed_is_another_trial_of_learning_and_the_s
     second = keys()
     (start / "model.safetensors").write_bytes(b"12")
     third = keys()
+    # 准备在指名的文件夹里，之前与之后是同一次试跑
+    cfg = make_config("dataset=text_file", f"dataset.path={text}", f"dataset.dir={in_tmp / 'there'}", "objective=val_loss", checked=False)
+    before = earlier_results.key_of(cfg)
+    corpus.prepare("text_file", str(in_tmp / "there"), {key: value for key, value in cfg.dataset.items() if key not in ("name", "dir")})
+    assert earlier_results.key_of(cfg) == before
     assert len({first[0], second[0], third[0]}) == 3 and first[1] == second[1] == third[1] and keys() == third
 
 
 def test_only_trainings_with_the_settings_of_best_yaml_are_compared_with_what_was_expected(in_tmp):
-    best = TrialResult(("dataset.path=my.txt", "model.n_layer=2", "learning_rate=1e-2", "dropout=null", "objective=val_loss", "max_iters=9"), "ok")
+    best = TrialResult(("dataset.path=my.txt", "model.n_layer=2", "learning_rate=1e-2", "sample_prompt='it\\'s'", "dropout=null", "objective=val_loss", "max_iters=9"), "ok")
     cfg = make_config("dataset=text_file", "dataset.path=my.txt", "objective=val_loss", checked=False)
-    same = {"groups": {"fit": "best"}, "dataset": {"name": "text_file", "path": "my.txt"}, "model": {"n_layer": 2}, "learning_rate": 0.01, "dropout": 0.05, "objective": "tokens_per_s"}
+    same = {"groups": {"fit": "best"}, "dataset": {"name": "text_file", "path": "my.txt"}, "model": {"n_layer": 2}, "learning_rate": 0.01, "sample_prompt": "it's", "dropout": 0.05, "objective": "tokens_per_s"}
     changes = {"same": {}, "text": {"dataset": {"name": "text_file", "path": "other.txt"}}, "depth": {"model": {"n_layer": 1}}, "rate": {"learning_rate": 0.02}, "own": {"groups": {}}}
     for name, change in changes.items():
         (in_tmp / "outputs" / name).mkdir(parents=True)
@@ -469,7 +485,7 @@ def test_a_search_as_it_is_typed_ends_with_a_report_and_a_recipe(in_tmp, monkeyp
     # 一半是从断处接着训的：记下的时间里也要有前一半
     assert all(row["wall_s"] >= 6.0 for row in rows) and any(row["wall_s"] > 6.0 for row in rows)
     refused = typed("run_train.py", in_tmp, *words, "model.n_embd=32", "model.n_head=3,5", expect=2)
-    assert "of 8 settings drawn from it none is possible; the last: model.n_embd=32 is not divisible by model.n_head=" in refused.stderr
+    assert "of 64 settings drawn from it none is possible; the last: model.n_embd=32 is not divisible by model.n_head=" in refused.stderr
     refused = typed("run_train.py", in_tmp, *words, "search.minutes=0", expect=2)
     assert "search.minutes=0" in refused.stderr and "Traceback" not in refused.stderr
     refused = typed("run_train.py", in_tmp, *words, "search.minutes=0.001", expect=2)
