@@ -477,6 +477,14 @@ NAMED = {
     "nothing_written": "no text has been written yet; type a beginning first",
     "python_command": "{key}=…: load() and write() return one text; this key is for the command line",
     "python_loaded": "{key}=…: the weights are loaded already; give this key to load()",
+    "unreadable_run": (
+        "resume={path}: there is no checkpoint and no config that could be read ({reason}), so nothing trained can be "
+        "lost; begin anew: type the first command again with out_dir={path} overwrite=true"
+    ),
+    "unreadable_foreign": (
+        "resume={path}: there is no checkpoint and no config that could be read ({reason}), so nothing trained can be "
+        "lost; begin anew: type the first command again with another out_dir"
+    ),
     "serve_not_with": "serve=true writes for a browser or a program; leave out {key}=…",
     "output_not_writable": "output={got} cannot be written ({reason}); choose another file",
     "plan_vocab_tokenizer": "the tokenizer",

@@ -202,11 +202,9 @@ def begun_with(path: Path, record: RunRecord | None) -> tuple[str, Path]:
         read_saved(content)
         return content, file
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            "resume={path}: there is no checkpoint and no config that could be read ({reason}), so nothing trained "
-            "can be lost; begin anew: type the first command again with out_dir={path} overwrite=true",
-            path=path, reason=reason_of(error),
-        ) from None
+        # 认不出是训练的文件夹不覆盖：那就换一个
+        anew = "unreadable_foreign" if foreign(path) else "unreadable_run"
+        raise ConfigError(anew, path=path, reason=reason_of(error)) from None
 
 
 def saved_settings(path: Path) -> tuple[str, Path]:

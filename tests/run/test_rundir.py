@@ -191,6 +191,11 @@ def test_a_run_without_checkpoint_and_record_begins_again_and_has_one_way_out(in
         (run / "config.yaml").write_text(config, encoding="utf-8")
     (run / "config.yaml").unlink()
     new_trainer(tiny_overrides, "overwrite=true")
+    # 只剩一个名字相同的文件，认不出是训练：不劝人覆盖它
+    Path("outputs/odd").mkdir()
+    Path("outputs/odd/config.yaml").write_text("model: [", encoding="utf-8")
+    with pytest.raises(ConfigError, match="type the first command again with another out_dir"):
+        resume("outputs/odd")
 
 
 def test_a_run_is_named_by_its_folder_by_what_is_in_it_and_by_latest(own_run):
