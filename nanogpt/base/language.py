@@ -485,7 +485,6 @@ NAMED = {
         "resume={path}: there is no checkpoint and no config that could be read ({reason}), so nothing trained can be "
         "lost; begin anew: type the first command again with another out_dir"
     ),
-    "serve_not_with": "serve=true writes for a browser or a program; leave out {key}=…",
     "output_not_writable": "output={got} cannot be written ({reason}); choose another file",
     "plan_vocab_tokenizer": "the tokenizer",
     "remedy_key": "write key=value",

@@ -87,11 +87,24 @@ def only_one(path: Path, *, waiting=None) -> Iterator[None]:
         lock.release(remove=True)
 
 
+@contextlib.contextmanager
+def if_free(path: Path) -> Iterator[bool]:
+    """Hold the lock on `path` inside, unless another does, and remove the file afterwards; yields whether it is."""
+    lock, held = Lock(path), False
+    with contextlib.suppress(OSError):
+        held = lock.take()
+    try:
+        yield held
+    finally:
+        with contextlib.suppress(OSError):
+            lock.release(remove=True)
+
+
 def remove_stale(path: Path) -> None:
     """Remove a lock file of only_one() that a killed process left behind; one that is held stays."""
-    with contextlib.suppress(OSError):
-        if path.is_file() and (lock := Lock(path)).take():
-            lock.release(remove=True)
+    if path.is_file():
+        with if_free(path):
+            pass
 
 
 def is_held(path: Path) -> bool:

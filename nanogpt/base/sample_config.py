@@ -191,12 +191,10 @@ def check_sample(cfg: SampleConfig) -> None:
         raise ConfigError("empty_stop")
     if cfg.serve:
         # 这些只属于命令行：悄悄忽略会让人以为写进了文件
-        for key in ("interactive", "chat", "starts", "prompts", "output"):
-            if getattr(cfg, key):
-                raise ConfigError("serve_not_with", key=key)
-        for key in ("start", "num_samples"):
-            if getattr(cfg, key) not in (None, 1):
-                raise ConfigError("serve_not_with", key=key)
+        refused = [*named, *(key for key in ("interactive", "chat", "output") if getattr(cfg, key))]
+        refused += ["num_samples"] if cfg.num_samples > 1 else []
+        if refused:
+            raise ConfigError("serve=true writes for a browser or a program; leave out {key}=…", key=refused[0])
     if cfg.interactive and named:
         raise ConfigError(
             "interactive=true reads its prompts from the terminal or a pipe; leave out {key}=…",

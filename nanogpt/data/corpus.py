@@ -33,7 +33,7 @@ from nanogpt.base.errors import forgive_output, one_line_each
 from nanogpt.base.files import folder_aside, folders_around, refuse_file, remove_leftovers, sha256
 from nanogpt.base.hashed_json import DamagedError, read_sealed, write_sealed
 from nanogpt.base.language import ConfigError, say
-from nanogpt.base.lock import Lock, only_one, remove_stale
+from nanogpt.base.lock import if_free, only_one, remove_stale
 from nanogpt.base.value_checks import check_types, check_value, expanded
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.bpe import check_vocab_size, train_bpe
@@ -323,20 +323,18 @@ def _remove_parts(folder: Path, lock: Path) -> None:
     if not parts_of(folder).is_dir():
         remove_stale(lock)
         return
-    with contextlib.suppress(OSError):
-        if (held := Lock(lock)).take():
+    with if_free(lock) as free:
+        if free:
             shutil.rmtree(parts_of(folder), ignore_errors=True)
-            held.release(remove=True)
 
 
 def _remove_abandoned(home: Path) -> None:
     """Delete what killed preparations left in a folder of our own, whatever text they were of."""
     # 被杀之后原文又改过：旧的名字再也没有人来用，也就没有人来清；活着的那些拿着自己的锁
     for path in home.glob(".*.lock"):
-        with contextlib.suppress(OSError):
-            if (lock := Lock(path)).take():
+        with contextlib.suppress(OSError), if_free(path) as free:
+            if free:
                 remove_leftovers(home, path.stem.removeprefix("."))
-                lock.release(remove=True)
 
 
 def identity_of_dataset(name: str, options: dict) -> str:

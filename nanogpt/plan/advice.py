@@ -78,10 +78,11 @@ def advise(plan: Plan, planner: Planner, looked: Callable[[float], None] = lambd
             found += _ways(plan, planner, (change,))
     if not found:
         found = [way for change in whole for way in _ways(plan, planner, (change,), accepted=("fits", "tight"))][:LINES]
+    levels = [(), *((change,) for change in whole)]
     if not found:
-        found = _one_row(plan, planner, [(), *((change,) for change in whole)])
+        found = _one_row(plan, planner, levels)
     if not found:
-        found = _shorter(plan, planner, [(), *((c,) for c in whole)], until)
+        found = _shorter(plan, planner, levels, until)
     return sorted((a for a in found if not any(_beats(b, a) for b in found)), key=lambda a: -a.speed)[:LINES]
 
 

@@ -53,7 +53,7 @@ def budget_for(cfg: TrainConfig) -> Budget:
     hardware = cfg.hardware
     cap = allocator_cap(hardware)
     if cfg.device == "cpu" or hardware.name == "cpu":
-        return _cpu(cfg)
+        return on_cpu(cfg)
     if cap is not None:
         context, desktop = int(hardware.context_gib * GIB), int(hardware.desktop_gib * GIB)
         total = int(hardware.vram_gib * GIB)
@@ -61,7 +61,7 @@ def budget_for(cfg: TrainConfig) -> Budget:
         return Budget("cuda", hardware.name, total, cap, context, desktop, here, segments_grow())
     device = choose_device(cfg.device, hardware)
     if device.type == "cpu":
-        return _cpu(cfg)
+        return on_cpu(cfg)
     free, total = device_memory(device)
     if device.type == "mps":
         return Budget("mps", device_name(device), total, free, 0, total - free, True)
@@ -96,7 +96,9 @@ def _resident(checkpointing: bool, sharded: bool) -> int:
     return psutil.Process().memory_info().rss
 
 
-def _cpu(cfg: TrainConfig) -> Budget:
+def on_cpu(cfg: TrainConfig, total: int | None = None) -> Budget:
+    """What tensors of cfg may take of `total` bytes; None: of what hardware= states, or of what is free."""
     process = process_bytes(cfg)
-    total = int(cfg.hardware.ram_gib * GIB) if cfg.hardware.ram_gib is not None else free_ram() + process
+    if total is None:
+        total = int(cfg.hardware.ram_gib * GIB) if cfg.hardware.ram_gib is not None else free_ram() + process
     return Budget("cpu", "CPU", total, total - process - STEP_BYTES, process + STEP_BYTES, 0, True)

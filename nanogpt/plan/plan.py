@@ -18,7 +18,7 @@ from nanogpt.base.groups import train_config
 from nanogpt.base.quoting import quoted
 from nanogpt.core import distributed
 from nanogpt.plan.allocator import Replay, replay
-from nanogpt.plan.budget import STEP_BYTES, Budget, budget_for, process_bytes
+from nanogpt.plan.budget import Budget, budget_for, on_cpu
 from nanogpt.plan.communication import BACKWARD, Communication, Gradient, Network, ShardedCommunication
 from nanogpt.plan.filled_config import filled
 from nanogpt.plan.roofline import Rates, rates_of
@@ -182,10 +182,7 @@ class Planner:
 
     def budget_of(self, cfg: TrainConfig) -> Budget:
         """What tensors may take with the settings of cfg: on a CPU these decide what the process itself takes."""
-        if self.budget.device_type != "cpu":
-            return self.budget
-        context = process_bytes(cfg) + STEP_BYTES
-        return replace(self.budget, context=context, capacity=self.budget.total - context)
+        return on_cpu(cfg, self.budget.total) if self.budget.device_type == "cpu" else self.budget
 
     def share(self, other: "Planner") -> None:
         """Use the traces of another planner for the same kind of device."""

@@ -237,7 +237,7 @@ class Training(Trainer):
         if evaluated or reason or self._every(cfg.log_interval):
             self._log(result, evaluated and progress.val_loss is not None)
         # 说好了最好的一定留着：另有保存的间隔，也不等它
-        best = evaluated and progress.val_loss is not None and progress.best_iteration == progress.iteration
+        best = progress.best_iteration == progress.iteration
         save_due = self._every(cfg.save_interval) or best if cfg.save_interval else evaluated
         if save_due or reason or self.saver.overdue:
             self._save(final=bool(reason) or last)

@@ -134,16 +134,16 @@ class Session:
     def __init__(
         self, cfg: TrainConfig, run_dir: Path, source: checkpoint.Checkpoint | None, *, other_data: bool = False,
         pretrained: Pretrained | None = None, lock: Lock | None = None, record: RunRecord | None = None,
-        hooks: Hooks = NO_HOOKS, limits: Collection[str] = (), same: bool = False, saved: dict | None = None,
+        hooks: Hooks = NO_HOOKS, limits: Collection[str] = (), same: bool = False,
     ):
         """`lock` and `record` are those of a run that is resumed, or begun again because it has no checkpoint yet.
 
-        `limits` are the budgets that were typed for a resume; `same`: by the command that began the run; `saved` is
-        the config of the checkpoint from which it goes on.
+        `limits` are the budgets that were typed for a resume; `same`: by the command that began the run.
         """
         self.cfg, self.source, self.other_data, self.pretrained = cfg, source, other_data, pretrained
         self.lock, self.record, self.hooks, self.limits, self.same = lock, record, hooks, limits, same
-        self.saved = saved or {}
+        self.saved = read_saved(source.config_text()) if source else {}
+        """The config of the checkpoint from which it goes on."""
         self.by_hand = self.told_to_end = False
         """Whether a training was ended before its time by the person at the keyboard, or by what launched it."""
         # 锁在手里却没有 checkpoint：同一次训练重新开始
@@ -175,7 +175,7 @@ class Session:
         if cfg.max_tokens == "auto":
             cfg.max_tokens = auto_tokens(cfg.model, text_tokens)
         now = OmegaConf.to_container(OmegaConf.structured(cfg))
-        self.changed = {key for key, value in now.items() if saved and key in saved and saved[key] != value}
+        self.changed = {key for key, value in self.saved.items() if key in now and now[key] != value}
         """Keys that a resume changes."""
         self.left_open = [key for key in ("dropout", "ngrams") if getattr(cfg.model, key) is None]
         steps = hooks.steps(cfg)
@@ -268,7 +268,7 @@ class Session:
         other_data = any(o.startswith("dataset.dir=") for o in overrides)
         return cls(
             cfg, run_dir, source, other_data=other_data, lock=lock, record=record, hooks=hooks, limits=limits,
-            same=same, saved=read_saved(source.config_text()),
+            same=same,
         )
 
     # ---- 数据 ----
@@ -349,7 +349,7 @@ class Session:
         """Where a training goes on and its validation is other text than before, forget what was reached on that."""
         at = trainer.progress
         goes_on = trainer.ended is None and trainer.span.spent(at.iteration, at.wall_s) < 1
-        if not (self.saved and goes_on and math.isfinite(at.best_val_loss)):
+        if not (self.changed & {"eval_tokens", "eval_stride"} and goes_on and math.isfinite(at.best_val_loss)):
             return
         # 写的数变了，量的未必变：验证部分可能本来就没那么长
         before = self.data.val_windows(trainer.block_size, self.saved.get("eval_tokens"))
@@ -604,13 +604,16 @@ class Session:
         if cfg.max_minutes:
             used = trainer.progress.wall_s / 60
             line("budget: {minutes:g} minutes, of which {used:.1f} are used", minutes=cfg.max_minutes, used=used)
+        passes = self.passes
         if trainer.span.iters:
             tokens, wanted = trainer.span.iters * tokens_per_step(cfg), auto_tokens(cfg.model, text_tokens)
+            # 上一个终点可能刚刚放下：照此刻的预算算
+            passes = tokens / text_tokens
             more = text("; max_tokens=auto would read {tokens}", tokens=short(wanted))
             line(
                 "budget: {iters:,} iterations read {tokens} tokens: {passes} passes over the text, {each} per "
                 "parameter of the blocks{hint}",
-                iters=trainer.span.iters, tokens=short(tokens), passes=rounded(tokens / text_tokens),
+                iters=trainer.span.iters, tokens=short(tokens), passes=rounded(passes),
                 each=rounded(tokens / block_parameters(cfg.model)), hint=more if tokens < wanted / 2 else "",
             )
         if self.left_open and round(self.passes) > 1:
@@ -620,8 +623,6 @@ class Session:
                 passes=rounded(self.passes), settings=chosen,
             )
         # 表已经训进去了，去不掉；丢多少还可以改，但接着训不自己改：与一口气训完的要逐位一样
-        # 上一个终点可能刚刚放下：照此刻的预算算
-        passes = trainer.span.iters * tokens_per_step(cfg) / text_tokens if trainer.span.iters else self.passes
         longer = self.source and self.changed & {*LIMITS}
         if longer and not cfg.init_from and cfg.dropout < (wanted := dropout_for(passes)):
             line(
@@ -737,8 +738,8 @@ class Session:
         iters = max(summary["iters"], (span.iters or 0) if off else 0)
         more = 2 * (iters if key == "max_iters" else getattr(self.cfg, key))
         # 学习率写明到哪里降完的，之后就是零：跟着加长
-        further = more if key == "max_iters" else 2 * iters
-        decay = [f"lr_decay_iters={further}"] if self.cfg.lr_decay_iters and self.cfg.lr_decay_iters < further else []
+        ends = self.cfg.lr_decay_iters
+        decay = [f"lr_decay_iters={2 * iters}"] if ends and ends < 2 * iters else []
         longer = {"next_longer": command(*again, f"{key}={more}", *decay, *off)}
         commands = {
             "next_sample": command("run_sample.py", *self._named("sample"), override("out_dir", path), *label, *chat),

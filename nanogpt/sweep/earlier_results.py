@@ -30,6 +30,7 @@ from nanogpt.base.files import remove_leftovers
 from nanogpt.base.hashed_json import DamagedError, read_object
 from nanogpt.base.language import ConfigError
 from nanogpt.data import corpus
+from nanogpt.data.source_text import state_of
 from nanogpt.sweep import result as results
 from nanogpt.sweep.process import place
 from nanogpt.sweep.result import FIT, LASTING, TrialResult
@@ -65,23 +66,21 @@ def data_of(cfg: TrainConfig) -> str | None:
     options = {key: value for key, value in cfg.dataset.items() if key not in ("name", "dir")}
     # 读不了的，试跑自己会说
     with contextlib.suppress(ConfigError, DamagedError, OSError):
-        folder = corpus.folder_of(cfg.dataset["name"], cfg.dataset["dir"], options)
-        if not cfg.dataset["dir"]:
-            return folder.name
-        if (meta := folder / "meta.json").is_file():
+        name, directory = cfg.dataset["name"], cfg.dataset["dir"]
+        if directory and (meta := corpus.folder_of(name, directory, options) / "meta.json").is_file():
             # 别人写的没有这一项
             return read_object(meta).get("made_from") or hashlib.sha256(meta.read_bytes()).hexdigest()
-        # 还没准备的，准备好之后会是这一份
-        return corpus.identity_of_dataset(cfg.dataset["name"], options)
+        # 还没准备的，准备好之后也是这一份
+        return corpus.identity_of_dataset(name, options)
     return None
 
 
-def files_of(named: str) -> list[list] | None:
-    """Sizes and times of the weights at a place; None for a name that is none."""
+def files_of(named: str) -> list[tuple] | None:
+    """What tells the weights at a place from others that were there; None for a name that is no place."""
     with contextlib.suppress(ConfigError, OSError):
         path = run_names.locate(named) if run_names.names_run(named) else Path(named)
         files = [path] if path.is_file() else sorted(path.rglob("*.safetensors")) + sorted(path.rglob("*.bin"))
-        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] or None
+        return state_of(files) or None
     return None
 
 

@@ -202,17 +202,16 @@ def trained(best: TrialResult, cfg: TrainConfig) -> list[tuple[str, int, float]]
     # 训多久由人另说，微批只看放不放得下；照文字定的（null），存下的是定出来的那个
     words = [word for word in best.overrides if not word.startswith((*BUDGET, "batch_size=", "eval_"))]
     overrides = OverridesParser.create().parse_overrides(words)
-    wanted = {one.key_or_group: plain(one.value()) for one in overrides if not one.is_delete()}
-    wanted = {key: value for key, value in wanted.items() if key.split(".")[0] not in LEFT_OUT}
-    wanted = {**{f"dataset.{key}": cfg.dataset.get(key) for key in ("name", "path")}, **wanted}
+    wanted = {f"dataset.{key}": cfg.dataset.get(key) for key in ("name", "path")}
+    wanted |= {one.key_or_group: plain(one.value()) for one in overrides if not one.is_delete()}
+    wanted = {key: value for key, value in wanted.items() if value is not None and key.split(".")[0] not in LEFT_OUT}
     found = []
     for file in sorted(Path("outputs").glob("*/summary.json")):
         try:
             saved = read_saved((file.parent / "config.yaml").read_text(encoding="utf-8"))
             summary = json.loads(file.read_text(encoding="utf-8"))
             node = OmegaConf.create(saved)
-            there = {key: OmegaConf.select(node, key) for key, value in wanted.items() if value is not None}
-            same = all(_alike(value, wanted[key]) for key, value in there.items())
+            same = all(_alike(OmegaConf.select(node, key), value) for key, value in wanted.items())
             value = summary[f"best_{cfg.objective}"]
             if saved["groups"].get("fit") == "best" and same and value is not None:
                 found.append((file.parent.as_posix(), summary["tokens"], value))

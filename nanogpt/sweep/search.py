@@ -133,8 +133,7 @@ def _fastest(cfg: TrainConfig, overrides: list[str]) -> float:
 
 def searched(cfg: TrainConfig, overrides: Sequence[str] = ()) -> list[Dimension]:
     """The space of a search; for speed only what was typed, the micro-batch too."""
-    speed = cfg.objective == "tokens_per_s"
-    if speed:
+    if cfg.objective == "tokens_per_s":
         return space_of([], cfg.search.typed, overrides, own=())
     return with_own(space_of(cfg.search.space, cfg.search.typed, overrides), cfg.search.typed, cfg)
 

@@ -9,8 +9,8 @@ from nanogpt.base.language import ConfigError
 from nanogpt.base.quoting import override, quoted
 from nanogpt.base.run_names import locate, names_run
 from nanogpt.base.sample_config import check_sample
-from nanogpt.write.chat import Chat
-from nanogpt.write.loading import Model, Settings, open_model, prompt_list, take_defaults
+from nanogpt.write.loading import Model, open_model, prompt_list, take_defaults
+from nanogpt.write.samples import requests_of
 
 # 只对命令行有意义的，与载入之后改不了的：悄悄不理会，人会以为起了作用
 COMMAND = ("interactive", "serve", "starts", "prompts", "output", "num_samples")
@@ -63,10 +63,5 @@ class Loaded:
         take_defaults(cfg, self.model.tokenizer, typed, quiet=True)
         if prompt is None:
             prompt = prompt_list(cfg, self.model.default_prompt)[0]
-        if cfg.chat:
-            chat, asked = Chat(self.model, cfg.system), [{"role": "user", "content": prompt}]
-            request = chat.request(Settings.of(cfg), asked, skip="unknown=skip")
-        else:
-            request = Settings.of(cfg).request(prompt)
-        writer = self.model.writer_of([request], batch_size=1, skip="unknown=skip")
+        writer = self.model.writer_of(requests_of(cfg, self.model, [(prompt, 0)]), batch_size=1, skip="unknown=skip")
         return "".join(piece.text for piece in writer.write())

@@ -16,7 +16,7 @@ from nanogpt.base.sample_config import SampleConfig
 from nanogpt.write.chat import Chat
 from nanogpt.write.engine import Writer
 from nanogpt.write.loading import Model, Settings, prompt_list
-from nanogpt.write.request import Piece, Result
+from nanogpt.write.request import Piece, Request, Result
 
 # 与 nanoGPT 相近的分隔线；输出给程序读时请用 output=
 SEPARATOR = "-" * 40
@@ -77,17 +77,22 @@ def in_order(pieces: Iterator[Piece], count: int) -> Iterator[Piece]:
             current += 1
 
 
+def requests_of(cfg: SampleConfig, model: Model, asked: list[tuple[str, int]]) -> list[Request]:
+    """The requests for the number-th text behind a prompt, or with chat=true answer to it, for each of `asked`."""
+    settings = Settings.of(cfg)
+    if not cfg.chat:
+        return [settings.request(prompt, number) for prompt, number in asked]
+    chat = Chat(model, cfg.system)
+    talks = [([{"role": "user", "content": prompt}], number) for prompt, number in asked]
+    return [chat.request(settings, messages, number, skip="unknown=skip") for messages, number in talks]
+
+
 def write_samples(cfg: SampleConfig, model: Model) -> None:
     """Print num_samples texts behind every prompt, in order; the first unfinished one is streamed."""
     settings = Settings.of(cfg)
     prompts = prompt_list(cfg, model.default_prompt)
     asked = [(prompt, number) for prompt in prompts for number in range(cfg.num_samples)]
-    if cfg.chat:
-        chat = Chat(model, cfg.system)
-        talks = [([{"role": "user", "content": prompt}], number) for prompt, number in asked]
-        requests = [chat.request(settings, messages, number, skip="unknown=skip") for messages, number in talks]
-    else:
-        requests = [settings.request(prompt, number) for prompt, number in asked]
+    requests = requests_of(cfg, model, asked)
     writer = model.writer_of(requests, batch_size=cfg.batch_size, skip="unknown=skip")
     records = Records(cfg.output, model.name)
     model.announce()

@@ -196,7 +196,7 @@ def test_where_nothing_that_accumulates_fits_a_single_row_is_advised():
 def test_on_a_cpu_every_setting_is_judged_beside_what_its_own_process_takes(monkeypatch):
     cfg, lean = (make_config(*SMALL, "hardware=cpu", "hardware.ram_gib=2", *more) for more in ((), ("memory=lean",)))
     planner = Planner(cfg)
-    monkeypatch.setattr("nanogpt.plan.plan.process_bytes", lambda cfg: GIB * (2 if cfg.memory.activation_checkpointing != "none" else 1))
+    monkeypatch.setattr("nanogpt.plan.budget.process_bytes", lambda cfg: GIB * (2 if cfg.memory.activation_checkpointing != "none" else 1))
     assert [planner.predict(one).parts.context for one in (cfg, lean)] == [GIB + STEP_BYTES, 2 * GIB + STEP_BYTES]
     assert [planner.predict(one).verdict for one in (cfg, lean)] == ["fits", "does_not_fit"]
 

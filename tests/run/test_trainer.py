@@ -462,8 +462,11 @@ def test_time_and_tokens_of_a_checkpoint_belong_to_the_same_steps(in_tmp, tiny_o
 def test_a_validation_that_is_measured_otherwise_counts_its_best_anew(in_tmp, tiny_overrides, capsys):
     train(tiny_overrides, "eval_tokens=128")
     # 验证部分没有那么长的，量的还是那些；没有事做的，也什么都不忘
-    for typed, anew in ((["max_iters=9", "eval_tokens=64"], True), (["max_iters=9"], False), (["max_iters=9", "eval_tokens=100000"], True), (["eval_tokens=64"], False)):
-        session = resume("outputs/run", *typed) if len(typed) > 1 or "max_iters=9" in typed else same_again(*typed)
+    for session, anew in (
+        (lambda: resume("outputs/run", "max_iters=9", "eval_tokens=64"), True), (lambda: resume("outputs/run", "max_iters=9"), False),
+        (lambda: resume("outputs/run", "max_iters=9", "eval_tokens=100000"), True), (lambda: same_again("eval_tokens=64"), False),
+    ):
+        session = session()
         trainer = session._build()
         session._measure_anew(trainer)
         assert (trainer.progress.best_val_loss == math.inf) == anew == ("measured otherwise than before" in capsys.readouterr().out)
