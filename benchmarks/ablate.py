@@ -57,6 +57,17 @@ def decay_and_rate(characters: int) -> dict[str, list[str]]:
     }
 
 
+def dropped(characters: int, *cells: str) -> dict[str, list[str]]:
+    """Variants of so many characters: 'passes rows dropout' each."""
+    found = {}
+    for cell in cells:
+        passes, rows, dropout = cell.split()
+        found[f"{passes} passes, {rows} rows, dropout {dropout}"] = [
+            f"passes={passes}", f"characters={characters}", f"batch_size={rows}", f"dropout={dropout}",
+        ]
+    return found
+
+
 # 默认配方的每一部分：换掉或关掉，一次一样
 PARTS: dict[str, list[str]] = {
     "soft-cap 15": [],
@@ -183,9 +194,29 @@ STUDIES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
     # 预设照默认值训练：读得多的那次不该更差
     "presets": (CHAR, {
         f"{preset}, {characters // 1000}k characters, {passes} passes": [f"model={preset}", f"passes={passes}", f"characters={characters}"]
-        for preset, characters, most in (("tiny", 250_000, 8), ("tiny", 1_000_000, 8), ("medium", 100_000, 8))
+        for preset, characters, most in (
+            ("tiny", 250_000, 8), ("medium", 100_000, 8), ("small", 250_000, 8), ("tiny", 1_000_000, 8), ("small", 1_000_000, 8),
+            ("medium", 1_000_000, 8), ("large", 1_000_000, 8),
+        )
         for passes in (most // 4, most // 2, most)
     }),
+    # 同上，文字大得多：poems.py 写的诗，5 MB 与全部 52 MB；批量照一张卡取
+    "large_texts": (CHAR, {
+        f"{preset}, {size}, {passes:g} passes": [f"model={preset}", f"batch_size={rows}", f"passes={passes}", f"characters={characters}"]
+        for preset, rows, size, characters, most in (
+            ("tiny", 64, "52 MB", 18_579_434, 2), ("small", 64, "52 MB", 18_579_434, 2),
+            ("tiny", 64, "5 MB", 1_770_000, 8), ("small", 64, "5 MB", 1_770_000, 8), ("medium", 16, "5 MB", 1_770_000, 8),
+        )
+        for passes in (most, most / 2, most / 4)
+    } | {
+        f"tiny, 5 MB, 8 passes, {name}": ["model=tiny", "batch_size=64", "passes=8", "characters=1770000", *settings]
+        for name, settings in {"dropout 0.15": ["dropout=0.15"], "dropout 0.2": ["dropout=0.2"], "table of 2": ["model.ngrams=[2]"]}.items()
+    }),
+    # 该丢多少，还看不看批量与词表：剧本的字符，以及诗（poems.py，--text）的字，一个字的内容是字符的两倍多
+    "dropout": ([*CHAR, "model=tiny"], dropped(250_000, "8 64 0.1", "8 64 0.15", "8 64 0.2", "8 16 0.1", "8 16 0.15")),
+    "dropout_poems": ([*CHAR, "model=tiny"], dropped(
+        350_000, "8 16 0.1", "8 16 0.15", "8 64 0.1", "8 64 0.15", "8 16 0.2", "8 64 0.2", "4 16 0.05", "4 16 0.1",
+    )),
     # nanoGPT 的 GPU 例子的形状与批量，读 27 遍：批量大、遍数多，就要丢得多；held_back_small 的小批量少读几遍，反而更好
     "reference": (
         [*CHAR, "model.n_layer=6", "model.n_head=6", "model.n_embd=384", "model.block_size=256", "batch_size=64"],
