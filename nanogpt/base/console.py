@@ -10,10 +10,36 @@ import contextlib
 import io
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 from nanogpt.base.language import show, shown, text, wrapped
+
+# 关窗口、注销、关机：CTRL_CLOSE_EVENT、CTRL_LOGOFF_EVENT、CTRL_SHUTDOWN_EVENT
+CLOSING = (2, 5, 6)
+# Windows 之后还会调用的函数，要留着
+_handlers: list[Any] = []
+
+
+def when_window_closes(stop: Callable[[], None]) -> None:
+    """On Windows, call stop() when the console's window is closed, the person logs off or the machine shuts down.
+
+    This process then goes on until it ends by itself, or for as long as Windows lets it: five seconds for a window.
+    """
+    if sys.platform != "win32":
+        return
+    import ctypes
+
+    def handle(event: int) -> bool:
+        if event not in CLOSING:
+            return False
+        stop()
+        # 在一个自己的线程里；一返回，Windows 就结束整个进程：等主线程存完、自己退出
+        sleep(3600)
+        return True
+
+    _handlers.append(ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_uint)(handle))
+    ctypes.windll.kernel32.SetConsoleCtrlHandler(_handlers[-1], True)
 
 
 class Console:

@@ -13,9 +13,16 @@ import itertools
 import json
 import os
 import shutil
+import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+# Windows 拒绝改名、删除开着的文件：ERROR_ACCESS_DENIED、ERROR_SHARING_VIOLATION
+HELD_OPEN = (5, 32)
+# 刚写好的文件，杀毒与索引的程序会打开一小会儿：等这么多秒再试
+PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 
 
 def sha256(path: Path, each: Callable[[bytes], None] | None = None) -> str:
@@ -38,13 +45,42 @@ def sync(path: Path) -> None:
     try:
         descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
         try:
-            os.fsync(descriptor)
+            _flush(descriptor)
         finally:
             os.close(descriptor)
     except OSError as error:
         # 只能写、不能列的上级目录打不开；有的网络文件系统不认文件夹的 fsync
         if not folder or error.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP):
             raise
+
+
+def _flush(descriptor: int) -> None:
+    if sys.platform == "darwin":
+        # Mac 的 fsync 只送到硬盘的缓存里，断电仍会丢；有的文件系统不认这个命令
+        import fcntl
+
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(descriptor)
+
+
+def is_held_open(error: OSError) -> bool:
+    """Whether Windows refused because another program has the file, or one in the folder, open."""
+    return getattr(error, "winerror", None) in HELD_OPEN
+
+
+def replace(source: Path, target: Path) -> None:
+    """os.replace; where Windows refuses because another program has one of them open, again for some seconds."""
+    for pause in PAUSES_S:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError as error:
+            if not is_held_open(error):
+                raise
+        time.sleep(pause)
+    os.replace(source, target)
 
 
 def sync_names(path: Path) -> None:
@@ -83,7 +119,7 @@ def _aside(path: Path) -> Iterator[Path]:
     try:
         yield aside
         sync(aside)
-        os.replace(aside, path)
+        replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -152,8 +188,8 @@ def folder_aside(final: Path) -> Iterator[Path]:
             sync(path)
         if final.exists():
             # 新的已完整落盘，才把旧的挪开
-            final.rename(final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.old.tmp"))
-        os.replace(aside, final)
+            replace(final, final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.old.tmp"))
+        replace(aside, final)
         sync(final.parent)
         # 只清同名的：目标旁边可能是使用者自己的文件
         remove_leftovers(final.parent, final.name)
@@ -167,4 +203,9 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except PermissionError as error:
+                # 别的程序还开着：留给下一次
+                if not is_held_open(error):
+                    raise

@@ -35,7 +35,8 @@ def free_ram() -> int:
         # Windows 没有 ulimit
         import resource
 
-        for name, taken in (("RLIMIT_AS", used.vms), ("RLIMIT_DATA", used.data)):
+        # Mac 上没有 data 这一项，那里也不限它
+        for name, taken in (("RLIMIT_AS", used.vms), ("RLIMIT_DATA", getattr(used, "data", 0))):
             most = resource.getrlimit(getattr(resource, name))[0]
             limits += [] if most == resource.RLIM_INFINITY else [most - taken]
     return max(0, min(limits))

@@ -160,7 +160,7 @@ def _examples(config_name: str) -> Iterator[str]:
     script = f"run_{config_name}.py"
     if config_name == "train":
         found = {
-            (): text("a first run of 3 minutes"),
+            (): text("a first run, a minute"),
             ("dataset.path=my.txt",): text("your own text"),
             ("model=medium", "plan=true"): text("does it fit? how long?"),
             ("-m", "learning_rate=5e-3,1e-2"): text("one training for each value"),

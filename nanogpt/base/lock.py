@@ -49,6 +49,10 @@ class Lock:
                 # 还锁着时删：后来的人建的是新文件，等着的人会发觉
                 self.path.unlink(missing_ok=True)
             held.release()
+            if remove and os.name == "nt":
+                # Windows 删不了开着的文件：松开之后才删；别人这时已经拿到了，就留给他
+                with contextlib.suppress(OSError):
+                    self.path.unlink()
 
     def holder(self) -> str:
         """The process id in the file, or ? if there is none."""

@@ -29,6 +29,10 @@ REPEATABLE_WORKSPACES = (":4096:8", ":16:8")
 # 给 CUDA 分配器的设置：新旧两个名字
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+# 更早的把 int64 的余数当 float32 算：n-gram 的表会查到别的行，存下的模型在 CPU 上就是错的
+SAFE_ON_MPS = (2, 8)
+
 
 def choose_device(named: str, hardware: HardwareConfig) -> torch.device:
     """auto takes this process's GPU if there is one (and hardware is not cpu), else the CPU."""
@@ -43,6 +47,12 @@ def choose_device(named: str, hardware: HardwareConfig) -> torch.device:
     # torchrun 下每个进程用自己的那张卡
     index = int(number or (os.environ.get("LOCAL_RANK", 0) if distributed.world() > 1 else 0))
     if named == "mps" and named in have:
+        if TORCH < SAFE_ON_MPS:
+            raise ConfigError(
+                "device=mps: torch {got} computes remainders of large integers wrongly there; install torch 2.8 or "
+                "later (pip install -U torch), or choose device=cpu",
+                got=torch.__version__,
+            )
         return torch.device("mps")
     if f"{kind}:{index}" not in have:
         raise _not_here(named, " | ".join(have) or "cpu")

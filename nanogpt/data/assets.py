@@ -6,6 +6,7 @@
 # 不经 pip download：它取源码包时要先运行包里的 setup.py
 # 不用 pooch：它没有镜像的次序、续传与大小的上限，只省二十行
 
+import ast
 import base64
 import contextlib
 import http.client
@@ -27,7 +28,7 @@ from html import unescape
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit, urlunsplit
 
-from nanogpt.base.files import make_folder, sha256, sync
+from nanogpt.base.files import make_folder, replace, sha256, sync
 from nanogpt.base.language import ConfigError, say, shown, text
 
 # 缓存里下载到一半的放在这样开头的文件夹里
@@ -223,7 +224,7 @@ def _accept(asset: Asset, obtain, reasons: list[str], place: str, folder: Path |
             return None
         sync(path)
         final = (folder or cache_folder()) / asset.name
-        os.replace(path, final)
+        replace(path, final)
     return final
 
 
@@ -273,7 +274,12 @@ def pip_settings() -> dict[str, str]:
     """What pip's files and environment set, for example index-url, proxy, cert."""
     command = [sys.executable, "-m", "pip", "config", "list", "--disable-pip-version-check"]
     try:
-        options = {"capture_output": True, "text": True, "encoding": "utf-8", "errors": "replace", "timeout": 60}
+        options = {
+            "capture_output": True, "text": True, "encoding": "utf-8", "errors": "replace", "timeout": 60,
+            "env": {**os.environ, "PYTHONIOENCODING": "utf-8"},
+            # 试跑的进程里，stdin 是有人在读的管道：Windows 上，拿着它的 Python 起不来
+            "stdin": subprocess.DEVNULL,
+        }
         said = subprocess.run(command, **options).stdout
     except (OSError, subprocess.SubprocessError):
         # 没有 pip：用它的默认值
@@ -281,8 +287,10 @@ def pip_settings() -> dict[str, str]:
     found: dict[str, str] = {}
     # pip 的次序：环境变量先于 download 一节，再先于 global
     for section in ("global", "download", ":env:"):
-        for key, value in re.findall(rf"^{re.escape(section)}\.([\w-]+)='(.*)'$", said, flags=re.MULTILINE):
-            found[key] = value.replace("\\n", " ").strip()
+        for key, value in re.findall(rf"^{re.escape(section)}\.([\w-]+)=(['\"].*['\"])$", said, flags=re.MULTILINE):
+            # pip 用 repr 印出来：路径里的反斜杠是两个，几个地址之间是 \n
+            with contextlib.suppress(ValueError, SyntaxError):
+                found[key] = " ".join(ast.literal_eval(value).split("\n")).strip()
     return found
 
 

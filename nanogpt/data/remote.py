@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from nanogpt.base.files import folder_aside, sync
+from nanogpt.base.files import folder_aside, replace, sync
 from nanogpt.base.hashed_json import DamagedError, read_sealed, write_sealed
 from nanogpt.base.language import ConfigError, say
 from nanogpt.base.lock import only_one
@@ -142,7 +142,7 @@ def download(address: str, path: Path, digest: str) -> None:
                     path=address,
                 )
         sync(aside)
-        os.replace(aside, path)
+        replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
 

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from nanogpt.base.console import Console
-from nanogpt.base.files import folder_aside, make_folder, refuse_file, remove_leftovers, sha256, sync
+from nanogpt.base.files import folder_aside, make_folder, refuse_file, remove_leftovers, replace, sha256, sync
 from nanogpt.base.hashed_json import DamagedError, digest_of, read_sealed, write_sealed
 from nanogpt.base.language import ConfigError, current_language, say, set_language
 from nanogpt.data import tokenizer as tokenizers
@@ -125,7 +125,7 @@ class Job:
                     sync(aside / name)
                 files[split] = [(name, count, sha256(aside / name)) for name, count in written]
                 for name, _ in written:
-                    os.replace(aside / name, self.folder / name)
+                    replace(aside / name, self.folder / name)
             write_sealed(self._record(number), {"format": FORMAT, "files": files})
             return files
         finally:

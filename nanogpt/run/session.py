@@ -30,7 +30,7 @@ from nanogpt.base.config import (
     span_of,
     tokens_per_step,
 )
-from nanogpt.base.console import Console, file_size, rounded, short
+from nanogpt.base.console import Console, file_size, rounded, short, when_window_closes
 from nanogpt.base.errors import OutOfMemory
 from nanogpt.base.files import folders_around, sync_names, write_text
 from nanogpt.base.groups import leaves, naming
@@ -662,12 +662,14 @@ class Session:
         if self.console.gone:
             # 开头几行还没说完，人就走了
             stop()
-        # SIGHUP：终端关了或网络断了；SIGBREAK 是 Windows 的同一件事
+        # SIGHUP：终端关了或网络断了；SIGBREAK 是 Windows 的 Ctrl-Break，那里关窗口另有一条路
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
             number = getattr(signal, name, None)
             # nohup 已让它忽略 SIGHUP：照旧忽略
             if number is not None and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
                 signal.signal(number, handle)
+        # 在 Python 自己的之后登记，就先被问到
+        when_window_closes(stop)
 
     def _named(self, script: str) -> list[str]:
         """What a command for this run says of the classes of one's own that it needs."""

@@ -42,7 +42,9 @@ def claimed(path: Path) -> Iterator[None]:
         for number, file in _numbered(path):
             # 更大的号码是别人的：以为这里死了
             if number <= int(mine.suffix[1:]):
-                file.unlink(missing_ok=True)
+                with contextlib.suppress(PermissionError):
+                    # Windows：等着的人正在读它；再没有心跳，他就当这里走了
+                    file.unlink(missing_ok=True)
 
 
 def _taken(path: Path) -> Path:

@@ -24,7 +24,16 @@ from typing import Any
 import torch
 
 from nanogpt.base import run_names
-from nanogpt.base.files import folder_aside, numbered, remove_leftovers, sha256, sync, write_text
+from nanogpt.base.files import (
+    folder_aside,
+    is_held_open,
+    numbered,
+    remove_leftovers,
+    replace,
+    sha256,
+    sync,
+    write_text,
+)
 from nanogpt.base.hashed_json import DamagedError, read_sealed, reason_of, write_sealed
 from nanogpt.base.language import ConfigError, text
 from nanogpt.base.quoting import typed_override
@@ -360,7 +369,7 @@ def set_aside_newer(run_dir: Path, iteration: int) -> None:
         if int(NAME.fullmatch(folder.name)[1]) > iteration:
             # 同名的更早一次放弃过：编号，绝不覆盖
             names = numbered(folder.with_name(f"replaced_{folder.name}"))
-            folder.rename(next(path for path in names if not path.exists()))
+            replace(folder, next(path for path in names if not path.exists()))
     if (run_dir / "ckpt").is_dir():
         # 断电后不能又回到放弃了的那一段
         sync(run_dir / "ckpt")
@@ -368,7 +377,13 @@ def set_aside_newer(run_dir: Path, iteration: int) -> None:
 
 def prune(run_dir: Path, keep: int) -> None:
     """Delete all checkpoints but the newest `keep` and the best, and the remains of killed saves; damaged ones stay."""
-    remove(run_dir, superseded(checkpoints(run_dir), keep))
+    for old in superseded(checkpoints(run_dir), keep):
+        try:
+            remove(run_dir, [old])
+        except PermissionError as error:
+            # Windows：正在写作的人还读着它，下一次再删；刚存下的那个是好的
+            if not is_held_open(error):
+                raise
     remove_leftovers(run_dir / "ckpt")
 
 

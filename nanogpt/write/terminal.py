@@ -134,8 +134,16 @@ def prompt_session(session: InteractiveSession, **surface):
         event.current_buffer.insert_text("\n")
 
     if "output" not in surface:
-        # stdout 重定向到文件时，提示画在 stderr 的终端上
-        surface["output"] = create_output(always_prefer_tty=True)
+        # stdout 重定向到文件时，提示画在 stderr 的终端上；Windows 的控制台只能是 stdout
+        try:
+            surface["output"] = create_output(always_prefer_tty=True)
+        except Exception as error:
+            # 这个类在别的系统上导入不了
+            if type(error).__name__ != "NoConsoleScreenBufferError":
+                raise
+            raise ConfigError(
+                "interactive=true draws on the console, and its output is redirected; add output=texts.txt instead of >"
+            ) from None
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
         path = cache_folder() / "prompt_history"

@@ -4,8 +4,10 @@ import ctypes
 import json
 import math
 import sys
+from collections import namedtuple
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from conftest import train
@@ -105,6 +107,9 @@ def mac(monkeypatch):
     for name, function in list(told.items()):
         monkeypatch.setattr(torch.mps, name, function)
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device=None: None)
+    # psutil 在 Mac 上只说这几项
+    used = namedtuple("pmem", "rss vms pfaults pageins")(GIB, 4 * GIB, 1, 1)
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda self: used)
     monkeypatch.setattr(torch.backends.mps, "get_name", lambda: "Apple M2", raising=False)
     for user in (metrics, roofline):
         monkeypatch.setattr(user, "measured_peak", lambda *_, **__: 1.0)
@@ -137,6 +142,14 @@ def test_a_device_that_is_not_there_is_one_line_that_names_those_that_are(monkey
     with pytest.raises(ConfigError) as error:
         machine.choose_device(named, HardwareConfig())
     assert words in str(error.value) and str(error.value).startswith(f"device={named}") and "\n" not in str(error.value)
+
+
+def test_a_torch_that_looks_up_other_rows_on_a_mac_is_refused(monkeypatch):
+    accelerator(monkeypatch, "mps")
+    monkeypatch.setattr(machine, "TORCH", (2, 7))
+    with pytest.raises(ConfigError, match=r"install torch 2\.8 or later .pip install -U torch., or choose device=cpu"):
+        machine.choose_device("auto", HardwareConfig())
+    assert str(machine.choose_device("cpu", HardwareConfig())) == "cpu"
 
 
 def test_several_processes_on_a_mac_are_refused(monkeypatch):

@@ -10,6 +10,7 @@ import threading
 import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -222,6 +223,15 @@ def test_pip_is_asked_for_its_settings(monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", "https://index.example/simple")
     assets.pip_settings.cache_clear()
     assert assets.pip_settings()["index-url"] == "https://index.example/simple"
+    assets.pip_settings.cache_clear()
+
+
+def test_what_pip_prints_is_read_as_it_was_typed(monkeypatch):
+    typed = {"cert": r"C:\certs\name 公司\ca.pem", "extra-index-url": "\nhttps://a/simple\nhttps://b/simple", "proxy": "http://o'hara:x@proxy:1"}
+    said = "".join(f"global.{key}={value!r}\n" for key, value in typed.items())
+    monkeypatch.setattr(assets.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=said))
+    assets.pip_settings.cache_clear()
+    assert assets.pip_settings() == {**typed, "extra-index-url": "https://a/simple https://b/simple"}
     assets.pip_settings.cache_clear()
 
 

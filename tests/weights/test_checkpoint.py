@@ -4,6 +4,7 @@ import json
 import math
 import struct
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +59,24 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path, saver):
         saver(iteration, loss)
     assert names(tmp_path) == ["iter_00000020", "iter_00000040", "iter_00000050"]
     assert checkpoint.find(tmp_path, "best").iteration == 20 and checkpoint.find(tmp_path, "last").iteration == 50
+
+
+def held_open(*_):
+    """What Windows says of a folder in which somebody reads a file."""
+    error = PermissionError(13, "the process cannot access the file")
+    error.winerror = 32
+    raise error
+
+
+def test_a_checkpoint_that_somebody_reads_is_pruned_later(tmp_path, saver, monkeypatch):
+    for iteration in (10, 20, 30):
+        saver(iteration, 3.0 - iteration / 100, keep=9)
+    with monkeypatch.context() as windows:
+        windows.setattr(Path, "rename", held_open)
+        checkpoint.prune(tmp_path, 1)
+    assert len(checkpoint.checkpoints(tmp_path)) == 3
+    checkpoint.prune(tmp_path, 1)
+    assert [one.iteration for one in checkpoint.checkpoints(tmp_path)] == [30]
 
 
 def test_an_older_checkpoint_can_be_named(tmp_path, saver):
