@@ -96,7 +96,10 @@ def compared(folder: Path, pretrained: Pretrained, form: str, kind: str) -> Comp
         again = replace(pretrained, tensors=gguf_file.read_back(folder, config))
     elif form == "ct2":
         again = replace(pretrained, tensors={name: rounded(tensor, kind) for name, tensor in again.tensors.items()})
-    elif not (folder / f"{huggingface.OWN_MODULE}.py").is_file():
+    elif (folder / f"{huggingface.OWN_MODULE}.py").is_file():
+        # 自己的类只有带着它的代码才造得出来：读回权重就够
+        again = replace(pretrained, tensors=huggingface.own_tensors(folder))
+    else:
         again = open_pretrained(str(folder))
     if form != "ct2":
         weight = strange(pretrained.tensors, again.tensors, kind)

@@ -28,7 +28,7 @@ from nanogpt.data.tokenizer_files import END_WORDS, drawing_numbers, to_library_
 from nanogpt.weights import families
 from nanogpt.weights.foreign_files import read_json
 from nanogpt.weights.pretrained import ACTIVATIONS, OWN_FIELDS, OWN_KIND, TRANSPOSED, Pretrained, build_pretrained
-from nanogpt.weights.tensors import refuse_not_finite
+from nanogpt.weights.tensors import read_tensors, refuse_not_finite
 
 # 自带代码的文件夹里的模块名；transformers 按它动态导入
 MODULE, OWN_MODULE = "modeling_nanogpt", "modeling_own"
@@ -164,6 +164,11 @@ def write_own(folder: Path, pretrained: Pretrained) -> None:
     write_text(folder / f"{OWN_MODULE}.py", wrapper.replace(usual, own))
     tensors = build_pretrained(pretrained).state_dict()
     write_tensors(folder, {f"model.{name}": tensor for name, tensor in tensors.items()})
+
+
+def own_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights that write_own wrote, under the model's own names."""
+    return {name.removeprefix("model."): tensor for name, tensor in read_tensors(folder / "model.safetensors").items()}
 
 
 def about_documents(pretrained: Pretrained) -> dict:

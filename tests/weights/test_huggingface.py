@@ -26,7 +26,7 @@ from nanogpt.core.memory.lora import add_adapters, merge
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.corpus import build_char_tokenizer
 from nanogpt.data.tokenizer_files import byte_level_bpe, to_library_json
-from nanogpt.weights import checkpoint
+from nanogpt.weights import checkpoint, huggingface
 from nanogpt.weights import export as exporting
 from nanogpt.weights.build import build_model
 from nanogpt.weights.export import export
@@ -135,7 +135,18 @@ def test_a_model_class_of_ones_own_is_exported_with_its_module_where_it_is_named
     with pytest.raises(SystemExit):
         exporting.main(command)
     assert "names code of its own (own_gpt.Doubled)" in capsys.readouterr().err and not (tmp_path / "hf").exists()
-    exporting.main([*command, "model._target_=own_gpt.Doubled"])
+    typed = [*command, "model._target_=own_gpt.Doubled"]
+    with monkeypatch.context() as without:
+        # 没有 transformers，写出的权重也真的读回来比
+        without.setitem(sys.modules, "transformers", None)
+        exporting.main([*typed, "--check"])
+        said = capsys.readouterr().err
+        assert "check: read back, a logit differs by at most 0 " in said and "only the files were read back" in said
+        write = huggingface.write_tensors
+        without.setattr(huggingface, "write_tensors", lambda folder, tensors: write(folder, {**tensors, "model.wte.weight": tensors["model.wte.weight"] + 1}))
+        with pytest.raises(SystemExit) as ended:
+            exporting.main([command[0], str(tmp_path / "damaged"), *typed[2:], "--check"])
+        assert ended.value.code == 1 and "wte.weight is not what the model has" in capsys.readouterr().err
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
     idx = ids(CHARACTERS.vocab_size, 12)
     padded, mask = torch.nn.functional.pad(idx, (3, 0), value=1), torch.nn.functional.pad(torch.ones_like(idx), (3, 0))
