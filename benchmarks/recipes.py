@@ -31,7 +31,7 @@ RECIPES: dict[str, tuple[list[str], list[str]]] = {
     "default": ([], SHAKESPEARE),
     "cpu_speedrun": (["experiment=cpu_speedrun"], SHAKESPEARE),
     "shakespeare_char": (["experiment=shakespeare_char"], SHAKESPEARE),
-    "tiny, 8 passes": (["model=tiny", "dataset=shakespeare_char", "batch_size=16", "max_iters=3920", "eval_interval=490"], SHAKESPEARE),
+    "shakespeare_tiny": (["experiment=shakespeare_tiny"], SHAKESPEARE),
     "shakespeare_small": (["experiment=shakespeare_small"], SHAKESPEARE),
     "poetry": (["experiment=poetry"], ["control.style=七言绝句", "start=春", "max_new_tokens=60"]),
 }
