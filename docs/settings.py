@@ -56,7 +56,7 @@ def rows(prefix: str, schema: type, yaml: str, language: str, shown: set[str]) -
     for name, field in schema.__dataclass_fields__.items():
         # 一组自己的 yaml 里，键不带组名
         line = lines.get(f"{prefix}{name}") or (lines.get(name) if "/" in yaml else None)
-        if line is None or name not in english or prefix + name in shown and schema is ModelConfig:
+        if line is None or name not in english or (prefix + name in shown and schema is ModelConfig):
             continue
         shown.add(prefix + name)
         allowed: Range | str = field.metadata.get("range", " ".join(field.metadata.get("choices", ())))
