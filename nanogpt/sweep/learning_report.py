@@ -257,7 +257,9 @@ def parallel(candidates: Sequence[Candidate], space: Sequence[Dimension], title:
     drawn = [f'<svg viewBox="0 0 1000 400" role="img" aria-label="{report.escape(report.printable(title))}">']
 
     def write(x: float, y: float, words: str, size: int = 13) -> None:
-        style = f"fill:var(--soft);font-size:{size}px;text-anchor:middle"
+        # 字描一圈底色，压在线上也看得清
+        halo = "paint-order:stroke;stroke:var(--card);stroke-width:5px;stroke-linejoin:round"
+        style = f"fill:var(--soft);font-size:{size}px;text-anchor:middle;{halo}"
         drawn.append(f'<text x="{x:.1f}" y="{y:.1f}" style="{style}">{report.escape(report.printable(words))}</text>')
 
     for x, name in zip(across, axes):
