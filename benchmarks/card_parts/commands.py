@@ -70,7 +70,7 @@ def command(lab: Lab, script: str, *overrides: str) -> dict:
     started = time.perf_counter()
     try:
         done = subprocess.run(
-            [sys.executable, str(ROOT / script), *overrides], cwd=lab.folder, capture_output=True, text=True,
+            [sys.executable, str(ROOT / script), *overrides], cwd=lab.folder, capture_output=True, text=True, stdin=subprocess.DEVNULL,
             encoding="utf-8", errors="replace", timeout=max(1.0, min(lab.left(), 600.0)),
             env={**os.environ, "PYTHONIOENCODING": "utf-8"},
         )

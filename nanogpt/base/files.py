@@ -21,6 +21,8 @@ from pathlib import Path
 
 # Windows 拒绝改名、删除开着的文件：ERROR_ACCESS_DENIED、ERROR_SHARING_VIOLATION
 HELD_OPEN = (5, 32)
+# Finder 与资源管理器在打开过的文件夹里留下的：不是谁的内容
+LITTER = (".DS_Store", "desktop.ini", "Thumbs.db")
 # 刚写好的文件，杀毒与索引的程序会打开一小会儿：等这么多秒再试
 PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 
@@ -63,6 +65,19 @@ def _flush(descriptor: int) -> None:
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
             return
     os.fsync(descriptor)
+
+
+def is_litter(path: Path) -> bool:
+    """Whether a system's own file manager left this in the folder that it showed."""
+    return path.name in LITTER or path.name.startswith("._")
+
+
+def remove_empty(folder: Path) -> None:
+    """Delete a folder in which there is nothing but litter; OSError if there is more."""
+    if all(map(is_litter, folder.iterdir())):
+        for path in folder.iterdir():
+            path.unlink()
+    folder.rmdir()
 
 
 def is_held_open(error: OSError) -> bool:

@@ -84,7 +84,9 @@ def command(name: str, *words: str) -> str:
 
     `nanogpt train …` or `python -m nanogpt train …` if this process was started that way.
     """
-    return " ".join(map(word, (*started(name), *words)))
+    said = " ".join(map(word, (*started(name), *words)))
+    # PowerShell 把打头的引号当成一个值，要说 & 才运行它
+    return f"& {said}" if shell_in_use() == "powershell" and said.startswith("'") else said
 
 
 def started(name: str) -> list[str]:
@@ -138,8 +140,11 @@ def word(typed: str, shell: str | None = None) -> str:
     if shell == "powershell":
         # 弯引号在 PowerShell 里也是引号
         return "'" + re.sub("(['\u2018\u2019\u201a\u201b])", r"\1\1", typed) + "'"
+    # 里面的双引号写两个：写成 \" 的话，cmd 以为引号到此为止，后面的 & 与 > 就当真了
     # 引号里的 %名字% 仍会被换掉：把 % 放到引号外面
-    return "^%".join('"' + re.sub(r'(\\*)("|\Z)', _escape, part) + '"' for part in typed.split("%"))
+    return "^%".join(
+        '"' + re.sub(r'(\\*)("|\Z)', lambda found: found[1] * 2 + found[2] * 2, part) + '"' for part in typed.split("%")
+    )
 
 
 def shell_in_use() -> str:

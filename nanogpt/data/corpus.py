@@ -30,7 +30,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.base.config import INSTALLED, PATH_KEYS, ROOT, prepare_script
 from nanogpt.base.errors import forgive_output, one_line_each
-from nanogpt.base.files import folder_aside, folders_around, refuse_file, remove_leftovers, sha256
+from nanogpt.base.files import (
+    folder_aside,
+    folders_around,
+    is_litter,
+    refuse_file,
+    remove_empty,
+    remove_leftovers,
+    sha256,
+)
 from nanogpt.base.hashed_json import DamagedError, read_sealed, write_sealed
 from nanogpt.base.language import ConfigError, say
 from nanogpt.base.lock import if_free, only_one, remove_stale
@@ -370,11 +378,11 @@ def say_reused(name: str, folder: Path, wanted: str | None = None) -> None:
 
 
 def _prepare_in(folder: Path, name: str, module, options: dict) -> None:
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and not all(map(is_litter, folder.iterdir())):
         raise ConfigError("not_a_dataset", path=folder, reason="meta.json is missing")
     say("preparing the data set {name} …", name=name)
     if folder.is_dir():
-        folder.rmdir()
+        remove_empty(folder)
     # 只清这个数据集自己的：旁边可能是使用者的文件
     remove_leftovers(folder.parent, folder.name)
     identity = identity_of(module, options)

@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -285,7 +286,9 @@ def write_shards(
     job = Job(parts_of(folder), corpus, shard_tokens, val_fraction, max_tokens)
     _open(job, tokenizer)
     try:
-        count = min(processes or os.cpu_count() or 1, len(job.parts))
+        # Windows 一次等不了更多的进程
+        most = 61 if sys.platform == "win32" else len(job.parts)
+        count = min(processes or os.cpu_count() or 1, len(job.parts), most)
         with Console(stream="stderr").progress(corpus.size // 10**6, title="progress_preparing") as bar:
 
             def advance(size: int) -> None:

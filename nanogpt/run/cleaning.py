@@ -15,6 +15,7 @@ from pathlib import Path
 
 from nanogpt.base.console import Console, aligned, file_size
 from nanogpt.base.errors import Arguments, run_command
+from nanogpt.base.files import is_litter
 from nanogpt.base.hashed_json import DamagedError, read_object
 from nanogpt.base.language import ConfigError, show, text
 from nanogpt.base.lock import is_held
@@ -80,7 +81,8 @@ def _replaced(run_dir: Path) -> list[str]:
 
 def _unsaved(run_dir: Path) -> bool:
     """Whether a run ended before its first checkpoint and holds nothing but what its start wrote."""
-    saved = [path for path in (run_dir / "ckpt").glob("*") if not re.fullmatch(r"\..+\.tmp", path.name)]
+    there = (path for path in (run_dir / "ckpt").glob("*") if not is_litter(path))
+    saved = [path for path in there if not re.fullmatch(r"\..+\.tmp", path.name)]
     if saved or rundir.foreign(run_dir) or (run_dir / JOB).exists():
         return False
     try:

@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.base.composing import one_line
 from nanogpt.base.config import FinetuneConfig, ModelConfig, TrainConfig, targets, trusted_targets
-from nanogpt.base.files import folders_around, make_folder, numbered, remove_leftovers, sync
+from nanogpt.base.files import folders_around, is_litter, make_folder, numbered, remove_leftovers, sync
 from nanogpt.base.groups import keys_of
 from nanogpt.base.hashed_json import DamagedError, NewerError, reason_of
 from nanogpt.base.language import ConfigError, say, text
@@ -106,9 +106,10 @@ def foreign(path: Path) -> set[Path]:
 
 
 def _left_behind(path: Path) -> bool:
-    """Whether this is only what is there before there is a run: a job's, or what a start that was killed leaves."""
+    """Whether this is only what may be there before there is a run: a job's, a killed start's, a file manager's."""
     empty = path.name in RUN_FILES and path.is_dir() and not any(path.iterdir())
-    return path.name in (LOCK, JOB) or empty or re.fullmatch(r"\..+\.tmp", path.name) is not None
+    aside = re.fullmatch(r"\..+\.tmp", path.name) is not None
+    return path.name in (LOCK, JOB) or empty or aside or is_litter(path)
 
 
 def hold(path: Path) -> Lock:

@@ -8,6 +8,7 @@ Needs no torch.
 # 一批一批地走：等齐了，按提出的次序记下。结果与谁先做完无关，同样的 search.jobs 重放得到同样的搜索
 
 import os
+import platform
 import queue
 import sys
 from collections.abc import Callable, Sequence
@@ -29,6 +30,13 @@ def places(cfg: TrainConfig) -> list[str]:
         # 在集群上，由 ray 派到空着的卡
         return [""] * jobs
     cards = earlier_results.visible_cards(cfg)
+    mac = sys.platform == "darwin" and platform.machine() == "arm64" and cfg.device == "auto"
+    if cfg.hardware.name != "cpu" and (mac or cfg.device.startswith(("mps", "xpu"))):
+        raise ConfigError(
+            "search.jobs={got}: trials beside each other would share one GPU here and disturb each other's memory and "
+            "timing; take search.jobs=1, or device=cpu",
+            got=jobs,
+        )
     if cards is None:
         if cfg.objective == "tokens_per_s":
             raise ConfigError(

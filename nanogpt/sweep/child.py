@@ -8,6 +8,7 @@ It is started by nanogpt.sweep.process with a job (JSON) on stdin and reports in
 # 任何异常都变成一行结论，从不抛出；父进程一没，它和它启动的一切立刻结束
 # 配置是使用者在父进程里敲的，里面的 _target_ 与在那里一样可信
 
+import contextlib
 import json
 import math
 import os
@@ -106,7 +107,7 @@ def prediction_aside(cfg: TrainConfig, device_type: str) -> Prediction | None:
 
 def run(job: dict[str, Any]) -> None:
     """Entry point: carry out the job and leave; never raises."""
-    _leave_with_parent()
+    _leave_with_parent(job.get("parent"))
     set_language(job["lang"])
     with open(job["report"], "a", encoding="utf-8", newline="\n") as file:
 
@@ -126,20 +127,32 @@ def run(job: dict[str, Any]) -> None:
     os._exit(0)
 
 
-def _leave_with_parent() -> None:
-    """End this process and all that it started when the parent closes its end of stdin, as it does when killed."""
+def _leave_with_parent(parent: int | None = None) -> None:
+    """End this process and all that it started when its parent (a process id) has ended or was killed."""
     leads = os.name != "nt" and os.getpgrp() == os.getpid()
     if leads and sys.platform == "linux":
         _end_group_with_pipe(sys.stdin.fileno())
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        _wait_for_end_of(parent)
         if leads:
             # 数据进程、预测的分身都在这一组里
             os.killpg(0, signal.SIGKILL)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _wait_for_end_of(parent: int | None) -> None:
+    if sys.platform == "win32" and parent:
+        # Windows：一个线程正读着管道，别的线程载入 numpy、torch 的库，或起一个 Python，都会卡在它后面
+        import psutil
+
+        with contextlib.suppress(psutil.Error):
+            psutil.Process(parent).wait()
+    else:
+        # 父进程一走，那一头就断了
+        sys.stdin.buffer.read()
 
 
 def _end_group_with_pipe(descriptor: int) -> None:

@@ -82,7 +82,7 @@ def run_child(
     ended, before = Ended(0), oom_kills()
     try:
         inherited = {"path": [str(Path(p).absolute()) for p in sys.path], "arguments": sys.argv[1:]}
-        _send(process, {**job, **inherited, "report": str(report.absolute())})
+        _send(process, {**job, **inherited, "parent": os.getpid(), "report": str(report.absolute())})
         ended.killed = _wait(process, report, timeout_s, signs, ended)
     finally:
         # 正常结束、超时、Ctrl-C 都走这里

@@ -21,7 +21,7 @@ from pathlib import Path
 from nanogpt.base import run_names
 from nanogpt.base.config import ModelConfig
 from nanogpt.base.errors import Arguments, run_command
-from nanogpt.base.files import folder_aside, write_json
+from nanogpt.base.files import folder_aside, is_litter, remove_empty, write_json
 from nanogpt.base.groups import sample_config
 from nanogpt.base.language import ConfigError, say, set_language, text
 from nanogpt.base.value_checks import check_path
@@ -69,7 +69,7 @@ def export_adapter(named: str, target: Path, which: str | None = None) -> str:
 
 def refuse_used(target: Path) -> None:
     """Refuse a target that holds something, before anything is read."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and not (target.is_dir() and all(map(is_litter, target.iterdir()))):
         raise ConfigError("FOLDER={target} already holds something; choose an empty or new folder", target=target)
 
 
@@ -78,7 +78,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     """A folder beside the target that becomes it; ConfigError where it cannot be written."""
     try:
         if target.is_dir():
-            target.rmdir()
+            remove_empty(target)
         with folder_aside(target) as aside:
             yield aside
     except OSError as error:

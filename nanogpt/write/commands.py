@@ -7,6 +7,7 @@
 
 import difflib
 import json
+import re
 import sys
 import textwrap
 import time
@@ -20,7 +21,7 @@ from nanogpt.base.config import check_in, choices_of, range_of
 from nanogpt.base.files import folders_around
 from nanogpt.base.groups import option, parsed
 from nanogpt.base.language import ConfigError, say, show, text, wrapped
-from nanogpt.base.quoting import typed_override, word
+from nanogpt.base.quoting import in_quotes, typed_override, word
 from nanogpt.base.sample_config import SampleConfig
 from nanogpt.base.user_yaml import group_options
 from nanogpt.base.value_checks import unescaped
@@ -259,9 +260,15 @@ class InteractiveSession:
             " ".join([f"sampler={self.chosen['sampler']}", *sampler]),
             " ".join([f"control={self.chosen['control']}", *control]),
             f"max_new_tokens={self.settings.max_new_tokens} seed={self.settings.seed} num_samples={self.samples} "
-            f"{word('stop=' + json.dumps(self.settings.stop, ensure_ascii=False))} unknown={self.settings.unknown} "
+            f"{word('stop=' + self._stops())} unknown={self.settings.unknown} "
             + self._typed("output", self.cfg.output),
         ]
+
+    def _stops(self) -> str:
+        stops = self.settings.stop
+        # PowerShell 5 吞掉双引号：能用单引号的用单引号
+        plainly = all(re.fullmatch(r"[^'\"\\\n\t]*", stop) for stop in stops)
+        return f"[{','.join(map(in_quotes, stops))}]" if plainly else json.dumps(stops, ensure_ascii=False)
 
     def _typed(self, key: str, value: Any) -> str:
         return typed_override(key, value if value is None else plain(value))

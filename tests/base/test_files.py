@@ -51,6 +51,18 @@ def test_a_file_that_stays_held_or_must_not_be_written_keeps_its_content(tmp_pat
     assert file.read_text(encoding="utf-8") == "old" and os.listdir(tmp_path) == ["latest"]
 
 
+def test_what_a_file_manager_leaves_is_nobodys_content(tmp_path):
+    for name in (*files.LITTER, "._a"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "inside").mkdir()
+    with pytest.raises(OSError):
+        files.remove_empty(tmp_path)
+    assert len(os.listdir(tmp_path)) == 5
+    (tmp_path / "inside").rmdir()
+    files.remove_empty(tmp_path)
+    assert not tmp_path.exists()
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_a_mac_flushes_the_disks_own_cache_where_the_file_system_can(tmp_path, monkeypatch, known):
     fcntl, told = pytest.importorskip("fcntl"), []

@@ -130,6 +130,9 @@ def read_by_cmd(line):
             i += len(slashes[1])
             if len(slashes[1]) % 2:
                 current, i = current + '"', i + 1
+        elif out[i] == '"' and inside and out[i + 1 : i + 2] == '"':
+            # 引号里的两个是一个
+            current, i = current + '"', i + 2
         elif out[i] == '"':
             inside, i = not inside, i + 1
         elif out[i] == " " and not inside:
@@ -153,6 +156,21 @@ def test_a_printed_path_is_read_back_by_the_shell_and_by_hydra(shell):
     assert len(typed) == len(paths)
     for word, path in zip(typed, paths):
         assert as_hydra_reads(word).removeprefix("./") == path, word
+
+
+@pytest.mark.parametrize("typed", ['He said "yes" & left', 'a"b & del c', '"x" > y', '"', 'a\\"b|c', 'x"%PATH%"y', "a\\", *random_texts(200)])
+def test_cmd_runs_nothing_out_of_a_text_with_quotes(typed):
+    typed = re.sub(r"[\r\n]", "", typed) + " &"
+    line = quoting.word(typed, "cmd")
+    assert read_by_cmd(line) == [typed]
+    # cmd 数引号：每个 & | < > 前面都是奇数个
+    assert all(line.count('"', 0, found.start()) % 2 for found in re.finditer("[&|<>]", line))
+
+
+def test_a_quoted_program_is_run_by_powershell(monkeypatch):
+    monkeypatch.setattr(quoting, "shell_in_use", lambda: "powershell")
+    monkeypatch.setattr(quoting, "started", lambda name: [r"C:\My Tools\nanogpt.exe", "train"])
+    assert quoting.command("run_train.py", "max_iters=5") == r"& 'C:\My Tools\nanogpt.exe' train max_iters=5"
 
 
 def test_values_and_scripts_are_named_as_they_have_to_be_typed(in_tmp, monkeypatch):

@@ -80,6 +80,9 @@ def test_an_existing_run_is_kept_unless_told_otherwise(own_text):
     refused = run(folder, *overrides, "out_dir=outputs/a", expect=2)
     assert refused.stderr.startswith("error: out_dir=outputs/a already holds a run") and refused.stderr.count("\n") == 1
     assert (folder / "outputs/a/metrics.jsonl").read_bytes() == before
+    for litter in (".DS_Store", "ckpt/.DS_Store", "data/desktop.ini", "._run.json"):
+        # 在 Finder 或资源管理器里打开过
+        (folder / "outputs/a" / litter).write_bytes(b"")
     run(folder, *overrides, "out_dir=outputs/a", "overwrite=true", "max_iters=2")
     assert json.loads((folder / "outputs/a/summary.json").read_text(encoding="utf-8"))["iters"] == 2
     (folder / "outputs/precious").mkdir()

@@ -20,7 +20,7 @@ from typed import typed
 from nanogpt.base.language import ConfigError
 from nanogpt.data import corpus
 from nanogpt.data.opening import open_data
-from nanogpt.sweep import child, earlier_results, jobs, process, result, trial_trainer
+from nanogpt.sweep import beside, child, earlier_results, jobs, process, result, trial_trainer
 from nanogpt.sweep.beside import Beside, places
 from nanogpt.sweep.extrapolation import estimate
 from nanogpt.sweep.halving import LEAST_MINUTES, Search, divide, importance
@@ -162,6 +162,7 @@ def test_ctrl_c_ends_the_trials_beside_each_other(tmp_path):
     ("A100, 580\nA100, 580", ["search.jobs=2", "device=cuda:1"], "takes a CUDA card for each trial; leave device=cuda:1 out"),
     ("A100, 580\nA100, 580", ["search.jobs=2", "device=cpu"], ["cpu-0", "cpu-1"]),
     ("A100, 580\nL4, 580", ["search.jobs=2"], "the cards here differ"),
+    ("", ["search.jobs=2", "objective=val_loss", "device=xpu"], "would share one GPU here"),
 ])
 def test_trials_beside_each_other_have_a_card_each_or_share_the_cores_of_a_cpu(monkeypatch, cards, words, found):
     monkeypatch.setattr(earlier_results, "_cards", lambda: cards)
@@ -176,6 +177,15 @@ def test_trials_beside_each_other_have_a_card_each_or_share_the_cores_of_a_cpu(m
     for card, lock in seen:
         assert card == ("4,7" if found[0].startswith("cpu") else card) and lock not in locks
         locks.append(lock)
+
+
+def test_a_macs_one_gpu_is_not_shared(monkeypatch):
+    monkeypatch.setattr(beside.sys, "platform", "darwin")
+    monkeypatch.setattr(beside.platform, "machine", lambda: "arm64")
+    for words in ([], ["device=mps"]):
+        with pytest.raises(ConfigError, match="would share one GPU here"):
+            places(make_config("experiment=search", "search.jobs=2", "objective=val_loss", *words, checked=False))
+    assert places(make_config("experiment=search", "search.jobs=2", "objective=val_loss", "device=cpu", checked=False)) == ["cpu-0", "cpu-1"]
 
 
 @OPTUNA

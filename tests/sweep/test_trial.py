@@ -216,6 +216,31 @@ def test_the_child_leaves_when_its_parent_is_killed(quick):
     process.stdout.close()
 
 
+def test_on_windows_a_child_watches_its_parent_and_not_the_pipe(quick):
+    _, folder = quick
+    parent = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+    code = (
+        f"import json, psutil, sys; sys.path.insert(0, {str(ROOT)!r}); from nanogpt.sweep import child; sys.platform = 'win32'\n"
+        f"child._leave_with_parent({parent.pid}); print('up', flush=True); print(sys.stdin.readline(), flush=True); import time; time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=folder)
+    try:
+        assert process.stdout.readline() == b"up\n"
+        # 管道没有人读着：谁都能读
+        process.stdin.write(b"mine\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"mine\n" and process.poll() is None
+        parent.kill()
+        parent.wait()
+        assert process.wait(10) == 1
+    finally:
+        parent.kill()
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
+
+
 # ---- 设置、已知结果、锁 ----
 
 
