@@ -214,9 +214,14 @@ STUDIES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
         f"tiny, 5 MB, 8 passes, {name}": ["model=tiny", "batch_size=64", "passes=8", "characters=1770000", *settings]
         for name, settings in {"dropout 0.15": ["dropout=0.15"], "dropout 0.2": ["dropout=0.2"], "table of 2": ["model.ngrams=[2]"]}.items()
     }),
-    # 该丢多少，还看不看批量与词表：剧本的字符，以及诗（poems.py，--text）的字，一个字的内容是字符的两倍多
+    # 该丢多少，还看不看批量与词表：剧本的字符，剧本的 BPE，诗（poems.py，--text）的字；后两样一个 token 的内容是字符的两倍
     "dropout": ([*CHAR, "model=tiny"], dropped(250_000, "8 64 0.1", "8 64 0.15", "8 64 0.2", "8 16 0.1", "8 16 0.15")),
-    "dropout_poems": ([*CHAR, "model=tiny"], dropped(350_000, "8 16 0.1", "8 16 0.15", "8 64 0.1", "8 64 0.15")),
+    "dropout_bpe": (SMALL_BPE, {
+        f"{passes} passes, dropout {dropout}": [f"tokens={passes * 243_000}", f"dropout={dropout}"]
+        for passes, all_of in ((8, (0.1, 0.2, 0.3)), (4, (0.05, 0.1, 0.2)))
+        for dropout in all_of
+    }),
+    "dropout_poems": ([*CHAR, "model=tiny"], dropped(350_000, "8 16 0.1", "8 16 0.15", "8 16 0.2", "8 16 0.3", "4 16 0.05", "4 16 0.1")),
     # nanoGPT 的 GPU 例子的形状与批量，读 27 遍：批量大、遍数多，就要丢得多；held_back_small 的小批量少读几遍，反而更好
     "reference": (
         [*CHAR, "model.n_layer=6", "model.n_head=6", "model.n_embd=384", "model.block_size=256", "batch_size=64"],

@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 from card_parts.verdict import table, verdict  # noqa: E402 - 先把仓库根目录放进路径
 
 from nanogpt.base.files import write_text  # noqa: E402
-from nanogpt.sweep.process import kill_group  # noqa: E402
+from nanogpt.sweep.process import kill_group, wait_for_end_of  # noqa: E402
 
 # 部分 -> 在 8 分钟里分到几秒
 PARTS = {"smoke": 95, "writing": 35, "memory": 85, "speed": 110, "decoding": 45, "compiling": 45, "commands": 65}
@@ -74,8 +74,8 @@ def child(part: str) -> None:
     line = sys.stdin.readline()
     if not line:
         return
-    threading.Thread(target=end_with_parent, daemon=True).start()
     order = json.loads(line)
+    threading.Thread(target=end_with_parent, args=(order["parent"],), daemon=True).start()
     if not order["pretend"] and not torch.cuda.is_available():
         emit({"no_gpu": True})
         return
@@ -93,9 +93,9 @@ def child(part: str) -> None:
     os._exit(0)
 
 
-def end_with_parent() -> None:
-    """End this process when the other end of stdin is closed."""
-    sys.stdin.read()
+def end_with_parent(parent: int) -> None:
+    """End this process when its parent has ended."""
+    wait_for_end_of(parent)
     os._exit(1)
 
 
@@ -220,7 +220,7 @@ class NoGpuError(Exception):
 def measure(parts: list[str], arguments: argparse.Namespace, results: Results, folder: Path) -> None:
     """Run the parts one after the other; the next one's process imports meanwhile what it needs."""
     order = {
-        "pretend": arguments.pretend, "folder": str(folder),
+        "pretend": arguments.pretend, "folder": str(folder), "parent": os.getpid(),
         "nanogpt": arguments.nanogpt and str(arguments.nanogpt.resolve()),
         "plans": json.loads(arguments.plans.read_text(encoding="utf-8")) if arguments.plans else {},
     }

@@ -8,7 +8,6 @@ It is started by nanogpt.sweep.process with a job (JSON) on stdin and reports in
 # 任何异常都变成一行结论，从不抛出；父进程一没，它和它启动的一切立刻结束
 # 配置是使用者在父进程里敲的，里面的 _target_ 与在那里一样可信
 
-import contextlib
 import json
 import math
 import os
@@ -28,7 +27,7 @@ from nanogpt.base.config import TrainConfig
 from nanogpt.base.hardware import GIB, allocator_cap, device_memory, free_ram
 from nanogpt.base.language import ConfigError, set_language, text
 from nanogpt.plan.budget import process_bytes
-from nanogpt.sweep.process import limit_memory
+from nanogpt.sweep.process import limit_memory, wait_for_end_of
 from nanogpt.sweep.result import STEPS_FOR_LOSS
 from nanogpt.weights.build import typed_node
 
@@ -134,25 +133,13 @@ def _leave_with_parent(parent: int | None = None) -> None:
         _end_group_with_pipe(sys.stdin.fileno())
 
     def watch() -> None:
-        _wait_for_end_of(parent)
+        wait_for_end_of(parent)
         if leads:
             # 数据进程、预测的分身都在这一组里
             os.killpg(0, signal.SIGKILL)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _wait_for_end_of(parent: int | None) -> None:
-    if sys.platform == "win32" and parent:
-        # Windows：一个线程正读着管道，别的线程载入 numpy、torch 的库，或起一个 Python，都会卡在它后面
-        import psutil
-
-        with contextlib.suppress(psutil.Error):
-            psutil.Process(parent).wait()
-    else:
-        # 父进程一走，那一头就断了
-        sys.stdin.buffer.read()
 
 
 def _end_group_with_pipe(descriptor: int) -> None:

@@ -99,6 +99,17 @@ def run_child(
     return ended
 
 
+def wait_for_end_of(parent: int | None) -> None:
+    """Wait until the process that holds the other end of stdin, whose id this is, has ended."""
+    if sys.platform == "win32" and parent:
+        # Windows：一个线程正读着管道，别的线程载入 numpy、torch 的库，或起一个 Python，都会卡在它后面
+        with contextlib.suppress(psutil.Error):
+            psutil.Process(parent).wait()
+    else:
+        # 父进程一走，那一头就断了
+        sys.stdin.buffer.read()
+
+
 def end_of(path: Path, count: int) -> bytes:
     """The last bytes of a file, which may be huge."""
     with path.open("rb") as file:

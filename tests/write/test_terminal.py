@@ -223,6 +223,8 @@ def test_help_and_settings_and_control_tell_everything(session, capsys):
         for expected in ("sampler=temperature", "sampler.top_k=0", "control.strength=2.0", "control.emotion=null", "max_new_tokens=12", "seed=1337", "num_samples=1", "stop=[]", "unknown=error", "开心", "happy"):
             assert expected in done.err
         assert "templates" not in done.err
+    piped(session, '/stop ["KING:", "a b"]', "/settings")
+    assert "stop=['KING:','a b']" in capsys.readouterr().err
 
 
 def test_saving_appends_and_never_overwrites(session, tmp_path, capsys):
