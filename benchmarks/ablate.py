@@ -221,6 +221,7 @@ STUDIES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
         for passes, all_of in ((8, (0.1, 0.2, 0.3)), (4, (0.05, 0.1, 0.2)))
         for dropout in all_of
     }),
+    "dropout_bpe_tiny": ([*BPE, "model=tiny"], {f"8 passes, dropout {dropout}": ["tokens=1944000", f"dropout={dropout}"] for dropout in (0.1, 0.15, 0.2)}),
     "dropout_poems": ([*CHAR, "model=tiny"], dropped(350_000, "8 16 0.1", "8 16 0.15", "8 16 0.2", "8 16 0.3", "4 16 0.05", "4 16 0.1")),
     # nanoGPT 的 GPU 例子的形状与批量，读 27 遍：批量大、遍数多，就要丢得多；held_back_small 的小批量少读几遍，反而更好
     "reference": (

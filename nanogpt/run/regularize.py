@@ -11,6 +11,7 @@ from dataclasses import replace
 from nanogpt.base.config import (
     ALL_NGRAMS,
     PASSES,
+    ModelConfig,
     TrainConfig,
     block_parameters,
     span_of,
@@ -29,6 +30,10 @@ CHARACTERS = 65
 TWICE = 1.75
 # 从读这么多遍起丢弃，每翻一倍多丢 0.05；都量自 benchmarks/ablate.py held_back 与 held_back_small
 FRESH, EACH_DOUBLING, MOST_DROPOUT = 2, 0.05, 0.3
+# 词表大、block 也大的，要丢得更多：词表的对数每多一倍多丢这么多倍，block 到 SMALL 的四倍为止逐渐加上
+# model=tiny 读 8 遍：BPE 4096 的剧本与一百万字节的诗 0.2 好于 0.1，五百万字节的诗 0.15 最好
+# 4/4/128 读 BPE 4096 的剧本，却是 0.1 最好（ablate.py dropout、dropout_bpe、dropout_bpe_tiny、dropout_poems、large_texts）
+RICH = 2 / 3
 # 每读完一遍，验证损失会跳高百分之一二再回来；学习率降完时也拿得回这么多：高出 5% 才算升了
 # 连着这么多次都高，最好的又在预算的这么一份之前，才停
 RISEN, RISEN_EVALS, RISEN_SHARE = 0.05, 4, 0.2
@@ -63,7 +68,7 @@ def held_back(cfg: TrainConfig, text_tokens: int, steps: int | None = None) -> T
         model = replace(model, ngrams=tables_for(passes, block_parameters(model), model.vocab_size))
     if model.dropout is None:
         # 训练过的权重学得慢，也背得慢：微调照旧从 0 起，要多少由人写
-        model = replace(model, dropout=0.0 if cfg.init_from else dropout_for(passes))
+        model = replace(model, dropout=0.0 if cfg.init_from else dropout_of(model, passes))
     optimizer = cfg.optimizer
     if "ngram_lr_scale" in optimizer and optimizer["ngram_lr_scale"] is None:
         optimizer = {**optimizer, "ngram_lr_scale": FRESH_NGRAM_SCALE if passes < TWICE else 1.0}
@@ -77,15 +82,23 @@ def tables_for(passes: float, parameters: int, vocabulary: int | None = None) ->
     so many different tokens; None: characters."""
     # 只读一遍背不下来，block 再大也一样；但一个 token 内容多的，长的 n 几乎不重复，留着只是白算
     scaled = passes * max(1.0, parameters / SMALL) ** LARGER if round(passes) > 1 else 1.0
-    each = max(1.0, math.log(vocabulary or CHARACTERS, CHARACTERS))
+    each = content_of(vocabulary)
     # 界线在两档的几何平均处
     return [n for n in ALL_NGRAMS if scaled < math.sqrt(2) * PASSES_OF_2 / 2 ** (n * each - 2)]
 
 
-def dropout_for(passes: float) -> float:
-    """Dropout for a text that is read so many times: EACH_DOUBLING for each doubling beyond FRESH passes."""
+def content_of(vocabulary: int | None) -> float:
+    """How much a token of such a vocabulary says, in English characters; None: characters."""
+    return max(1.0, math.log(vocabulary or CHARACTERS, CHARACTERS))
+
+
+def dropout_of(model: ModelConfig, passes: float) -> float:
+    """Dropout of a model whose text is read so many times: EACH_DOUBLING for each doubling beyond FRESH passes, up to
+    twice that where a token says more than a character and the blocks have room to learn it by heart."""
     doublings = math.log2(max(passes, FRESH) / FRESH)
-    return round(min(MOST_DROPOUT, EACH_DOUBLING * doublings), 2)
+    room = min(1.0, max(0.0, math.log(block_parameters(model) / SMALL, 4)))
+    richness = 1 + RICH * (content_of(model.vocab_size) - 1) * room
+    return round(min(MOST_DROPOUT, EACH_DOUBLING * richness * doublings), 2)
 
 
 def has_risen(loss: float, best: float, train_loss: float, targets: int) -> bool:

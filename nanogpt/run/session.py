@@ -59,7 +59,7 @@ from nanogpt.run import cpu_units, rundir
 from nanogpt.run.folders import size_of
 from nanogpt.run.loggers import JsonlLogger, Loggers
 from nanogpt.run.loop import Training, share_batch
-from nanogpt.run.regularize import counts_time, dropout_for, held_back, passes_of
+from nanogpt.run.regularize import counts_time, dropout_of, held_back, passes_of
 from nanogpt.run.saving import Saver, largest_bytes, restore
 from nanogpt.run.summary import versions
 from nanogpt.weights import checkpoint
@@ -624,7 +624,7 @@ class Session:
             )
         # 表已经训进去了，去不掉；丢多少还可以改，但接着训不自己改：与一口气训完的要逐位一样
         longer = self.source and self.changed & {*LIMITS}
-        if longer and not cfg.init_from and cfg.dropout < (wanted := dropout_for(passes)):
+        if longer and not cfg.init_from and cfg.dropout < (wanted := dropout_of(cfg.model, passes)):
             line(
                 "for about {passes} passes over the text a new training would take dropout={wanted:g}; this one goes "
                 "on with dropout={got:g}: add dropout={wanted:g} if its validation loss no longer falls",

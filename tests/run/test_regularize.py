@@ -12,7 +12,8 @@ from conftest import ROOT, make_config, new_session, resume, train
 from nanogpt.base.config import tokens_per_step
 from nanogpt.core.progress import Progress
 from nanogpt.plan.plan import Planner
-from nanogpt.run.regularize import RISEN_EVALS, has_risen, held_back, passes_of, past_turn, tables_for
+from nanogpt.run.regularize import RISEN_EVALS, dropout_of, has_risen, held_back, passes_of, past_turn, tables_for
+from nanogpt.weights.build import preset
 
 
 @pytest.mark.parametrize("model", ["tiny", "small", "medium"])
@@ -37,6 +38,16 @@ def test_what_was_measured_is_what_is_chosen():
     assert [tables_for(passes, 786_432, 4096) for passes in (1, 2, 4, 8)] == [[2, 3], [2], [2], []]
     assert tables_for(1, 10**8, 4096) == [2, 3] and tables_for(1, 10**8) == [2, 3, 4, 5]
     assert tables_for(4, 786_432, 30) == tables_for(4, 786_432, 65) == tables_for(4, 786_432)
+
+
+def test_large_blocks_drop_more_of_a_text_whose_tokens_say_more():
+    """The best of results/ablate_dropout.json, ablate_dropout_bpe.json, …_bpe_tiny.json and …_poems.json."""
+    small = {"n_layer": 4, "n_head": 4, "n_embd": 128}
+    assert [dropout_of(preset("tiny", vocab_size=65), passes) for passes in (2, 4, 8)] == [0, 0.05, 0.1]
+    assert [dropout_of(preset("tiny", vocab_size=4096, **small), passes) for passes in (4, 8)] == [0.05, 0.1]
+    assert all(0.15 <= dropout_of(preset("tiny", vocab_size=vocabulary), 8) <= 0.2 for vocabulary in (4096, 6400, 12_919))
+    every = [dropout_of(preset("tiny", vocab_size=vocabulary), 8) for vocabulary in (2, 65, 300, 4096, 50_257, 10**6)]
+    assert every == sorted(every) and dropout_of(preset("tiny", vocab_size=10**6), 10**6) == 0.3
 
 
 def test_what_is_typed_is_taken_and_weights_trained_before_are_not_dropped():
