@@ -32,7 +32,7 @@ TWICE = 1.75
 FRESH, EACH_DOUBLING, MOST_DROPOUT = 2, 0.05, 0.3
 # 词表大、block 也大的，要丢得更多：词表的对数每多一倍多丢这么多倍，block 到 SMALL 的四倍为止逐渐加上
 # model=tiny 读 8 遍：BPE 4096 的剧本与一百万字节的诗 0.2 好于 0.1，五百万字节的诗 0.15 最好
-# 4/4/128 读 BPE 4096 的剧本，却是 0.1 最好（ablate.py dropout、dropout_bpe、dropout_bpe_tiny、dropout_poems、large_texts）
+# 4/4/128 读 BPE 4096 的剧本，却是 0.1 最好（ablate.py dropout、dropout_*、large_texts）
 RICH = 2 / 3
 # 每读完一遍，验证损失会跳高百分之一二再回来；学习率降完时也拿得回这么多：高出 5% 才算升了
 # 连着这么多次都高，最好的又在预算的这么一份之前，才停
