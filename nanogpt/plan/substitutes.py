@@ -5,6 +5,7 @@
 # 训练那边不知道有规划这回事：substituted() 里的一张表就是全部的替换，出来时原样放回
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from functools import partial
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import is_fake
 from torch.overrides import TorchFunctionMode
 
+from nanogpt.base.language import ConfigError
 from nanogpt.core import distributed, kernels, sharding
 from nanogpt.core.memory import lean_optimizers, lowbit
 from nanogpt.core.precision import DTYPES, RoundedProducts, cpu_units
@@ -228,6 +230,13 @@ def replaced(table: list[tuple]) -> Iterator[None]:
             setattr(owner, name, original)
 
 
+def _collectives_have_shapes() -> bool:
+    with contextlib.suppress(ImportError):
+        # 早些的版本，导入了它才登记；更早的没有它
+        importlib.import_module("torch.distributed._tools.fake_collectives")
+    return torch._C._dispatch_has_kernel_for_dispatch_key("c10d::_allgather_base_", "Meta")
+
+
 @contextlib.contextmanager
 def one_of(world: int) -> Iterator[None]:
     """Be the first of `world` processes that are not there: what is sent goes nowhere, what comes has no values."""
@@ -236,6 +245,12 @@ def one_of(world: int) -> Iterator[None]:
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    if not _collectives_have_shapes():
+        raise ConfigError(
+            "parallel=fsdp: torch {got} does not say what sharded processes exchange, so that it cannot be planned; "
+            "pip install -U torch, or plan parallel=ddp",
+            got=torch.__version__,
+        )
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         mesh = dist.init_device_mesh("cpu", (world,))

@@ -313,7 +313,7 @@ class Loggers:
                 if isinstance(error, ConfigError) or isinstance(backend, JsonlLogger):
                     raise
                 raise ConfigError(
-                    "logger: {name} refuses to begin ({reason}); mend that, or choose another: logger=tensorboard, "
+                    "logger: {name} refuses to begin ({reason}); mend that, or choose another: logger=jsonl, "
                     "logger=none",
                     name=type(backend).__name__, reason=reason_of(error),
                 ) from None

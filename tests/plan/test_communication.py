@@ -12,9 +12,10 @@ from test_plan import SMALL
 from nanogpt.base.config import ParallelConfig
 from nanogpt.base.console import Console
 from nanogpt.base.language import ConfigError
+from nanogpt.plan import substitutes
 from nanogpt.plan.advice import sharded
 from nanogpt.plan.communication import EFFICIENT, Communication, Gradient, Network, exposed_s, waits
-from nanogpt.plan.plan import Planner
+from nanogpt.plan.plan import Planner, plan_for
 from nanogpt.plan.show import chosen_parallel, show
 
 PARTS = st.lists(st.builds(Gradient, st.integers(1, 10**9), st.integers(0, 10**8)), min_size=1, max_size=8)
@@ -118,3 +119,10 @@ def test_auto_takes_the_whole_model_where_it_fits_else_rows_of_it(capsys):
     planner = Planner(cfg := on_card(0.118, "parallel.world=8"))
     (way,) = sharded(planner.predict(cfg), planner)
     assert way.typed.startswith("parallel=fsdp") and way.plan.verdict == "fits"
+
+
+def test_a_torch_that_cannot_be_asked_what_is_exchanged_is_named(monkeypatch):
+    monkeypatch.setattr(substitutes, "_collectives_have_shapes", lambda: False)
+    with pytest.raises(ConfigError, match="parallel=fsdp: torch .* cannot be planned; pip install -U torch, or plan parallel=ddp"):
+        plan_for("model=tiny", "hardware=rtx3060_12gb", "parallel=fsdp", "parallel.world=8", "model.vocab_size=65")
+    assert plan_for("model=tiny", "hardware=rtx3060_12gb", "parallel=ddp", "parallel.world=8", "model.vocab_size=65").verdict == "fits"
