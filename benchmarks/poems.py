@@ -1,4 +1,4 @@
-"""One text of all Tang and Song poems, for studies of texts larger than tiny-shakespeare (ablate.py large).
+"""One text of all Tang and Song poems, for studies of texts larger than tiny-shakespeare (ablate.py large_texts).
 
     python benchmarks/poems.py CHECKOUT TEXT
 

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from nanogpt.base.language import ConfigError
 from nanogpt.core import distributed, kernels, sharding
+from nanogpt.core.machine import TORCH
 from nanogpt.core.memory import lean_optimizers, lowbit
 from nanogpt.core.precision import DTYPES, RoundedProducts, cpu_units
 from nanogpt.plan.tracker import Tracker
@@ -28,7 +29,7 @@ FLOAT32_ON_CUDA = (
     F.nll_loss,
 )
 # 假张量从这一版起才认得带 out_dtype 的 addmm
-ADDMM_IS_TRACED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+ADDMM_IS_TRACED = TORCH >= (2, 13)
 # 对称的 scale：只有形状和类型要紧
 SCALE = 1.0
 

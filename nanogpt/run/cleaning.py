@@ -81,8 +81,8 @@ def _replaced(run_dir: Path) -> list[str]:
 
 def _unsaved(run_dir: Path) -> bool:
     """Whether a run ended before its first checkpoint and holds nothing but what its start wrote."""
-    there = (path for path in (run_dir / "ckpt").glob("*") if not is_litter(path))
-    saved = [path for path in there if not re.fullmatch(r"\..+\.tmp", path.name)]
+    inside = (run_dir / "ckpt").glob("*")
+    saved = any(not is_litter(path) and not re.fullmatch(r"\..+\.tmp", path.name) for path in inside)
     if saved or rundir.foreign(run_dir) or (run_dir / JOB).exists():
         return False
     try:

@@ -45,7 +45,7 @@ def places(cfg: TrainConfig) -> list[str]:
                 got=jobs,
             )
         return [f"cpu-{number}" for number in range(jobs)]
-    if cfg.device not in ("auto", "cuda") or sys.platform == "darwin":
+    if cfg.device not in ("auto", "cuda"):
         raise ConfigError(
             "search.jobs={got} takes a CUDA card for each trial; leave device={device} out, or take search.jobs=1",
             got=jobs, device=cfg.device,
