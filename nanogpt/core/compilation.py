@@ -46,6 +46,16 @@ def seconds_to_compile(layers: int) -> float:
     return COMPILE_S + COMPILE_S_PER_LAYER * layers
 
 
+def products_s(flops_per_token: float, tokens: int, peak_tflops: float) -> float:
+    """A rough estimate of the seconds that the products of so many tokens take."""
+    return flops_per_token * tokens / (REACHED * peak_tflops * 1e12)
+
+
+def launch_bound(layers: int, flops_per_token: float, tokens: int, peak_tflops: float) -> bool:
+    """Whether a card waits for the launches of a micro-batch of so many tokens, by the same rough estimate."""
+    return products_s(flops_per_token, tokens, peak_tflops) < layers * LAUNCH_S_PER_LAYER
+
+
 def pays(
     layers: int, flops_per_token: float, tokens_per_step: int, micro_batches: int, steps: float, peak_tflops: float,
     seconds: float = math.inf,
@@ -55,8 +65,8 @@ def pays(
 
     It must not depend on how far the training is: a resumed run takes the same way as an uninterrupted one.
     """
-    products_s = flops_per_token * tokens_per_step / (REACHED * peak_tflops * 1e12)
-    planned_s = min(seconds, steps * max(products_s, layers * LAUNCH_S_PER_LAYER * micro_batches))
+    step_s = max(products_s(flops_per_token, tokens_per_step, peak_tflops), layers * LAUNCH_S_PER_LAYER * micro_batches)
+    planned_s = min(seconds, steps * step_s)
     return planned_s * GAIN > seconds_to_compile(layers)
 
 

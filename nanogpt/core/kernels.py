@@ -454,6 +454,16 @@ def adamw(parameters: list, gradients: list, states: tuple[list, list, list], gr
     )
 
 
+def subtract(weights: list[torch.Tensor], updates: list[torch.Tensor], rate: float | torch.Tensor) -> None:
+    """Subtract rate times its update from each weight in place; a rate () on the device overwrites the updates."""
+    if isinstance(rate, torch.Tensor):
+        # alpha 只能是主机上的数
+        torch._foreach_mul_(updates, rate)
+        torch._foreach_sub_(weights, updates)
+    else:
+        torch._foreach_add_(weights, updates, alpha=-rate)
+
+
 def update_rows(
     weights: torch.Tensor, gradient: torch.Tensor, squares: torch.Tensor, step: torch.Tensor, group: dict, skip,
 ) -> None:

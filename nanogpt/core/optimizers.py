@@ -148,9 +148,9 @@ class Optimizer:
         torch._foreach_mul_(weights, kept)
         by_scale: dict[float, list[int]] = {}
         for i, scale in enumerate(scales):
-            by_scale.setdefault(group["lr"] * scale, []).append(i)
+            by_scale.setdefault(scale, []).append(i)
         for scale, indices in by_scale.items():
-            torch._foreach_add_([weights[i] for i in indices], [updates[i] for i in indices], alpha=-scale)
+            kernels.subtract([weights[i] for i in indices], [updates[i] for i in indices], group["lr"] * scale)
 
     def directions(self, group: dict, named: list, ahead: list[torch.Tensor]) -> tuple[list, list, list]:
         """Matrices inside named weights, and `ahead` of each orthogonalised, with the scale of that update."""

@@ -17,16 +17,17 @@ import torch
 from nanogpt.base.config import MANY, TrainConfig, effective_batch, schedule_of, span_of
 from nanogpt.base.console import Console, duration
 from nanogpt.base.errors import is_out_of_memory, not_divisible
-from nanogpt.base.hardware import peak_tflops_of, reference
+from nanogpt.base.hardware import allocator_cap, device_memory, peak_tflops_of, reference
 from nanogpt.base.hashed_json import reason_of
 from nanogpt.base.language import ConfigError, text
 from nanogpt.base.quoting import command
 from nanogpt.base.value_checks import unescaped
 from nanogpt.core import distributed
-from nanogpt.core.compilation import compile_hidden, compile_updates, pays
+from nanogpt.core.compilation import compile_hidden, compile_updates, launch_bound, pays
 from nanogpt.core.machine import any_kernels
 from nanogpt.core.ngrams import table_count
 from nanogpt.core.progress import Progress, StepResult
+from nanogpt.core.recorded import use_graphs
 from nanogpt.core.sampling import sampler
 from nanogpt.core.step import Step
 from nanogpt.core.trainer import LARGEST_SEED, Trainer
@@ -108,6 +109,7 @@ class Training(Trainer):
         obstacle, worth = self._no_compile(), self._compiling_pays()
         self.compiles = compile_hidden(self.model, cfg.compile, self.device, console, obstacle=obstacle, pays=worth)
         compile_updates(self.optimizer, cfg.compile, self.device, console)
+        use_graphs(computation, console, capacity=self._room_for_graphs())
 
     def _no_compile(self) -> str | None:
         """What speaks against torch.compile in these settings, or None."""
@@ -131,6 +133,19 @@ class Training(Trainer):
         tokens, layers = self.local_rows * self.block_size, self.model.config.n_layer
         steps, seconds = self.span.iters or math.inf, self.span.seconds or math.inf
         return pays(layers, flops, tokens, micro_batches, steps, self.peak, seconds)
+
+    def _room_for_graphs(self) -> int | None:
+        """Bytes of the card that are this process's, where steps recorded as CUDA graphs would be faster; else None."""
+        cfg = self.cfg
+        # 重算要存、取随机数的状态，录不进去
+        wanted = cfg.compile.lower() != "false" and cfg.memory.activation_checkpointing == "none"
+        if self.device.type != "cuda" or not wanted:
+            return None
+        tokens = self.micro_batch * self.block_size
+        if not launch_bound(self.model.config.n_layer, flops_per_token(self.model), tokens, self.peak):
+            return None
+        free, _ = device_memory(self.device)
+        return min(free + torch.cuda.memory_reserved(self.device), allocator_cap(cfg.hardware) or MANY)
 
     # ---- 一步前后 ----
 

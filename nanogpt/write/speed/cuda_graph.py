@@ -10,7 +10,6 @@ is compared with the same step run plainly; a card or driver that cannot record 
 # 每次录完都与直接跑的结果比一遍，录不了或对不上就放弃，退回普通的一步，只是慢些
 # GraphStep 由 acceleration 装到模型上，模型的 next_logits 每步交给它
 
-import functools
 import weakref
 from collections.abc import Callable
 
@@ -19,6 +18,7 @@ import torch
 from nanogpt.base.language import first_line, say
 from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.machine import on_device
+from nanogpt.core.recorded import aside, record
 
 # 位置与行数都按 2 的幂分档：多看的空位、多算的空行不到一倍，而一次录制抵得上几十步
 FIRST_BUCKET = 128
@@ -32,13 +32,6 @@ def rounded_up(n: int, first: int, limit: int) -> int:
     while first < n:
         first *= 2
     return min(first, limit)
-
-
-@functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which this device's graphs are recorded."""
-    # 每条流都有自己的 cuBLAS 工作区（8 到 32 MiB），用过就不还：只用一条
-    return torch.cuda.Stream(device)
 
 
 class FixedShapes:
@@ -128,20 +121,13 @@ class GraphStep:
         self, inputs: FixedShapes, idx: torch.Tensor, cache: KVCache
     ) -> tuple[Callable[[], None], torch.Tensor, list[torch.Tensor]]:
         """(replays the graph, its logits, the plain logits of both of `trials`)."""
-        # 服务器里的工作线程有自己的“当前卡”，录在别的卡的流上会录成一张空图
-        with torch.cuda.device(self.model.device):
-            side = _stream(self.model.device)
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                # 录制前先跑：cuBLAS 的工作区不能在录制中申请
-                plain = [self._plain(inputs, trial, cache) for trial in self._trials(idx)]
-            torch.cuda.current_stream().wait_stream(side)
-            # 一个个回放，用完就拷走：所有的图共用一个显存池
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
-                logits = inputs.run(cache)
-        return graph.replay, logits, plain
+        with aside(self.model.device):
+            # 录制前先跑：cuBLAS 的工作区不能在录制中申请
+            plain = [self._plain(inputs, trial, cache) for trial in self._trials(idx)]
+        # 一个个回放，用完就拷走：所有的图共用一个显存池
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        replay, logits = record(lambda: inputs.run(cache), self.model.device, self._pool)
+        return replay, logits, plain
 
     def _trials(self, idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Two inputs that a recording must tell apart; the real one last, so that the cache ends up with it."""
