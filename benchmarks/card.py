@@ -11,6 +11,7 @@ of karpathy/nanoGPT, of which model.py is enough. The parts:
 
     smoke      losses as on a CPU, runs repeated and resumed bit for bit, out of memory; any warning counts as a failure
     writing    texts as on a CPU, with recorded graphs and without, in batches, served; the same
+    recording  training steps recorded as CUDA graphs beside steps launched one by one; the same
     memory     plans against measured peaks under a 12 GB card's cap, GPT-2 XL in 8 GB, a 3 B model in 12 GB
     speed      training beside nanoGPT, where a step's time goes, what updates cost
     decoding   writing beside transformers and nanoGPT
@@ -43,8 +44,10 @@ from nanogpt.base.files import write_text  # noqa: E402
 from nanogpt.sweep.process import kill_group, wait_for_end_of  # noqa: E402
 
 # 部分 -> 在 8 分钟里分到几秒
-PARTS = {"smoke": 95, "writing": 35, "memory": 85, "speed": 110, "decoding": 45, "compiling": 45, "commands": 65}
-STRICT = ("smoke", "writing", "compiling")
+PARTS = {
+    "smoke": 85, "writing": 35, "recording": 40, "memory": 80, "speed": 105, "decoding": 45, "compiling": 40, "commands": 50,
+}
+STRICT = ("smoke", "writing", "recording", "compiling")
 # 到时间后，正在量的那个用例还可以再用几秒
 GRACE_S = 8.0
 # 一个部分的进程死几次之后放弃它

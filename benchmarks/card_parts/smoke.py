@@ -34,14 +34,6 @@ PRETENDED = (
     ("modern", "adamw", "selective", "bf16"),
 )
 STEPS = 4
-# 录成 CUDA graph 的步与直接跑的：同样的数
-RECORDED = {
-    "adamw fp32": ("optimizer=adamw", "precision=fp32"), "muon bf16": ("precision=bf16",),
-    "muon fp16, dropout": ("precision=fp16", "dropout=0.1"),
-    "documents, dropout": ("documents", "precision=bf16", "dropout=0.1"),
-    "accumulated": ("precision=bf16", "gradient_accumulation_steps=2"),
-    "lora": ("finetune=lora", "arch=gpt2", "precision=bf16"), "gpt2": ("arch=gpt2", "precision=bf16"),
-}
 MORE = {
     "documents": ("documents",), "chunks": ("model.vocab_size=8192", "memory.loss_chunk_mib=1"),
     "lora": ("finetune=lora", "arch=gpt2"), "accumulated": ("gradient_accumulation_steps=3",),
@@ -75,9 +67,6 @@ def cases(lab: Lab) -> Iterator[Case]:
     for name, overrides in BITS.items():
         if name == "dropout" or not (lab.pretend or ("precision=bf16" in overrides and not lab.bf16)):
             yield f"bits {name}", functools.partial(bits, lab, shape(lab, "optimizer=adamw", *overrides))
-    for name, overrides in RECORDED.items():
-        if lab.bf16 or "precision=bf16" not in overrides:
-            yield f"recorded, {name}", functools.partial(recorded, lab, shape(lab, *overrides))
     yield "attention kernels", lambda: attention_kernels(lab)
     yield "out of memory, injected", lambda: injected(lab)
     yield "out of memory in the update", lambda: in_update(lab)
@@ -163,25 +152,6 @@ def weights(lab: Lab, overrides: tuple[str, ...], *, interrupted: bool = False) 
         typed = config(lab, (*overrides, f"resume={folder}"))
         Session.resume(typed, ["max_iters=6"], folder).run()
     return read_tensors(checkpoint.find(folder, "last").folder / "model.safetensors")
-
-
-def recorded(lab: Lab, overrides: tuple[str, ...]) -> dict:
-    """Six steps launched as graphs and six launched one by one, later ones in parts of five and three rows: largest
-    difference of any weight.
-    """
-    found = {}
-    for asked in ("auto", "false"):
-        trainer = lab.trainer(config(lab, (*overrides, f"compile={asked}", "deterministic=true", "max_iters=6")))
-        losses = [float(trainer.step().loss) for _ in range(3)]
-        trainer.micro_batch = 5
-        losses += [float(trainer.step().loss) for _ in range(3)]
-        graphs = getattr(trainer.computation, "graphs", None)
-        shapes, update = (len(graphs.recorded), bool(graphs._update)) if graphs else (0, False)
-        found[asked] = (losses, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, shapes, update)
-    (losses, mine, shapes, update), (wanted, plain, *_) = found["auto"], found["false"]
-    difference = max((mine[name].double() - plain[name].double()).abs().max().item() for name in plain)
-    ok = losses == wanted and not difference and (lab.pretend or shapes > 1)
-    return {"ok": ok, "difference": difference, "shapes": shapes, "update": update, "measured": losses, "expected": wanted}
 
 
 def attention_kernels(lab: Lab) -> dict:

@@ -25,14 +25,9 @@ OURS = {
     "ours small 16 compiled": (("model=small", "optimizer=muon", "compile=true"), 16),
     "ours medium 16 compiled": (("model=medium", "optimizer=muon", "compile=true"), 16),
 }
-# 预设照默认的批量，字符的词表：小模型的一步在显卡上全是启动
-PRESETS = {
-    f"{preset}, {name}": (preset, f"compile={asked}")
-    for preset in ("tiny", "small") for name, asked in (("one by one", "false"), ("recorded", "auto"), ("compiled and recorded", "true"))
-}
 NANOGPT = {"nanogpt 16 compiled": (16, True), "nanogpt 16 eager": (16, False), "nanogpt 8 eager": (8, False)}
 ORDER = (
-    "ours gpt2 16 compiled", "nanogpt 16 compiled", *PRESETS, "ours gpt2 16 compiled, not deterministic",
+    "ours gpt2 16 compiled", "nanogpt 16 compiled", "ours gpt2 16 compiled, not deterministic",
     "where a step's time goes", "ours gpt2 16 eager", "nanogpt 16 eager", "update fused", "update 8-bit",
     "update 8-bit, 1.5B", "ours modern muon 16 compiled", "update muon", "update kahan", "update offload",
     "ours gpt2 16 compiled, loss_chunk 512", "ours gpt2 16 selective compiled", "ours gpt2 8 eager",
@@ -53,7 +48,6 @@ def cases(lab: Lab) -> Iterator[Case]:
     known = {name: functools.partial(ours, lab, *how) for name, how in OURS.items()}
     known |= {name: functools.partial(nanogpt, lab, *how) for name, how in NANOGPT.items()}
     known |= {f"update {name}": functools.partial(update, lab, overrides) for name, overrides in UPDATES.items()}
-    known |= {name: functools.partial(preset, lab, *how) for name, how in PRESETS.items()}
     known["where a step's time goes"] = lambda: step_parts(lab)
     for name in PRETENDED if lab.pretend else ORDER:
         yield name, known[name]
@@ -77,15 +71,6 @@ def ours(lab: Lab, overrides: tuple[str, ...], rows: int) -> dict:
     tokens = trainer.global_rows * trainer.block_size
     found = timed(lab, trainer.step, tokens)
     return {**found, "mfu": trainer.metrics(tokens, found["step_ms"] / 1e3)["mfu"], "loss": float(trainer.step().loss)}
-
-
-def preset(lab: Lab, name: str, asked: str) -> dict:
-    """Speed of a preset as it comes, on text of few characters."""
-    toy = TOY if lab.pretend else ()
-    trainer = lab.trainer(lab.config(f"model={name}", asked, "precision=auto", "max_iters=1000", *toy))
-    found = timed(lab, trainer.step, trainer.global_rows * trainer.block_size)
-    graphs = getattr(trainer.computation, "graphs", None)
-    return {**found, "recorded": bool(graphs and graphs.recorded), "loss": float(trainer.step().loss)}
 
 
 def timed(lab: Lab, step, tokens: int) -> dict:

@@ -182,6 +182,11 @@ class Graphs:
 
     # ---- 更新 ----
 
+    @property
+    def has_update(self) -> bool:
+        """Whether the update is recorded."""
+        return self._update is not None
+
     @contextmanager
     def rates_on_device(self) -> Iterator[None]:
         """Inside, the learning rates of the optimizer's groups are tensors () at fixed places."""
@@ -198,9 +203,9 @@ class Graphs:
 
     def update(self, plain: Callable[..., None], loss: torch.Tensor, norm: torch.Tensor) -> None:
         """What plain(loss, norm) does to the parameters."""
-        if self.attached and self._update is None and self.capacity is not None:
+        if self.attached and not self.has_update and self.capacity is not None:
             self._record_update(plain, norm)
-        if not self.attached or self._update is None:
+        if not self.attached or not self.has_update:
             plain(loss, norm)
             return
         here, there, replay = self._update
