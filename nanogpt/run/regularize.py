@@ -34,6 +34,9 @@ FRESH, EACH_DOUBLING, MOST_DROPOUT = 2, 0.05, 0.3
 # model=tiny 读 8 遍：BPE 4096 的剧本与一百万字节的诗 0.2 好于 0.1，五百万字节的诗 0.15 最好
 # 4/4/128 读 BPE 4096 的剧本，却是 0.1 最好（ablate.py dropout、dropout_*、large_texts）
 RICH = 2 / 3
+# 比 model=small 还大的 block，每大到 LARGER_BY 倍多丢一份：medium 读 8 遍一百万个英文字符，
+# 0.1 在途中 1.407 就掉头，到底是 1.453，0.2 到底 1.402；4 遍五百万字节的诗，0.2 好于 0.09（dropout_medium）
+LARGE, LARGER_BY = 10.7e6, 8
 # 每读完一遍，验证损失会跳高百分之一二再回来；学习率降完时也拿得回这么多：高出 5% 才算升了
 # 连着这么多次都高，最好的又在预算的这么一份之前，才停
 RISEN, RISEN_EVALS, RISEN_SHARE = 0.05, 4, 0.2
@@ -94,11 +97,13 @@ def content_of(vocabulary: int | None) -> float:
 
 def dropout_of(model: ModelConfig, passes: float) -> float:
     """Dropout of a model whose text is read so many times: EACH_DOUBLING for each doubling beyond FRESH passes, up to
-    twice that where a token says more than a character and the blocks have room to learn it by heart."""
-    doublings = math.log2(max(passes, FRESH) / FRESH)
-    room = min(1.0, max(0.0, math.log(block_parameters(model) / SMALL, 4)))
+    twice that where a token says more than a character and the blocks have room to learn it by heart, and twice that
+    again where the blocks are eight times those of model=small."""
+    doublings, parameters = math.log2(max(passes, FRESH) / FRESH), block_parameters(model)
+    room = min(1.0, max(0.0, math.log(parameters / SMALL, 4)))
     richness = 1 + RICH * (content_of(model.vocab_size) - 1) * room
-    return round(min(MOST_DROPOUT, EACH_DOUBLING * richness * doublings), 2)
+    size = 1 + max(0.0, math.log(parameters / LARGE, LARGER_BY))
+    return round(min(MOST_DROPOUT, EACH_DOUBLING * richness * size * doublings), 2)
 
 
 def has_risen(loss: float, best: float, train_loss: float, targets: int) -> bool:

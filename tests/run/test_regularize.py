@@ -50,6 +50,12 @@ def test_large_blocks_drop_more_of_a_text_whose_tokens_say_more():
     assert every == sorted(every) and dropout_of(preset("tiny", vocab_size=10**6), 10**6) == 0.3
 
 
+def test_blocks_larger_than_small_drop_more():
+    """The better ones of results/h200/ablate_dropout_medium.json and ablate_large_texts.json."""
+    assert [dropout_of(preset(name, vocab_size=65), 8) for name in ("small", "medium", "large")] == [0.1, 0.2, 0.26]
+    assert 0.15 <= dropout_of(preset("medium", vocab_size=6400), 4) <= 0.2
+
+
 def test_what_is_typed_is_taken_and_weights_trained_before_are_not_dropped():
     typed = held_back(make_config("max_tokens=100000", "dropout=0.07", "model.ngrams=[2,7]", "optimizer.ngram_lr_scale=2"), 1000)
     assert (typed.dropout, typed.model.ngrams, typed.optimizer["ngram_lr_scale"]) == (0.07, [2, 7], 2)
