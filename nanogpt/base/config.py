@@ -475,7 +475,8 @@ class TrainConfig:
     lang: str = choice("auto", "zh", "en")
     """Language of the console; auto takes the system's."""
     compile: str = choice("auto", "true", "false")
-    """torch.compile of training steps; auto on a card with Triton when the training is long enough, never in trials."""
+    """torch.compile of training steps; auto on a card with Triton when the training is long enough, never in trials.
+    Unless it is false, steps of small models are also recorded as CUDA graphs."""
     deterministic: bool
     """Deterministic kernels on a card, or an error."""
     max_iters: int | None = number(1, MANY)

@@ -22,6 +22,8 @@ COMPILE_S, COMPILE_S_PER_LAYER = 10.0, 2.5
 GAIN = 0.2
 # 粗估一步要多久：乘法到峰值的一半；每层百来个 kernel，Python 每个要 10 微秒
 REACHED, LAUNCH_S_PER_LAYER = 0.5, 1e-3
+# 矩阵乘估计不到启动的这么多倍，就值得录成图：录一次不过一秒，慢的处理器启动得也慢；估的乘法又偏快
+LONGER_THAN_LAUNCHES = 4
 # 编译器的报错可以有一屏：只说开头
 LONGEST_REASON = 120
 
@@ -52,8 +54,8 @@ def products_s(flops_per_token: float, tokens: int, peak_tflops: float) -> float
 
 
 def launch_bound(layers: int, flops_per_token: float, tokens: int, peak_tflops: float) -> bool:
-    """Whether a card waits for the launches of a micro-batch of so many tokens, by the same rough estimate."""
-    return products_s(flops_per_token, tokens, peak_tflops) < layers * LAUNCH_S_PER_LAYER
+    """Whether a card may wait for the launches of a micro-batch of so many tokens, by the same rough estimate."""
+    return products_s(flops_per_token, tokens, peak_tflops) < LONGER_THAN_LAUNCHES * layers * LAUNCH_S_PER_LAYER
 
 
 def pays(
