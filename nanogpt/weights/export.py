@@ -188,7 +188,7 @@ def parser() -> Arguments:
 def main(arguments: list[str] | None = None) -> None:
     """The command line of `nanogpt export`; exit code 2 on a mistake, 1 if --check finds a difference."""
     words = sys.argv[1:] if arguments is None else arguments
-    settings = [word for word in words if re.fullmatch(rf"({'|'.join(map(re.escape, KEYS))})=.*", word)]
+    settings = [word for word in words if re.fullmatch(r"(?!lang=)[a-z_]+(\.[a-z_]+)*=.*", word)]
     run_command(parser, partial(run, settings), [word for word in words if word not in settings])
 
 
@@ -196,6 +196,11 @@ def run(settings: list[str], typed: argparse.Namespace) -> None:
     """Export as typed, say what to do with it, and check it if asked to."""
     if typed.lang != "auto":
         set_language(typed.lang)
+    if unknown := [word for word in settings if word.partition("=")[0] not in KEYS]:
+        raise ConfigError(
+            "{got}: nanogpt export knows {keys} alone; write ./{got} for a folder of that name",
+            got=unknown[0], keys=" ".join(f"{key}=" for key in KEYS),
+        )
     paths = {"RUN": typed.run, "FOLDER": str(typed.folder), "--checkpoint": typed.checkpoint or "best"}
     for key, value in paths.items():
         check_path(key, value)

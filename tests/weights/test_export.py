@@ -225,11 +225,15 @@ def test_what_a_format_cannot_hold_is_one_line_and_nothing_is_written(tmp_path, 
         ("llama", "format=gguf", "type=int8"): "choose from f16, f32, bf16, q8_0",
         ("relu2", "format=gguf"): "no model with model.activation=relu2", ("qwen3", "format=gguf"): "no model with model.rope_scaling=llama3", ("yarn", "format=gguf"): "no model with model.rope_scaling=yarn",
         ("llama", "format=ct2"): "pip install ctranslate2 transformers",
-        ("large", "format=gguf", "type=f16"): "token_embd.weight has numbers that are too large", ("llama", "fromat=gguf"): "unrecognized arguments: fromat=gguf",
+        ("large", "format=gguf", "type=f16"): "token_embd.weight has numbers that are too large", ("llama", "fromat=gguf"): "fromat=gguf: nanogpt export knows format= type= model= model._target_= alone",
         ("llama", "--adapter", "format=gguf"): "leave out format=",
     }.items():
         code, shown = typed(capsys, paths[name], tmp_path / "out", *words)
         assert code == 2 and expected in shown and shown.count("\n") == 1, (words, shown)
+    # 忘了文件夹的：不建一个叫这个名字的
+    monkeypatch.chdir(tmp_path)
+    code, shown = typed(capsys, paths["llama"], "to=out")
+    assert code == 2 and "FOLDER" in shown and shown.count("\n") == 1
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert "pip install gguf" in typed(capsys, paths["llama"], tmp_path / "out", "format=gguf")[1]
     assert sorted(tmp_path.rglob("*")) == before
