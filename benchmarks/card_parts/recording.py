@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator
 
+import torch
 from card_parts.kit import Case, Lab
 from card_parts.smoke import bits, config, shape
 from card_parts.speed import TOY, timed
@@ -24,6 +25,7 @@ def cases(lab: Lab) -> Iterator[Case]:
     for name, overrides in SAME.items():
         if lab.bf16 or "precision=bf16" not in overrides:
             yield f"same, {name}", functools.partial(same, lab, shape(lab, *overrides))
+    yield "a step that cannot be recorded", lambda: cut_off(lab)
     yield "bits", lambda: bits(lab, shape(lab, "optimizer=muon", "compile=auto", "dropout=0.1"))
     for preset in ("tiny", "small"):
         for way, asked in WAYS.items():
@@ -52,6 +54,21 @@ def same(lab: Lab, overrides: tuple[str, ...]) -> dict:
     difference = max((mine[name].double() - plain[name].double()).abs().max().item() for name in plain)
     ok = losses == wanted and not difference and (lab.pretend or shapes > 1)
     return {"ok": ok, "difference": difference, "shapes": shapes, "update": update, "measured": losses, "expected": wanted}
+
+
+def cut_off(lab: Lab) -> dict:
+    """A loss that asks the host, which ends the recording: the steps, and the allocator, go on as if none was tried."""
+    found = []
+    for asked in ("auto", "false"):
+        trainer = lab.trainer(config(lab, shape(lab, "precision=bf16", "dropout=0.1", f"compile={asked}", "deterministic=true")))
+        real = trainer.model.loss
+        trainer.model.loss = lambda x, y, real=real: real(x, y) * (1.0 if y.max().item() >= 0 else 0.0)
+        losses = [float(trainer.step().loss) for _ in range(STEPS)]
+        if lab.device.type == "cuda":
+            torch.cuda.empty_cache()
+        found.append(([*losses, trainer.evaluate(), float(trainer.step().loss)], graphs_of(trainer)))
+    (losses, recorded), (wanted, _) = found
+    return {"ok": losses == wanted and recorded == (0, False), "measured": losses, "expected": wanted}
 
 
 def speed(lab: Lab, preset: str, asked: str) -> dict:

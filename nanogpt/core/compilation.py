@@ -85,7 +85,8 @@ class Compiled:
             try:
                 return self.compiled(*args)
             except Exception as error:
-                if is_out_of_memory(error):
+                # 录制 CUDA graph 时的错多半是录不进去，不是编译器的
+                if is_out_of_memory(error) or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
                     raise
                 # 若是模型自己的错，下面普通执行时会原样再报一次
                 self.compiled, reason = None, first_line(error)[:LONGEST_REASON]

@@ -8,12 +8,12 @@
 import functools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
 
-from nanogpt.base.errors import release
+from nanogpt.base.errors import is_out_of_memory, release
 from nanogpt.base.language import first_line
 from nanogpt.core.distributed import world
 from nanogpt.core.machine import on_device
@@ -44,20 +44,37 @@ def aside(device: torch.device) -> Iterator[None]:
     with torch.cuda.device(device):
         side = side_stream(device)
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            yield
-        torch.cuda.current_stream().wait_stream(side)
+        try:
+            with torch.cuda.stream(side):
+                yield
+        finally:
+            torch.cuda.current_stream().wait_stream(side)
 
 
 def record(work: Callable[[], object], device: torch.device, pool) -> tuple[Callable[[], None], object]:
-    """(launches what work() did as one graph, what it returned); nothing is computed yet."""
-    graph = torch.cuda.CUDAGraph()
-    with (
-        torch.cuda.device(device),
-        torch.cuda.graph(graph, pool=pool, stream=side_stream(device), capture_error_mode="thread_local"),
-    ):
-        result = work()
+    """(launches what work() did as one graph, what it returned); nothing is computed yet.
+
+    Tensors that work() writes besides its result must be kept by the caller.
+    """
+    graph, side = torch.cuda.CUDAGraph(), side_stream(device)
+    # 录制失败时 torch.cuda.graph 不还原当前的流：外面再套一层
+    with torch.cuda.device(device), torch.cuda.stream(side):
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                result = work()
+        except Exception:
+            end_allocations(device, pool)
+            raise
     return graph.replay, result
+
+
+def end_allocations(device: torch.device, pool) -> None:
+    """Let the allocator of a card go on as usual behind a recording that failed."""
+    # 作废的录制在还给分配器之前就抛了：分配器以为还在录，从此不许退还缓存；录制若好好结束了，这里只报一声错
+    # 2.8 以前是另一个名字
+    end = getattr(torch._C, "_cuda_endAllocateToPool", None) or torch._C._cuda_endAllocateCurrentStreamToPool
+    with suppress(RuntimeError):
+        end(device.index, pool)
 
 
 @dataclass
@@ -91,7 +108,7 @@ class Graphs:
         self.gradients: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Pairs of a parameter and its gradient."""
         self.rates = torch.zeros(len(self.groups), device=self.device)
-        self._update: tuple[torch.Tensor, torch.Tensor, Callable[[], None]] | None = None
+        self._update: tuple | None = None
         self._pool = None
 
     # ---- 微批 ----
@@ -124,23 +141,26 @@ class Graphs:
         if self.capacity is None or len(self.recorded) == MOST_SHAPES:
             return False
         # 正在累积的梯度先放到一边；随机数用掉多少，录完都还原
-        held, sums = [p.grad for p in self.parameters], [gradient.clone() for _, gradient in self.gradients]
+        held, fixed = [p.grad for p in self.parameters], self.gradients
+        sums = [gradient.clone() for _, gradient in fixed]
         with self._same_numbers() as again:
             # 这里显存不足与不录时一样：由 Trainer 减半重来
             loss = self._plain_twice(plain, x, y, share, again)
             wanted = [p.grad for p in self.parameters]
-            if SHARE_OF_MEMORY * peak_bytes(self.device) > self.capacity:
-                # 太大，不录；以后也不再试
-                self.capacity = None
-            else:
+            large = SHARE_OF_MEMORY * peak_bytes(self.device) > self.capacity
+            if not large:
                 with self._given_up_where_it_fails():
                     self._capture(plain, x, y, share, wanted)
                     again()
                     self._compare(self.recorded[tuple(x.shape)].run(x, y, share), loss, wanted)
-        for (_, gradient), total in zip(self.gradients, sums, strict=False):
+        for (_, gradient), total in zip(fixed, sums, strict=True):
             gradient.copy_(total)
         for p, gradient in zip(self.parameters, held, strict=True):
             p.grad = gradient
+        if large:
+            # 不录，以后也不再试；旁边那条流缓存的显存，这边用不上，留着就要占两份
+            self.capacity, loss, wanted = None, None, None
+            release(self.device)
         return tuple(x.shape) in self.recorded
 
     def _plain_twice(self, plain: Callable, x, y, share: float, again: Callable[[], None]) -> torch.Tensor:
@@ -208,7 +228,7 @@ class Graphs:
         if not self.attached or not self.has_update:
             plain(loss, norm)
             return
-        here, there, replay = self._update
+        here, there, replay, _ = self._update
         here.copy_(loss)
         there.copy_(norm)
         replay()
@@ -217,24 +237,32 @@ class Graphs:
         """Record plain() if that works."""
         # 损失是 NaN 的一步什么也不改，只弄脏梯度：录之前先跑一遍，录完也先试一遍，都不会多走一步
         inputs, ran = (torch.full_like(norm, math.nan), torch.full_like(norm, math.nan)), torch.zeros_like(norm)
-        kept = [gradient.clone() for _, gradient in self.gradients]
+        fixed, kept = [gradient for _, gradient in self.gradients], []
 
         def work() -> None:
             plain(*inputs)
             ran.fill_(1)
 
         with self._given_up_where_it_fails():
+            kept = [gradient.clone() for gradient in fixed]
             with aside(self.device):
                 plain(*inputs)
             replay, _ = record(work, self.device, self._pool)
             replay()
             if not ran.item():
                 raise RuntimeError("the recorded update does nothing")
-            self._update = (*inputs, replay)
+            # 图每次都写 ran：不留着它，写的就是别人的显存
+            self._update = (*inputs, replay, ran)
             self.console.line("training steps are recorded as CUDA graphs and launched as a whole")
-        torch._foreach_copy_([gradient for _, gradient in self.gradients], kept)
+        for gradient, before in zip(fixed, kept, strict=False):
+            gradient.copy_(before)
 
     # ---- 录不了 ----
+
+    def forget(self) -> None:
+        """Give all that is recorded back, and record nothing from now on."""
+        self.capacity, self._update, self._pool, self.gradients = None, None, None, []
+        self.recorded.clear()
 
     @contextmanager
     def _given_up_where_it_fails(self) -> Iterator[None]:
@@ -246,13 +274,13 @@ class Graphs:
         except RuntimeError as error:
             # 录不了只是慢一些，不该让训练失败；显存不足也在其内
             reason = first_line(error)
-            self.capacity, self._update = None, None
-            self.recorded.clear()
+            self.forget()
         else:
             return
         if before is not None:
             self._generator.graphsafe_set_state(before)
-        release(self.device)
+        with suppress(RuntimeError):
+            release(self.device)
         self.console.line(
             "training steps cannot be recorded as CUDA graphs ({reason}); going on without", reason=reason,
         )
@@ -296,7 +324,13 @@ class Recorded:
     graphs: Graphs
 
     def micro_batch(self, x: torch.Tensor, y: torch.Tensor, share: float) -> torch.Tensor:
-        return self.graphs.micro_batch(super().micro_batch, x, y, share)
+        try:
+            return self.graphs.micro_batch(super().micro_batch, x, y, share)
+        except Exception as error:
+            # 显存不足要减半重来：录下的占着一份激活，先让出来
+            if is_out_of_memory(error):
+                self.graphs.forget()
+            raise
 
     def update_if_finite(self, loss: torch.Tensor, norm: torch.Tensor, limit: float) -> None:
         with self.graphs.rates_on_device():

@@ -108,8 +108,70 @@ def test_a_card_that_cannot_record_is_one_line_and_no_bit_changes(recording, mon
     said = capsys.readouterr().out.splitlines()
     wanted, plain = steps_of(with_graphs(there, None))
     assert losses == wanted and all(torch.equal(a, b) for a, b in zip(tensors, plain, strict=True))
-    assert len(said) == 1 and "cannot be recorded" in said[0]
+    assert len(said) == 1 and "cannot be recorded" in said[0] and not here.graphs.gradients
     assert not capsys.readouterr().out
+
+
+def test_a_recording_that_is_cut_off_leaves_stream_and_allocator_as_they_were(monkeypatch):
+    told = []
+
+    @contextlib.contextmanager
+    def entered(name):
+        told.append(f"in {name}")
+        yield
+        # 与 torch.cuda.graph 一样没有 finally
+        told.append(f"out {name}")
+
+    @contextlib.contextmanager
+    def stream(_):
+        try:
+            yield
+        finally:
+            told.append("stream back")
+
+    for name in ("CUDAGraph", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: entered("device"))
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: entered("graph"))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda index, pool: told.append((index, pool)), raising=False)
+    with pytest.raises(RuntimeError, match="capturing"):
+        recorded.record(lambda: exec("raise RuntimeError('not permitted when stream is capturing')"), torch.device("cuda:1"), "pool")
+    recorded.side_stream.cache_clear()
+    assert told == ["in device", "in graph", (1, "pool"), "stream back"]
+
+
+def test_what_a_replay_writes_is_kept(recording, monkeypatch):
+    working, marks = recorded.record, []
+
+    def record(work, device, pool):
+        marks.extend(cell.cell_contents for name, cell in zip(work.__code__.co_freevars, work.__closure__) if name == "ran")
+        return working(work, device, pool)
+
+    monkeypatch.setattr(recorded, "record", record)
+    _, step = step_of()
+    steps_of(with_graphs(step, ROOM), count=1)
+    assert len(marks) == 1 and any(kept is marks[0] for kept in step.graphs._update)
+
+
+def test_a_step_that_runs_out_of_memory_gives_back_what_was_recorded(recording):
+    _, step = step_of()
+    steps_of(with_graphs(step, ROOM), count=1)
+    graphs, real = step.graphs, step.model.loss
+
+    def loss(x, y):
+        if len(x) == 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(x, y)
+
+    step.model.loss = loss
+    with pytest.raises(torch.OutOfMemoryError):
+        steps_of(step, rows=((8, 1.0),), count=1)
+    assert not graphs.recorded and not graphs.has_update and not graphs.gradients
+    step.drop_gradients()
+    launched = list(recording)
+    steps_of(step, count=1)
+    assert recording == launched
 
 
 def test_a_training_that_fills_the_card_is_not_recorded(recording, monkeypatch):
