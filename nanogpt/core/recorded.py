@@ -57,14 +57,17 @@ def record(work: Callable[[], object], device: torch.device, pool) -> tuple[Call
     Tensors that work() writes besides its result must be kept by the caller.
     """
     graph, side = torch.cuda.CUDAGraph(), side_stream(device)
-    # 录制失败时 torch.cuda.graph 不还原当前的流：外面再套一层
-    with torch.cuda.device(device), torch.cuda.stream(side):
-        try:
-            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-                result = work()
-        except Exception:
-            end_allocations(device, pool)
-            raise
+    with torch.cuda.device(device):
+        # 录制失败时 torch.cuda.graph 不还原当前的流：外面再套一层
+        with torch.cuda.stream(side):
+            try:
+                with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                    result = work()
+            except Exception:
+                end_allocations(device, pool)
+                raise
+        # 随机数的起点在旁边那条流上写好：回放要等它
+        torch.cuda.current_stream().wait_stream(side)
     return graph.replay, result
 
 
@@ -75,6 +78,8 @@ def end_allocations(device: torch.device, pool) -> None:
     end = getattr(torch._C, "_cuda_endAllocateToPool", None) or torch._C._cuda_endAllocateCurrentStreamToPool
     with suppress(RuntimeError):
         end(device.index, pool)
+        # 它也就没有把这块池记成自己的：不还，里面的激活就永远占着
+        torch._C._cuda_releasePool(device.index, pool)
 
 
 @dataclass
@@ -261,18 +266,22 @@ class Graphs:
 
     def forget(self) -> None:
         """Give all that is recorded back, and record nothing from now on."""
+        if self.device.type == "cuda":
+            # 回放在另一条流上：它还没做完，收回它的显存就是非法访问
+            with suppress(RuntimeError):
+                torch.cuda.synchronize(self.device)
         self.capacity, self._update, self._pool, self.gradients = None, None, None, []
         self.recorded.clear()
 
     @contextmanager
     def _given_up_where_it_fails(self) -> Iterator[None]:
-        """Inside, a RuntimeError ends all recording, said in one line."""
+        """Inside, an error ends all recording, said in one line."""
         # 断在录制中的图会让随机数发生器停在录制的状态：换回之前的那一份
         before = self._generator.clone_state() if self.device.type == "cuda" else None
         try:
             yield
-        except RuntimeError as error:
-            # 录不了只是慢一些，不该让训练失败；显存不足也在其内
+        except Exception as error:
+            # 直接跑刚刚成功过：录不了只是慢一些，不该让训练失败；显存不足也在其内
             reason = first_line(error)
             self.forget()
         else:

@@ -134,11 +134,12 @@ def test_a_recording_that_is_cut_off_leaves_stream_and_allocator_as_they_were(mo
     monkeypatch.setattr(torch.cuda, "device", lambda _: entered("device"))
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: entered("graph"))
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda index, pool: told.append((index, pool)), raising=False)
+    for name in ("endAllocateToPool", "releasePool"):
+        monkeypatch.setattr(torch._C, f"_cuda_{name}", lambda index, pool, name=name: told.append((name, index, pool)), raising=False)
     with pytest.raises(RuntimeError, match="capturing"):
         recorded.record(lambda: exec("raise RuntimeError('not permitted when stream is capturing')"), torch.device("cuda:1"), "pool")
     recorded.side_stream.cache_clear()
-    assert told == ["in device", "in graph", (1, "pool"), "stream back"]
+    assert told == ["in device", "in graph", ("endAllocateToPool", 1, "pool"), ("releasePool", 1, "pool"), "stream back"]
 
 
 def test_what_a_replay_writes_is_kept(recording, monkeypatch):
