@@ -35,7 +35,7 @@ FRESH, EACH_DOUBLING, MOST_DROPOUT = 2, 0.05, 0.3
 # 4/4/128 读 BPE 4096 的剧本，却是 0.1 最好（ablate.py dropout、dropout_*、large_texts）
 RICH = 2 / 3
 # 比 model=small 还大的 block，每大到 LARGER_BY 倍多丢一份：medium 读 8 遍一百万个英文字符，
-# 0.1 在途中 1.407 就掉头，到底是 1.453，0.2 到底 1.402；4 遍五百万字节的诗，0.2 好于 0.09（dropout_medium）
+# 0.1 在途中 1.407 就掉头，到底是 1.453，0.2 到底 1.402；4 遍五百万字节的诗，0.2 好于 0.09（large_texts）
 LARGE, LARGER_BY = 10.7e6, 8
 # 每读完一遍，验证损失会跳高百分之一二再回来；学习率降完时也拿得回这么多：高出 5% 才算升了
 # 连着这么多次都高，最好的又在预算的这么一份之前，才停
