@@ -218,10 +218,9 @@ STUDIES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
         for passes, dropout in ((8, 0.3), (8, 0.4), (4, 0.2), (4, 0.3))
     }),
     # 同样多得多的参数，英文的字符
-    "dropout_medium": ([*CHAR, "model=medium"], {
-        f"{passes} passes, {name}": ["characters=1000000", f"passes={passes}", *settings]
-        for passes in (8, 4) for name, settings in {f"dropout {d}": [f"dropout={d}"] for d in (0.1, 0.2, 0.3)}.items()
-    }),
+    "dropout_medium": (
+        [*CHAR, "model=medium"], dropped(1_000_000, *(f"{passes} 16 {dropout}" for passes in (8, 4) for dropout in (0.1, 0.2, 0.3))),
+    ),
     # 该丢多少，还看不看批量与词表：剧本的字符，剧本的 BPE，诗（poems.py，--text）的字；后两样一个 token 的内容是字符的两倍
     "dropout": ([*CHAR, "model=tiny"], dropped(250_000, "8 64 0.1", "8 64 0.15", "8 64 0.2", "8 16 0.1", "8 16 0.15")),
     "dropout_bpe": (SMALL_BPE, {

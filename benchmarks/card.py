@@ -38,7 +38,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from card_parts.verdict import table, verdict  # noqa: E402 - 先把仓库根目录放进路径
+from card_parts.verdict import STRICT, table, verdict  # noqa: E402 - 先把仓库根目录放进路径
 
 from nanogpt.base.files import write_text  # noqa: E402
 from nanogpt.sweep.process import kill_group, wait_for_end_of  # noqa: E402
@@ -47,7 +47,6 @@ from nanogpt.sweep.process import kill_group, wait_for_end_of  # noqa: E402
 PARTS = {
     "smoke": 85, "writing": 35, "recording": 40, "memory": 80, "speed": 105, "decoding": 45, "compiling": 40, "commands": 50,
 }
-STRICT = ("smoke", "writing", "recording", "compiling")
 # 到时间后，正在量的那个用例还可以再用几秒
 GRACE_S = 8.0
 # 一个部分的进程死几次之后放弃它

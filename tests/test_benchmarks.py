@@ -165,7 +165,7 @@ def test_the_verdict_of_a_card_fits_on_a_screen():
     plan = {"ok": False, "ran": False, "expected": {"verdict": "fits"}}
     cases = {
         "smoke": {"bits fp32": ok, "bits bf16": {"ok": False}, "rates": {**ok, "read_gb_per_s": 2.0}, "x": {"ok": False, "warnings": ["slow"]}},
-        "recording": {"bits": ok, "tiny, recorded": fast, "tiny, one by one": slow},
+        "recording": {"bits muon, dropout": ok, "tiny, recorded": fast, "tiny, one by one": slow},
         "writing": {"1 row": ok}, "compiling": {"gpt2 default": {**ok, "graphs": 2, "graphs_after_halving": 5}},
         "memory": {"gpt2_xl minimal 1, 8 GB": {**fast, "ran": True, "expected": {"verdict": "tight"}, "error_reserved": -0.1}, "y": plan},
         "speed": {"ours gpt2 16 compiled": fast, "nanogpt 16 compiled": slow, "ours modern muon 16 compiled": slow, "ours gpt2 16 eager": slow},

@@ -3,10 +3,11 @@
 import functools
 from collections.abc import Iterator
 
-import torch
 from card_parts.kit import Case, Lab
-from card_parts.smoke import bits, config, shape
+from card_parts.smoke import bits, config, difference, shape
 from card_parts.speed import TOY, timed
+
+from nanogpt.base.errors import release
 
 SAME = {
     "adamw fp32": ("optimizer=adamw", "precision=fp32"), "muon bf16": ("precision=bf16",),
@@ -26,7 +27,7 @@ def cases(lab: Lab) -> Iterator[Case]:
         if lab.bf16 or "precision=bf16" not in overrides:
             yield f"same, {name}", functools.partial(same, lab, shape(lab, *overrides))
     yield "a step that cannot be recorded", lambda: cut_off(lab)
-    yield "bits", lambda: bits(lab, shape(lab, "optimizer=muon", "compile=auto", "dropout=0.1"))
+    yield "bits muon, dropout", lambda: bits(lab, shape(lab, "optimizer=muon", "compile=auto", "dropout=0.1"))
     for preset in ("tiny", "small"):
         for way, asked in WAYS.items():
             if not (lab.pretend and asked == "compile=true"):
@@ -51,9 +52,9 @@ def same(lab: Lab, overrides: tuple[str, ...]) -> dict:
         losses += [float(trainer.step().loss) for _ in range(STEPS)]
         found.append((losses, dict(trainer.model.named_parameters()), graphs_of(trainer)))
     (losses, mine, (shapes, update)), (wanted, plain, _) = found
-    difference = max((mine[name].double() - plain[name].double()).abs().max().item() for name in plain)
-    ok = losses == wanted and not difference and (lab.pretend or shapes > 1)
-    return {"ok": ok, "difference": difference, "shapes": shapes, "update": update, "measured": losses, "expected": wanted}
+    apart = difference(plain, mine)
+    ok = losses == wanted and not apart and (lab.pretend or shapes > 1)
+    return {"ok": ok, "difference": apart, "shapes": shapes, "update": update, "measured": losses, "expected": wanted}
 
 
 def cut_off(lab: Lab) -> dict:
@@ -64,8 +65,7 @@ def cut_off(lab: Lab) -> dict:
         real = trainer.model.loss
         trainer.model.loss = lambda x, y, real=real: real(x, y) * (1.0 if y.max().item() >= 0 else 0.0)
         losses = [float(trainer.step().loss) for _ in range(STEPS)]
-        if lab.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(lab.device)
         found.append(([*losses, trainer.evaluate(), float(trainer.step().loss)], graphs_of(trainer)))
     (losses, recorded), (wanted, _) = found
     return {"ok": losses == wanted and recorded == (0, False), "measured": losses, "expected": wanted}

@@ -135,12 +135,13 @@ def bits(lab: Lab, overrides: tuple[str, ...]) -> dict:
     """Six steps, six again, and three with three more behind a resume: largest difference of any weight."""
     overrides = (*overrides, "max_iters=6", "lr_decay_iters=6", "eval_interval=3", "deterministic=true")
     first, again, resumed = weights(lab, overrides), weights(lab, overrides), weights(lab, overrides, interrupted=True)
-
-    def difference(other: dict) -> float:
-        return max((first[name].double() - other[name].double()).abs().max().item() for name in first)
-
-    found = {"again": difference(again), "resumed": difference(resumed)}
+    found = {"again": difference(first, again), "resumed": difference(first, resumed)}
     return {"ok": not any(found.values()), **found}
+
+
+def difference(first: dict, other: dict) -> float:
+    """Largest difference of any of the tensors that both have by name."""
+    return max((first[name].double() - other[name].double()).abs().max().item() for name in first)
 
 
 def weights(lab: Lab, overrides: tuple[str, ...], *, interrupted: bool = False) -> dict:

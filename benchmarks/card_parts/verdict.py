@@ -2,6 +2,8 @@
 
 import statistics
 
+# 这些部分里，警告也算失败
+STRICT = ("smoke", "writing", "recording", "compiling")
 # 名字 -> (显示, 目标在哪一侧, 目标)
 GOALS = {
     "failed": ("cases that failed", "<=", 0),
@@ -26,7 +28,7 @@ GOALS = {
 }
 
 
-def verdict(items: dict, strict: tuple[str, ...] = ("smoke", "writing", "recording", "compiling")) -> dict:
+def verdict(items: dict) -> dict:
     """The figures of GOALS that the cases yield; what was not measured is left out."""
     found = {part: item["cases"] for part, item in items.items()}
 
@@ -38,9 +40,9 @@ def verdict(items: dict, strict: tuple[str, ...] = ("smoke", "writing", "recordi
         return ours / theirs if ours and theirs else None
 
     every = [case for cases in found.values() for case in cases.values()]
-    heard = [len(case.get("warnings", ())) for part in strict for case in found.get(part, {}).values()]
+    heard = [len(case.get("warnings", ())) for part in STRICT for case in found.get(part, {}).values()]
     repeated = {**found.get("smoke", {}), **found.get("recording", {})}
-    bits = [case["ok"] for name, case in repeated.items() if name.startswith("bits")]
+    bits = [case["ok"] for name, case in repeated.items() if name.startswith("bits ")]
     memory = [case for case in found.get("memory", {}).values() if "ran" in case]
     errors = [abs(case[key]) for case in memory for key in ("error_allocated", "error_reserved") if key in case]
     compiled = [case for case in found.get("compiling", {}).values() if "graphs_after_halving" in case]

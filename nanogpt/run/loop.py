@@ -144,8 +144,8 @@ class Training(Trainer):
         tokens = self.micro_batch * self.block_size
         if not launch_bound(self.model.config.n_layer, flops_per_token(self.model), tokens, self.peak):
             return None
-        free, _ = device_memory(self.device)
-        return min(free + torch.cuda.memory_reserved(self.device), allocator_cap(cfg.hardware) or MANY)
+        room, cap = device_memory(self.device)[0] + torch.cuda.memory_reserved(self.device), allocator_cap(cfg.hardware)
+        return room if cap is None else min(cap, room)
 
     # ---- 一步前后 ----
 
