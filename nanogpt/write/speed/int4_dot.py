@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 from nanogpt.write.speed.compiled import INT32, INT64, crew_of, kernel, meet, share, threads
 from nanogpt.write.speed.int4 import GROUP, ROWS
 from nanogpt.write.speed.integer_dot import VNNI, activations, quantize_rows
-from nanogpt.write.speed.tiles import INT8, at, declared
+from nanogpt.write.speed.tiles import INT8, ask_ahead, at, declared
 
 FLOAT, BYTES = ir.FloatType(), GROUP * ROWS // 2
 WIDE, WIDE_FLOAT = ir.VectorType(INT32, ROWS), ir.VectorType(FLOAT, ROWS)
@@ -75,6 +75,10 @@ def dot_of(columns: int, vnni: int):
             splat(builder, builder.mul(load(sums, builder.add(g, builder.mul(groups, constant(c))), INT32, 4), minus_8))
             for c in range(columns)
         ]
+        # 一行激活时只是读：先要后面的，读得快一半；一条 64 字节，scale 一组才半条
+        for line in range(0, BYTES, 64):
+            ask_ahead(builder, w, builder.add(builder.mul(g, constant(BYTES)), constant(line)))
+        ask_ahead(builder, scale, builder.mul(g, constant(ROWS)))
         nibble, four = (ir.Constant(WIDE, [number] * ROWS) for number in (0x0F0F0F0F, 4))
         for j in range(4):
             packed = load(w, builder.add(builder.mul(g, constant(BYTES)), constant(4 * ROWS * j)), WIDE, 1)

@@ -109,15 +109,19 @@ def tile_of(
 
 
 def _prefetch(builder, w, i, rows: int, step: int) -> None:
-    """Ask for weights AHEAD bytes further on, in the order in which they lie in memory."""
+    """Ask for the weights of the rows AHEAD bytes further on, in the order in which they lie in memory."""
     # 几行权重交替着读，硬件认不出次序，只剩三分之一的带宽；按内存的次序先要，就又是全速
+    for r in range(rows):
+        ask_ahead(builder, w, builder.add(builder.mul(i, ir.Constant(INT64, rows)), ir.Constant(INT64, r * step)))
+
+
+def ask_ahead(builder, start, offset) -> None:
+    """Ask for the line of memory AHEAD bytes behind start[offset]."""
     # 要到 L2 为止：直接要进 L1 的，等着的位子只有二十来个，float32 的 8 行激活慢一半多
     hint = declared(builder, "llvm.prefetch.p0", ir.VoidType(), [INT8.as_pointer(), INT32, INT32, INT32])
-    for r in range(rows):
-        place = builder.add(builder.mul(i, ir.Constant(INT64, rows)), ir.Constant(INT64, r * step))
-        start = builder.bitcast(builder.gep(w, [place]), INT8.as_pointer())
-        address = builder.gep(start, [ir.Constant(INT64, AHEAD)])
-        builder.call(hint, [address, *(ir.Constant(INT32, n) for n in (0, 2, 1))])
+    place = builder.bitcast(builder.gep(start, [offset]), INT8.as_pointer())
+    address = builder.gep(place, [ir.Constant(INT64, AHEAD)])
+    builder.call(hint, [address, *(ir.Constant(INT32, n) for n in (0, 2, 1))])
 
 
 @intrinsic
