@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from nanogpt.core.kv_cache import KVCache
-from nanogpt.core.lanes import Lane, Order, Row, guided, order_of, passes
+from nanogpt.core.lanes import Lane, Order, Row, guided, order_of, passes, sampled
 from nanogpt.core.machine import on_device
 from nanogpt.core.sampling import Sampler, draw
 from nanogpt.core.scoring import Likely
@@ -41,6 +41,8 @@ class Decoder:
         self.capacity = capacity
         # 标签只读不写：训练时它们从来不是目标，logits 没有意义
         self.never = torch.tensor(list(never), dtype=torch.long, device=self.device) if never else None
+        # 编译好的一步带着它自己的采样（write/speed/drawing）；不认得的采样器它还回来
+        self._fast_draw = getattr(getattr(model, "fast_step", None), "draw", None)
         separator = model.config.separator
         self.separator = torch.tensor([] if separator is None else [separator], dtype=torch.long)
         self.cache = KVCache(model, capacity, max_length)
@@ -110,13 +112,10 @@ class Decoder:
         """Draw the next id of every row, (rows,) in the order of `rows`; -1 where the logits were not finite."""
         self._reread_full_rows()
         logits = guided(self.next_logits().float()[:, : self.vocab_size], self._order)
-        # 一次求和就能看出 NaN 与无穷：贪心与筛选都会把它们盖住；两遍之中有一遍坏了，合起来也是坏的
-        finite = logits.sum(-1).isfinite()
-        if self.never is not None:
-            logits = logits.index_fill(1, self.never, -torch.inf)
+        allowed = logits if self.never is None else logits.index_fill(1, self.never, -torch.inf)
         # 采样器可能就地改写 logits：要记就先算好
-        logprobs = None if self.top is None else logits.log_softmax(-1)
-        drawn = torch.where(finite, draw(self._shaped(logits), self._next_uniforms()), -1)
+        logprobs = None if self.top is None else allowed.log_softmax(-1)
+        drawn = self._drawn(logits, allowed)
         ids = drawn.clamp(min=0)
         self.likely = None if logprobs is None else Likely.of(logprobs, ids, self.top)
         self.newest[: len(self.lanes)] = ids if self._order is None else ids[self._order.owner]
@@ -202,18 +201,16 @@ class Decoder:
 
     # ---- 抽 ----
 
-    def _shaped(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits after each row's own sampler."""
-        samplers = {id(row.sampler): row.sampler for row in self.rows}
-        reads = any(s.reads_tokens for s in samplers.values())
-        tokens = self._tokens() if reads else self.newest[: len(self.rows), None]
-        if len(samplers) == 1:
-            return self.rows[0].sampler(logits, tokens)
-        shaped = torch.empty_like(logits)
-        for sampler in samplers.values():
-            mine = on_device([slot for slot, row in enumerate(self.rows) if row.sampler is sampler], self.device)
-            shaped[mine] = sampler(logits[mine], tokens[mine])
-        return shaped
+    def _drawn(self, logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+        """The next id of every row; -1 where its logits (rows, V) are not finite."""
+        uniforms = self._next_uniforms()
+        fast = self._fast_draw and self._fast_draw(logits, self.never, [row.sampler for row in self.rows], uniforms)
+        if fast is not None:
+            return fast
+        reads = any(row.sampler.reads_tokens for row in self.rows)
+        shaped = sampled(self.rows, allowed, self._tokens() if reads else self.newest[: len(self.rows), None])
+        # 一次求和就能看出 NaN 与无穷：贪心与筛选都会把它们盖住；两遍之中有一遍坏了，合起来也是坏的
+        return torch.where(logits.sum(-1).isfinite(), draw(shaped, uniforms), -1)
 
     def _next_uniforms(self) -> torch.Tensor:
         n = len(self.rows)

@@ -82,6 +82,18 @@ def guided(logits: torch.Tensor, order: Order | None) -> torch.Tensor:
     return shadow + order.guidance * (read - shadow)
 
 
+def sampled(rows: list[Row], logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits (rows, V) after each row's own sampler, which sees its text, tokens (rows, T)."""
+    samplers = {id(row.sampler): row.sampler for row in rows}
+    if len(samplers) == 1:
+        return rows[0].sampler(logits, tokens)
+    shaped = torch.empty_like(logits)
+    for sampler in samplers.values():
+        mine = on_device([slot for slot, row in enumerate(rows) if row.sampler is sampler], logits.device)
+        shaped[mine] = sampler(logits[mine], tokens[mine])
+    return shaped
+
+
 def passes(lanes: list[Lane]) -> list[tuple[int, list[torch.Tensor]]]:
     """How lanes with unread ids are read: neighbours together, (first lane, their ids), padded to READ_PER_STEP at
     most.

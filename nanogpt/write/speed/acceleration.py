@@ -17,6 +17,7 @@ from nanogpt.core.kernels import attention
 from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.model import GPT, Block
 from nanogpt.core.precision import check_half, default_format
+from nanogpt.core.sampling import sampler
 from nanogpt.core.wrapping import mix_in
 from nanogpt.run.cpu_units import LEAST_GAIN_OF_PRODUCTS, gain_of_products
 from nanogpt.write.speed.cuda_graph import GraphStep
@@ -193,7 +194,8 @@ def install_cpu_step(model) -> None:
             install(model, fast_cpu.FastStep(model))
             # 编译或载入机器码就在这里做完，第一个字不必等
             with torch.inference_mode():
-                model.fast_step(torch.zeros(1, dtype=torch.long), KVCache(model, 1, 1))
+                logits = model.fast_step(torch.zeros(1, dtype=torch.long), KVCache(model, 1, 1))
+            model.fast_step.draw(logits, None, [sampler()], torch.zeros(1))
             return
     pack(model)
 

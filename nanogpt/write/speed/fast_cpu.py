@@ -28,6 +28,7 @@ from nanogpt.core.model import GPT, MLP, Block, Norm
 from nanogpt.core.ngrams import NgramEmbedding
 from nanogpt.write.speed import compiled, float_dot, int4_dot, integer_dot
 from nanogpt.write.speed.compiled import Crew, kernel, meet, part_of_kernel, share
+from nanogpt.write.speed.drawing import draw, exp
 from nanogpt.write.speed.float_dot import LANES
 from nanogpt.write.speed.formats import Bf16Linear
 from nanogpt.write.speed.int4 import Int4Linear
@@ -50,28 +51,13 @@ ACTIVATIONS = {"none": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3, "swiglu": 4}
 
 
 @part_of_kernel
-def _exp(x):
-    """e^x in float32 to about 2 ulp for x <= 88; arithmetic only, so that LLVM turns loops over it into SIMD."""
-    x = max(x, np.float32(-87.0))
-    # math.floor 是 libm 的一次调用，np.floor 是一条指令
-    n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
-    # 分两段减去 n·ln2，余数才不丢位；多项式是 e^r 的泰勒展开，|r| <= ln2 / 2
-    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-    p = np.float32(1 / 5040)
-    for c in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
-        p = p * r + np.float32(c)
-    # 直接写指数位：乘以 2^n
-    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-
-
-@part_of_kernel
 def _erf(x):
     """erf in float32, absolute error below 5e-7 (Abramowitz & Stegun 7.1.26)."""
     t = np.float32(1.0) / (np.float32(1.0) + np.float32(0.3275911) * abs(x))
     p = np.float32(0.0)
     for c in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
         p = (p + np.float32(c)) * t
-    y = np.float32(1.0) - p * _exp(-x * x)
+    y = np.float32(1.0) - p * exp(-x * x)
     return y if x >= 0 else -y
 
 
@@ -91,7 +77,7 @@ def _activate(y, start, stop, kind):
             for n in range(len(row)):
                 # (1 + tanh u) / 2 = 1 / (1 + e^-2u)
                 u = np.float32(0.7978845608028654) * (row[n] + np.float32(0.044715) * row[n] * row[n] * row[n])
-                row[n] = row[n] / (np.float32(1.0) + _exp(min(np.float32(-2.0) * u, np.float32(87.0))))
+                row[n] = row[n] / (np.float32(1.0) + exp(min(np.float32(-2.0) * u, np.float32(87.0))))
 
 
 def _products(matrix, x, acts, y, start, stop, add):
@@ -148,7 +134,7 @@ def _gate(fused, y, start, stop):
     for b in range(start, stop):
         gates, ups, row = fused[b, :size], fused[b, size:], y[b]
         for i in range(size):
-            row[i] = ups[i] * gates[i] / (np.float32(1.0) + _exp(min(-gates[i], np.float32(87.0))))
+            row[i] = ups[i] * gates[i] / (np.float32(1.0) + exp(min(-gates[i], np.float32(87.0))))
 
 
 @kernel(reorder=True)
@@ -229,7 +215,7 @@ def _attend(qkv, keys, values, lengths, gains, cos, sin, settings, y, part, size
                     highest = max(highest, weights[t])
                 total = np.float32(0.0)
                 for t in range(last + 1):
-                    weights[t] = _exp(weights[t] - highest)
+                    weights[t] = exp(weights[t] - highest)
                     total += weights[t]
                 out[:] = np.float32(0.0)
                 for t in range(last + 1):
@@ -342,6 +328,10 @@ class FastStep:
         )
         cache.advance(idx)
         return self.model.softcapped(torch.from_numpy(logits))
+
+    def draw(self, logits: torch.Tensor, *how) -> torch.Tensor | None:
+        """drawing.draw() with this step's threads."""
+        return draw(self.crew, logits, *how)
 
     def _room(self, rows: int) -> tuple:
         """Room for what lies between the matrices: normed, qkv, attended, fused, inner, and each as int8."""

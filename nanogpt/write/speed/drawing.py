@@ -1,0 +1,209 @@
+"""Sampling on a CPU as one compiled function: temperature, top-k, top-p, min-p and the draw, row by row.
+
+The same ids as core/sampling.py draws, but for what rounding decides.
+"""
+
+# CPU 上的采样编译成一个函数：温度、top-k、top-p、min-p 与抽取，一行一行来
+# 在 PyTorch 里这是二十到五十个小运算，词表五万时每个都要走一遍：8 行的 top-p 占 4 位权重一步的三成
+# 这里一行只留两样：y 是减去最大值、除以温度之后的 logits（y <= 0），w 是 exp(y)；筛掉的 w = 0
+# top-k 与 top-p 是同一件事：从大到小留，直到合计够了——一个数的是个数，一个数的是 w。不必排序：
+# y <= 0 时，绝对值的位从小到大就是 y 从大到小，按位一段一段地找界线，走三遍就到最后一位
+# 看前文的（重复惩罚、no-repeat）与 typical 仍走普通的路：settings_of 说认不认得
+
+import functools
+
+import numpy as np
+import torch
+
+from nanogpt.core.sampling import MinP, Sampler, Temperature, TopK, TopP
+from nanogpt.write.speed.compiled import Crew, kernel, part_of_kernel, share
+
+# w 一段一段地求和，先定在哪一段
+PART = 256
+# y 的 31 位分三段看：每段右边还有几位，有几位宽
+HEAPS = ((21, 10), (10, 11), (0, 10))
+# 数比这少时，叫醒别的核比算还久
+ALONE = 2**15
+LEAST_TEMPERATURE = 1e-30
+# 独自算时没有谁要等
+NOBODY = np.empty(0, np.int64)
+
+
+@part_of_kernel
+def exp(x):
+    """e^x in float32 to about 2 ulp for x <= 88; arithmetic only, so that LLVM turns loops over it into SIMD."""
+    x = max(x, np.float32(-87.0))
+    # math.floor 是 libm 的一次调用，np.floor 是一条指令
+    n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
+    # 分两段减去 n·ln2，余数才不丢位；多项式是 e^r 的泰勒展开，|r| <= ln2 / 2
+    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    p = np.float32(1 / 5040)
+    for c in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
+        p = p * r + np.float32(c)
+    # 直接写指数位：乘以 2^n
+    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@kernel(reorder=True)
+def _sum(values):
+    total = np.float32(0.0)
+    for i in range(len(values)):
+        total += values[i]
+    return total
+
+
+@kernel
+def _most(values):
+    """The largest of values (V,) float32, none of them NaN."""
+    # 位照符号翻过来就是整数的大小次序：整数的最大值好向量化
+    bits, most = values.view(np.int32), np.int32(-(2**31))
+    for i in range(len(bits)):
+        most = max(most, np.int32(bits[i] ^ ((bits[i] >> 31) & 0x7FFFFFFF)))
+    return np.int32(most ^ ((most >> 31) & 0x7FFFFFFF)).view(np.float32)
+
+
+@kernel(reorder=True)
+def _weigh(y, most, temperature, w):
+    """y (V,) = (y - most) / temperature in place, and w (V,) = e^y."""
+    for i in range(len(y)):
+        y[i] = (y[i] - most) / temperature
+        # exp 到 -87 为止：再小的都算 0，不许抽的（-inf）也在里面
+        w[i] = exp(y[i]) if y[i] > np.float32(-87.0) else np.float32(0.0)
+
+
+@kernel
+def _keep(y, w, wanted, count):
+    """Zero w where y is not among the largest whose w (with `count` their number) reach `wanted`; at least one stays,
+    and of equals the lower id comes first.
+    """
+    heaps, bits, border, before = np.empty(2048, np.float64), y.view(np.int32), 0, 0.0
+    for shift, width in HEAPS:
+        size = 1 << width
+        heaps[:size] = 0.0
+        for i in range(len(y)):
+            # 去掉符号位：绝对值越小，y 越大
+            key = (bits[i] & 0x7FFFFFFF) >> shift
+            if key >> width == border and w[i] > 0:
+                heaps[key & (size - 1)] += 1.0 if count else np.float64(w[i])
+        total, place = before, 0
+        for heap in range(size):
+            if heaps[heap] > 0:
+                # 舍入之后合计仍不够时，界线在最后一堆
+                place, before = heap, total
+                total += heaps[heap]
+                if total >= wanted:
+                    break
+        border = border << width | place
+    for i in range(len(y)):
+        key = bits[i] & 0x7FFFFFFF
+        if key == border and w[i] > 0:
+            mass = 1.0 if count else np.float64(w[i])
+            # 至少一个
+            w[i] = w[i] if before < wanted or before == 0 else np.float32(0.0)
+            before += mass
+        elif key > border:
+            w[i] = np.float32(0.0)
+
+
+@kernel
+def _place(w, uniform):
+    """The id at which the sums of w (V,) pass this share of the whole; never one with w = 0."""
+    parts = (len(w) + PART - 1) // PART
+    sums = np.zeros(parts + 1, np.float64)
+    for part in range(parts):
+        sums[part + 1] = sums[part] + np.float64(_sum(w[part * PART : min(len(w), (part + 1) * PART)]))
+    target, part = uniform * sums[parts], 0
+    while part < parts - 1 and sums[part + 1] <= target:
+        part += 1
+    total, place = sums[part], -1
+    for i in range(part * PART, min(len(w), (part + 1) * PART)):
+        if w[i] > 0:
+            # 段的和与段里逐个的和差在舍入：落点总要在段里
+            place = i
+            total += np.float64(w[i])
+            if total > target:
+                break
+    return place
+
+
+@kernel
+def _draw(part, crew, size, logits, never, settings, uniforms, ids):
+    """ids (B,) drawn from logits (B, V); -1 where those are not finite.
+
+    settings (B, 4): temperature, top_k, top_p, min_p; never: ids that must not be drawn.
+    """
+    start, stop = share(len(ids), part, size)
+    V = logits.shape[1]
+    y, w = np.empty(V, np.float32), np.empty(V, np.float32)
+    for b in range(start, stop):
+        temperature, k, p, least = settings[b, 0], settings[b, 1], settings[b, 2], settings[b, 3]
+        # 有一个不是有限的数，和就不是
+        if not np.isfinite(_sum(logits[b])):
+            ids[b] = -1
+            continue
+        y[:] = logits[b]
+        for i in never:
+            y[i] = -np.inf
+        most = _most(y)
+        if temperature < LEAST_TEMPERATURE:
+            for i in range(V):
+                if y[i] == most:
+                    ids[b] = i
+                    break
+            continue
+        _weigh(y, most, np.float32(temperature), w)
+        if 0 < k < V:
+            _keep(y, w, k, True)
+        if p < 1:
+            _keep(y, w, p * np.float64(_sum(w)), False)
+        if least > 0:
+            floor = np.float32(np.log(least))
+            for i in range(V):
+                if y[i] < floor:
+                    w[i] = np.float32(0.0)
+        ids[b] = _place(w, uniforms[b])
+
+
+@functools.lru_cache(maxsize=256)
+def _known(stages: tuple) -> tuple[float, float, float, float] | None:
+    temperature, k, p, least, order = 1.0, 0.0, 1.0, 0.0, []
+    for stage in stages:
+        if type(stage) is Temperature:
+            temperature = stage.temperature
+        elif type(stage) is TopK:
+            k = float(stage.k)
+        elif type(stage) is TopP:
+            p = stage.p
+        elif type(stage) is MinP:
+            least = stage.min_p
+        else:
+            return None
+        order.append((Temperature, TopK, TopP, MinP).index(type(stage)))
+    # 只认 sampler() 排的次序
+    return (temperature, k, p, least) if order == sorted(set(order)) else None
+
+
+def settings_of(sampler) -> tuple[float, float, float, float] | None:
+    """Temperature, top_k, top_p, min_p of a sampler; None if it does anything else."""
+    return _known(sampler.stages) if type(sampler) is Sampler and not sampler.reads_tokens else None
+
+
+def draw(
+    crew: Crew, logits: torch.Tensor, never: torch.Tensor | None, samplers: list, uniforms: torch.Tensor,
+) -> torch.Tensor | None:
+    """Ids (B,) drawn from logits (B, V) on the CPU, each by its row's sampler, at uniforms (B,) in [0, 1); -1 where the
+    logits are not finite. None if a sampler is of another kind.
+
+    The ids of `never` are not drawn.
+    """
+    settings = [settings_of(sampler) for sampler in samplers]
+    if None in settings:
+        return None
+    ids = np.empty(len(settings), np.int64)
+    banned = np.empty(0, np.int64) if never is None else never.numpy()
+    arguments = logits.contiguous().numpy(), banned, np.array(settings), uniforms.contiguous().numpy(), ids
+    if len(ids) == 1 or logits.numel() < ALONE:
+        _draw(0, NOBODY, 1, *arguments)
+    else:
+        crew.run(_draw, *arguments)
+    return torch.from_numpy(ids)
