@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -156,9 +157,14 @@ def encoded(tokenizer: tokenizers.Tokenizer, pieces: Iterable[str]) -> Iterator[
     # tiktoken 编码时放开 GIL：线程就够，不必另开进程
     workers = min(os.cpu_count() or 1, MOST_THREADS)
     waiting: deque[Future] = deque()
-    with ThreadPoolExecutor(workers) as pool:
+    own = threading.local()
+
+    def begin() -> None:
+        own.tokenizer = tokenizer.for_a_thread()
+
+    with ThreadPoolExecutor(workers, initializer=begin) as pool:
         for piece in pieces:
-            waiting.append(pool.submit(tokenizer.encode, piece))
+            waiting.append(pool.submit(lambda piece: own.tokenizer.encode(piece), piece))
             if len(waiting) > workers:
                 yield waiting.popleft().result()
         while waiting:

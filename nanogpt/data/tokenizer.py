@@ -12,6 +12,7 @@ never produces them; decoded by a character or byte vocabulary they leave nothin
 
 import base64
 import codecs
+import copy
 import functools
 import itertools
 import json
@@ -276,14 +277,26 @@ class BPETokenizer(_OfBytes):
     def __init__(
         self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int], end_of_text: str = END_OF_TEXT
     ):
-        import tiktoken
-
         self.name, self.pattern, self.ranks, self.special = name, pattern, ranks, special
-        self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        self._encoding = self._new_encoding()
         self.vocab_size = self._encoding.n_vocab
         self._end_word = end_of_text
         self.end_of_text = special.get(end_of_text)
         self.labels: Labels = {}
+
+    def _new_encoding(self):
+        import tiktoken
+
+        return tiktoken.Encoding(
+            self.name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self.special
+        )
+
+    def for_a_thread(self) -> "BPETokenizer":
+        """The same tokenizer for one more thread that encodes much."""
+        # 正则的缓存归第一个用它的线程：别的线程每个词都要来抢，两个线程一起用要多花一倍多的时间
+        twin = copy.copy(self)
+        twin._encoding = self._new_encoding()
+        return twin
 
     def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
         """Ids of a text, shape (n,); special tokens in it are ordinary text, and there are no unknown characters."""
