@@ -33,15 +33,15 @@ from nanogpt.write.speed.acceleration import accelerate  # noqa: E402
 SAMPLERS = {
     "greedy": {"temperature": 0.0}, "temperature": {"temperature": 0.8}, "top_k": {"temperature": 0.8, "top_k": 200},
     "top_p": {"temperature": 0.8, "top_p": 0.95}, "min_p": {"temperature": 0.8, "min_p": 0.05},
-    "all": {"temperature": 0.8, "top_k": 200, "top_p": 0.95, "min_p": 0.05},
+    "all": {"repetition_penalty": 1.1, "temperature": 0.8, "top_k": 200, "top_p": 0.95, "min_p": 0.05},
 }
 VOCABULARIES, ROWS, STEPS = (65, 50257), (1, 8, 32), 20
 
 
-def plain(logits: torch.Tensor, one, uniforms: torch.Tensor) -> torch.Tensor:
+def plain(logits: torch.Tensor, one, tokens: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """What Decoder does where there is no compiled step."""
     finite = logits.sum(-1).isfinite()
-    return torch.where(finite, draw(one(logits, uniforms[:, None]), uniforms), -1)
+    return torch.where(finite, draw(one(logits, tokens), uniforms), -1)
 
 
 def seconds(work, times: int) -> float:
@@ -87,12 +87,12 @@ def main() -> None:
     for size in VOCABULARIES:
         for rows in ROWS:
             torch.manual_seed(0)
-            logits, uniforms = torch.randn(rows, size) * 3, torch.rand(rows)
+            logits, tokens, uniforms = torch.randn(rows, size) * 3, torch.randint(size, (rows, 256)), torch.rand(rows)
             for name, settings in SAMPLERS.items():
                 one = sampler(**settings)
                 ways = {
-                    "compiled": lambda logits=logits, one=one, u=uniforms: drawing.draw(crew, logits, None, [one] * len(u), u),
-                    "plain": lambda logits=logits, one=one, u=uniforms: plain(logits, one, u),
+                    "compiled": lambda logits=logits, one=one, t=tokens, u=uniforms: drawing.draw(crew, logits, None, [one] * len(u), t, u),
+                    "plain": lambda logits=logits, one=one, t=tokens, u=uniforms: plain(logits, one, t, u),
                 }
                 equal &= torch.equal(ways["compiled"](), ways["plain"]())
                 alone[f"{size} ids, {rows} rows, {name}"] = measured(ways, args.rounds, STEPS)

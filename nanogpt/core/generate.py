@@ -203,12 +203,13 @@ class Decoder:
 
     def _drawn(self, logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         """The next id of every row; -1 where its logits (rows, V) are not finite."""
-        uniforms = self._next_uniforms()
-        fast = self._fast_draw and self._fast_draw(logits, self.never, [row.sampler for row in self.rows], uniforms)
+        samplers, uniforms = [row.sampler for row in self.rows], self._next_uniforms()
+        reads = any(sampler.reads_tokens for sampler in samplers)
+        tokens = self._tokens() if reads else self.newest[: len(self.rows), None]
+        fast = self._fast_draw and self._fast_draw(logits, self.never, samplers, tokens, uniforms)
         if fast is not None:
             return fast
-        reads = any(row.sampler.reads_tokens for row in self.rows)
-        shaped = sampled(self.rows, allowed, self._tokens() if reads else self.newest[: len(self.rows), None])
+        shaped = sampled(self.rows, allowed, tokens)
         # 一次求和就能看出 NaN 与无穷：贪心与筛选都会把它们盖住；两遍之中有一遍坏了，合起来也是坏的
         return torch.where(logits.sum(-1).isfinite(), draw(shaped, uniforms), -1)
 

@@ -1,21 +1,21 @@
-"""Sampling on a CPU as one compiled function: temperature, top-k, top-p, min-p and the draw, row by row.
+"""Sampling on a CPU as one compiled function: repetition penalty, temperature, top-k, top-p, min-p and the draw.
 
 The same ids as core/sampling.py draws, but for what rounding decides.
 """
 
-# CPU 上的采样编译成一个函数：温度、top-k、top-p、min-p 与抽取，一行一行来
+# CPU 上的采样编译成一个函数：重复惩罚、温度、top-k、top-p、min-p 与抽取，一行一行来
 # 在 PyTorch 里这是二十到五十个小运算，词表五万时每个都要走一遍：8 行的 top-p 占 4 位权重一步的三成
 # 这里一行只留两样：y 是减去最大值、除以温度之后的 logits（y <= 0），w 是 exp(y)；筛掉的 w = 0
 # top-k 与 top-p 是同一件事：从大到小留，直到合计够了——一个数的是个数，一个数的是 w。不必排序：
 # y <= 0 时，绝对值的位从小到大就是 y 从大到小，按位一段一段地找界线，走三遍就到最后一位
-# 看前文的（重复惩罚、no-repeat）与 typical 仍走普通的路：settings_of 说认不认得
+# no-repeat、typical 与用户自己的仍走普通的路：settings_of 说认不认得
 
 import functools
 
 import numpy as np
 import torch
 
-from nanogpt.core.sampling import MinP, Sampler, Temperature, TopK, TopP
+from nanogpt.core.sampling import MinP, RepetitionPenalty, Sampler, Temperature, TopK, TopP
 from nanogpt.write.speed.compiled import Crew, kernel, part_of_kernel, share
 
 # w 一段一段地求和，先定在哪一段
@@ -69,6 +69,17 @@ def _weigh(y, most, temperature, w):
         y[i] = (y[i] - most) / temperature
         # exp 到 -87 为止：再小的都算 0，不许抽的（-inf）也在里面
         w[i] = exp(y[i]) if y[i] > np.float32(-87.0) else np.float32(0.0)
+
+
+@kernel
+def _penalise(y, seen, tokens, penalty):
+    """Divide positive and multiply negative y (V,) of the ids in tokens (T,) by the penalty; overwrites seen (V,)."""
+    seen[:] = np.float32(0.0)
+    for i in tokens:
+        # 出现几次都只罚一次
+        if i >= 0 and seen[i] == 0:
+            seen[i] = np.float32(1.0)
+            y[i] = y[i] / penalty if y[i] > 0 else y[i] * penalty
 
 
 @kernel
@@ -127,23 +138,28 @@ def _place(w, uniform):
 
 
 @kernel
-def _draw(part, crew, size, logits, never, settings, uniforms, ids):
+def _draw(part, crew, size, logits, never, tokens, settings, uniforms, ids):
     """ids (B,) drawn from logits (B, V); -1 where those are not finite.
 
-    settings (B, 4): temperature, top_k, top_p, min_p; never: ids that must not be drawn.
+    never: ids that must not be drawn; tokens (B, T): the texts so far, -1 where a row is shorter; settings (B, 5):
+    repetition_penalty, temperature, top_k, top_p, min_p.
     """
     start, stop = share(len(ids), part, size)
     V = logits.shape[1]
     y, w = np.empty(V, np.float32), np.empty(V, np.float32)
     for b in range(start, stop):
-        temperature, k, p, least = settings[b, 0], settings[b, 1], settings[b, 2], settings[b, 3]
+        temperature, k, p, least = settings[b, 1], settings[b, 2], settings[b, 3], settings[b, 4]
         # 有一个不是有限的数，和就不是
         if not np.isfinite(_sum(logits[b])):
             ids[b] = -1
             continue
-        y[:] = logits[b]
+        # y[:] = logits[b] 也行，编译却多要一秒半
+        for i in range(V):
+            y[i] = logits[b, i]
         for i in never:
             y[i] = -np.inf
+        if settings[b, 0] != 1:
+            _penalise(y, w, tokens[b], np.float32(settings[b, 0]))
         most = _most(y)
         if temperature < LEAST_TEMPERATURE:
             for i in range(V):
@@ -164,45 +180,44 @@ def _draw(part, crew, size, logits, never, settings, uniforms, ids):
         ids[b] = _place(w, uniforms[b])
 
 
+# sampler() 排的次序，各取哪个数，不用时是几
+STAGES = {
+    RepetitionPenalty: ("penalty", 1.0), Temperature: ("temperature", 1.0), TopK: ("k", 0.0), TopP: ("p", 1.0),
+    MinP: ("min_p", 0.0),
+}
+
+
 @functools.lru_cache(maxsize=256)
-def _known(stages: tuple) -> tuple[float, float, float, float] | None:
-    temperature, k, p, least, order = 1.0, 0.0, 1.0, 0.0, []
-    for stage in stages:
-        if type(stage) is Temperature:
-            temperature = stage.temperature
-        elif type(stage) is TopK:
-            k = float(stage.k)
-        elif type(stage) is TopP:
-            p = stage.p
-        elif type(stage) is MinP:
-            least = stage.min_p
-        else:
-            return None
-        order.append((Temperature, TopK, TopP, MinP).index(type(stage)))
-    # 只认 sampler() 排的次序
-    return (temperature, k, p, least) if order == sorted(set(order)) else None
+def _numbers(stages: tuple) -> tuple[float, ...] | None:
+    kinds = [type(stage) for stage in stages]
+    if [kind for kind in STAGES if kind in kinds] != kinds:
+        return None
+    found = dict(zip(kinds, stages, strict=True))
+    return tuple(float(getattr(found[kind], of)) if kind in found else off for kind, (of, off) in STAGES.items())
 
 
-def settings_of(sampler) -> tuple[float, float, float, float] | None:
-    """Temperature, top_k, top_p, min_p of a sampler; None if it does anything else."""
-    return _known(sampler.stages) if type(sampler) is Sampler and not sampler.reads_tokens else None
+def settings_of(sampler) -> tuple[float, ...] | None:
+    """repetition_penalty, temperature, top_k, top_p and min_p of a sampler; None if it does anything else."""
+    return _numbers(sampler.stages) if type(sampler) is Sampler else None
 
 
 def draw(
-    crew: Crew, logits: torch.Tensor, never: torch.Tensor | None, samplers: list, uniforms: torch.Tensor,
+    crew: Crew, logits: torch.Tensor, never: torch.Tensor | None, samplers: list, tokens: torch.Tensor,
+    uniforms: torch.Tensor,
 ) -> torch.Tensor | None:
-    """Ids (B,) drawn from logits (B, V) on the CPU, each by its row's sampler, at uniforms (B,) in [0, 1); -1 where the
-    logits are not finite. None if a sampler is of another kind.
+    """Ids (B,) drawn from logits (B, V) on the CPU at uniforms (B,) in [0, 1), each by its row's sampler; -1 where the
+    logits are not finite. None if a sampler does something unknown.
 
-    The ids of `never` are not drawn.
+    The ids of `never` are not drawn; tokens (B, T) are the texts so far, -1 where a row is shorter.
     """
     settings = [settings_of(sampler) for sampler in samplers]
     if None in settings:
         return None
     ids = np.empty(len(settings), np.int64)
     banned = np.empty(0, np.int64) if never is None else never.numpy()
-    arguments = logits.contiguous().numpy(), banned, np.array(settings), uniforms.contiguous().numpy(), ids
-    if len(ids) == 1 or logits.numel() < ALONE:
+    logits, tokens, uniforms = (one.contiguous().numpy() for one in (logits, tokens, uniforms))
+    arguments = logits, banned, tokens, np.array(settings), uniforms, ids
+    if len(ids) == 1 or logits.size < ALONE:
         _draw(0, NOBODY, 1, *arguments)
     else:
         crew.run(_draw, *arguments)
