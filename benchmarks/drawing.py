@@ -1,4 +1,4 @@
-"""Sampling on a CPU: the compiled draw (nanogpt/write/speed/drawing.py) beside the plain one (nanogpt/core/sampling.py).
+"""Sampling on a CPU: the compiled draw (nanogpt/write/speed/drawing.py) beside the plain one (nanogpt/core/lanes.py).
 
     python benchmarks/drawing.py [--rounds 5]
 
@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,8 +24,9 @@ import torch  # noqa: E402
 
 from nanogpt.base.files import write_text  # noqa: E402
 from nanogpt.core.generate import Decoder  # noqa: E402
+from nanogpt.core.lanes import draw_each  # noqa: E402
 from nanogpt.core.machine import keep_freed_memory  # noqa: E402
-from nanogpt.core.sampling import draw, sampler  # noqa: E402
+from nanogpt.core.sampling import sampler  # noqa: E402
 from nanogpt.run.metrics import processor_name  # noqa: E402
 from nanogpt.weights.build import build_model, preset  # noqa: E402
 from nanogpt.write.speed import compiled, drawing  # noqa: E402
@@ -36,12 +38,6 @@ SAMPLERS = {
     "all": {"repetition_penalty": 1.1, "temperature": 0.8, "top_k": 200, "top_p": 0.95, "min_p": 0.05},
 }
 VOCABULARIES, ROWS, STEPS = (65, 50257), (1, 8, 32), 20
-
-
-def plain(logits: torch.Tensor, one, tokens: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """What Decoder does where there is no compiled step."""
-    finite = logits.sum(-1).isfinite()
-    return torch.where(finite, draw(one(logits, tokens), uniforms), -1)
 
 
 def seconds(work, times: int) -> float:
@@ -71,7 +67,7 @@ def steps_of(model, rows: int, one) -> dict:
         for row in range(rows):
             decoder.add(row, [row], one, seed=row)
         if name == "plain":
-            decoder._fast_draw = None
+            decoder.draw = draw_each
         decoder.step()
         ways[name] = decoder.step
     return ways
@@ -91,8 +87,8 @@ def main() -> None:
             for name, settings in SAMPLERS.items():
                 one = sampler(**settings)
                 ways = {
-                    "compiled": lambda logits=logits, one=one, t=tokens, u=uniforms: drawing.draw(crew, logits, None, [one] * len(u), t, u),
-                    "plain": lambda logits=logits, one=one, t=tokens, u=uniforms: plain(logits, one, t, u),
+                    "compiled": partial(drawing.draw, crew, [one] * rows, logits, logits, tokens, uniforms),
+                    "plain": partial(draw_each, [one] * rows, logits, logits, tokens, uniforms),
                 }
                 equal &= torch.equal(ways["compiled"](), ways["plain"]())
                 alone[f"{size} ids, {rows} rows, {name}"] = measured(ways, args.rounds, STEPS)

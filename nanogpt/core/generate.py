@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from nanogpt.core.kv_cache import KVCache
-from nanogpt.core.lanes import Lane, Order, Row, guided, order_of, passes, sampled
+from nanogpt.core.lanes import Lane, Order, Row, draw_each, guided, order_of, passes
 from nanogpt.core.machine import on_device
-from nanogpt.core.sampling import Sampler, draw
+from nanogpt.core.sampling import Sampler
 from nanogpt.core.scoring import Likely
 
 # 每行一次取这么多个随机数，免得每个 token 都往 GPU 送一次
@@ -41,8 +41,8 @@ class Decoder:
         self.capacity = capacity
         # 标签只读不写：训练时它们从来不是目标，logits 没有意义
         self.never = torch.tensor(list(never), dtype=torch.long, device=self.device) if never else None
-        # 编译好的一步带着它自己的采样（write/speed/drawing）；不认得的采样器它还回来
-        self._fast_draw = getattr(getattr(model, "fast_step", None), "draw", None)
+        # 编译好的一步带着它自己的采样（write/speed/drawing）
+        self.draw = getattr(getattr(model, "fast_step", None), "draw", draw_each)
         separator = model.config.separator
         self.separator = torch.tensor([] if separator is None else [separator], dtype=torch.long)
         self.cache = KVCache(model, capacity, max_length)
@@ -115,7 +115,10 @@ class Decoder:
         allowed = logits if self.never is None else logits.index_fill(1, self.never, -torch.inf)
         # 采样器可能就地改写 logits：要记就先算好
         logprobs = None if self.top is None else allowed.log_softmax(-1)
-        drawn = self._drawn(logits, allowed)
+        samplers = [row.sampler for row in self.rows]
+        reads = any(sampler.reads_tokens for sampler in samplers)
+        tokens = self._tokens() if reads else self.newest[: len(self.rows), None]
+        drawn = self.draw(samplers, logits, allowed, tokens, self._next_uniforms())
         ids = drawn.clamp(min=0)
         self.likely = None if logprobs is None else Likely.of(logprobs, ids, self.top)
         self.newest[: len(self.lanes)] = ids if self._order is None else ids[self._order.owner]
@@ -200,18 +203,6 @@ class Decoder:
         return None if only_hidden else self.model.logits(hidden)
 
     # ---- 抽 ----
-
-    def _drawn(self, logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-        """The next id of every row; -1 where its logits (rows, V) are not finite."""
-        samplers, uniforms = [row.sampler for row in self.rows], self._next_uniforms()
-        reads = any(sampler.reads_tokens for sampler in samplers)
-        tokens = self._tokens() if reads else self.newest[: len(self.rows), None]
-        fast = self._fast_draw and self._fast_draw(logits, self.never, samplers, tokens, uniforms)
-        if fast is not None:
-            return fast
-        shaped = sampled(self.rows, allowed, tokens)
-        # 一次求和就能看出 NaN 与无穷：贪心与筛选都会把它们盖住；两遍之中有一遍坏了，合起来也是坏的
-        return torch.where(logits.sum(-1).isfinite(), draw(shaped, uniforms), -1)
 
     def _next_uniforms(self) -> torch.Tensor:
         n = len(self.rows)

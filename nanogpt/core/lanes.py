@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from nanogpt.core.machine import on_device
-from nanogpt.core.sampling import Sampler
+from nanogpt.core.sampling import Sampler, draw
 
 # 别的文字正在写时，两步之间至多读这么多个 id，一遍连补齐的也不超过它：约为 32 行走十步的乘法，写着的至多停这么久
 # 更长的开头一次读完：切开读要多一种注意力，省不下时间
@@ -82,16 +82,26 @@ def guided(logits: torch.Tensor, order: Order | None) -> torch.Tensor:
     return shadow + order.guidance * (read - shadow)
 
 
-def sampled(rows: list[Row], logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits (rows, V) after each row's own sampler, which sees its text, tokens (rows, T)."""
-    samplers = {id(row.sampler): row.sampler for row in rows}
-    if len(samplers) == 1:
-        return rows[0].sampler(logits, tokens)
-    shaped = torch.empty_like(logits)
-    for sampler in samplers.values():
-        mine = on_device([slot for slot, row in enumerate(rows) if row.sampler is sampler], logits.device)
-        shaped[mine] = sampler(logits[mine], tokens[mine])
-    return shaped
+def draw_each(
+    samplers: list[Sampler], logits: torch.Tensor, allowed: torch.Tensor, tokens: torch.Tensor, uniforms: torch.Tensor,
+) -> torch.Tensor:
+    """Ids (rows,), each drawn by its row's sampler at uniforms (rows,); -1 where the logits (rows, V) are not finite.
+
+    allowed are the logits, -inf where an id must not be drawn; tokens (rows, T) are the texts, -1 in front of a short
+    one.
+    """
+    # 一次求和就能看出 NaN 与无穷：贪心与筛选都会把它们盖住，就地改写的采样器又会添上 -inf，所以先看
+    # 两遍之中有一遍坏了，合起来也是坏的
+    finite = logits.sum(-1).isfinite()
+    alike = {id(sampler): sampler for sampler in samplers}
+    if len(alike) == 1:
+        shaped = samplers[0](allowed, tokens)
+    else:
+        shaped = torch.empty_like(allowed)
+        for one in alike.values():
+            mine = on_device([slot for slot, sampler in enumerate(samplers) if sampler is one], logits.device)
+            shaped[mine] = one(allowed[mine], tokens[mine])
+    return torch.where(finite, draw(shaped, uniforms), -1)
 
 
 def passes(lanes: list[Lane]) -> list[tuple[int, list[torch.Tensor]]]:

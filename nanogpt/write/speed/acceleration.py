@@ -195,7 +195,7 @@ def install_cpu_step(model) -> None:
             # 编译或载入机器码就在这里做完，第一个字不必等
             with torch.inference_mode():
                 logits = model.fast_step(torch.zeros(1, dtype=torch.long), KVCache(model, 1, 1))
-            model.fast_step.draw(logits, None, [sampler()], torch.zeros(1, 1, dtype=torch.long), torch.zeros(1))
+            model.fast_step.draw([sampler()], logits, logits, torch.zeros(1, 1, dtype=torch.long), torch.zeros(1))
             return
     pack(model)
 

@@ -1,6 +1,6 @@
 """Sampling on a CPU as one compiled function: repetition penalty, temperature, top-k, top-p, min-p and the draw.
 
-The same ids as core/sampling.py draws, but for what rounding decides.
+The same ids as core/lanes.draw_each() gives, but for what rounding decides.
 """
 
 # CPU 上的采样编译成一个函数：重复惩罚、温度、top-k、top-p、min-p 与抽取，一行一行来
@@ -15,6 +15,7 @@ import functools
 import numpy as np
 import torch
 
+from nanogpt.core.lanes import draw_each
 from nanogpt.core.sampling import MinP, RepetitionPenalty, Sampler, Temperature, TopK, TopP
 from nanogpt.write.speed.compiled import Crew, kernel, part_of_kernel, share
 
@@ -46,9 +47,10 @@ def exp(x):
 
 @kernel(reorder=True)
 def _sum(values):
-    total = np.float32(0.0)
+    # float64：float32 的和错在第八位，最高的随机数就总落在末尾那些几乎不可能的 id 上
+    total = 0.0
     for i in range(len(values)):
-        total += values[i]
+        total += np.float64(values[i])
     return total
 
 
@@ -122,28 +124,27 @@ def _place(w, uniform):
     parts = (len(w) + PART - 1) // PART
     sums = np.zeros(parts + 1, np.float64)
     for part in range(parts):
-        sums[part + 1] = sums[part] + np.float64(_sum(w[part * PART : min(len(w), (part + 1) * PART)]))
+        sums[part + 1] = sums[part] + _sum(w[part * PART : min(len(w), (part + 1) * PART)])
     target, part = uniform * sums[parts], 0
     while part < parts - 1 and sums[part + 1] <= target:
         part += 1
-    total, place = sums[part], -1
-    for i in range(part * PART, min(len(w), (part + 1) * PART)):
+    first, last, inside = part * PART, min(len(w), (part + 1) * PART), 0.0
+    for i in range(first, last):
+        inside += np.float64(w[i])
+    # 段的和与段里逐个的和差在舍入：落点总要在段里，也不能因此总落在最后一个
+    rest, total, place = min(target - sums[part], inside * (1 - 2.0**-52)), 0.0, -1
+    for i in range(first, last):
         if w[i] > 0:
-            # 段的和与段里逐个的和差在舍入：落点总要在段里
             place = i
             total += np.float64(w[i])
-            if total > target:
+            if total > rest:
                 break
     return place
 
 
 @kernel
-def _draw(part, crew, size, logits, never, tokens, settings, uniforms, ids):
-    """ids (B,) drawn from logits (B, V); -1 where those are not finite.
-
-    never: ids that must not be drawn; tokens (B, T): the texts so far, -1 where a row is shorter; settings (B, 5):
-    repetition_penalty, temperature, top_k, top_p, min_p.
-    """
+def _draw(part, crew, size, logits, allowed, tokens, settings, uniforms, ids):
+    """lanes.draw_each(); settings (B, 5): repetition_penalty, temperature, top_k, top_p, min_p."""
     start, stop = share(len(ids), part, size)
     V = logits.shape[1]
     y, w = np.empty(V, np.float32), np.empty(V, np.float32)
@@ -153,11 +154,9 @@ def _draw(part, crew, size, logits, never, tokens, settings, uniforms, ids):
         if not np.isfinite(_sum(logits[b])):
             ids[b] = -1
             continue
-        # y[:] = logits[b] 也行，编译却多要一秒半
+        # y[:] = allowed[b] 也行，编译却多要一秒半
         for i in range(V):
-            y[i] = logits[b, i]
-        for i in never:
-            y[i] = -np.inf
+            y[i] = allowed[b, i]
         if settings[b, 0] != 1:
             _penalise(y, w, tokens[b], np.float32(settings[b, 0]))
         most = _most(y)
@@ -171,7 +170,7 @@ def _draw(part, crew, size, logits, never, tokens, settings, uniforms, ids):
         if 0 < k < V:
             _keep(y, w, k, True)
         if p < 1:
-            _keep(y, w, p * np.float64(_sum(w)), False)
+            _keep(y, w, p * _sum(w), False)
         if least > 0:
             floor = np.float32(np.log(least))
             for i in range(V):
@@ -193,30 +192,40 @@ def _numbers(stages: tuple) -> tuple[float, ...] | None:
     if [kind for kind in STAGES if kind in kinds] != kinds:
         return None
     found = dict(zip(kinds, stages, strict=True))
-    return tuple(float(getattr(found[kind], of)) if kind in found else off for kind, (of, off) in STAGES.items())
+    # top_k 没有上限，浮点数却有
+    return tuple(
+        float(min(getattr(found[kind], of), 2**62)) if kind in found else off for kind, (of, off) in STAGES.items()
+    )
 
 
 def settings_of(sampler) -> tuple[float, ...] | None:
     """repetition_penalty, temperature, top_k, top_p and min_p of a sampler; None if it does anything else."""
-    return _numbers(sampler.stages) if type(sampler) is Sampler else None
+    # 用户自己的一步不一定能作字典的键：先看种类
+    known = type(sampler) is Sampler and all(type(stage) in STAGES for stage in sampler.stages)
+    return _numbers(tuple(sampler.stages)) if known else None
 
 
 def draw(
-    crew: Crew, logits: torch.Tensor, never: torch.Tensor | None, samplers: list, tokens: torch.Tensor,
+    crew: Crew, samplers: list, logits: torch.Tensor, allowed: torch.Tensor, tokens: torch.Tensor,
     uniforms: torch.Tensor,
-) -> torch.Tensor | None:
-    """Ids (B,) drawn from logits (B, V) on the CPU at uniforms (B,) in [0, 1), each by its row's sampler; -1 where the
-    logits are not finite. None if a sampler does something unknown.
-
-    The ids of `never` are not drawn; tokens (B, T) are the texts so far, -1 where a row is shorter.
-    """
-    settings = [settings_of(sampler) for sampler in samplers]
-    if None in settings:
-        return None
-    ids = np.empty(len(settings), np.int64)
-    banned = np.empty(0, np.int64) if never is None else never.numpy()
-    logits, tokens, uniforms = (one.contiguous().numpy() for one in (logits, tokens, uniforms))
-    arguments = logits, banned, tokens, np.array(settings), uniforms, ids
+) -> torch.Tensor:
+    """What lanes.draw_each() draws, on the CPU; rows whose sampler is not known here are left to it."""
+    alike = {id(sampler): sampler for sampler in samplers}
+    settings = {which: settings_of(sampler) for which, sampler in alike.items()}
+    left = [row for row, sampler in enumerate(samplers) if settings[id(sampler)] is None]
+    if len(left) == len(samplers):
+        return draw_each(samplers, logits, allowed, tokens, uniforms)
+    if left:
+        # 一行怎么抽，与旁边是谁无关：别的行仍在这里抽
+        here = [row for row, sampler in enumerate(samplers) if settings[id(sampler)] is not None]
+        ids = torch.empty(len(samplers), dtype=torch.long)
+        for rows, way in ((here, functools.partial(draw, crew)), (left, draw_each)):
+            given = (one[rows] for one in (logits, allowed, tokens, uniforms))
+            ids[rows] = way([samplers[row] for row in rows], *given)
+        return ids
+    ids, numbers = np.empty(len(samplers), np.int64), np.array([settings[id(sampler)] for sampler in samplers])
+    logits, allowed, tokens, uniforms = (one.contiguous().numpy() for one in (logits, allowed, tokens, uniforms))
+    arguments = logits, allowed, tokens, numbers, uniforms, ids
     if len(ids) == 1 or logits.size < ALONE:
         _draw(0, NOBODY, 1, *arguments)
     else:

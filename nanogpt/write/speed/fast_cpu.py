@@ -329,9 +329,9 @@ class FastStep:
         cache.advance(idx)
         return self.model.softcapped(torch.from_numpy(logits))
 
-    def draw(self, logits: torch.Tensor, *how) -> torch.Tensor | None:
+    def draw(self, *what) -> torch.Tensor:
         """drawing.draw() with this step's threads."""
-        return draw(self.crew, logits, *how)
+        return draw(self.crew, *what)
 
     def _room(self, rows: int) -> tuple:
         """Room for what lies between the matrices: normed, qkv, attended, fused, inner, and each as int8."""
