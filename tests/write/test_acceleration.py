@@ -72,6 +72,34 @@ def test_the_compiled_step_gives_the_same_logits(recipe):
     torch.testing.assert_close(logits_of(model, idx)[0], expected)
 
 
+@pytest.mark.parametrize("recipe", [*RECIPES, "five tables"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
+def test_the_compiled_look_up_gives_what_the_first_block_reads(recipe, precision):
+    embedding = pytest.importorskip("nanogpt.write.speed.embedding")
+    settings = RECIPES.get(recipe, {"ngrams": [2, 3, 4, 5, 8], "ngram_buckets": 1013})
+    model = accelerate(wild_model(**settings, n_embd=32), precision, fast=False)
+    assert embedding.Embedding.fits(model)
+    size = model.config.vocab_size
+    idx = torch.randint(size, (2, 6), generator=torch.Generator().manual_seed(0))
+    caches = [KVCache(model, 2) for _ in range(2)]
+    for cache in caches:
+        # 一行已经读过三个字，另一行从头开始
+        cache.tokens[0, :3], cache.lengths = torch.tensor([size - 1, 0, 5]), [3, 0]
+    wanted = []
+    for t in range(6):
+        wanted.append(model.embed(idx[:, t : t + 1], caches[0]))
+        caches[0].advance(idx[:, t : t + 1])
+    look_up = embedding.Embedding(model)
+    got = look_up(idx, caches[1])
+    torch.testing.assert_close(torch.from_numpy(got).view(2, 6, -1), torch.cat(wanted, dim=1), atol=1e-6, rtol=1e-6)
+    assert torch.equal(caches[0].tokens, caches[1].tokens)
+    # 猜着读的几个与一个一个读的，每一位都一样
+    assert (look_up(idx[:, :1], caches[1]) == got.reshape(2, 6, -1)[:, 0]).all()
+    for wrong in (-1, size):
+        with pytest.raises(IndexError, match=str(wrong)):
+            look_up(torch.tensor([[1], [wrong]]), caches[1])
+
+
 def test_more_rows_than_the_compiled_step_takes_go_the_plain_way():
     fast_cpu = pytest.importorskip("nanogpt.write.speed.fast_cpu")
     model, rows = wild_model(), prompts(*range(1, 8))

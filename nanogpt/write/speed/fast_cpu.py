@@ -29,6 +29,7 @@ from nanogpt.core.ngrams import NgramEmbedding
 from nanogpt.write.speed import compiled, float_dot, int4_dot, integer_dot
 from nanogpt.write.speed.compiled import Crew, kernel, meet, part_of_kernel, share
 from nanogpt.write.speed.drawing import draw, exp
+from nanogpt.write.speed.embedding import Embedding
 from nanogpt.write.speed.float_dot import LANES
 from nanogpt.write.speed.formats import Bf16Linear
 from nanogpt.write.speed.int4 import Int4Linear
@@ -276,7 +277,7 @@ def fits(model) -> bool:
     if any(getattr(type(model), name) is not getattr(GPT, name) for name in ("embed", "hidden", "logits")):
         return False
     blocks = all(type(b) is Block and type(b.attn) is CausalSelfAttention and type(b.mlp) is MLP for b in model.h)
-    if not blocks or any(type(n) is not NgramEmbedding for n in model.ngrams):
+    if not blocks or any(type(n) is not NgramEmbedding for n in model.ngrams) or not Embedding.fits(model):
         return False
     return all(type(m) in FORMATS for m in (model.lm_head, *(m for b in model.h for m in _linears_of(b))))
 
@@ -299,7 +300,7 @@ class FastStep:
         c, blocks = model.config, list(model.h)
         self.kind = FORMATS[type(blocks[0].mlp.c_fc)]
         self.max_rows, self.row_cost = MAX_ROWS[self.kind], ROW_COST[self.kind]
-        self.model, self.crew = model, Crew(compiled.threads())
+        self.model, self.crew, self.embedding = model, Crew(compiled.threads()), Embedding(model)
         attn, proj, fc, out = (_matrices(linears) for linears in zip(*map(_linears_of, blocks), strict=True))
         gains = tuple(_stacked([getattr(b.attn, g) for b in blocks], c.head_size, 1.0) for g in ("q_gain", "k_gain"))
         norm_1, norm_2 = (_norms([getattr(b, name) for b in blocks], c.n_embd) for name in ("ln_1", "ln_2"))
@@ -320,13 +321,13 @@ class FastStep:
 
     def read(self, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Logits (B * T, V) behind every one of idx (B, T), bit-exactly those of T calls; writes the cache."""
-        x = self.model.embed(idx, cache).flatten(0, 1).contiguous().numpy()
+        x = self.embedding(idx, cache)
         logits = np.empty((idx.numel(), self.model.config.vocab_size), np.float32)
         self.crew.run(
             _step, x, self.layers, self.norm_f, self.head, self.settings, cache.k.numpy(), cache.v.numpy(),
             np.array(cache.lengths), self.cos, self.sin, self._room(len(x)), logits,
         )
-        cache.advance(idx)
+        cache.lengths = [length + idx.size(1) for length in cache.lengths]
         return self.model.softcapped(torch.from_numpy(logits))
 
     def draw(self, *what) -> torch.Tensor:
