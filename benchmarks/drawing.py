@@ -1,10 +1,11 @@
-"""Sampling on a CPU: the compiled draw (nanogpt/write/speed/drawing.py) beside the plain one (nanogpt/core/lanes.py).
+"""Both ends of a compiled step on a CPU beside PyTorch's operations: looking up what the first block reads
+(nanogpt/write/speed/embedding.py), and choosing the next id (drawing.py there).
 
     python benchmarks/drawing.py [--rounds 5]
 
 Random logits of two vocabularies, 1, 8 and 32 rows, the shipped samplers and one that does everything. Both take turns in
-every round; a ratio is that of the medians. Also a whole step of GPT-2 124M's shape (random weights), with either. Writes
-benchmarks/results/drawing.json.
+every round; a ratio is that of the medians. Also a whole step of GPT-2 124M's shape (random weights) with either, and one
+of the default models of 65 characters, whose n-gram tables are looked up either way. Writes benchmarks/results/drawing.json.
 """
 
 import argparse
@@ -73,13 +74,36 @@ def steps_of(model, rows: int, one) -> dict:
     return ways
 
 
+def looked_up_plainly(model, idx: torch.Tensor, cache):
+    """What FastStep.embedding gives, by the model itself."""
+    x, lengths = model.embed(idx, cache), cache.lengths
+    cache.advance(idx)
+    cache.lengths = lengths
+    return x.flatten(0, 1).contiguous().numpy()
+
+
+def look_ups_of(preset_name: str, precision: str, rows: int) -> dict:
+    """A whole step of a default model, its tables looked up either way."""
+    ways = {}
+    for name in ("compiled", "plain"):
+        model = accelerate(build_model(preset(preset_name, vocab_size=VOCABULARIES[0]), 0).eval(), precision)
+        if name == "plain":
+            model.fast_step.embedding = partial(looked_up_plainly, model)
+        decoder = Decoder(model, capacity=rows)
+        for row in range(rows):
+            decoder.add(row, [row], sampler(temperature=0.8), seed=row)
+        decoder.step()
+        ways[name] = decoder.step
+    return ways
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "drawing.json")
     args = parser.parse_args()
     keep_freed_memory()
-    crew, alone, equal, whole = compiled.crew_of(compiled.threads()), {}, True, {}
+    crew, alone, equal, whole, looked_up = compiled.crew_of(compiled.threads()), {}, True, {}, {}
     for size in VOCABULARIES:
         for rows in ROWS:
             torch.manual_seed(0)
@@ -99,12 +123,17 @@ def main() -> None:
                 ways = steps_of(model, rows, sampler(**SAMPLERS[name]))
                 whole[f"{precision}, {rows} rows, {name}"] = measured(ways, args.rounds, STEPS // 2)
                 print(precision, rows, name, whole[f"{precision}, {rows} rows, {name}"], flush=True)
+    for name in ("tiny", "small"):
+        for precision in ("fp32", "int8"):
+            for rows in ROWS:
+                looked_up[f"{name}, {precision}, {rows} rows"] = measured(look_ups_of(name, precision, rows), args.rounds, STEPS // 2)
     record = {
         "command": "python benchmarks/drawing.py", "device": processor_name(torch.device("cpu")), "cores": os.cpu_count(), "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(), "rounds": args.rounds, "equal_ids": equal, "drawing": alone, "step_of_gpt2_124m": whole,
+        "step_with_tables": looked_up,
     }
     write_text(args.out, json.dumps(record, indent=1) + "\n")
-    for name, found in alone.items():
+    for name, found in (alone | looked_up).items():
         print(f"{name:32s}", found)
 
 
