@@ -10,12 +10,14 @@ from numba.extending import overload
 
 from nanogpt.core.kernels import RMS_EPS
 from nanogpt.core.kv_cache import KVCache
+from nanogpt.core.model import Dropout
 from nanogpt.write.speed.compiled import kernel
 from nanogpt.write.speed.formats import Bf16Embedding
 from nanogpt.write.speed.int4 import GROUP, ROWS, Int4Embedding
 from nanogpt.write.speed.int8 import Int8Embedding
 
 TABLES = (torch.nn.Embedding, Bf16Embedding, Int8Embedding, Int4Embedding)
+DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
 # 表的张数是类型的一部分：补到这么多，不为每种张数各编译一遍
 AT_LEAST = 4
 
@@ -127,9 +129,20 @@ class Embedding:
 
     @staticmethod
     def fits(model) -> bool:
-        """Whether the model looks up its rows as is done here."""
+        """Whether the model looks up its rows as is done here, with nothing of a user's own in between."""
         # 聊天的模型（marked）训练时用负的 id 标出开头，写的时候没有
-        return all(type(table) in TABLES for table in (model.wte, *(ngram.table for ngram in model.ngrams)))
+        tables = [ngram.table for ngram in model.ngrams]
+        parts = [model.wte, model.drop, *model.ngrams, *tables, *([] if model.wpe is None else [model.wpe])]
+        if type(model.drop) is not Dropout or not all(map(_as_made, parts)):
+            return False
+        if any(type(table) not in TABLES or getattr(table, "max_norm", None) for table in (model.wte, *tables)):
+            return False
+        weights = [table.weight for table in tables]
+        # 几张表要是同一种，才编译得成一段代码
+        alike = len({weight.dtype for weight in weights}) <= 1 and all(weight.is_contiguous() for weight in weights)
+        return alike and all(weight.dtype in DTYPES for weight in (model.wte.weight, *weights)) and (
+            model.wpe is None or model.wpe.weight.dtype == torch.float32
+        )
 
     def __call__(self, idx: torch.Tensor, cache: KVCache) -> np.ndarray:
         B, T = idx.shape
@@ -143,6 +156,11 @@ class Embedding:
         if not known:
             raise IndexError(f"ids {idx.min()} … {idx.max()}: the model has 0 … {self.vocab_size - 1}")
         return x
+
+
+def _as_made(part: torch.nn.Module) -> bool:
+    """Whether nobody hooked into a module or gave it a forward of its own."""
+    return not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
 
 
 def _nothing_like(table: tuple[np.ndarray, np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
