@@ -84,7 +84,7 @@ def _embed(idx, V, tokens, lengths, wte, wpe, tables, orders, hashes, eps, x):
         for t in range(T):
             last, token, row = lengths[b] + t, idx[b, t], x[b * T + t]
             if token < 0 or token >= V:
-                # 编译好的代码不查下标
+                # 编译好的代码不查下标；用负的 id 标出文章开头（marked）只在训练时有
                 return False
             tokens[b, last] = token
             for c in range(C):
@@ -129,13 +129,10 @@ class Embedding:
 
     @staticmethod
     def fits(model) -> bool:
-        """Whether the model looks up its rows as is done here, with nothing of a user's own in between."""
-        # 聊天的模型（marked）训练时用负的 id 标出开头，写的时候没有
+        """Whether the model looks up its rows as is done here."""
         tables = [ngram.table for ngram in model.ngrams]
-        parts = [model.wte, model.drop, *model.ngrams, *tables, *([] if model.wpe is None else [model.wpe])]
-        if type(model.drop) is not Dropout or not all(map(_as_made, parts)):
-            return False
-        if any(type(table) not in TABLES or getattr(table, "max_norm", None) for table in (model.wte, *tables)):
+        known = all(type(one) in TABLES and not getattr(one, "max_norm", None) for one in (model.wte, *tables))
+        if not known or type(model.drop) is not Dropout:
             return False
         weights = [table.weight for table in tables]
         # 几张表要是同一种，才编译得成一段代码
@@ -156,11 +153,6 @@ class Embedding:
         if not known:
             raise IndexError(f"ids {idx.min()} … {idx.max()}: the model has 0 … {self.vocab_size - 1}")
         return x
-
-
-def _as_made(part: torch.nn.Module) -> bool:
-    """Whether nobody hooked into a module or gave it a forward of its own."""
-    return not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
 
 
 def _nothing_like(table: tuple[np.ndarray, np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:

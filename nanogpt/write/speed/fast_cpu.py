@@ -276,6 +276,9 @@ def fits(model) -> bool:
         return False
     if any(getattr(type(model), name) is not getattr(GPT, name) for name in ("embed", "hidden", "logits")):
         return False
+    # 挂在哪一层上的 hook、换掉的 forward，这里都不会调用
+    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules()):
+        return False
     blocks = all(type(b) is Block and type(b.attn) is CausalSelfAttention and type(b.mlp) is MLP for b in model.h)
     if not blocks or any(type(n) is not NgramEmbedding for n in model.ngrams) or not Embedding.fits(model):
         return False
