@@ -3,6 +3,7 @@
 import contextlib
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -132,6 +133,16 @@ def test_more_rows_than_the_compiled_step_takes_go_the_plain_way():
         # 写着写着行数减少，也可能从普通路换到快路
         model.fast_step.max_rows = most
         assert torch.equal(decode(model, rows, 20), plain)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_several_threads_write_with_one_model_at_once(precision):
+    model = accelerate(wild_model(n_embd=32), precision)
+    rows = [prompts(9, 4), prompts(2, 7, 5)]
+    alone = [decode(model, row, 30) for row in rows]
+    with ThreadPoolExecutor(2) as pool:
+        together = [list(pool.map(lambda row: decode(model, row, 30), rows)) for _ in range(5)]
+    assert all(torch.equal(a, b) for texts in together for a, b in zip(texts, alone, strict=True))
 
 
 def test_a_model_of_ones_own_is_not_compiled():
