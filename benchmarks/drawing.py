@@ -60,18 +60,19 @@ def measured(ways: dict, rounds: int, times: int) -> dict:
     return found | {"times_as_fast": round(found["plain_ms"] / found["compiled_ms"], 2)}
 
 
+def decoding(model, rows: int, one, draw=None):
+    """A step of a Decoder whose texts have begun, drawn as the model does or by `draw`."""
+    decoder = Decoder(model, capacity=rows)
+    decoder.draw = draw or decoder.draw
+    for row in range(rows):
+        decoder.add(row, [row], one, seed=row)
+    decoder.step()
+    return decoder.step
+
+
 def steps_of(model, rows: int, one) -> dict:
     """A whole step of the model, drawn either way."""
-    ways = {}
-    for name in ("compiled", "plain"):
-        decoder = Decoder(model, capacity=rows, max_length=1024)
-        for row in range(rows):
-            decoder.add(row, [row], one, seed=row)
-        if name == "plain":
-            decoder.draw = draw_each
-        decoder.step()
-        ways[name] = decoder.step
-    return ways
+    return {"compiled": decoding(model, rows, one), "plain": decoding(model, rows, one, draw_each)}
 
 
 def looked_up_plainly(model, idx: torch.Tensor, cache):
@@ -89,11 +90,7 @@ def look_ups_of(preset_name: str, precision: str, rows: int) -> dict:
         model = accelerate(build_model(preset(preset_name, vocab_size=VOCABULARIES[0]), 0).eval(), precision)
         if name == "plain":
             model.fast_step.embedding = partial(looked_up_plainly, model)
-        decoder = Decoder(model, capacity=rows)
-        for row in range(rows):
-            decoder.add(row, [row], sampler(temperature=0.8), seed=row)
-        decoder.step()
-        ways[name] = decoder.step
+        ways[name] = decoding(model, rows, sampler(**SAMPLERS["temperature"]))
     return ways
 
 

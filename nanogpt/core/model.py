@@ -167,14 +167,17 @@ class GPT(nn.Module):
         document = begins.cumsum(dim=1)
         return (document[:, :, None] == document[:, None, :]).tril_()[:, None]
 
-    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """Return the normalised last hidden state (B, T, C); documents packed into one row do not see each other."""
+    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None, blocks=None) -> torch.Tensor:
+        """Return the normalised last hidden state (B, T, C); documents packed into one row do not see each other.
+
+        `blocks` are called in place of the model's own.
+        """
         x = self.embed(idx, cache)
         # 写作时一行只有一篇
         visible = self.visible(idx) if cache is None else None
         at = cache.position if cache is not None else slice(0, idx.size(1))
         rope = (self.rope_cos[at], self.rope_sin[at]) if self.config.position == "rope" else None
-        for block in self.h:
+        for block in self.h if blocks is None else blocks:
             x = block(x, rope, cache, visible)
         if cache is not None:
             cache.advance(idx)

@@ -19,6 +19,8 @@ from nanogpt.base.language import ConfigError
 from nanogpt.base.sample_config import SamplerConfig
 from nanogpt.core.kernels import inverse_cumulative, smallest_set
 
+# 小到 float32 里成了 0 的温度也算 0，否则 0 / 0
+LEAST_TEMPERATURE = 1e-30
 Stage = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # `sampler` 的设置 -> (类型, 下限, 上限)；API 的字段也由它得出
 SETTINGS = {
@@ -69,8 +71,7 @@ class Temperature:
     temperature: float
 
     def __call__(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        # 小到 float32 里成了 0 的也算 0，否则 0 / 0
-        if self.temperature < 1e-30:
+        if self.temperature < LEAST_TEMPERATURE:
             best = logits.argmax(-1, keepdim=True)
             return torch.full_like(logits, -torch.inf).scatter_(1, best, 0.0)
         # 先减最大值：温度再小也不会出现 inf - inf

@@ -293,10 +293,10 @@ class BPETokenizer(_OfBytes):
 
     def for_a_thread(self) -> "BPETokenizer":
         """The same tokenizer for one more thread that encodes much."""
-        # 正则的缓存归第一个用它的线程：别的线程每个词都要来抢，两个线程一起用要多花一倍多的时间
         if type(self) is not BPETokenizer:
             # 子类的编码器怎么来的，这里不知道
             return self
+        # 正则的缓存归第一个用它的线程：别的线程每个词都要来抢，两个线程一起用要多花一倍多的时间
         twin = copy.copy(self)
         twin._encoding = self._new_encoding()
         return twin

@@ -158,8 +158,8 @@ def test_texts_of_one_id_are_read_by_the_fast_step_alone(monkeypatch):
     expected = decode(model, rows, 6)
     accelerate(model, "fp32")
     assert model.fast_step is not None
-    read = type(model).last_hidden
-    monkeypatch.setattr(model, "last_hidden", lambda idx, *how: plain.append(tuple(idx.shape)) or read(model, idx, *how), raising=False)
+    hidden = type(model).hidden
+    monkeypatch.setattr(model, "hidden", lambda idx, *how: plain.append(tuple(idx.shape)) or hidden(model, idx, *how), raising=False)
     assert torch.equal(decode(model, rows, 6), expected) and not plain
     assert torch.equal(decode(model, prompts(1, 3), 6)[0], expected[0]) and plain
 

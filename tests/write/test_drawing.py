@@ -12,7 +12,7 @@ from nanogpt.core.sampling import Sampler, Temperature, TopK, TopP, sampler
 from nanogpt.weights.build import build_model
 from nanogpt.write.speed.acceleration import accelerate
 
-drawing = pytest.importorskip("nanogpt.write.speed.drawing")
+compiled, drawing = (pytest.importorskip(f"nanogpt.write.speed.{name}") for name in ("compiled", "drawing"))
 
 SETTINGS = (
     {}, {"temperature": 0.0}, {"temperature": 0.7}, {"temperature": 1e-38}, {"top_k": 1}, {"top_k": 5}, {"top_k": 10**400},
@@ -26,7 +26,7 @@ SETTINGS = (
 def both(samplers, logits, tokens, uniforms, allowed=None):
     """What either way draws."""
     given = samplers, logits, logits if allowed is None else allowed, tokens, uniforms
-    return drawing.draw(drawing.Crew(2), *given).tolist(), draw_each(*given).tolist()
+    return drawing.draw(compiled.crew_of(2), *given).tolist(), draw_each(*given).tolist()
 
 
 @pytest.mark.parametrize("size", [1, 7, 300, 5000])
@@ -84,8 +84,8 @@ def test_rows_have_samplers_of_their_own_and_some_ids_are_never_drawn():
     # 词表补齐过的：行与行之间隔着别的数
     logits, uniforms, tokens = torch.randn(len(samplers), 40)[:, :30], torch.rand(len(samplers)), torch.randint(30, (len(samplers), 9))
     logits[:, 3] = 50
-    got, _ = both(samplers, logits, tokens, uniforms, logits.index_fill(1, torch.tensor([3, 17]), -torch.inf))
     allowed = logits.index_fill(1, torch.tensor([3, 17]), -torch.inf)
+    got, _ = both(samplers, logits, tokens, uniforms, allowed)
     # 一行怎么抽，与旁边是谁无关
     for row, one in enumerate(samplers):
         at = slice(row, row + 1)

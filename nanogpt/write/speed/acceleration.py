@@ -129,7 +129,7 @@ def measured_format(model, fast: bool) -> str:
     return name
 
 
-def of_last(block: Block, last: torch.Tensor, x: torch.Tensor, rope, cache: KVCache) -> torch.Tensor:
+def of_last(block: Block, last: torch.Tensor, x: torch.Tensor, rope, cache: KVCache, visible=None) -> torch.Tensor:
     """block(x (B, T, C), rope, cache) at position last (B,) of each row, (B, 1, C); the cache is empty before."""
     attn, (B, T, _) = block.attn, x.shape
     parts = attn.parts(attn.c_attn(block.ln_1(x)).view(B, T, *attn.layout), rope)
@@ -149,16 +149,8 @@ class FastReading:
     # 别的位置到了最后一层，有用的只是 key 与 value：十二层的模型省百分之六，六层的省百分之十二
 
     def last_hidden(self, idx: torch.Tensor, cache: KVCache, last: torch.Tensor) -> torch.Tensor:
-        # GPT.hidden 的式子，只有最后一层不同；几个线程可以同时读
-        x = self.embed(idx, cache)
-        at = cache.position
-        rope = (self.rope_cos[at], self.rope_sin[at]) if self.config.position == "rope" else None
         *blocks, final = self.h
-        for block in blocks:
-            x = block(x, rope, cache)
-        x = of_last(final, last, x, rope, cache)
-        cache.advance(idx)
-        return self.ln_f(x)[:, 0]
+        return self.hidden(idx, cache, [*blocks, partial(of_last, final, last)])[:, 0]
 
 
 def read_for_last(model) -> None:

@@ -15,17 +15,15 @@ import functools
 import numpy as np
 import torch
 
+from nanogpt.core.kernels import PART
 from nanogpt.core.lanes import draw_each
-from nanogpt.core.sampling import MinP, RepetitionPenalty, Sampler, Temperature, TopK, TopP
+from nanogpt.core.sampling import LEAST_TEMPERATURE, MinP, RepetitionPenalty, Sampler, Temperature, TopK, TopP
 from nanogpt.write.speed.compiled import Crew, kernel, part_of_kernel, share
 
-# w 一段一段地求和，先定在哪一段
-PART = 256
 # y 的 31 位分三段看：每段右边还有几位，有几位宽
 HEAPS = ((21, 10), (10, 11), (0, 10))
 # 数比这少时，叫醒别的核比算还久
 ALONE = 2**15
-LEAST_TEMPERATURE = 1e-30
 # 独自算时没有谁要等
 NOBODY = np.empty(0, np.int64)
 

@@ -12,6 +12,7 @@ from nanogpt.core.kernels import RMS_EPS
 from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.model import Dropout
 from nanogpt.write.speed.compiled import kernel
+from nanogpt.write.speed.float_dot import as_array, as_float
 from nanogpt.write.speed.formats import Bf16Embedding
 from nanogpt.write.speed.int4 import GROUP, ROWS, Int4Embedding
 from nanogpt.write.speed.int8 import Int8Embedding
@@ -29,18 +30,11 @@ def _add_row(table, i, out):
 @overload(_add_row, inline="always")
 def _add_row_of(table, i, out):
     dtype = table[0].dtype
-    if dtype == types.float32:
+    if dtype in (types.float32, types.int16):
 
         def add(table, i, out):
             for c in range(len(out)):
-                out[c] += table[0][i, c]
-
-    elif dtype == types.int16:
-
-        def add(table, i, out):
-            for c in range(len(out)):
-                # bf16 就是 float32 的前一半
-                out[c] += np.int32(np.int32(table[0][i, c]) << np.int32(16)).view(np.float32)
+                out[c] += as_float(table[0][i, c])
 
     elif dtype == types.int8:
 
@@ -58,8 +52,7 @@ def _add_row_of(table, i, out):
                 group, place = c // GROUP, c % GROUP
                 byte = table[0][block, group, (place // 8 * ROWS + row) * 4 + place % 4]
                 code = byte >> 4 if place % 8 >= 4 else byte & 15
-                scale = np.int32(np.int32(table[1][block, group, row]) << np.int32(16)).view(np.float32)
-                out[c] += np.float32(np.int32(code) - 8) * scale
+                out[c] += np.float32(np.int32(code) - 8) * as_float(table[1][block, group, row])
 
     return add
 
@@ -108,8 +101,7 @@ def _embed(idx, V, tokens, lengths, wte, wpe, tables, orders, hashes, eps, x):
 
 def _arrays(table: torch.nn.Module) -> tuple[np.ndarray, np.ndarray]:
     """Weight and scale of a table, an empty scale where it has none."""
-    weight, scale = table.weight.detach(), getattr(table, "scale", torch.zeros(0))
-    return tuple((one.view(torch.int16) if one.dtype == torch.bfloat16 else one).numpy() for one in (weight, scale))
+    return as_array(table.weight.detach()), as_array(getattr(table, "scale", torch.zeros(0)))
 
 
 class Embedding:

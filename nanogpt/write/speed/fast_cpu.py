@@ -30,7 +30,7 @@ from nanogpt.write.speed import compiled, float_dot, int4_dot, integer_dot
 from nanogpt.write.speed.compiled import Crew, kernel, meet, part_of_kernel, share
 from nanogpt.write.speed.drawing import draw, exp
 from nanogpt.write.speed.embedding import Embedding
-from nanogpt.write.speed.float_dot import LANES
+from nanogpt.write.speed.float_dot import LANES, as_array
 from nanogpt.write.speed.formats import Bf16Linear
 from nanogpt.write.speed.int4 import Int4Linear
 from nanogpt.write.speed.int8 import Int8Linear
@@ -365,7 +365,7 @@ def _matrices(linears: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     whole = tuple(_shared(linears, name) for name in ("weight", "scale"))
     use_large_pages(whole[0])
     biases = _stacked([m.bias for m in linears], linears[0].out_features, 0.0)
-    return *(part.view(torch.int16).numpy() if part.dtype == torch.bfloat16 else part.numpy() for part in whole), biases
+    return *map(as_array, whole), biases
 
 
 def _shared(linears: list, name: str) -> torch.Tensor:

@@ -7,6 +7,7 @@
 
 import llvmlite.binding
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import carray, config, types
 from numba.extending import overload
@@ -65,12 +66,17 @@ _dot_1x1, _dot_3x1, _dot_3x2, _dot_3x4, _dot_3x8 = (
 )
 
 
-def _float(weight):
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's memory as an array, bf16 as int16."""
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def as_float(weight):
     """A float32 or the bits of a bf16 as float32."""
 
 
-@overload(_float, inline="always")
-def _float_of(weight):
+@overload(as_float, inline="always")
+def _as_float_of(weight):
     if weight is types.float32:
         return lambda weight: weight
     return lambda weight: np.int32(np.int32(weight) << 16).view(np.float32)
@@ -106,7 +112,7 @@ def _sums(weight, n, width, x, b, columns, out, sums):
     for r in range(width):
         for c in range(columns):
             for k in range(whole, size):
-                sums[c * CHUNK + r] += _float(weight[n + r, k]) * x[b + c, k]
+                sums[c * CHUNK + r] += as_float(weight[n + r, k]) * x[b + c, k]
 
 
 @kernel
