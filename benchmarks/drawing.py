@@ -26,11 +26,12 @@ import torch  # noqa: E402
 from nanogpt.base.files import write_text  # noqa: E402
 from nanogpt.core.generate import Decoder  # noqa: E402
 from nanogpt.core.lanes import draw_each  # noqa: E402
+from nanogpt.core.loops import compiled  # noqa: E402
 from nanogpt.core.machine import keep_freed_memory  # noqa: E402
 from nanogpt.core.sampling import sampler  # noqa: E402
 from nanogpt.run.metrics import processor_name  # noqa: E402
 from nanogpt.weights.build import build_model, preset  # noqa: E402
-from nanogpt.write.speed import compiled, drawing  # noqa: E402
+from nanogpt.write.speed import drawing  # noqa: E402
 from nanogpt.write.speed.acceleration import accelerate  # noqa: E402
 
 SAMPLERS = {

@@ -1,8 +1,9 @@
-"""What a CPU's own bf16 units, Newton-Schulz's forms and the look-up tables do to a training step, and bf16 to the loss.
+"""What a CPU's own bf16 units, Newton-Schulz's forms, look-up tables and compiled loops do to a training step, and bf16 to the loss.
 
     python benchmarks/train_cpu.py [--part speed|loss] [--rounds 7] [--seeds 1337 1338 1339] [--iters 400]
 
-speed, 3 minutes on 2 cores: training steps of three shapes, the ways in turn, ratios of medians. loss: the same trainings of
+speed, 4 minutes on 2 cores: training steps of three shapes, the ways in turn, ratios of medians; "loops" are those of
+core/loops, for which numba must be installed. loss: the same trainings of
 the default recipe in fp32 and in bf16 for each seed, at 4/4/128. Writes benchmarks/results/train_cpu.json; --part measures
 one half anew and keeps the other.
 """
@@ -27,6 +28,7 @@ import torch.nn.functional as F  # noqa: E402
 from nanogpt.base.config import HardwareConfig  # noqa: E402
 from nanogpt.base.groups import train_config  # noqa: E402
 from nanogpt.core import attention, kernels, machine  # noqa: E402
+from nanogpt.core.compilation import use_loops  # noqa: E402
 from nanogpt.core.precision import Precision  # noqa: E402
 from nanogpt.run import cpu_units  # noqa: E402
 from nanogpt.run.metrics import processor_name  # noqa: E402
@@ -46,6 +48,8 @@ WAYS = {
     "bf16, dropout": (*DEFAULT, "precision.cpu_bf16=all", "dropout=0.1"),
     "bf16, PyTorch's dropout": (*DEFAULT, "precision.cpu_bf16=all", "dropout=0.1"),
     "bf16, no tables": (*DEFAULT, "precision.cpu_bf16=all", "model.ngrams=[]"),
+    "fp32, loops": (*DEFAULT, "precision.cpu_bf16=none"), "bf16, loops": (*DEFAULT, "precision.cpu_bf16=all"),
+    "bf16, dropout, loops": (*DEFAULT, "precision.cpu_bf16=all", "dropout=0.1"),
     "gpt2 adamw fp32": (*GPT2, "precision.cpu_bf16=none"), "gpt2 adamw bf16": (*GPT2, "precision.cpu_bf16=all"),
 }
 RATIOS = {
@@ -54,7 +58,10 @@ RATIOS = {
     "bf16 iteration over fp32, default": ("fp32", "fp32, bf16 iteration"),
     "default takes, of gpt2 adamw, before": ("before", "gpt2 adamw fp32"),
     "default takes, of gpt2 adamw, fp32 with bf16 iteration": ("fp32, bf16 iteration", "gpt2 adamw fp32"),
-    "default takes, of gpt2 adamw, both bf16": ("bf16", "gpt2 adamw bf16"), "with tables over without, bf16": ("bf16", "bf16, no tables"),
+    "default takes, of gpt2 adamw, both bf16": ("bf16", "gpt2 adamw bf16"),
+    "default with loops takes, of gpt2 adamw, both bf16": ("bf16, loops", "gpt2 adamw bf16"),
+    "loops over operations, fp32": ("fp32", "fp32, loops"), "loops over operations, bf16": ("bf16", "bf16, loops"),
+    "loops over operations, bf16 with dropout": ("bf16, dropout", "bf16, dropout, loops"), "with tables over without, bf16": ("bf16", "bf16, no tables"),
     "with dropout over without, bf16": ("bf16, dropout", "bf16"), "with PyTorch's dropout over without, bf16": ("bf16, PyTorch's dropout", "bf16"),
 }
 OWN_DROPOUT = kernels.dropout
@@ -77,6 +84,8 @@ def training(shape: str, way: str) -> Callable[[], None]:
     cfg = train_config([*SHAPES[shape], *WAYS[way], "model.vocab_size=65", "device=cpu"])
     model = build_model(cfg.model, 0).train()
     step = build_step(cfg, model, Precision(cfg.precision, CPU))
+    if way.endswith("loops"):
+        use_loops(step, "true", CPU, compiled=False, steps=math.inf, seconds=math.inf)
     for group in step.optimizer.param_groups:
         group["lr"] = 1e-3
     x, y = torch.randint(65, (2, cfg.batch_size, cfg.model.block_size), generator=torch.Generator().manual_seed(0))

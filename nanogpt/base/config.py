@@ -476,7 +476,8 @@ class TrainConfig:
     """Language of the console; auto takes the system's."""
     compile: str = choice("auto", "true", "false")
     """torch.compile of training steps; auto on a card with Triton when the training is long enough, never in trials.
-    Unless it is false, steps of small models are also recorded as CUDA graphs."""
+    Unless it is false, steps of small models are also recorded as CUDA graphs, and on a CPU with numba (extra `fast`)
+    the small operations of trainings of 300 steps and more are loops compiled once per machine."""
     deterministic: bool
     """Deterministic kernels on a card, or an error."""
     max_iters: int | None = number(1, MANY)

@@ -6,7 +6,7 @@
 import torch
 import torch.nn as nn
 
-from nanogpt.core.kernels import Dropout, attention, is_short, rms_norm, rotate, short_attention
+from nanogpt.core.kernels import Arrangement, Dropout, attention, is_short, rms_norm, rotate, short_attention
 from nanogpt.core.kv_cache import KVCache
 
 # 归一化后 q·k 不超过 hs；除以 hs 再乘它，注意力足够尖锐，与 head 大小无关；有增益的自己学会多尖锐
@@ -15,6 +15,8 @@ QK_NORM_MAX_LOGIT = 12.0
 
 class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention over x (B, T, C); parameter names follow GPT-2."""
+
+    arrangement = Arrangement
 
     def __init__(self, config, layer: int):
         super().__init__()
@@ -40,8 +42,8 @@ class CausalSelfAttention(nn.Module):
         short = cache is None and is_short(qkv, dropout)
         if short and self.joint:
             # 不必先拆开：归一化与旋转也在那里面做，反向少一次拼接
-            eps = self.eps if self.qk_norm else None
-            y = short_attention(self.scale, visible, qkv, dropout=dropout, eps=eps, rope=rope)
+            arrangement = self.arrangement(self.eps if self.qk_norm else None, rope)
+            y = short_attention(self.scale, visible, qkv, dropout=dropout, arrangement=arrangement)
         else:
             y = self._attend(self.parts(qkv, rope), cache, dropout, visible, short)
         # (B, nh, T, hs) -> (B, T, nh * hs)

@@ -1,6 +1,6 @@
 # torch.compile：只在能用、也赚得回编译时间的地方用；编译器出了任何毛病，一行说明，照常训练
-# 从外面包住模型的 hidden、损失的尾巴与 8 位状态的更新，核心不知道有它
-"""torch.compile where it works and pays; never a reason for a run to fail."""
+# 从外面包住模型的 hidden、损失的尾巴与 8 位状态的更新，核心不知道有它；CPU 上换成编译好的循环，也从这里
+"""torch.compile, and on a CPU compiled loops, where they work and pay; never a reason for a run to fail."""
 
 import functools
 import logging
@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import warnings
+from importlib.util import find_spec
 
 import torch
 
@@ -24,6 +25,8 @@ GAIN = 0.2
 REACHED, LAUNCH_S_PER_LAYER = 0.5, 1e-3
 # 矩阵乘估计不到启动的这么多倍，就值得录成图：录一次不过一秒，慢的处理器启动得也慢；估的乘法又偏快
 LONGER_THAN_LAUNCHES = 4
+# 循环编译一次要五秒，一步省一两成：短训练赚不回来。只看步数与时限，不看量出的快慢：接着训的一次要走同一条路
+LEAST_STEPS, LEAST_S = 300, 60
 # 编译器的报错可以有一屏：只说开头
 LONGEST_REASON = 120
 
@@ -163,6 +166,22 @@ def compile_updates(optimizer, asked: str, device: torch.device, console) -> Non
     # 参数有大有小：一张图管所有的大小
     optimizer.storage.fused_adamw = Compiled(fusible_adamw, console, dynamic=True)
     optimizer.storage.fused_momentum = Compiled(fusible_momentum, console, dynamic=True)
+
+
+def use_loops(step, asked: str, device: torch.device, *, compiled: bool, steps: float, seconds: float) -> bool:
+    """Let a training on a CPU compute with core.loops where numba is installed, unless compile=false or it is short;
+    whether it does.
+
+    compiled: whether the model runs through torch.compile; steps, seconds: of the whole training, infinite if unknown.
+    """
+    worth = asked.lower() == "true" or (asked.lower() == "auto" and steps >= LEAST_STEPS and seconds >= LEAST_S)
+    # 分片的参数没有自己的内存；numba 只在这里才导入
+    if device.type != "cpu" or not worth or step.sums or not find_spec("numba"):
+        return False
+    from nanogpt.core.loops import training, updates
+
+    in_model = not compiled and training.use_loops(step.model)
+    return updates.use_loops(step.optimizer) or in_model
 
 
 def _keep_quiet() -> None:

@@ -159,39 +159,49 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return _Rotate.apply(x, cos.to(x.dtype), sin.to(x.dtype))
 
 
-def _normalize_and_rotate(qk: torch.Tensor, eps: float | None, rope) -> tuple:
-    """RMSNorm and rotate contiguous qk (..., T, hs) in place, each if asked for.
+class Arrangement:
+    """q, k and v as the products of short_attention() read them, q and k normalised and rotated, and the way back."""
 
-    Returns what was rotated and 1 / RMS (..., T, 1) for the way back, None without a norm.
-    """
-    if eps is None and rope is None:
-        return None, None
-    # 全程 fp32：bf16 的每个小运算都要先转过去再转回来，反而慢
-    x, y, r = qk.to(torch.promote_types(qk.dtype, torch.float32)), None, None
-    if eps is not None:
-        r = _reciprocal_rms(x, eps)
-        y = x.mul_(r).to(qk.dtype, copy=True)
-    if rope is not None:
-        swapped = _swap_halves(x)
-        x.mul_(rope[0]).addcmul_(swapped, rope[1])
-    # fp32 时 x 就是 qk
-    qk.copy_(x)
-    return y, r
+    def __init__(self, eps: float | None, rope: tuple[torch.Tensor, torch.Tensor] | None):
+        """eps: of the RMSNorm; rope: rope_table()'s rows of the T positions; None: without."""
+        self.eps = eps
+        self.rope = None if rope is None else tuple(table.view(-1, table.size(-1)) for table in rope)
 
+    def pack(self, parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, tuple]:
+        """(3, B * nh, T, hs) of parts that make (B, T, 3, nh, hs) when joined along dimension 2; and what unpack()
+        wants besides."""
+        # 拼接与换轴一次做完；换过轴之后内存连续，逐元素的运算快几倍：归一化与旋转放在这里做
+        packed = torch.cat([part.permute(2, 0, 3, 1, 4) for part in parts]).flatten(1, 2)
+        if self.eps is None and self.rope is None:
+            return packed, (None, None)
+        # 全程 fp32：bf16 的每个小运算都要先转过去再转回来，反而慢
+        qk, y, r = packed[:2], None, None
+        x = qk.to(torch.promote_types(qk.dtype, torch.float32))
+        if self.eps is not None:
+            r = _reciprocal_rms(x, self.eps)
+            y = x.mul_(r).to(qk.dtype, copy=True)
+        if self.rope is not None:
+            swapped = _swap_halves(x)
+            x.mul_(self.rope[0]).addcmul_(swapped, self.rope[1])
+        # fp32 时 x 就是 qk
+        qk.copy_(x)
+        return packed, (y, r)
 
-def _normalize_and_rotate_back(grad: torch.Tensor, y: torch.Tensor | None, r: torch.Tensor | None, rope) -> None:
-    """Turn the gradient of what _normalize_and_rotate() made into that of what it got, in place."""
-    if r is None and rope is None:
-        return
-    g = grad.to(torch.promote_types(grad.dtype, torch.float32))
-    if rope is not None:
-        swapped = _swap_halves(g)
-        g.mul_(rope[0]).addcmul_(swapped, rope[1], value=-1)
-    if r is not None:
-        y = y.to(g.dtype)
-        mean = (g * y).sum(-1, keepdim=True).div_(y.size(-1))
-        g.addcmul_(y, mean, value=-1).mul_(r)
-    grad.copy_(g)
+    def unpack(self, grads: torch.Tensor, batch: int, kept: tuple) -> torch.Tensor:
+        """(B, T, 3, nh, hs), the gradient of what pack() got, from that of what it made, which it overwrites."""
+        y, r = kept
+        if r is not None or self.rope is not None:
+            grad = grads[:2]
+            g = grad.to(torch.promote_types(grad.dtype, torch.float32))
+            if self.rope is not None:
+                swapped = _swap_halves(g)
+                g.mul_(self.rope[0]).addcmul_(swapped, self.rope[1], value=-1)
+            if r is not None:
+                y = y.to(g.dtype)
+                mean = (g * y).sum(-1, keepdim=True).div_(y.size(-1))
+                g.addcmul_(y, mean, value=-1).mul_(r)
+            grad.copy_(g)
+        return grads.unflatten(1, (batch, -1)).permute(1, 3, 0, 2, 4)
 
 
 def _kept(like: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
@@ -237,14 +247,9 @@ class _ShortAttention(torch.autograd.Function):
     """dropout(softmax(scale * q k^T)) v of some queries at a time, each with two products, and four on the way back."""
 
     @staticmethod
-    def forward(ctx, scale, visible, dropout, eps, rope, *parts):
-        # parts 沿第 2 维拼起来是 q、k、v，(B, T, 3, nh, hs)；拼接与换轴一次做完
-        packed = torch.cat([part.permute(2, 0, 3, 1, 4) for part in parts])
-        _, B, nh, T, hs = packed.shape
-        # 换过轴之后内存连续，逐元素的运算快几倍：归一化与旋转放在这里做
-        ctx.rope = None if rope is None else tuple(table.view(T, hs) for table in rope)
-        packed = packed.view(3, B * nh, T, hs)
-        y, r = _normalize_and_rotate(packed[:2], eps, ctx.rope)
+    def forward(ctx, scale, visible, dropout, arrangement, *parts):
+        B, T, _, nh, hs = parts[0].shape
+        packed, kept_qk = arrangement.pack(parts)
         q, k, v = packed
         mask = torch.full((min(T, QUERIES), T), float("-inf"), dtype=q.dtype)
         out, kept_of, ctx.factor = torch.empty_like(q), [], 1.0
@@ -259,8 +264,8 @@ class _ShortAttention(torch.autograd.Function):
             kept, ctx.factor = _kept(p, dropout) if dropout else (None, 1.0)
             torch.bmm(p if kept is None else p * kept, v[:, :stop], out=out[:, start:stop])
             kept_of += [p, kept]
-        ctx.save_for_backward(packed, y, r, *kept_of)
-        ctx.scale = scale
+        ctx.save_for_backward(packed, *kept_qk, *kept_of)
+        ctx.scale, ctx.arrangement = scale, arrangement
         ctx.sizes = [part.size(2) for part in parts]
         out = out.view(B, nh, T, hs)
         # 不就地乘：分段重算会留着乘积，不许改
@@ -268,7 +273,8 @@ class _ShortAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (q, k, v), y, r, *kept_of = ctx.saved_tensors
+        (q, k, v), *kept_of = ctx.saved_tensors
+        kept_qk, kept_of = kept_of[:2], kept_of[2:]
         B, nh, T, hs = grad.shape
         grad = grad.reshape(B * nh, T, hs)
         if ctx.factor != 1:
@@ -288,9 +294,8 @@ class _ShortAttention(torch.autograd.Function):
             of_q[:, start:stop].baddbmm_(grad_s, k[:, :stop], beta=0, alpha=ctx.scale)
             of_k[:, :stop].baddbmm_(grad_s.mT, q[:, start:stop], beta=beta, alpha=ctx.scale)
             of_v[:, :stop].baddbmm_(used.mT, grad[:, start:stop], beta=beta)
-        _normalize_and_rotate_back(packed[:2], y, r, ctx.rope)
-        grads = packed.view(3, B, nh, T, hs).permute(1, 3, 0, 2, 4).split(ctx.sizes, dim=2)
-        return None, None, None, None, None, *grads
+        grads = ctx.arrangement.unpack(packed, B, kept_qk).split(ctx.sizes, dim=2)
+        return None, None, None, None, *grads
 
 
 def _spans(T: int) -> list[tuple[int, int]]:
@@ -310,19 +315,21 @@ def is_short(qkv: torch.Tensor, dropout: float) -> bool:
     return length <= SHORT_CONTEXT and qkv.dtype in (torch.float32, torch.float64)
 
 
+NO_ARRANGEMENT = Arrangement(None, None)
+
+
 def short_attention(
     scale: float, visible: torch.Tensor | None, *parts: torch.Tensor,
-    dropout: float = 0.0, eps: float | None = None, rope=None,
+    dropout: float = 0.0, arrangement: Arrangement = NO_ARRANGEMENT,
 ) -> torch.Tensor:
     """Causal attention (B, nh, T, hs) of parts that make q, k, v (B, T, 3, nh, hs) when joined along dimension 2.
 
-    Keys and values may have fewer heads, a divisor of nh. With `eps` q and k pass rms_norm() first, with the tables
-    `rope` then rotate().
+    Keys and values may have fewer heads, a divisor of nh. What `arrangement` does to q and k comes first.
     """
     heads = parts[0].size(3)
     # 上下文短，抄几份 key 也不多
     parts = [part if part.size(3) == heads else part.repeat_interleave(heads // part.size(3), dim=3) for part in parts]
-    return _ShortAttention.apply(scale, visible, dropout, eps, rope, *parts)
+    return _ShortAttention.apply(scale, visible, dropout, arrangement, *parts)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask, dropout: float, scale: float) -> torch.Tensor:

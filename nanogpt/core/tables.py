@@ -50,8 +50,12 @@ class RowGradient:
             self._ids, self._version, table.grad = [], self.sum._version, self.sum
         self._ids.append(ids)
         known = self._known
-        table.grad.index_add_(0, ids, grad)
+        self.add_rows(table.grad, ids, grad)
         self._version = self.sum._version if known else -1
+
+    def add_rows(self, total: torch.Tensor, ids: torch.Tensor, grad: torch.Tensor) -> None:
+        """Add grad (n, cols) to the rows ids (n,) of total (rows, cols)."""
+        total.index_add_(0, ids, grad)
 
     @property
     def _known(self) -> bool:

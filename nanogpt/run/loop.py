@@ -23,7 +23,7 @@ from nanogpt.base.language import ConfigError, text
 from nanogpt.base.quoting import command
 from nanogpt.base.value_checks import unescaped
 from nanogpt.core import distributed
-from nanogpt.core.compilation import compile_hidden, compile_updates, launch_bound, pays
+from nanogpt.core.compilation import compile_hidden, compile_updates, launch_bound, pays, use_loops
 from nanogpt.core.machine import any_kernels
 from nanogpt.core.ngrams import table_count
 from nanogpt.core.progress import Progress, StepResult
@@ -109,6 +109,11 @@ class Training(Trainer):
         obstacle, worth = self._no_compile(), self._compiling_pays()
         self.compiles = compile_hidden(self.model, cfg.compile, self.device, console, obstacle=obstacle, pays=worth)
         compile_updates(self.optimizer, cfg.compile, self.device, console)
+        # 试跑只有几步
+        length = {"steps": self.span.iters or math.inf, "seconds": self.span.seconds or math.inf}
+        self.loops = not cfg.trial.enabled and use_loops(
+            computation, cfg.compile, self.device, compiled=self.compiles, **length
+        )
         use_graphs(computation, console, capacity=self._room_for_graphs())
 
     def _no_compile(self) -> str | None:
@@ -303,7 +308,8 @@ class Training(Trainer):
         result = self.step()
         self._count_time()
         self.interval.results.append(result)
-        if self.micro_batch not in self.shapes_met and (self.device.type != "cpu" or self.compiles):
+        costs_extra = self.device.type != "cpu" or self.compiles or self.loops
+        if self.micro_batch not in self.shapes_met and costs_extra:
             # 编译、加载 kernel 要几十秒：算进速度，短训练就只剩零头；要等它做完，才不拖到下一步里
             self.judge_latest()
             self.stopwatch.cancel()

@@ -328,7 +328,7 @@ def test_a_large_model_is_written_in_bf16_where_it_was_measured_to_pay(monkeypat
 
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_a_crew_waits_for_everyone_and_is_let_go_when_one_cannot_come(size):
-    compiled = pytest.importorskip("nanogpt.write.speed.compiled")
+    compiled = pytest.importorskip("nanogpt.core.loops.compiled")
     crew, seen = compiled.Crew(size), np.zeros((size, 50), int)
 
     def work(part, crew, size, fails):
@@ -347,20 +347,25 @@ def test_a_crew_waits_for_everyone_and_is_let_go_when_one_cannot_come(size):
 
 
 def test_compiled_code_is_thrown_away_when_any_file_of_kernels_changes(tmp_path, monkeypatch):
-    compiled = pytest.importorskip("nanogpt.write.speed.compiled")
+    compiled = pytest.importorskip("nanogpt.core.loops.compiled")
     from nanogpt.write.speed import fast_cpu, tiles
 
     kept = [part._cache for part in vars(fast_cpu).values() if hasattr(part, "targetoptions")]
-    assert {cache._cache_file._source_stamp for cache in kept if hasattr(cache, "_cache_file")} == {compiled._stamp()}
-    (tmp_path / "tiles.py").write_bytes(Path(tiles.__file__).read_bytes())
-    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
-    before = compiled._stamp.__wrapped__()
-    (tmp_path / "tiles.py").write_text("# other", encoding="utf-8")
-    assert compiled._stamp.__wrapped__() != before
+    stamps = {compiled._stamp(Path(module.__file__).parent) for module in (fast_cpu, compiled)}
+    assert {cache._cache_file._source_stamp for cache in kept if hasattr(cache, "_cache_file")} == stamps
+    for name, source in (("beside/tiles.py", tiles.__file__), ("here/compiled.py", compiled.__file__)):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(Path(source).read_bytes())
+    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "here/compiled.py"))
+    stamps = [compiled._stamp.__wrapped__(tmp_path / "beside")]
+    for name in ("beside/tiles.py", "here/compiled.py"):
+        (tmp_path / name).write_text("# other", encoding="utf-8")
+        stamps.append(compiled._stamp.__wrapped__(tmp_path / "beside"))
+    assert len(set(stamps)) == 3
 
 
 def test_a_damaged_full_or_forbidden_cache_of_compiled_code_only_costs_compiling_again(tmp_path, monkeypatch):
-    compiled = pytest.importorskip("nanogpt.write.speed.compiled")
+    compiled = pytest.importorskip("nanogpt.core.loops.compiled")
     from numba.core import caching
 
     monkeypatch.setattr(compiled.config, "CACHE_DIR", str(tmp_path))

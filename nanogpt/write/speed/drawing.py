@@ -17,8 +17,8 @@ import torch
 
 from nanogpt.core.kernels import PART
 from nanogpt.core.lanes import draw_each
+from nanogpt.core.loops.compiled import Crew, kernel, part_of_kernel, share
 from nanogpt.core.sampling import LEAST_TEMPERATURE, MinP, RepetitionPenalty, Sampler, Temperature, TopK, TopP
-from nanogpt.write.speed.compiled import Crew, kernel, part_of_kernel, share
 
 # y 的 31 位分三段看：每段右边还有几位，有几位宽
 HEAPS = ((21, 10), (10, 11), (0, 10))

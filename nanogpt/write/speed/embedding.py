@@ -10,9 +10,9 @@ from numba.extending import overload
 
 from nanogpt.core.kernels import RMS_EPS
 from nanogpt.core.kv_cache import KVCache
+from nanogpt.core.loops.compiled import kernel
+from nanogpt.core.loops.numbers import as_array, as_float
 from nanogpt.core.model import Dropout
-from nanogpt.write.speed.compiled import kernel
-from nanogpt.write.speed.float_dot import as_array, as_float
 from nanogpt.write.speed.formats import Bf16Embedding
 from nanogpt.write.speed.int4 import GROUP, ROWS, Int4Embedding
 from nanogpt.write.speed.int8 import Int8Embedding

@@ -23,14 +23,16 @@ from numba.extending import overload
 
 from nanogpt.core.attention import CausalSelfAttention
 from nanogpt.core.kv_cache import KVCache
+from nanogpt.core.loops import compiled
+from nanogpt.core.loops.compiled import Crew, kernel, meet, part_of_kernel, share
+from nanogpt.core.loops.numbers import as_array
 from nanogpt.core.machine import use_large_pages
 from nanogpt.core.model import GPT, MLP, Block, Norm
 from nanogpt.core.ngrams import NgramEmbedding
-from nanogpt.write.speed import compiled, float_dot, int4_dot, integer_dot
-from nanogpt.write.speed.compiled import Crew, kernel, meet, part_of_kernel, share
+from nanogpt.write.speed import float_dot, int4_dot, integer_dot
 from nanogpt.write.speed.drawing import draw, exp
 from nanogpt.write.speed.embedding import Embedding
-from nanogpt.write.speed.float_dot import LANES, as_array
+from nanogpt.write.speed.float_dot import LANES
 from nanogpt.write.speed.formats import Bf16Linear
 from nanogpt.write.speed.int4 import Int4Linear
 from nanogpt.write.speed.int8 import Int8Linear

@@ -7,12 +7,11 @@
 
 import llvmlite.binding
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import carray, config, types
-from numba.extending import overload
 
-from nanogpt.write.speed.compiled import INT32, kernel, part_of_kernel
+from nanogpt.core.loops.compiled import INT32, kernel, part_of_kernel
+from nanogpt.core.loops.numbers import as_float
 from nanogpt.write.speed.tiles import at, declared, tile_of
 
 FLOAT = ir.FloatType()
@@ -64,22 +63,6 @@ COLUMNS = 8 if LANES == 16 else 4
 _dot_1x1, _dot_3x1, _dot_3x2, _dot_3x4, _dot_3x8 = (
     dot_of(rows, columns, LANES) for rows, columns in ((1, 1), (3, 1), (3, 2), (3, 4), (3, 8))
 )
-
-
-def as_array(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor's memory as an array, bf16 as int16."""
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def as_float(weight):
-    """A float32 or the bits of a bf16 as float32."""
-
-
-@overload(as_float, inline="always")
-def _as_float_of(weight):
-    if weight is types.float32:
-        return lambda weight: weight
-    return lambda weight: np.int32(np.int32(weight) << 16).view(np.float32)
 
 
 @part_of_kernel

@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from nanogpt.write.speed.compiled import INT32, INT64, crew_of, kernel, meet, share, threads
+from nanogpt.core.loops.compiled import INT32, INT64, crew_of, kernel, meet, share, threads
 from nanogpt.write.speed.int4 import GROUP, ROWS
 from nanogpt.write.speed.integer_dot import VNNI, activations, quantize_rows
 from nanogpt.write.speed.tiles import INT8, ask_ahead, at, declared

@@ -14,7 +14,7 @@ import torch
 from llvmlite import ir
 from numba import carray, config
 
-from nanogpt.write.speed.compiled import INT32, crew_of, kernel, meet, part_of_kernel, share, threads
+from nanogpt.core.loops.compiled import INT32, crew_of, kernel, meet, part_of_kernel, share, threads
 from nanogpt.write.speed.tiles import INT8, at, declared, row_length, tile_of
 
 # 一块权重同时配几行激活：寄存器够放 2 x 8 个累加器

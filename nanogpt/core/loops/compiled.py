@@ -3,7 +3,7 @@
 # 编译、缓存与多核，三件事都只在这里：kernel 是装饰器，Crew 是一组线程，meet 让它们在一处等齐
 # 不用 numba 自己的并行（prange）：每个并行区要几十微秒叫醒、等齐，一个 token 有上百个，比读权重还久；编译也慢一倍
 # 这里一个 token 只叫醒一次，中间由 meet 空转着等，等不到就让出核：别的程序占着核时不与它争
-# 缓存认得的是整个文件夹的摘要：numba 只看函数自己的文件，改了它调用的就会用上旧的机器码
+# 缓存认得的是整个文件夹（和这一个）的摘要：numba 只看函数自己的文件，改了它调用的就会用上旧的机器码
 
 import contextlib
 import ctypes
@@ -45,9 +45,14 @@ def kernel(function=None, *, reorder: bool = False):
     except RuntimeError:
         # 程序的文件夹与主目录都不可写（换了用户的容器）：每个进程编译一次
         return njit(**how)(function)
-    file = compiled._cache._cache_file
-    file.__class__, file._source_stamp = _Kept, _stamp()
+    keep(compiled._cache, function)
     return compiled
+
+
+def keep(cache, function) -> None:
+    """Let a function's cache never fail, and count as empty once any file of kernels beside it or here has changed."""
+    file = cache._cache_file
+    file.__class__, file._source_stamp = _Kept, _stamp(Path(function.__code__.co_filename).parent)
 
 
 class _Kept(IndexDataCacheFile):
@@ -77,9 +82,9 @@ part_of_kernel = njit(inline="always", fastmath=False, error_model="numpy")
 
 
 @functools.cache
-def _stamp() -> str:
-    """Digest of all files of kernels."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+def _stamp(folder: Path) -> str:
+    """Digest of all files of kernels in a folder, and of those here."""
+    files = sorted({*folder.glob("*.py"), *Path(__file__).parent.glob("*.py")})
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 

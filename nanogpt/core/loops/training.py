@@ -1,0 +1,240 @@
+"""The small operations of a training step on a CPU, each in one pass over memory, and what puts them in place."""
+
+# kernels.py 里同名公式的另一份，逐项对得上，只差舍入：RMSNorm，q、k 的归一化与旋转，表与 Muon 的更新
+# PyTorch 里它们是一串小运算，每个要走一遍内存、叫醒一次线程：小模型的一步里，与矩阵乘一样久
+# use_loops 从外面换上去：Norm、注意力、优化器各有一个留给它的属性；没有 numba、还在重算激活时照旧
+
+import numpy as np
+import torch
+
+from nanogpt.core import kernels
+from nanogpt.core.attention import CausalSelfAttention
+from nanogpt.core.loops.numbers import as_float, rounded
+from nanogpt.core.loops.team import BLOCK, NUMBERS, TeamKernel, floats, number, pieces, real, row
+from nanogpt.core.model import MLP, Norm
+
+# 一块几行：少了，取活要原子加；多了，线程分不匀
+ROWS = 16
+
+
+@TeamKernel
+def _normalize(job):
+    rows, size, eps = number(job, 0), number(job, 1), real(job, 2)
+    for piece in pieces(job):
+        for i in range(piece * ROWS, min(rows, (piece + 1) * ROWS)):
+            x, y, square = floats(job, 3, i * size, size), row(job, 4, i * size, size), np.float32(0)
+            for c in range(size):
+                square += x[c] * x[c]
+            factor = np.float32(1) / np.sqrt(square / np.float32(size) + eps)
+            floats(job, 5, i, 1)[0] = factor
+            for c in range(size):
+                y[c] = rounded(job, x[c] * factor)
+
+
+@TeamKernel
+def _normalize_back(job):
+    rows, size = number(job, 0), number(job, 1)
+    for piece in pieces(job):
+        for i in range(piece * ROWS, min(rows, (piece + 1) * ROWS)):
+            grad, y, product = row(job, 2, i * size, size), row(job, 3, i * size, size), np.float32(0)
+            for c in range(size):
+                product += as_float(grad[c]) * as_float(y[c])
+            mean, factor, into = product / np.float32(size), floats(job, 4, i, 1)[0], floats(job, 5, i * size, size)
+            for c in range(size):
+                into[c] = factor * (as_float(grad[c]) - as_float(y[c]) * mean)
+
+
+class _Norm(torch.autograd.Function):
+    """kernels.rms_norm() of float32 rows, in `dtype`."""
+
+    @staticmethod
+    def forward(ctx, x, eps, dtype):
+        x = x.contiguous()
+        rows, size = x.numel() // x.size(-1), x.size(-1)
+        y, r = torch.empty(x.shape, dtype=dtype), torch.empty(rows)
+        _normalize(dtype, x.numel(), -(-rows // ROWS), rows, size, eps, x, y, r)
+        ctx.save_for_backward(y, r)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, r = ctx.saved_tensors
+        grad, into = grad.contiguous(), torch.empty(y.shape)
+        rows, size = r.numel(), y.size(-1)
+        _normalize_back(y.dtype, y.numel(), -(-rows // ROWS), rows, size, grad, y, r, into)
+        return into, None, None
+
+
+def rms_norm(x: torch.Tensor, gain: torch.Tensor | None = None, eps: float = kernels.RMS_EPS) -> torch.Tensor:
+    """kernels.rms_norm(), in autocast's dtype where the products that read it would round it anyway."""
+    if x.dtype != torch.float32 or gain is not None or torch.compiler.is_compiling():
+        return kernels.rms_norm(x, gain, eps)
+    return _Norm.apply(x, eps, torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype)
+
+
+@TeamKernel
+def _square_relu(job):
+    size = number(job, 0)
+    for piece in pieces(job):
+        start = piece * BLOCK
+        length = min(BLOCK, size - start)
+        x, y = row(job, 1, start, length), row(job, 2, start, length)
+        for i in range(length):
+            positive = max(as_float(x[i]), np.float32(0))
+            y[i] = rounded(job, positive * positive)
+
+
+@TeamKernel
+def _square_relu_back(job):
+    size = number(job, 0)
+    for piece in pieces(job):
+        start = piece * BLOCK
+        length = min(BLOCK, size - start)
+        x, grad, into = row(job, 1, start, length), row(job, 2, start, length), row(job, 3, start, length)
+        for i in range(length):
+            into[i] = rounded(job, np.float32(2) * max(as_float(x[i]), np.float32(0)) * as_float(grad[i]))
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """kernels.squared_relu(), which keeps x instead of relu(x)."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        _square_relu(x.dtype, x.numel(), -(-x.numel() // BLOCK), x.numel(), x, y)
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        grad, into = grad.contiguous(), torch.empty_like(x)
+        _square_relu_back(x.dtype, x.numel(), -(-x.numel() // BLOCK), x.numel(), x, grad, into)
+        return into
+
+
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """kernels.squared_relu() of float32 or bf16."""
+    known = x.dtype in NUMBERS and not torch.compiler.is_compiling()
+    return _SquaredReLU.apply(x) if known else kernels.squared_relu(x)
+
+
+@TeamKernel
+def _arrange(job):
+    T, heads, size, norm, eps = number(job, 0), number(job, 1), number(job, 2), number(job, 3), real(job, 4)
+    rows, half = number(job, 5), size // 2
+    for piece in pieces(job):
+        b, head = piece // heads, piece % heads
+        for kind in range(3):
+            for t in range(T):
+                # 第几行：c_attn 的输出里，与换过轴的里
+                place = (kind * rows + piece) * T + t
+                x = row(job, 6, (((b * T + t) * 3 + kind) * heads + head) * size, size)
+                y = row(job, 7, place * size, size)
+                if kind == 2:
+                    for i in range(size):
+                        y[i] = x[i]
+                    continue
+                factor = np.float32(1)
+                if norm:
+                    square, kept = np.float32(0), row(job, 8, place * size, size)
+                    for i in range(size):
+                        square += as_float(x[i]) * as_float(x[i])
+                    factor = np.float32(1) / np.sqrt(square / np.float32(size) + eps)
+                    floats(job, 9, place, 1)[0] = factor
+                    for i in range(size):
+                        kept[i] = rounded(job, as_float(x[i]) * factor)
+                cos, sin = floats(job, 10, t * size, size), floats(job, 11, t * size, size)
+                first, second, other = y[:half], y[half:], x[half:]
+                # 两半各一个循环：合在一起写，编译器就得先查会不会重叠
+                for i in range(half):
+                    first[i] = rounded(job, as_float(x[i]) * factor * cos[i] + as_float(other[i]) * factor * sin[i])
+                cos, sin = cos[half:], sin[half:]
+                for i in range(half):
+                    second[i] = rounded(job, as_float(other[i]) * factor * cos[i] + as_float(x[i]) * factor * sin[i])
+
+
+@TeamKernel
+def _arrange_back(job):
+    T, heads, size, norm = number(job, 0), number(job, 1), number(job, 2), number(job, 3)
+    rows, half = number(job, 4), size // 2
+    for piece in pieces(job):
+        b, head = piece // heads, piece % heads
+        for kind in range(3):
+            for t in range(T):
+                place = (kind * rows + piece) * T + t
+                g = row(job, 5, place * size, size)
+                into = row(job, 6, (((b * T + t) * 3 + kind) * heads + head) * size, size)
+                if kind == 2:
+                    for i in range(size):
+                        into[i] = g[i]
+                    continue
+                cos, sin = floats(job, 9, t * size, size), floats(job, 10, t * size, size)
+                other, cos2, sin2 = g[half:], cos[half:], sin[half:]
+                # 没有归一化时：减去的是 0，乘的是 1
+                y, factor, mean = g, np.float32(1), np.float32(0)
+                if norm:
+                    y, factor, product = row(job, 7, place * size, size), floats(job, 8, place, 1)[0], np.float32(0)
+                    y2 = y[half:]
+                    for i in range(half):
+                        product += (as_float(g[i]) * cos[i] - as_float(other[i]) * sin[i]) * as_float(y[i])
+                        product += (as_float(other[i]) * cos2[i] - as_float(g[i]) * sin2[i]) * as_float(y2[i])
+                    mean = product / np.float32(size)
+                into2, y2 = into[half:], y[half:]
+                for i in range(half):
+                    turned = as_float(g[i]) * cos[i] - as_float(other[i]) * sin[i]
+                    into[i] = rounded(job, factor * (turned - as_float(y[i]) * mean))
+                for i in range(half):
+                    turned = as_float(other[i]) * cos2[i] - as_float(g[i]) * sin2[i]
+                    into2[i] = rounded(job, factor * (turned - as_float(y2[i]) * mean))
+
+
+class Arrangement(kernels.Arrangement):
+    """The same in one pass, for q, k and v that come as one part in float32 or bf16."""
+
+    in_one_pass = False
+
+    def pack(self, parts):
+        qkv, rope = parts[0], self.rope
+        self.in_one_pass = len(parts) == 1 and qkv.dtype in NUMBERS and (rope is None or rope[0].dtype == torch.float32)
+        if not self.in_one_pass or (self.eps is None and rope is None):
+            return super().pack(parts)
+        B, T, _, heads, size = qkv.shape
+        packed, y, r = torch.empty(3, B * heads, T, size, dtype=qkv.dtype), None, None
+        if self.eps is not None:
+            y, r = torch.empty_like(packed[:2]), torch.empty(2, B * heads, T, 1)
+        _arrange(
+            qkv.dtype, qkv.numel(), B * heads, T, heads, size, self.eps is not None, self.eps or 0.0, B * heads,
+            qkv.contiguous(), packed, y, r, *self._tables(T, size),
+        )
+        return packed, (y, r)
+
+    def unpack(self, grads, batch, kept):
+        y, r = kept
+        if not self.in_one_pass or (r is None and self.rope is None):
+            return super().unpack(grads, batch, kept)
+        _, rows, T, size = grads.shape
+        into = torch.empty(batch, T, 3, rows // batch, size, dtype=grads.dtype)
+        _arrange_back(
+            grads.dtype, grads.numel(), rows, T, rows // batch, size, r is not None, rows, grads, into, y, r,
+            *self._tables(T, size),
+        )
+        return into
+
+    def _tables(self, T: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        # 不旋转就是转 0 度
+        return self.rope or (torch.ones(T, size), torch.zeros(T, size))
+
+
+def use_loops(model) -> bool:
+    """Let a model on a CPU compute with these loops, before it is trained; whether it has any use for them."""
+    used = False
+    for part in model.modules():
+        if isinstance(part, Norm):
+            part.rms_norm, used = rms_norm, used or (part.kind == "rmsnorm" and part.weight is None)
+        elif isinstance(part, MLP):
+            part.squared_relu, used = squared_relu, used or part.activation == "relu2"
+        elif isinstance(part, CausalSelfAttention):
+            part.arrangement, used = Arrangement, used or (part.qk_norm and part.joint)
+    return used
