@@ -90,6 +90,21 @@ def test_a_squared_relu_is_that_of_pytorchs_operations(ways, dtype):
     assert torch.equal(ours.grad, theirs.grad) and torch.equal(training.squared_relu(x), kernels.squared_relu(x))
 
 
+@pytest.mark.parametrize("dtype", [BF16, FLOAT32])
+def test_a_dropout_drops_what_pytorchs_operations_drop(ways, dtype):
+    x, grad = (torch.randn(3, 2**14 + 5).to(dtype) for _ in range(2))
+    x[0, 0] = math.nan
+    results = []
+    for function in (training.dropout, kernels.dropout):
+        torch.manual_seed(0)
+        one = x.clone().requires_grad_()
+        y = function(one, 0.3)
+        y.backward(grad)
+        results.append((y.detach(), one.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
 @team.TeamKernel
 def _copy(job):
     for _ in team.pieces(job):
@@ -111,7 +126,7 @@ def test_every_float_is_rounded_to_bf16_as_pytorch_rounds_it():
 
 
 @pytest.mark.parametrize("overrides", [
-    (), ("optimizer=adamw",), ("arch=gpt2",), ("model.tie_embeddings=true",), ("arch=llama",),
+    (), ("dropout=0.2",), ("optimizer=adamw",), ("arch=gpt2",), ("model.tie_embeddings=true",), ("arch=llama",),
     ("model.activation=swiglu",), ("model.norm=layernorm",), ("model.position=learned",), ("model.ngrams=[]",),
 ])
 def test_a_training_is_that_of_pytorchs_operations(ways, overrides):

@@ -121,7 +121,7 @@ def _pointer_to(dtype):
     return pointer
 
 
-_ints, _reals, _float32s = map(_pointer_to, (types.int64, types.float64, types.float32))
+_ints, _reals, _float32s, _bytes = map(_pointer_to, (types.int64, types.float64, types.float32, types.uint8))
 
 
 @intrinsic
@@ -164,6 +164,12 @@ def floats_at(job, i, which, start, size):
 def integers(job, i, start, size):
     """`size` numbers of the i-th thing that was given, a tensor of int64."""
     return carray(_ints(number(job, i), start), size)
+
+
+@part_of_kernel
+def octets(job, i, start, size):
+    """`size` numbers of the i-th thing that was given, a tensor of uint8."""
+    return carray(_bytes(number(job, i), start), size)
 
 
 @part_of_kernel

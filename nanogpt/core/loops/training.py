@@ -10,7 +10,7 @@ import torch
 from nanogpt.core import kernels
 from nanogpt.core.attention import CausalSelfAttention
 from nanogpt.core.loops.numbers import as_float, rounded
-from nanogpt.core.loops.team import BLOCK, NUMBERS, TeamKernel, floats, number, pieces, real, row
+from nanogpt.core.loops.team import BLOCK, NUMBERS, TeamKernel, floats, number, octets, pieces, real, row
 from nanogpt.core.model import MLP, Norm
 
 # 一块几行：少了，取活要原子加；多了，线程分不匀
@@ -116,8 +116,50 @@ class _SquaredReLU(torch.autograd.Function):
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
     """kernels.squared_relu() of float32 or bf16."""
-    known = x.dtype in NUMBERS and not torch.compiler.is_compiling()
-    return _SquaredReLU.apply(x) if known else kernels.squared_relu(x)
+    return _SquaredReLU.apply(x) if _is_known(x) else kernels.squared_relu(x)
+
+
+def _is_known(x: torch.Tensor) -> bool:
+    return x.dtype in NUMBERS and not torch.compiler.is_compiling()
+
+
+@TeamKernel
+def _drop(job):
+    size, dropped, factor = number(job, 0), number(job, 1), real(job, 2)
+    for piece in pieces(job):
+        start = piece * BLOCK
+        length = min(BLOCK, size - start)
+        x, drawn, y = row(job, 3, start, length), octets(job, 4, start, length), row(job, 5, start, length)
+        for i in range(length):
+            # 乘 0 而不是写 0：丢掉的 NaN 还是 NaN，与 PyTorch 的乘法一样
+            y[i] = rounded(job, as_float(x[i]) * (factor if drawn[i] >= dropped else np.float32(0)))
+
+
+class _Dropout(torch.autograd.Function):
+    """kernels.dropout() of float32 or bf16, which keeps the random bytes."""
+
+    @staticmethod
+    def forward(ctx, x, p):
+        drawn, ctx.dropped = kernels.drawn_bytes(x, p)
+        ctx.save_for_backward(drawn)
+        return _Dropout.dropped_of(x.contiguous(), drawn, ctx.dropped)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (drawn,) = ctx.saved_tensors
+        return _Dropout.dropped_of(grad.contiguous(), drawn, ctx.dropped), None
+
+    @staticmethod
+    def dropped_of(x: torch.Tensor, drawn: torch.Tensor, dropped: int) -> torch.Tensor:
+        """x with zeros where drawn < dropped, and otherwise larger by as much."""
+        y, size = torch.empty_like(x), x.numel()
+        _drop(x.dtype, size, -(-size // BLOCK), size, dropped, 256 / (256 - dropped), x, drawn, y)
+        return y
+
+
+def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
+    """kernels.dropout(): the same elements of the same random numbers."""
+    return _Dropout.apply(x, p) if _is_known(x) else kernels.dropout(x, p)
 
 
 @TeamKernel
@@ -235,6 +277,8 @@ def use_loops(model) -> bool:
             part.rms_norm, used = rms_norm, used or (part.kind == "rmsnorm" and part.weight is None)
         elif isinstance(part, MLP):
             part.squared_relu, used = squared_relu, used or part.activation == "relu2"
+        elif isinstance(part, kernels.Dropout):
+            part.dropout, used = dropout, used or part.p > 0
         elif isinstance(part, CausalSelfAttention):
             part.arrangement, used = Arrangement, used or (part.qk_norm and part.joint)
     return used
