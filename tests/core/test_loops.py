@@ -76,18 +76,34 @@ def test_parts_that_come_apart_and_double_precision_go_the_plain_way():
     for some in (parts, (torch.cat(parts, dim=2),)):
         (ours, _), (plain, _) = (kind(1e-3, None).pack(some) for kind in (training.Arrangement, kernels.Arrangement))
         assert ours.dtype == torch.float64 and torch.equal(ours, plain)
-    assert training.squared_relu(parts[0]).dtype == training.rms_norm(parts[0]).dtype == torch.float64
-    gain = torch.full((4,), 2.0)
-    assert torch.equal(training.rms_norm(parts[0].float(), gain), kernels.rms_norm(parts[0].float(), gain))
+    for ours in (training.rms_norm, *training.ACTIVATIONS.values(), lambda x: training.dropout(x, 0.5)):
+        assert ours(parts[0]).dtype == torch.float64
+
+
+def test_a_norm_with_a_gain_is_not_rounded_before_it():
+    x, gain = torch.randn(3, 4), torch.randn(4)
+    with torch.autocast("cpu", BF16):
+        torch.testing.assert_close(training.rms_norm(x, gain), kernels.rms_norm(x, gain))
 
 
 @pytest.mark.parametrize("dtype", [BF16, FLOAT32])
-def test_a_squared_relu_is_that_of_pytorchs_operations(ways, dtype):
-    x, grad = (torch.randn(3, 2**14 + 5).to(dtype) for _ in range(2))
-    ours, theirs = (x.clone().requires_grad_() for _ in range(2))
-    for y, function in ((ours, training.squared_relu), (theirs, kernels.squared_relu)):
-        function(y).backward(grad)
-    assert torch.equal(ours.grad, theirs.grad) and torch.equal(training.squared_relu(x), kernels.squared_relu(x))
+@pytest.mark.parametrize("plain", training.ACTIVATIONS, ids=lambda plain: plain.__name__)
+def test_an_activation_is_as_near_to_the_truth_as_pytorchs_operations(ways, dtype, plain):
+    x = 5 * torch.randn(3, 2**14 + 6)
+    x[0, :6] = torch.tensor([0.0, -0.0, 1e4, -1e4, 1e-30, math.nan])
+    x = x.to(dtype)
+    grad = torch.randn(plain(x).shape).to(dtype)
+
+    def of(function, dtype):
+        one = x.clone().to(dtype).requires_grad_()
+        (y := function(one)).backward(grad.to(dtype))
+        return y.detach().double(), one.grad.double()
+
+    for ours, theirs, true in zip(of(training.ACTIVATIONS[plain], dtype), of(plain, dtype), of(plain, torch.float64), strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        there = ~theirs.isnan()
+        most = (theirs - true)[there].abs().max()
+        assert (ours - true)[there].abs().max() <= 1.5 * most + 1e-5
 
 
 @pytest.mark.parametrize("dtype", [BF16, FLOAT32])

@@ -197,3 +197,9 @@ def pieces(job):
         part, size = _asked(about[ASK_PART]), _asked(about[ASK_SIZE])
     # 连着的一段：PyTorch 也这样分，要读的多半还在自己的缓存里
     return range(about[PIECES] * part // size, about[PIECES] * (part + 1) // size)
+
+
+@part_of_kernel
+def span(piece, size):
+    """Where a piece of BLOCK numbers out of `size` begins, and how many it has."""
+    return piece * BLOCK, min(BLOCK, size - piece * BLOCK)

@@ -9,12 +9,15 @@ import torch
 
 from nanogpt.core import kernels
 from nanogpt.core.attention import CausalSelfAttention
-from nanogpt.core.loops.numbers import as_float, rounded
-from nanogpt.core.loops.team import BLOCK, NUMBERS, TeamKernel, floats, number, octets, pieces, real, row
+from nanogpt.core.loops.compiled import part_of_kernel
+from nanogpt.core.loops.numbers import as_float, exp, rounded
+from nanogpt.core.loops.team import BLOCK, NUMBERS, TeamKernel, floats, number, octets, pieces, real, row, span
 from nanogpt.core.model import MLP, Norm
 
 # 一块几行：少了，取活要原子加；多了，线程分不匀
 ROWS = 16
+# tanh 近似的 GELU：2·sqrt(2/π)，与三次项的系数
+TWICE, CUBIC = np.float32(2 * 0.7978845608028654), np.float32(0.044715)
 
 
 @TeamKernel
@@ -67,8 +70,10 @@ class _Norm(torch.autograd.Function):
 
 def rms_norm(x: torch.Tensor, gain: torch.Tensor | None = None, eps: float = kernels.RMS_EPS) -> torch.Tensor:
     """kernels.rms_norm(), in autocast's dtype where the products that read it would round it anyway."""
-    if x.dtype != torch.float32 or gain is not None or torch.compiler.is_compiling():
+    if x.dtype != torch.float32 or torch.compiler.is_compiling():
         return kernels.rms_norm(x, gain, eps)
+    if gain is not None:
+        return _Norm.apply(x, eps, x.dtype) * gain.to(x.dtype)
     return _Norm.apply(x, eps, torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype)
 
 
@@ -76,8 +81,7 @@ def rms_norm(x: torch.Tensor, gain: torch.Tensor | None = None, eps: float = ker
 def _square_relu(job):
     size = number(job, 0)
     for piece in pieces(job):
-        start = piece * BLOCK
-        length = min(BLOCK, size - start)
+        start, length = span(piece, size)
         x, y = row(job, 1, start, length), row(job, 2, start, length)
         for i in range(length):
             positive = max(as_float(x[i]), np.float32(0))
@@ -88,35 +92,122 @@ def _square_relu(job):
 def _square_relu_back(job):
     size = number(job, 0)
     for piece in pieces(job):
-        start = piece * BLOCK
-        length = min(BLOCK, size - start)
+        start, length = span(piece, size)
         x, grad, into = row(job, 1, start, length), row(job, 2, start, length), row(job, 3, start, length)
         for i in range(length):
             into[i] = rounded(job, np.float32(2) * max(as_float(x[i]), np.float32(0)) * as_float(grad[i]))
 
 
-class _SquaredReLU(torch.autograd.Function):
-    """kernels.squared_relu(), which keeps x instead of relu(x)."""
+@part_of_kernel
+def _sigmoid(x):
+    return np.float32(1) / (np.float32(1) + exp(min(-x, np.float32(87))))
+
+
+@TeamKernel
+def _gelu(job):
+    size = number(job, 0)
+    for piece in pieces(job):
+        start, length = span(piece, size)
+        x, y = row(job, 1, start, length), row(job, 2, start, length)
+        for i in range(length):
+            # (1 + tanh u) / 2 = sigmoid 2u
+            one = as_float(x[i])
+            y[i] = rounded(job, one * _sigmoid(TWICE * one * (np.float32(1) + CUBIC * one * one)))
+
+
+@TeamKernel
+def _gelu_back(job):
+    size = number(job, 0)
+    for piece in pieces(job):
+        start, length = span(piece, size)
+        x, grad, into = row(job, 1, start, length), row(job, 2, start, length), row(job, 3, start, length)
+        for i in range(length):
+            one = as_float(x[i])
+            s = _sigmoid(TWICE * one * (np.float32(1) + CUBIC * one * one))
+            slope = TWICE * (np.float32(1) + np.float32(3) * CUBIC * one * one)
+            into[i] = rounded(job, as_float(grad[i]) * (s + one * s * (np.float32(1) - s) * slope))
+
+
+class _Activation(torch.autograd.Function):
+    """One of number by number, which keeps x; `there` and `back` are its kernels."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, there, back):
         x = x.contiguous()
-        y = torch.empty_like(x)
-        _square_relu(x.dtype, x.numel(), -(-x.numel() // BLOCK), x.numel(), x, y)
+        y, size, ctx.back = torch.empty_like(x), x.numel(), back
+        there(x.dtype, size, -(-size // BLOCK), size, x, y)
         ctx.save_for_backward(x)
         return y
 
     @staticmethod
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
-        grad, into = grad.contiguous(), torch.empty_like(x)
-        _square_relu_back(x.dtype, x.numel(), -(-x.numel() // BLOCK), x.numel(), x, grad, into)
+        grad, into, size = grad.contiguous(), torch.empty_like(x), x.numel()
+        ctx.back(x.dtype, size, -(-size // BLOCK), size, x, grad, into)
+        return into, None, None
+
+
+@TeamKernel
+def _gate(job):
+    rows, size = number(job, 0), number(job, 1)
+    for piece in pieces(job):
+        for i in range(piece * ROWS, min(rows, (piece + 1) * ROWS)):
+            gate, up = row(job, 2, 2 * i * size, size), row(job, 2, (2 * i + 1) * size, size)
+            y = row(job, 3, i * size, size)
+            for c in range(size):
+                one = as_float(gate[c])
+                y[c] = rounded(job, one * _sigmoid(one) * as_float(up[c]))
+
+
+@TeamKernel
+def _gate_back(job):
+    rows, size = number(job, 0), number(job, 1)
+    for piece in pieces(job):
+        for i in range(piece * ROWS, min(rows, (piece + 1) * ROWS)):
+            gate, up = row(job, 2, 2 * i * size, size), row(job, 2, (2 * i + 1) * size, size)
+            of_gate, of_up = row(job, 4, 2 * i * size, size), row(job, 4, (2 * i + 1) * size, size)
+            grad = row(job, 3, i * size, size)
+            for c in range(size):
+                one, g = as_float(gate[c]), as_float(grad[c])
+                s = _sigmoid(one)
+                of_up[c] = rounded(job, g * one * s)
+                of_gate[c] = rounded(job, g * as_float(up[c]) * s * (np.float32(1) + one * (np.float32(1) - s)))
+
+
+class _SwiGLU(torch.autograd.Function):
+    """kernels.swiglu() of (..., 2 n) in float32 or bf16."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.contiguous()
+        size = x.size(-1) // 2
+        y, rows = x.new_empty(*x.shape[:-1], size), x.numel() // (2 * size)
+        _gate(x.dtype, x.numel(), -(-rows // ROWS), rows, size, x, y)
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        grad, into, size = grad.contiguous(), torch.empty_like(x), x.size(-1) // 2
+        rows = x.numel() // (2 * size)
+        _gate_back(x.dtype, x.numel(), -(-rows // ROWS), rows, size, x, grad, into)
         return into
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
-    """kernels.squared_relu() of float32 or bf16."""
-    return _SquaredReLU.apply(x) if _is_known(x) else kernels.squared_relu(x)
+    """kernels.squared_relu(), which keeps x instead of relu(x)."""
+    return _Activation.apply(x, _square_relu, _square_relu_back) if _is_known(x) else kernels.squared_relu(x)
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """kernels.gelu_tanh()."""
+    return _Activation.apply(x, _gelu, _gelu_back) if _is_known(x) else kernels.gelu_tanh(x)
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """kernels.swiglu()."""
+    return _SwiGLU.apply(x) if _is_known(x) else kernels.swiglu(x)
 
 
 def _is_known(x: torch.Tensor) -> bool:
@@ -127,8 +218,7 @@ def _is_known(x: torch.Tensor) -> bool:
 def _drop(job):
     size, dropped, factor = number(job, 0), number(job, 1), real(job, 2)
     for piece in pieces(job):
-        start = piece * BLOCK
-        length = min(BLOCK, size - start)
+        start, length = span(piece, size)
         x, drawn, y = row(job, 3, start, length), octets(job, 4, start, length), row(job, 5, start, length)
         for i in range(length):
             # 乘 0 而不是写 0：丢掉的 NaN 还是 NaN，与 PyTorch 的乘法一样
@@ -269,14 +359,17 @@ class Arrangement(kernels.Arrangement):
         return self.rope or (torch.ones(T, size), torch.zeros(T, size))
 
 
+ACTIVATIONS = {kernels.squared_relu: squared_relu, kernels.gelu_tanh: gelu_tanh, kernels.swiglu: swiglu}
+
+
 def use_loops(model) -> bool:
     """Let a model on a CPU compute with these loops, before it is trained; whether it has any use for them."""
     used = False
     for part in model.modules():
         if isinstance(part, Norm):
-            part.rms_norm, used = rms_norm, used or (part.kind == "rmsnorm" and part.weight is None)
-        elif isinstance(part, MLP):
-            part.squared_relu, used = squared_relu, used or part.activation == "relu2"
+            part.rms_norm, used = rms_norm, used or part.kind == "rmsnorm"
+        elif isinstance(part, MLP) and part.activate in ACTIVATIONS:
+            part.activate, used = ACTIVATIONS[part.activate], True
         elif isinstance(part, kernels.Dropout):
             part.dropout, used = dropout, used or part.p > 0
         elif isinstance(part, CausalSelfAttention):

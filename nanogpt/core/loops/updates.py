@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from nanogpt.core import kernels
-from nanogpt.core.loops.team import BLOCK, TeamKernel, floats, floats_at, integers, number, pieces, real
+from nanogpt.core.loops.team import BLOCK, TeamKernel, floats, floats_at, integers, number, pieces, real, span
 from nanogpt.core.optimizers import Optimizer
 from nanogpt.core.tables import ROW_AVG_SQ, RowGradient, row_gradient
 from nanogpt.core.wrapping import mix_in
@@ -23,8 +23,7 @@ FEW = 4
 def _look_ahead(job):
     size, blocks, momentum, rest = number(job, 0), number(job, 1), real(job, 2), real(job, 3)
     for piece in pieces(job):
-        i, start = piece // blocks, piece % blocks * BLOCK
-        length = min(BLOCK, size - start)
+        i, (start, length) = piece // blocks, span(piece % blocks, size)
         grad, kept = floats_at(job, 4, i, start, length), floats_at(job, 5, i, start, length)
         ahead = floats(job, 6, i * size + start, length)
         for k in range(length):
@@ -37,8 +36,7 @@ def _look_ahead(job):
 def _subtract(job):
     size, blocks, left, rate = number(job, 0), number(job, 1), real(job, 2), real(job, 3)
     for piece in pieces(job):
-        i, start = piece // blocks, piece % blocks * BLOCK
-        length = min(BLOCK, size - start)
+        i, (start, length) = piece // blocks, span(piece % blocks, size)
         weight, update = floats_at(job, 4, i, start, length), floats(job, 5, i * size + start, length)
         for k in range(length):
             weight[k] = weight[k] * left - update[k] * rate

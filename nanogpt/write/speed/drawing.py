@@ -17,7 +17,8 @@ import torch
 
 from nanogpt.core.kernels import PART
 from nanogpt.core.lanes import draw_each
-from nanogpt.core.loops.compiled import Crew, kernel, part_of_kernel, share
+from nanogpt.core.loops.compiled import Crew, kernel, share
+from nanogpt.core.loops.numbers import exp
 from nanogpt.core.sampling import LEAST_TEMPERATURE, MinP, RepetitionPenalty, Sampler, Temperature, TopK, TopP
 
 # y 的 31 位分三段看：每段右边还有几位，有几位宽
@@ -26,21 +27,6 @@ HEAPS = ((21, 10), (10, 11), (0, 10))
 ALONE = 2**15
 # 独自算时没有谁要等
 NOBODY = np.empty(0, np.int64)
-
-
-@part_of_kernel
-def exp(x):
-    """e^x in float32 to about 2 ulp for x <= 88; arithmetic only, so that LLVM turns loops over it into SIMD."""
-    x = max(x, np.float32(-87.0))
-    # math.floor 是 libm 的一次调用，np.floor 是一条指令
-    n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
-    # 分两段减去 n·ln2，余数才不丢位；多项式是 e^r 的泰勒展开，|r| <= ln2 / 2
-    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-    p = np.float32(1 / 5040)
-    for c in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
-        p = p * r + np.float32(c)
-    # 直接写指数位：乘以 2^n
-    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
 @kernel(reorder=True)

@@ -25,12 +25,12 @@ from nanogpt.core.attention import CausalSelfAttention
 from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.loops import compiled
 from nanogpt.core.loops.compiled import Crew, kernel, meet, part_of_kernel, share
-from nanogpt.core.loops.numbers import as_array
+from nanogpt.core.loops.numbers import as_array, exp
 from nanogpt.core.machine import use_large_pages
 from nanogpt.core.model import GPT, MLP, Block, Norm
 from nanogpt.core.ngrams import NgramEmbedding
 from nanogpt.write.speed import float_dot, int4_dot, integer_dot
-from nanogpt.write.speed.drawing import draw, exp
+from nanogpt.write.speed.drawing import draw
 from nanogpt.write.speed.embedding import Embedding
 from nanogpt.write.speed.float_dot import LANES
 from nanogpt.write.speed.formats import Bf16Linear
