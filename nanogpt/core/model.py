@@ -46,9 +46,10 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        width, self.activate = config.mlp_width, ACTIVATIONS[config.activation]
+        width, self.activation = config.mlp_width, config.activation
+        self.activate = ACTIVATIONS[self.activation]
         # SwiGLU 的两个矩阵合成一次乘法：前一半过 SiLU，再乘后一半
-        self.c_fc = nn.Linear(config.n_embd, width * (2 if config.activation == "swiglu" else 1), bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, width * (2 if self.activation == "swiglu" else 1), bias=config.bias)
         self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
 

@@ -96,11 +96,17 @@ def _gnu_openmp() -> tuple | None:
     tells a thread its number and how many there are; None: it is another OpenMP."""
     if sys.platform != "linux":
         return None
-    libraries = {line.split()[-1] for line in MAPS.read_text(encoding="utf-8").splitlines() if "libgomp" in line}
-    if len(libraries) != 1:
+    lines = MAPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    # 第六栏是文件，路径里可以有空格
+    files = {line.split(maxsplit=5)[-1] for line in lines}
+    libraries = {file for file in files if "libgomp" in Path(file).name}
+    try:
+        # 载入过两份的，不知道 PyTorch 用的是哪一份
+        (path,) = libraries
+        library = ctypes.CDLL(path)
+        parallel = library.GOMP_parallel
+    except (ValueError, OSError, AttributeError):
         return None
-    library = ctypes.CDLL(libraries.pop())
-    parallel = library.GOMP_parallel
     parallel.argtypes, parallel.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
     ask = (library.omp_get_thread_num, library.omp_get_num_threads)
     return parallel, *(ctypes.cast(function, ctypes.c_void_p).value for function in ask)
