@@ -185,6 +185,19 @@ def test_an_update_leaves_no_gradient_behind_and_tells_pytorch_that_it_has_writt
         assert all(table.row_gradient.sum.count_nonzero() == 0 for table in tables)
 
 
+@pytest.mark.parametrize("ids", [
+    torch.tensor(5).expand(4, 4), torch.tensor([[1, 7], [1, 2]], dtype=torch.int32), torch.arange(16).view(4, 4).T,
+])
+def test_ids_of_any_strides_and_of_32_bits_are_looked_up(ids):
+    looped, plain = (torch.nn.Embedding(40, 3) for _ in range(2))
+    looped.load_state_dict(plain.state_dict())
+    looped.weight.row_gradient = rows = Rows()
+    look_up(looped, ids).pow(3).sum().backward()
+    plain(ids).pow(3).sum().backward()
+    torch.testing.assert_close(looped.weight.grad, plain.weight.grad)
+    torch.testing.assert_close(rows.once()[0], plain.weight.grad.norm())
+
+
 def test_a_table_that_others_write_to_as_well_is_gone_through_whole():
     table = torch.nn.Embedding(40, 3)
     table.weight.row_gradient = rows = Rows()

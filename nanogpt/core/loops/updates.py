@@ -105,11 +105,17 @@ class Rows(RowGradient):
     def few(self) -> bool:
         return self._known and sum(map(len, self._ids)) <= FEW * len(self.sum)
 
+    def ids(self) -> torch.Tensor:
+        # 下标也可以是 int32 的
+        return super().ids().long()
+
     def add_rows(self, total: torch.Tensor, ids: torch.Tensor, grad: torch.Tensor) -> None:
         if total is not self.sum:
             super().add_rows(total, ids, grad)
-        else:
-            _add_rows(torch.float32, grad.numel(), SHARES, len(ids), grad.size(1), ids, grad.contiguous(), total)
+            return
+        # expand 出来的下标压平了也不连续
+        ids, grad = ids.long().contiguous(), grad.contiguous()
+        _add_rows(torch.float32, grad.numel(), SHARES, len(ids), grad.size(1), ids, grad, total)
 
     def once(self) -> torch.Tensor:
         """The norm of the touched rows, (1,)."""
