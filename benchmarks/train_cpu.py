@@ -85,7 +85,7 @@ def training(shape: str, way: str) -> Callable[[], None]:
     model = build_model(cfg.model, 0).train()
     step = build_step(cfg, model, Precision(cfg.precision, CPU))
     if way.endswith("loops"):
-        use_loops(step, "true", CPU, compiled=False, steps=math.inf, seconds=math.inf)
+        use_loops(step, "true", CPU, None, compiled=False, steps=math.inf, seconds=math.inf)
     for group in step.optimizer.param_groups:
         group["lr"] = 1e-3
     x, y = torch.randint(65, (2, cfg.batch_size, cfg.model.block_size), generator=torch.Generator().manual_seed(0))

@@ -168,7 +168,9 @@ def compile_updates(optimizer, asked: str, device: torch.device, console) -> Non
     optimizer.storage.fused_momentum = Compiled(fusible_momentum, console, dynamic=True)
 
 
-def use_loops(step, asked: str, device: torch.device, *, compiled: bool, steps: float, seconds: float) -> bool:
+def use_loops(
+    step, asked: str, device: torch.device, console, *, compiled: bool, steps: float, seconds: float
+) -> bool:
     """Let a training on a CPU compute with core.loops where numba is installed, unless compile=false or it is short;
     whether it does.
 
@@ -178,10 +180,18 @@ def use_loops(step, asked: str, device: torch.device, *, compiled: bool, steps: 
     # 分片的参数没有自己的内存；numba 只在这里才导入
     if device.type != "cpu" or not worth or step.sums or not find_spec("numba"):
         return False
-    from nanogpt.core.loops import training, updates
+    try:
+        from nanogpt.core.loops import training, updates
 
-    in_model = not compiled and training.use_loops(step.model)
-    return updates.use_loops(step.optimizer) or in_model
+        worth = training.worth_it(step.model)
+    except Exception as error:
+        # numba 装坏了、与 numpy 合不来、被环境变量关掉：都不该训练不了
+        reason = first_line(error)[:LONGEST_REASON]
+        console.line("numba cannot be used ({reason}); training goes on without it", reason=reason)
+        return False
+    if not compiled:
+        training.use_loops(step.model)
+    return updates.use_loops(step.optimizer) or (worth and not compiled)
 
 
 def _keep_quiet() -> None:

@@ -44,17 +44,18 @@ class Norm(nn.Module):
 class MLP(nn.Module):
     """Position-wise feed-forward layer C -> mlp_width -> C."""
 
+    activations = ACTIVATIONS
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         width, self.activation = config.mlp_width, config.activation
-        self.activate = ACTIVATIONS[self.activation]
         # SwiGLU 的两个矩阵合成一次乘法：前一半过 SiLU，再乘后一半
         self.c_fc = nn.Linear(config.n_embd, width * (2 if self.activation == "swiglu" else 1), bias=config.bias)
         self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.c_proj(self.activate(self.c_fc(x))))
+        return self.dropout(self.c_proj(self.activations[self.activation](self.c_fc(x))))
 
 
 class Block(nn.Module):

@@ -112,7 +112,7 @@ class Training(Trainer):
         # 试跑只有几步
         length = {"steps": self.span.iters or math.inf, "seconds": self.span.seconds or math.inf}
         self.loops = not cfg.trial.enabled and use_loops(
-            computation, cfg.compile, self.device, compiled=self.compiles, **length
+            computation, cfg.compile, self.device, console, compiled=self.compiles, **length
         )
         use_graphs(computation, console, capacity=self._room_for_graphs())
 

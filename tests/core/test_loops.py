@@ -2,13 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from conftest import new_trainer, resumed_trainer, tiny, train
+from conftest import new_trainer, resumed_trainer, tiny, tiny_model_config, train
 from test_memory_parts import after_steps, step_of
 
 from nanogpt.core import compilation, kernels
+from nanogpt.core.model import MLP
+from nanogpt.core.optimizers import Optimizer
 from nanogpt.core.tables import look_up
+from nanogpt.weights.build import build_model
 
 pytest.importorskip("numba")
 
@@ -39,7 +43,8 @@ def close(one, other, dtype):
 
 def looped(step):
     """The step with loops everywhere."""
-    assert training.use_loops(step.model) | updates.use_loops(step.optimizer)
+    training.use_loops(step.model)
+    assert updates.use_loops(step.optimizer)
     return step
 
 
@@ -49,7 +54,7 @@ def test_a_norm_is_that_of_pytorchs_operations(ways, dtype, shape):
     x, grad = torch.randn(shape), torch.randn(shape).to(dtype)
     with torch.autocast("cpu", BF16, enabled=dtype == BF16):
         ours, theirs = (x.clone().requires_grad_() for _ in range(2))
-        y, wanted = training.rms_norm(ours, None, 1e-3), kernels.rms_norm(theirs, None, 1e-3).to(dtype)
+        y, wanted = training.rounded_norm(ours, None, 1e-3), kernels.rms_norm(theirs, None, 1e-3).to(dtype)
     assert y.dtype == dtype
     close(y, wanted, dtype)
     y.backward(grad)
@@ -73,9 +78,10 @@ def test_q_and_k_are_normalised_and_rotated_as_by_pytorchs_operations(ways, dtyp
 
 def test_parts_that_come_apart_and_double_precision_go_the_plain_way():
     parts = torch.randn(2, 7, 3, 2, 4, dtype=torch.float64).split((2, 1), dim=2)
-    for some in (parts, (torch.cat(parts, dim=2),)):
+    # 最后一种：head 的大小是奇数，分不成两半
+    for some in (parts, (torch.cat(parts, dim=2),), (torch.randn(2, 7, 3, 2, 5),)):
         (ours, _), (plain, _) = (kind(1e-3, None).pack(some) for kind in (training.Arrangement, kernels.Arrangement))
-        assert ours.dtype == torch.float64 and torch.equal(ours, plain)
+        assert ours.dtype == some[0].dtype and torch.equal(ours, plain)
     for ours in (training.rms_norm, *training.ACTIVATIONS.values(), lambda x: training.dropout(x, 0.5)):
         assert ours(parts[0]).dtype == torch.float64
 
@@ -83,12 +89,15 @@ def test_parts_that_come_apart_and_double_precision_go_the_plain_way():
 def test_a_norm_with_a_gain_is_not_rounded_before_it():
     x, gain = torch.randn(3, 4), torch.randn(4)
     with torch.autocast("cpu", BF16):
-        torch.testing.assert_close(training.rms_norm(x, gain), kernels.rms_norm(x, gain))
+        for ours in (training.rms_norm, training.rounded_norm):
+            torch.testing.assert_close(ours(x, gain), kernels.rms_norm(x, gain))
+            assert ours(x).dtype == (BF16 if ours is training.rounded_norm else FLOAT32)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FLOAT32])
-@pytest.mark.parametrize("plain", training.ACTIVATIONS, ids=lambda plain: plain.__name__)
-def test_an_activation_is_as_near_to_the_truth_as_pytorchs_operations(ways, dtype, plain):
+@pytest.mark.parametrize("name", training.ACTIVATIONS)
+def test_an_activation_is_as_near_to_the_truth_as_pytorchs_operations(ways, dtype, name):
+    plain = kernels.ACTIVATIONS[name]
     x = 5 * torch.randn(3, 2**14 + 6)
     x[0, :6] = torch.tensor([0.0, -0.0, 1e4, -1e4, 1e-30, math.nan])
     x = x.to(dtype)
@@ -99,7 +108,7 @@ def test_an_activation_is_as_near_to_the_truth_as_pytorchs_operations(ways, dtyp
         (y := function(one)).backward(grad.to(dtype))
         return y.detach().double(), one.grad.double()
 
-    for ours, theirs, true in zip(of(training.ACTIVATIONS[plain], dtype), of(plain, dtype), of(plain, torch.float64), strict=True):
+    for ours, theirs, true in zip(of(training.ACTIVATIONS[name], dtype), of(plain, dtype), of(plain, torch.float64), strict=True):
         assert torch.equal(ours.isnan(), theirs.isnan())
         there = ~theirs.isnan()
         most = (theirs - true)[there].abs().max()
@@ -230,6 +239,74 @@ def test_the_same_seed_gives_the_same_weights_also_across_a_resume(in_tmp, short
     half = resumed_trainer("half", "max_iters=6")
     half.fit()
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, two, of(half), strict=True))
+
+
+class OwnMLP(MLP):
+    def __init__(self, config):
+        super().__init__(config)
+        self.activation = "gelu"
+
+
+class BareMLP(MLP):
+    def __init__(self, config):
+        torch.nn.Module.__init__(self)
+        self.only = torch.nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        # 加进一个与输入同类型的张量：输入变成 bf16，这里就加不上 float32 的
+        return torch.zeros_like(x).index_add_(0, torch.arange(len(x)), self.only(x).float())
+
+
+class OwnDropout(kernels.Dropout):
+    def dropout(self, x, p):
+        return x
+
+
+def test_what_a_user_has_made_otherwise_stays_as_it_is():
+    model = build_model(tiny_model_config(n_layer=3, dropout=0.5), 0)
+    plain, own = model.h[2].mlp, OwnMLP(model.config)
+    model.h[0].mlp, model.h[1].mlp = own, BareMLP(model.config)
+    model.drop = OwnDropout(0.5)
+    training.use_loops(model)
+    assert own.activations[own.activation] is kernels.ACTIVATIONS["gelu"] and plain.activations["relu2"] is training.squared_relu
+    assert model.drop.dropout(1, 0.5) == 1 and plain.dropout.dropout is training.dropout
+    assert [block.ln_2.rms_norm is training.rounded_norm for block in model.h] == [False, False, True]
+    idx = torch.randint(model.config.vocab_size, (2, 8))
+    with torch.autocast("cpu", BF16):
+        assert model.hidden(idx).dtype == FLOAT32
+        model.loss(idx, idx).backward()
+
+    class Other(Optimizer):
+        def directions(self, group, named, ahead):
+            return super().directions(group, named, ahead)
+
+    assert not updates.use_loops(Other([{"params": list(model.parameters()), "rule": "muon"}]))
+
+
+def test_rates_of_any_type_and_a_table_laid_out_otherwise(ways):
+    found = []
+    for rate in (0.01, np.float32(0.01), torch.tensor(0.01)):
+        step = step_of()[1]
+        step.model.wte.weight.data = step.model.wte.weight.data.T.contiguous().T
+        looped(step)
+        for group in step.optimizer.param_groups:
+            group["lr"] = rate
+        found.append(after_steps(step)[0])
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other)
+    plain = step_of()[1]
+    for group in plain.optimizer.param_groups:
+        group["lr"] = 0.01
+    torch.testing.assert_close(found[0], after_steps(plain)[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_numba_that_does_not_work_is_said_and_gone_on_without(in_tmp, short, monkeypatch, capsys):
+    def broken(x):
+        raise AttributeError("'function' object has no attribute '_cache'")
+
+    monkeypatch.setattr(training, "squared_relu", broken)
+    assert not train(short).loops
+    assert "numba cannot be used ('function' object has no attribute '_cache'); training goes on without it" in capsys.readouterr().out
 
 
 def test_loops_are_taken_for_long_trainings_on_a_cpu_alone(in_tmp, corpus_folder, monkeypatch):

@@ -51,7 +51,7 @@ class TeamKernel:
             if isinstance(one, torch.Tensor):
                 job[i] = one.data_ptr()
             elif one is not None:
-                (job.view(np.float64) if isinstance(one, float) else job)[i] = one
+                (job if isinstance(one, int) else job.view(np.float64))[i] = one
         run = CALL((self.compiled.get(dtype) or self._compile(dtype)).address)
         if size < ALONE or pieces == 1 or torch.get_num_threads() == 1:
             run(job.ctypes.data)
@@ -96,11 +96,11 @@ def _gnu_openmp() -> tuple | None:
     tells a thread its number and how many there are; None: it is another OpenMP."""
     if sys.platform != "linux":
         return None
-    lines = MAPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    # 第六栏是文件，路径里可以有空格
-    files = {line.split(maxsplit=5)[-1] for line in lines}
-    libraries = {file for file in files if "libgomp" in Path(file).name}
     try:
+        lines = MAPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        # 第六栏是文件，路径里可以有空格
+        files = {line.split(maxsplit=5)[-1] for line in lines}
+        libraries = {file for file in files if "libgomp" in Path(file).name}
         # 载入过两份的，不知道 PyTorch 用的是哪一份
         (path,) = libraries
         library = ctypes.CDLL(path)

@@ -12,7 +12,7 @@ from nanogpt.core.attention import CausalSelfAttention
 from nanogpt.core.loops.compiled import part_of_kernel
 from nanogpt.core.loops.numbers import as_float, exp, rounded
 from nanogpt.core.loops.team import BLOCK, NUMBERS, TeamKernel, floats, number, octets, pieces, real, row, span
-from nanogpt.core.model import MLP, Norm
+from nanogpt.core.model import MLP, Block, Norm
 
 # 一块几行：少了，取活要原子加；多了，线程分不匀
 ROWS = 16
@@ -69,12 +69,19 @@ class _Norm(torch.autograd.Function):
 
 
 def rms_norm(x: torch.Tensor, gain: torch.Tensor | None = None, eps: float = kernels.RMS_EPS) -> torch.Tensor:
-    """kernels.rms_norm(), in autocast's dtype where the products that read it would round it anyway."""
+    """kernels.rms_norm()."""
     if x.dtype != torch.float32 or torch.compiler.is_compiling():
         return kernels.rms_norm(x, gain, eps)
-    if gain is not None:
-        return _Norm.apply(x, eps, x.dtype) * gain.to(x.dtype)
-    return _Norm.apply(x, eps, torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype)
+    y = _Norm.apply(x, eps, x.dtype)
+    return y if gain is None else y * gain.to(x.dtype)
+
+
+def rounded_norm(x: torch.Tensor, gain: torch.Tensor | None = None, eps: float = kernels.RMS_EPS) -> torch.Tensor:
+    """kernels.rms_norm() under autocast to bf16 for products that round what they read: rounded to begin with."""
+    bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    if x.dtype != torch.float32 or gain is not None or not bf16 or torch.compiler.is_compiling():
+        return rms_norm(x, gain, eps)
+    return _Norm.apply(x, eps, torch.bfloat16)
 
 
 @TeamKernel
@@ -329,7 +336,9 @@ class Arrangement(kernels.Arrangement):
 
     def pack(self, parts):
         qkv, rope = parts[0], self.rope
-        self.in_one_pass = len(parts) == 1 and qkv.dtype in NUMBERS and (rope is None or rope[0].dtype == torch.float32)
+        known = rope is None or rope[0].dtype == torch.float32
+        # 两半各走一遍：奇数的 head 走普通的路
+        self.in_one_pass = len(parts) == 1 and known and qkv.dtype in NUMBERS and qkv.size(-1) % 2 == 0
         if not self.in_one_pass or (self.eps is None and rope is None):
             return super().pack(parts)
         B, T, _, heads, size = qkv.shape
@@ -356,22 +365,32 @@ class Arrangement(kernels.Arrangement):
 
     def _tables(self, T: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         # 不旋转就是转 0 度
-        return self.rope or (torch.ones(T, size), torch.zeros(T, size))
+        return tuple(t.contiguous() for t in self.rope or (torch.ones(T, size), torch.zeros(T, size)))
 
 
-ACTIVATIONS = {kernels.squared_relu: squared_relu, kernels.gelu_tanh: gelu_tanh, kernels.swiglu: swiglu}
+ACTIVATIONS = {"relu2": squared_relu, "gelu_tanh": gelu_tanh, "swiglu": swiglu}
+# 哪些类的哪个属性换成什么；使用者的子类改过的不换
+IN_PLACE_OF = (
+    (Norm, "rms_norm", rms_norm), (MLP, "activations", {**kernels.ACTIVATIONS, **ACTIVATIONS}),
+    (kernels.Dropout, "dropout", dropout), (CausalSelfAttention, "arrangement", Arrangement),
+)
 
 
-def use_loops(model) -> bool:
-    """Let a model on a CPU compute with these loops, before it is trained; whether it has any use for them."""
-    used = False
+def use_loops(model) -> None:
+    """Let a model on a CPU compute with these loops, before it is trained."""
     for part in model.modules():
-        if isinstance(part, Norm):
-            part.rms_norm, used = rms_norm, used or part.kind == "rmsnorm"
-        elif isinstance(part, MLP) and part.activate in ACTIVATIONS:
-            part.activate, used = ACTIVATIONS[part.activate], True
-        elif isinstance(part, kernels.Dropout):
-            part.dropout, used = dropout, used or part.p > 0
-        elif isinstance(part, CausalSelfAttention):
-            part.arrangement, used = Arrangement, used or (part.qk_norm and part.joint)
-    return used
+        for kind, name, ours in IN_PLACE_OF:
+            if isinstance(part, kind) and getattr(type(part), name) is getattr(kind, name):
+                setattr(part, name, ours)
+    for block in (block for block in model.modules() if type(block) is Block):
+        # 只有自己的乘积来读时才先舍入：使用者的层照旧读到 float32
+        for norm, reader, kind in ((block.ln_1, block.attn, CausalSelfAttention), (block.ln_2, block.mlp, MLP)):
+            if type(reader) is kind and vars(norm).get("rms_norm") is rms_norm:
+                norm.rms_norm = rounded_norm
+
+
+def worth_it(model) -> bool:
+    """Whether a model has any use for these loops; raises where they cannot be compiled."""
+    squared_relu(torch.ones(2))
+    c = model.config
+    return c.norm == "rmsnorm" or c.activation in ACTIVATIONS or c.qk_norm or c.dropout > 0

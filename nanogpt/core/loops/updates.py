@@ -17,6 +17,8 @@ from nanogpt.core.wrapping import mix_in
 SHARES = 8
 # 查的次数是行数的这么多倍以内，逐个查到的行走都比整张表走几遍快
 FEW = 4
+# 优化器里这几个方法都还是自己的，才换
+OVERRIDDEN = ("update", "rows", "muon", "directions")
 
 
 @TeamKernel
@@ -84,14 +86,15 @@ def _update_rows(job):
             grad, square = floats(job, 8, ids[n] * size, size), np.float32(0)
             for c in range(size):
                 square += grad[c] * grad[c]
-            # 用过的梯度清成 0：同一行再来时就没有事做，下一步也不必再清
             if square > 0:
                 weight, kept = floats(job, 7, ids[n] * size, size), floats(job, 9, ids[n], 1)
                 kept[0] += rest * (square / np.float32(size) - kept[0])
                 rate = lr / (np.sqrt(kept[0] / correction) + eps)
                 for c in range(size):
                     weight[c] -= grad[c] * rate
-                    grad[c] = np.float32(0)
+            # 用过的梯度清成 0：同一行再来时就没有事做，下一步也不必再清
+            for c in range(size):
+                grad[c] = np.float32(0)
 
 
 class Rows(RowGradient):
@@ -127,11 +130,11 @@ class Rows(RowGradient):
 
     def update(self, p: torch.Tensor, state: dict[str, torch.Tensor], group: dict) -> None:
         """tables.update_table(); leaves a gradient of zeros."""
-        ids, size, beta = self.ids(), self.sum.size(1), group["betas"][1]
+        ids, size, beta = self.ids(), self.sum.size(1), float(group["betas"][1])
         state["step"] += 1
         _update_rows(
-            torch.float32, len(ids) * size, SHARES, len(ids), size, group["lr"], 1 - beta,
-            1 - beta ** int(state["step"]), group["eps"], ids, p, self.sum, state[ROW_AVG_SQ],
+            torch.float32, len(ids) * size, SHARES, len(ids), size, float(group["lr"]), 1 - beta,
+            1 - beta ** int(state["step"]), float(group["eps"]), ids, p, self.sum, state[ROW_AVG_SQ],
         )
         # 绕过了 PyTorch：要它知道权重变了
         torch.autograd.graph.increment_version(p)
@@ -144,7 +147,7 @@ class LoopedUpdates:
     def rows(self, group, named, *, skip=None, factor=None):
         for name, p in named:
             rows = row_gradient(p)
-            if isinstance(rows, Rows) and skip is None:
+            if isinstance(rows, Rows) and skip is None and p.is_contiguous():
                 rows.update(p.detach(), self.started(name, p, group), group)
             else:
                 super().rows(group, [(name, p)], skip=skip, factor=factor)
@@ -161,14 +164,15 @@ class LoopedUpdates:
             rows = group["splits"].get(name) or [len(p)]
             for part in zip(*(t.split(rows) for t in (p.grad, momentum, p.detach())), strict=True):
                 parts.setdefault(part[0].shape, []).append(part)
-        left = 1 - group["lr"] * group["weight_decay"]
+        lr, momentum = float(group["lr"]), float(group["momentum"])
+        left = 1 - lr * float(group["weight_decay"])
         for shape, these in parts.items():
             grads, kept, weights = (_addresses(each) for each in zip(*these, strict=True))
             ahead, blocks = torch.empty(len(these), *shape), -(-shape.numel() // BLOCK)
             about = torch.float32, ahead.numel(), len(these) * blocks, shape.numel(), blocks
-            _look_ahead(*about, group["momentum"], 1 - group["momentum"], grads, kept, ahead)
+            _look_ahead(*about, momentum, 1 - momentum, grads, kept, ahead)
             update = kernels.orthogonalize(ahead, group["ns_steps"], group["ns_bf16"]).contiguous()
-            _subtract(*about, left, group["lr"] * kernels.update_scale(shape), weights, update)
+            _subtract(*about, left, lr * kernels.update_scale(shape), weights, update)
         torch.autograd.graph.increment_version([p for _, p in named])
 
 
@@ -180,10 +184,10 @@ def use_loops(optimizer) -> bool:
     """Let an optimizer of parameters on a CPU update with these loops, before its first step; whether it does."""
     kind = type(optimizer)
     # 省显存的、使用者自己的，各有自己的更新
-    if not all(getattr(kind, name, None) is getattr(Optimizer, name) for name in ("update", "rows", "muon")):
+    if not all(getattr(kind, name, None) is getattr(Optimizer, name) for name in OVERRIDDEN):
         return False
     mix_in(optimizer, LoopedUpdates)
     for p in (p for group in optimizer.param_groups for p in group["params"]):
-        if getattr(p, "row_gradient", None) is not None and p.dtype == torch.float32:
+        if type(getattr(p, "row_gradient", None)) is RowGradient and p.dtype == torch.float32 and p.is_contiguous():
             p.row_gradient = Rows()
     return any(group["rule"] != "adamw" for group in optimizer.param_groups)
