@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from nanogpt.base.language import ConfigError  # noqa: E402
+from nanogpt.core.compilation import LEAST_STEPS  # noqa: E402
 from nanogpt.data import assets, corpus  # noqa: E402 - 先把仓库根目录放进路径
 
 TARGET = 1.8857
@@ -119,10 +120,11 @@ def same_architecture(path: Path, folder: Path, rounds: int, shape: dict, iters:
             out = folder / f"nano{shape['n_embd']}-{number}{compiled}"
             theirs = run_nanogpt(path, out, **shape, max_iters=iters, eval_iters=1, eval_interval=100000, compile=compiled)
             found["nanogpt" + "_compiled" * (compiled == "True")] = tokens / theirs["step_ms"] * 1e3
-        for compiled in ("false", "true"):
+        # auto: with numba the small operations of a training of so many steps are compiled loops
+        for compiled, name in (("false", "ours"), ("true", "ours_compiled"), *([("auto", "ours_loops")] if iters >= LEAST_STEPS else [])):
             out = f"same{shape['n_embd']}-{number}{compiled}"
             ours = run_ours(folder, out, *SAME_ARCHITECTURE, *mine, f"max_iters={iters}", f"compile={compiled}")
-            found["ours" + "_compiled" * (compiled == "true")] = ours["tokens_per_s"]
+            found[name] = ours["tokens_per_s"]
         rows.append(found)
         print(f"same architecture, round {number + 1}, tokens/s:", {name: round(speed) for name, speed in found.items()}, flush=True)
 
@@ -133,6 +135,7 @@ def same_architecture(path: Path, folder: Path, rounds: int, shape: dict, iters:
     return {
         **{f"{name}_tokens_per_s": [row[name] for row in rows] for name in rows[0]},
         "ratio": ratio("ours"), "ratio_compiled": ratio("ours_compiled"), **of_both,
+        **({"ratio_loops": ratio("ours_loops")} if iters >= LEAST_STEPS else {}),
     }
 
 
@@ -167,7 +170,7 @@ def main() -> None:
         folder = Path(folder)
         result = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.is_file() else {}
         if arguments.part in ("all", "speed"):
-            result["same_architecture"] = same_architecture(path, folder, arguments.rounds, {key: RECIPE[key] for key in WIDE}, 200)
+            result["same_architecture"] = same_architecture(path, folder, arguments.rounds, {key: RECIPE[key] for key in WIDE}, LEAST_STEPS)
         if arguments.part in ("all", "wide"):
             result["same_architecture_6_6_384"] = same_architecture(path, folder, arguments.rounds, WIDE, 24, both_compiled=True)
         if arguments.part in ("all", "target"):
