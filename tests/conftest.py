@@ -83,6 +83,12 @@ def english():
 
 
 @pytest.fixture(autouse=True)
+def the_same_random_numbers():
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def nothing_said_before():
     """What is said once in a process is said once in a test."""
     prefixes._said.clear()

@@ -26,7 +26,6 @@ BF16, FLOAT32 = torch.bfloat16, torch.float32
 @pytest.fixture(params=["alone", "openmp", "crew"])
 def ways(request, monkeypatch):
     """One thread, PyTorch's own, or those of a pool where PyTorch's cannot be had; also for a handful of numbers."""
-    torch.manual_seed(0)
     before = torch.get_num_threads()
     torch.set_num_threads(1 if request.param == "alone" else 3)
     monkeypatch.setattr(team, "ALONE", 1)

@@ -252,7 +252,6 @@ def test_activations_are_rounded_to_the_same_integers_everywhere():
 
 
 def test_int4_rounds_each_weight_to_half_a_step_and_a_byte_holds_two():
-    torch.manual_seed(0)
     weight = torch.randn(37, 96) * torch.logspace(-3, 3, 37)[:, None]
     weight[3] = 0
     packed, scale = int4.quantize(weight)
