@@ -3,8 +3,8 @@
     python benchmarks/train_cpu.py [--part speed|loss] [--rounds 7] [--seeds 1337 1338 1339] [--iters 400]
 
 speed, 4 minutes on 2 cores: training steps of three shapes, the ways in turn, ratios of medians; "loops" are those of
-core/loops, for which numba must be installed. loss: the same trainings of
-the default recipe in fp32 and in bf16 for each seed, at 4/4/128. Writes benchmarks/results/train_cpu.json; --part measures
+core/loops, for which numba must be installed. loss: the same trainings of the default recipe in fp32, in bf16 and in bf16
+with loops (300 steps or more) for each seed, at 4/4/128. Writes benchmarks/results/train_cpu.json; --part measures
 one half anew and keeps the other.
 """
 
@@ -139,20 +139,23 @@ def iteration(matrices: torch.Tensor, bf16: bool, ratio: float) -> Callable[[], 
 
 
 def loss(seeds: list[int], iters: int) -> dict:
-    """Validation losses of the default recipe at 4/4/128, in fp32 and in bf16, and how far apart they are."""
-    found: dict = {"iters": iters, "fp32": [], "bf16": []}
+    """Validation losses of the default recipe at 4/4/128, in fp32 and in bf16, both with PyTorch's operations, and in bf16
+    with compiled loops; and how far apart they are."""
+    ways = {"fp32": ("none", "false"), "bf16": ("all", "false"), "bf16, loops": ("all", "auto")}
+    found: dict = {"iters": iters, **{name: [] for name in ways}}
     with tempfile.TemporaryDirectory() as folder:
         for seed in seeds:
-            for name, units in (("fp32", "none"), ("bf16", "all")):
+            for name, (units, compiled) in ways.items():
                 out = Path(folder) / f"{name}{seed}"
                 typed = [
-                    *SHAPES["4/4/128"], f"precision.cpu_bf16={units}", f"seed={seed}", f"max_iters={iters}", f"eval_interval={iters}",
+                    *SHAPES["4/4/128"], f"precision.cpu_bf16={units}", f"compile={compiled}", f"seed={seed}", f"max_iters={iters}", f"eval_interval={iters}",
                     "dataset=shakespeare_char", "logger=none", "sample_tokens=0", "device=cpu", f"out_dir={out.as_posix()}",
                 ]
                 subprocess.run([sys.executable, str(ROOT / "run_train.py"), *typed], check=True, capture_output=True)
                 found[name].append(json.loads((out / "summary.json").read_text(encoding="utf-8"))["val_loss"])
-            print(f"seed {seed}: fp32 {found['fp32'][-1]:.4f}, bf16 {found['bf16'][-1]:.4f}", flush=True)
-    found["mean_difference"] = statistics.mean(b - a for a, b in zip(found["fp32"], found["bf16"], strict=True))
+            print(f"seed {seed}:", {name: round(found[name][-1], 4) for name in ways}, flush=True)
+    for one, other, name in (("fp32", "bf16", "mean_difference"), ("bf16", "bf16, loops", "mean_difference_of_loops")):
+        found[name] = statistics.mean(b - a for a, b in zip(found[one], found[other], strict=True))
     found["deviation_of_seeds"] = statistics.stdev(found["fp32"]) if len(seeds) > 1 else None
     return found
 
