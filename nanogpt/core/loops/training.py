@@ -1,8 +1,8 @@
 """The small operations of a training step on a CPU, each in one pass over memory, and what puts them in place."""
 
-# kernels.py 里同名公式的另一份，逐项对得上，只差舍入：RMSNorm，q、k 的归一化与旋转，表与 Muon 的更新
+# kernels.py 里同名公式的另一份，逐项对得上，只差舍入：RMSNorm，q、k 的归一化与旋转，激活函数，dropout
 # PyTorch 里它们是一串小运算，每个要走一遍内存、叫醒一次线程：小模型的一步里，与矩阵乘一样久
-# use_loops 从外面换上去：Norm、注意力、优化器各有一个留给它的属性；没有 numba、还在重算激活时照旧
+# use_loops 从外面换上去：Norm、MLP、Dropout、注意力各有一个留给它的属性；别的数字格式、编译器追踪时照旧
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from nanogpt.core.loops.numbers import as_float, exp, rounded
 from nanogpt.core.loops.team import BLOCK, NUMBERS, TeamKernel, floats, number, octets, pieces, real, row, span
 from nanogpt.core.model import MLP, Block, Norm
 
-# 一块几行：少了，取活要原子加；多了，线程分不匀
+# 一块几行：多了，线程分不匀
 ROWS = 16
 # tanh 近似的 GELU：2·sqrt(2/π)，与三次项的系数
 TWICE, CUBIC = np.float32(2 * 0.7978845608028654), np.float32(0.044715)
