@@ -243,7 +243,7 @@ def test_the_same_seed_gives_the_same_weights_also_across_a_resume(in_tmp, short
 class OwnMLP(MLP):
     def __init__(self, config):
         super().__init__(config)
-        self.activation = "gelu"
+        self.activations = {"relu2": torch.sin}
 
 
 class BareMLP(MLP):
@@ -266,10 +266,12 @@ def test_what_a_user_has_made_otherwise_stays_as_it_is():
     plain, own = model.h[2].mlp, OwnMLP(model.config)
     model.h[0].mlp, model.h[1].mlp = own, BareMLP(model.config)
     model.drop = OwnDropout(0.5)
+    model.h[2].ln_1.register_forward_hook(lambda *_: None)
     training.use_loops(model)
-    assert own.activations[own.activation] is kernels.ACTIVATIONS["gelu"] and plain.activations["relu2"] is training.squared_relu
+    assert own.activations["relu2"] is torch.sin and plain.activations["relu2"] is training.squared_relu
     assert model.drop.dropout(1, 0.5) == 1 and plain.dropout.dropout is training.dropout
-    assert [block.ln_2.rms_norm is training.rounded_norm for block in model.h] == [False, False, True]
+    first, second = ([norm.rms_norm is training.rounded_norm for norm in norms] for norms in zip(*((b.ln_1, b.ln_2) for b in model.h)))
+    assert (first, second) == ([True, True, False], [False, False, True])
     idx = torch.randint(model.config.vocab_size, (2, 8))
     with torch.autocast("cpu", BF16):
         assert model.hidden(idx).dtype == FLOAT32
@@ -279,15 +281,38 @@ def test_what_a_user_has_made_otherwise_stays_as_it_is():
         def directions(self, group, named, ahead):
             return super().directions(group, named, ahead)
 
-    assert not updates.use_loops(Other([{"params": list(model.parameters()), "rule": "muon"}]))
+    groups = [{"params": list(model.parameters()), "rule": "muon"}]
+    changed = Optimizer(groups)
+    changed.directions = lambda *_: None
+    assert not updates.use_loops(Other(groups)) and not updates.use_loops(changed)
 
 
-def test_rates_of_any_type_and_a_table_laid_out_otherwise(ways):
+def test_what_cannot_be_differentiated_twice_says_so():
+    x = torch.randn(3, 4, requires_grad=True)
+    for function in (training.rms_norm, *training.ACTIVATIONS.values(), lambda x: training.dropout(x, 0.5)):
+        with pytest.raises(RuntimeError, match="cannot be differentiated twice: train with compile=false"):
+            torch.autograd.grad(function(x).sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_table_laid_out_otherwise_is_trained_as_well(ways, when):
+    found = []
+    for loops in (True, False):
+        step = step_of()[1]
+        table = step.model.wte.weight
+        for now in ("before", "after"):
+            if when == now:
+                table.data = table.data.T.contiguous().T
+            if loops and now == "before":
+                looped(step)
+        found.append(after_steps(step)[0])
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+def test_rates_of_any_type(ways):
     found = []
     for rate in (0.01, np.float32(0.01), torch.tensor(0.01)):
-        step = step_of()[1]
-        step.model.wte.weight.data = step.model.wte.weight.data.T.contiguous().T
-        looped(step)
+        step = looped(step_of()[1])
         for group in step.optimizer.param_groups:
             group["lr"] = rate
         found.append(after_steps(step)[0])

@@ -4,6 +4,8 @@
 # PyTorch 里它们是一串小运算，每个要走一遍内存、叫醒一次线程：小模型的一步里，与矩阵乘一样久
 # use_loops 从外面换上去：Norm、MLP、Dropout、注意力各有一个留给它的属性；别的数字格式、编译器追踪时照旧
 
+import functools
+
 import numpy as np
 import torch
 
@@ -18,6 +20,17 @@ from nanogpt.core.model import MLP, Block, Norm
 ROWS = 16
 # tanh 近似的 GELU：2·sqrt(2/π)，与三次项的系数
 TWICE, CUBIC = np.float32(2 * 0.7978845608028654), np.float32(0.044715)
+
+
+def _once(backward):
+    # PyTorch 自己的 once_differentiable 只在传来的梯度要求导时才报错，别的时候悄悄少算几项
+    @functools.wraps(backward)
+    def checked(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError("compiled loops cannot be differentiated twice: train with compile=false")
+        return backward(ctx, grad)
+
+    return checked
 
 
 @TeamKernel
@@ -60,6 +73,7 @@ class _Norm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @_once
     def backward(ctx, grad):
         y, r = ctx.saved_tensors
         grad, into = grad.contiguous(), torch.empty(y.shape)
@@ -147,6 +161,7 @@ class _Activation(torch.autograd.Function):
         return y
 
     @staticmethod
+    @_once
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
         grad, into, size = grad.contiguous(), torch.empty_like(x), x.numel()
@@ -194,6 +209,7 @@ class _SwiGLU(torch.autograd.Function):
         return y
 
     @staticmethod
+    @_once
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
         grad, into, size = grad.contiguous(), torch.empty_like(x), x.size(-1) // 2
@@ -242,6 +258,7 @@ class _Dropout(torch.autograd.Function):
         return _Dropout.dropped_of(x.contiguous(), drawn, ctx.dropped)
 
     @staticmethod
+    @_once
     def backward(ctx, grad):
         (drawn,) = ctx.saved_tensors
         return _Dropout.dropped_of(grad.contiguous(), drawn, ctx.dropped), None
@@ -380,13 +397,20 @@ def use_loops(model) -> None:
     """Let a model on a CPU compute with these loops, before it is trained."""
     for part in model.modules():
         for kind, name, ours in IN_PLACE_OF:
-            if isinstance(part, kind) and getattr(type(part), name) is getattr(kind, name):
+            if isinstance(part, kind) and getattr(part, name) is getattr(kind, name):
                 setattr(part, name, ours)
     for block in (block for block in model.modules() if type(block) is Block):
         # 只有自己的乘积来读时才先舍入：使用者的层照旧读到 float32
         for norm, reader, kind in ((block.ln_1, block.attn, CausalSelfAttention), (block.ln_2, block.mlp, MLP)):
-            if type(reader) is kind and vars(norm).get("rms_norm") is rms_norm:
+            looked_at = norm._forward_hooks or reader._forward_pre_hooks or norm.rms_norm is not rms_norm
+            if type(reader) is kind and type(norm) is Norm and not looked_at and _rounds(reader):
                 norm.rms_norm = rounded_norm
+
+
+def _rounds(reader: CausalSelfAttention | MLP) -> bool:
+    """Whether a layer reads its input with a product of PyTorch's own, unseen by anybody else."""
+    first = reader.c_attn if isinstance(reader, CausalSelfAttention) else reader.c_fc
+    return type(first) is torch.nn.Linear and not first._forward_hooks and not first._forward_pre_hooks
 
 
 def worth_it(model) -> bool:

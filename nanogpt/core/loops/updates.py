@@ -106,14 +106,14 @@ class Rows(RowGradient):
 
     @property
     def few(self) -> bool:
-        return self._known and sum(map(len, self._ids)) <= FEW * len(self.sum)
+        return self._known and self.sum.is_contiguous() and sum(map(len, self._ids)) <= FEW * len(self.sum)
 
     def ids(self) -> torch.Tensor:
         # 下标也可以是 int32 的
         return super().ids().long()
 
     def add_rows(self, total: torch.Tensor, ids: torch.Tensor, grad: torch.Tensor) -> None:
-        if total is not self.sum:
+        if total is not self.sum or not total.is_contiguous():
             super().add_rows(total, ids, grad)
             return
         # expand 出来的下标压平了也不连续
@@ -184,7 +184,8 @@ def use_loops(optimizer) -> bool:
     """Let an optimizer of parameters on a CPU update with these loops, before its first step; whether it does."""
     kind = type(optimizer)
     # 省显存的、使用者自己的，各有自己的更新
-    if not all(getattr(kind, name, None) is getattr(Optimizer, name) for name in OVERRIDDEN):
+    ours = all(getattr(kind, name, None) is getattr(Optimizer, name) for name in OVERRIDDEN)
+    if not ours or not vars(optimizer).keys().isdisjoint(OVERRIDDEN):
         return False
     mix_in(optimizer, LoopedUpdates)
     for p in (p for group in optimizer.param_groups for p in group["params"]):
