@@ -51,6 +51,7 @@ WAYS = {
     "fp32, loops": (*DEFAULT, "precision.cpu_bf16=none"), "bf16, loops": (*DEFAULT, "precision.cpu_bf16=all"),
     "bf16, dropout, loops": (*DEFAULT, "precision.cpu_bf16=all", "dropout=0.1"),
     "gpt2 adamw fp32": (*GPT2, "precision.cpu_bf16=none"), "gpt2 adamw bf16": (*GPT2, "precision.cpu_bf16=all"),
+    "gpt2 adamw bf16, loops": (*GPT2, "precision.cpu_bf16=all"),
 }
 RATIOS = {
     "bf16 over fp32, gpt2 adamw": ("gpt2 adamw fp32", "gpt2 adamw bf16"), "bf16 over fp32, default": ("fp32", "bf16"),
@@ -60,6 +61,7 @@ RATIOS = {
     "default takes, of gpt2 adamw, fp32 with bf16 iteration": ("fp32, bf16 iteration", "gpt2 adamw fp32"),
     "default takes, of gpt2 adamw, both bf16": ("bf16", "gpt2 adamw bf16"),
     "default with loops takes, of gpt2 adamw, both bf16": ("bf16, loops", "gpt2 adamw bf16"),
+    "default takes, of gpt2 adamw, both bf16 with loops": ("bf16, loops", "gpt2 adamw bf16, loops"),
     "loops over operations, fp32": ("fp32", "fp32, loops"), "loops over operations, bf16": ("bf16", "bf16, loops"),
     "loops over operations, bf16 with dropout": ("bf16, dropout", "bf16, dropout, loops"), "with tables over without, bf16": ("bf16", "bf16, no tables"),
     "with dropout over without, bf16": ("bf16, dropout", "bf16"), "with PyTorch's dropout over without, bf16": ("bf16, PyTorch's dropout", "bf16"),
