@@ -26,6 +26,9 @@ def embedding_scale(config, fresh: bool = True) -> float:
 class RowGradient:
     """The gradient of one table (rows, cols), kept from its first backward pass on and zeroed row by row."""
 
+    most = 0.5
+    """Touched rows, repetitions counted, for each of the table's that are still few."""
+
     def __init__(self):
         self.sum: torch.Tensor | None = None
         self._ids: list[torch.Tensor] = []
@@ -65,7 +68,7 @@ class RowGradient:
     @property
     def few(self) -> bool:
         """Whether the touched rows are known and so few that going through them beats going through the table."""
-        return self._known and sum(map(len, self._ids)) <= len(self.sum) // 2
+        return self._known and sum(map(len, self._ids)) <= self.most * len(self.sum)
 
     def ids(self) -> torch.Tensor:
         """The touched rows (n,), some more than once."""

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import carray, types
 from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
 from nanogpt.base.language import say
-from nanogpt.core.loops.compiled import INT32, INT64, REORDER, crew_of, is_kept, keep, part_of_kernel, threads
+from nanogpt.core.loops.compiled import REORDER, call, crew_of, is_kept, keep, part_of_kernel, share, threads
 
 # 一份活是一段 int64：共几块；第几个线程、共几个，或者问 OpenMP 的那两个函数的地址；然后是各个地址与数
 PIECES, PART, SIZE, ASK_PART, ASK_SIZE, GIVEN, LENGTH = 0, 1, 2, 3, 4, 5, 24
@@ -184,15 +183,6 @@ def row(job, i, start, size):
     return carray(_like(job, number(job, i), start), size)
 
 
-@intrinsic
-def _asked(typing, address):
-    def generate(context, builder, signature, arguments):
-        function = ir.FunctionType(INT32, []).as_pointer()
-        return builder.sext(builder.call(builder.inttoptr(arguments[0], function), []), INT64)
-
-    return types.int64(types.int64), generate
-
-
 @part_of_kernel
 def pieces(job):
     """The pieces of the work that are this thread's."""
@@ -200,9 +190,10 @@ def pieces(job):
     part, size = about[PART], about[SIZE]
     if about[ASK_PART]:
         # 来的线程可能比要的少：照真来了几个分
-        part, size = _asked(about[ASK_PART]), _asked(about[ASK_SIZE])
+        part, size = call(about[ASK_PART]), call(about[ASK_SIZE])
     # 连着的一段：PyTorch 也这样分，要读的多半还在自己的缓存里
-    return range(about[PIECES] * part // size, about[PIECES] * (part + 1) // size)
+    first, last = share(about[PIECES], part, size)
+    return range(first, last)
 
 
 @part_of_kernel

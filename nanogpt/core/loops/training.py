@@ -18,6 +18,7 @@ from nanogpt.core.model import MLP, Block, Norm
 
 # 一块几行：多了，线程分不匀
 ROWS = 16
+RELU2, GELU = 0, 1
 # tanh 近似的 GELU：2·sqrt(2/π)，与三次项的系数
 TWICE, CUBIC = np.float32(2 * 0.7978845608028654), np.float32(0.044715)
 
@@ -98,65 +99,53 @@ def rounded_norm(x: torch.Tensor, gain: torch.Tensor | None = None, eps: float =
     return _Norm.apply(x, eps, torch.bfloat16)
 
 
-@TeamKernel
-def _square_relu(job):
-    size = number(job, 0)
-    for piece in pieces(job):
-        start, length = span(piece, size)
-        x, y = row(job, 1, start, length), row(job, 2, start, length)
-        for i in range(length):
-            positive = max(as_float(x[i]), np.float32(0))
-            y[i] = rounded(job, positive * positive)
-
-
-@TeamKernel
-def _square_relu_back(job):
-    size = number(job, 0)
-    for piece in pieces(job):
-        start, length = span(piece, size)
-        x, grad, into = row(job, 1, start, length), row(job, 2, start, length), row(job, 3, start, length)
-        for i in range(length):
-            into[i] = rounded(job, np.float32(2) * max(as_float(x[i]), np.float32(0)) * as_float(grad[i]))
-
-
 @part_of_kernel
 def _sigmoid(x):
     return np.float32(1) / (np.float32(1) + exp(min(-x, np.float32(87))))
 
 
 @TeamKernel
-def _gelu(job):
-    size = number(job, 0)
+def _activate(job):
+    size, kind = number(job, 0), number(job, 1)
     for piece in pieces(job):
         start, length = span(piece, size)
-        x, y = row(job, 1, start, length), row(job, 2, start, length)
-        for i in range(length):
-            # (1 + tanh u) / 2 = sigmoid 2u
-            one = as_float(x[i])
-            y[i] = rounded(job, one * _sigmoid(TWICE * one * (np.float32(1) + CUBIC * one * one)))
+        x, y = row(job, 2, start, length), row(job, 3, start, length)
+        if kind == RELU2:
+            for i in range(length):
+                positive = max(as_float(x[i]), np.float32(0))
+                y[i] = rounded(job, positive * positive)
+        else:
+            for i in range(length):
+                # (1 + tanh u) / 2 = sigmoid 2u
+                one = as_float(x[i])
+                y[i] = rounded(job, one * _sigmoid(TWICE * one * (np.float32(1) + CUBIC * one * one)))
 
 
 @TeamKernel
-def _gelu_back(job):
-    size = number(job, 0)
+def _activate_back(job):
+    size, kind = number(job, 0), number(job, 1)
     for piece in pieces(job):
         start, length = span(piece, size)
-        x, grad, into = row(job, 1, start, length), row(job, 2, start, length), row(job, 3, start, length)
-        for i in range(length):
-            one = as_float(x[i])
-            s = _sigmoid(TWICE * one * (np.float32(1) + CUBIC * one * one))
-            slope = TWICE * (np.float32(1) + np.float32(3) * CUBIC * one * one)
-            into[i] = rounded(job, as_float(grad[i]) * (s + one * s * (np.float32(1) - s) * slope))
+        x, grad, into = row(job, 2, start, length), row(job, 3, start, length), row(job, 4, start, length)
+        if kind == RELU2:
+            for i in range(length):
+                into[i] = rounded(job, np.float32(2) * max(as_float(x[i]), np.float32(0)) * as_float(grad[i]))
+        else:
+            for i in range(length):
+                one = as_float(x[i])
+                s = _sigmoid(TWICE * one * (np.float32(1) + CUBIC * one * one))
+                slope = TWICE * (np.float32(1) + np.float32(3) * CUBIC * one * one)
+                into[i] = rounded(job, as_float(grad[i]) * (s + one * s * (np.float32(1) - s) * slope))
 
 
 class _Activation(torch.autograd.Function):
-    """One of number by number, which keeps x; `there` and `back` are its kernels."""
+    """RELU2 or GELU of float32 or bf16, which keeps x."""
 
     @staticmethod
-    def forward(ctx, x, there, back):
+    def forward(ctx, x, kind):
         x = x.contiguous()
-        y, size, ctx.back = torch.empty_like(x), x.numel(), back
-        there(x.dtype, size, -(-size // BLOCK), size, x, y)
+        y, size, ctx.kind = torch.empty_like(x), x.numel(), kind
+        _activate(x.dtype, size, -(-size // BLOCK), size, kind, x, y)
         ctx.save_for_backward(x)
         return y
 
@@ -165,8 +154,8 @@ class _Activation(torch.autograd.Function):
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
         grad, into, size = grad.contiguous(), torch.empty_like(x), x.numel()
-        ctx.back(x.dtype, size, -(-size // BLOCK), size, x, grad, into)
-        return into, None, None
+        _activate_back(x.dtype, size, -(-size // BLOCK), size, ctx.kind, x, grad, into)
+        return into, None
 
 
 @TeamKernel
@@ -220,12 +209,12 @@ class _SwiGLU(torch.autograd.Function):
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
     """kernels.squared_relu(), which keeps x instead of relu(x)."""
-    return _Activation.apply(x, _square_relu, _square_relu_back) if _is_known(x) else kernels.squared_relu(x)
+    return _Activation.apply(x, RELU2) if _is_known(x) else kernels.squared_relu(x)
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     """kernels.gelu_tanh()."""
-    return _Activation.apply(x, _gelu, _gelu_back) if _is_known(x) else kernels.gelu_tanh(x)
+    return _Activation.apply(x, GELU) if _is_known(x) else kernels.gelu_tanh(x)
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
