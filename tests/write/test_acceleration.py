@@ -224,7 +224,7 @@ def test_int8_rounds_each_row_to_half_a_step():
     assert ((rounded * scale[:, None] - weight).abs() <= scale[:, None] / 2 * 1.001).all()
 
 
-@pytest.mark.parametrize("rows, n_out, n_in", [(1, 7, 32), (3, 5, 100), (8, 33, 64), (13, 18, 200), (40, 50, 768), (2, 9, 3100)])
+@pytest.mark.parametrize("rows, n_out, n_in", [(1, 7, 32), (3, 5, 100), (8, 33, 64), (13, 18, 200), (40, 50, 768), (25, 67, 68), (70, 100, 3072), (30, 9, 70), (2, 9, 3100)])
 def test_every_way_to_multiply_int8_gives_the_same_bits_as_exact_integers(rows, n_out, n_in):
     integer_dot = pytest.importorskip("nanogpt.write.speed.integer_dot")
     weight, scale = quantize(torch.randn(n_out, n_in))
@@ -248,7 +248,7 @@ def test_activations_are_rounded_to_the_same_integers_everywhere():
     acts = integer_dot.activations(*x.shape)
     integer_dot.quantize_rows(x.numpy(), 0, 64, acts)
     assert (acts[0] == q.numpy()).all() and (acts[1] == scale.numpy()).all()
-    assert (acts[2] == q.view(64, -1, 32).sum(2).numpy()).all()
+    assert (acts[2] == -8 * q.view(64, -1, 32).sum(2).numpy()).all()
 
 
 def test_int4_rounds_each_weight_to_half_a_step_and_a_byte_holds_two():
@@ -306,10 +306,10 @@ def test_a_cpu_without_vnni_multiplies_int4_to_the_same_numbers(vnni):
     x, weight = torch.randn(2, 96), torch.randn(16, 96)
     packed, scale = int4.quantize(weight)
     q, row_scale = quantize_rows(x)
-    sums, out = q.view(2, 3, 32).sum(2, dtype=torch.int32).numpy(), np.zeros((2, 16), np.float32)
+    less, out = -8 * q.view(2, 3, 32).sum(2, dtype=torch.int32).numpy(), np.zeros((2, 16), np.float32)
     njit = pytest.importorskip("numba").njit
-    run = njit(lambda w, s, q, sums, out: dot(at(w, 0), at(s, 0), at(q, 0), 96, at(sums, 0), 3, at(out, 0)))
-    run(packed.numpy(), scale.view(torch.int16).numpy(), q.numpy(), sums, out)
+    run = njit(lambda w, s, q, less, out: dot(at(w, 0), at(s, 0), at(q, 0), 96, at(less, 0), 3, at(out, 0)))
+    run(packed.numpy(), scale.view(torch.int16).numpy(), q.numpy(), less, out)
     assert torch.equal(torch.from_numpy(out) * row_scale[:, None], int4.plain_linear(x, packed, scale, torch.zeros(16)))
 
 
@@ -325,6 +325,9 @@ def test_a_large_model_is_written_in_bf16_where_it_was_measured_to_pay(monkeypat
     torch.testing.assert_close(logits_of(model, idx), logits_of(wild_model(), idx), atol=0.2, rtol=0.1)
     monkeypatch.setattr(acceleration, "gain_of_products", lambda: 0.1)
     assert acceleration.measured_format(wild_model(), True) == "fp32"
+    # 没有 bf16 单元：多少行都不值得先补成 float32 再乘
+    without = accelerate(wild_model(), "bf16")
+    assert not without.lm_head.native and without.fast_step.max_rows == accelerate(wild_model(), "fp32").fast_step.max_rows
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -404,6 +407,21 @@ def test_a_cpu_without_vnni_gets_the_same_integers(vnni):
     njit(lambda w, x, out: dot(at(w, 0), 128, at(x, 0), 128, 128, at(out, 0)))(weight, q, out)
     more = 128 * q.astype(int).sum(1, keepdims=True) if vnni else 0
     assert (out[:4, :2] - more == q.astype(int) @ weight.astype(int).T).all()
+
+
+@pytest.mark.parametrize("vnni", [0, 64])
+def test_rows_that_lie_side_by_side_are_multiplied_to_the_same_integers(vnni):
+    integer_dot = pytest.importorskip("nanogpt.write.speed.integer_dot")
+    if vnni > integer_dot.VNNI:
+        pytest.skip("this CPU lacks the instruction")
+    dot, at = integer_dot.lanes_of(4, vnni), integer_dot.at
+    draw = np.random.default_rng(0)
+    weight, x = draw.integers(-127, 128, (4, 68), dtype=np.int8), draw.integers(1, 256, (32, 68), dtype=np.uint8)
+    beside = np.stack([half.view(np.int32).T for half in (x[:16].copy(), x[16:].copy())]).copy()
+    out = np.zeros((4, integer_dot.PAIR), np.int32)
+    njit = pytest.importorskip("numba").njit
+    njit(lambda w, x, out: dot(at(w, 0), 68, at(x, 0), 17, at(out, 0)))(weight, beside, out)
+    assert (out == weight.astype(int) @ x.astype(int).T).all()
 
 
 @pytest.mark.parametrize("form", ["fp32", "bf16"])

@@ -11,7 +11,7 @@ from numba.extending import overload
 from nanogpt.core.kernels import RMS_EPS
 from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.loops.compiled import kernel
-from nanogpt.core.loops.numbers import as_array, as_float
+from nanogpt.core.loops.numbers import as_array, as_float, cache_aligned
 from nanogpt.core.model import Dropout
 from nanogpt.write.speed.formats import Bf16Embedding
 from nanogpt.write.speed.int4 import GROUP, ROWS, Int4Embedding
@@ -136,7 +136,7 @@ class Embedding:
     def __call__(self, idx: torch.Tensor, cache: KVCache) -> np.ndarray:
         B, T = idx.shape
         assert max(cache.lengths) + T <= cache.max_length, f"{T} more positions do not fit into {cache.max_length}"
-        x = np.empty((B * T, self.size), np.float32)
+        x = cache_aligned((B * T, self.size))
         at = cache.tokens.numpy(), np.array(cache.lengths)
         known = _embed(
             idx.contiguous().numpy(), self.vocab_size, *at, self.wte, self.wpe, self.tables, self.orders, self.hashes,

@@ -25,7 +25,7 @@ from nanogpt.core.attention import CausalSelfAttention
 from nanogpt.core.kv_cache import KVCache
 from nanogpt.core.loops import compiled
 from nanogpt.core.loops.compiled import Crew, kernel, meet, part_of_kernel, share
-from nanogpt.core.loops.numbers import as_array, exp
+from nanogpt.core.loops.numbers import as_array, cache_aligned, exp
 from nanogpt.core.machine import use_large_pages
 from nanogpt.core.model import GPT, MLP, Block, Norm
 from nanogpt.core.ngrams import NgramEmbedding
@@ -42,7 +42,7 @@ from nanogpt.write.speed.tiles import row_length
 # 模型里的矩阵可以是哪几种，各叫什么
 FORMATS = {torch.nn.Linear: "fp32", Bf16Linear: "bf16", Int8Linear: "int8", Int4Linear: "int4"}
 # 至多几行走编译好的一步：96 行时 fp32 仍是普通的路的 0.7，int8、int4 0.6 ~ 0.8；bf16 到 24 行，再多用 bf16 单元更快
-# （benchmarks/fast_rows.py，有 AVX-512）；更窄的向量没有量过，不放宽
+# 没有这样的单元，同 fp32（benchmarks/fast_rows.py，有 AVX-512）；更窄的向量没有量过，不放宽
 # 定死而不在启动时量：量出的选择随机器忙闲而变，同一个种子就写不出同样的字
 MAX_ROWS = {"fp32": 96, "bf16": 24, "int8": 96, "int4": 96} if LANES == 16 else {
     "fp32": 16, "bf16": 16, "int8": 48, "int4": 48,
@@ -190,14 +190,14 @@ def _attend(qkv, keys, values, lengths, gains, cos, sin, settings, y, part, size
     """
     n_head, _, qk_norm, _, scale, eps = settings
     q_gain, k_gain = gains
-    heads, head_size = keys.shape[1], keys.shape[3]
+    _, heads, longest, head_size = keys.shape
     # 一份 key 由几个 query 共用：同一个 job 先写它，再替它们读
     groups, steps = n_head // heads, qkv.shape[0] // lengths.shape[0]
     first, last_job = share(lengths.shape[0] * heads, part, size)
+    q, out = np.empty(head_size, np.float32), np.empty(head_size, np.float32)
+    weights = np.empty(longest, np.float32)
     for job in range(first, last_job):
         b, h = job // heads, job % heads
-        q, out = np.empty(head_size, np.float32), np.empty(head_size, np.float32)
-        weights = np.empty(lengths[b] + steps, np.float32)
         # 同一段文字的几个位置依次走：后一个要看前一个刚写下的 key
         for step in range(steps):
             row, last = b * steps + step, lengths[b] + step
@@ -303,8 +303,10 @@ class FastStep:
 
     def __init__(self, model):
         c, blocks = model.config, list(model.h)
-        self.kind = FORMATS[type(blocks[0].mlp.c_fc)]
-        self.max_rows, self.row_cost = MAX_ROWS[self.kind], ROW_COST[self.kind]
+        widest = blocks[0].mlp.c_fc
+        self.kind = FORMATS[type(widest)]
+        self.max_rows = MAX_ROWS["fp32" if self.kind == "bf16" and not widest.native else self.kind]
+        self.row_cost = ROW_COST[self.kind]
         self.model, self.crew, self.embedding = model, Crew(compiled.threads()), Embedding(model)
         attn, proj, fc, out = (_matrices(linears) for linears in zip(*map(_linears_of, blocks), strict=True))
         gains = tuple(_stacked([getattr(b.attn, g) for b in blocks], c.head_size, 1.0) for g in ("q_gain", "k_gain"))
@@ -327,7 +329,7 @@ class FastStep:
     def read(self, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Logits (B * T, V) behind every one of idx (B, T), bit-exactly those of T calls; writes the cache."""
         x = self.embedding(idx, cache)
-        logits = np.empty((idx.numel(), self.model.config.vocab_size), np.float32)
+        logits = cache_aligned((idx.numel(), self.model.config.vocab_size))
         self.crew.run(
             _step, x, self.layers, self.norm_f, self.head, self.settings, cache.k.numpy(), cache.v.numpy(),
             np.array(cache.lengths), self.cos, self.sin, self._room(len(x)), logits,
@@ -343,12 +345,12 @@ class FastStep:
         """Room for what lies between the matrices: normed, qkv, attended, fused, inner, and each as int8."""
         c, (_, attn, _, _, _, fc, _) = self.model.config, self.layers
         sizes = (c.n_embd, c.n_head * c.head_size, c.mlp_width)
-        acts = [activations(rows, size) for size in sizes]
+        acts = [activations(rows, size, for_int8=self.kind == "int8") for size in sizes]
         # 量化的由 acts 去乘：这里的一行就是一行
         length = row_length if self.kind in ("fp32", "bf16") else lambda size, _: size
-        normed, attended, inner = (np.empty((rows, length(size, 4)), np.float32) for size in sizes)
-        qkv = np.empty((rows, attn[2].shape[1]), np.float32)
-        fused = np.empty((rows, fc[2].shape[1]), np.float32) if c.activation == "swiglu" else inner
+        normed, attended, inner = (cache_aligned((rows, length(size, 4))) for size in sizes)
+        qkv = cache_aligned((rows, attn[2].shape[1]))
+        fused = cache_aligned((rows, fc[2].shape[1])) if c.activation == "swiglu" else inner
         return normed, qkv, attended, fused, inner, *acts
 
 

@@ -19,8 +19,6 @@ FLOAT = ir.FloatType()
 ROWS = 3
 # 权重这么多行的结果先攒着，再加 bias 写出；权重这一段留在 L2 里，几组激活轮着用
 CHUNK = 8 * ROWS
-# 一段激活最多这么长：八行占 32 KiB
-BLOCK = 1024
 
 
 def float_lanes() -> int:
@@ -66,32 +64,29 @@ _dot_1x1, _dot_3x1, _dot_3x2, _dot_3x4, _dot_3x8 = (
 
 
 @part_of_kernel
-def _sums(weight, n, width, x, b, columns, out, sums):
-    """sums[c * CHUNK + r] = row n + r of weight times row b + c of x, r < width, c < columns; out is as much room."""
+def _sums(weight, n, width, x, b, columns, sums):
+    """sums[c * CHUNK + r] = row n + r of weight times row b + c of x, r < width, c < columns."""
     size, stride = weight.shape[1], x.shape[1]
     whole, even = size // LANES * LANES, width // ROWS * ROWS if len(x) > 1 else 0
-    sums[:] = 0
-    # 长的行分几段，一段段地加：八行激活的一段与权重一起留得在 L1 里；一行激活也照样分，逐位相同
-    for first in range(0, whole, BLOCK):
-        length = min(BLOCK, whole - first)
+    if whole == 0:
+        sums[:] = 0
+    else:
         for r in range(0, even, ROWS):
             # 只传指针：切片要记引用，比这里的乘法还贵
-            w, acts, into = at(weight, (n + r) * size + first), at(x, b * stride + first), at(out, r)
+            w, acts, into = at(weight, (n + r) * size), at(x, b * stride), at(sums, r)
             if COLUMNS == 8 and columns == 8:
-                _dot_3x8(w, size, acts, stride, length, into)
+                _dot_3x8(w, size, acts, stride, size, into)
             elif columns == 4:
-                _dot_3x4(w, size, acts, stride, length, into)
+                _dot_3x4(w, size, acts, stride, size, into)
             elif columns == 2:
-                _dot_3x2(w, size, acts, stride, length, into)
+                _dot_3x2(w, size, acts, stride, size, into)
             else:
-                _dot_3x1(w, size, acts, stride, length, into)
+                _dot_3x1(w, size, acts, stride, size, into)
         # 只有一行激活：一次一行权重，读内存最快
         for r in range(even, width):
             for c in range(columns):
-                w, acts = at(weight, (n + r) * size + first), at(x, (b + c) * stride + first)
-                _dot_1x1(w, size, acts, stride, length, at(out, c * CHUNK + r))
-        for i in range(columns * CHUNK):
-            sums[i] += out[i]
+                w, acts = at(weight, (n + r) * size), at(x, (b + c) * stride)
+                _dot_1x1(w, size, acts, stride, size, at(sums, c * CHUNK + r))
     for r in range(width):
         for c in range(columns):
             for k in range(whole, size):
@@ -102,14 +97,14 @@ def _sums(weight, n, width, x, b, columns, out, sums):
 def products(weight, bias, x, y, start, stop, add):
     """Columns start … stop of y (B, >= N) = x (B, >= K) weight^T (N, K) + bias, or added to y."""
     rows = x.shape[0]
-    out, sums = np.zeros(CHUNK * COLUMNS, np.float32), np.zeros(CHUNK * COLUMNS, np.float32)
+    sums = np.zeros(CHUNK * COLUMNS, np.float32)
     for n in range(start, stop, CHUNK):
         width, b = min(CHUNK, stop - n), 0
         while b < rows:
             columns = COLUMNS
             while columns > rows - b:
                 columns //= 2
-            _sums(weight, n, width, x, b, columns, out, sums)
+            _sums(weight, n, width, x, b, columns, sums)
             for c in range(columns):
                 # 从 0 数起的一段：循环才成 SIMD，有 bias 要加的有几百万个
                 into, added = carray(at(y, (b + c) * y.shape[1] + n), (width,)), carray(at(bias, n), (width,))

@@ -12,9 +12,10 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from nanogpt.core.loops.compiled import INT32, INT64, crew_of, kernel, meet, share, threads
+from nanogpt.core.loops.numbers import cache_aligned
 from nanogpt.write.speed.int4 import GROUP, ROWS
-from nanogpt.write.speed.integer_dot import VNNI, activations, quantize_rows
-from nanogpt.write.speed.tiles import INT8, ask_ahead, at, declared
+from nanogpt.write.speed.integer_dot import VNNI, activations, dot4, quantize_rows
+from nanogpt.write.speed.tiles import ask_ahead, at, load, splat
 
 FLOAT, BYTES = ir.FloatType(), GROUP * ROWS // 2
 WIDE, WIDE_FLOAT = ir.VectorType(INT32, ROWS), ir.VectorType(FLOAT, ROWS)
@@ -22,45 +23,18 @@ WIDE, WIDE_FLOAT = ir.VectorType(INT32, ROWS), ir.VectorType(FLOAT, ROWS)
 COLUMNS = 8 if VNNI == 64 else 2
 
 
-def splat(builder, value):
-    """A vector of ROWS times the same value."""
-    kind = ir.VectorType(value.type, ROWS)
-    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(INT32, 0))
-    return builder.shuffle_vector(first, first, ir.Constant(WIDE, [0] * ROWS))
-
-
-def dot4(builder, total, codes, act, vnni: int):
-    """total (ROWS,) int32 plus the products of 4 codes each (4 * ROWS unsigned bytes) with the 4 bytes of act."""
-    if vnni == 64:
-        product = declared(builder, "llvm.x86.avx512.vpdpbusd.512", WIDE, [WIDE] * 3)
-        return builder.call(product, [total, codes, splat(builder, act)])
-    every = ir.VectorType(INT8, 4 * ROWS)
-    left, right = builder.bitcast(codes, every), builder.bitcast(splat(builder, act), every)
-    for byte in range(4):
-        places = ir.Constant(WIDE, list(range(byte, 4 * ROWS, 4)))
-        a = builder.zext(builder.shuffle_vector(left, left, places), WIDE)
-        b = builder.sext(builder.shuffle_vector(right, right, places), WIDE)
-        total = builder.add(total, builder.mul(a, b))
-    return total
-
-
 def dot_of(columns: int, vnni: int):
-    """dot(w, scale, q, stride, sums, groups, out): out[c * ROWS + r] = products of row r of a block with row c of q.
+    """dot(w, scale, q, stride, less, groups, out): out[c * ROWS + r] = products of row r of a block with row c of q.
 
-    w and scale are those of one block, rows of q int8, `stride` apart, and sums (columns, groups) int32 contiguous.
+    w and scale are those of one block, rows of q int8, `stride` apart, and less (columns, groups) int32 contiguous.
     """
 
     def generate(context, builder, signature, args):
-        w, scale, q, stride, sums, groups, out = args
+        w, scale, q, stride, less, groups, out = args
         builder.function.attributes.add("noinline")
 
         def constant(number):
             return ir.Constant(INT64, number)
-
-        def load(start, offset, kind, align):
-            value = builder.load(builder.bitcast(builder.gep(start, [offset]), kind.as_pointer()))
-            value.align = align
-            return value
 
         entry, loop, done = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("done")
         builder.branch(loop)
@@ -70,10 +44,9 @@ def dot_of(columns: int, vnni: int):
         for phi, first in ((g, constant(0)), *((total, ir.Constant(WIDE_FLOAT, None)) for total in totals)):
             phi.add_incoming(first, entry)
         # 多加的 8：累加器从 -8 乘激活的和开始
-        minus_8 = ir.Constant(INT32, -8)
         exact = [
-            splat(builder, builder.mul(load(sums, builder.add(g, builder.mul(groups, constant(c))), INT32, 4), minus_8))
-            for c in range(columns)
+            splat(builder, load(builder, less, place, INT32, 4), ROWS)
+            for place in (builder.add(g, builder.mul(groups, constant(c))) for c in range(columns))
         ]
         # 一行激活时只是读：先要后面的，读得快一半；一条 64 字节，scale 一组才半条
         for line in range(0, BYTES, 64):
@@ -81,14 +54,14 @@ def dot_of(columns: int, vnni: int):
         ask_ahead(builder, scale, builder.mul(g, constant(ROWS)))
         nibble, four = (ir.Constant(WIDE, [number] * ROWS) for number in (0x0F0F0F0F, 4))
         for j in range(4):
-            packed = load(w, builder.add(builder.mul(g, constant(BYTES)), constant(4 * ROWS * j)), WIDE, 1)
+            packed = load(builder, w, builder.add(builder.mul(g, constant(BYTES)), constant(4 * ROWS * j)), WIDE, 1)
             for half, shifted in enumerate((packed, builder.lshr(packed, four))):
                 codes = builder.and_(shifted, nibble)
                 for c in range(columns):
                     column = builder.add(builder.mul(stride, constant(c)), builder.mul(g, constant(GROUP)))
-                    act = load(q, builder.add(column, constant(8 * j + 4 * half)), INT32, 1)
+                    act = load(builder, q, builder.add(column, constant(8 * j + 4 * half)), INT32, 1)
                     exact[c] = dot4(builder, exact[c], codes, act, vnni)
-        bits = load(scale, builder.mul(g, constant(ROWS)), ir.VectorType(ir.IntType(16), ROWS), 2)
+        bits = load(builder, scale, builder.mul(g, constant(ROWS)), ir.VectorType(ir.IntType(16), ROWS), 2)
         factor = builder.bitcast(builder.shl(builder.zext(bits, WIDE), ir.Constant(WIDE, [16] * ROWS)), WIDE_FLOAT)
         following = builder.add(g, constant(1))
         g.add_incoming(following, loop)
@@ -106,8 +79,8 @@ def dot_of(columns: int, vnni: int):
         return context.get_dummy_value()
 
     @intrinsic
-    def dot(typing, w, scale, q, stride, sums, groups, out):
-        return types.void(w, scale, q, types.intp, sums, types.intp, out), generate
+    def dot(typing, w, scale, q, stride, less, groups, out):
+        return types.void(w, scale, q, types.intp, less, types.intp, out), generate
 
     return dot
 
@@ -121,8 +94,8 @@ def products(weight, scale, bias, acts, y, start, stop, add):
 
     acts are x as integer_dot.quantize_rows() writes it; start is a multiple of ROWS.
     """
-    q, row_scale, sums = acts
-    (rows, groups), stride = sums.shape, q.shape[1]
+    q, row_scale, less, _ = acts
+    (rows, groups), stride = less.shape, q.shape[1]
     out = np.empty(COLUMNS * ROWS, np.float32)
     for n in range(start, stop, ROWS):
         width, block, b = min(ROWS, stop - n), n // ROWS, 0
@@ -131,19 +104,21 @@ def products(weight, scale, bias, acts, y, start, stop, add):
             columns = COLUMNS
             while columns > rows - b:
                 columns //= 2
-            x, added, into = at(q, b * stride), at(sums, b * groups), at(out, 0)
+            x, start_of, into = at(q, b * stride), at(less, b * groups), at(out, 0)
             if columns == 8:
-                _dot_8(w, factors, x, stride, added, groups, into)
+                _dot_8(w, factors, x, stride, start_of, groups, into)
             elif columns == 4:
-                _dot_4(w, factors, x, stride, added, groups, into)
+                _dot_4(w, factors, x, stride, start_of, groups, into)
             elif columns == 2:
-                _dot_2(w, factors, x, stride, added, groups, into)
+                _dot_2(w, factors, x, stride, start_of, groups, into)
             else:
-                _dot_1(w, factors, x, stride, added, groups, into)
+                _dot_1(w, factors, x, stride, start_of, groups, into)
             for c in range(columns):
-                row, factor = carray(at(y, (b + c) * y.shape[1] + n), (width,)), row_scale[b + c]
+                # 从 0 数起的一段：循环才成 SIMD
+                row, added = carray(at(y, (b + c) * y.shape[1] + n), (width,)), carray(at(bias, n), (width,))
+                found, factor = carray(at(out, c * ROWS), (width,)), row_scale[b + c]
                 for i in range(width):
-                    value = out[c * ROWS + i] * factor + bias[n + i]
+                    value = found[i] * factor + added[i]
                     row[i] = row[i] + value if add else value
             b += columns
 
@@ -159,7 +134,7 @@ def _linear(part, crew, size, weight, scale, bias, x, acts, y):
 
 def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """int4.plain_linear on all cores."""
-    y, scale = np.empty((len(x), len(bias)), np.float32), scale.view(torch.int16)
+    y, scale = cache_aligned((len(x), len(bias))), scale.view(torch.int16)
     arrays = (tensor.numpy() for tensor in (weight, scale, bias, x))
-    crew_of(threads()).run(_linear, *arrays, activations(*x.shape), y)
+    crew_of(threads()).run(_linear, *arrays, activations(*x.shape, for_int8=False), y)
     return torch.from_numpy(y)

@@ -12,10 +12,12 @@ import llvmlite.binding
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, config
+from numba import carray, config, types
+from numba.extending import intrinsic
 
-from nanogpt.core.loops.compiled import INT32, crew_of, kernel, meet, part_of_kernel, share, threads
-from nanogpt.write.speed.tiles import INT8, at, declared, row_length, tile_of
+from nanogpt.core.loops.compiled import INT32, INT64, crew_of, kernel, meet, part_of_kernel, share, threads
+from nanogpt.core.loops.numbers import cache_aligned
+from nanogpt.write.speed.tiles import INT8, ask_ahead, at, declared, load, row_length, splat, tile_of, turn
 
 # 一块权重同时配几行激活：寄存器够放 2 x 8 个累加器
 COLUMNS = 8
@@ -25,6 +27,11 @@ CHUNK = 16
 BLOCK = 48 * 1024
 # 每隔这么多列记一个和：int4 的一组也这么长
 GROUP = 32
+# 一条向量的 int32 有几格；激活至少这么多行，才值得各占一格
+LANES, LEAST_LANES = 16, 25
+WIDE, PAIR = ir.VectorType(INT32, LANES), 2 * LANES
+# 这样的权重一次几行：12 的倍数配满寄存器，16 的倍数配满转置
+TILES = 48
 
 
 def vnni_bytes() -> int:
@@ -62,22 +69,88 @@ def dot_of(rows: int, columns: int, vnni: int):
     )
 
 
+def dot4(builder, total, codes, act, vnni: int):
+    """total (LANES,) int32 plus the products of 4 unsigned bytes each (codes) with the 4 signed ones of act (int32)."""
+    if vnni == 64:
+        product = declared(builder, "llvm.x86.avx512.vpdpbusd.512", WIDE, [WIDE] * 3)
+        return builder.call(product, [total, codes, splat(builder, act, LANES)])
+    every = ir.VectorType(INT8, 4 * LANES)
+    left, right = builder.bitcast(codes, every), builder.bitcast(splat(builder, act, LANES), every)
+    for byte in range(4):
+        places = ir.Constant(WIDE, list(range(byte, 4 * LANES, 4)))
+        a = builder.zext(builder.shuffle_vector(left, left, places), WIDE)
+        b = builder.sext(builder.shuffle_vector(right, right, places), WIDE)
+        total = builder.add(total, builder.mul(a, b))
+    return total
+
+
+def lanes_of(rows: int, vnni: int):
+    """dot(w, w_stride, x, steps, out): out[r * PAIR + b] = row w[r] times row b of x, b < PAIR.
+
+    Four signed bytes of a row of weights at a time, `steps` times, are multiplied with four unsigned ones of LANES rows
+    of x that lie side by side; the other LANES rows follow.
+    """
+    # 一行激活占向量的一格，权重的四个字节铺满一条：每格自成一个和，末了不必横着加
+
+    def generate(context, builder, signature, args):
+        w, w_stride, x, steps, out = args
+        builder.function.attributes.add("noinline")
+
+        def times(value, number):
+            return builder.mul(value, ir.Constant(INT64, number))
+
+        entry, loop, done = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("done")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        i = builder.phi(INT64)
+        totals = [[builder.phi(WIDE) for _ in range(2)] for _ in range(rows)]
+        for phi, first in ((i, ir.Constant(INT64, 0)), *((t, ir.Constant(WIDE, None)) for row in totals for t in row)):
+            phi.add_incoming(first, entry)
+        # 算着这一段，下一段权重在路上
+        ask_ahead(builder, w, times(i, 4 * rows), times(w_stride, TILES))
+        acts = [load(builder, x, builder.add(times(steps, v * LANES), times(i, LANES)), WIDE, 4) for v in range(2)]
+        after = []
+        for r, row in enumerate(totals):
+            four = load(builder, w, builder.add(times(w_stride, r), times(i, 4)), INT32, 1)
+            after.append([dot4(builder, total, act, four, vnni) for total, act in zip(row, acts, strict=True)])
+        following = builder.add(i, ir.Constant(INT64, 1))
+        i.add_incoming(following, loop)
+        for row, values in zip(totals, after, strict=True):
+            for total, value in zip(row, values, strict=True):
+                total.add_incoming(value, loop)
+        builder.cbranch(builder.icmp_signed("<", following, steps), loop, done)
+        builder.position_at_end(done)
+        for r, values in enumerate(after):
+            for v, value in enumerate(values):
+                place = builder.gep(out, [ir.Constant(INT64, r * PAIR + v * LANES)])
+                builder.store(value, builder.bitcast(place, WIDE.as_pointer())).align = 4
+        return context.get_dummy_value()
+
+    @intrinsic
+    def dot(typing, w, w_stride, x, steps, out):
+        return types.void(w, types.intp, x, types.intp, out), generate
+
+    return dot
+
+
 VNNI = vnni_bytes()
 # 无符号的一边多加的
 OFFSET = 128 if VNNI else 0
 _dot_1x1, _dot_2x2, _dot_2x4, _dot_2x8 = (
     dot_of(rows, columns, VNNI) for rows, columns in ((1, 1), (2, 2), (2, 4), (2, COLUMNS))
 )
+_lanes_1, _lanes_4, _lanes_12 = (lanes_of(rows, VNNI) for rows in (1, 4, 12))
 
 
 @kernel
 def quantize_rows(x, start, stop, acts):
-    """Rows start … stop of x (B, K) into acts = (q (B, >= K) int8, scale (B,), sums (B, K // GROUP)).
+    """Rows start … stop of x (B, K) into acts = (q (B, >= K) int8, scale (B,), less (B, K // GROUP), lanes).
 
-    x ~ q * scale[:, None], the same numbers as int8.quantize_rows gives; sums are those of q over GROUP columns each.
+    x ~ q * scale[:, None], the same numbers as int8.quantize_rows gives; less is -8 times q's sum over GROUP columns.
+    lanes (B / LANES, K / 4, LANES) int32 hold q + 128, four bytes of every row side by side, or there are none.
     """
-    q, scale, sums = acts
-    size, bits = x.shape[1], x.view(np.int32)
+    q, scale, less, lanes = acts
+    size, bits, fours = x.shape[1], x.view(np.int32), q.view(np.int32)
     for b in range(start, stop):
         # 浮点的大小次序就是位的次序，整数的最大值好向量化；NaN、Inf 的位最大，留在 scale 里，坏数不会被整数盖住
         most = np.float32(1e-12).view(np.int32)
@@ -92,7 +165,13 @@ def quantize_rows(x, start, stop, acts):
             total = np.int32(0)
             for k in range(g * GROUP, (g + 1) * GROUP):
                 total += np.int32(q[b, k])
-            sums[b, g] = total
+            # int4 的码都多了 8：这个数正好减回来
+            less[b, g] = -8 * total
+        if len(lanes) > 0:
+            beside, lane = lanes[b // LANES], b % LANES
+            for i in range(size // 4):
+                # 翻转最高位就是加 128
+                beside[i, lane] = fours[b, i] ^ np.int32(-0x7F7F7F80)
 
 
 @part_of_kernel
@@ -124,19 +203,72 @@ def _integers(weight, n, width, q, b, columns, out):
                     out[c, r] += np.int32(weight[n + r, k]) * np.int32(q[b + c, k])
 
 
+@part_of_kernel
+def _finish(integers, offsets, scale, factor, bias, y, width, add):
+    """y = (integers - offsets) * scale * factor + bias, or added to y; `width` of them."""
+    # 从 0 数起的一段：循环才成 SIMD；不许合并乘加：与 PyTorch 逐个运算的结果逐位相同
+    found, scales = carray(integers, (width,)), carray(scale, (width,))
+    biases, into = carray(bias, (width,)), carray(y, (width,))
+    for i in range(width):
+        value = np.float32(found[i] - offsets[i]) * scales[i] * factor + biases[i]
+        into[i] = into[i] + value if add else value
+
+
+@part_of_kernel
+def _products_by_lanes(weight, scale, bias, row_scale, lanes, y, start, stop, add):
+    """products() of many rows, of which each has a lane of its own."""
+    rows, size = y.shape[0], weight.shape[1]
+    steps, whole = size // 4, size // 64 * 64
+    ones = np.ones(whole, np.int8)
+    out, turned = np.empty((TILES, PAIR), np.int32), np.empty((PAIR, TILES), np.int32)
+    offsets, total = np.empty(TILES, np.int32), np.zeros(1, np.int32)
+    for n in range(start, stop, TILES):
+        width = min(TILES, stop - n)
+        # 激活多加的 128，要减去它乘权重之和；这一遍也把权重依次读进高速缓存
+        for r in range(width):
+            if whole > 0:
+                _dot_1x1(at(weight, (n + r) * size), size, at(ones, 0), size, size, at(total, 0))
+            offset = total[0] - OFFSET * whole
+            for k in range(whole, size):
+                offset += np.int32(weight[n + r, k])
+            offsets[r] = offset * 128
+        for first in range(0, rows, PAIR):
+            count, r, x = min(PAIR, rows - first), 0, at(lanes, first * steps)
+            while r < width:
+                w, into = at(weight, (n + r) * size), at(out, r * PAIR)
+                if width - r >= 12:
+                    _lanes_12(w, size, x, steps, into)
+                    r += 12
+                elif width - r >= 4:
+                    _lanes_4(w, size, x, steps, into)
+                    r += 4
+                else:
+                    _lanes_1(w, size, x, steps, into)
+                    r += 1
+            for c in range(0, count, LANES):
+                for r in range(0, width, LANES):
+                    turn(at(out, r * PAIR + c), PAIR, at(turned, c * TILES + r), TILES)
+            for c in range(count):
+                found, into = at(turned, c * TILES), at(y, (first + c) * y.shape[1] + n)
+                _finish(found, offsets, at(scale, n), row_scale[first + c], at(bias, n), into, width, add)
+
+
 @kernel
 def products(weight, scale, bias, acts, y, start, stop, add):
     """Columns start … stop of y (B, N) = (q weight^T) * scale * row_scale[:, None] + bias, or added to y.
 
     The integers are exact, so that the order of the sums does not matter.
     """
-    q, row_scale, sums = acts
+    q, row_scale, less, lanes = acts
     rows, size = y.shape[0], weight.shape[1]
+    if len(lanes) > 0:
+        _products_by_lanes(weight, scale, bias, row_scale, lanes, y, start, stop, add)
+        return
     out = np.empty((COLUMNS, CHUNK), np.int32)
-    offsets = np.zeros(rows, np.int32)
+    offsets, added = np.zeros(rows, np.int32), np.empty(CHUNK, np.int32)
     for b in range(rows):
         for g in range(size // 64 * 64 // GROUP):
-            offsets[b] += OFFSET * sums[b, g]
+            offsets[b] -= OFFSET // 8 * less[b, g]
     # 激活分块留在高速缓存里，权重一块读一遍
     block = max(2 * COLUMNS, BLOCK // size // COLUMNS * COLUMNS)
     for first in range(0, rows, block):
@@ -149,19 +281,20 @@ def products(weight, scale, bias, acts, y, start, stop, add):
                     columns //= 2
                 _integers(weight, n, width, q, b, columns, out)
                 for c in range(columns):
-                    offset, factor = offsets[b + c], row_scale[b + c]
-                    into = carray(at(y, (b + c) * y.shape[1] + n), (width,))
-                    # 不许合并乘加：与 PyTorch 逐个运算的结果逐位相同
-                    for i in range(width):
-                        value = np.float32(out[c, i] - offset) * scale[n + i] * factor + bias[n + i]
-                        into[i] = into[i] + value if add else value
+                    added[:] = offsets[b + c]
+                    into = at(y, (b + c) * y.shape[1] + n)
+                    _finish(at(out, c * CHUNK), added, at(scale, n), row_scale[b + c], at(bias, n), into, width, add)
                 b += columns
 
 
-def activations(rows: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Room for `rows` of activations (rows, size) as quantize_rows() writes them."""
-    q = np.empty((rows, row_length(size, 1)), np.int8)
-    return q, np.empty(rows, np.float32), np.empty((rows, size // GROUP), np.int32)
+def activations(rows: int, size: int, *, for_int8: bool = True) -> tuple[np.ndarray, ...]:
+    """Room for `rows` of activations (rows, size) as quantize_rows() writes them; int4 wants no lanes."""
+    beside = for_int8 and VNNI == 64 and rows >= LEAST_LANES and size % 4 == 0
+    # 一行之后多出的：长度凑成 int32 的倍数
+    q = cache_aligned((rows, row_length(size, 1) + -size % 4), torch.int8)
+    # 两条向量一起算：条数凑成双
+    lanes = cache_aligned((-(-rows // PAIR) * 2 if beside else 0, size // 4, LANES), torch.int32)
+    return q, cache_aligned((rows,)), cache_aligned((rows, size // GROUP), torch.int32), lanes
 
 
 @kernel
@@ -191,7 +324,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias, mul
     """int8.plain_linear, with all products here or by `multiply`."""
     bias = torch.zeros(len(scale)) if bias is None else bias
     x, weight, scale, bias = x.numpy(), weight.numpy(), scale.numpy(), bias.numpy()
-    y, acts, crew = np.empty((len(x), len(scale)), np.float32), activations(*x.shape), crew_of(threads())
+    y, acts, crew = cache_aligned((len(x), len(scale))), activations(*x.shape), crew_of(threads())
     if multiply is None:
         crew.run(_linear, weight, scale, bias, x, acts, y)
     else:

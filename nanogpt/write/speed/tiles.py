@@ -69,11 +69,9 @@ def tile_of(
         # 调用它的函数不再并进上一层：每并一层就要重新优化、生成一遍，第一次编译多等几秒
         builder.function.attributes.add("noinline")
 
-        def load(start, of, stride, row, i):
-            place = builder.gep(start, [builder.add(i, builder.mul(stride, ir.Constant(INT64, row)))])
-            value = builder.load(builder.bitcast(place, vector(of.dtype).as_pointer()))
-            value.align = 1
-            return value
+        def row_of(start, of, stride, row, i):
+            place = builder.add(i, builder.mul(stride, ir.Constant(INT64, row)))
+            return load(builder, start, place, vector(of.dtype), 1)
 
         entry, loop, done = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("done")
         end = builder.and_(k, ir.Constant(INT64, -multiple))
@@ -84,10 +82,10 @@ def tile_of(
         for phi, first in ((i, ir.Constant(INT64, 0)), *((total, ir.Constant(sums, None)) for total in totals)):
             phi.add_incoming(first, entry)
         _prefetch(builder, w, i, rows, step)
-        weights = [prepare(builder, load(w, signature.args[0], w_stride, r, i)) for r in range(rows)]
+        weights = [prepare(builder, row_of(w, signature.args[0], w_stride, r, i)) for r in range(rows)]
         after = list(totals)
         for c in range(columns):
-            act = load(x, signature.args[2], x_stride, c, i)
+            act = row_of(x, signature.args[2], x_stride, c, i)
             for r in range(rows):
                 # 同一行激活的排在一起：几行权重的结果一次写下
                 after[c * rows + r] = multiply(builder, totals[c * rows + r], weights[r], act)
@@ -108,6 +106,50 @@ def tile_of(
     return dot
 
 
+@intrinsic
+def turn(typing, start, stride, out, out_stride):
+    """out[c * out_stride + r] = start[r * stride + c] for r, c < 16, of int32."""
+    size = 16
+    vector = ir.VectorType(INT32, size)
+
+    def generate(context, builder, signature, args):
+        start, stride, out, out_stride = args
+        builder.function.attributes.add("noinline")
+
+        def place(apart, row):
+            return builder.mul(apart, ir.Constant(INT64, row))
+
+        rows = [load(builder, start, place(stride, r), vector, 4) for r in range(size)]
+        # 隔八条的两条交错着合成两条，四遍之后行就成了列
+        halves = [
+            ir.Constant(vector, [n for i in range(first, first + size // 2) for n in (i, i + size)])
+            for first in (0, size // 2)
+        ]
+        for _ in range(size.bit_length() - 1):
+            pairs = zip(rows[: size // 2], rows[size // 2 :], strict=True)
+            rows = [builder.shuffle_vector(a, b, half) for a, b in pairs for half in halves]
+        for c, row in enumerate(rows):
+            at = builder.gep(out, [place(out_stride, c)])
+            builder.store(row, builder.bitcast(at, vector.as_pointer())).align = 4
+        return context.get_dummy_value()
+
+    return types.void(start, types.intp, out, types.intp), generate
+
+
+def load(builder, start, offset, kind, align: int):
+    """What lies at start[offset], as another type."""
+    value = builder.load(builder.bitcast(builder.gep(start, [offset]), kind.as_pointer()))
+    value.align = align
+    return value
+
+
+def splat(builder, value, lanes: int):
+    """A vector of as many times the same value."""
+    kind, places = ir.VectorType(value.type, lanes), ir.Constant(ir.VectorType(INT32, lanes), [0] * lanes)
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(INT32, 0))
+    return builder.shuffle_vector(first, first, places)
+
+
 def _prefetch(builder, w, i, rows: int, step: int) -> None:
     """Ask for the weights of the rows AHEAD bytes further on, in the order in which they lie in memory."""
     # 几行权重交替着读，硬件认不出次序，只剩三分之一的带宽；按内存的次序先要，就又是全速
@@ -115,12 +157,12 @@ def _prefetch(builder, w, i, rows: int, step: int) -> None:
         ask_ahead(builder, w, builder.add(builder.mul(i, ir.Constant(INT64, rows)), ir.Constant(INT64, r * step)))
 
 
-def ask_ahead(builder, start, offset) -> None:
-    """Ask for the line of memory AHEAD bytes behind start[offset]."""
+def ask_ahead(builder, start, offset, ahead=AHEAD) -> None:
+    """Ask for the line of memory so many bytes behind start[offset]."""
     # 要到 L2 为止：直接要进 L1 的，等着的位子只有二十来个，float32 的 8 行激活慢一半多
     hint = declared(builder, "llvm.prefetch.p0", ir.VoidType(), [INT8.as_pointer(), INT32, INT32, INT32])
     place = builder.bitcast(builder.gep(start, [offset]), INT8.as_pointer())
-    address = builder.gep(place, [ir.Constant(INT64, AHEAD)])
+    address = builder.gep(place, [ir.Constant(INT64, ahead) if isinstance(ahead, int) else ahead])
     builder.call(hint, [address, *(ir.Constant(INT32, n) for n in (0, 2, 1))])
 
 
