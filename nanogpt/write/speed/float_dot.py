@@ -18,7 +18,7 @@ FLOAT = ir.FloatType()
 # 一次几行权重
 ROWS = 3
 # 权重这么多行的结果先攒着，再加 bias 写出；权重这一段留在 L2 里，几组激活轮着用
-CHUNK = 8 * ROWS
+CHUNK = 16 * ROWS
 
 
 def float_lanes() -> int:
