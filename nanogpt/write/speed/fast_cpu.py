@@ -318,6 +318,8 @@ class FastStep:
         eps = np.float32(c.norm_eps)
         self.settings = (c.n_head, c.norm == "layernorm", c.qk_norm, ACTIVATIONS[c.activation], scale, eps)
         nothing = np.zeros((1, 0), np.float32)
+        # 上一步用的地方，行数没变就接着用：只在 crew 里碰它，那里一次只有一步
+        self.last_room = 0, ()
         rope = c.position == "rope"
         self.cos = model.rope_cos.view(c.block_size, -1).numpy() if rope else nothing
         self.sin = model.rope_sin.view(c.block_size, -1).numpy() if rope else nothing
@@ -343,6 +345,9 @@ class FastStep:
 
     def _room(self, rows: int) -> tuple:
         """Room for what lies between the matrices: normed, qkv, attended, fused, inner, and each as int8."""
+        before, room = self.last_room
+        if before == rows:
+            return room
         c, (_, attn, _, _, _, fc, _) = self.model.config, self.layers
         sizes = (c.n_embd, c.n_head * c.head_size, c.mlp_width)
         acts = [activations(rows, size, for_int8=self.kind == "int8") for size in sizes]
@@ -351,7 +356,8 @@ class FastStep:
         normed, attended, inner = (cache_aligned((rows, length(size, 4))) for size in sizes)
         qkv = cache_aligned((rows, attn[2].shape[1]))
         fused = cache_aligned((rows, fc[2].shape[1])) if c.activation == "swiglu" else inner
-        return normed, qkv, attended, fused, inner, *acts
+        self.last_room = rows, (normed, qkv, attended, fused, inner, *acts)
+        return self.last_room[1]
 
 
 def _norms(norms: list[Norm], size: int) -> tuple[np.ndarray, np.ndarray]:
