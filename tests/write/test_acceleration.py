@@ -481,6 +481,22 @@ def test_a_cpu_with_narrower_vectors_multiplies_floats_too(lanes):
     np.testing.assert_allclose(out[:, :3], x[:, :16] @ weight[:3, :16].T, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [2, 26])
+def test_sums_of_integers_may_pass_two_to_the_31st_on_their_way(rows):
+    integer_dot = pytest.importorskip("nanogpt.write.speed.integer_dot")
+    weight, x = torch.full((3, 70_016), 127, dtype=torch.int8), torch.full((rows, 70_016), 3.0)
+    assert torch.equal(integer_dot.linear(x, weight, torch.ones(3), None), plain_linear(x, weight, torch.ones(3), None))
+
+
+def test_a_step_keeps_its_room_although_another_thread_replaces_it():
+    fast_cpu = pytest.importorskip("nanogpt.write.speed.fast_cpu")
+
+    class Step(fast_cpu.FastStep):
+        last_room = property(lambda self: (1, "another thread's"), lambda self, value: None)
+
+    assert len(Step(wild_model())._room(40)[0]) == 40
+
+
 def test_a_row_of_activations_that_is_not_finite_is_not_hidden_by_integers():
     integer_dot = pytest.importorskip("nanogpt.write.speed.integer_dot")
     weight, scale = quantize(torch.randn(8, 70))

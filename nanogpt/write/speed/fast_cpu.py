@@ -356,8 +356,10 @@ class FastStep:
         normed, attended, inner = (cache_aligned((rows, length(size, 4))) for size in sizes)
         qkv = cache_aligned((rows, attn[2].shape[1]))
         fused = cache_aligned((rows, fc[2].shape[1])) if c.activation == "swiglu" else inner
-        self.last_room = rows, (normed, qkv, attended, fused, inner, *acts)
-        return self.last_room[1]
+        room = normed, qkv, attended, fused, inner, *acts
+        # 交出去的是这一份：别的线程随时会换掉留着的
+        self.last_room = rows, room
+        return room
 
 
 def _norms(norms: list[Norm], size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -210,7 +210,8 @@ def _finish(integers, offsets, scale, factor, bias, y, width, add):
     found, scales = carray(integers, (width,)), carray(scale, (width,))
     biases, into = carray(bias, (width,)), carray(y, (width,))
     for i in range(width):
-        value = np.float32(found[i] - offsets[i]) * scales[i] * factor + biases[i]
+        # int32 里相减：两个都越过 2^31 绕回去了，差仍是对的
+        value = np.float32(np.int32(found[i] - offsets[i])) * scales[i] * factor + biases[i]
         into[i] = into[i] + value if add else value
 
 
