@@ -6,6 +6,7 @@ C++ compiler. Other CPUs get the same integers from ordinary instructions.
 
 # 8 位整数的点积：一条 VNNI 指令乘 64 对字节并加好，通过 LLVM 直接生成，不需要 C++ 编译器
 # 没有 VNNI 的 CPU 用普通指令算出同样的整数：整数没有舍入，哪条路写出的字都一样
+# 行数少时几行权重配几行激活，末了把每个累加器横着加起来；行数多时一行激活占一格（lanes_of），不必横着加
 # 一整层是 quantize_rows 与 products：逐行量化激活，整数相乘，乘回 scale；fast_cpu 与 int8.py 的 Int8Linear 都用它们
 
 import llvmlite.binding
