@@ -297,11 +297,17 @@ def test_the_compiled_step_shares_the_models_weights(precision):
     assert (whole.data_ptr() == before) == (precision != "fp32")
 
 
+def with_instruction(name: str, vnni: int):
+    """A module of kernels, where this CPU multiplies so many bytes at once."""
+    module = pytest.importorskip(f"nanogpt.write.speed.{name}")
+    if vnni > module.VNNI:
+        pytest.skip("this CPU lacks the instruction")
+    return module
+
+
 @pytest.mark.parametrize("vnni", [0, 64])
 def test_a_cpu_without_vnni_multiplies_int4_to_the_same_numbers(vnni):
-    int4_dot = pytest.importorskip("nanogpt.write.speed.int4_dot")
-    if vnni > int4_dot.VNNI:
-        pytest.skip("this CPU lacks the instruction")
+    int4_dot = with_instruction("int4_dot", vnni)
     dot, at = int4_dot.dot_of(2, vnni), int4_dot.at
     x, weight = torch.randn(2, 96), torch.randn(16, 96)
     packed, scale = int4.quantize(weight)
@@ -397,9 +403,7 @@ def test_a_damaged_full_or_forbidden_cache_of_compiled_code_only_costs_compiling
 
 @pytest.mark.parametrize("vnni", [0, 32, 64])
 def test_a_cpu_without_vnni_gets_the_same_integers(vnni):
-    integer_dot = pytest.importorskip("nanogpt.write.speed.integer_dot")
-    if vnni > integer_dot.VNNI:
-        pytest.skip("this CPU lacks the instruction")
+    integer_dot = with_instruction("integer_dot", vnni)
     dot, at = integer_dot.dot_of(2, 4, vnni), integer_dot.at
     weight, q = np.random.default_rng(0).integers(-127, 128, (2, 6, 130), dtype=np.int8)
     weight, q, out = weight[:2, :128].copy(), q[:4, :128].copy(), np.zeros((8, integer_dot.CHUNK), np.int32)
@@ -411,9 +415,7 @@ def test_a_cpu_without_vnni_gets_the_same_integers(vnni):
 
 @pytest.mark.parametrize("vnni", [0, 64])
 def test_rows_that_lie_side_by_side_are_multiplied_to_the_same_integers(vnni):
-    integer_dot = pytest.importorskip("nanogpt.write.speed.integer_dot")
-    if vnni > integer_dot.VNNI:
-        pytest.skip("this CPU lacks the instruction")
+    integer_dot = with_instruction("integer_dot", vnni)
     dot, at = integer_dot.lanes_of(4, vnni), integer_dot.at
     draw = np.random.default_rng(0)
     weight, x = draw.integers(-127, 128, (4, 68), dtype=np.int8), draw.integers(1, 256, (32, 68), dtype=np.uint8)

@@ -14,11 +14,11 @@ from numba.extending import intrinsic
 from nanogpt.core.loops.compiled import INT32, INT64, crew_of, kernel, meet, share, threads
 from nanogpt.core.loops.numbers import cache_aligned
 from nanogpt.write.speed.int4 import GROUP, ROWS
-from nanogpt.write.speed.integer_dot import VNNI, activations, dot4, quantize_rows
-from nanogpt.write.speed.tiles import ask_ahead, at, load, splat
+from nanogpt.write.speed.integer_dot import VNNI, WIDE, activations, dot4, quantize_rows
+from nanogpt.write.speed.tiles import ask_ahead, at, load, loop, splat, store
 
 FLOAT, BYTES = ir.FloatType(), GROUP * ROWS // 2
-WIDE, WIDE_FLOAT = ir.VectorType(INT32, ROWS), ir.VectorType(FLOAT, ROWS)
+WIDE_FLOAT = ir.VectorType(FLOAT, ROWS)
 # 一块权重同时配几行激活：每行要两个累加器，AVX-512 才放得下这么多
 COLUMNS = 8 if VNNI == 64 else 2
 
@@ -36,46 +36,34 @@ def dot_of(columns: int, vnni: int):
         def constant(number):
             return ir.Constant(INT64, number)
 
-        entry, loop, done = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("done")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        g = builder.phi(INT64)
-        totals = [builder.phi(WIDE_FLOAT) for _ in range(columns)]
-        for phi, first in ((g, constant(0)), *((total, ir.Constant(WIDE_FLOAT, None)) for total in totals)):
-            phi.add_incoming(first, entry)
-        # 多加的 8：累加器从 -8 乘激活的和开始
-        exact = [
-            splat(builder, load(builder, less, place, INT32, 4), ROWS)
-            for place in (builder.add(g, builder.mul(groups, constant(c))) for c in range(columns))
-        ]
-        # 一行激活时只是读：先要后面的，读得快一半；一条 64 字节，scale 一组才半条
-        for line in range(0, BYTES, 64):
-            ask_ahead(builder, w, builder.add(builder.mul(g, constant(BYTES)), constant(line)))
-        ask_ahead(builder, scale, builder.mul(g, constant(ROWS)))
-        nibble, four = (ir.Constant(WIDE, [number] * ROWS) for number in (0x0F0F0F0F, 4))
-        for j in range(4):
-            packed = load(builder, w, builder.add(builder.mul(g, constant(BYTES)), constant(4 * ROWS * j)), WIDE, 1)
-            for half, shifted in enumerate((packed, builder.lshr(packed, four))):
-                codes = builder.and_(shifted, nibble)
-                for c in range(columns):
-                    column = builder.add(builder.mul(stride, constant(c)), builder.mul(g, constant(GROUP)))
-                    act = load(builder, q, builder.add(column, constant(8 * j + 4 * half)), INT32, 1)
-                    exact[c] = dot4(builder, exact[c], codes, act, vnni)
-        bits = load(builder, scale, builder.mul(g, constant(ROWS)), ir.VectorType(ir.IntType(16), ROWS), 2)
-        factor = builder.bitcast(builder.shl(builder.zext(bits, WIDE), ir.Constant(WIDE, [16] * ROWS)), WIDE_FLOAT)
-        following = builder.add(g, constant(1))
-        g.add_incoming(following, loop)
-        after = [
-            builder.fadd(total, builder.fmul(builder.sitofp(whole, WIDE_FLOAT), factor))
-            for total, whole in zip(totals, exact, strict=True)
-        ]
-        for total, value in zip(totals, after, strict=True):
-            total.add_incoming(value, loop)
-        builder.cbranch(builder.icmp_signed("<", following, groups), loop, done)
-        builder.position_at_end(done)
-        for c, value in enumerate(after):
-            place = builder.bitcast(builder.gep(out, [constant(c * ROWS)]), WIDE_FLOAT.as_pointer())
-            builder.store(value, place).align = 4
+        def added(g, totals):
+            # 多加的 8：累加器从 -8 乘激活的和开始
+            exact = [
+                splat(builder, load(builder, less, place, INT32, 4), ROWS)
+                for place in (builder.add(g, builder.mul(groups, constant(c))) for c in range(columns))
+            ]
+            # 一行激活时只是读：先要后面的，读得快一半；一条 64 字节，scale 一组才半条
+            for line in range(0, BYTES, 64):
+                ask_ahead(builder, w, builder.add(builder.mul(g, constant(BYTES)), constant(line)))
+            ask_ahead(builder, scale, builder.mul(g, constant(ROWS)))
+            nibble, four = (ir.Constant(WIDE, [number] * ROWS) for number in (0x0F0F0F0F, 4))
+            for j in range(4):
+                packed = load(builder, w, builder.add(builder.mul(g, constant(BYTES)), constant(4 * ROWS * j)), WIDE, 1)
+                for half, shifted in enumerate((packed, builder.lshr(packed, four))):
+                    codes = builder.and_(shifted, nibble)
+                    for c in range(columns):
+                        column = builder.add(builder.mul(stride, constant(c)), builder.mul(g, constant(GROUP)))
+                        act = load(builder, q, builder.add(column, constant(8 * j + 4 * half)), INT32, 1)
+                        exact[c] = dot4(builder, exact[c], codes, act, vnni)
+            bits = load(builder, scale, builder.mul(g, constant(ROWS)), ir.VectorType(ir.IntType(16), ROWS), 2)
+            factor = builder.bitcast(builder.shl(builder.zext(bits, WIDE), ir.Constant(WIDE, [16] * ROWS)), WIDE_FLOAT)
+            return [
+                builder.fadd(total, builder.fmul(builder.sitofp(whole, WIDE_FLOAT), factor))
+                for total, whole in zip(totals, exact, strict=True)
+            ]
+
+        for c, value in enumerate(loop(builder, groups, 1, WIDE_FLOAT, columns, added)):
+            store(builder, value, out, constant(c * ROWS))
         return context.get_dummy_value()
 
     @intrinsic

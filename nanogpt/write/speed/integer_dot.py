@@ -18,7 +18,19 @@ from numba.extending import intrinsic
 
 from nanogpt.core.loops.compiled import INT32, INT64, crew_of, kernel, meet, part_of_kernel, share, threads
 from nanogpt.core.loops.numbers import cache_aligned
-from nanogpt.write.speed.tiles import INT8, ask_ahead, at, declared, load, row_length, splat, tile_of, turn
+from nanogpt.write.speed.tiles import (
+    INT8,
+    ask_ahead,
+    at,
+    declared,
+    load,
+    loop,
+    row_length,
+    splat,
+    store,
+    tile_of,
+    turn,
+)
 
 # 一块权重同时配几行激活：寄存器够放 2 x 8 个累加器
 COLUMNS = 8
@@ -100,31 +112,18 @@ def lanes_of(rows: int, vnni: int):
         def times(value, number):
             return builder.mul(value, ir.Constant(INT64, number))
 
-        entry, loop, done = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("done")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        i = builder.phi(INT64)
-        totals = [[builder.phi(WIDE) for _ in range(2)] for _ in range(rows)]
-        for phi, first in ((i, ir.Constant(INT64, 0)), *((t, ir.Constant(WIDE, None)) for row in totals for t in row)):
-            phi.add_incoming(first, entry)
-        # 算着这一段，下一段权重在路上
-        ask_ahead(builder, w, times(i, 4 * rows), times(w_stride, TILES))
-        acts = [load(builder, x, builder.add(times(steps, v * LANES), times(i, LANES)), WIDE, 4) for v in range(2)]
-        after = []
-        for r, row in enumerate(totals):
-            four = load(builder, w, builder.add(times(w_stride, r), times(i, 4)), INT32, 1)
-            after.append([dot4(builder, total, act, four, vnni) for total, act in zip(row, acts, strict=True)])
-        following = builder.add(i, ir.Constant(INT64, 1))
-        i.add_incoming(following, loop)
-        for row, values in zip(totals, after, strict=True):
-            for total, value in zip(row, values, strict=True):
-                total.add_incoming(value, loop)
-        builder.cbranch(builder.icmp_signed("<", following, steps), loop, done)
-        builder.position_at_end(done)
-        for r, values in enumerate(after):
-            for v, value in enumerate(values):
-                place = builder.gep(out, [ir.Constant(INT64, r * PAIR + v * LANES)])
-                builder.store(value, builder.bitcast(place, WIDE.as_pointer())).align = 4
+        def added(i, totals):
+            # 算着这一段，下一段权重在路上
+            ask_ahead(builder, w, builder.add(times(i, 4 * rows), times(w_stride, TILES)))
+            acts = [load(builder, x, builder.add(times(steps, v * LANES), times(i, LANES)), WIDE, 4) for v in range(2)]
+            after = []
+            for r in range(rows):
+                four = load(builder, w, builder.add(times(w_stride, r), times(i, 4)), INT32, 1)
+                after += [dot4(builder, totals[2 * r + v], act, four, vnni) for v, act in enumerate(acts)]
+            return after
+
+        for n, value in enumerate(loop(builder, steps, 1, WIDE, 2 * rows, added)):
+            store(builder, value, out, ir.Constant(INT64, n * LANES))
         return context.get_dummy_value()
 
     @intrinsic

@@ -48,8 +48,7 @@ def _keep(builder, vectors: list, first: int, count: int, out, offset: int) -> N
     whole, first = divmod(first, lanes)
     places = ir.Constant(ir.VectorType(INT32, count), list(range(first, first + count)))
     part = builder.shuffle_vector(vectors[whole], vectors[min(whole + 1, len(vectors) - 1)], places)
-    place = builder.gep(out, [ir.Constant(INT64, offset)])
-    builder.store(part, builder.bitcast(place, part.type.as_pointer())).align = 4
+    store(builder, part, out, ir.Constant(INT64, offset))
 
 
 def tile_of(
@@ -73,28 +72,19 @@ def tile_of(
             place = builder.add(i, builder.mul(stride, ir.Constant(INT64, row)))
             return load(builder, start, place, vector(of.dtype), 1)
 
-        entry, loop, done = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("done")
+        def added(i, totals):
+            _prefetch(builder, w, i, rows, step)
+            weights = [prepare(builder, row_of(w, signature.args[0], w_stride, r, i)) for r in range(rows)]
+            after = list(totals)
+            for c in range(columns):
+                act = row_of(x, signature.args[2], x_stride, c, i)
+                for r in range(rows):
+                    # 同一行激活的排在一起：几行权重的结果一次写下
+                    after[c * rows + r] = multiply(builder, totals[c * rows + r], weights[r], act)
+            return after
+
         end = builder.and_(k, ir.Constant(INT64, -multiple))
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        i = builder.phi(INT64)
-        totals = [builder.phi(sums) for _ in range(rows * columns)]
-        for phi, first in ((i, ir.Constant(INT64, 0)), *((total, ir.Constant(sums, None)) for total in totals)):
-            phi.add_incoming(first, entry)
-        _prefetch(builder, w, i, rows, step)
-        weights = [prepare(builder, row_of(w, signature.args[0], w_stride, r, i)) for r in range(rows)]
-        after = list(totals)
-        for c in range(columns):
-            act = row_of(x, signature.args[2], x_stride, c, i)
-            for r in range(rows):
-                # 同一行激活的排在一起：几行权重的结果一次写下
-                after[c * rows + r] = multiply(builder, totals[c * rows + r], weights[r], act)
-        following = builder.add(i, ir.Constant(INT64, step))
-        for phi, value in ((i, following), *zip(totals, after, strict=True)):
-            phi.add_incoming(value, loop)
-        builder.cbranch(builder.icmp_signed("<", following, end), loop, done)
-        builder.position_at_end(done)
-        whole = _added_up(builder, after, add)
+        whole = _added_up(builder, loop(builder, end, step, sums, rows * columns, added), add)
         for c in range(columns):
             _keep(builder, whole, c * rows, rows, out, c * chunk)
         return context.get_dummy_value()
@@ -129,8 +119,7 @@ def turn(typing, start, stride, out, out_stride):
             pairs = zip(rows[: size // 2], rows[size // 2 :], strict=True)
             rows = [builder.shuffle_vector(a, b, half) for a, b in pairs for half in halves]
         for c, row in enumerate(rows):
-            at = builder.gep(out, [place(out_stride, c)])
-            builder.store(row, builder.bitcast(at, vector.as_pointer())).align = 4
+            store(builder, row, out, place(out_stride, c))
         return context.get_dummy_value()
 
     return types.void(start, types.intp, out, types.intp), generate
@@ -141,6 +130,30 @@ def load(builder, start, offset, kind, align: int):
     value = builder.load(builder.bitcast(builder.gep(start, [offset]), kind.as_pointer()))
     value.align = align
     return value
+
+
+def store(builder, value, start, offset) -> None:
+    """Write a vector of 4-byte numbers at start[offset]."""
+    builder.store(value, builder.bitcast(builder.gep(start, [offset]), value.type.as_pointer())).align = 4
+
+
+def loop(builder, end, step: int, kind, count: int, added) -> list:
+    """What `count` sums of a kind, 0 at first, are behind a loop: added(i, sums) makes them anew for i = 0, step … end.
+
+    It is gone through once at least.
+    """
+    entry, body, done = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("done")
+    builder.branch(body)
+    builder.position_at_end(body)
+    i, totals = builder.phi(INT64), [builder.phi(kind) for _ in range(count)]
+    after = added(i, totals)
+    following = builder.add(i, ir.Constant(INT64, step))
+    for phi, value in ((i, following), *zip(totals, after, strict=True)):
+        phi.add_incoming(ir.Constant(phi.type, 0 if phi is i else None), entry)
+        phi.add_incoming(value, body)
+    builder.cbranch(builder.icmp_signed("<", following, end), body, done)
+    builder.position_at_end(done)
+    return after
 
 
 def splat(builder, value, lanes: int):
@@ -157,12 +170,12 @@ def _prefetch(builder, w, i, rows: int, step: int) -> None:
         ask_ahead(builder, w, builder.add(builder.mul(i, ir.Constant(INT64, rows)), ir.Constant(INT64, r * step)))
 
 
-def ask_ahead(builder, start, offset, ahead=AHEAD) -> None:
-    """Ask for the line of memory so many bytes behind start[offset]."""
+def ask_ahead(builder, start, offset) -> None:
+    """Ask for the line of memory AHEAD bytes behind start[offset]."""
     # 要到 L2 为止：直接要进 L1 的，等着的位子只有二十来个，float32 的 8 行激活慢一半多
     hint = declared(builder, "llvm.prefetch.p0", ir.VoidType(), [INT8.as_pointer(), INT32, INT32, INT32])
     place = builder.bitcast(builder.gep(start, [offset]), INT8.as_pointer())
-    address = builder.gep(place, [ir.Constant(INT64, ahead) if isinstance(ahead, int) else ahead])
+    address = builder.gep(place, [ir.Constant(INT64, AHEAD)])
     builder.call(hint, [address, *(ir.Constant(INT32, n) for n in (0, 2, 1))])
 
 
