@@ -408,7 +408,7 @@ def test_a_cpu_without_vnni_gets_the_same_integers(vnni):
     weight, q = np.random.default_rng(0).integers(-127, 128, (2, 6, 130), dtype=np.int8)
     weight, q, out = weight[:2, :128].copy(), q[:4, :128].copy(), np.zeros((8, integer_dot.CHUNK), np.int32)
     njit = pytest.importorskip("numba").njit
-    njit(lambda w, x, out: dot(at(w, 0), 128, at(x, 0), 128, 128, at(out, 0)))(weight, q, out)
+    njit(lambda w, x, out: dot(at(w, 0), 128, at(x, 0), 128, 128, at(w, 0), at(out, 0)))(weight, q, out)
     more = 128 * q.astype(int).sum(1, keepdims=True) if vnni else 0
     assert (out[:4, :2] - more == q.astype(int) @ weight.astype(int).T).all()
 
@@ -431,7 +431,7 @@ def test_rows_that_lie_side_by_side_are_multiplied_to_the_same_integers(vnni):
 def test_products_of_floats_are_exact_within_rounding_and_the_same_bits_whatever_lies_beside_a_row(n_out, n_in, form):
     products = pytest.importorskip("nanogpt.write.speed.float_dot").products
     draw = np.random.default_rng(0)
-    weight, bias, x = (draw.standard_normal(shape, dtype=np.float32) for shape in ((n_out, n_in), n_out, (15, n_in)))
+    weight, bias, x = (draw.standard_normal(shape, dtype=np.float32) for shape in ((n_out, n_in), n_out, (29, n_in)))
     if form == "bf16":
         rounded = torch.from_numpy(weight).bfloat16()
         weight, exactly = rounded.view(torch.int16).numpy(), rounded.float().numpy()
@@ -446,7 +446,7 @@ def test_products_of_floats_are_exact_within_rounding_and_the_same_bits_whatever
     y = multiplied(x, [0, n_out], False)
     assert np.abs(y - exact).max() < 1e-6 * n_in**0.5 * 4
     assert np.abs(multiplied(x, [0, n_out], True) - exact - 1).max() < 1e-6 * n_in**0.5 * 4
-    for rows in (1, 2, 3, 7, 8, 14):
+    for rows in (1, 2, 3, 7, 8, 14, 16, 21, 28):
         # 行数与各核的分界都会换掉块的形状；行与行之间也可以隔着别的
         assert (multiplied(x[-rows:].copy(), [0, 5, n_out - 1, n_out], False) == y[-rows:]).all()
     assert (multiplied(np.pad(x, ((0, 0), (0, 16)), constant_values=np.nan), [0, n_out], False) == y).all()
@@ -472,14 +472,14 @@ def test_no_product_may_be_reordered_because_of_who_calls_it_first():
         assert compiled and all(part.targetoptions.get("fastmath") is False for part in compiled)
 
 
-@pytest.mark.parametrize("lanes", [4, 8])
-def test_a_cpu_with_narrower_vectors_multiplies_floats_too(lanes):
+@pytest.mark.parametrize("lanes, asks", [(4, 3), (8, 1)])
+def test_a_cpu_with_narrower_vectors_multiplies_floats_too(lanes, asks):
     float_dot = pytest.importorskip("nanogpt.write.speed.float_dot")
-    dot, at, njit = float_dot.dot_of(3, 4, lanes), float_dot.at, pytest.importorskip("numba").njit
+    dot, at, njit = float_dot.dot_of(3, 4, lanes, asks), float_dot.at, pytest.importorskip("numba").njit
     weight, x = np.random.default_rng(0).standard_normal((2, 4, 32), dtype=np.float32)
     out = np.zeros((4, float_dot.CHUNK), np.float32)
     # 只要前 16 个；行与行之间隔着 32 个
-    njit(lambda w, x, out: dot(at(w, 0), 32, at(x, 0), 32, 16, at(out, 0)))(weight, x, out)
+    njit(lambda w, x, out: dot(at(w, 0), 32, at(x, 0), 32, 16, at(w, 0), at(out, 0)))(weight, x, out)
     np.testing.assert_allclose(out[:, :3], x[:, :16] @ weight[:3, :16].T, rtol=1e-5, atol=1e-5)
 
 

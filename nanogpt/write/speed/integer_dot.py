@@ -19,6 +19,7 @@ from numba.extending import intrinsic
 from nanogpt.core.loops.compiled import INT32, INT64, crew_of, kernel, meet, part_of_kernel, share, threads
 from nanogpt.core.loops.numbers import cache_aligned
 from nanogpt.write.speed.tiles import (
+    AHEAD,
     INT8,
     ask_ahead,
     at,
@@ -59,8 +60,9 @@ def vnni_bytes() -> int:
 
 
 def dot_of(rows: int, columns: int, vnni: int):
-    """dot(w, w_stride, x, x_stride, k, out): out[c * CHUNK + r] = sum of w[r, i] x[c, i] over i < k, of int8; with VNNI
-    128 sum(x[c]) more.
+    """dot(w, w_stride, x, x_stride, k, ahead, out): out[c * CHUNK + r] = sum of w[r, i] x[c, i] over i < k, of int8.
+
+    With VNNI they are 128 sum(x[c]) more. As many rows of weights from `ahead` on are asked for.
 
     Only the first k // 64 * 64 elements count; k >= 64.
     """
@@ -78,7 +80,7 @@ def dot_of(rows: int, columns: int, vnni: int):
     return tile_of(
         rows, columns, vector=lambda of: sums if vnni else ir.VectorType(INT8, lanes), sums=sums, step=vnni or lanes,
         multiple=64, prepare=lambda builder, weight: builder.xor(weight, flip) if vnni else weight, multiply=multiply,
-        add="add", chunk=CHUNK,
+        add="add", chunk=CHUNK, asks=rows,
     )
 
 
@@ -185,17 +187,18 @@ def _integers(weight, n, width, q, b, columns, out):
     else:
         for r in range(0, even, 2):
             w, x, into = at(weight, (n + r) * size), at(q, b * stride), at(out, r)
+            ahead = at(weight, (n + r) * size + AHEAD)
             if columns == 8:
-                _dot_2x8(w, size, x, stride, size, into)
+                _dot_2x8(w, size, x, stride, size, ahead, into)
             elif columns == 4:
-                _dot_2x4(w, size, x, stride, size, into)
+                _dot_2x4(w, size, x, stride, size, ahead, into)
             else:
-                _dot_2x2(w, size, x, stride, size, into)
+                _dot_2x2(w, size, x, stride, size, ahead, into)
         for c in range(columns):
             # 只有一行激活：一次一行权重，读内存最快
             for r in range(even, width):
-                w, x = at(weight, (n + r) * size), at(q, (b + c) * stride)
-                _dot_1x1(w, size, x, stride, size, at(out, c * CHUNK + r))
+                row, x = (n + r) * size, at(q, (b + c) * stride)
+                _dot_1x1(at(weight, row), size, x, stride, size, at(weight, row + AHEAD), at(out, c * CHUNK + r))
     if whole < size:
         for c in range(columns):
             for r in range(width):
@@ -228,7 +231,8 @@ def _products_by_lanes(weight, scale, bias, row_scale, lanes, y, start, stop, ad
         # 激活多加的 128，要减去它乘权重之和；这一遍也把权重依次读进高速缓存
         for r in range(width):
             if whole > 0:
-                _dot_1x1(at(weight, (n + r) * size), size, at(ones, 0), size, size, at(total, 0))
+                row = (n + r) * size
+                _dot_1x1(at(weight, row), size, at(ones, 0), size, size, at(weight, row + AHEAD), at(total, 0))
             offset = total[0] - OFFSET * whole
             for k in range(whole, size):
                 offset += np.int32(weight[n + r, k])

@@ -53,27 +53,34 @@ def _keep(builder, vectors: list, first: int, count: int, out, offset: int) -> N
 
 def tile_of(
     rows: int, columns: int, *, vector, sums, step: int, multiple: int, prepare, multiply, add: str, chunk: int,
+    asks: int,
 ):
-    """dot(w, w_stride, x, x_stride, k, out): products of the first k of rows w[r] and x[c] into out[c * chunk + r].
+    """dot(w, w_stride, x, x_stride, k, ahead, out): out[c * chunk + r] = products of the first k of w[r] and x[c].
 
-    r < rows, c < columns; rows begin a stride behind the one before.
+    r < rows, c < columns; rows begin a stride behind the one before. `asks` rows of weights that lie one behind the
+    other from `ahead` on are asked for on the way.
 
     `step` elements are read at a time, as vector(their numba type), up to k // multiple * multiple, which must not be
     0. `multiply` (builder, total, weight, act) adds to a vector of `sums`, `prepare` (builder, weight) comes first;
-    `add` names the builder's addition of such vectors. Weights are asked for before they are needed.
+    `add` names the builder's addition of such vectors.
     """
 
     def generate(context, builder, signature, args):
-        w, w_stride, x, x_stride, k, out = args
+        w, w_stride, x, x_stride, k, ahead, out = args
         # 调用它的函数不再并进上一层：每并一层就要重新优化、生成一遍，第一次编译多等几秒
         builder.function.attributes.add("noinline")
 
+        def constant(number):
+            return ir.Constant(INT64, number)
+
         def row_of(start, of, stride, row, i):
-            place = builder.add(i, builder.mul(stride, ir.Constant(INT64, row)))
+            place = builder.add(i, builder.mul(stride, constant(row)))
             return load(builder, start, place, vector(of.dtype), 1)
 
         def added(i, totals):
-            _prefetch(builder, w, i, rows, step)
+            for r in range(asks):
+                # 几行权重交替着读，硬件认不出次序，只剩三分之一的带宽；按内存的次序先要，就又是全速
+                ask_ahead(builder, ahead, builder.add(builder.mul(i, constant(asks)), constant(r * step)), 0)
             weights = [prepare(builder, row_of(w, signature.args[0], w_stride, r, i)) for r in range(rows)]
             after = list(totals)
             for c in range(columns):
@@ -90,8 +97,8 @@ def tile_of(
         return context.get_dummy_value()
 
     @intrinsic
-    def dot(typing, w, w_stride, x, x_stride, k, out):
-        return types.void(w, types.intp, x, types.intp, types.intp, out), generate
+    def dot(typing, w, w_stride, x, x_stride, k, ahead, out):
+        return types.void(w, types.intp, x, types.intp, types.intp, ahead, out), generate
 
     return dot
 
@@ -163,19 +170,12 @@ def splat(builder, value, lanes: int):
     return builder.shuffle_vector(first, first, places)
 
 
-def _prefetch(builder, w, i, rows: int, step: int) -> None:
-    """Ask for the weights of the rows AHEAD bytes further on, in the order in which they lie in memory."""
-    # 几行权重交替着读，硬件认不出次序，只剩三分之一的带宽；按内存的次序先要，就又是全速
-    for r in range(rows):
-        ask_ahead(builder, w, builder.add(builder.mul(i, ir.Constant(INT64, rows)), ir.Constant(INT64, r * step)))
-
-
-def ask_ahead(builder, start, offset) -> None:
-    """Ask for the line of memory AHEAD bytes behind start[offset]."""
+def ask_ahead(builder, start, offset, by: int = AHEAD) -> None:
+    """Ask for the line of memory some bytes behind start[offset]."""
     # 要到 L2 为止：直接要进 L1 的，等着的位子只有二十来个，float32 的 8 行激活慢一半多
     hint = declared(builder, "llvm.prefetch.p0", ir.VoidType(), [INT8.as_pointer(), INT32, INT32, INT32])
     place = builder.bitcast(builder.gep(start, [offset]), INT8.as_pointer())
-    address = builder.gep(place, [ir.Constant(INT64, AHEAD)])
+    address = builder.gep(place, [ir.Constant(INT64, by)])
     builder.call(hint, [address, *(ir.Constant(INT32, n) for n in (0, 2, 1))])
 
 
