@@ -117,9 +117,8 @@ class Console:
                     self._bar = None
                     atexit.unregister(bar.stop)
 
-    def iteration(self, iteration: int, record: dict[str, float], device_type: str, *, best: float) -> None:
-        """The line of one log interval and, where it was evaluated, a second one; each fits into 80 columns."""
-        # 一行放不下的宁可另起一行：折成两截的行，竖着看不出走势
+    def iteration(self, iteration: int, record: dict[str, float], device_type: str) -> None:
+        """The line of one log interval; it fits into 80 columns."""
         card = device_type != "cpu"
         held = record["memory/reserved_gib" if card else "memory/allocated_gib"]
         speed = text(
@@ -131,13 +130,18 @@ class Console:
             iteration=iteration, loss=f"{record['train/loss']:.4f}", lr=record["learning_rate"], speed=speed,
             memory=text("vram" if card else "ram", held=held),
         )
-        if "val/loss" in record:
-            self.line(
-                "iter {iteration}: val loss {val_loss:.4f}{bits}, best {best:.4f}, {memory}",
-                iteration=iteration, val_loss=record["val/loss"], best=best,
-                bits=text("bits_beside", bits=record["val/bpb"]) if "val/bpb" in record else "",
-                memory=text("vram_peak" if card else "ram_peak", peak=record["memory/peak_gib"]),
-            )
+
+    def evaluation(
+        self, iteration: int, record: dict[str, float], device_type: str, *, best: float, peak: float
+    ) -> None:
+        """The line of one evaluation; it fits into 80 columns. peak: GiB of memory."""
+        # 一行放不下的宁可另起一行：折成两截的行，竖着看不出走势
+        self.line(
+            "iter {iteration}: val loss {val_loss:.4f}{bits}, best {best:.4f}, {memory}",
+            iteration=iteration, val_loss=record["val/loss"], best=best,
+            bits=text("bits_beside", bits=record["val/bpb"]) if "val/bpb" in record else "",
+            memory=text("vram_peak" if device_type != "cpu" else "ram_peak", peak=peak),
+        )
 
 
 def in_sight(items: Iterable[Any], total: int | None) -> Iterator[Any]:

@@ -53,6 +53,9 @@ class Progress:
     nonfinite_in_a_row: int = 0
     val_loss: float | None = None
     """Of the latest evaluation."""
+    evaluation_owed: float | None = None
+    """Loss of the last step, where the training was told to end although an evaluation was due: with it begins what
+    goes on from there."""
     train_s: float = 0.0
     """Seconds in steps, without evaluation and saving, and without the first step of each shape where that compiles."""
     tokens_trained: int = 0

@@ -196,6 +196,8 @@ class Training(Trainer):
         self.began = time.perf_counter() - progress.wall_s
         self._count_time()
         try:
+            if progress.evaluation_owed is not None and self.spent < 1 and reason is None:
+                reason = self._make_up()
             with self.console.progress(*self._of_span()) as advance:
                 while self.spent < 1 and reason is None:
                     # 能分小的都分过了：还有别处的内存不足，也是一种结局
@@ -212,6 +214,20 @@ class Training(Trainer):
             raise
         self.loggers.close()
         return self._summary(reason or self._end())
+
+    def _make_up(self) -> str | None:
+        """The evaluation that was due where the training was told to end, and what follows it; the reason to stop."""
+        # 最好的是哪一份、何时算掉头，都看每一次评估：少一次，续训就与不间断的不同
+        self.latest_loss = self.progress.evaluation_owed
+        reason, iteration = self._evaluate_and_judge(), self.progress.iteration
+        if self.evaluated_at == iteration:
+            validation = self._validation()
+            self.loggers.log(iteration, validation)
+            self._show(validation)
+            self._save(final=bool(reason))
+            if self.cfg.sample_tokens and self.write_sample:
+                self._write_sample()
+        return reason
 
     def _end(self) -> str:
         """What the summary says of a training that used up its budget."""
@@ -251,6 +267,7 @@ class Training(Trainer):
         evaluated = last or (self._every(cfg.eval_interval) and self._leaves_time())
         if result.stop_requested and not last:
             # 不再评估：手里的损失是上一次的，不能记在这一步上
+            progress.evaluation_owed = self.latest_loss if evaluated else None
             reason, evaluated = "interrupted", False
         elif evaluated:
             reason = self._evaluate_and_judge()
@@ -344,7 +361,9 @@ class Training(Trainer):
     def _evaluate_and_judge(self) -> str | None:
         progress, loss = self.progress, self._evaluate_in_sight()
         self._count_time()
-        if self._cut_short(loss):
+        cut_short = self._cut_short(loss)
+        progress.evaluation_owed = self.latest_loss if cut_short else None
+        if cut_short:
             progress.val_loss = None
             return "interrupted"
         # 开始时机器忙，峰值可能偏低：不计时的间隙里再量，只升不降
@@ -456,16 +475,24 @@ class Training(Trainer):
             # 这一段只有编译的那一步：没有速度可言
             del record["tokens_per_s"], record["mfu"], record["mfu_rtx3060"]
         if evaluated:
-            record["val/loss"] = self.progress.val_loss
-            if self.bits:
-                record["val/bpb"] = self.bits * self.progress.val_loss
+            record |= self._validation()
         if self.precision.scaler.is_enabled():
             record["loss_scale"] = self.precision.scaler.get_scale()
         self.interval = Interval()
         # NaN 不是合法的 JSON，也画不成曲线
         self.loggers.log(self.progress.iteration, {k: v for k, v in record.items() if math.isfinite(v)})
-        best = self.progress.best_val_loss
-        self.console.iteration(self.progress.iteration, record, self.device.type, best=best)
+        self.console.iteration(self.progress.iteration, record, self.device.type)
+        if evaluated:
+            self._show(record)
+
+    def _validation(self) -> dict[str, float]:
+        """What the latest evaluation found, as it is logged."""
+        loss = self.progress.val_loss
+        return {"val/loss": loss} | ({"val/bpb": self.bits * loss} if self.bits else {})
+
+    def _show(self, record: dict[str, float]) -> None:
+        best, peak = self.progress.best_val_loss, memory_gib(self.device)["peak"]
+        self.console.evaluation(self.progress.iteration, record, self.device.type, best=best, peak=peak)
 
     def _write_sample(self) -> None:
         if distributed.rank():

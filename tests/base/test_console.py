@@ -42,7 +42,8 @@ def narrow(monkeypatch):
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_a_log_interval_is_one_line_of_80_columns_and_an_evaluation_a_second_one(spoken, device, capsys):
-    Console().iteration(100_000, RECORD, device, best=10.1234)
+    Console().iteration(100_000, RECORD, device)
+    Console().evaluation(100_000, RECORD, device, best=10.1234, peak=RECORD["memory/peak_gib"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and all(cell_len(line) < WIDTH for line in lines), lines
     memory = {"cuda": {"en": "VRAM", "zh": "显存"}, "cpu": {"en": "RAM", "zh": "内存"}}[device][spoken]

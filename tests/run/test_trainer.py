@@ -18,7 +18,7 @@ from nanogpt.base.language import ConfigError
 from nanogpt.base.lock import Lock
 from nanogpt.core import distributed
 from nanogpt.core.progress import Progress
-from nanogpt.run import loop
+from nanogpt.run import loggers, loop
 from nanogpt.run.loop import share_batch
 from nanogpt.run.metrics import Forecast
 from nanogpt.run.session import Session
@@ -418,17 +418,33 @@ def test_the_best_weights_are_kept_also_with_an_interval_for_saves_of_its_own(in
     assert checkpoint.best_of(found).val_loss == trainer.progress.best_val_loss
 
 
-def test_an_interrupt_where_an_evaluation_was_due_notes_no_loss_that_was_not_measured(in_tmp, tiny_overrides):
-    trainer = new_trainer(tiny_overrides, "max_iters=9", "eval_interval=2", "log_interval=1")
-    step = trainer.step
+@pytest.mark.parametrize("halfway", [False, True])
+def test_an_interrupt_where_an_evaluation_was_due_notes_no_loss_that_was_not_measured_and_it_is_made_up_for(in_tmp, tiny_overrides, halfway):
+    # 学得太快，第 8 步最好：漏了它，留下的就是别的
+    overrides = [*tiny_overrides, "max_iters=9", "eval_interval=2", "log_interval=1", "eval_batch_size=1", "learning_rate=0.3", "lr_schedule=constant", "warmup_iters=0"]
+    whole = train(overrides, out="outputs/whole")
+    trainer = new_trainer(overrides)
+    step, evaluate = trainer.step, trainer.evaluate
 
     def stopped():
-        trainer.stop_requested = trainer.progress.iteration == 3
+        trainer.stop_requested = trainer.progress.iteration == 7 and not halfway
         return step()
 
-    trainer.step = stopped
+    def stopped_halfway(told):
+        trainer.stop_requested = trainer.progress.iteration == 8
+        return evaluate(told)
+
+    trainer.step, trainer.evaluate = stopped, stopped_halfway if halfway else evaluate
     assert trainer.fit()["stopped_by"] == "interrupted"
-    assert [record["iteration"] for record in records() if "val/loss" in record] == [2]
+    assert [record["iteration"] for record in records() if "val/loss" in record] == [2, 4, 6]
+    again = resumed_trainer("outputs/run")
+    again.fit()
+    times = {"train_s", "wall_s"}
+    assert {k: v for k, v in vars(again.progress).items() if k not in times} == {k: v for k, v in vars(whole.progress).items() if k not in times}
+    measured = [{one["iteration"]: one["val/loss"] for one in loggers.history(Path("outputs") / name)[0] if "val/loss" in one} for name in ("run", "whole")]
+    assert measured[0] == measured[1] and list(measured[0]) == [2, 4, 6, 8, 9]
+    best = checkpoint.best_of(checkpoint.checkpoints(Path("outputs/run")))
+    assert best.iteration == 8 and best.val_loss == measured[0][8] < measured[0][9]
 
 
 def same_again(*overrides):
