@@ -10,13 +10,13 @@ from pathlib import Path
 from nanogpt.base import run_names
 from nanogpt.base.config import ModelConfig, TrainConfig, auto_tokens
 from nanogpt.base.language import ConfigError, text
-from nanogpt.base.saved_config import read_saved, refuse_unnamed_code
+from nanogpt.base.saved_config import read_saved, refuse_unnamed_code, typed_node
 from nanogpt.data import corpus
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.tokens import read_meta, unchecked
 from nanogpt.run import rundir
 from nanogpt.run.regularize import held_back
-from nanogpt.weights.build import preset, typed_node
+from nanogpt.weights.build import preset
 
 GPT2_VOCAB = 50257
 BYTE_VOCAB = 256

@@ -11,9 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from nanogpt.base.config import TrainConfig, span_of
+from nanogpt.base.config import TrainConfig, plain, span_of
 from nanogpt.base.console import clock
 from nanogpt.base.files import write_text
 from nanogpt.base.groups import leaves, train_config
@@ -75,7 +73,7 @@ def _spread(samples: Mapping[int, str]) -> list[tuple[int, str]]:
 
 def changed(cfg: TrainConfig) -> list[tuple[str, str, str]]:
     """(key, value, default) of every setting that differs from what run_train.py takes when nothing is typed."""
-    own, usual = leaves(OmegaConf.to_container(OmegaConf.structured(cfg))), _defaults()
+    own, usual = leaves(plain(cfg)), _defaults()
     return [
         (key, _written(value), _written(usual[key]) if key in usual else "–") for key, value in own.items()
         if key not in LEFT_OUT and not key.startswith("groups.") and (key not in usual or usual[key] != value)
@@ -84,7 +82,7 @@ def changed(cfg: TrainConfig) -> list[tuple[str, str, str]]:
 
 @functools.cache
 def _defaults() -> dict[str, Any]:
-    return leaves(OmegaConf.to_container(OmegaConf.structured(train_config([]))))
+    return leaves(plain(train_config([])))
 
 
 def _written(value: Any) -> str:

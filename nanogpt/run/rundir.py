@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.base.composing import one_line
-from nanogpt.base.config import FinetuneConfig, ModelConfig, TrainConfig, targets, trusted_targets
+from nanogpt.base.config import FinetuneConfig, ModelConfig, TrainConfig, plain, targets, trusted_targets
 from nanogpt.base.files import folders_around, is_litter, make_folder, numbered, remove_leftovers, sync
 from nanogpt.base.groups import keys_of
 from nanogpt.base.hashed_json import DamagedError, NewerError, reason_of
@@ -34,7 +34,7 @@ from nanogpt.base.language import ConfigError, say, text
 from nanogpt.base.lock import Lock
 from nanogpt.base.quoting import typed_override
 from nanogpt.base.run_names import OUTPUTS, RunRecord, recorded
-from nanogpt.base.saved_config import read_saved, refuse_unnamed_code
+from nanogpt.base.saved_config import read_saved, refuse_unnamed_code, schema_node, typed_node
 from nanogpt.base.user_yaml import is_group
 
 # 属于一次训练的名字；清空目录时只认这些
@@ -218,7 +218,7 @@ def resumed_config(saved_text: str, typed: TrainConfig, overrides: list[str], so
     """The saved config with what was typed on this command line laid over it; `source` is where it comes from."""
     try:
         saved = _completed(read_saved(saved_text), typed)
-        OmegaConf.merge(OmegaConf.structured(TrainConfig), saved)
+        OmegaConf.merge(schema_node(TrainConfig), saved)
     except (OmegaConfBaseException, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         # 摘要对得上、内容却合不上：另一个版本写的，或者有人改过
         reason, remedy = f"config.yaml: {reason_of(error)}", text("no_older_checkpoint")
@@ -232,7 +232,7 @@ def resumed_config(saved_text: str, typed: TrainConfig, overrides: list[str], so
 
 def _completed(saved: dict, typed: TrainConfig) -> dict:
     """The same with the keys that older runs do not have yet, as conf/train.yaml has them."""
-    fresh = OmegaConf.to_container(OmegaConf.structured(typed))
+    fresh = plain(typed)
     defaults = {key: value for key, value in fresh.items() if key not in FIXED_ON_RESUME}
     whole = {**defaults, **ADDED_LATER, **saved}
     if missing := sorted({*FIXED_ON_RESUME} - {*whole}):
@@ -245,51 +245,51 @@ def _completed(saved: dict, typed: TrainConfig) -> dict:
 
 
 def _with_typed(saved: dict, typed: TrainConfig, overrides: list[str], source: Path) -> TrainConfig:
-    fresh = OmegaConf.to_container(OmegaConf.structured(typed))
+    fresh = plain(typed)
     refuse_unnamed_code(saved, fresh, source)
     before = {key: saved[key] for key in FIXED_ON_RESUME}
-    merged, typed_node = OmegaConf.create(saved), OmegaConf.create(fresh)
+    merged, fresh_node = OmegaConf.create(saved), OmegaConf.create(fresh)
     for override in OverridesParser.create().parse_overrides(overrides):
         if override.key_or_group == "experiment":
             # 一套配方会改动许多键，说不清哪些该变
             raise ConfigError("resume_changes", key="experiment", old="-", new=override.value())
-        _lay(merged, override, saved, typed_node)
+        _lay(merged, override, saved, fresh_node)
     if merged.model.vocab_size is None:
         # 重新写出的 model=… 没有词表大小，它由数据决定，沿用原来的
         merged.model.vocab_size = before["model"]["vocab_size"]
     after = OmegaConf.to_container(merged)
     for key in FIXED_ON_RESUME:
         refuse_change(key, before[key], after[key])
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), merged))
+    return typed_node(TrainConfig, merged)
 
 
-def _lay(merged: DictConfig, override: Override, saved: dict, typed_node: DictConfig) -> None:
+def _lay(merged: DictConfig, override: Override, saved: dict, fresh_node: DictConfig) -> None:
     """Put what one override decides into the saved config."""
     key = override.key_or_group
     keys = {key}
     if is_group(key):
-        if _only_names(key, override.value(), saved, typed_node):
+        if _only_names(key, override.value(), saved, fresh_node):
             return
         # 以后再接着训时，知道选的是哪一项
         merged.groups[key] = override.value()
-        keys = {key} if key in typed_node else keys_of(override)
+        keys = {key} if key in fresh_node else keys_of(override)
     for one in sorted(keys):
         for target in ALIASES.get(one, (one,)):
             parent, _, name = target.rpartition(".")
             if override.is_delete():
                 (OmegaConf.select(merged, parent) if parent else merged).pop(name, None)
-            elif parent or name in typed_node:
-                OmegaConf.update(merged, target, OmegaConf.select(typed_node, target), merge=False)
+            elif parent or name in fresh_node:
+                OmegaConf.update(merged, target, OmegaConf.select(fresh_node, target), merge=False)
 
 
-def _only_names(group: str, option: str, saved: dict, typed_node: DictConfig) -> bool:
+def _only_names(group: str, option: str, saved: dict, fresh_node: DictConfig) -> bool:
     """Whether a typed group only names the model or the class of one's own that the run has.
 
     None of its values is taken then.
     """
     own = targets(saved.get(group))
     return (group in ("model", "arch") and option == saved["groups"].get(group)) or bool(
-        own - trusted_targets() and own == targets(OmegaConf.to_container(typed_node)[group])
+        own - trusted_targets() and own == targets(OmegaConf.to_container(fresh_node)[group])
     )
 
 

@@ -27,6 +27,7 @@ from nanogpt.base.config import (
     block_parameters,
     check,
     not_sharded,
+    plain,
     span_of,
     tokens_per_step,
 )
@@ -174,7 +175,7 @@ class Session:
         text_tokens = len(self.data.tokens["train"])
         if cfg.max_tokens == "auto":
             cfg.max_tokens = auto_tokens(cfg.model, text_tokens)
-        now = OmegaConf.to_container(OmegaConf.structured(cfg))
+        now = plain(cfg)
         self.changed = {key for key, value in self.saved.items() if key in now and now[key] != value}
         """Keys that a resume changes."""
         self.left_open = [key for key in ("dropout", "ngrams") if getattr(cfg.model, key) is None]
@@ -187,7 +188,7 @@ class Session:
     def _facts(self) -> dict[str, str]:
         """What has to be the same in every process: settings, versions, data, and where the training goes on."""
         # 各机器的路径与设备可以不同；数据与 checkpoint 比的是内容
-        settings = leaves(OmegaConf.to_container(OmegaConf.structured(self.cfg)))
+        settings = leaves(plain(self.cfg))
         apart = {key: str(value) for key, value in settings.items() if key not in (*PATH_KEYS, "device", "lang")}
         source, software = self.source, versions()
         return {
@@ -376,11 +377,11 @@ class Session:
         computation = self._build_step()
         progress, order = restore(self.source, computation, self.data) if self.source else (Progress(), ORDER)
         leave_behind(self.cfg, self.limits, progress, self.console, same=self.same)
-        node = OmegaConf.structured(self.cfg)
-        config_text = OmegaConf.to_yaml(node)
+        settings = plain(self.cfg)
+        config_text = OmegaConf.to_yaml(OmegaConf.create(settings))
         if distributed.rank() == 0:
             # auto 是哪个设备，到这里才定
-            config = {**OmegaConf.to_container(node), "device": str(self.device)}
+            config = {**settings, "device": str(self.device)}
             self._begin(loggers, config_text, config, progress.iteration)
         return kind(
             self.cfg, computation=computation, data=self.data, loggers=loggers, saver=self._saver(config_text),

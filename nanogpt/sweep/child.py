@@ -26,10 +26,10 @@ from typing import Any
 from nanogpt.base.config import TrainConfig
 from nanogpt.base.hardware import GIB, allocator_cap, device_memory, free_ram
 from nanogpt.base.language import ConfigError, set_language, text
+from nanogpt.base.saved_config import typed_node
 from nanogpt.plan.budget import process_bytes
 from nanogpt.sweep.process import limit_memory, wait_for_end_of
 from nanogpt.sweep.result import STEPS_FOR_LOSS
-from nanogpt.weights.build import typed_node
 
 # 够量出采样的峰值，又不花时间
 SAMPLE_TOKENS = 32

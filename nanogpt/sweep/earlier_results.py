@@ -21,11 +21,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 import nanogpt
 from nanogpt.base import run_names
-from nanogpt.base.config import PACKAGE, TrainConfig, targets
+from nanogpt.base.config import PACKAGE, TrainConfig, plain, targets
 from nanogpt.base.files import remove_leftovers
 from nanogpt.base.hashed_json import DamagedError, read_object
 from nanogpt.base.language import ConfigError
@@ -40,14 +38,9 @@ FOLDER = FIT / "trials"
 IRRELEVANT = ("out_dir", "overwrite", "lang", "logger", "groups", "plan", "search", "parallel", "launch")
 
 
-def container(cfg: TrainConfig) -> dict[str, Any]:
-    """The resolved config as plain values."""
-    return OmegaConf.to_container(OmegaConf.structured(cfg), resolve=True)
-
-
 def key_of(cfg: TrainConfig) -> str:
     """Hash of a trial's config, the versions and the device."""
-    node = {name: value for name, value in container(cfg).items() if name not in IRRELEVANT}
+    node = {name: value for name, value in plain(cfg).items() if name not in IRRELEVANT}
     node["trial"].pop("again")
     # 选配方的 margin 只在事后用，改它不必重测
     node["trial"].pop("margin")

@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Overrid
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from nanogpt.base.config import ModelConfig, TrainConfig, check_choice, check_key, effective_batch, keys
+from nanogpt.base.config import ModelConfig, TrainConfig, check_choice, check_key, effective_batch, keys, plain
 from nanogpt.base.language import ConfigError
 from nanogpt.base.user_yaml import group_options, is_group
 from nanogpt.base.value_checks import wanted_type
@@ -220,7 +220,8 @@ def _own(one: Dimension, cfg: TrainConfig) -> Any:
         return "as_is"
     if one.key != "model" and is_group(one.key):
         return cfg.groups.get(one.key)
-    value = cfg.model.name if one.key == "model" else OmegaConf.select(OmegaConf.structured(cfg), one.key.lstrip("+"))
+    settings = OmegaConf.create(plain(cfg))
+    value = cfg.model.name if one.key == "model" else OmegaConf.select(settings, one.key.lstrip("+"))
     if value is None and "null" not in one.choices and one.key in ("dropout", "model.dropout", "model.ngrams"):
         # 由文字定的，空间里却没有这个词：第一个试的，取文字不限的那种
         value = getattr(cfg.model.completed(), one.key.rpartition(".")[2])

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.base import language, run_names
-from nanogpt.base.config import TrainConfig, check
+from nanogpt.base.config import TrainConfig, check, plain
 from nanogpt.base.errors import says_out_of_memory
 from nanogpt.base.language import ConfigError, text
 from nanogpt.base.lock import only_one
@@ -70,7 +70,7 @@ def run_trial(
         started, learns = time.perf_counter(), cfg.objective != "tokens_per_s"
         where = (run_dir or RUNS / key) if learns else folder
         job = {
-            "config": earlier_results.container(cfg), "overrides": overrides, "folder": where.as_posix(),
+            "config": plain(cfg), "overrides": overrides, "folder": where.as_posix(),
             "lang": language.current_language(),
         }
         signs = [where / "metrics.jsonl"] if learns else []

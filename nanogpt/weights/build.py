@@ -10,10 +10,8 @@ import math
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanogpt.base.config import (
@@ -29,7 +27,7 @@ from nanogpt.base.hardware import GIB, free_ram
 from nanogpt.base.hashed_json import DamagedError, reason_of
 from nanogpt.base.language import ConfigError
 from nanogpt.base.parts import build_part, locate_class
-from nanogpt.base.saved_config import read_saved, refuse_unnamed_code
+from nanogpt.base.saved_config import read_saved, refuse_unnamed_code, typed_node
 
 # 极小的模型也可以有长上下文：位置表至少允许这么多个数
 LEAST_TABLE = 2**20
@@ -277,11 +275,6 @@ def check_weights(source, config: ModelConfig, finetune: FinetuneConfig) -> None
     wrong = sorted((set(have) ^ set(want)) - shared) or sorted(n for n in set(have) & set(want) if have[n] != want[n])
     if wrong:
         raise source.damaged(f"model.safetensors: other parameters: {wrong[:3]}")
-
-
-def typed_node(schema: type, node: dict) -> Any:
-    """The dataclass `schema` with the values of a saved config node."""
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
 
 
 def preset_names() -> list[str]:

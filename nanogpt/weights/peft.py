@@ -17,10 +17,10 @@ from nanogpt.base import run_names
 from nanogpt.base.config import FinetuneConfig, ModelConfig
 from nanogpt.base.files import write_json
 from nanogpt.base.language import ConfigError, text
-from nanogpt.base.saved_config import read_saved
+from nanogpt.base.saved_config import read_saved, typed_node
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.weights import families, hub
-from nanogpt.weights.build import check_weights, typed_node
+from nanogpt.weights.build import check_weights
 from nanogpt.weights.checkpoint import Checkpoint
 from nanogpt.weights.foreign_files import (
     ADAPTER,

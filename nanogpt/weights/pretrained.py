@@ -21,12 +21,13 @@ from nanogpt.base import run_names
 from nanogpt.base.config import FinetuneConfig, ModelConfig, check_keys, check_model
 from nanogpt.base.hashed_json import reason_of
 from nanogpt.base.language import ConfigError, text
+from nanogpt.base.saved_config import typed_node
 from nanogpt.data import tokenizer as tokenizers
 from nanogpt.data.labels import LABEL_KINDS, with_labels
 from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.data.tokenizer_files import read_tokenizer
 from nanogpt.weights import checkpoint, families, hub, nanogpt_checkpoint, peft
-from nanogpt.weights.build import build_model, build_undrawn, model_of, preset, typed_node, weight_shapes
+from nanogpt.weights.build import build_model, build_undrawn, model_of, preset, weight_shapes
 from nanogpt.weights.foreign_files import DOCUMENTS, read_json, read_weights
 from nanogpt.weights.tensors import Readers, first_not_finite, floating
 
