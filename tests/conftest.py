@@ -17,14 +17,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra import initialize_config_dir
 from hypothesis import HealthCheck, Phase, settings
-from omegaconf import OmegaConf, open_dict
+from omegaconf import OmegaConf
 
-from nanogpt.base import language
+from nanogpt.base import groups, language
 from nanogpt.base.cli import remembered_groups
 from nanogpt.base.config import ROOT, ModelConfig, TrainConfig, check
 from nanogpt.base.files import sha256
@@ -147,37 +144,19 @@ def composed(config_name: str, overrides: list[str]):
 
 @functools.cache
 def _composed(config_name: str, overrides: tuple[str, ...]):
-    values = [o for o in overrides if _is_value(o)]
-    rest = tuple(o for o in overrides if not _is_value(o))
-    # hydra.searchpath 里的文件随测试而变，不能记住
-    searched = any(o.startswith("hydra.searchpath") for o in rest)
-    node, choices = (_composed_node.__wrapped__ if searched else _composed_node)(config_name, rest)
-    node = copy.deepcopy(node)
-    try:
-        ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(values), node)
-    except HydraException:
-        # 写错的 override：报错要与命令行上的一样
-        node, choices = _composed_node.__wrapped__(config_name, overrides)
+    if any(one.startswith("hydra.searchpath") for one in overrides):
+        # 那里的文件随测试而变，不能记住
+        with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
+            node, choices = groups.Composer(config_name).composed(list(overrides))
+    else:
+        node, choices = _composer(config_name).composed(list(overrides))
     cfg = OmegaConf.to_object(node)
-    cfg.groups = {g: o for g, o in choices.items() if o and not g.startswith("hydra/")}
+    cfg.groups = choices
     return cfg
 
 
-def _is_value(override: str) -> bool:
-    """Whether Hydra applies this override after the groups are merged: a plain value, no group and nothing added or removed."""
-    key = override.partition("=")[0]
-    return key[0] not in "+~" and not key.startswith("hydra") and "@" not in key and not (ROOT / "conf" / key).is_dir()
-
-
-@functools.cache
-def _composed_node(config_name: str, overrides: tuple[str, ...]):
-    # 拼各组要 0.2 秒，许多测试用的是同样的组；其余的值由 Hydra 自己的函数随后写入
-    with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
-        node = compose(config_name=config_name, overrides=list(overrides), return_hydra_config=True)
-    choices = node.hydra.runtime.choices
-    with open_dict(node):
-        del node.hydra
-    return node, choices
+# 许多测试用的是同样的组
+_composer = functools.cache(groups.Composer)
 
 
 @functools.cache

@@ -2,8 +2,10 @@
 
 # 程序跑起来之后还要读配置组：互动写作里换 sampler，resume 时看敲下的组管哪些键，告诉人怎样指名自己的类
 # 做法是照命令行再拼一次（_composed），或只问 Hydra 这一项带来了哪些 yaml（_brought）
-# 用者是 run/、write/、导出与 saved_config；它们与命令行因此永远一致，没有第二份规则
+# 要拼许多份、只差几个值的（搜索），用 Composer：各组只拼一次
+# 用者是 run/、write/、sweep/、导出与 saved_config；它们与命令行因此永远一致，没有第二份规则
 
+import copy
 import difflib
 import re
 from typing import Any
@@ -13,7 +15,9 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -22,7 +26,7 @@ from nanogpt.base.composing import SCHEMAS, check_whole, composing
 from nanogpt.base.config import ROOT, TrainConfig, targets, trusted_targets
 from nanogpt.base.language import ConfigError, text
 from nanogpt.base.sample_config import SampleConfig, register_schemas
-from nanogpt.base.user_yaml import conf_folders, group_options
+from nanogpt.base.user_yaml import conf_folders, group_options, is_group
 from nanogpt.base.value_checks import check_values, in_digits
 
 
@@ -49,6 +53,36 @@ def _composed(config_name: str, overrides: list[str]) -> tuple[DictConfig, dict[
     with open_dict(composed):
         choices = composed.pop("hydra").runtime.choices
     return composed, {group: option for group, option in choices.items() if option and not group.startswith("hydra/")}
+
+
+class Composer:
+    """Composes configurations that differ in values; what the groups give is composed once."""
+
+    # 拼各组要几百毫秒；其余的值，由 Hydra 自己的函数随后写入
+
+    def __init__(self, config_name: str):
+        self.config_name = config_name
+        self.nodes: dict[tuple[str, ...], tuple[DictConfig, dict[str, str]]] = {}
+
+    def composed(self, overrides: list[str]) -> tuple[DictConfig, dict[str, str]]:
+        """(what these overrides give, the option chosen in each group)."""
+        values = [one for one in overrides if _is_value(one)]
+        others = tuple(one for one in overrides if not _is_value(one))
+        if others not in self.nodes:
+            self.nodes[others] = _composed(self.config_name, list(others))
+        node, choices = copy.deepcopy(self.nodes[others])
+        try:
+            ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(values), node)
+        except HydraException:
+            # 写错了的：报错要与整个拼的一样
+            return _composed(self.config_name, overrides)
+        return node, choices
+
+
+def _is_value(override: str) -> bool:
+    """Whether Hydra applies it behind the groups: a plain value, no group, nothing added or removed."""
+    key = override.partition("=")[0]
+    return key[0] not in "+~" and not key.startswith("hydra") and "@" not in key and not is_group(key)
 
 
 def sample_config(overrides: list[str]) -> SampleConfig:

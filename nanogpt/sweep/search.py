@@ -21,14 +21,14 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import OmegaConf, open_dict
+from omegaconf import OmegaConf
 
 from nanogpt.base.cli import at_home
 from nanogpt.base.config import TrainConfig, auto_tokens, check
 from nanogpt.base.errors import EXIT_INTERRUPTED, leave
+from nanogpt.base.groups import Composer
 from nanogpt.base.hashed_json import read_sealed
 from nanogpt.base.language import ConfigError, say, show, text, wrapped
 from nanogpt.base.value_checks import check_values
@@ -237,19 +237,16 @@ class Trials:
         self.beside = Beside(places(cfg))
         self.run_trial = runner(cfg, one_kind=True)
         # Hydra 的拼装只有一份全局的状态
-        self.composing = threading.Lock()
+        self.composer, self.composing = Composer("train"), threading.Lock()
 
     # ---- 配置 ----
 
     def composed(self, more: Sequence[str]) -> TrainConfig:
         """The configuration with these overrides behind the typed ones, checked."""
         with self.composing:
-            node = compose("train", [*self.base, *more], return_hydra_config=True)
-        choices = OmegaConf.to_container(node.hydra.runtime.choices)
-        with open_dict(node):
-            del node["hydra"]
+            node, choices = self.composer.composed([*self.base, *more])
         cfg = OmegaConf.to_object(node)
-        cfg.groups = {group: option for group, option in choices.items() if option and not group.startswith("hydra/")}
+        cfg.groups = choices
         at_home(cfg)
         check_values(cfg)
         return replace(cfg, search=replace(cfg.search, enabled=False), trial=replace(cfg.trial, enabled=True))

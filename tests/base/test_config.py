@@ -10,8 +10,10 @@ import textwrap
 import pytest
 import yaml
 from conftest import TINY, make_config, make_sample_config, shipped_options
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
 
-from nanogpt.base import language, parts
+from nanogpt.base import groups, language, parts
 from nanogpt.base.cli import with_integers
 from nanogpt.base.composing import OTHER_NAMES, guess_of, known_keys
 from nanogpt.base.config import (
@@ -35,6 +37,22 @@ GROUPS = shipped_options()
 SAMPLE_GROUPS = ("sampler", "control")
 SAMPLE_OPTIONS = [(group, option) for group in SAMPLE_GROUPS for option in GROUPS.get(group, [])] + [("precision", option) for option in GROUPS["precision"]]
 OPTIONS = [(group, option) for group, options in GROUPS.items() for option in options if group not in SAMPLE_GROUPS and (group, option) not in (("precision", "int8"), ("precision", "int4"))]
+
+
+def test_what_differs_in_values_is_composed_to_what_hydra_itself_composes():
+    composer = groups.Composer("train")
+    for words in (
+        ["experiment=cpu_speedrun", "learning_rate=1e-3"], ["experiment=cpu_speedrun", "learning_rate=3e-3", "model.ngrams=[2,3]", "max_minutes=null"],
+        ["experiment=cpu_speedrun", "model=tiny", "dropout=${grad_clip}"], ["optimizer=adamw", "optimizer.beta1=0.8", "+logger={mine: {x: 1}}", "logger.mine.x=2"],
+        ["optimizer=adamw", "optimizer.beta1=0.7", "~logger", "dataset=text_file", "dataset.path='a, b'"], ["optimizer=adamw", "optimizer.beta1=0.7"],
+    ):
+        composed, (node, choices) = groups._composed("train", words), composer.composed(words)
+        assert OmegaConf.to_yaml(node) == OmegaConf.to_yaml(composed[0]) and choices == composed[1]
+    with pytest.raises(ConfigCompositionException) as said:
+        composer.composed(["optimizer=adamw", "optimizer.beta=0.7"])
+    with pytest.raises(ConfigCompositionException) as wanted:
+        groups._composed("train", ["optimizer=adamw", "optimizer.beta=0.7"])
+    assert str(said.value) == str(wanted.value)
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
