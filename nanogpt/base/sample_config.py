@@ -5,6 +5,7 @@
 # server 一节同时是 API 每个请求的上限；监听本机之外的地址必须有 token
 # 两个 schema 由 register_schemas 交给 Hydra：拼写错的键、不对的类型在拼的时候就报
 
+import functools
 import ipaddress
 import math
 import os
@@ -257,6 +258,7 @@ def check_server(server: ServerConfig) -> None:
         )
 
 
+@functools.cache
 def register_schemas() -> None:
     """Make the schemas known to Hydra, so that a misspelt key or a wrong type fails while composing."""
     from hydra.core.config_store import ConfigStore
