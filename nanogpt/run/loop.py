@@ -224,7 +224,8 @@ class Training(Trainer):
             validation = self._validation()
             self.loggers.log(iteration, validation)
             self._show(validation)
-            self._save(final=bool(reason))
+            # 权重没有变，还是接着训的那一份
+            self.saver.note_loss(val_loss=validation["val/loss"], val_bpb=validation.get("val/bpb"))
             if self.cfg.sample_tokens and self.write_sample:
                 self._write_sample()
         return reason

@@ -129,13 +129,27 @@ class Saver:
         if distributed.broadcast(reason) is None:
             self.saved_at, self._retry_at = iteration, None
             return
-        self._retry_at = time.monotonic() + RETRY_S
         if reason and final:
             raise ConfigError(
                 "the last checkpoint could not be saved ({reason}); the newest one is {checkpoint}; free some disk "
                 "space and continue with {resume}",
                 reason=reason, resume=self.resuming, checkpoint=self.saved.name if self.saved else "-",
             )
+        self._try_later(reason)
+
+    def note_loss(self, *, val_loss: float, val_bpb: float | None) -> None:
+        """Note in the newest checkpoint the loss of an evaluation that was not made before it was saved."""
+        reason = None
+        try:
+            if not distributed.rank():
+                self.saved = self.saved.evaluated(val_loss, val_bpb)
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if reason := distributed.broadcast(reason):
+            self._try_later(reason)
+
+    def _try_later(self, reason: str | None) -> None:
+        self._retry_at = time.monotonic() + RETRY_S
         self._console.line(
             "could not save a checkpoint ({reason}); the older ones are kept, trying again in {seconds} s; free some "
             "disk space",

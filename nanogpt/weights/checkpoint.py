@@ -12,6 +12,7 @@ be wrong.
 # 读的时候训练可能正删旧的：listed、find、use 各自再看一遍，而不是报错
 # 只有张量与普通的值：文件里没有代码可以执行，旧格式的 state.pt 也只以 weights_only 读
 
+import dataclasses
 import json
 import math
 import re
@@ -89,12 +90,26 @@ class Checkpoint:
     def drop_state(self) -> None:
         """Delete the optimizer, scaler and counters for good; the weights stay."""
         left = {file: self.sha256[file] for file in WITHOUT_STATE}
-        values = {"iteration": self.iteration, "val_loss": self.val_loss, "val_bpb": self.val_bpb, "run": self.run}
         # 先换清单再删文件：停在中间，多出来的文件没有登记，也就没有人用
-        write_sealed(self.folder / "manifest.json", {"format": FORMAT, **values, "sha256": left})
-        sync(self.folder)
+        dataclasses.replace(self, sha256=left)._reseal()
         for file in set(self.sha256) - set(left):
             (self.folder / file).unlink(missing_ok=True)
+
+    def evaluated(self, val_loss: float, val_bpb: float | None) -> "Checkpoint":
+        """Note the loss of an evaluation that was made later; return the checkpoint that it is now."""
+        # 只换清单：权重没有变，整份再写一遍，换上去的那一瞬间就没有 checkpoint
+        noted = dataclasses.replace(self, val_loss=val_loss, val_bpb=val_bpb)
+        noted._reseal()
+        return noted
+
+    def write_manifest(self, folder: Path) -> None:
+        """Write what is known of it into the folder of its files."""
+        values = {"iteration": self.iteration, "val_loss": self.val_loss, "val_bpb": self.val_bpb, "run": self.run}
+        write_sealed(folder / "manifest.json", {"format": FORMAT, **values, "sha256": self.sha256})
+
+    def _reseal(self) -> None:
+        self.write_manifest(self.folder)
+        sync(self.folder)
 
     def problem(self) -> str | None:
         """What is wrong with the files, or None; reads them all."""
@@ -354,11 +369,11 @@ def save(
             "state.safetensors": write_tensors(aside / "state.safetensors", tensors),
             **{file: sha256(aside / file) for file in ("state.json", "config.yaml", "tokenizer.json")},
         }
-        values = {"iteration": iteration, "val_loss": val_loss, "val_bpb": val_bpb, "run": run}
-        write_sealed(aside / "manifest.json", {"format": FORMAT, **values, "sha256": hashes})
+        saved = Checkpoint(final, iteration, val_loss, hashes, run, val_bpb)
+        saved.write_manifest(aside)
     # 新的完整落盘之后才删旧的
     prune(run_dir, keep)
-    return Checkpoint(final, iteration, val_loss, hashes, run, val_bpb)
+    return saved
 
 
 def set_aside_newer(run_dir: Path, iteration: int) -> None:

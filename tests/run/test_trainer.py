@@ -437,6 +437,8 @@ def test_an_interrupt_where_an_evaluation_was_due_notes_no_loss_that_was_not_mea
     trainer.step, trainer.evaluate = stopped, stopped_halfway if halfway else evaluate
     assert trainer.fit()["stopped_by"] == "interrupted"
     assert [record["iteration"] for record in records() if "val/loss" in record] == [2, 4, 6]
+    weights = Path("outputs/run/ckpt/iter_00000008/model.safetensors")
+    written = weights.stat().st_mtime_ns
     again = resumed_trainer("outputs/run")
     again.fit()
     times = {"train_s", "wall_s"}
@@ -445,6 +447,26 @@ def test_an_interrupt_where_an_evaluation_was_due_notes_no_loss_that_was_not_mea
     assert measured[0] == measured[1] and list(measured[0]) == [2, 4, 6, 8, 9]
     best = checkpoint.best_of(checkpoint.checkpoints(Path("outputs/run")))
     assert best.iteration == 8 and best.val_loss == measured[0][8] < measured[0][9]
+    # 只换了清单：整份重写，换上去的一瞬间断了电，就没有 checkpoint
+    assert weights.stat().st_mtime_ns == written and best.problem() is None
+
+
+def test_a_disk_that_is_full_while_an_evaluation_is_made_up_for_does_not_end_the_training(in_tmp, tiny_overrides, monkeypatch, capsys):
+    trainer = new_trainer(tiny_overrides, "max_iters=9", "eval_interval=2")
+    step = trainer.step
+
+    def stopped():
+        trainer.stop_requested = trainer.progress.iteration == 3
+        return step()
+
+    trainer.step = stopped
+    trainer.fit()
+    again = resumed_trainer("outputs/run")
+    with monkeypatch.context() as full:
+        full.setattr(checkpoint.Checkpoint, "evaluated", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert again.fit()["stopped_by"] == "finished"
+    assert "could not save a checkpoint (No space left on device)" in capsys.readouterr().out
+    assert checkpoint.checkpoints(Path("outputs/run"))[-1].iteration == 9
 
 
 def same_again(*overrides):
