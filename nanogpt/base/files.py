@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -21,6 +22,8 @@ from pathlib import Path
 
 # Windows 拒绝改名、删除开着的文件：ERROR_ACCESS_DENIED、ERROR_SHARING_VIOLATION
 HELD_OPEN = (5, 32)
+# folder_aside 挪开的旧文件夹
+MOVED = re.compile(r"\.(.+)\.[0-9a-f]{8}\.old\.tmp")
 # Finder 与资源管理器在打开过的文件夹里留下的：不是谁的内容
 LITTER = (".DS_Store", "desktop.ini", "Thumbs.db")
 # 刚写好的文件，杀毒与索引的程序会打开一小会儿：等这么多秒再试
@@ -213,10 +216,18 @@ def folder_aside(final: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
-    """Delete the temporary files and folders that a killed process left in `folder`: all, or those of `name`."""
+    """Delete the temporary files and folders that a killed process left in `folder`: all, or those of `name`.
+
+    A folder that was moved away for a new one that has not come takes its place again.
+    """
     for path in folder.glob(f".{glob.escape(name)}.*.tmp" if name else ".*.tmp"):
         if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+            moved = MOVED.fullmatch(path.name)
+            if moved and not (folder / moved[1]).exists():
+                # 停在两次改名之间：名字下面什么也没有，旧的还完整
+                replace(path, folder / moved[1])
+            else:
+                shutil.rmtree(path, ignore_errors=True)
         else:
             try:
                 path.unlink(missing_ok=True)

@@ -224,8 +224,12 @@ class Training(Trainer):
             validation = self._validation()
             self.loggers.log(iteration, validation)
             self._show(validation)
-            # 权重没有变，还是接着训的那一份
-            self.saver.note_loss(val_loss=validation["val/loss"], val_bpb=validation.get("val/bpb"))
+            if reason or self.spent >= 1:
+                # 到此为止：再接着训的，从这次评估之后算起
+                self._save(final=True)
+            else:
+                # 权重没有变，还是接着训的那一份；计数随下一次保存
+                self.saver.note_loss(val_loss=validation["val/loss"], val_bpb=validation.get("val/bpb"))
             if self.cfg.sample_tokens and self.write_sample:
                 self._write_sample()
         return reason

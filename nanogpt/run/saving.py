@@ -95,6 +95,7 @@ class Saver:
         self.saved_at = saved.iteration if saved else -1
         """Iteration of the newest checkpoint, in every process."""
         self._retry_at: float | None = None
+        self._unnoted: tuple[float, float | None] | None = None
 
     @property
     def overdue(self) -> bool:
@@ -113,6 +114,8 @@ class Saver:
             # 分片的张量要大家一起凑：别的进程等在这里，要哪个给哪个
             with fetching(checkpoint.model_tensors(model), state) as first:
                 if first:
+                    # 没有记上损失的那一份可能是最好的：先记上，存了新的才不会把它当旧的删掉
+                    self._note()
                     self.saved = checkpoint.save(
                         self.run_dir, model=model, state=state, iteration=iteration, val_loss=val_loss, val_bpb=val_bpb,
                         # 词表取自内存：训练目录里那份是给人看的，坏了不该传进 checkpoint
@@ -139,14 +142,18 @@ class Saver:
 
     def note_loss(self, *, val_loss: float, val_bpb: float | None) -> None:
         """Note in the newest checkpoint the loss of an evaluation that was not made before it was saved."""
-        reason = None
+        reason, self._unnoted = None, (val_loss, val_bpb)
         try:
-            if not distributed.rank():
-                self.saved = self.saved.evaluated(val_loss, val_bpb)
+            self._note()
         except OSError as error:
             reason = error.strerror or str(error)
         if reason := distributed.broadcast(reason):
             self._try_later(reason)
+
+    def _note(self) -> None:
+        if self._unnoted and not distributed.rank():
+            self.saved = self.saved.evaluated(*self._unnoted)
+            self._unnoted = None
 
     def _try_later(self, reason: str | None) -> None:
         self._retry_at = time.monotonic() + RETRY_S

@@ -96,3 +96,22 @@ def test_a_closed_window_stops_and_waits_for_the_end(monkeypatch):
     # Ctrl-C 与 Ctrl-Break 由 Python 自己接
     assert add and not handler(0) and not handler(1) and told == []
     assert handler(2) and told == ["stops", "waits"] and handler in console._handlers
+
+
+def test_a_folder_that_was_moved_away_for_a_new_one_comes_back_if_that_never_came(tmp_path, monkeypatch):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/old").write_text("", encoding="utf-8")
+    renamed = files.replace
+
+    def killed(source, target):
+        if target == tmp_path / "kept":
+            raise KeyboardInterrupt
+        renamed(source, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(files, "replace", killed)
+        with files.folder_aside(tmp_path / "kept"):
+            pass
+    assert not (tmp_path / "kept").exists()
+    files.remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"] and (tmp_path / "kept/old").is_file()

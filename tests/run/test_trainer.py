@@ -451,22 +451,45 @@ def test_an_interrupt_where_an_evaluation_was_due_notes_no_loss_that_was_not_mea
     assert weights.stat().st_mtime_ns == written and best.problem() is None
 
 
-def test_a_disk_that_is_full_while_an_evaluation_is_made_up_for_does_not_end_the_training(in_tmp, tiny_overrides, monkeypatch, capsys):
-    trainer = new_trainer(tiny_overrides, "max_iters=9", "eval_interval=2")
+def interrupted_at(iteration, overrides, *more):
+    """A run in outputs/run that was told to end at that iteration, where an evaluation was due."""
+    trainer = new_trainer(overrides, *more)
     step = trainer.step
 
     def stopped():
-        trainer.stop_requested = trainer.progress.iteration == 3
+        trainer.stop_requested = trainer.progress.iteration == iteration - 1
         return step()
 
     trainer.step = stopped
-    trainer.fit()
+    assert trainer.fit()["stopped_by"] == "interrupted"
+
+
+def test_a_disk_that_is_full_while_an_evaluation_is_made_up_for_costs_neither_the_training_nor_the_best(in_tmp, tiny_overrides, monkeypatch, capsys):
+    # 第 8 步最好，只留一份
+    interrupted_at(8, tiny_overrides, "max_iters=9", "eval_interval=2", "learning_rate=0.3", "lr_schedule=constant", "warmup_iters=0", "keep=1")
     again = resumed_trainer("outputs/run")
-    with monkeypatch.context() as full:
-        full.setattr(checkpoint.Checkpoint, "evaluated", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        assert again.fit()["stopped_by"] == "finished"
+    evaluated, full = checkpoint.Checkpoint.evaluated, [OSError(28, "No space left on device")]
+
+    def once(saved, *losses):
+        if full:
+            raise full.pop()
+        return evaluated(saved, *losses)
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "evaluated", once)
+    assert again.fit()["stopped_by"] == "finished"
     assert "could not save a checkpoint (No space left on device)" in capsys.readouterr().out
-    assert checkpoint.checkpoints(Path("outputs/run"))[-1].iteration == 9
+    found = checkpoint.checkpoints(Path("outputs/run"))
+    assert [one.iteration for one in found] == [8, 9] and checkpoint.best_of(found).iteration == 8
+
+
+@pytest.mark.parametrize("ends", ["target_val_loss=100", "early_stop_evals=1"])
+def test_a_training_that_ends_with_an_evaluation_that_was_made_up_for_goes_on_like_any_other(in_tmp, tiny_overrides, ends):
+    # 学得太慢：第 4 步不会比第 2 步好
+    interrupted_at(4, tiny_overrides, "max_iters=9", "eval_interval=2", *(["learning_rate=1e-12", "optimizer.weight_decay=0"] if "early" in ends else []))
+    ended = resumed_trainer("outputs/run", ends)
+    assert ended.fit()["stopped_by"] == ends.partition("=")[0].replace("_val_loss", "_reached").replace("_evals", "")
+    assert ended.progress.iteration == 4 and checkpoint.find(Path("outputs/run"), "last").val_loss == ended.progress.val_loss
+    assert resumed_trainer("outputs/run").fit()["iters"] > 4
 
 
 def same_again(*overrides):
