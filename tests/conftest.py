@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import gc
+import importlib
 import json
 import os
 import shutil
@@ -245,6 +246,12 @@ def resume(out, *overrides):
 def resumed_trainer(out, *overrides):
     """The trainer of a run that goes on, before its next step."""
     return resume(out, *overrides)._build()
+
+
+def kernels(name: str):
+    """A module of compiled code; what needs it is skipped where numba is missing, and only there."""
+    pytest.importorskip("numba")
+    return importlib.import_module(name)
 
 
 def tiny_model_config(**changes) -> ModelConfig:

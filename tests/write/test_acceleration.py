@@ -1,6 +1,7 @@
 """The fast paths for writing equal the plain one: compiled step, packed weights, int8."""
 
 import contextlib
+import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GPT2_RECIPE, QWEN3_RECIPE, tiny_model_config, wild_model
+from conftest import GPT2_RECIPE, QWEN3_RECIPE, kernels, tiny_model_config, wild_model
 from test_generate import decode, prompts
 
 from nanogpt.core.attention import CausalSelfAttention
@@ -48,7 +49,7 @@ def logits_of(model, idx):
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 def test_the_compiled_step_equals_the_plain_path(recipe, precision):
-    fast_cpu = pytest.importorskip("nanogpt.write.speed.fast_cpu")
+    fast_cpu = kernels("nanogpt.write.speed.fast_cpu")
     # 宽度够一组才有 int4；qwen3 的有几个矩阵不够，两种混着
     model = accelerate(wild_model(**RECIPES[recipe], n_embd=32 if precision == "int4" else 16), precision, fast=False)
     assert fast_cpu.fits(model) and (precision != "int4" or isinstance(model.h[0].mlp.c_fc, Int4Linear))
@@ -60,7 +61,7 @@ def test_the_compiled_step_equals_the_plain_path(recipe, precision):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_compiled_step_gives_the_same_logits(recipe):
-    fast_cpu = pytest.importorskip("nanogpt.write.speed.fast_cpu")
+    fast_cpu = kernels("nanogpt.write.speed.fast_cpu")
     model = wild_model(**RECIPES[recipe])
     idx = torch.tensor(prompts(12))
     expected = logits_of(model, idx)[0]
@@ -76,7 +77,7 @@ def test_the_compiled_step_gives_the_same_logits(recipe):
 @pytest.mark.parametrize("recipe", [*RECIPES, "five tables"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 def test_the_compiled_look_up_gives_what_the_first_block_reads(recipe, precision):
-    embedding = pytest.importorskip("nanogpt.write.speed.embedding")
+    embedding = kernels("nanogpt.write.speed.embedding")
     settings = RECIPES.get(recipe, {"ngrams": [2, 3, 4, 5, 8], "ngram_buckets": 1013})
     model = accelerate(wild_model(**settings, n_embd=32), precision, fast=False)
     assert embedding.Embedding.fits(model)
@@ -117,7 +118,7 @@ def forbidden(*_):
     ],
 )
 def test_what_somebody_changed_is_not_compiled(own):
-    fast_cpu = pytest.importorskip("nanogpt.write.speed.fast_cpu")
+    fast_cpu = kernels("nanogpt.write.speed.fast_cpu")
     model = wild_model(position="learned", ngrams=[2, 3], ngram_buckets=99)
     assert fast_cpu.fits(model)
     own(model)
@@ -125,7 +126,7 @@ def test_what_somebody_changed_is_not_compiled(own):
 
 
 def test_more_rows_than_the_compiled_step_takes_go_the_plain_way():
-    fast_cpu = pytest.importorskip("nanogpt.write.speed.fast_cpu")
+    fast_cpu = kernels("nanogpt.write.speed.fast_cpu")
     model, rows = wild_model(), prompts(*range(1, 8))
     plain = decode(model, rows, 20)
     install(model, fast_cpu.FastStep(model))
@@ -146,7 +147,7 @@ def test_several_threads_write_with_one_model_at_once(precision):
 
 
 def test_a_model_of_ones_own_is_not_compiled():
-    fast_cpu = pytest.importorskip("nanogpt.write.speed.fast_cpu")
+    fast_cpu = kernels("nanogpt.write.speed.fast_cpu")
 
     class Mine(MLP):
         pass
@@ -226,7 +227,7 @@ def test_int8_rounds_each_row_to_half_a_step():
 
 @pytest.mark.parametrize("rows, n_out, n_in", [(1, 7, 32), (3, 5, 100), (8, 33, 64), (13, 18, 200), (40, 50, 768), (25, 67, 68), (70, 100, 3072), (30, 9, 70), (2, 9, 3100)])
 def test_every_way_to_multiply_int8_gives_the_same_bits_as_exact_integers(rows, n_out, n_in):
-    integer_dot = pytest.importorskip("nanogpt.write.speed.integer_dot")
+    integer_dot = kernels("nanogpt.write.speed.integer_dot")
     weight, scale = quantize(torch.randn(n_out, n_in))
     # 最大的数连成一片：会溢出的算法在这里露馅
     weight[0], x, bias = 127, torch.randn(rows, n_in), torch.randn(n_out)
@@ -241,7 +242,7 @@ def test_every_way_to_multiply_int8_gives_the_same_bits_as_exact_integers(rows, 
 
 
 def test_activations_are_rounded_to_the_same_integers_everywhere():
-    integer_dot = pytest.importorskip("nanogpt.write.speed.integer_dot")
+    integer_dot = kernels("nanogpt.write.speed.integer_dot")
     # 半数恰在两个整数正中：除法多舍入一次就偏到另一边
     x = torch.randint(-254, 255, (64, 512), generator=torch.Generator().manual_seed(0)) * torch.rand(64, 1) / 2
     q, scale = quantize_rows(x)
@@ -264,7 +265,7 @@ def test_int4_rounds_each_weight_to_half_a_step_and_a_byte_holds_two():
 
 @pytest.mark.parametrize("rows, n_out, n_in", [(1, 16, 32), (3, 50, 96), (15, 33, 768), (40, 7, 3072)])
 def test_every_way_to_multiply_int4_gives_the_same_bits(rows, n_out, n_in):
-    int4_dot = pytest.importorskip("nanogpt.write.speed.int4_dot")
+    int4_dot = kernels("nanogpt.write.speed.int4_dot")
     weight, x, bias = torch.randn(n_out, n_in), torch.randn(rows, n_in), torch.randn(n_out)
     weight[0], x[0] = -3, 2
     packed, scale = int4.quantize(weight)
@@ -288,7 +289,7 @@ def test_products_of_stored_weights_are_those_of_the_matrix_they_stand_for(preci
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4", "bf16"])
 def test_the_compiled_step_shares_the_models_weights(precision):
-    fast_cpu = pytest.importorskip("nanogpt.write.speed.fast_cpu")
+    fast_cpu = kernels("nanogpt.write.speed.fast_cpu")
     model = accelerate(wild_model(n_embd=32), precision, fast=False)
     linears, before = [block.mlp.c_fc for block in model.h], model.h[0].mlp.c_fc.weight.data_ptr()
     whole = fast_cpu._shared(linears, "weight")
@@ -299,7 +300,7 @@ def test_the_compiled_step_shares_the_models_weights(precision):
 
 def with_instruction(name: str, vnni: int):
     """A module of kernels, where this CPU multiplies so many bytes at once."""
-    module = pytest.importorskip(f"nanogpt.write.speed.{name}")
+    module = kernels(f"nanogpt.write.speed.{name}")
     if vnni > module.VNNI:
         pytest.skip("this CPU lacks the instruction")
     return module
@@ -336,13 +337,15 @@ def test_a_large_model_is_written_in_bf16_where_it_was_measured_to_pay(monkeypat
     assert not without.lm_head.native and without.fast_step.max_rows == accelerate(wild_model(), "fp32").fast_step.max_rows
 
 
-@pytest.mark.parametrize("size", [1, 2, 5])
-def test_a_crew_waits_for_everyone_and_is_let_go_when_one_cannot_come(size):
-    compiled = pytest.importorskip("nanogpt.core.loops.compiled")
-    crew, seen = compiled.Crew(size), np.zeros((size, 50), int)
+@pytest.mark.parametrize(("size", "failing"), [(1, 0), (2, 0), (2, 1), (5, 0), (5, 3)])
+def test_a_crew_waits_for_everyone_and_is_let_go_when_one_cannot_come(size, failing):
+    compiled = kernels("nanogpt.core.loops.compiled")
+    before, seen = set(threading.enumerate()), np.zeros((size, 50), int)
+    crew = compiled.Crew(size)
+    threads = set(threading.enumerate()) - before
 
     def work(part, crew, size, fails):
-        if fails and part == 0:
+        if fails and part == failing:
             raise KeyboardInterrupt
         for step in range(50):
             seen[part, step] = 1
@@ -354,10 +357,16 @@ def test_a_crew_waits_for_everyone_and_is_let_go_when_one_cannot_come(size):
     seen[:] = 0
     crew.run(work, False)
     assert seen.all()
+    # 没有人再用它：它的线程就结束
+    assert len(threads) == size - 1
+    del crew
+    for thread in threads:
+        thread.join(timeout=20)
+        assert not thread.is_alive()
 
 
 def test_compiled_code_is_thrown_away_when_any_file_of_kernels_changes(tmp_path, monkeypatch):
-    compiled = pytest.importorskip("nanogpt.core.loops.compiled")
+    compiled = kernels("nanogpt.core.loops.compiled")
     from nanogpt.write.speed import fast_cpu, tiles
 
     kept = [part._cache for part in vars(fast_cpu).values() if hasattr(part, "targetoptions")]
@@ -375,7 +384,7 @@ def test_compiled_code_is_thrown_away_when_any_file_of_kernels_changes(tmp_path,
 
 
 def test_a_damaged_full_or_forbidden_cache_of_compiled_code_only_costs_compiling_again(tmp_path, monkeypatch):
-    compiled = pytest.importorskip("nanogpt.core.loops.compiled")
+    compiled = kernels("nanogpt.core.loops.compiled")
     from numba.core import caching
 
     monkeypatch.setattr(compiled.config, "CACHE_DIR", str(tmp_path))
@@ -429,7 +438,7 @@ def test_rows_that_lie_side_by_side_are_multiplied_to_the_same_integers(vnni):
 @pytest.mark.parametrize("form", ["fp32", "bf16"])
 @pytest.mark.parametrize("n_out, n_in", [(50, 7), (29, 64), (75, 100), (48, 768), (29, 2500)])
 def test_products_of_floats_are_exact_within_rounding_and_the_same_bits_whatever_lies_beside_a_row(n_out, n_in, form):
-    products = pytest.importorskip("nanogpt.write.speed.float_dot").products
+    products = kernels("nanogpt.write.speed.float_dot").products
     draw = np.random.default_rng(0)
     weight, bias, x = (draw.standard_normal(shape, dtype=np.float32) for shape in ((n_out, n_in), n_out, (29, n_in)))
     if form == "bf16":
@@ -454,7 +463,7 @@ def test_products_of_floats_are_exact_within_rounding_and_the_same_bits_whatever
 
 def test_rows_of_integers_that_would_push_each_other_out_of_the_cache_lie_further_apart():
     """4096 columns: the same bits as the plain paths'."""
-    integer_dot, int4_dot = (pytest.importorskip(f"nanogpt.write.speed.{name}_dot") for name in ("integer", "int4"))
+    integer_dot, int4_dot = (kernels(f"nanogpt.write.speed.{name}_dot") for name in ("integer", "int4"))
     assert [integer_dot.activations(3, size)[0].shape for size in (4096, 4032)] == [(3, 4160), (3, 4032)]
     torch.manual_seed(0)
     weight, bias, x = torch.randn(40, 4096), torch.randn(40), torch.randn(9, 4096)
@@ -467,14 +476,14 @@ def test_rows_of_integers_that_would_push_each_other_out_of_the_cache_lie_furthe
 def test_no_product_may_be_reordered_because_of_who_calls_it_first():
     # numba 里没有写明 fastmath 的，随调用者
     for name in ("float_dot", "integer_dot", "int4_dot"):
-        module = pytest.importorskip(f"nanogpt.write.speed.{name}")
+        module = kernels(f"nanogpt.write.speed.{name}")
         compiled = [part for part in vars(module).values() if hasattr(part, "targetoptions") and part.__module__ == module.__name__]
         assert compiled and all(part.targetoptions.get("fastmath") is False for part in compiled)
 
 
 @pytest.mark.parametrize("lanes, asks", [(4, 3), (8, 1)])
 def test_a_cpu_with_narrower_vectors_multiplies_floats_too(lanes, asks):
-    float_dot = pytest.importorskip("nanogpt.write.speed.float_dot")
+    float_dot = kernels("nanogpt.write.speed.float_dot")
     dot, at, njit = float_dot.dot_of(3, 4, lanes, asks), float_dot.at, pytest.importorskip("numba").njit
     weight, x = np.random.default_rng(0).standard_normal((2, 4, 32), dtype=np.float32)
     out = np.zeros((4, float_dot.CHUNK), np.float32)
@@ -485,13 +494,13 @@ def test_a_cpu_with_narrower_vectors_multiplies_floats_too(lanes, asks):
 
 @pytest.mark.parametrize("rows", [2, 26])
 def test_sums_of_integers_may_pass_two_to_the_31st_on_their_way(rows):
-    integer_dot = pytest.importorskip("nanogpt.write.speed.integer_dot")
+    integer_dot = kernels("nanogpt.write.speed.integer_dot")
     weight, x = torch.full((3, 70_016), 127, dtype=torch.int8), torch.full((rows, 70_016), 3.0)
     assert torch.equal(integer_dot.linear(x, weight, torch.ones(3), None), plain_linear(x, weight, torch.ones(3), None))
 
 
 def test_a_step_keeps_its_room_although_another_thread_replaces_it():
-    fast_cpu = pytest.importorskip("nanogpt.write.speed.fast_cpu")
+    fast_cpu = kernels("nanogpt.write.speed.fast_cpu")
 
     class Step(fast_cpu.FastStep):
         last_room = property(lambda self: (1, "another thread's"), lambda self, value: None)
@@ -500,7 +509,7 @@ def test_a_step_keeps_its_room_although_another_thread_replaces_it():
 
 
 def test_a_row_of_activations_that_is_not_finite_is_not_hidden_by_integers():
-    integer_dot = pytest.importorskip("nanogpt.write.speed.integer_dot")
+    integer_dot = kernels("nanogpt.write.speed.integer_dot")
     weight, scale = quantize(torch.randn(8, 70))
     for bad in (torch.nan, torch.inf):
         x = torch.randn(2, 70)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import tiny_model_config
+from conftest import kernels, tiny_model_config
 
 from nanogpt.core.generate import Decoder
 from nanogpt.core.lanes import draw_each
@@ -12,7 +12,7 @@ from nanogpt.core.sampling import Sampler, Temperature, TopK, TopP, sampler
 from nanogpt.weights.build import build_model
 from nanogpt.write.speed.acceleration import accelerate
 
-compiled, drawing = (pytest.importorskip(f"nanogpt.write.speed.{name}") for name in ("compiled", "drawing"))
+compiled, drawing = kernels("nanogpt.core.loops.compiled"), kernels("nanogpt.write.speed.drawing")
 
 SETTINGS = (
     {}, {"temperature": 0.0}, {"temperature": 0.7}, {"temperature": 1e-38}, {"top_k": 1}, {"top_k": 5}, {"top_k": 10**400},

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_sample_config, wild_model
+from conftest import kernels, make_sample_config, wild_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_acceleration import RECIPES
@@ -26,7 +26,7 @@ MODELS = {}
 
 def fast_model(recipe: str, precision: str):
     """A tiny model that decodes through the compiled step; made once."""
-    fast_cpu = pytest.importorskip("nanogpt.write.speed.fast_cpu")
+    fast_cpu = kernels("nanogpt.write.speed.fast_cpu")
     if (recipe, precision) not in MODELS:
         model = MODELS[recipe, precision] = accelerate(wild_model(**RECIPES[recipe]), precision, fast=False)
         install(model, fast_cpu.FastStep(model))

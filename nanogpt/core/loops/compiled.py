@@ -11,8 +11,9 @@ import functools
 import hashlib
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+import weakref
 from pathlib import Path
+from queue import SimpleQueue
 
 import llvmlite.binding
 import numpy as np
@@ -105,27 +106,60 @@ class Crew:
     """Some threads that run one kernel together, each its part."""
 
     # 自己的线程，而不是 OpenMP 的：几个人就是几个线程，谁也不会排在另一个后面等，meet 就不会死等
+    # 也不是 ThreadPoolExecutor：它交一份活、等一份活各要十几微秒，小模型的一个 token 才几百
 
     def __init__(self, size: int):
         self.size, self._lock = size, threading.Lock()
-        self._pool = ThreadPoolExecutor(size - 1) if size > 1 else None
+        self._tasks = [SimpleQueue() for _ in range(size - 1)]
+        for part, tasks in enumerate(self._tasks, 1):
+            # 没做完就退出的程序不等它
+            threading.Thread(target=_works, args=(part, tasks), daemon=True).start()
+            weakref.finalize(self, tasks.put, None)
 
     def run(self, compiled, *arguments) -> None:
         """compiled(part, crew, size, *arguments) for every part < size; returns when all are done."""
         with self._lock:
-            crew, others = np.zeros(2 * YIELD, np.int64), []
+            crew, done, failures = np.zeros(2 * YIELD, np.int64), SimpleQueue(), []
             crew[YIELD] = _yield_address()
+            task, given = (compiled, crew, self.size, arguments), 0
             try:
-                for part in range(1, self.size):
-                    others.append(self._pool.submit(compiled, part, crew, self.size, *arguments))
-                compiled(0, crew, self.size, *arguments)
+                for tasks in self._tasks:
+                    tasks.put((done, *task))
+                    given += 1
+                failures.append(_failure(0, *task))
             except BaseException:
                 # Ctrl-C 落在这里：自己那一份没有算，别人不能一直等
                 crew[ARRIVED] = NOBODY_WAITS
                 raise
             finally:
-                for other in others:
-                    other.result()
+                failures += [done.get() for _ in range(given)]
+        try:
+            for failure in filter(None, failures):
+                raise failure
+        finally:
+            # 错误记着这里的变量：变量不记着错误，就不成环，模型立即放得掉
+            failure = failures = None
+
+
+def _works(part: int, tasks: SimpleQueue) -> None:
+    """Do this part of every task until there is none any more."""
+    while task := tasks.get():
+        done, *task = task
+        failure = _failure(part, *task)
+        # 等下一份活时不占着这一份的张量
+        del task
+        done.put(failure)
+
+
+def _failure(part: int, compiled, crew, size: int, arguments: tuple) -> BaseException | None:
+    """Do one part of a task; what went wrong, or None."""
+    try:
+        compiled(part, crew, size, *arguments)
+    except BaseException as error:
+        # 这一份没有算完，别人不能一直等
+        crew[ARRIVED] = NOBODY_WAITS
+        return error
+    return None
 
 
 crew_of = functools.cache(Crew)
