@@ -83,7 +83,8 @@ def _unsaved(run_dir: Path) -> bool:
     """Whether a run ended before its first checkpoint and holds nothing but what its start wrote."""
     inside = (run_dir / "ckpt").glob("*")
     saved = any(not is_litter(path) and not re.fullmatch(r"\..+\.tmp", path.name) for path in inside)
-    if saved or rundir.foreign(run_dir) or (run_dir / JOB).exists():
+    # 有总结的训完过：搜索淘汰的，权重删了，曲线要留着
+    if saved or rundir.foreign(run_dir) or any((run_dir / name).exists() for name in (JOB, "summary.json")):
         return False
     try:
         # 名字像还不够：别的程序也写 run.json

@@ -78,10 +78,16 @@ def write_summary(
         "processes": distributed.world(),
         "versions": versions(),
     }
-    if not distributed.rank():
-        try:
-            write_text(run_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-        except OSError as error:
-            # 权重都已存好：少一份总结不算失败
-            console.line("logger_failed", name="summary.json", reason=reason_of(error))
+    keep_summary(run_dir, summary, console)
     return summary
+
+
+def keep_summary(run_dir: Path, summary: dict, console: Console) -> None:
+    """Write it as <run>/summary.json, in the first process only."""
+    if distributed.rank():
+        return
+    try:
+        write_text(run_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        # 权重都已存好：少一份总结不算失败
+        console.line("logger_failed", name="summary.json", reason=reason_of(error))

@@ -170,7 +170,8 @@ class Search:
         # 并排提出的几个还没有结果：当作不好的，才不会提到一处去
         liar = {"constant_liar": True} if self.beside.count > 1 else {}
         first_few = min(10, schedule.size)
-        sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=first_few, **liar)
+        # numpy 的种子只有 32 位
+        sampler = optuna.samplers.TPESampler(seed=seed % 2**32, multivariate=True, n_startup_trials=first_few, **liar)
         self.study = optuna.create_study(direction="minimize", sampler=sampler)
         if first:
             # 先试配置里本来的设置：搜出来的至少不比它差，报告也有得比
@@ -332,8 +333,9 @@ def importance(candidates: Sequence[Candidate], space: Sequence[Dimension]) -> d
     study = optuna.create_study(direction="minimize")
     for candidate in candidates:
         if candidate.results:
+            # 四位数字的词，会比写得更细的边界略大或略小
             params = {
-                key: word if one.choices else (int if one.whole else float)(word)
+                key: word if one.choices else min(max((int if one.whole else float)(word), one.low), one.high)
                 for (key, word), one in zip(candidate.setting.items(), space)
             }
             value = candidate.results[0].value
@@ -341,5 +343,9 @@ def importance(candidates: Sequence[Candidate], space: Sequence[Dimension]) -> d
     if len(study.trials) < LEAST_SETTINGS:
         return {}
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    try:
+        shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    except (RuntimeError, ValueError):
+        # 个个一样，分不出功劳：报告不能因此写不成
+        return {}
     return {key: float(share) for key, share in shares.items()}

@@ -4,13 +4,14 @@
 # 子进程（child）调用：目录里已有 checkpoint 就接着走，中断过的、晋级到更长预算的，都是同一条路
 # 结果取自训练自己写下的 metrics.jsonl 与 summary.json：被杀之前的那一段也在里面
 
-import json
+import contextlib
 import math
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from nanogpt.base.config import TrainConfig, effective_batch
+from nanogpt.base.hashed_json import DamagedError, read_object
 from nanogpt.base.language import ConfigError
 from nanogpt.base.saved_config import read_saved
 from nanogpt.run.loggers import history
@@ -20,6 +21,8 @@ BUDGET = (
     "max_iters", "max_tokens", "max_minutes", "lr_schedule", "lr_decay_iters", "decay_fraction", "eval_interval",
     "save_interval",
 )
+# 没有、没走完、读不了的训练目录
+NOT_THERE = (OSError, DamagedError, ValueError, KeyError, TypeError, ConfigError)
 
 
 def budget_of(cfg: TrainConfig) -> dict[str, Any]:
@@ -41,8 +44,9 @@ def session(cfg: TrainConfig, run_dir: Path, overrides: list[str]):
     anew = again and (beyond or _trained_before(cfg, run_dir))
     if anew or not (run_dir / "run.json").is_file():
         return Session.new(replace(cfg, out_dir=str(run_dir), overwrite=anew), run_dir, overrides, hooks)
-    # 有总结，就是这个预算走完了：见 finished
-    (run_dir / "summary.json").unlink(missing_ok=True)
+    if not _is_over(cfg, run_dir):
+        # 有总结，就是这个预算走完了：见 finished
+        (run_dir / "summary.json").unlink(missing_ok=True)
     typed = [f"{key}={'null' if value is None else value}" for key, value in budget_of(cfg).items()]
     # 同一条命令再来一次：死在最后一个 checkpoint 与总结之间的，补上总结就是
     same = None if beyond else str(run_dir)
@@ -63,24 +67,41 @@ def train(begun, cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
     """Train to the end of the budget; what a TrialResult holds of it."""
     from nanogpt.sweep.trial_trainer import LearningTrainer
 
-    summary = begun.run(LearningTrainer)
-    return {**outcome(cfg, run_dir), "validation": summary.get("validation", {}).get(cfg.objective)}
+    begun.run(LearningTrainer)
+    return outcome(cfg, run_dir)
 
 
 def finished(cfg: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
     """The outcome of a training that has already come to the end of this budget, else None."""
+    from nanogpt.sweep.trial_trainer import looks
+
     try:
-        saved = read_saved((run_dir / "config.yaml").read_text(encoding="utf-8"))
-        wanted = budget_of(cfg)
-        return outcome(cfg, run_dir) if all(saved[key] == value for key, value in wanted.items()) else None
-    except (OSError, ValueError, KeyError, TypeError, ConfigError):
+        summary = _summary(cfg, run_dir)
+        # 训完了，还没来得及看一眼验证部分：再来一次，一步也不训，只看
+        return None if looks(cfg, summary) and "validation" not in summary else outcome(cfg, run_dir)
+    except NOT_THERE:
         # 还没有、没走完、读不了：照常训练
         return None
 
 
+def _is_over(cfg: TrainConfig, run_dir: Path) -> bool:
+    """Whether all of this budget is trained, looked at the validation split or not."""
+    with contextlib.suppress(*NOT_THERE):
+        return bool(_summary(cfg, run_dir))
+    return False
+
+
+def _summary(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
+    """summary.json of a training to the end of this budget; what is no such training raises."""
+    saved = read_saved((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    if any(saved[key] != value for key, value in budget_of(cfg).items()):
+        raise DamagedError("another budget")
+    return read_object(run_dir / "summary.json")
+
+
 def outcome(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
     """What a finished training reached; ConfigError where there is no number for the objective."""
-    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    summary = read_object(run_dir / "summary.json")
     iters = max(1, summary["iters"])
     curve = [
         # 步子一样长：第几步就是几分之几的时间
@@ -101,4 +122,5 @@ def outcome(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
         "step_ms": summary["train_s"] * 1000 / iters, "micro_batch": summary["micro_batch"],
         "effective_batch": effective_batch(cfg),
         "precision": summary["precision"], "run_dir": run_dir.as_posix(),
+        "validation": summary.get("validation", {}).get(cfg.objective),
     }

@@ -33,7 +33,8 @@ MOST_ROWS = 12
 # 平台占训练的这么多，见 search.DECAY
 PLATEAU = 0.8
 # 短训练的预算不进 best.yaml：用它训练的人另有打算
-BUDGET = ("max_iters=", "max_minutes=", "max_tokens=", "lr_decay_iters=", "eval_interval=", "save_interval=")
+LENGTH = ("max_iters=", "max_minutes=", "max_tokens=")
+BUDGET = (*LENGTH, "lr_decay_iters=", "eval_interval=", "save_interval=")
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,11 @@ def write_search(cfg: TrainConfig, space: Sequence[Dimension], search: Search, f
     folder.mkdir(parents=True, exist_ok=True)
     rows = rows_of(search)
     every = [result for one in search.candidates for result in one.tried]
-    best = search.best[0].results[-1] if search.best else None
+    best, budget = (search.best[0].results[-1] if search.best else None), []
+    if best:
+        # 搜索旁边写的预算是给真的那次训练的：写进命令，不写进配方，照着配方才想训多久就多久
+        budget = [word for word in best.overrides if word.startswith(LENGTH)]
+        best = replace(best, overrides=tuple(word for word in best.overrides if word not in budget))
     notes = notes_of(cfg, search) if search.best else []
     charts = curve_charts(rows)
     if compared := [one for one in search.candidates if one.results]:
@@ -112,7 +117,7 @@ def write_search(cfg: TrainConfig, space: Sequence[Dimension], search: Search, f
             "One line for each setting through its values to what it reached after the first rung; dark is good.",
         ), parallel(compared, space, title)))
     _write(
-        folder, rows, every, best, objective=cfg.objective, charts=charts, notes=notes,
+        folder, rows, every, best, objective=cfg.objective, charts=charts, notes=notes, budget=budget,
         shares=list(importance(search.candidates, space).items()),
     )
 
@@ -291,10 +296,11 @@ def place(one: Dimension, word: str) -> float:
 
 def _write(
     folder: Path, rows: Sequence[Row], every: Sequence[TrialResult], best: TrialResult | None, *, objective: str,
-    charts: list, notes: Sequence[str] = (), shares: Sequence[tuple[str, float]] = (),
+    charts: list, notes: Sequence[str] = (), shares: Sequence[tuple[str, float]] = (), budget: Sequence[str] = (),
 ) -> None:
     print_rows(rows, objective)
     use = keep(every, best, folder)
+    use = use and " ".join([use, *budget])
     device = next((one.device for one in every if one.device), "-")
     write_text(folder / "report.html", report.page(
         Path(__file__).with_name("learned.html"), title=text("What learns most"), statuses=STATUS_MESSAGES,

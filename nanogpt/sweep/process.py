@@ -71,6 +71,8 @@ def run_child(
     With `signs` of life, the time counts from the latest change of one of these files.
     """
     report, log = folder / "report.jsonl", folder / "trial.log"
+    # 排队等设备的时候，空的文件夹可能被清掉了
+    folder.mkdir(parents=True, exist_ok=True)
     report.write_bytes(b"")
     # 自成一组：Ctrl-C 只到父进程，结束时连同孙进程一起
     windows = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else None

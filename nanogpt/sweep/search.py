@@ -26,6 +26,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from nanogpt.base.cli import at_home
+from nanogpt.base.composing import composing
 from nanogpt.base.config import TrainConfig, auto_tokens, check
 from nanogpt.base.errors import EXIT_INTERRUPTED, leave
 from nanogpt.base.groups import Composer
@@ -41,7 +42,7 @@ from nanogpt.sweep.beside import Beside, places
 from nanogpt.sweep.halving import Candidate, Schedule, Search, divide
 from nanogpt.sweep.jobs import runner
 from nanogpt.sweep.result import FIT, STATUS_MESSAGES, TrialResult
-from nanogpt.sweep.space import Dimension, default_of, overrides_of, space_of, with_own
+from nanogpt.sweep.space import Dimension, default_of, overrides_of, space_of, with_own, without_model
 from nanogpt.sweep.trial import RUNS
 
 # 量快慢：预热一步，计时的各步合起来约这么久，取中位数；别的程序偶尔插进来就不算数
@@ -135,7 +136,8 @@ def searched(cfg: TrainConfig, overrides: Sequence[str] = ()) -> list[Dimension]
     """The space of a search; for speed only what was typed, the micro-batch too."""
     if cfg.objective == "tokens_per_s":
         return space_of([], cfg.search.typed, overrides, own=())
-    return with_own(space_of(cfg.search.space, cfg.search.typed, overrides), cfg.search.typed, cfg)
+    given = without_model(cfg.search.space) if cfg.init_from else cfg.search.space
+    return with_own(space_of(given, cfg.search.typed, overrides), cfg.search.typed, cfg)
 
 
 def check_search(cfg: TrainConfig) -> None:
@@ -243,9 +245,9 @@ class Trials:
 
     def composed(self, more: Sequence[str]) -> TrainConfig:
         """The configuration with these overrides behind the typed ones, checked."""
-        with self.composing:
+        with self.composing, composing("train"):
             node, choices = self.composer.composed([*self.base, *more])
-        cfg = OmegaConf.to_object(node)
+            cfg = OmegaConf.to_object(node)
         cfg.groups = choices
         at_home(cfg)
         check_values(cfg)

@@ -5,18 +5,19 @@
 # shape 不是配置里的键：同样的计算量下换一种宽与深，由 shapes 换成 model.n_layer 等
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from nanogpt.base.config import ModelConfig, TrainConfig, check_choice, check_key, effective_batch, keys, plain
+from nanogpt.base.groups import parsed
 from nanogpt.base.language import ConfigError
 from nanogpt.base.user_yaml import group_options, is_group
 from nanogpt.base.value_checks import wanted_type
@@ -107,6 +108,12 @@ def space_of(
     return list(space.values())
 
 
+def without_model(lines: Sequence[str]) -> list[str]:
+    """The lines but those that weights decide from which a training starts."""
+    # 模型是那些权重的：除了 dropout，没有可换的
+    return [line for line in lines if not re.match(r"shape=|model(?!\.dropout=)[.=]", line)]
+
+
 def dimension(line: str, own: Sequence[str] = OWN) -> Dimension:
     """One line of a search space; ConfigError where it cannot be read or holds no value."""
     override = _parsed(line)
@@ -127,13 +134,27 @@ def dimension(line: str, own: Sequence[str] = OWN) -> Dimension:
     else:
         several = isinstance(value, ChoiceSweep | RangeSweep)
         words = [part.partition("=")[2] for part in _each(override)] if several else [line.partition("=")[2]]
-        one = Dimension(_name(override), tuple(dict.fromkeys(words)))
+        one = Dimension(_name(override), _different(key, words))
         if not words or override.is_delete():
-            raise ConfigError(
-                "{line}: no value is left to search; write {key}=a,b,c or {key}=interval(1,2)", line=line, key=key,
-            )
+            raise _nothing_left(line, key)
     _check_values(key, one)
     return one
+
+
+def _nothing_left(line: str, key: str) -> ConfigError:
+    return ConfigError(
+        "{line}: no value is left to search; write {key}=a,b,c or {key}=interval(1,2)", line=line, key=key,
+    )
+
+
+def _different(key: str, words: Sequence[str]) -> tuple[str, ...]:
+    """The words without those that mean a value again."""
+    # 0 与 0.0 是一个：两个设置不能共用一个训练目录
+    found: dict[Any, str] = {}
+    for word in words:
+        value = parsed(key, word)
+        found.setdefault(value if isinstance(value, int | float) else str(value), word)
+    return tuple(found.values())
 
 
 def _parsed(line: str) -> Override:
@@ -163,13 +184,19 @@ def _check_values(key: str, one: Dimension) -> None:
         for word in one.choices:
             check_choice(key, word, tuple(options))
         return
-    known = dict(keys(TrainConfig)).get(key)
-    for value in [yaml.safe_load(word) for word in one.choices] or [one.low, one.high]:
-        if known and "range" in known.metadata and value is not None:
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ConfigError("wrong_type", key=key, got=value, want=wanted_type(TrainConfig, key))
+    known, numbers = dict(keys(TrainConfig)).get(key), int if _counts(key) else int | float
+    for value in [parsed(key, word) for word in one.choices] or [one.low, one.high]:
+        # 几行的批量要说出个数来：一级里走几步、最快的微批，都由它算
+        fits = key != "global_batch_size" if value is None else isinstance(value, numbers)
+        if known and "range" in known.metadata and (isinstance(value, bool) or not fits):
+            raise ConfigError("wrong_type", key=key, got=value, want=wanted_type(TrainConfig, key))
         if known:
             check_key(key, known, value)
+
+
+def _counts(key: str) -> bool:
+    """Whether a key is a whole number."""
+    return wanted_type(TrainConfig, key) in ("int", "int | null")
 
 
 def _name(override: Override) -> str:
@@ -190,7 +217,11 @@ def _interval(line: str, override: Override, value: IntervalSweep) -> Dimension:
         )
     if log and low <= 0:
         raise ConfigError("{line}: a logarithmic interval begins above 0, not at {low}", line=line, low=low)
-    whole = isinstance(low, int) and isinstance(high, int)
+    whole = _counts(override.key_or_group) or (isinstance(low, int) and isinstance(high, int))
+    if whole and not math.ceil(low) < math.floor(high):
+        raise _nothing_left(line, override.key_or_group)
+    if whole:
+        low, high = math.ceil(low), math.floor(high)
     return Dimension(_name(override), low=low, high=high, log=log, whole=whole)
 
 
@@ -203,8 +234,13 @@ def with_own(space: Sequence[Dimension], typed: Sequence[str], cfg: TrainConfig)
     wider, mine = [], {line.partition("=")[0] for line in typed}
     for one in space:
         value = _own(one, cfg)
+        if one.key == "shape":
+            # 只有一两层的，换了形也是原样
+            model, as_is = cfg.model, f"model.n_layer={cfg.model.n_layer}"
+            first = {(shaped(model, word) or [as_is])[0]: word for word in reversed(one.choices)}
+            one = replace(one, choices=tuple(word for word in one.choices if word in first.values()))
         if one.key not in mine and isinstance(value, int | float) and not isinstance(value, bool):
-            words = {word: yaml.safe_load(word) for word in one.choices}
+            words = {word: parsed(one.key, word) for word in one.choices}
             if words and value not in words.values() and all(isinstance(n, int | float) for n in words.values()):
                 words[one.word(value) if isinstance(value, float) else str(value)] = value
                 one = replace(one, choices=tuple(sorted(words, key=words.get)))
@@ -235,7 +271,7 @@ def default_of(space: Sequence[Dimension], cfg: TrainConfig) -> dict[str, Any]:
     found = {}
     for one in space:
         value = _own(one, cfg)
-        same = [word for word in one.choices if yaml.safe_load(word) == _plain(value)]
+        same = [word for word in one.choices if parsed(one.key, word) == _plain(value)]
         if same:
             found[one.key] = same[0]
         elif not one.choices and isinstance(value, int | float) and one.low <= value <= one.high:

@@ -4,10 +4,14 @@
 # 由 child 交给 run/session 的 build_trial 来造；评估与样本只为量出它们的显存峰值
 # 学的试跑用 LearningTrainer，它在末尾多看一眼验证部分
 
+from typing import Any
+
+from nanogpt.base.config import TrainConfig
 from nanogpt.core.machine import any_kernels
 from nanogpt.core.sampling import sampler
 from nanogpt.data.opening import open_data
 from nanogpt.run.loop import Training
+from nanogpt.run.summary import keep_summary
 from nanogpt.write.engine import write_sample
 
 
@@ -48,16 +52,21 @@ class TrialTrainer(Training):
 VALIDATION_TOKENS, LOOK = 2**18, 8
 
 
+def looks(cfg: TrainConfig, summary: dict[str, Any]) -> bool:
+    """Whether a training that ended with this summary looks at the validation split that holdout hides."""
+    ended = cfg.lr_decay_iters in (None, summary["iters"]) or summary["stopped_by"] == "early_stop"
+    return bool(cfg.holdout) and ended and summary["stopped_by"] != "interrupted"
+
+
 class LearningTrainer(TrialTrainer):
     """The trainer of a trial that learns; at its very end it looks once at the validation split that holdout hides."""
 
     # 挑选只用留出的那份；这个数在全部挑完之后才用，说给人听
 
     def fit(self) -> dict:
-        """Train, and add what it reaches on the validation split to the summary that is returned."""
+        """Train, and add what it reaches on the validation split to the summary."""
         summary, cfg = super().fit(), self.cfg
-        ended = cfg.lr_decay_iters in (None, self.progress.iteration) or summary["stopped_by"] == "early_stop"
-        if cfg.holdout and ended and summary["stopped_by"] != "interrupted":
+        if looks(cfg, summary):
             self.data = open_data(self.data.folder, cfg.label_dropout, cache_gib=cfg.cache_data_gib)
             if cfg.eval_stride:
                 self.data.slide(cfg.eval_stride, self.block_size)
@@ -65,4 +74,6 @@ class LearningTrainer(TrialTrainer):
             self.windows = self.data.val_windows(self.block_size, tokens)
             loss, bits = self.evaluate(), self.data.bits_per_byte(self.windows)
             summary["validation"] = {"val_loss": loss, "val_bpb": bits and bits * loss}
+            # 记下它才算训完：停在这之前的，下次再看
+            keep_summary(self.saver.run_dir, summary, self.console)
         return summary

@@ -71,6 +71,9 @@ def test_a_budget_of_tokens_is_a_training_of_as_many_iterations_and_can_be_raise
     assert torch.equal(weights(same.model), weights(whole.model)) and same.progress.tokens_trained == 6 * step
     with pytest.raises(ConfigError, match=f"max_tokens={6 * step - 1} is used up; add max_tokens={12 * step - 2} to train on"):
         resumed_trainer("outputs/b")
+    # 一步就用完了几倍：印出的命令也要够长
+    short = new_session(tiny_overrides, "max_iters=null", "max_tokens=9", "warmup_iters=0", out="outputs/d")
+    assert f"max_tokens={2 * step}" in short._next(short.run(), curves=False)["next_longer"]
     with pytest.raises(ConfigError, match=f"max_tokens={3 * step} is used up; add max_tokens={12 * step} to train on"):
         resumed_trainer("outputs/b", f"max_tokens={3 * step}")
     assert resumed_trainer("outputs/b", f"max_tokens={8 * step}").fit()["iters"] == 8

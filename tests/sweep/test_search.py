@@ -20,7 +20,7 @@ from typed import typed
 from nanogpt.base.language import ConfigError
 from nanogpt.data import corpus
 from nanogpt.data.opening import open_data
-from nanogpt.sweep import beside, child, earlier_results, jobs, process, result, trial_trainer
+from nanogpt.sweep import beside, child, earlier_results, jobs, process, result, search, trial_trainer
 from nanogpt.sweep.beside import Beside, places
 from nanogpt.sweep.extrapolation import estimate
 from nanogpt.sweep.halving import LEAST_MINUTES, Search, divide, importance
@@ -268,6 +268,28 @@ def test_the_setting_without_a_search_is_in_the_space_unless_it_was_left_out():
     assert default_of(space_of(["dropout=null,0.1"], [], []), cfg) == {"dropout": "null"}
 
 
+def test_words_are_read_as_the_command_line_reads_them():
+    # Hydra 写作 1e-05，纯 YAML 会当成文字
+    cfg = dataclasses.replace(make_config("learning_rate=1e-5", "optimizer=adamw", "optimizer.eps=1e-10"))
+    typed_words = ["learning_rate=1e-5,0.00001,3e-4", "dropout=0,0.0,0.1", "optimizer.eps=1e-8,1e-10", "global_batch_size=interval(4,64)", "grad_clip=interval(1,4)"]
+    space = space_of([], typed_words, [])
+    assert [one.choices for one in space[:3]] == [("1e-05", "0.0003"), ("0", "0.1"), ("1e-08", "1e-10")]
+    assert [one.whole for one in space[3:]] == [True, False] and space[3].word(space[3].drawn(random.Random(0))).isdigit()
+    assert default_of(space, cfg) == {"learning_rate": "1e-05", "dropout": "0", "optimizer.eps": "1e-10", "global_batch_size": 16, "grad_clip": 1.0}
+
+
+def test_what_weights_decide_that_a_training_starts_from_is_not_searched():
+    cfg = make_config("init_from=gpt2", "objective=val_loss", checked=False)
+    space = search.searched(dataclasses.replace(cfg, search=dataclasses.replace(cfg.search, space=[*SPACE, "shape=as_is,deeper", "model.ngrams=null,[]", "model.dropout=0,0.1"])))
+    assert {one.key for one in space} == {"learning_rate", "global_batch_size", "dropout", "model.dropout"}
+
+
+def test_shapes_that_change_nothing_are_one():
+    cfg = make_config("model.n_layer=1", "model.n_embd=32", "model.n_head=2")
+    space = with_own(space_of([*SPACE, "shape=as_is,deeper,wider"], [], []), [], cfg)
+    assert next(one for one in space if one.key == "shape").choices == ("as_is", "deeper")
+
+
 @pytest.mark.parametrize(("typed_words", "said"), [
     (["learning_rate=interval(1e-2,1e-3)"], "contradicts itself: 0.01 is not below 0.001"),
     (["learning_rate=tag(log,interval(0,1e-3))"], "a logarithmic interval begins above 0"),
@@ -280,6 +302,9 @@ def test_the_setting_without_a_search_is_in_the_space_unless_it_was_left_out():
     (["dropout=0.1,1.5"], "dropout=1.5 is out of range"),
     (["learning_rate=interval(-1,1e-3)"], "learning_rate=-1.0 is out of range"),
     (["global_batch_size=8,x"], "global_batch_size=x has the wrong type"),
+    (["global_batch_size=null,8"], "global_batch_size=None has the wrong type: int"),
+    (["eval_batch_size=4.5,8"], "eval_batch_size=4.5 has the wrong type: int"),
+    (["model.n_layer=interval(1.2,1.8)"], "no value is left to search"),
     (["lr_schedule_=wsd,cosine"], "there is no key lr_schedule_"),
     (["shape=as_is,higher"], "shape=higher is not known; choose one of: as_is | deeper | wider"),
     (["optimizer=muon,sgd"], "optimizer=sgd is not known; choose one of: adamw | muon"),
@@ -410,10 +435,17 @@ def test_the_validation_split_is_looked_at_once_when_the_training_has_ended(tiny
     stopped = learned(tiny_overrides, Path("outputs/fit/runs/a"), "max_iters=4", "eval_interval=4", "holdout=0.2")
     ended = learned(tiny_overrides, Path("outputs/fit/runs/a"), "max_iters=8", "eval_interval=4", "holdout=0.2")
     assert stopped["validation"] is None and ended["validation"] != ended["val_loss"] and abs(ended["validation"] - ended["val_loss"]) < 1
+    # 看到一半停下的，一步也不再训，只补上这一眼
+    summary = Path("outputs/fit/runs/a/summary.json")
+    seen = json.loads(summary.read_text(encoding="utf-8"))
+    assert seen.pop("validation")["val_loss"] == ended["validation"]
+    summary.write_text(json.dumps(seen), encoding="utf-8")
+    again = learned(tiny_overrides, Path("outputs/fit/runs/a"), "max_iters=8", "eval_interval=4", "holdout=0.2")
+    assert again["validation"] == ended["validation"] and again["curve"] == ended["curve"]
     assert ended["validation"] == learned(tiny_overrides, Path("outputs/fit/runs/b"), "max_iters=8", "eval_interval=8", "holdout=0.2", "eval_tokens=128")["validation"]
     # 与挑选时的评估一样滑动；评估短的，这一眼也短
     slid = learned(tiny_overrides, Path("outputs/fit/runs/c"), "max_iters=8", "eval_interval=8", "holdout=0.2", "eval_tokens=16", "eval_stride=8")
-    assert [data.overlap for data in opened] == [0, 0, 8] and abs(slid["validation"] - ended["validation"]) > 1e-4
+    assert [data.overlap for data in opened] == [0, 0, 0, 8] and abs(slid["validation"] - ended["validation"]) > 1e-4
 
 
 def test_an_objective_that_never_appears_is_a_line(tiny_overrides, in_tmp, monkeypatch):
@@ -477,7 +509,7 @@ def test_a_search_as_it_is_typed_ends_with_a_report_and_a_recipe(in_tmp, monkeyp
     words = ["-m", "experiment=search", "objective=val_loss", "search.minutes=15", "search.trials=9", "learning_rate=3e-3,1e-2,3e-2", "dropout=0", "dataset.path=my.txt",
              "dataset.dir=prepared", *(word for word in QUICK if not word.startswith(("logger", "sample", "eval")))]
     done = typed("run_train.py", in_tmp, *words, "max_iters=5000")
-    assert "chosen on 10% of the training split" in done.stdout and "--config-dir outputs/fit +fit=best" in done.stdout
+    assert "chosen on 10% of the training split" in done.stdout and "--config-dir outputs/fit +fit=best max_iters=5000" in done.stdout
     trainings = [(cfg, run_dir) for cfg, run_dir in asked if cfg.objective == "val_loss"]
     assert all(cfg.holdout == 0.1 and cfg.lr_schedule == "wsd" and cfg.dropout == 0 and cfg.trial.enabled for cfg, _ in trainings)
     assert {cfg.learning_rate for cfg, _ in trainings} <= {3e-3, 1e-2, 3e-2}
@@ -485,7 +517,7 @@ def test_a_search_as_it_is_typed_ends_with_a_report_and_a_recipe(in_tmp, monkeyp
     again = [pair for pair in trainings if pair[1] == trainings[0][1]]
     assert len({cfg.lr_decay_iters for cfg, _ in again}) == 1 and again[0][0].max_iters < again[0][0].lr_decay_iters
     best = yaml.safe_load((in_tmp / "outputs/fit/fit/best.yaml").read_text(encoding="utf-8"))
-    assert best["learning_rate"] == 0.01 and best["lr_schedule"] == "wsd" and best["max_iters"] == 5000 and "holdout" not in best
+    assert best["learning_rate"] == 0.01 and best["lr_schedule"] == "wsd" and not {"holdout", "max_iters"} & {*best}
     cfg = composed("train", [f"hydra.searchpath=[file://{(in_tmp / 'outputs/fit').as_posix()}]", "+fit=best"])
     assert not cfg.search.enabled and not cfg.trial.enabled and cfg.holdout == 0 and cfg.dataset["path"] == "my.txt"
     report = next(in_tmp.glob("outputs/fit/*/report.html")).read_text(encoding="utf-8")
