@@ -189,7 +189,8 @@ def _check_values(key: str, one: Dimension) -> None:
         # 几行的批量要说出个数来：一级里走几步、最快的微批，都由它算
         fits = key != "global_batch_size" if value is None else isinstance(value, numbers)
         if known and "range" in known.metadata and (isinstance(value, bool) or not fits):
-            raise ConfigError("wrong_type", key=key, got=value, want=wanted_type(TrainConfig, key))
+            got, want = ("null", "int") if value is None else (value, wanted_type(TrainConfig, key))
+            raise ConfigError("wrong_type", key=key, got=got, want=want)
         if known:
             check_key(key, known, value)
 

@@ -302,7 +302,7 @@ def test_shapes_that_change_nothing_are_one():
     (["dropout=0.1,1.5"], "dropout=1.5 is out of range"),
     (["learning_rate=interval(-1,1e-3)"], "learning_rate=-1.0 is out of range"),
     (["global_batch_size=8,x"], "global_batch_size=x has the wrong type"),
-    (["global_batch_size=null,8"], "global_batch_size=None has the wrong type: int"),
+    (["global_batch_size=null,8"], "global_batch_size=null has the wrong type: int is wanted"),
     (["eval_batch_size=4.5,8"], "eval_batch_size=4.5 has the wrong type: int"),
     (["model.n_layer=interval(1.2,1.8)"], "no value is left to search"),
     (["lr_schedule_=wsd,cosine"], "there is no key lr_schedule_"),
