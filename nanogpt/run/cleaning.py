@@ -101,7 +101,7 @@ def failed_trials(folder: Path) -> Iterator[Item]:
                 yield Item("trial", job, (), 0)
     for file in sorted(folder.glob("**/trial.json")):
         try:
-            failed = read_object(file).get("status") in ("oom", "skipped", "timeout", "crashed", "invalid")
+            failed = read_object(file).get("status") in ("oom", "skipped", "diverged", "timeout", "crashed", "invalid")
         except DamagedError:
             continue
         if failed and (file.parent.parent / TRIALS).is_file():

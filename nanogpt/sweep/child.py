@@ -152,14 +152,14 @@ def _end_group_with_pipe(descriptor: int) -> None:
 
 
 def verdict_of(error: BaseException) -> str:
-    """oom, invalid or crashed."""
+    """oom, diverged, invalid or crashed."""
     from nanogpt.base.errors import OutOfMemory, is_out_of_memory, says_out_of_memory
     from nanogpt.run.health import Diverged
 
     if isinstance(error, ConfigError):
         # 更新、评估、样本里的显存不足已经变成一句话，但仍是显存不足
         oom = isinstance(error, OutOfMemory) or error.message == "sample_oom"
-        return "oom" if oom else "crashed" if isinstance(error, Diverged) else "invalid"
+        return "oom" if oom else "diverged" if isinstance(error, Diverged) else "invalid"
     # 限额之下，开线程、映射文件也会先失败
     words = str(error)
     return "oom" if is_out_of_memory(error) or says_out_of_memory(words) or "start new thread" in words else "crashed"

@@ -21,14 +21,14 @@ from nanogpt.base.language import sentence
 # 状态 -> 屏幕上的词；ok 测到了，spilled 测到了但显存溢到内存，其余没有测到速度
 STATUS_MESSAGES = {
     "ok": sentence("ok"), "spilled": sentence("spilled"), "oom": sentence("out of memory"),
-    "skipped": sentence("skipped"), "timeout": sentence("timeout"), "crashed": sentence("crashed"),
-    "invalid": sentence("invalid"), "pruned": sentence("pruned"),
+    "skipped": sentence("skipped"), "diverged": sentence("diverged"), "timeout": sentence("timeout"),
+    "crashed": sentence("crashed"), "invalid": sentence("invalid"), "pruned": sentence("pruned"),
 }
 STATUSES = tuple(STATUS_MESSAGES)
 # 扫描里意料之中的结果；其余说明有东西坏了，退出码要说出来
-EXPECTED = ("ok", "spilled", "oom", "skipped", "invalid", "pruned")
+EXPECTED = ("ok", "spilled", "oom", "skipped", "diverged", "invalid", "pruned")
 # 值得记住、下次不再测的；崩溃可能已被修好，invalid 重查不花时间
-LASTING = ("ok", "spilled", "oom", "skipped", "timeout")
+LASTING = ("ok", "spilled", "oom", "skipped", "diverged", "timeout")
 # 试跑与搜索的目录；不论哪次扫描，最近的最佳设置总在这里
 FIT = Path("outputs") / "fit"
 # 少于这么多步的损失说明不了什么，不报告

@@ -130,6 +130,7 @@ def test_losses_are_reported_after_enough_steps_and_no_run_folder_is_claimed(qui
 
 def test_errors_of_the_child_are_told_apart():
     from nanogpt.base.language import ConfigError
+    from nanogpt.run.health import Diverged
 
     assert child.verdict_of(MemoryError()) == child.verdict_of(RuntimeError("can't start new thread")) == child.verdict_of(OSError(12, "x")) == "oom"
     assert child.verdict_of(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")) == "oom"
@@ -137,6 +138,8 @@ def test_errors_of_the_child_are_told_apart():
         "{line}",
         line="x",
     )) == "invalid" and child.verdict_of(KeyError("x")) == "crashed"
+    # 同样的设置再训一次也一样：记住，不再训
+    assert child.verdict_of(Diverged("{line}", line="x")) == "diverged" and {"diverged"} < {*result.LASTING} & {*result.EXPECTED}
 
 
 # ---- 各种结局，用假的子进程 ----
