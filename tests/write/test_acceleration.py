@@ -246,10 +246,13 @@ def test_activations_are_rounded_to_the_same_integers_everywhere():
     # 半数恰在两个整数正中：除法多舍入一次就偏到另一边
     x = torch.randint(-254, 255, (64, 512), generator=torch.Generator().manual_seed(0)) * torch.rand(64, 1) / 2
     q, scale = quantize_rows(x)
-    acts = integer_dot.activations(*x.shape)
-    integer_dot.quantize_rows(x.numpy(), 0, 64, acts)
-    assert (acts[0] == q.numpy()).all() and (acts[1] == scale.numpy()).all()
-    assert (acts[2] == -8 * q.view(64, -1, 32).sum(2).numpy()).all()
+    for lanes, sums in ((False, True), (True, True), (False, False)):
+        acts = integer_dot.activations(*x.shape, lanes=lanes, sums=sums)
+        integer_dot.quantize_rows(x.numpy(), 0, 64, acts)
+        assert (acts[0] == q.numpy()).all() and (acts[1] == scale.numpy()).all()
+        # 行在各自的格子里的、别处去乘的，用不上每组的和
+        wanted = 0 if len(acts[3]) or not sums else -8 * q.view(64, -1, 32).sum(2).numpy()
+        assert (acts[2] == wanted).all() and acts[2].size == np.size(wanted) * bool(np.size(wanted) > 1)
 
 
 def test_int4_rounds_each_weight_to_half_a_step_and_a_byte_holds_two():

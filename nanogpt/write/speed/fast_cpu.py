@@ -350,7 +350,7 @@ class FastStep:
             return room
         c, (_, attn, _, _, _, fc, _) = self.model.config, self.layers
         sizes = (c.n_embd, c.n_head * c.head_size, c.mlp_width)
-        acts = [activations(rows, size, for_int8=self.kind == "int8") for size in sizes]
+        acts = [activations(rows, size, lanes=self.kind == "int8") for size in sizes]
         # 量化的由 acts 去乘：这里的一行就是一行
         length = row_length if self.kind in ("fp32", "bf16") else lambda size, _: size
         normed, attended, inner = (cache_aligned((rows, length(size, 4))) for size in sizes)

@@ -124,5 +124,5 @@ def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: tor
     """int4.plain_linear on all cores."""
     y, scale = cache_aligned((len(x), len(bias))), scale.view(torch.int16)
     arrays = (tensor.numpy() for tensor in (weight, scale, bias, x))
-    crew_of(threads()).run(_linear, *arrays, activations(*x.shape, for_int8=False), y)
+    crew_of(threads()).run(_linear, *arrays, activations(*x.shape, lanes=False), y)
     return torch.from_numpy(y)

@@ -146,7 +146,7 @@ _lanes_1, _lanes_4, _lanes_12 = (lanes_of(rows, VNNI) for rows in (1, 4, 12))
 
 @kernel
 def quantize_rows(x, start, stop, acts):
-    """Rows start … stop of x (B, K) into acts = (q (B, >= K) int8, scale (B,), less (B, K // GROUP), lanes).
+    """Rows start … stop of x (B, K) into acts = (q (B, >= K) int8, scale (B,), less (B, K // GROUP or 0), lanes).
 
     x ~ q * scale[:, None], the same numbers as int8.quantize_rows gives; less is -8 times q's sum over GROUP columns.
     lanes (B / LANES, K / 4, LANES) int32 hold q + 128, four bytes of every row side by side, or there are none.
@@ -163,7 +163,7 @@ def quantize_rows(x, start, stop, acts):
         factor = np.float32(127.0) / highest
         for k in range(size):
             q[b, k] = np.int8(np.int32(np.rint(x[b, k] * factor)))
-        for g in range(size // GROUP):
+        for g in range(less.shape[1]):
             total = np.int32(0)
             for k in range(g * GROUP, (g + 1) * GROUP):
                 total += np.int32(q[b, k])
@@ -292,14 +292,18 @@ def products(weight, scale, bias, acts, y, start, stop, add):
                 b += columns
 
 
-def activations(rows: int, size: int, *, for_int8: bool = True) -> tuple[np.ndarray, ...]:
-    """Room for `rows` of activations (rows, size) as quantize_rows() writes them; int4 wants no lanes."""
-    beside = for_int8 and VNNI == 64 and rows >= LEAST_LANES and size % 4 == 0
+def activations(rows: int, size: int, *, lanes: bool = True, sums: bool = True) -> tuple[np.ndarray, ...]:
+    """Room for `rows` of activations (rows, size) as quantize_rows() writes them.
+
+    int4 wants no lanes, and products that are made elsewhere no sums, either; rows that have lanes need none.
+    """
+    beside = lanes and VNNI == 64 and rows >= LEAST_LANES and size % 4 == 0
+    groups = size // GROUP if sums and not beside else 0
     # 一行之后多出的：长度凑成 int32 的倍数
     q = cache_aligned((rows, row_length(size, 1) + -size % 4), torch.int8)
     # 两条向量一起算：条数凑成双
-    lanes = cache_aligned((-(-rows // PAIR) * 2 if beside else 0, size // 4, LANES), torch.int32)
-    return q, cache_aligned((rows,)), cache_aligned((rows, size // GROUP), torch.int32), lanes
+    in_lanes = cache_aligned((-(-rows // PAIR) * 2 if beside else 0, size // 4, LANES), torch.int32)
+    return q, cache_aligned((rows,)), cache_aligned((rows, groups), torch.int32), in_lanes
 
 
 @kernel
@@ -329,8 +333,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias, mul
     """int8.plain_linear, with all products here or by `multiply`."""
     bias = torch.zeros(len(scale)) if bias is None else bias
     x, weight, scale, bias = x.numpy(), weight.numpy(), scale.numpy(), bias.numpy()
-    y, acts, crew = cache_aligned((len(x), len(scale))), activations(*x.shape), crew_of(threads())
-    if multiply is None:
+    y, crew, here = cache_aligned((len(x), len(scale))), crew_of(threads()), multiply is None
+    acts = activations(*x.shape, lanes=here, sums=here)
+    if here:
         crew.run(_linear, weight, scale, bias, x, acts, y)
     else:
         crew.run(_quantize, x, acts)
