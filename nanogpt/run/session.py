@@ -739,8 +739,7 @@ class Session:
         key = span.key if span.iters and summary["stopped_by"] != "max_minutes" else "max_minutes"
         # 达到目标而停的，预算还没用完：加倍的是预算
         iters = max(summary["iters"], (span.iters or 0) if off else 0)
-        used = {"max_iters": 0, "max_tokens": summary["tokens"], "max_minutes": summary["wall_s"] / 60}
-        more = _doubled(iters if key == "max_iters" else getattr(self.cfg, key), used[key])
+        more = 2 * iters if key == "max_iters" else _doubled(self.cfg, key, summary["tokens"], summary["wall_s"])
         # 学习率写明到哪里降完的，之后就是零：跟着加长
         ends = self.cfg.lr_decay_iters
         decay = [f"lr_decay_iters={2 * iters}"] if ends and ends < 2 * iters else []
@@ -789,11 +788,12 @@ def leave_behind(
                 iteration=at, max_iters=got, more=2 * at,
             )
         else:
-            more = _doubled(got, progress.tokens_trained if key == "max_tokens" else progress.wall_s / 60)
+            more = _doubled(cfg, key, progress.tokens_trained, progress.wall_s)
             raise ConfigError("{key}={got} is used up; add {key}={more} to train on", key=key, got=got, more=more)
 
 
-def _doubled(got: float, used: float) -> float:
-    """Twice a budget, or twice what is used of it where that is more than twice as much: enough to go on with."""
+def _doubled(cfg: TrainConfig, key: str, tokens: int, wall_s: float) -> float:
+    """Twice max_tokens or max_minutes, or twice what is used where that is more: enough to go on with."""
+    got, used = getattr(cfg, key), tokens if key == "max_tokens" else wall_s / 60
     # 一步就用完几倍的，加倍也不够
     return 2 * max(got, math.ceil(used) if 2 * got <= used else 0)

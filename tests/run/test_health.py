@@ -276,7 +276,7 @@ def test_a_trial_that_ran_out_of_memory_anywhere_is_called_so_in_either_language
             "{tensor} is not finite in what this run starts from; choose another checkpoint=… (best, or an older "
             "iter_…) or another init_from",
             tensor="x",
-        )) == "crashed" and verdict_of(ConfigError(
+        )) == "diverged" and verdict_of(ConfigError(
             "stop holds an empty string; give at least one character or leave it out",
         )) == "invalid"
 
