@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nanogpt.base.console import Console, aligned, file_size
 from nanogpt.base.errors import Arguments, run_command
-from nanogpt.base.files import is_litter
+from nanogpt.base.files import MOVED, is_litter
 from nanogpt.base.hashed_json import DamagedError, read_object
 from nanogpt.base.language import ConfigError, show, text
 from nanogpt.base.lock import is_held
@@ -82,7 +82,11 @@ def _replaced(run_dir: Path) -> list[str]:
 def _unsaved(run_dir: Path) -> bool:
     """Whether a run ended before its first checkpoint and holds nothing but what its start wrote."""
     inside = (run_dir / "ckpt").glob("*")
-    saved = any(not is_litter(path) and not re.fullmatch(r"\..+\.tmp", path.name) for path in inside)
+    # 挪开的那一份，接着训时还会回来
+    saved = any(
+        not is_litter(path) and (MOVED.fullmatch(path.name) or not re.fullmatch(r"\..+\.tmp", path.name))
+        for path in inside
+    )
     # 有总结的训完过：搜索淘汰的，权重删了，曲线要留着
     if saved or rundir.foreign(run_dir) or any((run_dir / name).exists() for name in (JOB, "summary.json")):
         return False

@@ -5,7 +5,9 @@
 # Saver 写盘，存不下（磁盘满、内存不够）报一行，过一会儿再试
 # session 造 Saver、调用 restore，loop 决定何时存；文件的格式、校验与保留几份在 weights/checkpoint
 
+import contextlib
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -95,7 +97,7 @@ class Saver:
         self.saved_at = saved.iteration if saved else -1
         """Iteration of the newest checkpoint, in every process."""
         self._retry_at: float | None = None
-        self._unnoted: tuple[float, float | None] | None = None
+        self._unnoted: tuple[checkpoint.Checkpoint, float, float | None] | None = None
 
     @property
     def overdue(self) -> bool:
@@ -114,12 +116,12 @@ class Saver:
             # 分片的张量要大家一起凑：别的进程等在这里，要哪个给哪个
             with fetching(checkpoint.model_tensors(model), state) as first:
                 if first:
-                    # 没有记上损失的那一份可能是最好的：先记上，存了新的才不会把它当旧的删掉
-                    self._note()
+                    # 还没有记上损失的那一份可能是最好的：记不上也照样存，只是先一份也不删
+                    keep = self._keep if self._noted() else sys.maxsize
                     self.saved = checkpoint.save(
                         self.run_dir, model=model, state=state, iteration=iteration, val_loss=val_loss, val_bpb=val_bpb,
                         # 词表取自内存：训练目录里那份是给人看的，坏了不该传进 checkpoint
-                        config_text=self._config_text, keep=self._keep, run=self.run_id,
+                        config_text=self._config_text, keep=keep, run=self.run_id,
                         tokenizer_text=json.dumps(self._tokenizer.to_dict(), ensure_ascii=False),
                     )
         except Exception as error:
@@ -142,18 +144,30 @@ class Saver:
 
     def note_loss(self, *, val_loss: float, val_bpb: float | None) -> None:
         """Note in the newest checkpoint the loss of an evaluation that was not made before it was saved."""
-        reason, self._unnoted = None, (val_loss, val_bpb)
-        try:
-            self._note()
-        except OSError as error:
-            reason = error.strerror or str(error)
+        reason = None
+        if not distributed.rank():
+            self._unnoted = self.saved, val_loss, val_bpb
+            try:
+                self._note()
+            except OSError as error:
+                reason = error.strerror or str(error)
         if reason := distributed.broadcast(reason):
             self._try_later(reason)
 
     def _note(self) -> None:
-        if self._unnoted and not distributed.rank():
-            self.saved = self.saved.evaluated(*self._unnoted)
+        if self._unnoted:
+            at, *losses = self._unnoted
+            noted = at.evaluated(*losses)
+            self.saved, self._unnoted = noted if self.saved is at else self.saved, None
+
+    def _noted(self) -> bool:
+        """Whether no loss is left to be noted, at last."""
+        with contextlib.suppress(OSError):
+            self._note()
+        if self._unnoted and not self._unnoted[0].folder.is_dir():
+            # 有人删了它：没有什么要护着的了
             self._unnoted = None
+        return self._unnoted is None
 
     def _try_later(self, reason: str | None) -> None:
         self._retry_at = time.monotonic() + RETRY_S

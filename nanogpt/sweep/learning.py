@@ -67,8 +67,12 @@ def train(begun, cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
     """Train to the end of the budget; what a TrialResult holds of it."""
     from nanogpt.sweep.trial_trainer import LearningTrainer
 
-    begun.run(LearningTrainer)
-    return outcome(cfg, run_dir)
+    summary = begun.run(LearningTrainer)
+    if summary["stopped_by"] == "interrupted":
+        # 被人叫停的不是结果：不记，下次接着训
+        raise InterruptedError(f"told to end at iteration {summary['iters']}")
+    # 总结写不下的，那一眼也不白看
+    return {**outcome(cfg, run_dir), "validation": summary.get("validation", {}).get(cfg.objective)}
 
 
 def finished(cfg: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
@@ -96,7 +100,10 @@ def _summary(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
     saved = read_saved((run_dir / "config.yaml").read_text(encoding="utf-8"))
     if any(saved[key] != value for key, value in budget_of(cfg).items()):
         raise DamagedError("another budget")
-    return read_object(run_dir / "summary.json")
+    summary = read_object(run_dir / "summary.json")
+    if summary["stopped_by"] == "interrupted":
+        raise DamagedError("not over")
+    return summary
 
 
 def outcome(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:

@@ -153,6 +153,9 @@ def _different(key: str, words: Sequence[str]) -> tuple[str, ...]:
     found: dict[Any, str] = {}
     for word in words:
         value = parsed(key, word)
+        if _counts(key) and isinstance(value, int | float) and value % 1 == 0 and not isinstance(value, bool):
+            # 0x10、1e1 也是整数：往后只写数字
+            word = str(int(value))
         found.setdefault(value if isinstance(value, int | float) else str(value), word)
     return tuple(found.values())
 
@@ -219,10 +222,12 @@ def _interval(line: str, override: Override, value: IntervalSweep) -> Dimension:
     if log and low <= 0:
         raise ConfigError("{line}: a logarithmic interval begins above 0, not at {low}", line=line, low=low)
     whole = _counts(override.key_or_group) or (isinstance(low, int) and isinstance(high, int))
-    if whole and not math.ceil(low) < math.floor(high):
-        raise _nothing_left(line, override.key_or_group)
     if whole:
-        low, high = math.ceil(low), math.floor(high)
+        # 没有尽头的，留给 _check_values 来拒绝
+        low = low if math.isinf(low) else math.ceil(low)
+        high = high if math.isinf(high) else math.floor(high)
+        if low >= high:
+            raise _nothing_left(line, override.key_or_group)
     return Dimension(_name(override), low=low, high=high, log=log, whole=whole)
 
 

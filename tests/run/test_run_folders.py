@@ -121,6 +121,9 @@ def runs(own_run):
     (folder / "pruned").mkdir()
     run_names.write_record(folder / "pruned", "a: 1")
     (folder / "pruned" / "summary.json").write_text("{}", encoding="utf-8")
+    # 停在两次改名之间：接着训时，挪开的还会回来
+    (folder / "moved" / "ckpt" / ".iter_00000004.0a1b2c3d.old.tmp").mkdir(parents=True)
+    run_names.write_record(folder / "moved", "a: 1")
     for name, status in (("0", "ok"), ("1", "oom")):
         (folder / "fit" / "monday" / name).mkdir(parents=True)
         (folder / "fit" / "monday" / name / "trial.json").write_text(json.dumps({"status": status, "overrides": []}), encoding="utf-8")
@@ -144,7 +147,7 @@ def test_cleaning_shows_first_and_deletes_only_when_told(runs, capsys, monkeypat
     assert sorted(runs.rglob("*")) == before
     cleaning.main(["--yes"])
     assert kept(runs) == [4, 7] and all(one.problem() is None and one.resumable for one in checkpoint.checkpoints(runs / "run"))
-    assert not (runs / "begun").exists() and (runs / "pruned").is_dir() and not (runs / "sweeps" / "0").exists() and [path.name for path in (runs / "fit" / "monday").iterdir() if path.is_dir()] == ["0"]
+    assert not (runs / "begun").exists() and (runs / "pruned").is_dir() and (runs / "moved").is_dir() and not (runs / "sweeps" / "0").exists() and [path.name for path in (runs / "fit" / "monday").iterdir() if path.is_dir()] == ["0"]
     cleaning.main(["--yes"])
     assert "nothing to clean" in capsys.readouterr().out
     # 从更早的接着训，挪开的那个也占地方

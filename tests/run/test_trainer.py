@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -483,6 +484,24 @@ def test_a_disk_that_is_full_while_an_evaluation_is_made_up_for_costs_neither_th
     assert "could not save a checkpoint (No space left on device)" in capsys.readouterr().out
     found = checkpoint.checkpoints(Path("outputs/run"))
     assert [one.iteration for one in found] == [8, 9] and checkpoint.best_of(found).iteration == 8
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_loss_that_can_never_be_noted_costs_no_weights(in_tmp, tiny_overrides, monkeypatch, gone):
+    interrupted_at(8, tiny_overrides, "max_iters=9", "eval_interval=2", "learning_rate=0.3", "lr_schedule=constant", "warmup_iters=0", "keep=1")
+    again = resumed_trainer("outputs/run")
+
+    def never(saved, *losses):
+        if gone and saved.folder.is_dir():
+            # 有人为了腾地方删了它
+            shutil.rmtree(saved.folder)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "evaluated", never)
+    assert again.fit()["stopped_by"] == "finished"
+    found = [one.iteration for one in checkpoint.checkpoints(Path("outputs/run"))]
+    # 记不上的那一份可能是最好的：还在，就留着
+    assert found[-1] == 9 and (8 in found) != gone
 
 
 @pytest.mark.parametrize("ends", ["target_val_loss=100", "early_stop_evals=1"])

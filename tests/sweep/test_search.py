@@ -24,6 +24,7 @@ from nanogpt.sweep import beside, child, earlier_results, jobs, process, result,
 from nanogpt.sweep.beside import Beside, places
 from nanogpt.sweep.extrapolation import estimate
 from nanogpt.sweep.halving import LEAST_MINUTES, Search, divide, importance
+from nanogpt.sweep.learning import finished
 from nanogpt.sweep.learning_report import full_budget, trained
 from nanogpt.sweep.result import TrialResult
 from nanogpt.sweep.search import Steps, Trials
@@ -274,6 +275,7 @@ def test_words_are_read_as_the_command_line_reads_them():
     typed_words = ["learning_rate=1e-5,0.00001,3e-4", "dropout=0,0.0,0.1", "optimizer.eps=1e-8,1e-10", "global_batch_size=interval(4,64)", "grad_clip=interval(1,4)"]
     space = space_of([], typed_words, [])
     assert [one.choices for one in space[:3]] == [("1e-05", "0.0003"), ("0", "0.1"), ("1e-08", "1e-10")]
+    assert space_of([], ["global_batch_size=0x10,1e1,16"], [])[0].choices == ("16", "10")
     assert [one.whole for one in space[3:]] == [True, False] and space[3].word(space[3].drawn(random.Random(0))).isdigit()
     assert default_of(space, cfg) == {"learning_rate": "1e-05", "dropout": "0", "optimizer.eps": "1e-10", "global_batch_size": 16, "grad_clip": 1.0}
 
@@ -302,6 +304,7 @@ def test_shapes_that_change_nothing_are_one():
     (["dropout=0.1,1.5"], "dropout=1.5 is out of range"),
     (["learning_rate=interval(-1,1e-3)"], "learning_rate=-1.0 is out of range"),
     (["global_batch_size=8,x"], "global_batch_size=x has the wrong type"),
+    (["global_batch_size=interval(1,inf)"], "global_batch_size=inf has the wrong type"),
     (["global_batch_size=null,8"], "global_batch_size=null has the wrong type: int is wanted"),
     (["eval_batch_size=4.5,8"], "eval_batch_size=4.5 has the wrong type: int"),
     (["model.n_layer=interval(1.2,1.8)"], "no value is left to search"),
@@ -372,8 +375,12 @@ def test_a_survivor_goes_on_exactly_as_if_it_had_not_stopped(tiny_overrides, in_
     # 已走完、还没记下的，不再训练；latest 仍是人自己训的那一次
     again = learned(tiny_overrides, Path("outputs/fit/runs/a"), "max_iters=8", "eval_interval=2")
     assert again["val_loss"] == whole["val_loss"] and "micro_batch" in again and not Path("outputs/.latest").exists()
+    # 被人叫停的不算走完，接着训
+    summary = Path("outputs/fit/runs/a/summary.json")
+    summary.write_text(json.dumps({**json.loads(summary.read_text(encoding="utf-8")), "stopped_by": "interrupted"}), encoding="utf-8")
+    assert finished(make_config(*tiny_overrides, "lr_schedule=wsd", "lr_decay_iters=8", "max_iters=8", "eval_interval=2"), summary.parent) is None
     # 死在最后一个 checkpoint 与总结之间的，补上总结
-    Path("outputs/fit/runs/a/summary.json").unlink()
+    summary.unlink()
     ended = learned(tiny_overrides, Path("outputs/fit/runs/a"), "max_iters=8", "eval_interval=2")
     assert (ended["status"], ended["val_loss"], ended["curve"]) == ("ok", whole["val_loss"], went_on["curve"])
 
@@ -437,6 +444,10 @@ def test_the_validation_split_is_looked_at_once_when_the_training_has_ended(tiny
     assert stopped["validation"] is None and ended["validation"] != ended["val_loss"] and abs(ended["validation"] - ended["val_loss"]) < 1
     # 看到一半停下的，一步也不再训，只补上这一眼
     summary = Path("outputs/fit/runs/a/summary.json")
+    # 总结写不下，那一眼也不白看
+    with monkeypatch.context() as full:
+        full.setattr(trial_trainer, "keep_summary", lambda *told: None)
+        assert learned(tiny_overrides, Path("outputs/fit/runs/d"), "max_iters=8", "eval_interval=4", "holdout=0.2")["validation"] == ended["validation"]
     seen = json.loads(summary.read_text(encoding="utf-8"))
     assert seen.pop("validation")["val_loss"] == ended["validation"]
     summary.write_text(json.dumps(seen), encoding="utf-8")
@@ -445,7 +456,7 @@ def test_the_validation_split_is_looked_at_once_when_the_training_has_ended(tiny
     assert ended["validation"] == learned(tiny_overrides, Path("outputs/fit/runs/b"), "max_iters=8", "eval_interval=8", "holdout=0.2", "eval_tokens=128")["validation"]
     # 与挑选时的评估一样滑动；评估短的，这一眼也短
     slid = learned(tiny_overrides, Path("outputs/fit/runs/c"), "max_iters=8", "eval_interval=8", "holdout=0.2", "eval_tokens=16", "eval_stride=8")
-    assert [data.overlap for data in opened] == [0, 0, 0, 8] and abs(slid["validation"] - ended["validation"]) > 1e-4
+    assert [data.overlap for data in opened] == [0, 0, 0, 0, 8] and abs(slid["validation"] - ended["validation"]) > 1e-4
 
 
 def test_an_objective_that_never_appears_is_a_line(tiny_overrides, in_tmp, monkeypatch):

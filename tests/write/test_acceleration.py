@@ -1,6 +1,7 @@
 """The fast paths for writing equal the plain one: compiled step, packed weights, int8."""
 
 import contextlib
+import gc
 import threading
 import time
 import weakref
@@ -355,8 +356,14 @@ def test_a_crew_waits_for_everyone_and_is_let_go_when_one_cannot_come(size, fail
             compiled.meet(crew, size)
             assert fails or seen[:, step].all()
 
+    given = np.zeros(1)
+    held = weakref.ref(given)
     with pytest.raises(KeyboardInterrupt):
-        crew.run(work, True)
+        crew.run(lambda part, crew, size, fails, given: work(part, crew, size, fails), True, given)
+    # 出了错的也不占着它的张量
+    del given
+    gc.collect()
+    assert held() is None
     seen[:] = 0
     crew.run(work, False)
     assert seen.all()

@@ -146,9 +146,10 @@ def _works(part: int, tasks: SimpleQueue) -> None:
     while task := tasks.get():
         done, *task = task
         failure = _failure(part, *task)
-        # 等下一份活时不占着这一份的张量
+        # 等下一份活时不占着这一份的张量，出了错的也不占着：错误记着它
         del task
         done.put(failure)
+        failure = done = None
 
 
 def _failure(part: int, compiled, crew, size: int, arguments: tuple) -> BaseException | None:
