@@ -5,7 +5,6 @@
 # Saver 写盘，存不下（磁盘满、内存不够）报一行，过一会儿再试
 # session 造 Saver、调用 restore，loop 决定何时存；文件的格式、校验与保留几份在 weights/checkpoint
 
-import contextlib
 import json
 import sys
 import time
@@ -117,7 +116,8 @@ class Saver:
             with fetching(checkpoint.model_tensors(model), state) as first:
                 if first:
                     # 还没有记上损失的那一份可能是最好的：记不上也照样存，只是先一份也不删
-                    keep = self._keep if self._noted() else sys.maxsize
+                    self._note()
+                    keep = sys.maxsize if self._unnoted else self._keep
                     self.saved = checkpoint.save(
                         self.run_dir, model=model, state=state, iteration=iteration, val_loss=val_loss, val_bpb=val_bpb,
                         # 词表取自内存：训练目录里那份是给人看的，坏了不该传进 checkpoint
@@ -147,27 +147,24 @@ class Saver:
         reason = None
         if not distributed.rank():
             self._unnoted = self.saved, val_loss, val_bpb
-            try:
-                self._note()
-            except OSError as error:
-                reason = error.strerror or str(error)
+            reason = self._note()
         if reason := distributed.broadcast(reason):
             self._try_later(reason)
 
-    def _note(self) -> None:
-        if self._unnoted:
-            at, *losses = self._unnoted
+    def _note(self) -> str | None:
+        """Note the loss that is left to be noted, if there is one; why it could not be done."""
+        if not self._unnoted:
+            return None
+        at, *losses = self._unnoted
+        try:
             noted = at.evaluated(*losses)
-            self.saved, self._unnoted = noted if self.saved is at else self.saved, None
-
-    def _noted(self) -> bool:
-        """Whether no loss is left to be noted, at last."""
-        with contextlib.suppress(OSError):
-            self._note()
-        if self._unnoted and not self._unnoted[0].folder.is_dir():
-            # 有人删了它：没有什么要护着的了
-            self._unnoted = None
-        return self._unnoted is None
+        except OSError as error:
+            if not at.folder.is_dir():
+                # 有人删了它：没有什么要护着的了
+                self._unnoted = None
+            return error.strerror or str(error)
+        self.saved, self._unnoted = noted if self.saved is at else self.saved, None
+        return None
 
     def _try_later(self, reason: str | None) -> None:
         self._retry_at = time.monotonic() + RETRY_S

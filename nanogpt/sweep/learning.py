@@ -58,7 +58,7 @@ def _trained_before(cfg: TrainConfig, run_dir: Path) -> bool:
     # 下一级的预算更长：重测的那一次，也是从上一级接着走
     try:
         reached = read_saved((run_dir / "config.yaml").read_text(encoding="utf-8"))["max_iters"]
-    except (OSError, ValueError, KeyError, TypeError, ConfigError):
+    except NOT_THERE:
         return False
     return (run_dir / "summary.json").is_file() and (None in (reached, cfg.max_iters) or reached >= cfg.max_iters)
 
@@ -71,8 +71,8 @@ def train(begun, cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
     if summary["stopped_by"] == "interrupted":
         # 被人叫停的不是结果：不记，下次接着训
         raise InterruptedError(f"told to end at iteration {summary['iters']}")
-    # 总结写不下的，那一眼也不白看
-    return {**outcome(cfg, run_dir), "validation": summary.get("validation", {}).get(cfg.objective)}
+    # 不从文件里读：总结写不下的，那一眼也不白看
+    return outcome(cfg, run_dir, summary)
 
 
 def finished(cfg: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
@@ -82,7 +82,7 @@ def finished(cfg: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
     try:
         summary = _summary(cfg, run_dir)
         # 训完了，还没来得及看一眼验证部分：再来一次，一步也不训，只看
-        return None if looks(cfg, summary) and "validation" not in summary else outcome(cfg, run_dir)
+        return None if looks(cfg, summary) and "validation" not in summary else outcome(cfg, run_dir, summary)
     except NOT_THERE:
         # 还没有、没走完、读不了：照常训练
         return None
@@ -106,9 +106,8 @@ def _summary(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
     return summary
 
 
-def outcome(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
+def outcome(cfg: TrainConfig, run_dir: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """What a finished training reached; ConfigError where there is no number for the objective."""
-    summary = read_object(run_dir / "summary.json")
     iters = max(1, summary["iters"])
     curve = [
         # 步子一样长：第几步就是几分之几的时间

@@ -92,8 +92,13 @@ def write_trials(found: Sequence[TrialResult], folder: Path, *, margin: float) -
         for place, (one, name) in enumerate(zip(order, names(order)), 1)
     ]
     if best:
-        best = replace(best, overrides=tuple(word for word in best.overrides if not word.startswith(BUDGET)))
+        best = without(best, BUDGET)
     _write(folder, rows, order, best, objective=order[0].objective, charts=curve_charts(rows))
+
+
+def without(best: TrialResult, keys: tuple[str, ...]) -> TrialResult:
+    """A result whose overrides leave out some keys."""
+    return replace(best, overrides=tuple(word for word in best.overrides if not word.startswith(keys)))
 
 
 # ---- 搜索 ----
@@ -108,7 +113,7 @@ def write_search(cfg: TrainConfig, space: Sequence[Dimension], search: Search, f
     if best:
         # 搜索旁边写的预算是给真的那次训练的：写进命令，不写进配方，照着配方才想训多久就多久
         budget = [word for word in best.overrides if word.startswith(LENGTH)]
-        best = replace(best, overrides=tuple(word for word in best.overrides if word not in budget))
+        best = without(best, LENGTH)
     notes = notes_of(cfg, search) if search.best else []
     charts = curve_charts(rows)
     if compared := [one for one in search.candidates if one.results]:

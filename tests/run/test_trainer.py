@@ -422,10 +422,13 @@ def test_the_best_weights_are_kept_also_with_an_interval_for_saves_of_its_own(in
     assert checkpoint.best_of(found).val_loss == trainer.progress.best_val_loss
 
 
+# 学得太快，第 8 步最好：漏了它，留下的就是别的
+BEST_AT_8 = ("max_iters=9", "eval_interval=2", "learning_rate=0.3", "lr_schedule=constant", "warmup_iters=0")
+
+
 @pytest.mark.parametrize("halfway", [False, True])
 def test_an_interrupt_where_an_evaluation_was_due_notes_no_loss_that_was_not_measured_and_it_is_made_up_for(in_tmp, tiny_overrides, halfway):
-    # 学得太快，第 8 步最好：漏了它，留下的就是别的
-    overrides = [*tiny_overrides, "max_iters=9", "eval_interval=2", "log_interval=1", "eval_batch_size=1", "learning_rate=0.3", "lr_schedule=constant", "warmup_iters=0"]
+    overrides = [*tiny_overrides, *BEST_AT_8, "log_interval=1", "eval_batch_size=1"]
     whole = train(overrides, out="outputs/whole")
     trainer = new_trainer(overrides)
     step, evaluate = trainer.step, trainer.evaluate
@@ -469,8 +472,8 @@ def interrupted_at(iteration, overrides, *more):
 
 
 def test_a_disk_that_is_full_while_an_evaluation_is_made_up_for_costs_neither_the_training_nor_the_best(in_tmp, tiny_overrides, monkeypatch, capsys):
-    # 第 8 步最好，只留一份
-    interrupted_at(8, tiny_overrides, "max_iters=9", "eval_interval=2", "learning_rate=0.3", "lr_schedule=constant", "warmup_iters=0", "keep=1")
+    # 只留一份
+    interrupted_at(8, tiny_overrides, *BEST_AT_8, "keep=1")
     again = resumed_trainer("outputs/run")
     evaluated, full = checkpoint.Checkpoint.evaluated, [OSError(28, "No space left on device")]
 
@@ -488,7 +491,7 @@ def test_a_disk_that_is_full_while_an_evaluation_is_made_up_for_costs_neither_th
 
 @pytest.mark.parametrize("gone", [True, False])
 def test_a_loss_that_can_never_be_noted_costs_no_weights(in_tmp, tiny_overrides, monkeypatch, gone):
-    interrupted_at(8, tiny_overrides, "max_iters=9", "eval_interval=2", "learning_rate=0.3", "lr_schedule=constant", "warmup_iters=0", "keep=1")
+    interrupted_at(8, tiny_overrides, *BEST_AT_8, "keep=1")
     again = resumed_trainer("outputs/run")
 
     def never(saved, *losses):

@@ -133,7 +133,7 @@ def _keep(y, w, wanted, count):
             heap += 1
             total += heaps[heap]
         bound = ((heap + 1) << shift) - 1
-    near = np.empty(size + 1, np.int32)
+    near = np.empty(size, np.int32)
     left = _within(bits, w, lows, bound, near)
     for shift, width in HEAPS:
         last = (1 << width) - 1
