@@ -16,7 +16,7 @@ QK_NORM_MAX_LOGIT = 12.0
 class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention over x (B, T, C); parameter names follow GPT-2."""
 
-    arrangement = Arrangement
+    arrangement, attention = Arrangement, staticmethod(attention)
 
     def __init__(self, config, layer: int):
         super().__init__()
@@ -62,11 +62,7 @@ class CausalSelfAttention(nn.Module):
         if short:
             return short_attention(self.scale, visible, *parts, dropout=dropout)
         q, k, v = (t.transpose(1, 2) for part in parts for t in part.unbind(2))
-        T, mask = q.size(2), visible
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-            # 单 token 续写时自己的每个 key 都可见；整段预填充才是因果的
-            mask = cache.mask
-            if 1 < T < k.size(2):
-                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=q.device).tril(k.size(2) - T)
-        return attention(q, k, v, mask, dropout, self.scale)
+        mask = visible if cache is None else cache.mask
+        return self.attention(q, k, v, mask, dropout, self.scale)

@@ -353,10 +353,17 @@ def short_attention(
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask, dropout: float, scale: float) -> torch.Tensor:
-    """SDPA of q (B, nh, T, hs) with k, v (B, nkv, L, hs), causal if T > 1 and there is no mask; nkv divides nh."""
-    settings = {"is_causal": q.size(2) > 1 and mask is None, "dropout_p": dropout, "scale": scale}
+    """SDPA of q (B, nh, T, hs) with k, v (B, nkv, L, hs); nkv divides nh.
+
+    If T > 1 and there is no mask, it is causal, and the queries are those of the last T positions.
+    """
+    T, L = q.size(2), k.size(2)
+    if mask is None and 1 < T < L:
+        # SDPA 自己的因果从第一个 key 对起；单 token 续写时每个 key 都看得到
+        mask = torch.ones(T, L, dtype=torch.bool, device=q.device).tril(L - T)
+    settings = {"is_causal": T > 1 and mask is None, "dropout_p": dropout, "scale": scale}
     shape, groups = q.shape, q.size(1) // k.size(1)
-    if groups > 1 and q.size(2) == 1:
+    if groups > 1 and T == 1:
         # 只有一个位置：共用一份 key 的几个 head 当作几个位置，哪种 kernel 都不必抄 key
         q = q.reshape(q.size(0), k.size(1), groups, q.size(3))
     elif groups > 1 and mask is None and _has_flash(q):

@@ -226,7 +226,7 @@ def test_int8_rounds_each_row_to_half_a_step():
     assert ((rounded * scale[:, None] - weight).abs() <= scale[:, None] / 2 * 1.001).all()
 
 
-@pytest.mark.parametrize("rows, n_out, n_in", [(1, 7, 32), (3, 5, 100), (8, 33, 64), (13, 18, 200), (40, 50, 768), (25, 67, 68), (70, 100, 3072), (30, 9, 70), (2, 9, 3100)])
+@pytest.mark.parametrize("rows, n_out, n_in", [(1, 7, 32), (3, 5, 100), (8, 33, 64), (13, 18, 200), (40, 50, 768), (25, 67, 68), (70, 100, 3072), (130, 110, 72), (30, 9, 70), (2, 9, 3100)])
 def test_every_way_to_multiply_int8_gives_the_same_bits_as_exact_integers(rows, n_out, n_in):
     integer_dot = kernels("nanogpt.write.speed.integer_dot")
     weight, scale = quantize(torch.randn(n_out, n_in))
@@ -434,13 +434,14 @@ def test_a_cpu_without_vnni_gets_the_same_integers(vnni):
 
 
 @pytest.mark.parametrize("vnni", [0, 64])
-def test_rows_that_lie_side_by_side_are_multiplied_to_the_same_integers(vnni):
+@pytest.mark.parametrize("vectors", [2, 4])
+def test_rows_that_lie_side_by_side_are_multiplied_to_the_same_integers(vectors, vnni):
     integer_dot = with_instruction("integer_dot", vnni)
-    dot, at = integer_dot.lanes_of(4, vnni), integer_dot.at
+    dot, at, rows = integer_dot.lanes_of(4, vectors, vnni), integer_dot.at, 16 * vectors
     draw = np.random.default_rng(0)
-    weight, x = draw.integers(-127, 128, (4, 68), dtype=np.int8), draw.integers(1, 256, (32, 68), dtype=np.uint8)
-    beside = np.stack([half.view(np.int32).T for half in (x[:16].copy(), x[16:].copy())]).copy()
-    out = np.zeros((4, integer_dot.PAIR), np.int32)
+    weight, x = draw.integers(-127, 128, (4, 68), dtype=np.int8), draw.integers(1, 256, (rows, 68), dtype=np.uint8)
+    beside = np.stack([x[first : first + 16].view(np.int32).T for first in range(0, rows, 16)]).copy()
+    out = np.zeros((4, rows), np.int32)
     njit = pytest.importorskip("numba").njit
     njit(lambda w, x, out: dot(at(w, 0), 68, at(x, 0), 17, at(out, 0)))(weight, beside, out)
     assert (out == weight.astype(int) @ x.astype(int).T).all()

@@ -34,12 +34,13 @@ class TeamKernel:
     """A function of one job, compiled for numbers of a type when it is first needed for them.
 
     It goes through the pieces() and reads what it was given, counted from 0, with number(), real(), floats(), row() …
+    Sums may be reordered unless that is forbidden.
     """
 
     # 它只有一个参数，OpenMP 就是这样叫的；指针的类型说活里的数是哪种，它真正指着的是 job
 
-    def __init__(self, function):
-        self.function = function
+    def __init__(self, function, *, reorder: bool = True):
+        self.function, self.reorder = function, reorder
         self.compiled: dict[torch.dtype, CFunc] = {}
 
     def __call__(self, dtype: torch.dtype, size: int, pieces: int, *given: torch.Tensor | float | None) -> None:
@@ -61,7 +62,7 @@ class TeamKernel:
             crew_of(threads()).run(_part, run, job)
 
     def _compile(self, dtype: torch.dtype) -> CFunc:
-        how = {"nopython": True, "fastmath": REORDER, "error_model": "numpy"}
+        how = {"nopython": True, "fastmath": REORDER if self.reorder else False, "error_model": "numpy"}
         compiled = CFunc(self.function, ([types.CPointer(NUMBERS[dtype])], types.void), {}, how)
         try:
             compiled.enable_caching()
@@ -79,7 +80,7 @@ class TeamKernel:
 
 @functools.cache
 def _say_once() -> None:
-    say("compiling the small operations of training for this processor, once …")
+    say("compiling small operations for this processor, once …")
 
 
 def _part(part: int, crew: np.ndarray, size: int, run, job: np.ndarray) -> None:

@@ -188,12 +188,25 @@ def install_cpu_step(model) -> None:
             if not fast_cpu.is_compiled():
                 say("compiling the fast decoder for this processor, once …")
             install(model, fast_cpu.FastStep(model))
+            read_by_loops(model)
             # 编译或载入机器码就在这里做完，第一个字不必等
             with torch.inference_mode():
                 logits = model.fast_step(torch.zeros(1, dtype=torch.long), KVCache(model, 1, 1))
             model.fast_step.draw([sampler()], logits, logits, torch.zeros(1, 1, dtype=torch.long), torch.zeros(1))
             return
     pack(model)
+
+
+def read_by_loops(model) -> None:
+    """Let a model read texts with compiled loops in place of PyTorch's attention and small operations."""
+    from nanogpt.core.loops import training
+    from nanogpt.write.speed import causal_attention
+
+    training.use_loops(model)
+    for part in model.modules():
+        if isinstance(part, CausalSelfAttention) and part.attention is CausalSelfAttention.attention:
+            part.attention = causal_attention.attention
+    causal_attention.prepare()
 
 
 def use_bf16_units(model) -> None:

@@ -22,6 +22,7 @@ from nanogpt.write.speed.tiles import (
     AHEAD,
     INT8,
     ask_ahead,
+    ask_to_write,
     at,
     declared,
     load,
@@ -30,7 +31,7 @@ from nanogpt.write.speed.tiles import (
     splat,
     store,
     tile_of,
-    turn,
+    turn_of,
 )
 
 # 一块权重同时配几行激活：寄存器够放 2 x 8 个累加器
@@ -43,9 +44,13 @@ BLOCK = 48 * 1024
 GROUP = 32
 # 一条向量的 int32 有几格；激活至少这么多行，才值得各占一格
 LANES, LEAST_LANES = 16, 25
-WIDE, PAIR = ir.VectorType(INT32, LANES), 2 * LANES
-# 这样的权重一次几行：12 的倍数配满寄存器，16 的倍数配满转置
+WIDE = ir.VectorType(INT32, LANES)
+# 激活一次几条向量：多的那几条少读几遍权重
+MOST, FEWER = 4, 2
+# 这样的权重一次几行：12 与 6 的倍数配满寄存器，16 的倍数配满转置
 TILES = 48
+# 权重一块这么多字节
+WEIGHTS = 256 * 1024
 
 
 def vnni_bytes() -> int:
@@ -99,11 +104,11 @@ def dot4(builder, total, codes, act, vnni: int):
     return total
 
 
-def lanes_of(rows: int, vnni: int):
-    """dot(w, w_stride, x, steps, out): out[r * PAIR + b] = row w[r] times row b of x, b < PAIR.
+def lanes_of(rows: int, vectors: int, vnni: int):
+    """dot(w, w_stride, x, steps, out): out[r * vectors * LANES + b] = row w[r] times row b of x, b < vectors * LANES.
 
     Four signed bytes of a row of weights at a time, `steps` times, are multiplied with four unsigned ones of LANES rows
-    of x that lie side by side; the other LANES rows follow.
+    of x that lie side by side; the other vectors of rows follow.
     """
     # 一行激活占向量的一格，权重的四个字节铺满一条：每格自成一个和，末了不必横着加
 
@@ -117,14 +122,17 @@ def lanes_of(rows: int, vnni: int):
         def added(i, totals):
             # 算着这一段，下一段权重在路上
             ask_ahead(builder, w, builder.add(times(i, 4 * rows), times(w_stride, TILES)))
-            acts = [load(builder, x, builder.add(times(steps, v * LANES), times(i, LANES)), WIDE, 4) for v in range(2)]
+            acts = [
+                load(builder, x, builder.add(times(steps, v * LANES), times(i, LANES)), WIDE, 4)
+                for v in range(vectors)
+            ]
             after = []
             for r in range(rows):
                 four = load(builder, w, builder.add(times(w_stride, r), times(i, 4)), INT32, 1)
-                after += [dot4(builder, totals[2 * r + v], act, four, vnni) for v, act in enumerate(acts)]
+                after += [dot4(builder, totals[vectors * r + v], act, four, vnni) for v, act in enumerate(acts)]
             return after
 
-        for n, value in enumerate(loop(builder, steps, 1, WIDE, 2 * rows, added)):
+        for n, value in enumerate(loop(builder, steps, 1, WIDE, vectors * rows, added)):
             store(builder, value, out, ir.Constant(INT64, n * LANES))
         return context.get_dummy_value()
 
@@ -141,7 +149,9 @@ OFFSET = 128 if VNNI else 0
 _dot_1x1, _dot_2x2, _dot_2x4, _dot_2x8 = (
     dot_of(rows, columns, VNNI) for rows, columns in ((1, 1), (2, 2), (2, 4), (2, COLUMNS))
 )
-_lanes_1, _lanes_4, _lanes_12 = (lanes_of(rows, VNNI) for rows in (1, 4, 12))
+_turn = turn_of(LANES)
+_lanes_1x2, _lanes_4x2, _lanes_12x2 = (lanes_of(rows, FEWER, VNNI) for rows in (1, 4, 12))
+_lanes_1x4, _lanes_6x4 = (lanes_of(rows, MOST, VNNI) for rows in (1, 6))
 
 
 @kernel
@@ -219,43 +229,69 @@ def _finish(integers, offsets, scale, factor, bias, y, width, add):
 
 
 @part_of_kernel
+def _offsets(weight, start, stop, offsets):
+    """128 times the sums of rows start … stop of weight, which the lanes of activations are too much."""
+    size = weight.shape[1]
+    whole = size // 64 * 64
+    ones, total = np.ones(whole, np.int8), np.zeros(1, np.int32)
+    for n in range(start, stop):
+        # 这一遍也把权重依次读进高速缓存
+        if whole > 0:
+            row = n * size
+            _dot_1x1(at(weight, row), size, at(ones, 0), size, size, at(weight, row + AHEAD), at(total, 0))
+        offset = total[0] - OFFSET * whole
+        for k in range(whole, size):
+            offset += np.int32(weight[n, k])
+        offsets[n - start] = offset * 128
+
+
+@part_of_kernel
 def _products_by_lanes(weight, scale, bias, row_scale, lanes, y, start, stop, add):
     """products() of many rows, of which each has a lane of its own."""
     rows, size = y.shape[0], weight.shape[1]
-    steps, whole = size // 4, size // 64 * 64
-    ones = np.ones(whole, np.int8)
-    out, turned = np.empty((TILES, PAIR), np.int32), np.empty((PAIR, TILES), np.int32)
-    offsets, total = np.empty(TILES, np.int32), np.zeros(1, np.int32)
-    for n in range(start, stop, TILES):
-        width = min(TILES, stop - n)
-        # 激活多加的 128，要减去它乘权重之和；这一遍也把权重依次读进高速缓存
-        for r in range(width):
-            if whole > 0:
-                row = (n + r) * size
-                _dot_1x1(at(weight, row), size, at(ones, 0), size, size, at(weight, row + AHEAD), at(total, 0))
-            offset = total[0] - OFFSET * whole
-            for k in range(whole, size):
-                offset += np.int32(weight[n + r, k])
-            offsets[r] = offset * 128
-        for first in range(0, rows, PAIR):
-            count, r, x = min(PAIR, rows - first), 0, at(lanes, first * steps)
-            while r < width:
-                w, into = at(weight, (n + r) * size), at(out, r * PAIR)
-                if width - r >= 12:
-                    _lanes_12(w, size, x, steps, into)
-                    r += 12
-                elif width - r >= 4:
-                    _lanes_4(w, size, x, steps, into)
-                    r += 4
-                else:
-                    _lanes_1(w, size, x, steps, into)
-                    r += 1
-            for c in range(0, count, LANES):
-                for r in range(0, width, LANES):
-                    turn(at(out, r * PAIR + c), PAIR, at(turned, c * TILES + r), TILES)
-            for c in range(count):
-                found, into = at(turned, c * TILES), at(y, (first + c) * y.shape[1] + n)
-                _finish(found, offsets, at(scale, n), row_scale[first + c], at(bias, n), into, width, add)
+    steps = size // 4
+    # 权重一块留在 L2 里；一组激活把它用完再换下一组：写出的几行连着写，不必每行换一页
+    block = max(1, WEIGHTS // size // TILES) * TILES
+    out, turned = np.empty(TILES * MOST * LANES, np.int32), np.empty((MOST * LANES, TILES), np.int32)
+    offsets = np.empty(block, np.int32)
+    for begin in range(start, stop, block):
+        end, first = min(stop, begin + block), 0
+        _offsets(weight, begin, end, offsets)
+        while first < rows:
+            beside = (MOST if rows - first > FEWER * LANES else FEWER) * LANES
+            count, x = min(beside, rows - first), at(lanes, first * steps)
+            for n in range(begin, end, TILES):
+                width, r = min(TILES, end - n), 0
+                # 要写的几行隔得远，硬件认不出：先要，不然写出的比乘的还慢
+                for c in range(first, first + count):
+                    for line in range(0, width, LANES):
+                        ask_to_write(at(y, c * y.shape[1] + n + line))
+                while r < width:
+                    w, into = at(weight, (n + r) * size), at(out, r * beside)
+                    if beside == MOST * LANES:
+                        if width - r >= 6:
+                            _lanes_6x4(w, size, x, steps, into)
+                            r += 6
+                        else:
+                            _lanes_1x4(w, size, x, steps, into)
+                            r += 1
+                    elif width - r >= 12:
+                        _lanes_12x2(w, size, x, steps, into)
+                        r += 12
+                    elif width - r >= 4:
+                        _lanes_4x2(w, size, x, steps, into)
+                        r += 4
+                    else:
+                        _lanes_1x2(w, size, x, steps, into)
+                        r += 1
+                for c in range(0, count, LANES):
+                    for r in range(0, width, LANES):
+                        _turn(at(out, r * beside + c), beside, at(turned, c * TILES + r), TILES)
+                less = carray(at(offsets, n - begin), (width,))
+                for c in range(count):
+                    found, into = at(turned, c * TILES), at(y, (first + c) * y.shape[1] + n)
+                    _finish(found, less, at(scale, n), row_scale[first + c], at(bias, n), into, width, add)
+            first += beside
 
 
 @kernel
@@ -301,8 +337,10 @@ def activations(rows: int, size: int, *, lanes: bool = True, sums: bool = True) 
     groups = size // GROUP if sums and not beside else 0
     # 一行之后多出的：长度凑成 int32 的倍数
     q = cache_aligned((rows, row_length(size, 1) + -size % 4), torch.int8)
-    # 两条向量一起算：条数凑成双
-    in_lanes = cache_aligned((-(-rows // PAIR) * 2 if beside else 0, size // 4, LANES), torch.int32)
+    # 几条向量一起算：条数凑足
+    together = MOST if rows > FEWER * LANES else FEWER
+    vectors = -(-rows // (together * LANES)) * together if beside else 0
+    in_lanes = cache_aligned((vectors, size // 4, LANES), torch.int32)
     return q, cache_aligned((rows,)), cache_aligned((rows, groups), torch.int32), in_lanes
 
 

@@ -103,10 +103,11 @@ def tile_of(
     return dot
 
 
-@intrinsic
-def turn(typing, start, stride, out, out_stride):
-    """out[c * out_stride + r] = start[r * stride + c] for r, c < 16, of int32."""
-    size = 16
+def turn_of(size: int):
+    """turn(start, stride, out, out_stride): out[c * out_stride + r] = start[r * stride + c], r, c < size, of 4 bytes.
+
+    `size` is a power of two.
+    """
     vector = ir.VectorType(INT32, size)
 
     def generate(context, builder, signature, args):
@@ -117,7 +118,7 @@ def turn(typing, start, stride, out, out_stride):
             return builder.mul(apart, ir.Constant(INT64, row))
 
         rows = [load(builder, start, place(stride, r), vector, 4) for r in range(size)]
-        # 隔八条的两条交错着合成两条，四遍之后行就成了列
+        # 隔一半的两条交错着合成两条，几遍之后行就成了列
         halves = [
             ir.Constant(vector, [n for i in range(first, first + size // 2) for n in (i, i + size)])
             for first in (0, size // 2)
@@ -129,7 +130,11 @@ def turn(typing, start, stride, out, out_stride):
             store(builder, row, out, place(out_stride, c))
         return context.get_dummy_value()
 
-    return types.void(start, types.intp, out, types.intp), generate
+    @intrinsic
+    def turn(typing, start, stride, out, out_stride):
+        return types.void(start, types.intp, out, types.intp), generate
+
+    return turn
 
 
 def load(builder, start, offset, kind, align: int):
@@ -144,8 +149,10 @@ def store(builder, value, start, offset) -> None:
     builder.store(value, builder.bitcast(builder.gep(start, [offset]), value.type.as_pointer())).align = 4
 
 
-def loop(builder, end, step: int, kind, count: int, added) -> list:
-    """What `count` sums of a kind, 0 at first, are behind a loop: added(i, sums) makes them anew for i = 0, step … end.
+def loop(builder, end, step: int, kind, count: int, added, first: list | None = None) -> list:
+    """What `count` sums of a kind are behind a loop: added(i, sums) makes them anew for i = 0, step … end.
+
+    They begin as `first`, or as 0.
 
     It is gone through once at least.
     """
@@ -155,8 +162,9 @@ def loop(builder, end, step: int, kind, count: int, added) -> list:
     i, totals = builder.phi(INT64), [builder.phi(kind) for _ in range(count)]
     after = added(i, totals)
     following = builder.add(i, ir.Constant(INT64, step))
-    for phi, value in ((i, following), *zip(totals, after, strict=True)):
-        phi.add_incoming(ir.Constant(phi.type, 0 if phi is i else None), entry)
+    starts = first or [ir.Constant(kind, None)] * count
+    for phi, start, value in ((i, ir.Constant(INT64, 0), following), *zip(totals, starts, after, strict=True)):
+        phi.add_incoming(start, entry)
         phi.add_incoming(value, body)
     builder.cbranch(builder.icmp_signed("<", following, end), body, done)
     builder.position_at_end(done)
@@ -172,11 +180,25 @@ def splat(builder, value, lanes: int):
 
 def ask_ahead(builder, start, offset, by: int = AHEAD) -> None:
     """Ask for the line of memory some bytes behind start[offset]."""
+    place = builder.bitcast(builder.gep(start, [offset]), INT8.as_pointer())
+    _ask(builder, builder.gep(place, [ir.Constant(INT64, by)]), 0)
+
+
+def _ask(builder, place, to_write: int) -> None:
     # 要到 L2 为止：直接要进 L1 的，等着的位子只有二十来个，float32 的 8 行激活慢一半多
     hint = declared(builder, "llvm.prefetch.p0", ir.VoidType(), [INT8.as_pointer(), INT32, INT32, INT32])
-    place = builder.bitcast(builder.gep(start, [offset]), INT8.as_pointer())
-    address = builder.gep(place, [ir.Constant(INT64, by)])
-    builder.call(hint, [address, *(ir.Constant(INT32, n) for n in (0, 2, 1))])
+    builder.call(hint, [place, *(ir.Constant(INT32, n) for n in (to_write, 2, 1))])
+
+
+@intrinsic
+def ask_to_write(typing, pointer):
+    """Ask for the line of memory that a pointer points to, which is written soon."""
+
+    def generate(context, builder, signature, args):
+        _ask(builder, builder.bitcast(args[0], INT8.as_pointer()), 1)
+        return context.get_dummy_value()
+
+    return types.void(pointer), generate
 
 
 @intrinsic
@@ -188,3 +210,13 @@ def at(typing, array, offset):
         return builder.gep(data, [args[1]])
 
     return types.CPointer(array.dtype)(array, types.intp), generate
+
+
+@intrinsic
+def shifted(typing, pointer, offset):
+    """Pointer to the element so many behind that of another."""
+
+    def generate(context, builder, signature, args):
+        return builder.gep(args[0], [args[1]])
+
+    return pointer(pointer, types.intp), generate
