@@ -5,13 +5,14 @@
 # CPU 装了 numba 且认得模型就用编译好的一步（fast_cpu），否则只换权重的排法；显卡上录成 CUDA graph
 # 由 loading 调用；就地改模型，fast=false 时只换格式，是别的路径要对得上的那一条
 
+import functools
 from functools import partial
 from importlib.util import find_spec
 
 import torch
 import torch.nn as nn
 
-from nanogpt.base.language import say
+from nanogpt.base.language import first_line, say
 from nanogpt.core.attention import CausalSelfAttention
 from nanogpt.core.kernels import attention
 from nanogpt.core.kv_cache import KVCache
@@ -119,9 +120,7 @@ def measured_format(model, fast: bool) -> str:
     """What precision=auto means: the device's own format, but bf16 for a large model on a CPU with units for it."""
     name = default_format(model.device)
     large = sum(p.numel() * p.element_size() for p in model.parameters()) >= LARGE_MIB * 2**20
-    if fast and model.device.type == "cpu" and large and find_spec("numba"):
-        from nanogpt.write.speed import fast_cpu
-
+    if fast and model.device.type == "cpu" and large and (fast_cpu := compiled_code()):
         # 量出来的值每台机器记一份：同一台机器总得同一个答案
         if fast_cpu.fits(model) and gain_of_products() >= LEAST_GAIN_OF_PRODUCTS:
             say("precision=auto: weights in bf16, half the reading of fp32; precision=fp32 keeps to fp32")
@@ -179,22 +178,40 @@ def install(model, step) -> None:
     model.fast_step = step
 
 
-def install_cpu_step(model) -> None:
-    """The compiled step where numba is installed and knows the model; packed weights otherwise."""
-    if find_spec("numba"):
+def compiled_code():
+    """The module fast_cpu where numba is installed and works, else None."""
+    return _working_code() if find_spec("numba") else None
+
+
+@functools.cache
+def _working_code():
+    try:
+        from nanogpt.core.loops import training
         from nanogpt.write.speed import fast_cpu
 
-        if fast_cpu.fits(model):
-            if not fast_cpu.is_compiled():
-                say("compiling the fast decoder for this processor, once …")
-            install(model, fast_cpu.FastStep(model))
-            read_by_loops(model)
-            # 编译或载入机器码就在这里做完，第一个字不必等
-            with torch.inference_mode():
-                logits = model.fast_step(torch.zeros(1, dtype=torch.long), KVCache(model, 1, 1))
-            model.fast_step.draw([sampler()], logits, logits, torch.zeros(1, 1, dtype=torch.long), torch.zeros(1))
-            return
-    pack(model)
+        # 一个最小的：编译不了的在这里就知道
+        training.squared_relu(torch.ones(2))
+    except Exception as error:
+        # numba 装坏了、与 numpy 合不来、被环境变量关掉：都不该写不出字来
+        say("numba cannot be used ({reason}); writing goes on without it", reason=first_line(error))
+        return None
+    return fast_cpu
+
+
+def install_cpu_step(model) -> None:
+    """The compiled step where numba works and knows the model; packed weights otherwise."""
+    fast_cpu = compiled_code()
+    if fast_cpu is None or not fast_cpu.fits(model):
+        pack(model)
+        return
+    if not fast_cpu.is_compiled():
+        say("compiling the fast decoder for this processor, once …")
+    install(model, fast_cpu.FastStep(model))
+    read_by_loops(model)
+    # 编译或载入机器码就在这里做完，第一个字不必等
+    with torch.inference_mode():
+        logits = model.fast_step(torch.zeros(1, dtype=torch.long), KVCache(model, 1, 1))
+    model.fast_step.draw([sampler()], logits, logits, torch.zeros(1, 1, dtype=torch.long), torch.zeros(1))
 
 
 def read_by_loops(model) -> None:
@@ -219,7 +236,7 @@ def use_bf16_units(model) -> None:
 def choose_products(model) -> None:
     """Let a model's integer matrices on the CPU be multiplied by what is fastest here; all ways give the same bits."""
     ways = {"floats": plain_linear, "torch._int_mm": partial(plain_linear, multiply=by_int_mm)}
-    if find_spec("numba"):
+    if compiled_code():
         from nanogpt.write.speed import int4_dot, integer_dot
 
         ways["numba"] = integer_dot.linear
