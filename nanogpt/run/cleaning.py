@@ -47,7 +47,7 @@ class Item:
 # 种类 -> 列表里怎样说
 KINDS = {
     "old": "clean_old", "replaced": "clean_replaced", "optimizer": "clean_optimizer", "unsaved": "clean_unsaved",
-    "trial": "clean_trial",
+    "trial": "clean_trial", "empty": "clean_empty",
 }
 
 
@@ -102,7 +102,7 @@ def failed_trials(folder: Path) -> Iterator[Item]:
     for sweep in sorted(folder.glob("**/multirun.yaml")):
         for job in sorted(path for path in sweep.parent.iterdir() if path.is_dir() and not path.is_symlink()):
             if not any(job.iterdir()):
-                yield Item("trial", job, (), 0)
+                yield Item("empty", job, (), 0)
     for file in sorted(folder.glob("**/trial.json")):
         try:
             failed = read_object(file).get("status") in ("oom", "skipped", "diverged", "timeout", "crashed", "invalid")
@@ -133,21 +133,19 @@ def remove(items: Iterable[Item]) -> int:
     freed = 0
     for item in items:
         try:
-            _remove_trial(item) if item.kind == "trial" else _remove_of_run(item)
+            if item.kind == "trial":
+                shutil.rmtree(item.folder)
+            elif item.kind == "empty":
+                # 列出之后若有任务开始往里写，就不再是空的，删不掉
+                item.folder.rmdir()
+            else:
+                _remove_of_run(item)
         except (ConfigError, OSError) as error:
             # 正要删时有人接着训了、磁盘不让写：别的照删
             show(text("{run} is left as it is: {reason}", run=item.folder.as_posix(), reason=error))
         else:
             freed += item.size
     return freed
-
-
-def _remove_trial(item: Item) -> None:
-    if (item.folder / "trial.json").is_file():
-        shutil.rmtree(item.folder)
-    else:
-        # 列出之后若有任务开始往里写，就不再是空的，删不掉
-        item.folder.rmdir()
 
 
 def _remove_of_run(item: Item) -> None:
