@@ -83,22 +83,14 @@ _values_1, _values_2, _values_3 = (outer_of(vectors, False) for vectors in (1, 2
 
 
 @part_of_kernel
-def _aligned(size):
-    """Room for numbers that begins with a line of the cache."""
-    room = np.zeros(size + 16, np.float32)
-    start = (-room.ctypes.data % 64) // 4
-    return room[start : start + size]
-
-
-@part_of_kernel
 def _score(k, apart, q, size, count, seen, vectors, scores):
     """scores (count, QUERIES) of keys with queries; those from `seen` on are not seen by the first queries."""
     for j in range(0, count, ROWS):
         # 末了不满一块的，连着前几个再算一遍
         first = min(j, count - ROWS)
         skip = max(0, (first - seen) // LANES)
-        key, column = shifted(k, first * apart), at(q, skip * LANES)
-        into = at(scores, first * QUERIES + skip * LANES)
+        key, column = shifted(k, first * apart), shifted(q, skip * LANES)
+        into = shifted(scores, first * QUERIES + skip * LANES)
         if vectors - skip == 3:
             _scores_3(key, apart, column, size, into)
         elif vectors - skip == 2:
@@ -117,8 +109,8 @@ def _add_values(v, apart, scores, size, count, seen, vectors, out):
         if start >= stop:
             continue
         for c in range(0, size, ROWS):
-            value, weight = shifted(v, start * apart + c), at(scores, start * QUERIES + skip * LANES)
-            into = at(out, c * QUERIES + skip * LANES)
+            value, weight = shifted(v, start * apart + c), shifted(scores, start * QUERIES + skip * LANES)
+            into = shifted(out, c * QUERIES + skip * LANES)
             if vectors - skip == 3:
                 _values_3(value, apart, weight, stop - start, into)
             elif vectors - skip == 2:
@@ -201,9 +193,10 @@ def _power(builder, x):
 def _soften(scores, count, seen, peaks, totals, factors):
     """_softened(), where keys from `seen` on are not seen by the first queries."""
     for j in range(max(0, seen + 1), count):
-        for i in range(min(j - seen, QUERIES)):
-            scores[j * QUERIES + i] = np.float32(-np.inf)
-    _softened(at(scores, 0), count, at(peaks, 0), at(totals, 0), at(factors, 0))
+        hidden = carray(shifted(scores, j * QUERIES), (min(j - seen, QUERIES),))
+        for i in range(len(hidden)):
+            hidden[i] = np.float32(-np.inf)
+    _softened(scores, count, peaks, totals, factors)
 
 
 @part_of_kernel
@@ -211,16 +204,27 @@ def _turn_all(rows, apart, count, turned):
     """turned (apart, count) of rows (count, apart)."""
     for i in range(0, count, LANES):
         for c in range(0, apart, LANES):
-            _turn(at(rows, i * apart + c), apart, at(turned, c * count + i), count)
+            _turn(shifted(rows, i * apart + c), apart, shifted(turned, c * count + i), count)
 
 
 @part_of_kernel
 def _scale(out, factors, size):
     """out (size, QUERIES) times a factor for each query."""
+    factor = carray(factors, (QUERIES,))
     for c in range(size):
-        row, factor = carray(at(out, c * QUERIES), (QUERIES,)), carray(at(factors, 0), (QUERIES,))
+        row = carray(shifted(out, c * QUERIES), (QUERIES,))
         for i in range(QUERIES):
             row[i] *= factor[i]
+
+
+@part_of_kernel
+def _copy(start, apart, count, size, scale, into, apart_there):
+    """`count` rows of `size` numbers, times a scale, to where they lie apart_there from each other."""
+    for i in range(count):
+        row = carray(shifted(start, i * apart), (size,))
+        there = carray(shifted(into, i * apart_there), (size,))
+        for c in range(size):
+            there[c] = row[c] * scale
 
 
 @partial(TeamKernel, reorder=False)
@@ -232,9 +236,13 @@ def _attend(job):
     blocks = -(-T // QUERIES)
     # 行要补齐成整条的向量，才好转置
     wide = -(-size // LANES) * LANES
-    rows, q, out = _aligned(QUERIES * wide), _aligned(wide * QUERIES), _aligned(wide * QUERIES)
-    scores = _aligned((SPAN + ROWS) * QUERIES)
-    peaks, totals, factors = _aligned(QUERIES), _aligned(QUERIES), _aligned(QUERIES)
+    whole = QUERIES * wide
+    # 一整块，从一条缓存线开始
+    room = np.zeros(3 * whole + (SPAN + ROWS + 3) * QUERIES + 16, np.float32)
+    rows = at(room, (-room.ctypes.data % 64) // 4)
+    q, out, scores = shifted(rows, whole), shifted(rows, 2 * whole), shifted(rows, 3 * whole)
+    factors = shifted(scores, (SPAN + ROWS) * QUERIES)
+    peaks, totals = shifted(factors, QUERIES), shifted(factors, 2 * QUERIES)
     for piece in pieces(job):
         # 越靠后的 query 要看的 key 越多：一前一后交错着分，线程才分得匀
         text, block = piece // blocks, piece % blocks
@@ -243,14 +251,14 @@ def _attend(job):
         count = min(QUERIES, T - first)
         vectors = -(-count // LANES)
         start = b * about[5] + h * about[6] + first * about[7]
-        for i in range(count):
-            row, into = carray(at(queries, start + i * about[7]), (size,)), carray(at(rows, i * wide), (size,))
-            for c in range(size):
-                into[c] = row[c] * scale
+        _copy(at(queries, start), about[7], count, size, scale, rows, wide)
         _turn_all(rows, wide, QUERIES, q)
-        out[:] = np.float32(0.0)
-        peaks[:] = np.float32(-np.inf)
-        totals[:] = np.float32(0.0)
+        highest, sums = carray(peaks, (QUERIES,)), carray(totals, (QUERIES,))
+        for i in range(QUERIES):
+            highest[i], sums[i] = np.float32(-np.inf), np.float32(0.0)
+        total = carray(out, (whole,))
+        for i in range(whole):
+            total[i] = np.float32(0.0)
         # 第一个 query 看得到的最后一个 key
         seen = longest - T + first
         stop, begin = seen + count, 0
@@ -264,15 +272,13 @@ def _attend(job):
                 _scale(out, factors, size)
             _add_values(v, about[13], scores, size, end - begin, seen - begin, vectors, out)
             begin = end
+        inverse = carray(factors, (QUERIES,))
         for i in range(QUERIES):
-            factors[i] = np.float32(1.0) / totals[i]
+            inverse[i] = np.float32(1.0) / sums[i]
         _scale(out, factors, size)
         _turn_all(out, QUERIES, wide, rows)
         start = ((b * T + first) * heads + h) * size
-        for i in range(count):
-            found, row = carray(at(rows, i * wide), (size,)), carray(at(y, start + i * heads * size), (size,))
-            for c in range(size):
-                row[c] = found[c]
+        _copy(rows, wide, count, size, np.float32(1.0), at(y, start), heads * size)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask, dropout: float, scale: float) -> torch.Tensor:

@@ -119,7 +119,7 @@ def _keep(y, w, wanted, count):
     """
     bits, size, bound = y.view(np.int32), len(y), MAGNITUDE
     lows, (shift, width) = np.empty((size + BLOCK - 1) // BLOCK, np.int32), HEAPS[0]
-    heaps, before, border = np.zeros(1 << width, np.float64), 0.0, 0
+    heaps, before, border = np.zeros(1 << width, np.float64), 0.0, np.int64(0)
     _lows(bits, lows)
     if not count:
         # 概率都不到它的那些，合起来也不到该筛掉的一份；w 是近似的 e^y，留一点余地
@@ -213,10 +213,13 @@ def _draw(part, crew, size, logits, allowed, tokens, settings, uniforms, ids):
                     break
             continue
         _weigh(y, most, np.float32(temperature), w)
-        if 0 < k < V:
-            _keep(y, w, k, True)
-        if p < 1:
-            _keep(y, w, p * _sum(w), False)
+        # count 不写成字面的 True、False：numba 会各编译一份
+        count = 0 < k < V
+        if count:
+            _keep(y, w, k, count)
+        count = p >= 1
+        if not count:
+            _keep(y, w, p * _sum(w), count)
         if least > 0:
             floor = np.float32(np.log(least))
             for i in range(V):

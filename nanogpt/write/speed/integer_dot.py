@@ -150,7 +150,7 @@ _dot_1x1, _dot_2x2, _dot_2x4, _dot_2x8 = (
     dot_of(rows, columns, VNNI) for rows, columns in ((1, 1), (2, 2), (2, 4), (2, COLUMNS))
 )
 _turn = turn_of(LANES)
-_lanes_1x2, _lanes_4x2, _lanes_12x2 = (lanes_of(rows, FEWER, VNNI) for rows in (1, 4, 12))
+_lanes_1x2, _lanes_12x2 = (lanes_of(rows, FEWER, VNNI) for rows in (1, 12))
 _lanes_1x4, _lanes_6x4 = (lanes_of(rows, MOST, VNNI) for rows in (1, 6))
 
 
@@ -278,9 +278,6 @@ def _products_by_lanes(weight, scale, bias, row_scale, lanes, y, start, stop, ad
                     elif width - r >= 12:
                         _lanes_12x2(w, size, x, steps, into)
                         r += 12
-                    elif width - r >= 4:
-                        _lanes_4x2(w, size, x, steps, into)
-                        r += 4
                     else:
                         _lanes_1x2(w, size, x, steps, into)
                         r += 1
@@ -351,11 +348,12 @@ def _quantize(part, crew, size, x, acts):
 
 
 @kernel
-def _linear(part, crew, size, weight, scale, bias, x, acts, y):
+def _linear(part, crew, size, weight, scale, bias, x, acts, y, add):
+    # add 由外面给：写成字面的 False，numba 会为它把 products 再编译一份
     _quantize(part, crew, size, x, acts)
     meet(crew, size)
     start, stop = share(len(bias), part, size)
-    products(weight, scale, bias, acts, y, start, stop, False)
+    products(weight, scale, bias, acts, y, start, stop, add)
 
 
 @kernel
@@ -374,7 +372,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias, mul
     y, crew, here = cache_aligned((len(x), len(scale))), crew_of(threads()), multiply is None
     acts = activations(*x.shape, lanes=here, sums=here)
     if here:
-        crew.run(_linear, weight, scale, bias, x, acts, y)
+        crew.run(_linear, weight, scale, bias, x, acts, y, False)
     else:
         crew.run(_quantize, x, acts)
         q = np.ascontiguousarray(acts[0][:, : x.shape[1]])
