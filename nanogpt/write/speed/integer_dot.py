@@ -154,6 +154,31 @@ _lanes_1x2, _lanes_12x2 = (lanes_of(rows, FEWER, VNNI) for rows in (1, 12))
 _lanes_1x4, _lanes_6x4 = (lanes_of(rows, MOST, VNNI) for rows in (1, 6))
 
 
+@part_of_kernel
+def _lay_beside(fours, start, stop, lanes):
+    """Rows start … stop of fours (B, >= K / 4), four bytes each, into lanes."""
+    steps, stride, b = lanes.shape[1], fours.shape[1], start
+    while b < stop:
+        first = b // LANES * steps * LANES
+        if b % LANES == 0 and b + LANES <= stop:
+            # 一整组：十六个一块地转置，比一个一个隔着写快一倍
+            whole = steps // LANES * LANES
+            for i in range(0, whole, LANES):
+                _turn(at(fours, b * stride + i), stride, at(lanes, first + i * LANES), LANES)
+            for row in range(b, b + LANES):
+                for i in range(whole, steps):
+                    lanes[b // LANES, i, row - b] = fours[row, i]
+            group = carray(at(lanes, first), (steps * LANES,))
+            for i in range(len(group)):
+                # 翻转最高位就是加 128
+                group[i] ^= np.int32(-0x7F7F7F80)
+            b += LANES
+        else:
+            for i in range(steps):
+                lanes[b // LANES, i, b % LANES] = fours[b, i] ^ np.int32(-0x7F7F7F80)
+            b += 1
+
+
 @kernel
 def quantize_rows(x, start, stop, acts):
     """Rows start … stop of x (B, K) into acts = (q (B, >= K) int8, scale (B,), less (B, K // GROUP or 0), lanes).
@@ -179,11 +204,8 @@ def quantize_rows(x, start, stop, acts):
                 total += np.int32(q[b, k])
             # int4 的码都多了 8：这个数正好减回来
             less[b, g] = -8 * total
-        if len(lanes) > 0:
-            beside, lane = lanes[b // LANES], b % LANES
-            for i in range(size // 4):
-                # 翻转最高位就是加 128
-                beside[i, lane] = fours[b, i] ^ np.int32(-0x7F7F7F80)
+    if len(lanes) > 0:
+        _lay_beside(fours, start, stop, lanes)
 
 
 @part_of_kernel
