@@ -276,6 +276,19 @@ def test_activations_are_rounded_to_the_same_integers_everywhere():
         assert acts[2].shape == wanted.shape and (acts[2] == wanted).all()
 
 
+@pytest.mark.parametrize("size", [128, 100])
+def test_activations_lie_side_by_side_the_same_whoever_laid_them(size):
+    integer_dot = with_instruction("integer_dot", 64)
+    x = torch.randn(70, size).numpy()
+    acts = integer_dot.activations(*x.shape)
+    # 几个线程各一份，边界不在一组的开头
+    for start, stop in ((40, 70), (0, 7), (7, 40)):
+        integer_dot.quantize_rows(x, start, stop, acts)
+    q, lanes = acts[0][:, :size], acts[3]
+    beside = lanes.view(np.uint8).reshape(len(lanes), size // 4, 16, 4).transpose(0, 2, 1, 3).reshape(-1, size)
+    assert (beside[:70].astype(int) == q.astype(int) + 128).all()
+
+
 def test_int4_rounds_each_weight_to_half_a_step_and_a_byte_holds_two():
     weight = torch.randn(37, 96) * torch.logspace(-3, 3, 37)[:, None]
     weight[3] = 0
