@@ -6,7 +6,6 @@ import torch
 from conftest import GPT2_RECIPE, QWEN3_RECIPE, kernels, wild_model
 
 from nanogpt.core import kernels as plain
-from nanogpt.core.attention import CausalSelfAttention
 from nanogpt.core.kv_cache import KVCache
 from nanogpt.write.speed.acceleration import accelerate
 
@@ -87,11 +86,11 @@ def test_other_attention_is_left_to_pytorch(case, monkeypatch):
 @pytest.mark.parametrize("recipe", [{}, GPT2_RECIPE, {**GPT2_RECIPE, "activation": "gelu"}, {**QWEN3_RECIPE, "n_head": 4, "n_embd": 32}])
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_a_text_read_in_one_go_or_in_two_gives_what_the_plain_path_gives(recipe, precision):
-    kernels("nanogpt.write.speed.causal_attention")
+    reading = kernels("nanogpt.write.speed.causal_attention").Reading
     make = {**{"n_embd": 32}, **recipe, "block_size": 160}
     usual = accelerate(wild_model(**make), precision, fast=False)
     fast = accelerate(wild_model(**make), precision)
-    assert all(block.attn.attention is not CausalSelfAttention.attention for block in fast.h)
+    assert all(isinstance(block.attn, reading) for block in fast.h)
     idx, last = torch.randint(11, (2, 150), generator=torch.Generator().manual_seed(1)), torch.tensor([149, 149])
     with torch.inference_mode():
         wanted, caches = usual.logits(usual.last_hidden(idx, KVCache(usual, 2), last)), [KVCache(fast, 2) for _ in range(2)]

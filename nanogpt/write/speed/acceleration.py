@@ -220,9 +220,8 @@ def read_by_loops(model) -> None:
     from nanogpt.write.speed import causal_attention
 
     training.use_loops(model)
-    for part in model.modules():
-        if isinstance(part, CausalSelfAttention) and part.attention is CausalSelfAttention.attention:
-            part.attention = causal_attention.attention
+    for block in model.h:
+        mix_in(block.attn, causal_attention.Reading)
     causal_attention.prepare()
 
 

@@ -296,6 +296,21 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask, dropout: 
     return y.transpose(1, 2)
 
 
+class Reading:
+    """Put before CausalSelfAttention: a text is read through compiled loops."""
+
+    attention = staticmethod(attention)
+
+    def parts(self, qkv: torch.Tensor, rope=None) -> list[torch.Tensor]:
+        """CausalSelfAttention.parts()."""
+        batch, T = qkv.shape[:2]
+        alone = not self.joint or (rope is None and not self.qk_norm)
+        if alone or T == 1 or torch.is_grad_enabled():
+            return super().parts(qkv, rope)
+        packed, _ = self.arrangement(self.eps if self.qk_norm else None, rope).pack((qkv,))
+        return [packed.unflatten(1, (batch, -1)).permute(1, 3, 0, 2, 4)]
+
+
 def prepare() -> None:
     """Compile it, or load what was compiled, so that no text has to wait."""
     one = torch.zeros(1, 1, LEAST_KEYS, UNIT)
