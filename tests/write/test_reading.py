@@ -55,6 +55,14 @@ def test_the_bits_of_attention_do_not_depend_on_what_lies_beside_a_text_or_on_th
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("length", [100, 513, 515, 540])
+def test_what_is_padded_on_the_right_of_a_text_changes_none_of_its_bits(length):
+    q, k, v = parts_of(1, 2, 1, 545, 545, 16, std=3.0)
+    # 分数往后越来越高：最高的在后一段里，前面的都要重新缩小
+    k *= torch.linspace(0.1, 3.0, 545)[:, None]
+    assert torch.equal(ours(q[:, :, :length], k[:, :, :length], v[:, :, :length]), ours(q, k, v)[:, :, :length])
+
+
 def test_a_number_that_is_not_finite_stays_and_spoils_only_who_sees_it():
     q, k, v = parts_of(1, 2, 1, 120, 120, 16)
     k[0, 0, 70, 3] = torch.nan

@@ -84,9 +84,12 @@ _values_1, _values_2, _values_3 = (outer_of(vectors, False) for vectors in (1, 2
 
 @part_of_kernel
 def _score(k, apart, q, size, count, seen, vectors, scores):
-    """scores (count, QUERIES) of keys with queries; those from `seen` on are not seen by the first queries."""
+    """scores (count, QUERIES) of keys with queries; those from `seen` on are not seen by the first queries.
+
+    ROWS rows before the first may be overwritten.
+    """
     for j in range(0, count, ROWS):
-        # 末了不满一块的，连着前几个再算一遍
+        # 末了不满一块的，连着前几个再算一遍；这一段比一块还短时，连着上一段的
         first = min(j, count - ROWS)
         skip = max(0, (first - seen) // LANES)
         key, column = shifted(k, first * apart), shifted(q, skip * LANES)
@@ -240,8 +243,8 @@ def _attend(job):
     # 一整块，从一条缓存线开始
     room = np.zeros(3 * whole + (SPAN + ROWS + 3) * QUERIES + 16, np.float32)
     rows = at(room, (-room.ctypes.data % 64) // 4)
-    q, out, scores = shifted(rows, whole), shifted(rows, 2 * whole), shifted(rows, 3 * whole)
-    factors = shifted(scores, (SPAN + ROWS) * QUERIES)
+    q, out, scores = shifted(rows, whole), shifted(rows, 2 * whole), shifted(rows, 3 * whole + ROWS * QUERIES)
+    factors = shifted(scores, SPAN * QUERIES)
     peaks, totals = shifted(factors, QUERIES), shifted(factors, 2 * QUERIES)
     for piece in pieces(job):
         # 越靠后的 query 要看的 key 越多：一前一后交错着分，线程才分得匀
@@ -263,7 +266,8 @@ def _attend(job):
         seen = longest - T + first
         stop, begin = seen + count, 0
         while begin < stop:
-            end = stop if stop - begin < SPAN + ROWS else begin + SPAN
+            # 一段一段总在同样的地方分：右边补了几个，不改变前面的每一位
+            end = min(begin + SPAN, stop)
             k = at(keys, b * about[8] + h // groups * about[9] + begin * about[10])
             v = at(values, b * about[11] + h // groups * about[12] + begin * about[13])
             _score(k, about[10], q, size, end - begin, seen - begin, vectors, scores)
