@@ -2,6 +2,7 @@
 # 脚本仍在仓库顶层，人们在那里读；装成 wheel 后它们在包内的 shipped/
 """nanogpt train | sample | prepare | runs …: the run scripts, and what manages runs, from any folder."""
 
+import difflib
 import importlib
 import importlib.util
 import os
@@ -11,7 +12,7 @@ from nanogpt.base.cli import HELP, run_script
 from nanogpt.base.config import ROOT
 from nanogpt.base.errors import EXIT_USER_ERROR, forgive_output
 from nanogpt.base.help import versions
-from nanogpt.base.language import language_from_arguments, set_language, show, text
+from nanogpt.base.language import language_from_arguments, say, set_language, show, text
 
 SCRIPTS = ("train", "sample")
 # 管理已有训练的命令：只在用到时导入
@@ -67,10 +68,16 @@ def _explain(program: str) -> None:
     }
     lines = [f"nanogpt {typed:<22} {what}" for typed, what in programs.items()]
     lines.append(text("every setting: nanogpt train --help, nanogpt sample --help; nanogpt --version"))
-    asked = program in HELP
-    show("\n".join(lines), file=sys.stdout if asked else sys.stderr)
-    if not asked:
-        sys.exit(EXIT_USER_ERROR)
+    if program in HELP:
+        show("\n".join(lines))
+        return
+    if program:
+        names = [typed.split()[0] for typed in programs]
+        close = difflib.get_close_matches(program, names, n=1)
+        guess = text("did_you_mean", guess=close[0]) if close else ""
+        say("error", line=text("nanogpt {got}: there is no such command{guess}", got=program, guess=guess))
+    show("\n".join(lines), file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)
 
 
 if __name__ == "__main__":

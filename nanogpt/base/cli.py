@@ -320,7 +320,8 @@ class _Script:
     ):
         self.config_name, self.task = config_name, task
         self.before_sweep, self.after_sweep = before_sweep, after_sweep
-        self.remembered = remembered_groups(overrides)
+        # 只有训练能接着：写作时敲了 resume=，错的是它
+        self.remembered = remembered_groups(overrides) if config_name == "train" else []
         exact = [with_integers(argument, SCHEMAS[config_name]) for argument in overrides]
         typed = [quoted(argument, sweep=sweep) for argument in exact]
         self.overrides = [*searched(typed), *self.remembered, *implied_dataset(overrides)]

@@ -11,7 +11,9 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -23,7 +25,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from nanogpt.base.config import TrainConfig, keys
+from nanogpt.base.config import ROOT, TrainConfig, keys
 from nanogpt.base.errors import explained
 from nanogpt.base.language import ConfigError, text
 from nanogpt.base.quoting import in_quotes, word
@@ -60,11 +62,38 @@ def known_keys(config_name: str) -> list[str]:
     return [key for key, _ in keys(SCHEMAS[config_name])]
 
 
+def options_of(schema: type, group: str) -> list[str]:
+    """The options of a config group that a script with this schema takes: only writing knows precision=int8."""
+    choices = {key: one.metadata["choices"] for key, one in keys(schema) if "choices" in one.metadata}
+    taken = []
+    for option in group_options(group):
+        file = ROOT / "conf" / group / f"{option}.yaml"
+        # 使用者自己的选项由拼配置时去查；none.yaml 是空的
+        content = (file.is_file() and yaml.safe_load(file.read_text(encoding="utf-8"))) or {}
+        given = {f"{group}.{name}": "null" if value is None else str(value).lower() for name, value in content.items()}
+        if all(value in choices.get(key, (value,)) for key, value in given.items()):
+            taken.append(option)
+    return taken
+
+
+def _own_keys(group: str) -> list[str]:
+    """The keys that the yaml files of a group have between them."""
+    # 只在猜错字时读：数据集一类的组，schema 里没有它们各自的键
+    contents = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in (ROOT / "conf" / group).glob("*.yaml")]
+    return sorted({name for content in contents for name in content or {} if name.isidentifier()})
+
+
 def guess_of(key: str, config_name: str) -> str | None:
     """What an unknown key may mean: its name here if another program has it, a key ending in it, or a similar one."""
     known = known_keys(config_name)
     if elsewhere := OTHER_NAMES[config_name].get(key.lower()):
         return elsewhere
+    group, _, name = key.rpartition(".")
+    if is_group(group):
+        # 组里的键只与组里的比：最像 dataset.paht 的不是 dataset
+        inside = [one.removeprefix(f"{group}.") for one in known if one.startswith(f"{group}.")]
+        close = difflib.get_close_matches(name, [*inside, *_own_keys(group)], n=1)
+        return f"{group}.{close[0]}" if close else None
     ends = [name for name in known if name.endswith(f".{key}")]
     close = ends[:1] or difflib.get_close_matches(key, known, n=1)
     return close[0] if close and close[0] != key else None
@@ -74,8 +103,7 @@ def one_line(error: Exception, config_name: str) -> ConfigError:
     """Turn what Hydra or OmegaConf raised while composing into a ConfigError that names the key."""
     message = str(error)
     if isinstance(error, MissingConfigException) and error.options:
-        group, _, got = (error.missing_cfg_file or "").rpartition("/")
-        return ConfigError("unknown_option", group=group, got=got, options=", ".join(error.options))
+        return _of_an_option(error.missing_cfg_file or "", error.options, config_name)
     # Hydra 的“找不到配置”也是一种 OSError
     if not isinstance(error, HydraException) and (found := explained(error)):
         return found
@@ -109,6 +137,20 @@ def one_line(error: Exception, config_name: str) -> ConfigError:
         "{line}",
         line=" ".join(line.strip() for line in message.splitlines() if line.strip()) or type(error).__name__,
     )
+
+
+def _of_an_option(file: str, options: list[str], config_name: str) -> ConfigError:
+    """The line for an option that a group does not have; Hydra names both as one path."""
+    parts = file.split("/")
+    # 敲的值里也可以有斜杠：组是最前面认得出的那一段
+    group = next((one for n in range(1, len(parts)) if is_group(one := "/".join(parts[:n]))), file.rpartition("/")[0])
+    got = file[len(group) + 1 :]
+    if group == "dataset" and (re.search(r"[./\\]", got) or Path(got).exists()):
+        return ConfigError(
+            "dataset={got}: there is no such option; for a text of your own type dataset.path={got}", got=got,
+        )
+    known = options_of(SCHEMAS[config_name], group) or options
+    return ConfigError("unknown_option", group=group, got=got, options=", ".join(known))
 
 
 def _readable(argument: str) -> str:

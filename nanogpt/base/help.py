@@ -20,11 +20,10 @@ from pathlib import Path
 
 import yaml
 
-from nanogpt.base.composing import SCHEMAS
+from nanogpt.base.composing import SCHEMAS, options_of
 from nanogpt.base.config import ROOT, keys
 from nanogpt.base.language import current_language, text
 from nanogpt.base.quoting import command
-from nanogpt.base.user_yaml import group_options
 
 WIDTH, LEFT = 80, 26
 # 一个键最多说两行：更长的在 docs/settings.md
@@ -185,20 +184,9 @@ def _examples(config_name: str) -> Iterator[str]:
 def _groups(file: Path, schema: type) -> Iterator[str]:
     """The groups of a yaml's defaults list, each with its default and all options, the user's own included."""
     for entry in yaml.safe_load(file.read_text(encoding="utf-8"))["defaults"]:
-        if isinstance(entry, dict) and (options := group_options(group := next(iter(entry)))):
+        if isinstance(entry, dict) and (options := options_of(schema, group := next(iter(entry)))):
             default = "null" if entry[group] is None else entry[group]
-            taken = " ".join(option for option in options if _takes(schema, group, option))
-            yield from rows(f"{group}={default}", wrapped(taken, WIDTH - LEFT))
-
-
-def _takes(schema: type, group: str, option: str) -> bool:
-    """Whether a script with this schema takes an option: only writing knows precision=int8."""
-    choices = {key: one.metadata["choices"] for key, one in keys(schema) if "choices" in one.metadata}
-    file = ROOT / "conf" / group / f"{option}.yaml"
-    # 使用者自己的选项由拼配置时去查；none.yaml 是空的
-    content = (file.is_file() and yaml.safe_load(file.read_text(encoding="utf-8"))) or {}
-    given = {f"{group}.{name}": "null" if value is None else str(value).lower() for name, value in content.items()}
-    return all(value in choices.get(key, (value,)) for key, value in given.items())
+            yield from rows(f"{group}={default}", wrapped(" ".join(options), WIDTH - LEFT))
 
 
 def versions() -> str:

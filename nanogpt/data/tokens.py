@@ -223,17 +223,22 @@ class TokenData:
         split = min(SPLITS, key=lambda split: len(self.tokens[split]))
         # 一条样本要 block_size + 1 个 token
         limit = len(self.tokens[split]) - 1
+        if limit < 1:
+            raise ConfigError(
+                "the {split} split has {tokens} tokens, too few to train on: give more text",
+                split=split, tokens=limit + 1,
+            )
         if block_size > limit:
             raise ConfigError(
                 "model.block_size={got} is longer than the {split} split ({tokens} tokens); choose "
-                "model.block_size<={limit} or give more text",
-                got=block_size, split=split, tokens=limit + 1, limit=max(limit, 0),
+                "model.block_size={limit} or less, or give more text",
+                got=block_size, split=split, tokens=limit + 1, limit=limit,
             )
         # 个别文件短一点不要紧；多数都短，一行里就是同一段话反复几遍
         if block_size > (usual := len(self.tokens["train"]) // len(self._files()[1]) - 1):
             raise ConfigError(
                 "model.block_size={got} is longer than the files of the training split, {tokens} tokens on average; "
-                "choose model.block_size<={limit} or a larger dataset.shard_tokens",
+                "choose model.block_size={limit} or less, or a larger dataset.shard_tokens",
                 got=block_size, tokens=usual + 1, limit=max(usual, 0),
             )
 

@@ -2,7 +2,8 @@
 
 # 一个设置放不下时，算出改哪几个键就放得下，按速度排好
 # 先找同样有效 batch 下更小的微批，再试成套设置与 memory= 的各个键，都不行才缩短上下文；每条建议都完整追踪过
-# show 由 plan=true 用，presets 与 changed 由 autopsy 用；找到够用的、或用了 SECONDS 秒的 CPU 时间就停，不求穷尽
+# show 由 plan=true 用，presets 与 changed 由 autopsy 用；找到够用的、或用了 SECONDS 秒的 CPU 时间就停
+# 一条也没有时到 LONGEST 为止，不求穷尽
 
 import time
 from collections.abc import Callable
@@ -15,8 +16,9 @@ from nanogpt.plan.plan import TIGHT, Plan, Planner, parallels
 from nanogpt.weights.build import memory_options
 
 LINES = 5
-SECONDS = 4.0
-"""No further candidate is looked at after so much CPU time: a busy machine gives the same advice, only later."""
+SECONDS, LONGEST = 4.0, 8.0
+"""No further candidate is looked at after so much CPU time, or so much where none was found: a busy machine gives the
+same advice, only later."""
 USEFUL = 0.995
 """A change counts where it brings the peak below this part of what it was."""
 
@@ -66,23 +68,28 @@ def advise(plan: Plan, planner: Planner, looked: Callable[[float], None] = lambd
     looked(seconds since the beginning) is called on the way.
     """
     began = time.process_time()
-    until = began + SECONDS
+
+    def late(limit: float) -> bool:
+        seconds = time.process_time() - began
+        looked(seconds)
+        return seconds > limit
+
     found, whole = _ways(plan, planner, ()) + sharded(plan, planner), presets()
     # 次序：最便宜的成套设置；还不够，就更彻底的；再是各个单项，先粗估有没有用
     for change in (*whole, *KEYS):
-        looked(time.process_time() - began)
-        if len(found) >= LINES or time.process_time() > until:
+        if late(SECONDS) or len(found) >= LINES:
             break
         # 已经有够用的，不必再劝人用更重的成套设置
         if not (found and change in whole[1:]) and (change in whole or _is_useful(change, plan, planner)):
             found += _ways(plan, planner, (change,))
-    if not found:
-        found = [way for change in whole for way in _ways(plan, planner, (change,), accepted=("fits", "tight"))][:LINES]
+    for change in () if found else whole:
+        if not late(LONGEST):
+            found += _ways(plan, planner, (change,), accepted=("fits", "tight"))
     levels = [(), *((change,) for change in whole)]
     if not found:
-        found = _one_row(plan, planner, levels)
+        found = _one_row(plan, planner, levels, lambda: late(LONGEST))
     if not found:
-        found = _shorter(plan, planner, levels, until)
+        found = _shorter(plan, planner, levels, lambda: late(LONGEST))
     return sorted((a for a in found if not any(_beats(b, a) for b in found)), key=lambda a: -a.speed)[:LINES]
 
 
@@ -108,10 +115,10 @@ def _beats(one: Advice, other: Advice) -> bool:
 def show(plan: Plan, planner: Planner, console: Console) -> None:
     """Print the advice for a plan that does not fit."""
     if not console.live:
-        console.line("looking for settings that fit, at most about {seconds:.0f} s …", seconds=SECONDS)
+        console.line("looking for settings that fit, at most about {seconds:.0f} s …", seconds=LONGEST)
     # 找到够用的就停，所以进度条走的是时间：走到头也就不再找了
-    with console.progress(round(SECONDS), title="progress_advice") as advance:
-        found = advise(plan, planner, lambda seconds: advance(round(min(seconds, SECONDS)), left=SECONDS - seconds))
+    with console.progress(round(LONGEST), title="progress_advice") as advance:
+        found = advise(plan, planner, lambda seconds: advance(round(min(seconds, LONGEST)), left=LONGEST - seconds))
     console.line(
         "to make it fit, fastest first (speed relative to the setting above):",
     ) if found else console.line(
@@ -190,13 +197,15 @@ def _typed(batch: dict[str, int | None], cfg: TrainConfig, changes: tuple[Change
     return " ".join([*values, *(change.typed for change in changes)])
 
 
-def _one_row(plan: Plan, planner: Planner, levels: list[tuple[Change, ...]]) -> list[Advice]:
+def _one_row(
+    plan: Plan, planner: Planner, levels: list[tuple[Change, ...]], late: Callable[[], bool]
+) -> list[Advice]:
     """The cheapest changes with which a single row fits that is not accumulated."""
     # 反向里更新的不能累积：批量小了，模型还是那个模型
     batch = {"batch_size": 1, "gradient_accumulation_steps": 1, "global_batch_size": None}
     for changes in levels:
         candidate = changed(replace(plan.cfg, **batch), changes)
-        if candidate and planner.estimate(candidate).fits(1, planner.budget_of(candidate), 1.0):
+        if candidate and not late() and planner.estimate(candidate).fits(1, planner.budget_of(candidate), 1.0):
             outcome = planner.judge(candidate, plan.vocab_source)
             if outcome.verdict != "does_not_fit":
                 speed = outcome.tokens_per_s / plan.tokens_per_s
@@ -204,12 +213,14 @@ def _one_row(plan: Plan, planner: Planner, levels: list[tuple[Change, ...]]) -> 
     return []
 
 
-def _shorter(plan: Plan, planner: Planner, levels: list[tuple[Change, ...]], until: float) -> list[Advice]:
+def _shorter(
+    plan: Plan, planner: Planner, levels: list[tuple[Change, ...]], late: Callable[[], bool]
+) -> list[Advice]:
     """The longest shorter context that fits with one of the changes."""
     for divisor in BLOCKS:
         block = plan.cfg.model.block_size // divisor
         shorter = replace(plan, cfg=replace(plan.cfg, model=replace(plan.cfg.model, block_size=block)))
         for changes in levels:
-            if block and time.process_time() < until and (ways := _ways(shorter, planner, changes)):
+            if block and not late() and (ways := _ways(shorter, planner, changes)):
                 return [replace(way, typed=f"model.block_size={block} {way.typed}".strip()) for way in ways]
     return []

@@ -32,6 +32,7 @@ from nanogpt.base.groups import keys_of
 from nanogpt.base.hashed_json import DamagedError, NewerError, reason_of
 from nanogpt.base.language import ConfigError, say, text
 from nanogpt.base.lock import Lock
+from nanogpt.base.moved import present_name
 from nanogpt.base.quoting import typed_override
 from nanogpt.base.run_names import OUTPUTS, RunRecord, recorded
 from nanogpt.base.saved_config import read_saved, refuse_unnamed_code, schema_node, typed_node
@@ -53,6 +54,8 @@ WRITTEN = RUN_FILES - {"data"}
 FIXED_ON_RESUME = ("model", "dataset", "seed", "init_from", "finetune", "holdout")
 # 其中这些例外：不影响参数的形状
 CHANGEABLE = {("model", "dropout"), ("dataset", "dir"), ("finetune", "dropout")}
+# 优化器可以调，不能换一种：存下的状态是这一种的
+FIXED_PART = {"optimizer": "_target_"}
 # 后来才有的键，更早的训练目录没有它们：不能取这次写的，那时就是这样
 ADDED_LATER = {"init_from": None, "finetune": asdict(FinetuneConfig()), "groups": {}, "holdout": 0.0}
 # 顶层的短名字同时决定的键
@@ -247,20 +250,26 @@ def _completed(saved: dict, typed: TrainConfig) -> dict:
 def _with_typed(saved: dict, typed: TrainConfig, overrides: list[str], source: Path) -> TrainConfig:
     fresh = plain(typed)
     refuse_unnamed_code(saved, fresh, source)
-    before = {key: saved[key] for key in FIXED_ON_RESUME}
+    before = fixed_part(saved)
     merged, fresh_node = OmegaConf.create(saved), OmegaConf.create(fresh)
     for override in OverridesParser.create().parse_overrides(overrides):
         if override.key_or_group == "experiment":
             # 一套配方会改动许多键，说不清哪些该变
             raise ConfigError("resume_changes", key="experiment", old="-", new=override.value())
         _lay(merged, override, saved, fresh_node)
-    if merged.model.vocab_size is None:
-        # 重新写出的 model=… 没有词表大小，它由数据决定，沿用原来的
-        merged.model.vocab_size = before["model"]["vocab_size"]
-    after = OmegaConf.to_container(merged)
-    for key in FIXED_ON_RESUME:
-        refuse_change(key, before[key], after[key])
+        if merged.model.vocab_size is None:
+            # 重新写出的 model=… 没有词表大小，它由数据决定，沿用原来的
+            merged.model.vocab_size = before["model"]["vocab_size"]
+        # 逐个看：说得出是敲的哪一个要改它
+        for key, after in fixed_part(OmegaConf.to_container(merged)).items():
+            refuse_change(key, before[key], after, override.input_line)
     return typed_node(TrainConfig, merged)
+
+
+def fixed_part(config: dict) -> dict:
+    """What cannot change on resume of a config."""
+    parts = {key: {name: present_name(str(config[key].get(name)))} for key, name in FIXED_PART.items()}
+    return {key: config[key] for key in FIXED_ON_RESUME} | parts
 
 
 def _lay(merged: DictConfig, override: Override, saved: dict, fresh_node: DictConfig) -> None:
@@ -306,12 +315,18 @@ def typed_model_fields(overrides: list[str], model: ModelConfig) -> set[str]:
     return fields
 
 
-def refuse_change(key: str, old, new) -> None:
-    """Raise when a fixed key changed."""
+def refuse_change(key: str, old, new, typed: str) -> None:
+    """Raise when what was typed changes a fixed key."""
     if not isinstance(old, dict):
         old, new, key, parent = {key: old}, {key: new}, "", ""
     else:
         parent = key
     for name in sorted(set(old) | set(new)):
         if old.get(name) != new.get(name) and (parent, name) not in CHANGEABLE:
-            raise ConfigError("resume_changes", key=f"{parent}.{name}".strip("."), old=old.get(name), new=new.get(name))
+            changed = {"key": f"{parent}.{name}".strip("."), "old": old.get(name), "new": new.get(name)}
+            if typed.lstrip("+~").partition("=")[0] == changed["key"]:
+                raise ConfigError("resume_changes", **changed)
+            raise ConfigError(
+                "{typed}: {key} cannot change on resume ({old} -> {new}); leave {typed} out or start a new run",
+                typed=typed, **changed,
+            )

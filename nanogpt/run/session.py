@@ -290,7 +290,16 @@ class Session:
             if self.source and not directory and (folder := find_prepared(name, self.source.data_fingerprint())):
                 corpus.say_reused(name, folder)
                 return folder
-            return corpus.prepare(name, directory, options, verify=self.cfg.verify)
+            try:
+                return corpus.prepare(name, directory, options, verify=self.cfg.verify)
+            except tokenizers.UnknownCharacters as error:
+                if self.cfg.init_from is None:
+                    raise
+                raise ConfigError(
+                    "init_from={got}: the vocabulary of that model lacks {characters}; leave these characters out of "
+                    "the text, or train without init_from",
+                    got=self.cfg.init_from, characters=error.values["characters"],
+                ) from None
 
         # 放在别处的，每台机器有自己的缓存：各取各的
         folder = prepared() if is_address(directory) else distributed.from_first(prepared)

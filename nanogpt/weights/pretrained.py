@@ -79,7 +79,13 @@ def open_pretrained(
         return read_folder(path, lazily=lazily)
     if run_names.names_run(named):
         return read_run(named, key, which, code)
-    if path.exists() or hub.repository_of(named) is None:
+    if path.exists():
+        raise ConfigError(
+            "{key}={got}: there is no model here that can be read: wanted is a folder with config.json and "
+            "model.safetensors, a run folder, or a nanoGPT ckpt.pt",
+            key=key, got=named,
+        )
+    if hub.repository_of(named) is None:
         raise ConfigError(
             "{key}={got}: there is no such folder or file here, and it is no name on the hub; give gpt2, gpt2-medium, "
             "gpt2-large, gpt2-xl, owner/name, modelscope:owner/name, a folder with config.json and model.safetensors, "

@@ -55,7 +55,12 @@ class Chat:
                 messages = [*messages[:head], *messages[head + 2 :]]
                 ids = question_ids(self.model.tokenizer, messages)
         except UnknownCharacters as error:
-            raise UnknownCharacters(error.characters, skip) from None
+            unknown = UnknownCharacters(error.characters, skip)
+            asked = "".join(message["content"] for message in messages[head:])
+            if self.system and not {*error.characters} & {*asked}:
+                # 问题里没有这些字：不说是 system 里的，就无从改起
+                raise ConfigError("bad_part", key="system", reason=unknown) from None
+            raise unknown from None
         if len(ids) > block:
             raise ConfigError("chat_too_long", got=len(ids), limit=block)
         return replace(

@@ -64,7 +64,11 @@ class ChatSession(InteractiveSession):
         say("the conversation begins anew")
 
     def _do_system(self, value: str) -> None:
-        self.chat.system = unescaped(value)
+        told = unescaped(value)
+        if self.settings.unknown != "skip":
+            # 读不了的现在就说，原来的留着：不然每一问都写不成
+            self.model.tokenizer.encode(told)
+        self.chat.system = told
         self._changed("system", self.chat.system)
         self._do_reset("")
 

@@ -55,6 +55,33 @@ def test_the_name_of_the_recipe_is_not_taken_for_the_recipe(in_tmp, monkeypatch,
     assert capsys.readouterr().err.strip().endswith("choose an architecture with arch=gpt2")
 
 
+@pytest.mark.parametrize(("typed", "said"), [
+    ("dataset=../txt/my.txt", "dataset=../txt/my.txt: there is no such option; for a text of your own type dataset.path=../txt/my.txt"),
+    ("dataset=my.txt", "for a text of your own type dataset.path=my.txt"),
+    ("dataset=shakespere", "dataset=shakespere: there is no such option; choose one of: chat, "),
+    ("model=a/b", "model=a/b: there is no such option; choose one of: gpt2, "),
+    # 训练不会的格式，也不劝人用
+    ("precision=fp8", "precision=fp8: there is no such option; choose one of: auto, bf16, fp16, fp32\n"),
+    ("dataset.paht=x", "dataset.paht: there is no such key (did you mean dataset.path?)"),
+    ("memory.foo=1", "memory.foo: there is no such key; see conf/train.yaml"),
+    ("memory.wieghts=bf16", "(did you mean memory.weights?)"),
+])
+def test_a_mistake_names_what_was_typed_and_what_can_be_typed_instead(in_tmp, monkeypatch, capsys, typed, said):
+    with pytest.raises(SystemExit):
+        what_the_task_sees(monkeypatch, typed)
+    assert said in (line := capsys.readouterr().err) and line.startswith("error: ") and line.count("\n") == 1
+
+
+def test_writing_does_not_take_the_groups_of_a_run_that_was_to_be_resumed(in_tmp, monkeypatch, capsys):
+    run = in_tmp / "outputs" / "run"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("groups: {optimizer: muon, dataset: text_file, logger: none}\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["run_sample.py", "resume=outputs/run"])
+    with pytest.raises(SystemExit):
+        cli.run_script("sample", lambda cfg, words: None)
+    assert capsys.readouterr().err.startswith("error: resume: there is no such key (did you mean out_dir?)")
+
+
 RESTARTS = {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_RESTART_COUNT": "0"}
 
 

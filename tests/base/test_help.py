@@ -60,6 +60,16 @@ def test_the_version_is_ours_and_a_misspelt_flag_is_one_line(monkeypatch, capsys
         assert error.count("\n") == 1 and typed in error and f"did you mean {guess}?" in error
 
 
+@pytest.mark.parametrize(("typed", "said"), [("trian", "nanogpt trian: there is no such command (did you mean train?)"), ("foo", "nanogpt foo: there is no such command"), ("", "")])
+def test_a_command_that_is_none_is_named_before_those_that_are(monkeypatch, capsys, typed, said):
+    monkeypatch.setattr(sys, "argv", ["nanogpt", *typed.split()])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert first == f"error: {said}" if typed else first.startswith("nanogpt train ")
+    assert any(line.startswith("nanogpt sample ") for line in rest)
+
+
 def test_the_program_names_what_it_can_do(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["nanogpt", "--help"])
     main()

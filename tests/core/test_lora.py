@@ -163,7 +163,7 @@ def test_init_from_one_of_our_runs_starts_where_it_stood_and_keeps_its_vocabular
     again = open_pretrained("outputs/base/ckpt/iter_00000003")
     assert torch.equal(weights(build_pretrained(again)), weights(build_pretrained(base)))
     Path("strange.txt").write_text("QUARTZ " * 40, encoding="utf-8")
-    with pytest.raises(ConfigError, match="the vocabulary lacks"):
+    with pytest.raises(ConfigError, match="^init_from=outputs/base: the vocabulary of that model lacks"):
         new_session(overrides, "dataset=text_file", "dataset.path=strange.txt", "dataset.dir=strange", f"init_from={base_run}", out="outputs/b")
 
 

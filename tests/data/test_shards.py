@@ -157,6 +157,6 @@ def test_a_copy_of_many_files_is_the_same_data(tmp_path):
 
 def test_a_block_longer_than_the_files_is_refused(tmp_path):
     data = TokenData(sharded_dataset(tmp_path / "d", (30,) * 10))
-    with pytest.raises(ConfigError, match=r"model.block_size=64 is longer than the files .* 30 tokens on average.*<=29"):
+    with pytest.raises(ConfigError, match=r"model.block_size=64 is longer than the files .* 30 tokens on average; choose model.block_size=29 or less"):
         data.check_block_size(64)
     data.check_block_size(29)

@@ -227,10 +227,12 @@ def test_a_vocabulary_that_is_none_is_one_line(tmp_path, content):
 
 def test_a_block_longer_than_the_data_is_refused_and_the_limit_named_works(tmp_path):
     data = TokenData(counting_dataset(tmp_path / "d", train=50, val=20))
-    with pytest.raises(ConfigError, match=r"model.block_size=64 is longer than the val split \(20 tokens\).*<=19"):
+    with pytest.raises(ConfigError, match=r"model.block_size=64 is longer than the val split \(20 tokens\); choose model.block_size=19 or less"):
         data.check_block_size(64)
     data.check_block_size(19)
     data.starts(0, 0, 5, 19)
+    with pytest.raises(ConfigError, match="the val split has 1 tokens, too few to train on: give more text"):
+        TokenData(counting_dataset(tmp_path / "e", train=50, val=1)).check_block_size(64)
 
 
 def test_small_vocabularies_take_one_byte_a_token(tmp_path):

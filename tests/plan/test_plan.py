@@ -189,7 +189,7 @@ def test_where_nothing_that_accumulates_fits_a_single_row_is_advised():
         estimate=lambda cfg: SimpleNamespace(fits=lambda rows, budget, part: cfg.memory.optimizer_in_backward and cfg.batch_size == 1),
     )
     plan = SimpleNamespace(cfg=make_config(*SMALL, "batch_size=8", "gradient_accumulation_steps=4"), vocab_source="-", tokens_per_s=10.0)
-    (found,) = advice._one_row(plan, planner, [(), *((change,) for change in advice.presets())])
+    (found,) = advice._one_row(plan, planner, [(), *((change,) for change in advice.presets())], lambda: False)
     assert (found.typed, found.speed) == ("batch_size=1 gradient_accumulation_steps=1 memory=minimal", 0.5)
 
 

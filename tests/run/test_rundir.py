@@ -234,9 +234,12 @@ def test_groups_and_recipes_of_ones_own_folder_are_read_on_resume_and_for_fine_t
     # 换成默认的那一项，也是换
     assert resumed("memory=default", "arch=modern", "model=tiny").model == resumed().model
     for typed, said in (("+tweak=wide", r"model\.n_embd cannot change on resume \(16 -> 32\)"), ("experiment=mine", "experiment cannot change"),
-                        ("model=small", "model.block_size cannot change"), ("arch=gpt2", "model.activation cannot change")):
+                        ("model=small", "^model=small: model.block_size cannot change .*leave model=small out"), ("arch=gpt2", "^arch=gpt2: model.activation cannot change"),
+                        ("seed=5", "^seed cannot change .*leave it out"), ("optimizer=adamw", r"^optimizer=adamw: optimizer\._target_ cannot change")):
         with pytest.raises(ConfigError, match=said):
             resumed(typed)
+    # 同一种优化器可以调
+    assert resumed("optimizer=muon", "optimizer.weight_decay=0.25").optimizer["weight_decay"] == 0.25
     fresh = make_config(searched, "experiment=mine", checked=False)
     assert rundir.typed_model_fields(["experiment=mine"], fresh.model) == {"dropout"}
     assert rundir.typed_model_fields(["model=tiny", "arch=gpt2", "model.n_head=2"], fresh.model) == {"_target_", "n_layer", "n_head", "n_embd", "arch"}

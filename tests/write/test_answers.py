@@ -63,6 +63,21 @@ def test_a_model_that_learned_answers_alone_answers_and_stops(learned):
     assert [(r["prompt"], r["text"], r["finish"], r["tokens"]) for r in records] == [("say pa", "AAA", "end_of_text", 3), ("say ad", "DDD", "end_of_text", 3)]
 
 
+def test_a_system_text_that_the_vocabulary_cannot_read_is_refused_or_named(answers, capsys):
+    model, cfg = answers
+    session = ChatSession(cfg, model, piped=True)
+    before = session.chat.system
+    assert from_a_pipe(session, io.BytesIO("/system § be\nsay pa\n".encode())) == 2
+    out, err = capsys.readouterr()
+    assert "the vocabulary lacks '§'" in err and session.chat.system == before and "AAA" in out
+    # 命令行上写的，到第一问才读：说是它
+    session.chat.system = "§"
+    with pytest.raises(ConfigError, match="^system: the vocabulary lacks '§'"):
+        session.write("say pa")
+    with pytest.raises(ConfigError, match="^the vocabulary lacks '§'"):
+        session.write("say §")
+
+
 def test_a_conversation_is_remembered_until_it_is_reset(answers, capsys, tmp_path):
     model, cfg = answers
     session = ChatSession(cfg, model, piped=True)
