@@ -177,6 +177,10 @@ def check_sample(cfg: SampleConfig) -> None:
     check_keys(cfg)
     check_device(cfg.device)
     check_start(cfg.init_from)
+    if cfg.init_from and cfg.out_dir != "latest":
+        raise ConfigError(
+            "out_dir={run} init_from={got}: these are two models; leave one out", run=cfg.out_dir, got=cfg.init_from,
+        )
     named = prompts_named(cfg)
     if len(named) > 1:
         raise ConfigError(

@@ -88,7 +88,7 @@ def test_characters_that_the_vocabulary_lacks_are_one_line(own_run):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"num_samples": 0}, "num_samples=0"), ({"temperature": -1.0}, "temperature=-1.0"), ({"start": "a", "starts": ["b"]}, "name prompts twice"), ({"stop": [""]}, "stop holds"),
+    ({"num_samples": 0}, "num_samples=0"), ({"temperature": -1.0}, "temperature=-1.0"), ({"start": "a", "starts": ["b"]}, "name prompts twice"), ({"out_dir": "outputs/a", "init_from": "gpt2"}, "out_dir=outputs/a init_from=gpt2: these are two models"), ({"stop": [""]}, "stop holds"),
     ({"serve": True, "output": "a.jsonl"}, "leave out output"), ({"serve": True, "start": "a"}, "leave out start"), ({"serve": True, "num_samples": 2}, "leave out num_samples"), ({"unknown": "maybe"}, "unknown=maybe"), ({"device": "tpu"}, "device=tpu"), ({"lang": "xx"}, "lang=xx"),
 ])
 def test_bad_settings_are_named(change, message):
