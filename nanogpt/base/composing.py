@@ -130,7 +130,7 @@ def one_line(error: Exception, config_name: str) -> ConfigError:
             "{key}: there is no such key{guess}; see conf/{config}.yaml or run with --cfg job",
             key=key, guess=guess, config=config_name,
         )
-    if found := _of_a_group(message):
+    if found := _of_a_group(message, config_name):
         return found
     # 其余情形：后面的行是 Hydra 的内部细节，压成一行
     return ConfigError(
@@ -174,7 +174,7 @@ def _of_a_value(cause: OmegaConfBaseException, error: Exception, config_name: st
             key=key, reason=first.removeprefix("ConfigError raised while resolving interpolation: "),
         )
     if isinstance(cause, MissingMandatoryValue):
-        return ConfigError("nothing_chosen", group=key, options=", ".join(group_options(key)))
+        return ConfigError("nothing_chosen", group=key, options=", ".join(options_of(SCHEMAS[config_name], key)))
     if "could not be converted" in first and cause.full_key:
         want = re.search(r"could not be converted to (\w+)", first)
         return ConfigError("wrong_type", key=key, got=cause.value, want=want[1] if want else "?")
@@ -186,15 +186,17 @@ def _of_a_value(cause: OmegaConfBaseException, error: Exception, config_name: st
     return None
 
 
-def _of_a_group(message: str) -> ConfigError | None:
+def _of_a_group(message: str, config_name: str) -> ConfigError | None:
     """The line for what Hydra says about a group without naming it."""
     # 消息里没有组名：从命令行里找出那个选项不存在的组
     if "Config group override must be" not in message:
         return None
     for argument in sys.argv[1:]:
         group, _, got = argument.partition("=")
-        if is_group(group) and got not in (options := group_options(group)):
-            return ConfigError("unknown_option", group=group, got=got, options=", ".join(options))
+        if is_group(group) and got not in group_options(group):
+            return ConfigError(
+                "unknown_option", group=group, got=got, options=", ".join(options_of(SCHEMAS[config_name], group))
+            )
     return None
 
 

@@ -14,6 +14,7 @@ import torch
 
 from nanogpt.base.errors import is_out_of_memory
 from nanogpt.base.language import first_line
+from nanogpt.core import loops
 from nanogpt.core.memory.lean_optimizers import fusible_adamw, fusible_momentum
 from nanogpt.core.wrapping import mix_in
 
@@ -180,15 +181,12 @@ def use_loops(
     # 分片的参数没有自己的内存；numba 只在这里才导入
     if device.type != "cpu" or not worth or step.sums or not find_spec("numba"):
         return False
-    try:
-        from nanogpt.core.loops import training, updates
-
-        worth = training.worth_it(step.model)
-    except Exception as error:
-        # numba 装坏了、与 numpy 合不来、被环境变量关掉：都不该训练不了
-        reason = first_line(error)[:LONGEST_REASON]
-        console.line("numba cannot be used ({reason}); training goes on without it", reason=reason)
+    if reason := loops.failure():
+        console.line("numba cannot be used ({reason}); training goes on without it", reason=reason[:LONGEST_REASON])
         return False
+    from nanogpt.core.loops import training, updates
+
+    worth = training.worth_it(step.model)
     if not compiled:
         training.use_loops(step.model)
     return updates.use_loops(step.optimizer) or (worth and not compiled)

@@ -69,7 +69,7 @@ def advise(plan: Plan, planner: Planner, looked: Callable[[float], None] = lambd
     """
     began = time.process_time()
 
-    def late(limit: float) -> bool:
+    def late(limit: float = LONGEST) -> bool:
         seconds = time.process_time() - began
         looked(seconds)
         return seconds > limit
@@ -83,13 +83,13 @@ def advise(plan: Plan, planner: Planner, looked: Callable[[float], None] = lambd
         if not (found and change in whole[1:]) and (change in whole or _is_useful(change, plan, planner)):
             found += _ways(plan, planner, (change,))
     for change in () if found else whole:
-        if not late(LONGEST):
+        if not late():
             found += _ways(plan, planner, (change,), accepted=("fits", "tight"))
     levels = [(), *((change,) for change in whole)]
     if not found:
-        found = _one_row(plan, planner, levels, lambda: late(LONGEST))
+        found = _one_row(plan, planner, levels, late)
     if not found:
-        found = _shorter(plan, planner, levels, lambda: late(LONGEST))
+        found = _shorter(plan, planner, levels, late)
     return sorted((a for a in found if not any(_beats(b, a) for b in found)), key=lambda a: -a.speed)[:LINES]
 
 

@@ -225,14 +225,14 @@ def test_a_numba_that_does_not_work_is_said_once_and_gone_on_without(monkeypatch
         raise AttributeError("'function' object has no attribute '_cache'")
 
     monkeypatch.setattr("nanogpt.core.loops.training.squared_relu", broken)
-    acceleration._working_code.cache_clear()
+    acceleration._works.cache_clear()
     try:
         for precision in ("fp32", "int8", "auto"):
             model, rows = wild_model(), prompts(5, 1, 9)
             plain = decode(accelerate(model, precision, fast=False), rows, 20)
             assert torch.equal(decode(accelerate(wild_model(), precision), rows, 20), plain) and not hasattr(model, "fast_step")
     finally:
-        acceleration._working_code.cache_clear()
+        acceleration._works.cache_clear()
     said = "numba cannot be used ('function' object has no attribute '_cache'); writing goes on without it"
     assert capsys.readouterr().err.count(said) == 1
 

@@ -12,7 +12,8 @@ from importlib.util import find_spec
 import torch
 import torch.nn as nn
 
-from nanogpt.base.language import first_line, say
+from nanogpt.base.language import say
+from nanogpt.core import loops
 from nanogpt.core.attention import CausalSelfAttention
 from nanogpt.core.kernels import attention
 from nanogpt.core.kv_cache import KVCache
@@ -180,22 +181,19 @@ def install(model, step) -> None:
 
 def compiled_code():
     """The module fast_cpu where numba is installed and works, else None."""
-    return _working_code() if find_spec("numba") else None
+    if not find_spec("numba") or not _works():
+        return None
+    from nanogpt.write.speed import fast_cpu
+
+    return fast_cpu
 
 
 @functools.cache
-def _working_code():
-    try:
-        from nanogpt.core.loops import training
-        from nanogpt.write.speed import fast_cpu
-
-        # 一个最小的：编译不了的在这里就知道
-        training.squared_relu(torch.ones(2))
-    except Exception as error:
-        # numba 装坏了、与 numpy 合不来、被环境变量关掉：都不该写不出字来
-        say("numba cannot be used ({reason}); writing goes on without it", reason=first_line(error))
-        return None
-    return fast_cpu
+def _works() -> bool:
+    reason = loops.failure()
+    if reason:
+        say("numba cannot be used ({reason}); writing goes on without it", reason=reason)
+    return reason is None
 
 
 def install_cpu_step(model) -> None:

@@ -17,7 +17,7 @@ from nanogpt.core import kernels
 from nanogpt.core.loops.compiled import INT32, INT64, part_of_kernel
 from nanogpt.core.loops.team import TeamKernel, floats, integers, pieces, real
 from nanogpt.write.speed.float_dot import FLOAT, LANES
-from nanogpt.write.speed.tiles import at, declared, load, loop, shifted, splat, store, turn_of
+from nanogpt.write.speed.tiles import at, fused, load, loop, shifted, splat, store, turn_of
 
 # 一块的累加器：几行 key（或 value 的几列）x 几条 query 的向量，AVX-512 有 32 个寄存器，别的 16 个
 ROWS, VECTORS = 8 if LANES == 16 else 4, 3
@@ -42,7 +42,6 @@ def outer_of(vectors: int, of_keys: bool):
     def generate(context, builder, signature, args):
         a, stride, b, k, out = args
         builder.function.attributes.add("noinline")
-        fused = declared(builder, f"llvm.fmuladd.v{LANES}f32", COLUMNS, [COLUMNS] * 3)
 
         def times(value, number):
             return builder.mul(value, ir.Constant(INT64, number))
@@ -60,7 +59,7 @@ def outer_of(vectors: int, of_keys: bool):
                     place = builder.add(builder.mul(stride, i), ir.Constant(INT64, r))
                 one = splat(builder, load(builder, a, place, FLOAT, 4), LANES)
                 for v, column in enumerate(columns):
-                    after.append(builder.call(fused, [one, column, totals[r * vectors + v]]))
+                    after.append(fused(builder, one, column, totals[r * vectors + v]))
             return after
 
         for n, total in enumerate(loop(builder, k, 1, COLUMNS, ROWS * vectors, added)):
@@ -172,20 +171,16 @@ def _power(builder, x):
     def all_lanes(number, kind=COLUMNS):
         return ir.Constant(kind, [number] * LANES)
 
-    def fused(a, b, c):
-        function = declared(builder, f"llvm.fmuladd.v{LANES}f32", COLUMNS, [COLUMNS] * 3)
-        return builder.call(function, [a, b, c])
-
     # 加上 1.5 x 2^23，小数部分就舍去了，整数 n 留在最低的几位：左移到指数那里就是乘 2^n
     # 许可重排加法的话，编译器会把加上又减去的消掉：_attend 因此不许
     shift = all_lanes(1.5 * 2**23)
-    shifted = fused(x, all_lanes(LOG2_E), shift)
+    shifted = fused(builder, x, all_lanes(LOG2_E), shift)
     n = builder.fsub(shifted, shift)
-    r = fused(n, all_lanes(-LN_2[0]), x)
-    r = fused(n, all_lanes(-LN_2[1]), r)
+    r = fused(builder, n, all_lanes(-LN_2[0]), x)
+    r = fused(builder, n, all_lanes(-LN_2[1]), r)
     p = all_lanes(TAYLOR[0])
     for c in TAYLOR[1:]:
-        p = fused(p, r, all_lanes(c))
+        p = fused(builder, p, r, all_lanes(c))
     bits = ir.VectorType(INT32, LANES)
     exponent = builder.shl(builder.bitcast(shifted, bits), all_lanes(23, bits))
     value = builder.bitcast(builder.add(builder.bitcast(p, bits), exponent), COLUMNS)

@@ -12,7 +12,7 @@ from numba import carray, config, types
 
 from nanogpt.core.loops.compiled import INT32, kernel, part_of_kernel
 from nanogpt.core.loops.numbers import as_float
-from nanogpt.write.speed.tiles import AHEAD, at, declared, tile_of
+from nanogpt.write.speed.tiles import AHEAD, at, fused, tile_of
 
 FLOAT = ir.FloatType()
 # 一次几行权重
@@ -39,9 +39,7 @@ def dot_of(rows: int, columns: int, lanes: int, asks: int):
     vector = ir.VectorType(FLOAT, lanes)
 
     def multiply(builder, total, weight, act):
-        # 有 FMA 指令就合并，没有就先乘后加
-        fused = declared(builder, f"llvm.fmuladd.v{lanes}f32", vector, [vector] * 3)
-        return builder.call(fused, [weight, act, total])
+        return fused(builder, weight, act, total)
 
     def prepare(builder, weight):
         if weight.type == vector:

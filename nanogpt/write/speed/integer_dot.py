@@ -40,6 +40,8 @@ COLUMNS = 8
 CHUNK = 16
 # 一块激活有这么多字节时还留在 L1、L2 里
 BLOCK = 48 * 1024
+# 一次翻转四个字节的最高位：就是各加 128
+FLIP = -0x7F7F7F80
 # 每隔这么多列记一个和：int4 的一组也这么长
 GROUP = 32
 # 一条向量的 int32 有几格；激活至少这么多行，才值得各占一格
@@ -73,7 +75,7 @@ def dot_of(rows: int, columns: int, vnni: int):
     """
     lanes = (vnni or 64) // 4
     sums = ir.VectorType(INT32, lanes)
-    flip = ir.Constant(sums, [ir.Constant(INT32, -0x7F7F7F80)] * lanes)
+    flip = ir.Constant(sums, [ir.Constant(INT32, FLIP)] * lanes)
 
     def multiply(builder, total, weight, act):
         if vnni:
@@ -170,12 +172,11 @@ def _lay_beside(fours, start, stop, lanes):
                     lanes[b // LANES, i, row - b] = fours[row, i]
             group = carray(at(lanes, first), (steps * LANES,))
             for i in range(len(group)):
-                # 翻转最高位就是加 128
-                group[i] ^= np.int32(-0x7F7F7F80)
+                group[i] ^= np.int32(FLIP)
             b += LANES
         else:
             for i in range(steps):
-                lanes[b // LANES, i, b % LANES] = fours[b, i] ^ np.int32(-0x7F7F7F80)
+                lanes[b // LANES, i, b % LANES] = fours[b, i] ^ np.int32(FLIP)
             b += 1
 
 
@@ -268,6 +269,24 @@ def _offsets(weight, start, stop, offsets):
 
 
 @part_of_kernel
+def _integers_beside(weight, n, width, x, steps, beside, out):
+    """out (width, beside) = rows n … n + width of weight times `beside` rows of x, each in a lane of its own."""
+    size, whole, r = weight.shape[1], 6 if beside == MOST * LANES else 12, 0
+    while r < width:
+        w, into = at(weight, (n + r) * size), at(out, r * beside)
+        together = whole if width - r >= whole else 1
+        if together == 6:
+            _lanes_6x4(w, size, x, steps, into)
+        elif together == 12:
+            _lanes_12x2(w, size, x, steps, into)
+        elif whole == 6:
+            _lanes_1x4(w, size, x, steps, into)
+        else:
+            _lanes_1x2(w, size, x, steps, into)
+        r += together
+
+
+@part_of_kernel
 def _products_by_lanes(weight, scale, bias, row_scale, lanes, y, start, stop, add):
     """products() of many rows, of which each has a lane of its own."""
     rows, size = y.shape[0], weight.shape[1]
@@ -283,26 +302,12 @@ def _products_by_lanes(weight, scale, bias, row_scale, lanes, y, start, stop, ad
             beside = (MOST if rows - first > FEWER * LANES else FEWER) * LANES
             count, x = min(beside, rows - first), at(lanes, first * steps)
             for n in range(begin, end, TILES):
-                width, r = min(TILES, end - n), 0
+                width = min(TILES, end - n)
                 # 要写的几行隔得远，硬件认不出：先要，不然写出的比乘的还慢
                 for c in range(first, first + count):
                     for line in range(0, width, LANES):
                         ask_to_write(at(y, c * y.shape[1] + n + line))
-                while r < width:
-                    w, into = at(weight, (n + r) * size), at(out, r * beside)
-                    if beside == MOST * LANES:
-                        if width - r >= 6:
-                            _lanes_6x4(w, size, x, steps, into)
-                            r += 6
-                        else:
-                            _lanes_1x4(w, size, x, steps, into)
-                            r += 1
-                    elif width - r >= 12:
-                        _lanes_12x2(w, size, x, steps, into)
-                        r += 12
-                    else:
-                        _lanes_1x2(w, size, x, steps, into)
-                        r += 1
+                _integers_beside(weight, n, width, x, steps, beside, out)
                 for c in range(0, count, LANES):
                     for r in range(0, width, LANES):
                         _turn(at(out, r * beside + c), beside, at(turned, c * TILES + r), TILES)

@@ -171,6 +171,13 @@ def loop(builder, end, step: int, kind, count: int, added, first: list | None = 
     return after
 
 
+def fused(builder, a, b, c):
+    """a * b + c of vectors of float32."""
+    # 有 FMA 指令就合并，没有就先乘后加
+    function = declared(builder, f"llvm.fmuladd.v{a.type.count}f32", a.type, [a.type] * 3)
+    return builder.call(function, [a, b, c])
+
+
 def splat(builder, value, lanes: int):
     """A vector of as many times the same value."""
     kind, places = ir.VectorType(value.type, lanes), ir.Constant(ir.VectorType(INT32, lanes), [0] * lanes)
