@@ -474,6 +474,10 @@ NAMED = {
     "not_a_dataset": (
         "{path} has no readable meta.json ({reason}); delete the folder and start again to prepare it anew"
     ),
+    "no_dataset": (
+        "{path} has no meta.json and is no data set; name another folder: one that is empty or not there yet is "
+        "prepared"
+    ),
     "nothing_chosen": "{group}: nothing is chosen; choose one of: {options}",
     "nothing_written": "no text has been written yet; type a beginning first",
     "python_command": "{key}=…: load() and write() return one text; this key is for the command line",

@@ -21,10 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from nanogpt.base.console import in_sight
-from nanogpt.base.files import folder_aside
 from nanogpt.base.language import ConfigError, say
 from nanogpt.data.chat import ROLES, Message, samples, written_with
-from nanogpt.data.corpus import write_meta, write_tokens
+from nanogpt.data.corpus import new_dataset, write_meta, write_tokens
 from nanogpt.data.documents import DocumentData, Pieces, pack
 from nanogpt.data.records import rows_of_json
 from nanogpt.data.source_text import HALF, resolved
@@ -163,7 +162,7 @@ def write_conversations(
     folder: Path, *, name: str, source: str, tokenizer: Tokenizer, parts: dict[str, list[Conversation]]
 ) -> Path:
     """Write a folder of conversations in the tokenizer's chat template; it appears whole or not at all."""
-    with folder_aside(folder) as aside:
+    with new_dataset(folder) as aside:
         lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
         answers = {split: (aside / f"{split}.answers.bin").open("wb") for split in SPLITS}
         try:

@@ -100,7 +100,7 @@ class TokenWriter:
     # 小词表一个 id 一字节，文件就小；用了哪种整数记在 meta.json 里
 
     def __init__(self, path: Path, vocab_size: int):
-        self.dtype = self.dtype_of(vocab_size)
+        self.vocab_size, self.dtype = vocab_size, self.dtype_of(vocab_size)
         self.count = 0
         self._file = path.open("wb")
 
@@ -110,18 +110,62 @@ class TokenWriter:
         return np.dtype(np.uint8 if vocab_size <= 2**8 else np.uint16 if vocab_size <= 2**16 else np.uint32)
 
     def write(self, ids: np.ndarray) -> None:
-        """Append ids (n,)."""
-        self._file.write(ids.astype(self.dtype).tobytes())
+        """Append ids (n,), whole numbers of an array, a list or a tensor; ConfigError if the vocabulary lacks one."""
+        ids = np.asarray(ids)
+        if ids.size:
+            # 宽的整数换成窄的会绕回来：词表外的 id 会变成别的词，训练照样跑完
+            _check_ids(ids, self.vocab_size)
+            self._file.write(ids.astype(self.dtype).tobytes())
         self.count += len(ids)
 
     def close(self) -> None:
         self._file.close()
 
 
+def _check_ids(ids: np.ndarray, vocab_size: int) -> None:
+    """Refuse what is no row of ids of a vocabulary."""
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ConfigError(
+            "a data set is written from rows of whole numbers, not from {shape} of {kind}; tokenizer.encode(text) "
+            "gives such a row",
+            shape=ids.shape, kind=ids.dtype,
+        )
+    least, most = int(ids.min()), int(ids.max())
+    if least < 0 or most >= vocab_size:
+        raise ConfigError(
+            "a data set with the id {id} cannot be written: its tokenizer has {size} ids, from 0 on; write what this "
+            "tokenizer's encode() gives",
+            id=least if least < 0 else most, size=vocab_size,
+        )
+
+
+@contextlib.contextmanager
+def new_dataset(folder: Path) -> Iterator[Path]:
+    """A folder aside that becomes a data set's; ConfigError if there is anything in its place but a data set."""
+    # 整个换上去的：里面若有别人的文件，就跟着旧的那份一起没了
+    folder = Path(folder).resolve()
+    if folder.is_dir():
+        try:
+            known = {*read_sealed(folder / "meta.json", FORMAT)["sha256"], "meta.json"}
+        except (DamagedError, KeyError):
+            known = set()
+        others = sorted(path.name for path in folder.iterdir() if path.name not in known and not is_litter(path))
+        if others:
+            raise ConfigError(
+                "{path} holds {other}, which is no file of a data set; name an empty or a new folder",
+                path=folder, other=others[0],
+            )
+    with folder_aside(folder) as aside:
+        yield aside
+
+
 def write_dataset(
     folder: Path, *, name: str, source: str, tokenizer, train: Iterable[np.ndarray], val: Iterable[np.ndarray]
 ) -> Path:
-    """Write a data set folder from two streams of id arrays; it appears whole or not at all."""
+    """Write a data set folder from two streams of id arrays; it appears whole or not at all.
+
+    A data set that lies there is replaced; a folder with anything else in it is a ConfigError.
+    """
 
     def tagged():
         for split, stream in (("train", train), ("val", val)):
@@ -133,7 +177,7 @@ def write_dataset(
 
 def write_tagged(folder: Path, *, name: str, source: str, tokenizer, stream: Iterable[tuple[str, np.ndarray]]) -> Path:
     """Like write_dataset, from one stream of (split, ids): nothing has to be held or read twice."""
-    with folder_aside(folder) as aside:
+    with new_dataset(folder) as aside:
         dtype, counts = write_tokens(aside, tokenizer, stream)
         write_meta(aside, name=name, source=source, tokenizer=tokenizer, dtype=dtype, tokens=counts)
     return say_written(folder, name, tokenizer, counts)
@@ -177,7 +221,7 @@ def write_split(
 ) -> Path:
     """Like write_dataset, from one stream of which the first train_tokens(number of all ids) are for training."""
     # 总数写完才知道：先写成一个文件，再把末尾搬出去，文字只编码一遍
-    with folder_aside(folder) as aside:
+    with new_dataset(folder) as aside:
         dtype, counts = write_tokens(aside, tokenizer, (("train", ids) for ids in stream))
         counts["val"] = (total := counts["train"]) - train_tokens(total)
         counts["train"] = total - counts["val"]
@@ -224,6 +268,8 @@ def _script(name: str):
     spec = importlib.util.spec_from_file_location(f"prepare_{name}", prepare_script(name))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not callable(getattr(module, "prepare", None)):
+        raise ConfigError("{script}: there is no function prepare(folder, …) in it", script=module.__file__)
     return module
 
 
@@ -385,7 +431,7 @@ def say_reused(name: str, folder: Path, wanted: str | None = None) -> None:
 
 def _prepare_in(folder: Path, name: str, module, options: dict) -> None:
     if folder.is_dir() and not all(map(is_litter, folder.iterdir())):
-        raise ConfigError("not_a_dataset", path=folder, reason="meta.json is missing")
+        raise ConfigError("no_dataset", path=folder)
     say("preparing the data set {name} …", name=name)
     if folder.is_dir():
         remove_empty(folder)
@@ -393,6 +439,11 @@ def _prepare_in(folder: Path, name: str, module, options: dict) -> None:
     remove_leftovers(folder.parent, folder.name)
     identity = identity_of(module, options)
     module.prepare(folder, **options)
+    if not (folder / "meta.json").is_file():
+        raise ConfigError(
+            "{script}: prepare() has left no data set in its folder; let it end with write_dataset(folder, …)",
+            script=module.__file__,
+        )
     with contextlib.suppress(DamagedError):
         write_sealed(folder / "meta.json", {**read_sealed(folder / "meta.json", FORMAT), "made_from": identity})
 

@@ -26,10 +26,9 @@ import numpy as np
 import torch
 
 from nanogpt.base.console import in_sight
-from nanogpt.base.files import folder_aside
 from nanogpt.base.hashed_json import reason_of
 from nanogpt.base.language import ConfigError, say
-from nanogpt.data.corpus import write_meta, write_tokens
+from nanogpt.data.corpus import new_dataset, write_meta, write_tokens
 from nanogpt.data.labels import LABEL_KINDS, with_labels
 from nanogpt.data.tokenizer import Tokenizer
 from nanogpt.data.tokens import IGNORED, ORDER, SPLITS, TokenData
@@ -70,7 +69,7 @@ def write_documents(
     """
     names = label_names(parts["train"])
     tokenizer = with_labels(tokenizer, names, grow=grow)
-    with folder_aside(folder) as aside:
+    with new_dataset(folder) as aside:
         columns = {split: [] for split in SPLITS}
         dtype, counts = write_tokens(aside, tokenizer, _tokens(parts, tokenizer, names, columns))
         for split in SPLITS:

@@ -31,11 +31,11 @@ from typing import Any
 import numpy as np
 
 from nanogpt.base.console import Console
-from nanogpt.base.files import folder_aside, make_folder, refuse_file, remove_leftovers, replace, sha256, sync
+from nanogpt.base.files import make_folder, refuse_file, remove_leftovers, replace, sha256, sync
 from nanogpt.base.hashed_json import DamagedError, digest_of, read_sealed, write_sealed
 from nanogpt.base.language import ConfigError, current_language, say, set_language
 from nanogpt.data import tokenizer as tokenizers
-from nanogpt.data.corpus import TokenWriter, parts_of, say_written, write_meta
+from nanogpt.data.corpus import TokenWriter, new_dataset, parts_of, say_written, write_meta
 from nanogpt.data.document_files import Corpus, Range
 
 FORMAT = 1
@@ -356,7 +356,7 @@ def _finish(
             joined.append([one])
     stems = [f"train-{number:05d}.bin" if job.shard_tokens else "train.bin" for number in range(len(joined))]
     shards = {stem: sum(count for _, count, _ in listed) for stem, listed in zip(stems, joined)}
-    with folder_aside(folder) as aside:
+    with new_dataset(folder) as aside:
         known = {stem: _join(job.folder, listed, aside / stem) for stem, listed in zip(stems, joined)}
         known["val.bin"] = _join(job.folder, files["val"], aside / "val.bin")
         write_meta(

@@ -46,6 +46,9 @@ CACHE_GIB = 20.0
 
 def read_meta(folder: Path) -> dict:
     """Read meta.json of a prepared folder; ConfigError if it is missing or does not fit."""
+    if not (folder / "meta.json").is_file():
+        # 多半是指错了文件夹：不能叫人把它删掉
+        raise ConfigError("no_dataset", path=folder)
     try:
         meta = read_sealed(folder / "meta.json", FORMAT)
         files, shards = meta["sha256"], meta.get("shards")

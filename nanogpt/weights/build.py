@@ -28,6 +28,7 @@ from nanogpt.base.hashed_json import DamagedError, reason_of
 from nanogpt.base.language import ConfigError
 from nanogpt.base.parts import build_part, locate_class
 from nanogpt.base.saved_config import read_saved, refuse_unnamed_code, typed_node
+from nanogpt.base.value_checks import check_types
 
 # 极小的模型也可以有长上下文：位置表至少允许这么多个数
 LEAST_TABLE = 2**20
@@ -123,7 +124,8 @@ def build_sampler(node: dict):
         if next(iter(signature.parameters), None) == "logits":
             # 普通函数：设置在这里就核对，拼错的键名不会拖到第一次采样
             signature.bind(*[None] * _positional(signature), **settings)
-            return _wrapped(lambda *inputs: target(*inputs, **settings), _positional(signature))
+            check_types(target, "sampler", settings)
+            return _wrapped(lambda *inputs: target(*inputs, **settings), _positional(signature), node["_target_"])
         built = target(**settings)
         if not callable(built):
             raise ConfigError("not_a_part", key="sampler._target_", got=node["_target_"], want="sampler: __call__")
@@ -131,20 +133,40 @@ def build_sampler(node: dict):
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError("bad_part", key="sampler", reason=error) from None
-    return built if isinstance(built, Sampler) else _wrapped(built, _positional(inspect.signature(built)))
+    if isinstance(built, Sampler):
+        return built
+    return _wrapped(built, _positional(inspect.signature(built)), node["_target_"])
 
 
 def _positional(signature: inspect.Signature) -> int:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return min(2, sum(p.kind in kinds and p.default is p.empty for p in signature.parameters.values()))
+    # 有默认值的，是自己的设置还是前文，只有名字说得清
+    asked = (p.default is p.empty or p.name == "tokens" for p in signature.parameters.values() if p.kind in kinds)
+    return min(2, sum(asked))
 
 
-def _wrapped(stage: Callable, inputs: int):
+def _wrapped(stage: Callable, inputs: int, name: str):
+    """A stage of somebody's own as a Sampler that checks what it returns."""
+    import torch
+
     from nanogpt.core.sampling import Sampler
 
-    if inputs == 2:
-        return Sampler((stage,), True)
-    return Sampler((lambda logits, tokens: stage(logits),))
+    def checked(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        # 模型自己算坏了的行由别处说；采样器可能就地改写，要先看
+        broken, shape = ~logits.amax(-1).isfinite(), logits.shape
+        kept = stage(*(logits, tokens)[:inputs])
+        # 没有一个有限的数也能抽出一个 id 来：写出的全是同一个字，看不出错在哪里
+        fits = isinstance(kept, torch.Tensor) and kept.shape == shape
+        if not (fits and kept.is_floating_point() and bool((kept.amax(-1).isfinite() | broken).all())):
+            got = list(kept.shape) if isinstance(kept, torch.Tensor) and not fits else type(kept).__name__
+            raise ConfigError(
+                "sampler: {name} must return logits of the shape {want}, neither NaN nor +inf among them and not only "
+                "-inf in any row; it returned {got}",
+                name=name, want=list(shape), got=got,
+            )
+        return kept
+
+    return Sampler((checked,), inputs == 2)
 
 
 def build_step(cfg: TrainConfig, model, precision):

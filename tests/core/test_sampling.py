@@ -225,3 +225,24 @@ def test_a_sampler_of_ones_own_is_a_function_or_a_class(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match="sampler"):
             build_sampler(wrong)
     sys.modules.pop("own_sampler", None)
+
+
+def test_what_a_sampler_of_ones_own_must_not_return_is_named(tmp_path, monkeypatch):
+    (tmp_path / "odd_sampler.py").write_text("""
+def made(logits, tokens=None, *, how: str):
+    assert tokens is not None
+    return eval(how)
+""", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tokens = torch.tensor([[3, 5], [1, 2]])
+    for how in ("None", "logits.numpy()", "logits[:, :4]", "logits[0]", "logits.argmax(-1)", "logits * float('nan')",
+                "logits.fill_(-float('inf'))", "logits.index_fill(-1, tokens[0], float('inf'))", "logits.long()"):
+        own = build_sampler({"_target_": "odd_sampler.made", "how": how})
+        with pytest.raises(ConfigError, match=r"sampler: odd_sampler.made must return logits of the shape \[2, 6\]"):
+            own.stages[0](torch.zeros(2, 6), tokens)
+    # 模型自己算坏的行，不怪采样器
+    own = build_sampler({"_target_": "odd_sampler.made", "how": "logits / 2"})
+    assert own.reads_tokens and own.stages[0](torch.tensor([[float("nan"), 1.0], [0.0, 2.0]]), tokens)[1].tolist() == [0.0, 1.0]
+    with pytest.raises(ConfigError, match=r"sampler.how"):
+        build_sampler({"_target_": "odd_sampler.made", "how": 3})
+    sys.modules.pop("odd_sampler", None)

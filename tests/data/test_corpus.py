@@ -221,3 +221,54 @@ def test_what_a_killed_preparation_left_goes_with_the_next_one_though_the_text_w
     with only_one(tmp_path / "home" / ".busy-0123.lock"):
         folder = corpus.prepare("text_file", None, {**OPTIONS, "path": str(tmp_path / "t.txt")})
         assert {path.name for path in (tmp_path / "home").iterdir()} == {folder.name, ".busy-0123.abcd.tmp", ".busy-0123.lock"}
+
+
+def test_a_data_set_takes_the_place_of_a_data_set_alone(tmp_path):
+    def write(folder, ids=(1, 2), **more):
+        made = {"name": "m", "source": "s", "tokenizer": ByteTokenizer(), "train": [list(ids) * 9], "val": [np.array(ids)]}
+        return corpus.write_dataset(folder, **{**made, **more})
+
+    mine = tmp_path / "home"
+    (mine / "sub").mkdir(parents=True)
+    (mine / "sub" / "work.py").write_text("x", encoding="utf-8")
+    with pytest.raises(ConfigError, match="holds sub, which is no file of a data set"):
+        write(mine)
+    # 已是数据集的照旧换成新的，除非里面放进了别的东西
+    write(str(tmp_path / "d"))
+    write(tmp_path / "d", (3, 4))
+    assert TokenData(tmp_path / "d").tokens["val"].tolist() == [3, 4]
+    (tmp_path / "d" / "notes.txt").write_text("x", encoding="utf-8")
+    with pytest.raises(ConfigError, match="holds notes.txt"):
+        write(tmp_path / "d", (5, 6))
+    assert TokenData(tmp_path / "d").tokens["val"].tolist() == [3, 4]
+    assert (mine / "sub" / "work.py").read_text(encoding="utf-8") == "x"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "home"]
+
+
+@pytest.mark.parametrize(("ids", "said"), [
+    ([1, 300], "the id 300 cannot be written: its tokenizer has 256 ids"), ([1, -3], "the id -3"), ([1, 0.5], "not from .* of float64"),
+    ([[1, 2], [3, 4]], r"not from \(2, 2\)"), ("text", "not from"),
+])
+def test_what_is_no_row_of_ids_is_not_written(tmp_path, ids, said):
+    # 换成窄的整数会绕回来：300 会变成 44，训练照样跑完
+    with pytest.raises(ConfigError, match=said):
+        corpus.write_dataset(tmp_path / "d", name="m", source="s", tokenizer=ByteTokenizer(), train=[ids], val=[[1]])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("lines", "said"), [
+    ("def prepar(folder): ...", r"there is no function prepare\(folder"), ("def prepare(folder): ...", r"prepare\(\) has left no data set"),
+])
+def test_a_script_that_makes_no_data_set_is_named(tmp_path, monkeypatch, lines, said):
+    folder = tmp_path / "data" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "prepare.py").write_text(lines, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"prepare\.py: {said}"):
+        corpus.prepare("mine", None, {})
+
+
+def test_nobody_is_told_to_delete_a_folder_that_is_no_data_set(tmp_path):
+    (tmp_path / "thesis.txt").write_text(CHINESE, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"has no meta\.json and is no data set; name another folder"):
+        TokenData(tmp_path)

@@ -140,7 +140,7 @@ def test_a_preparation_that_ended_early_goes_on_with_what_is_whole(tmp_path, mon
     assert did[2:4] == [1, 3] and 0 not in did and 2 not in did and not parts.exists()
 
 
-@pytest.mark.parametrize("name", ["_join", "write_meta", "folder_aside"])
+@pytest.mark.parametrize("name", ["_join", "write_meta", "new_dataset"])
 @pytest.mark.parametrize("linked", [True, False])
 def test_what_fails_at_the_very_end_keeps_every_part(tmp_path, monkeypatch, name, linked):
     if not linked:

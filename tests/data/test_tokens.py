@@ -327,7 +327,8 @@ def test_what_an_earlier_version_prepared_is_left_alone(mine, tmp_path):
 
 def test_a_foreign_folder_is_never_replaced(tmp_path):
     (tmp_path / "precious.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(ConfigError, match="meta.json is missing"):
+    # 也不能叫人删掉它
+    with pytest.raises(ConfigError, match="has no meta.json and is no data set; name another folder"):
         corpus.prepare("text_file", str(tmp_path), {"path": "x", "tokenizer": "char", "encoding": "auto", "val_fraction": 0.1})
     assert (tmp_path / "precious.txt").read_text(encoding="utf-8") == "mine"
 
