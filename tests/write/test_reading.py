@@ -1,10 +1,15 @@
 """A prompt that is read on a CPU through compiled loops gives what PyTorch's operations give."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from conftest import GPT2_RECIPE, QWEN3_RECIPE, kernels, wild_model
 
+from nanogpt.base.config import ROOT
 from nanogpt.core import kernels as plain
 from nanogpt.core.kv_cache import KVCache
 from nanogpt.write.speed.acceleration import accelerate
@@ -128,3 +133,35 @@ def test_vectors_of_powers_are_exact_to_the_last_bits():
     np.testing.assert_allclose(found, exact, rtol=3e-7)
     np.testing.assert_allclose(totals, exact.sum(0), rtol=1e-6)
     assert (peaks == 0).all()
+
+
+# 放掉的大块内存当场还给系统：还在用它的，不是算错，是当场死掉
+STRICT = """
+import torch
+from conftest import GPT2_RECIPE, wild_model
+from nanogpt.core.generate import Decoder
+from nanogpt.core.sampling import sampler
+from nanogpt.write.speed.acceleration import accelerate
+
+torch.set_num_threads(2)
+for precision in ("fp32", "int8", "int4"):
+    model = accelerate(wild_model(n_embd=128, n_head=2, n_layer=1, block_size=256, vocab_size=600, **GPT2_RECIPE), precision)
+    for rows, chosen in ((1, sampler(temperature=0.0)), (9, sampler(top_k=40)), (30, sampler(top_p=0.9))):
+        decoder = Decoder(model, capacity=rows)
+        for key in range(rows):
+            decoder.add(key, [(7 * i + key) % 600 for i in range(130)], chosen, seed=key)
+        for _ in range(4):
+            assert decoder.step().min() >= 0
+print("done")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="只有 glibc 听这些环境变量")
+def test_no_kernel_goes_on_with_memory_that_it_has_freed():
+    kernels("nanogpt.write.speed.causal_attention")
+    strict = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_MMAP_MAX_": "1000000", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_PERTURB_": "165"}
+    places = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", STRICT], env={**os.environ, **strict, "PYTHONPATH": places}, capture_output=True, text=True, encoding="utf-8",
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[-2000:]

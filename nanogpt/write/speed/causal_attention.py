@@ -237,11 +237,13 @@ def _attend(job):
     whole = QUERIES * wide
     # 一整块，从一条缓存线开始
     room = np.zeros(3 * whole + (SPAN + ROWS + 3) * QUERIES + 16, np.float32)
-    rows = at(room, (-room.ctypes.data % 64) // 4)
-    q, out, scores = shifted(rows, whole), shifted(rows, 2 * whole), shifted(rows, 3 * whole + ROWS * QUERIES)
-    factors = shifted(scores, SPAN * QUERIES)
-    peaks, totals = shifted(factors, QUERIES), shifted(factors, 2 * QUERIES)
+    line = (-room.ctypes.data % 64) // 4
     for piece in pieces(job):
+        # 地址在循环里取：numba 在数组最后一次出现之后就把它放掉，地址留不住它
+        rows = at(room, line)
+        q, out, scores = shifted(rows, whole), shifted(rows, 2 * whole), shifted(rows, 3 * whole + ROWS * QUERIES)
+        factors = shifted(scores, SPAN * QUERIES)
+        peaks, totals = shifted(factors, QUERIES), shifted(factors, 2 * QUERIES)
         # 越靠后的 query 要看的 key 越多：一前一后交错着分，线程才分得匀
         text, block = piece // blocks, piece % blocks
         block = blocks - 1 - block // 2 if block % 2 else block // 2

@@ -210,7 +210,11 @@ def ask_to_write(typing, pointer):
 
 @intrinsic
 def at(typing, array, offset):
-    """Pointer to the element of a contiguous array at a flat offset."""
+    """Pointer to the element of a contiguous array at a flat offset.
+
+    It keeps no array alive: one made in a kernel is freed behind its last use there, so take the pointer where it is
+    used, inside of the loop.
+    """
 
     def generate(context, builder, signature, args):
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
