@@ -34,6 +34,8 @@ from nanogpt.base.user_yaml import checked_yaml, group_options, is_group
 from nanogpt.base.value_checks import wanted_type
 
 SCHEMAS = {"train": TrainConfig, "sample": SampleConfig}
+# OmegaConf 的类型名 -> 别处都用的名字
+OMEGACONF_TYPES = {"Integer": "int", "Float": "float", "Boolean": "bool", "String": "str"}
 # 别的程序（先是 nanoGPT）里的名字 -> 这里该写的
 OTHER_NAMES = {
     "train": {
@@ -113,6 +115,12 @@ def one_line(error: Exception, config_name: str) -> ConfigError:
         if found := _of_a_value(cause, error, config_name):
             return found
     if isinstance(error, OverrideParseException):
+        if error.override and "=" not in error.override:
+            # 最常见的是值里有空格，shell 把它拆成了两个
+            return ConfigError(
+                "{argument}: this is no key=value; a value with a blank in it is put in quotes as a whole: {typed}",
+                argument=error.override, typed=word("dataset.path=my text.txt"),
+            )
         reason = next((line for line in message.splitlines() if line.strip()), "")
         return ConfigError("unreadable", argument=error.override, reason=reason, remedy=_readable(error.override or ""))
     if several := re.search(r"Ambiguous value for argument '(.+)'\n|Sweep parameters '(.+)' requires", message):
@@ -145,9 +153,10 @@ def _of_an_option(file: str, options: list[str], config_name: str) -> ConfigErro
     # 敲的值里也可以有斜杠：组是最前面认得出的那一段
     group = next((one for n in range(1, len(parts)) if is_group(one := "/".join(parts[:n]))), file.rpartition("/")[0])
     got = file[len(group) + 1 :]
-    if group == "dataset" and (re.search(r"[./\\]", got) or Path(got).exists()):
+    if group == "dataset" and got and (re.search(r"[./\\]", got) or Path(got).exists()):
         return ConfigError(
-            "dataset={got}: there is no such option; for a text of your own type dataset.path={got}", got=got,
+            "dataset={got}: there is no such option; for a text of your own type {typed}",
+            got=got, typed=word(f"dataset.path={got}"),
         )
     known = options_of(SCHEMAS[config_name], group) or options
     return ConfigError("unknown_option", group=group, got=got, options=", ".join(known))
@@ -176,8 +185,14 @@ def _of_a_value(cause: OmegaConfBaseException, error: Exception, config_name: st
     if isinstance(cause, MissingMandatoryValue):
         return ConfigError("nothing_chosen", group=key, options=", ".join(options_of(SCHEMAS[config_name], key)))
     if "could not be converted" in first and cause.full_key:
+        if "，" in str(cause.value):
+            return ConfigError(
+                "{key}={got}: values are parted by an ASCII comma: {typed}",
+                key=key, got=cause.value, typed=f"{key}={str(cause.value).replace('，', ',')}",
+            )
         want = re.search(r"could not be converted to (\w+)", first)
-        return ConfigError("wrong_type", key=key, got=cause.value, want=want[1] if want else "?")
+        name = OMEGACONF_TYPES.get(want[1], want[1]) if want else "?"
+        return ConfigError("wrong_type", key=key, got=cause.value, want=name)
     typed = re.match(r"Error merging override [+~]*([^=]+)=(.*)", str(error), flags=re.DOTALL)
     if typed and (want := wanted_type(SCHEMAS[config_name], typed[1])):
         return ConfigError("wrong_type", key=typed[1], got=typed[2], want=want)

@@ -683,7 +683,9 @@ def check_start(init_from: str | None) -> None:
 
 
 def check_model(model: Any) -> None:
-    """Rules between the fields of a ModelConfig."""
+    """The values of a ModelConfig, and the rules between them."""
+    for one in fields(model):
+        check_key(f"model.{one.name}", one, getattr(model, one.name))
     if model.head_dim is None and model.n_embd % model.n_head:
         raise ConfigError(
             "not_a_multiple", key="model.n_embd", got=model.n_embd, other="model.n_head", by=model.n_head,
@@ -931,6 +933,9 @@ class Schedule:
     """None: with the share of the budget that is used up, where time is part of it."""
     lr_schedule: str
     decay_fraction: float
+
+    def __post_init__(self):
+        check_choice("lr_schedule", self.lr_schedule, choices_of(TrainConfig, "lr_schedule"))
 
 
 def schedule_of(cfg: TrainConfig, span: Span) -> Schedule:

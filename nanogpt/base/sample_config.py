@@ -24,7 +24,7 @@ from nanogpt.base.config import (
     choice,
     number,
 )
-from nanogpt.base.language import ConfigError
+from nanogpt.base.language import ConfigError, text
 
 
 @dataclass(kw_only=True)
@@ -233,10 +233,14 @@ def check_files(cfg: SampleConfig) -> None:
     starts = [("starts", start) for start in cfg.starts] + ([("start", cfg.start)] if cfg.start is not None else [])
     named = [(key, start, file_of(start)) for key, start in starts if start.startswith(FROM_FILE)]
     for key, got, path in [*named, *([("prompts", cfg.prompts, Path(cfg.prompts))] if cfg.prompts is not None else [])]:
-        if not path.is_file():
+        if path.exists() and not path.is_file():
+            raise ConfigError(
+                "{key}={got} is no file to read a text from; give the path of a text file", key=key, got=got,
+            )
+        if not path.exists():
             raise ConfigError("missing_file", key=key, got=got)
     if cfg.output and Path(cfg.output).is_dir():
-        raise ConfigError("output_not_writable", got=cfg.output, reason="a folder")
+        raise ConfigError("output_not_writable", got=cfg.output, reason=text("a folder"))
 
 
 def is_loopback(host: str) -> bool:

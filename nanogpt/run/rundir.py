@@ -75,14 +75,14 @@ def choose(cfg: TrainConfig) -> Path:
         # 不解析就会先造出 nope/../x 里的 nope
         path = path.resolve()
     if path.exists() and not path.is_dir():
-        raise ConfigError("not_writable", path=path, reason="not a folder")
+        raise ConfigError("not_writable", path=path, reason=text("not a folder"))
     refuse_contents(path, overwrite=cfg.overwrite)
     # 找到最近的已存在的上级，看能否写入
     parent = next(p for p in [path, *path.absolute().parents] if p.exists())
     if not parent.is_dir():
-        raise ConfigError("not_writable", path=path, reason=f"{parent} is not a folder")
+        raise ConfigError("not_writable", path=path, reason=text("{path} is not a folder", path=parent))
     if not os.access(parent, os.W_OK):
-        raise ConfigError("not_writable", path=path, reason=f"{parent} is read-only")
+        raise ConfigError("not_writable", path=path, reason=text("{path} is read-only", path=parent))
     return path
 
 

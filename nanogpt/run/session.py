@@ -627,7 +627,9 @@ class Session:
                 each=rounded(tokens / block_parameters(cfg.model)), hint=more if tokens < wanted / 2 else "",
             )
         if self.left_open and round(self.passes) > 1:
-            chosen = ", ".join(f"model.{key}={getattr(cfg.model, key)}" for key in self.left_open)
+            # dropout 是顶层的键：照着它印的敲，就是要敲的
+            names = {key: key if key == "dropout" else f"model.{key}" for key in self.left_open}
+            chosen = " ".join(f"{name}={getattr(cfg.model, key)}" for key, name in names.items())
             line(
                 "for about {passes} passes over the text it takes {settings}; what you type goes before",
                 passes=rounded(self.passes), settings=chosen,

@@ -372,9 +372,9 @@ class Reader:
         given = self._given(self.chat_form, body)
         messages, n = [message.plain() for message in given["messages"]], given.get("n", 1)
         chars = sum(len(message["content"]) for message in messages)
-        if chars > self.limits.max_prompt_chars or messages[-1]["role"] != "user":
-            wanted = self.chat_form.model_fields["messages"].description
-            got = Wanted(sentence("{n} characters"), n=chars)
+        last, wanted = messages[-1]["role"], self.chat_form.model_fields["messages"].description
+        if chars > self.limits.max_prompt_chars or last != "user":
+            got = Wanted(sentence("{n} characters"), n=chars) if last == "user" else f"[…, {{role: {last}}}]"
             raise ConfigError("api_out_of_range", field="messages", got=got, wanted=wanted)
         if "max_completion_tokens" in given:
             given["max_tokens"] = given["max_completion_tokens"]

@@ -25,7 +25,7 @@ from nanogpt.base.config import (
 )
 from nanogpt.base.hardware import GIB, free_ram
 from nanogpt.base.hashed_json import DamagedError, reason_of
-from nanogpt.base.language import ConfigError
+from nanogpt.base.language import ConfigError, say
 from nanogpt.base.parts import build_part, locate_class
 from nanogpt.base.saved_config import read_saved, refuse_unnamed_code, typed_node
 from nanogpt.base.value_checks import check_types
@@ -190,6 +190,7 @@ def build_step(cfg: TrainConfig, model, precision):
     if applies(cfg.parallel):
         shard(model, precision.device_type)
     optimizer = build_part(cfg.optimizer, "optimizer", model)
+    check_trained(optimizer, model)
     configure(optimizer, memory, precision.device_type)
     for group in optimizer.param_groups if precision.bf16_updates else ():
         if group.get("rule") == "muon":
@@ -208,6 +209,26 @@ def build_step(cfg: TrainConfig, model, precision):
     if isinstance(cfg.batch_size, int):
         step.expect(cfg.batch_size)
     return step
+
+
+def check_trained(optimizer, model) -> None:
+    """Refuse an optimizer that holds none of the model's parameters; say how many it leaves out."""
+    # 自己写的优化器漏了参数，训练照样走完，只是什么也没学到
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    total = sum(p.requires_grad for p in model.parameters())
+    if total and len(left_out) == total:
+        raise ConfigError(
+            "optimizer={name} holds none of the model's parameters and would train nothing; let its param_groups hold "
+            "those of model.parameters()",
+            name=type(optimizer).__name__,
+        )
+    if left_out:
+        say(
+            "optimizer={name} leaves out {count} of the model's {total} parameters, {first} among them: they stay as "
+            "they are",
+            name=type(optimizer).__name__, count=len(left_out), total=total, first=left_out[0],
+        )
 
 
 def model_of(source, named: str | None = None, fill: Callable | None = None):

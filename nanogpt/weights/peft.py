@@ -121,7 +121,7 @@ def matrices(file: Path, tensors: dict) -> dict[str, tuple[Tensor, Tensor]]:
         if len(pair) < 2 or len(pair["A"]) != pair["B"].size(1) or not len(pair["A"]):
             raise ConfigError("pretrained_damaged", file=file, reason=f"{module}: A and B do not fit each other")
     if not found:
-        raise ConfigError("pretrained_damaged", file=file, reason="no adapter in it")
+        raise ConfigError("pretrained_damaged", file=file, reason=text("no adapter in it"))
     return {module: (pair["A"], pair["B"]) for module, pair in found.items()}
 
 

@@ -6,6 +6,7 @@ from nanogpt.base.language import say
 from nanogpt.base.sample_config import SampleConfig
 from nanogpt.base.value_checks import unescaped
 from nanogpt.data.chat import Message
+from nanogpt.data.tokenizer import UnknownCharacters
 from nanogpt.write.chat import Chat
 from nanogpt.write.commands import InteractiveSession
 from nanogpt.write.loading import Model
@@ -67,7 +68,10 @@ class ChatSession(InteractiveSession):
         told = unescaped(value)
         if self.settings.unknown != "skip":
             # 读不了的现在就说，原来的留着：不然每一问都写不成
-            self.model.tokenizer.encode(told)
+            try:
+                self.model.tokenizer.encode(told)
+            except UnknownCharacters as error:
+                raise UnknownCharacters(error.characters, skip="/unknown skip") from None
         self.chat.system = told
         self._changed("system", self.chat.system)
         self._do_reset("")

@@ -256,7 +256,7 @@ class InteractiveSession:
         control = [self._typed(f"control.{k}", v) for k, v in shown.items()]
         sampler = [f"sampler.{k}={plain(self.settings.sampler[k])}" for k in self.sampler_keys()]
         return [
-            f"model: {self.model.name}",
+            text("model: {name}", name=self.model.name),
             " ".join([f"sampler={self.chosen['sampler']}", *sampler]),
             " ".join([f"control={self.chosen['control']}", *control]),
             f"max_new_tokens={self.settings.max_new_tokens} seed={self.settings.seed} num_samples={self.samples} "

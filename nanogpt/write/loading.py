@@ -198,12 +198,25 @@ def take_defaults(cfg: SampleConfig, tokenizer: tokenizers.Tokenizer, overrides:
         say("passed over in the model's generation_config.json: {words}", words=" ".join(passed))
 
 
+def refuse_unread(cfg: SampleConfig, overrides: list[str]) -> None:
+    """Refuse a typed temperature that the chosen sampler does not take: sampler=greedy, or one of somebody's own."""
+    typed = {one.lstrip("+~").partition("=")[0] for one in overrides}
+    if "temperature" in typed and "sampler.temperature" not in typed:
+        if cfg.sampler.get("temperature") != cfg.temperature:
+            raise ConfigError(
+                "temperature={got} has no effect with sampler={name}; leave it out, or choose sampler=temperature",
+                got=cfg.temperature, name=cfg.groups.get("sampler", cfg.sampler["_target_"]),
+            )
+
+
 def open_model(cfg: SampleConfig, run_dir: Path | None, overrides: list[str] | None = None) -> Model:
     """The model of a run folder, or, where that is None, the pretrained one that init_from names.
 
     With the `overrides` that were typed, what they leave open of how to draw is set in `cfg` as the model's
     generation_config.json says.
     """
+    if overrides is not None:
+        refuse_unread(cfg, overrides)
     model = _opened(cfg, run_dir)
     if overrides is not None:
         take_defaults(cfg, model.tokenizer, overrides, quiet=False)

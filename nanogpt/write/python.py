@@ -9,7 +9,7 @@ from nanogpt.base.language import ConfigError
 from nanogpt.base.quoting import override, quoted
 from nanogpt.base.run_names import locate, names_run
 from nanogpt.base.sample_config import check_sample
-from nanogpt.write.loading import Model, open_model, prompt_list, take_defaults
+from nanogpt.write.loading import Model, open_model, prompt_list, refuse_unread, take_defaults
 from nanogpt.write.samples import requests_of
 
 # 只对命令行有意义的，与载入之后改不了的：悄悄不理会，人会以为起了作用
@@ -57,9 +57,12 @@ class Loaded:
         """
         refuse(overrides, COMMAND, "python_command")
         refuse(overrides, LOADED, "python_loaded")
+        if prompt is not None:
+            refuse(overrides, ("start",), "python_prompt")
         typed = [*self.overrides, *map(quoted, overrides)]
         cfg = sample_config(typed)
         check_sample(cfg)
+        refuse_unread(cfg, typed)
         take_defaults(cfg, self.model.tokenizer, typed, quiet=True)
         if prompt is None:
             prompt = prompt_list(cfg, self.model.default_prompt)[0]

@@ -6,6 +6,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,8 +97,8 @@ def write_samples(cfg: SampleConfig, model: Model) -> None:
     writer = model.writer_of(requests, batch_size=cfg.batch_size, skip="unknown=skip")
     records = Records(cfg.output, model.name)
     model.announce()
-    # 一个开头是在看它写，许多开头是在等它写完
-    bar = Console(stream="stderr", quiet=len(prompts) == 1)
+    # 一个开头是在看它写，许多开头是在等它写完；文字就印在终端上的，也看得见写到哪里，进度条只会把它拆开
+    bar = Console(stream="stderr", quiet=len(prompts) == 1 or sys.stdout.isatty())
     with bar.progress(len(requests), 0, title="progress_writing") as advance:
         _print(recorded(writer, records, settings, advance), len(requests), echo=not cfg.chat)
 

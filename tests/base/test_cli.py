@@ -1,6 +1,7 @@
 """The command line of the run scripts: how often Hydra composes, and what comes out of it."""
 
 import contextlib
+import os
 import sys
 
 import pytest
@@ -58,6 +59,12 @@ def test_the_name_of_the_recipe_is_not_taken_for_the_recipe(in_tmp, monkeypatch,
 @pytest.mark.parametrize(("typed", "said"), [
     ("dataset=../txt/my.txt", "dataset=../txt/my.txt: there is no such option; for a text of your own type dataset.path=../txt/my.txt"),
     ("dataset=my.txt", "for a text of your own type dataset.path=my.txt"),
+    ("dataset=my text.txt", "for a text of your own type 'dataset.path=my text.txt'\n" if os.name != "nt" else "my text.txt"),
+    ("dataset=", "dataset=: there is no such option; choose one of: chat, "),
+    # 没有引号的空格：shell 拆成了两个
+    ("text.txt", "text.txt: this is no key=value; a value with a blank in it is put in quotes as a whole: "),
+    ("learning_rate=1e-3，2e-3", "values are parted by an ASCII comma: learning_rate=1e-3,2e-3\n"),
+    ("max_iters=many", "max_iters=many has the wrong type: int is wanted\n"),
     ("dataset=shakespere", "dataset=shakespere: there is no such option; choose one of: chat, "),
     ("model=a/b", "model=a/b: there is no such option; choose one of: gpt2, "),
     # 训练不会的格式，也不劝人用

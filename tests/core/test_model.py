@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from conftest import GPT2_RECIPE, LLAMA_RECIPE, QWEN3_RECIPE, no_grad_eval, tiny_model_config
 
 import nanogpt
+from nanogpt.base.language import ConfigError
 from nanogpt.core import kernels
 from nanogpt.core.attention import CausalSelfAttention
 from nanogpt.core.kernels import attention, squared_relu, swiglu
@@ -303,3 +304,16 @@ def test_a_preset_of_every_recipe_computes(arch):
     # yaml 把 1e-5 读成字：Hydra 认得，这里的读法不认得
     model = nanogpt.create_model("tiny", vocab_size=7, arch=arch, n_layer=1, n_embd=8, n_head=2, block_size=4)
     assert model(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 4, 7)
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"position": "rop"}, r"model.position=rop is not known; choose one of: rope \| learned"), ({"activation": "relu"}, "model.activation=relu is not known"),
+    ({"norm": "rmsnom"}, "model.norm=rmsnom"), ({"rope_scaling": "foo"}, "model.rope_scaling=foo"), ({"init": "gpt"}, "model.init=gpt"),
+    ({"n_layer": -1}, "model.n_layer=-1 is out of range"), ({"block_size": 0}, "model.block_size=0 is out of range"), ({"n_head": 0}, "model.n_head=0 is out of range"),
+    ({"n_embd": 65}, "model.n_embd=65 is not divisible by"),
+])
+def test_a_model_made_from_python_has_only_what_the_command_line_takes(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        nanogpt.create_model("tiny", vocab_size=7, **{"n_head": 2, **changes})
+    with pytest.raises(ConfigError, match="lr_schedule=cosin is not known"):
+        nanogpt.Schedule(1e-3, 0.0, 5, 20, "cosin", 0.2)

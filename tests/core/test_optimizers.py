@@ -7,7 +7,9 @@ import pytest
 import torch
 from conftest import LLAMA_RECIPE, make_config, tiny_model_config
 
+import nanogpt
 from nanogpt.base.config import ROOT, MemoryConfig
+from nanogpt.base.language import ConfigError
 from nanogpt.core import kernels
 from nanogpt.core.kernels import orthogonalize
 from nanogpt.core.memory.lean_optimizers import configure
@@ -16,7 +18,7 @@ from nanogpt.core.optimizers import ADAMW_STATES, adamw, muon
 from nanogpt.core.precision import Precision
 from nanogpt.core.schedule import learning_rate_at
 from nanogpt.core.tables import RowGradient, look_up, row_gradient
-from nanogpt.weights.build import build_model, build_step
+from nanogpt.weights.build import build_model, build_step, check_trained
 
 
 def settings(name):
@@ -310,3 +312,18 @@ def test_a_schedule_over_a_share_of_the_budget_has_the_shape_of_one_over_iterati
 
 def test_no_warm_up_starts_at_the_peak():
     assert learning_rate_at(0, schedule("cosine", warmup_iters=0)) == 1.0
+
+
+def test_an_optimizer_that_holds_none_of_the_models_parameters_is_refused_and_what_one_leaves_out_is_said(capsys):
+    model = nanogpt.GPT(tiny_model_config())
+    with pytest.raises(ConfigError, match="optimizer=SGD holds none of the model's parameters"):
+        check_trained(torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))]), model)
+    check_trained(torch.optim.SGD(model.parameters()), model)
+    assert not capsys.readouterr().err
+    check_trained(torch.optim.SGD(model.h.parameters()), model)
+    assert "leaves out 2 of the model's 10 parameters, wte.weight among them" in " ".join(capsys.readouterr().err.split())
+    # 冻住的本来就不训练
+    for p in (model.wte.weight, model.lm_head.weight):
+        p.requires_grad_(False)
+    check_trained(torch.optim.SGD(model.h.parameters()), model)
+    assert not capsys.readouterr().err

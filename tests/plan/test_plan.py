@@ -19,7 +19,7 @@ from nanogpt.core import machine
 from nanogpt.plan import advice, budget, filled_config, matrix, roofline
 from nanogpt.plan.allocator import replay
 from nanogpt.plan.budget import STEP_BYTES, budget_for
-from nanogpt.plan.plan import TIGHT, Planner, predict, step_seconds, with_workspace
+from nanogpt.plan.plan import TIGHT, Planner, plan_for, predict, step_seconds, with_workspace
 from nanogpt.plan.roofline import rates_of
 from nanogpt.plan.show import run_plan, show, table
 
@@ -312,3 +312,13 @@ def test_a_container_that_allows_less_than_the_machine_has_is_planned_for(tmp_pa
     (tmp_path / "memory.max").write_text(f"{GIB + GIB // 4}\n", encoding="ascii")
     # 读过的文件还留在内存里：内核随时可以让出来
     assert budget_for(cpu).capacity == GIB * 3 // 4 - STEP_BYTES < most
+
+
+def test_a_plan_from_python_takes_what_the_command_takes_and_refuses_what_it_cannot_plan(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for word in ("resume=outputs/run", "plan=matrix"):
+        with pytest.raises(ConfigError, match=rf"^{word.partition('=')[0]}=…: plan_for\(\) plans one new training"):
+            plan_for("model=tiny", word)
+    # 与命令行一样，dataset.path 自己就说明了是哪种数据集
+    (tmp_path / "my.txt").write_text("ab" * 3000, encoding="utf-8")
+    assert plan_for("dataset.path=my.txt", "model=tiny", "hardware=cpu", "hardware.ram_gib=8").verdict == "fits"

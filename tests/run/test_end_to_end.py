@@ -168,7 +168,7 @@ BAD_COMMANDS = {
     "model=huge": "model=huge: there is no such option; choose one of: gpt2, gpt2_large",
     "model.n_layr=3": "model.n_layr: there is no such key (did you mean model.n_layer?)",
     "max_iter=3": "max_iter: there is no such key (did you mean max_iters?)",
-    "max_iters=many": "max_iters=many has the wrong type: Integer is wanted",
+    "max_iters=many": "max_iters=many has the wrong type: int is wanted",
     "model.n_embd=100 model.n_head=12": "model.n_embd=100 is not divisible by model.n_head=12; choose a multiple of 12",
     "batch_size=": "batch_size",
     "batch_size=[1": "batch_size=[1: this cannot be read",

@@ -115,7 +115,7 @@ def test_minutes_are_worth_as_many_passes_as_the_plan_says(in_tmp, tiny_override
             assert (planned.dropout, planned.ngrams) == chosen[-1]
     # 规划不了的：当作 4 遍
     assert chosen == [(0.0, [2, 3, 4, 5]), (0.1, [2, 3]), (0.05, [2, 3, 4])]
-    assert "for about 8 passes over the text it takes model.dropout=0.1" in capsys.readouterr().out
+    assert "for about 8 passes over the text it takes dropout=0.1" in capsys.readouterr().out
 
 
 def test_a_plan_knows_the_text_where_it_is_prepared(in_tmp, tiny_overrides):

@@ -69,7 +69,7 @@ def test_a_system_text_that_the_vocabulary_cannot_read_is_refused_or_named(answe
     before = session.chat.system
     assert from_a_pipe(session, io.BytesIO("/system § be\nsay pa\n".encode())) == 2
     out, err = capsys.readouterr()
-    assert "the vocabulary lacks '§'" in err and session.chat.system == before and "AAA" in out
+    assert "the vocabulary lacks '§'; leave them out, pass over them with /unknown skip" in err and session.chat.system == before and "AAA" in out
     # 命令行上写的，到第一问才读：说是它
     session.chat.system = "§"
     with pytest.raises(ConfigError, match="^system: the vocabulary lacks '§'"):
@@ -126,7 +126,7 @@ def test_another_answer_after_a_reset_begins_the_conversation(answers, capsys):
 def test_from_python_a_question_is_answered_as_the_command_does(learned):
     writer = nanogpt.load("outputs/run", "chat=true", "temperature=0", "device=cpu", "fast=false")
     assert writer.write("say pa") == writer.write(None, "start=say pa") == "AAA"
-    for key in ("num_samples=2", "output=a.jsonl", "checkpoint=last", "interactive=true"):
+    for key in ("num_samples=2", "output=a.jsonl", "checkpoint=last", "interactive=true", "start=say ad"):
         with pytest.raises(ConfigError, match=f"^{key.partition('=')[0]}=…: "):
             writer.write("say pa", key)
 

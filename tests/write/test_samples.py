@@ -204,3 +204,27 @@ def test_settings_become_requests():
     request = settings.request("p", 2)
     assert isinstance(request, Request) and (request.seed, request.stop, request.max_new_tokens) == (5, ("x", "\n\n"), 7)
     assert json.dumps(dataclasses.asdict(settings)) and (ROOT / "conf" / "sampler" / "temperature.yaml").is_file()
+
+
+def test_texts_that_are_printed_on_a_terminal_are_not_cut_by_a_bar(run, monkeypatch, capsys):
+    plain = written(capsys, "starts=[the,king]", "max_new_tokens=12")
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, Terminal())
+    cfg = make_sample_config("starts=[the,king]", "max_new_tokens=12")
+    samples.write_samples(cfg, loading.open_model(cfg, loading.Path("outputs/run")))
+    # 进度条接管 stdout 时，每印一段就换一行
+    assert sys.stdout.getvalue() == plain and "0/2" not in sys.stderr.getvalue()
+
+
+def test_a_temperature_that_the_sampler_does_not_read_is_refused(run):
+    for typed in (["sampler=greedy", "temperature=0.7"], ["temperature=0.3", "sampler=greedy"]):
+        with pytest.raises(ConfigError, match=r"temperature=0\.[37] has no effect with sampler=greedy"):
+            loading.open_model(make_sample_config(*typed), loading.Path("outputs/run"), typed)
+    typed = ["sampler=top_p", "temperature=0.3"]
+    assert loading.open_model(make_sample_config(*typed), loading.Path("outputs/run"), typed)
+
+
+def test_a_folder_is_no_file_of_prompts(run):
+    for typed in ("prompts=outputs", "start=FILE:outputs"):
+        with pytest.raises(ConfigError, match="outputs is no file to read a text from"):
+            make_sample_config(typed)

@@ -10,8 +10,11 @@ from nanogpt.base.language import first_line
 def failure() -> str | None:
     """What keeps the loops from working where numba is installed, or None."""
     try:
+        import numba
         import torch
 
+        if numba.config.DISABLE_JIT:
+            return "NUMBA_DISABLE_JIT=1"
         from nanogpt.core.loops import training, updates  # noqa: F401 - 只看载不载得进
 
         # 一个最小的：编译不了的在这里就知道
