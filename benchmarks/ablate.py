@@ -230,6 +230,14 @@ STUDIES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
     }),
     "dropout_bpe_tiny": ([*BPE, "model=tiny"], {f"8 passes, dropout {dropout}": ["tokens=1944000", f"dropout={dropout}"] for dropout in (0.1, 0.15, 0.2)}),
     "dropout_poems": ([*CHAR, "model=tiny"], dropped(350_000, "8 16 0.1", "8 16 0.15", "8 16 0.2", "8 16 0.3", "4 16 0.05", "4 16 0.1")),
+    # 同样的诗，短得多：输出层衰减多少，丢弃多少照默认值
+    "head_decay": ([*CHAR, "model=tiny", "batch_size=16"], {
+        f"{characters // 1000}k characters, {passes} passes, decay {decay:g}": [
+            f"characters={characters}", f"passes={passes}", f"optimizer.head_weight_decay={decay:g}",
+        ]
+        for characters, passes, decays in ((120_000, 8, (0, 1, 3, 10)), (120_000, 4, (0, 1.5, 3)), (350_000, 8, (0, 3)))
+        for decay in decays
+    }),
     # nanoGPT 的 GPU 例子的形状与批量，读 27 遍：批量大、遍数多，就要丢得多；held_back_small 的小批量少读几遍，反而更好
     "reference": (
         [*CHAR, "model.n_layer=6", "model.n_head=6", "model.n_embd=384", "model.block_size=256", "batch_size=64"],

@@ -121,8 +121,10 @@ def joined(words: Iterable[str]) -> str:
 
 
 # 可以折行的一段：一个汉字，或一串没有空格的别的字；开口的标点跟着后面，闭合的跟着前面
+# 汉字的文件名（小说.txt）不从中间断：断了就复制不出来
 WIDE = "\u2e80-\u9fff\uff00-\uffef"
-PIECE = re.compile(f"( *)([（“「《［]*(?:[{WIDE}]|[^ {WIDE}]+)[，。；：、！？）”」》］…]*)")
+NAMED_FILE = "[\u2e80-\u2fff\u3040-\u9fff]+\\.[A-Za-z0-9]+"
+PIECE = re.compile(f"( *)([（“「《［]*(?:{NAMED_FILE}|[{WIDE}]|[^ {WIDE}]+)[，。；：、！？）”」》］…]*)")
 
 
 def wrapped(written: str, file: TextIO) -> str:

@@ -202,18 +202,21 @@ def adamw(model: torch.nn.Module, *, weight_decay: float, beta1: float, beta2: f
 def muon(
     model: torch.nn.Module, *, weight_decay: float, momentum: float, ns_steps: int,
     embedding_lr_scale: float | None, head_lr_scale: float, ngram_lr_scale: float | None, beta1: float,
-    beta2: float, eps: float,
+    beta2: float, eps: float, head_weight_decay: float | None = None,
 ) -> Optimizer:
     """Muon on the blocks' matrices, each row of tables and untied embedding by its own mean square, else AdamW.
 
-    ngram_lr_scale None is 3, embedding_lr_scale None what embedding_scale() says.
+    ngram_lr_scale None is 3, head_weight_decay None is 0, embedding_lr_scale None what embedding_scale() says.
     """
     tied = model.config.tie_embeddings
     ngram_lr_scale = FRESH_NGRAM_SCALE if ngram_lr_scale is None else ngram_lr_scale
     embedding_lr_scale = embedding_scale(model.config) if embedding_lr_scale is None else embedding_lr_scale
+    # 早先的训练没有这一项，接着训也不衰减
+    head_weight_decay = head_weight_decay or 0.0
     _check(
         beta1=beta1, beta2=beta2, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps, eps=eps,
         embedding_lr_scale=embedding_lr_scale, head_lr_scale=head_lr_scale, ngram_lr_scale=ngram_lr_scale,
+        head_weight_decay=head_weight_decay,
     )
     matrices, tables, vectors = split_parameters(model)
     shared = {"betas": (beta1, beta2), "eps": eps, "weight_decay": 0.0, "rule": "adamw", "states": ADAMW_STATES}
@@ -229,7 +232,7 @@ def muon(
         _group(embedding, lr_scale=embedding_lr_scale, **(shared if tied else by_rows)),
         _group(positions, lr_scale=1.0, **shared),
         _group(ngrams, lr_scale=ngram_lr_scale, **by_rows),
-        _group(head, lr_scale=head_lr_scale, **shared),
+        _group(head, lr_scale=head_lr_scale, **{**shared, "weight_decay": head_weight_decay}),
         _group(vectors, lr_scale=1.0, **shared),
     ]
     return Optimizer(groups)

@@ -1,5 +1,6 @@
 # 文字少、读的遍数多，模型就会背诵：n-gram 表背得最快，大模型也快
 # 所以 model.ngrams、dropout、optimizer.ngram_lr_scale 为 null 时，由预算读几遍文字、block 多大来定
+# optimizer.head_weight_decay 还看每个 token 在文字里出现几次
 # optimizer.embedding_lr_scale 为 null 时，看是不是从头训练
 # 定下的数写进配置，续训与写作照着它；命令行上写了的不动
 # 仍然背了起来的，early_stop_evals=null 时由 past_turn 叫停：宁可晚停，不停会好起来的
@@ -37,6 +38,11 @@ RICH = 2 / 3
 # 比 model=small 还大的 block，每大到 LARGER_BY 倍多丢一份：medium 读 8 遍一百万个英文字符，
 # 0.1 在途中 1.407 就掉头，到底是 1.453，0.2 到底 1.402；4 遍五百万字节的诗，0.2 好于 0.09（large_texts）
 LARGE, LARGER_BY = 10.7e6, 8
+# 词表大、文字短的，先把文字背下来的是输出层：每个 token 只见过几十次，它却各有一整行权重
+# model=tiny 读 8 遍 36 万与 105 万字节的诗：不衰减到底是 6.20 与 5.42，衰减 3 是 5.54 与 5.10，途中也不掉头
+# （ablate.py head_decay）
+# 只读一遍的，衰减 1 就差 0.07；英文的字符每个出现几千次，用不着
+EACH_DECAY, MOST_DECAY, SELDOM = 1.5, 6.0, 60
 # 每读完一遍，验证损失会跳高百分之一二再回来；学习率降完时也拿得回这么多：高出 5% 才算升了
 # 连着这么多次都高，最好的又在预算的这么一份之前，才停
 RISEN, RISEN_EVALS, RISEN_SHARE = 0.05, 4, 0.2
@@ -59,13 +65,13 @@ def passes_of(cfg: TrainConfig, text_tokens: int, steps: int | None = None) -> f
 
 def counts_time(cfg: TrainConfig) -> bool:
     """Whether something is left to the number of passes and that depends on how fast the training is."""
-    scale = cfg.optimizer.get("ngram_lr_scale", 0)
-    return bool(cfg.max_minutes) and not cfg.init_from and None in (cfg.model.ngrams, cfg.model.dropout, scale)
+    left = (cfg.optimizer.get(key, 0) for key in ("ngram_lr_scale", "head_weight_decay"))
+    return bool(cfg.max_minutes) and not cfg.init_from and None in (cfg.model.ngrams, cfg.model.dropout, *left)
 
 
 def held_back(cfg: TrainConfig, text_tokens: int, steps: int | None = None) -> TrainConfig:
-    """The config with ngrams, dropout and the optimizer's scales of the learning rate filled in; text_tokens of the
-    training split, 0: unknown; steps: see passes_of()."""
+    """The config with ngrams, dropout, the optimizer's scales of the learning rate and its decay of the output layer
+    filled in; text_tokens of the training split, 0: unknown; steps: see passes_of()."""
     model, passes = cfg.model, passes_of(cfg, text_tokens, steps) if text_tokens else 0.0
     if model.ngrams is None:
         model = replace(model, ngrams=tables_for(passes, block_parameters(model), model.vocab_size))
@@ -75,9 +81,18 @@ def held_back(cfg: TrainConfig, text_tokens: int, steps: int | None = None) -> T
     optimizer = cfg.optimizer
     if "ngram_lr_scale" in optimizer and optimizer["ngram_lr_scale"] is None:
         optimizer = {**optimizer, "ngram_lr_scale": FRESH_NGRAM_SCALE if passes < TWICE else 1.0}
+    if "head_weight_decay" in optimizer and optimizer["head_weight_decay"] is None:
+        decay = 0.0 if cfg.init_from or not text_tokens else head_decay_of(model, passes, text_tokens)
+        optimizer = {**optimizer, "head_weight_decay": decay}
     if "embedding_lr_scale" in optimizer and optimizer["embedding_lr_scale"] is None:
         optimizer = {**optimizer, "embedding_lr_scale": embedding_scale(model, fresh=not cfg.init_from)}
     return replace(cfg, model=model, dropout=model.dropout, optimizer=optimizer)
+
+
+def decided(cfg: TrainConfig) -> dict[str, object]:
+    """What held_back() fills in against learning by heart, by the keys that set it; None: still open."""
+    decay = cfg.optimizer.get("head_weight_decay", 0.0)
+    return {"dropout": cfg.model.dropout, "model.ngrams": cfg.model.ngrams, "optimizer.head_weight_decay": decay}
 
 
 def tables_for(passes: float, parameters: int, vocabulary: int | None = None) -> list[int]:
@@ -104,6 +119,16 @@ def dropout_of(model: ModelConfig, passes: float) -> float:
     richness = 1 + RICH * (content_of(model.vocab_size) - 1) * room
     size = 1 + max(0.0, math.log(parameters / LARGE, LARGER_BY))
     return round(min(MOST_DROPOUT, EACH_DOUBLING * richness * size * doublings), 2)
+
+
+def head_decay_of(model: ModelConfig, passes: float, text_tokens: int) -> float:
+    """Weight decay of the output layer of a model that reads so many tokens so many times: EACH_DECAY for each doubling
+    beyond FRESH passes where a token occurs SELDOM times in the text, less where it occurs more often."""
+    # 与 embedding 共享权重的，不是这样量的
+    if model.tie_embeddings or not model.vocab_size:
+        return 0.0
+    doublings, occurs = math.log2(max(passes, FRESH) / FRESH), text_tokens / model.vocab_size
+    return round(min(MOST_DECAY, EACH_DECAY * doublings) * min(1.0, SELDOM / occurs), 2)
 
 
 def has_risen(loss: float, best: float, train_loss: float, targets: int) -> bool:

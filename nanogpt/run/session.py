@@ -60,7 +60,7 @@ from nanogpt.run import cpu_units, rundir
 from nanogpt.run.folders import size_of
 from nanogpt.run.loggers import JsonlLogger, Loggers
 from nanogpt.run.loop import Training, share_batch
-from nanogpt.run.regularize import counts_time, dropout_of, held_back, passes_of
+from nanogpt.run.regularize import counts_time, decided, dropout_of, held_back, passes_of
 from nanogpt.run.saving import Saver, largest_bytes, restore
 from nanogpt.run.summary import versions
 from nanogpt.weights import checkpoint
@@ -178,7 +178,7 @@ class Session:
         now = plain(cfg)
         self.changed = {key for key, value in self.saved.items() if key in now and now[key] != value}
         """Keys that a resume changes."""
-        self.left_open = [key for key in ("dropout", "ngrams") if getattr(cfg.model, key) is None]
+        self.left_open = [key for key, value in decided(cfg).items() if value is None]
         steps = hooks.steps(cfg)
         self.passes = passes_of(cfg, text_tokens, steps)
         filled = held_back(cfg, text_tokens, steps)
@@ -627,12 +627,10 @@ class Session:
                 each=rounded(tokens / block_parameters(cfg.model)), hint=more if tokens < wanted / 2 else "",
             )
         if self.left_open and round(self.passes) > 1:
-            # dropout 是顶层的键：照着它印的敲，就是要敲的
-            names = {key: key if key == "dropout" else f"model.{key}" for key in self.left_open}
-            chosen = " ".join(f"{name}={getattr(cfg.model, key)}" for key, name in names.items())
+            chosen = [f"{key}={value}" for key, value in decided(cfg).items() if key in self.left_open]
             line(
                 "for about {passes} passes over the text it takes {settings}; what you type goes before",
-                passes=rounded(self.passes), settings=chosen,
+                passes=rounded(self.passes), settings=" ".join(chosen),
             )
         # 表已经训进去了，去不掉；丢多少还可以改，但接着训不自己改：与一口气训完的要逐位一样
         longer = self.source and self.changed & {*LIMITS}

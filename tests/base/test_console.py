@@ -125,6 +125,9 @@ def test_a_command_is_never_broken_and_a_file_gets_each_sentence_on_one_line(nar
     assert wrapped(f"next:\n{command}", Terminal()) == f"next:\n{command}"
     assert wrapped("word " * 40, io.StringIO()) == "word " * 40
     assert wrapped("word " * 40, Terminal()).count("\n  word") == 2
+    # 文件名不从中间断
+    for words in range(25, 45):
+        assert "我的小说.txt" in wrapped("字" * words + " 我的小说.txt 准备而成", Terminal())
 
 
 CHINESE = "[\u3400-\u9fff（）“”，。；：、！？]"
