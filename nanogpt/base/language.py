@@ -374,7 +374,7 @@ NAMED = {
     "clean_replaced": "checkpoints set aside by a resume from an older one: {count}",
     "clean_optimizer": "optimizer states: {count}",
     "clean_unsaved": "a run that never saved a checkpoint",
-    "clean_trial": "a trial that failed",
+    "clean_trial": "a trial that failed or was skipped",
     "clean_empty": "an empty folder of a job",
     "clean_optimizer_help": "also delete optimizer states: one can then write with the run, but not train it further",
     "clean_optimizer_note": (

@@ -254,6 +254,9 @@ def test_an_answer_is_streamed_in_chunks(served):
 def test_mistakes_in_a_conversation_are_named(served, changes, code, param):
     status, answer, _ = served.post({"messages": ASKED, **changes}, path=URL)
     assert status == 400 and (answer["error"]["code"], answer["error"]["param"]) == (code, param), answer
+    if code == "out_of_range" and param == "messages":
+        # 不是太长，是最后一句不该由它来说
+        assert "[…, {role: assistant}]" in answer["error"]["message"]
 
 
 def test_the_openapi_document_describes_conversations_and_every_reference_in_it_is_there(served):
