@@ -376,9 +376,9 @@ class MuonConfig:
     """Of the matrices in the blocks alone; 0.5 beats 0.1 where a text is read several times, read once they are
     alike."""
     head_weight_decay: float | None = number(0, 100)
-    """Of an output layer with weights of its own. None: none for a text that is read up to twice or whose tokens each
-    occur often; 1.5 with each further doubling of the passes where they occur up to 60 times, as thousands of Chinese
-    characters do in a short text."""
+    """Of an output layer with weights of its own. None: none for a text that is read up to twice, whose tokens occur
+    often, or for small blocks; from model=tiny on 1.5 with each further doubling of the passes where a token occurs up
+    to 60 times, as thousands of Chinese characters do in a short text."""
     momentum: float = number(0, 0.99999)
     """How much of the running mean of gradients is kept at each step."""
     ns_steps: int = number(1, 20)

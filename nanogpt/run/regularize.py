@@ -38,10 +38,10 @@ RICH = 2 / 3
 # 比 model=small 还大的 block，每大到 LARGER_BY 倍多丢一份：medium 读 8 遍一百万个英文字符，
 # 0.1 在途中 1.407 就掉头，到底是 1.453，0.2 到底 1.402；4 遍五百万字节的诗，0.2 好于 0.09（large_texts）
 LARGE, LARGER_BY = 10.7e6, 8
-# 词表大、文字短的，先把文字背下来的是输出层：每个 token 只见过几十次，它却各有一整行权重
+# 词表大、文字短、block 也大的，先把文字背下来的是输出层：每个 token 只见过几十次，它却各有一整行权重
 # model=tiny 读 8 遍 36 万与 105 万字节的诗：不衰减到底是 6.20 与 5.42，衰减 3 是 5.54 与 5.10，途中也不掉头
-# （ablate.py head_decay）
-# 只读一遍的，衰减 1 就差 0.07；英文的字符每个出现几千次，用不着
+# （ablate.py head_decay）；只读一遍的，衰减 1 就差 0.07；4/4/128 读 8 遍 BPE 4096 也用不着，3 差 0.15
+# 英文的字符每个出现几千次，更用不着
 EACH_DECAY, MOST_DECAY, SELDOM = 1.5, 6.0, 60
 # 每读完一遍，验证损失会跳高百分之一二再回来；学习率降完时也拿得回这么多：高出 5% 才算升了
 # 连着这么多次都高，最好的又在预算的这么一份之前，才停
@@ -114,21 +114,30 @@ def dropout_of(model: ModelConfig, passes: float) -> float:
     """Dropout of a model whose text is read so many times: EACH_DOUBLING for each doubling beyond FRESH passes, up to
     twice that where a token says more than a character and the blocks have room to learn it by heart, and twice that
     again where the blocks are eight times those of model=small."""
-    doublings, parameters = math.log2(max(passes, FRESH) / FRESH), block_parameters(model)
-    room = min(1.0, max(0.0, math.log(parameters / SMALL, 4)))
-    richness = 1 + RICH * (content_of(model.vocab_size) - 1) * room
-    size = 1 + max(0.0, math.log(parameters / LARGE, LARGER_BY))
-    return round(min(MOST_DROPOUT, EACH_DOUBLING * richness * size * doublings), 2)
+    richness = 1 + RICH * (content_of(model.vocab_size) - 1) * room_of(model)
+    size = 1 + max(0.0, math.log(block_parameters(model) / LARGE, LARGER_BY))
+    return round(min(MOST_DROPOUT, EACH_DOUBLING * richness * size * doublings_of(passes)), 2)
 
 
 def head_decay_of(model: ModelConfig, passes: float, text_tokens: int) -> float:
     """Weight decay of the output layer of a model that reads so many tokens so many times: EACH_DECAY for each doubling
-    beyond FRESH passes where a token occurs SELDOM times in the text, less where it occurs more often."""
+    beyond FRESH passes where a token occurs SELDOM times in the text, less where it occurs more often and where the
+    blocks have less room to learn it by heart."""
     # 与 embedding 共享权重的，不是这样量的
     if model.tie_embeddings or not model.vocab_size:
         return 0.0
-    doublings, occurs = math.log2(max(passes, FRESH) / FRESH), text_tokens / model.vocab_size
-    return round(min(MOST_DECAY, EACH_DECAY * doublings) * min(1.0, SELDOM / occurs), 2)
+    occurs = text_tokens / model.vocab_size
+    return round(min(MOST_DECAY, EACH_DECAY * doublings_of(passes)) * min(1.0, SELDOM / occurs) * room_of(model), 2)
+
+
+def doublings_of(passes: float) -> float:
+    """How many times the passes over a text have doubled since FRESH, up to which it is as good as new."""
+    return math.log2(max(passes, FRESH) / FRESH)
+
+
+def room_of(model: ModelConfig) -> float:
+    """How much room the blocks have to learn by heart what tokens that say much have to say, 0 … 1."""
+    return min(1.0, max(0.0, math.log(block_parameters(model) / SMALL, 4)))
 
 
 def has_risen(loss: float, best: float, train_loss: float, targets: int) -> bool:

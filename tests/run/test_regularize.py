@@ -12,7 +12,16 @@ from conftest import ROOT, make_config, new_session, resume, train
 from nanogpt.base.config import tokens_per_step
 from nanogpt.core.progress import Progress
 from nanogpt.plan.plan import Planner
-from nanogpt.run.regularize import RISEN_EVALS, dropout_of, has_risen, held_back, passes_of, past_turn, tables_for
+from nanogpt.run.regularize import (
+    RISEN_EVALS,
+    dropout_of,
+    has_risen,
+    head_decay_of,
+    held_back,
+    passes_of,
+    past_turn,
+    tables_for,
+)
 from nanogpt.weights.build import preset
 
 
@@ -54,6 +63,18 @@ def test_blocks_larger_than_small_drop_more():
     """The better ones of results/h200/ablate_dropout_medium.json and ablate_large_texts.json."""
     assert [dropout_of(preset(name, vocab_size=65), 8) for name in ("small", "medium", "large")] == [0.1, 0.2, 0.26]
     assert 0.15 <= dropout_of(preset("medium", vocab_size=6400), 4) <= 0.2
+
+
+def test_an_output_layer_is_decayed_where_a_short_text_of_many_tokens_is_read_often():
+    """What results/ablate_head_decay.json and the trainings beside it say, and nothing where nothing was to be gained."""
+    tiny, small = preset("tiny", vocab_size=5000), preset("tiny", vocab_size=4096, n_layer=4, n_head=4, n_embd=128)
+    assert [head_decay_of(tiny, passes, 108_000) for passes in (1, 2, 4, 8, 10**6)] == pytest.approx([0, 0, 1.5, 3, 6], rel=0.02)
+    assert [head_decay_of(tiny, 8, tokens) for tokens in (300_000, 600_000, 3_000_000)] == pytest.approx([3, 1.5, 0.3], rel=0.02)
+    assert head_decay_of(small, 8, 243_000) == 0 and head_decay_of(preset("tiny", vocab_size=65), 8, 250_000) < 0.1
+    assert head_decay_of(preset("tiny", vocab_size=5000, tie_embeddings=True), 8, 108_000) == 0
+    filled = [held_back(make_config("model=tiny", "max_tokens=900000", "model.vocab_size=5000", *typed), 108_000) for typed in ((), ("optimizer.head_weight_decay=1",), ("init_from=there",))]
+    assert filled[0].optimizer["head_weight_decay"] > 2.9 and [cfg.optimizer["head_weight_decay"] for cfg in filled[1:]] == [1, 0]
+    assert "head_weight_decay" not in held_back(make_config("optimizer=adamw", "max_tokens=900000"), 108_000).optimizer
 
 
 def test_what_is_typed_is_taken_and_weights_trained_before_are_not_dropped():
