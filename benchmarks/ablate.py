@@ -235,7 +235,9 @@ STUDIES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
         f"{characters // 1000}k characters, {passes} passes, decay {decay:g}": [
             f"characters={characters}", f"passes={passes}", f"optimizer.head_weight_decay={decay:g}",
         ]
-        for characters, passes, decays in ((120_000, 8, (0, 1, 3, 10)), (120_000, 4, (0, 1.5, 3)), (350_000, 8, (0, 3)))
+        for characters, passes, decays in (
+            (60_000, 8, (0, 3)), (120_000, 8, (0, 1, 3, 10)), (120_000, 4, (0, 1.5, 3)), (350_000, 8, (0, 3)),
+        )
         for decay in decays
     }),
     # nanoGPT 的 GPU 例子的形状与批量，读 27 遍：批量大、遍数多，就要丢得多；held_back_small 的小批量少读几遍，反而更好
@@ -292,6 +294,8 @@ class Study:
         self.arguments, self.work = arguments, work
         self.shared, self.variants = STUDIES[arguments.study]
         self.shared = [*self.shared, *(QUICK if arguments.quick else []), *arguments.overrides]
+        # 现在就建：训完几个小时才发现存不下，就都丢了
+        arguments.out.mkdir(parents=True, exist_ok=True)
         self.file = arguments.out / f"ablate_{arguments.study}.json"
         whole = arguments.text.read_text(encoding="utf-8")
         self.part = whole[: int(len(whole) * TRAINING_PART)]
