@@ -687,9 +687,7 @@ def check_start(init_from: str | None) -> None:
 
 
 def check_model(model: Any) -> None:
-    """The values of a ModelConfig, and the rules between them."""
-    for one in fields(model):
-        check_key(f"model.{one.name}", one, getattr(model, one.name))
+    """Rules between the fields of a ModelConfig."""
     if model.head_dim is None and model.n_embd % model.n_head:
         raise ConfigError(
             "not_a_multiple", key="model.n_embd", got=model.n_embd, other="model.n_head", by=model.n_head,

@@ -20,8 +20,10 @@ from nanogpt.base.config import (
     MemoryConfig,
     ModelConfig,
     TrainConfig,
+    check_key,
     check_model,
     effective_batch,
+    keys,
 )
 from nanogpt.base.hardware import GIB, free_ram
 from nanogpt.base.hashed_json import DamagedError, reason_of
@@ -357,4 +359,8 @@ def preset(name: str, arch: str | None = None, /, **changes) -> ModelConfig:
 
 def create_model(name: str, *, vocab_size: int, seed: int = 1337, arch: str | None = None, **changes):
     """A freshly initialised preset: create_model("tiny", vocab_size=65, dropout=0.1)."""
+    # 命令行会查的，从 Python 里写的也查
+    for key, field in keys(ModelConfig, "model."):
+        if field.name in changes:
+            check_key(key, field, changes[field.name])
     return build_model(preset(name, arch, vocab_size=vocab_size, **changes), seed)
