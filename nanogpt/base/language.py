@@ -484,6 +484,7 @@ NAMED = {
     "nothing_written": "no text has been written yet; type a beginning first",
     "python_command": "{key}=…: load() and write() return one text; this key is for the command line",
     "python_loaded": "{key}=…: the weights are loaded already; give this key to load()",
+    "python_plan": "{key}=…: plan_for() plans one new training from its settings; leave it out",
     "python_prompt": "{key}=…: the prompt is given already; leave one of the two out",
     "unreadable_run": (
         "resume={path}: there is no checkpoint and no config that could be read ({reason}), so nothing trained can be "

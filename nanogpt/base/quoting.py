@@ -123,6 +123,11 @@ def override(key: str, value: object) -> str:
     return f"{key}={in_quotes(literal(typed))}"
 
 
+def key_of_override(override: str) -> str:
+    """`+model.extra.x=1` -> `model.extra.x`."""
+    return override.split("=", 1)[0].lstrip("+~").split("@")[0]
+
+
 def typed_override(key: str, value: object) -> str:
     """The same, quoted for the shell in use: for a remedy within a sentence."""
     return word(override(key, value))

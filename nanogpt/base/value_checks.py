@@ -16,6 +16,7 @@ from typing import Any
 
 from nanogpt.base.config import PATH_KEYS, TEXT_KEYS
 from nanogpt.base.language import ConfigError, text
+from nanogpt.base.quoting import key_of_override
 
 LARGEST = 2**63 - 1
 # 消息里写得出名字的类型
@@ -130,6 +131,13 @@ def check_types(function: Callable, prefix: str, values: dict[str, Any]) -> None
         if not fits or (isinstance(got, bool) and bool not in kinds):
             names = " | ".join(kind.__name__ for kind in kinds if kind in PLAIN).replace("NoneType", "null")
             raise ConfigError("wrong_type", key=f"{prefix}.{name}", got=got, want=names or "?")
+
+
+def refuse_keys(overrides: tuple[str, ...], keys: tuple[str, ...], message: str) -> None:
+    """ConfigError where one of the overrides is of one of the keys."""
+    for key in (key_of_override(one).partition(".")[0] for one in overrides):
+        if key in keys:
+            raise ConfigError(message, key=key)
 
 
 def wanted_type(schema: type, key: str) -> str | None:

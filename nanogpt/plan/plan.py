@@ -16,8 +16,8 @@ import torch
 from nanogpt.base.cli import implied_dataset
 from nanogpt.base.config import ParallelConfig, TrainConfig, check, not_sharded, span_of, tokens_per_step
 from nanogpt.base.groups import train_config
-from nanogpt.base.language import ConfigError
 from nanogpt.base.quoting import quoted
+from nanogpt.base.value_checks import refuse_keys
 from nanogpt.core import distributed
 from nanogpt.plan.allocator import Replay, replay
 from nanogpt.plan.budget import Budget, budget_for, on_cpu
@@ -371,10 +371,8 @@ def plan_for(*overrides: str) -> Plan:
 
     `verdict` is fits, tight or does_not_fit; ConfigError says in one line what is wrong.
     """
-    for one in overrides:
-        if (key := one.partition("=")[0]) in ("resume", "plan"):
-            # 悄悄不理会，得到的就是别的训练的计划
-            raise ConfigError("{key}=…: plan_for() plans one new training from its settings; leave it out", key=key)
+    # 悄悄不理会，得到的就是别的训练的计划
+    refuse_keys(overrides, ("resume", "plan"), "python_plan")
     typed = [quoted(one) for one in (*implied_dataset(list(overrides)), *overrides)]
     cfg = train_config(typed)
     check(cfg)

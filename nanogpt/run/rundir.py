@@ -33,7 +33,7 @@ from nanogpt.base.hashed_json import DamagedError, NewerError, reason_of
 from nanogpt.base.language import ConfigError, say, text
 from nanogpt.base.lock import Lock
 from nanogpt.base.moved import present_name
-from nanogpt.base.quoting import typed_override
+from nanogpt.base.quoting import key_of_override, typed_override
 from nanogpt.base.run_names import OUTPUTS, RunRecord, recorded
 from nanogpt.base.saved_config import read_saved, refuse_unnamed_code, schema_node, typed_node
 from nanogpt.base.user_yaml import is_group
@@ -324,7 +324,7 @@ def refuse_change(key: str, old, new, typed: str) -> None:
     for name in sorted(set(old) | set(new)):
         if old.get(name) != new.get(name) and (parent, name) not in CHANGEABLE:
             changed = {"key": f"{parent}.{name}".strip("."), "old": old.get(name), "new": new.get(name)}
-            if typed.lstrip("+~").partition("=")[0] == changed["key"]:
+            if key_of_override(typed) == changed["key"]:
                 raise ConfigError("resume_changes", **changed)
             raise ConfigError(
                 "{typed}: {key} cannot change on resume ({old} -> {new}); leave {typed} out or start a new run",

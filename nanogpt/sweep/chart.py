@@ -10,8 +10,9 @@ from pathlib import Path
 
 from nanogpt.base import report
 from nanogpt.base.language import text_in
+from nanogpt.base.quoting import key_of_override
 from nanogpt.base.report import BAD, CARD, INK, PALETTE, SOFT, printable
-from nanogpt.sweep.result import TrialResult, key_of_override, names, pareto, series_name
+from nanogpt.sweep.result import TrialResult, names, pareto, series_name
 
 # 预测超出预算很多的失败，画在预算的这一倍处，不让它把图压扁
 FAR = 1.3

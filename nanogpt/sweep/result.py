@@ -17,6 +17,7 @@ from typing import Any
 from nanogpt.base.config import TrainConfig, choices_of
 from nanogpt.base.files import write_text
 from nanogpt.base.language import sentence
+from nanogpt.base.quoting import key_of_override
 
 # 状态 -> 屏幕上的词；ok 测到了，spilled 测到了但显存溢到内存，其余没有测到速度
 STATUS_MESSAGES = {
@@ -221,11 +222,6 @@ def best_of(found: Sequence[TrialResult], margin: float) -> TrialResult | None:
     """The best success within the margin."""
     fitting = [result for result in found if result.fits(margin)]
     return min(fitting, key=lambda result: result.place, default=None)
-
-
-def key_of_override(override: str) -> str:
-    """`+model.extra.x=1` -> `model.extra.x`."""
-    return override.split("=", 1)[0].lstrip("+~").split("@")[0]
 
 
 def names(found: Sequence[TrialResult]) -> list[str]:

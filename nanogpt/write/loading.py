@@ -17,6 +17,7 @@ import torch
 
 from nanogpt.base.config import HardwareConfig
 from nanogpt.base.language import ConfigError, say, text
+from nanogpt.base.quoting import key_of_override
 from nanogpt.base.sample_config import FROM_FILE, SampleConfig, file_of
 from nanogpt.base.value_checks import unescaped
 from nanogpt.core import machine
@@ -170,7 +171,7 @@ def _filling(device: torch.device, precision: str) -> Callable | None:
 
 def take_defaults(cfg: SampleConfig, tokenizer: tokenizers.Tokenizer, overrides: list[str], *, quiet: bool) -> None:
     """Set in `cfg` how the model's generation_config.json says to draw, but for what the overrides say; say so."""
-    typed = {word.lstrip("+~").partition("=")[0] for word in overrides}
+    typed = {*map(key_of_override, overrides)}
     if {"sampler", "sampler._target_"} & typed:
         # 人自己选了一种抽法
         return
@@ -200,7 +201,7 @@ def take_defaults(cfg: SampleConfig, tokenizer: tokenizers.Tokenizer, overrides:
 
 def refuse_unread(cfg: SampleConfig, overrides: list[str]) -> None:
     """Refuse a typed temperature that the chosen sampler does not take: sampler=greedy, or one of somebody's own."""
-    typed = {one.lstrip("+~").partition("=")[0] for one in overrides}
+    typed = {*map(key_of_override, overrides)}
     if "temperature" in typed and "sampler.temperature" not in typed:
         if cfg.sampler.get("temperature") != cfg.temperature:
             raise ConfigError(

@@ -5,10 +5,10 @@
 import dataclasses
 
 from nanogpt.base.groups import sample_config
-from nanogpt.base.language import ConfigError
 from nanogpt.base.quoting import override, quoted
 from nanogpt.base.run_names import locate, names_run
 from nanogpt.base.sample_config import check_sample
+from nanogpt.base.value_checks import refuse_keys
 from nanogpt.write.loading import Model, open_model, prompt_list, refuse_unread, take_defaults
 from nanogpt.write.samples import requests_of
 
@@ -19,13 +19,6 @@ LOADED = (
 )
 
 
-def refuse(overrides: tuple[str, ...], keys: tuple[str, ...], message: str) -> None:
-    """ConfigError where one of the overrides is of one of the keys."""
-    for key in (one.lstrip("+").partition("=")[0].partition(".")[0] for one in overrides):
-        if key in keys:
-            raise ConfigError(message, key=key)
-
-
 def load(run: str = "latest", *overrides: str) -> "Loaded":
     """A trained run, or pretrained weights (gpt2, a folder, owner/name), ready to write.
 
@@ -34,7 +27,7 @@ def load(run: str = "latest", *overrides: str) -> "Loaded":
     """
     named = override("out_dir" if names_run(run) else "init_from", run)
     typed = [quoted(one) for one in (named, *overrides)]
-    refuse(overrides, COMMAND, "python_command")
+    refuse_keys(overrides, COMMAND, "python_command")
     cfg = sample_config(typed)
     check_sample(cfg)
     run_dir = None if cfg.init_from else locate(cfg.out_dir, key="out_dir")
@@ -55,10 +48,10 @@ class Loaded:
 
         Overrides are keys of conf/sample.yaml: write("KING:", "max_new_tokens=100", "sampler=top_p", "seed=7").
         """
-        refuse(overrides, COMMAND, "python_command")
-        refuse(overrides, LOADED, "python_loaded")
+        refuse_keys(overrides, COMMAND, "python_command")
+        refuse_keys(overrides, LOADED, "python_loaded")
         if prompt is not None:
-            refuse(overrides, ("start",), "python_prompt")
+            refuse_keys(overrides, ("start",), "python_prompt")
         typed = [*self.overrides, *map(quoted, overrides)]
         cfg = sample_config(typed)
         check_sample(cfg)

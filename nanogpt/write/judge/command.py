@@ -17,7 +17,7 @@ from nanogpt.base.errors import Arguments, forgive_output, one_line_each
 from nanogpt.base.files import check_writable, folders_around, write_text
 from nanogpt.base.groups import sample_config
 from nanogpt.base.language import ConfigError, language_from_arguments, set_language, show, text
-from nanogpt.base.quoting import quoted, word
+from nanogpt.base.quoting import key_of_override, quoted, word
 from nanogpt.base.sample_config import SampleConfig, check_sample
 from nanogpt.base.value_checks import check_path
 from nanogpt.data.labels import LABEL_KINDS
@@ -101,7 +101,7 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def config_of(overrides: list[str]) -> SampleConfig:
     """The checked configuration of the texts."""
-    typed = [o.lstrip("+~").partition("=")[0] for o in overrides]
+    typed = [*map(key_of_override, overrides)]
     for key in typed:
         if key.split(".")[0] in OWN_KEYS:
             raise ConfigError("evaluate_own_key", key=key)
