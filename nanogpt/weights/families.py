@@ -78,8 +78,9 @@ def read_family(path: Path, given: dict, name: str) -> ModelConfig:
     for field, allowed in (EVERY | FAMILIES[family]).items():
         if given.get(field) is not None and given[field] not in allowed:
             raise unsupported(path, field, given[field], " | ".join(map(str, (*allowed, "null"))))
-    if set(given.get("layer_types") or []) - {"full_attention"}:
-        raise unsupported(path, "layer_types", given["layer_types"], "full_attention")
+    layers = given.get("layer_types") or []
+    if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
+        raise unsupported(path, "layer_types", layers, "full_attention")
 
     bias = family == "llama" and given.get("attention_bias") is True
     if family == "llama" and bias != (given.get("mlp_bias") is True):
@@ -135,7 +136,10 @@ def rope(path: Path, given: dict) -> dict:
             "rope_low_freq_factor": number(path, said, "low_freq_factor"),
             "rope_high_freq_factor": number(path, said, "high_freq_factor"),
         }
-    return {**found, "rope_original_length": int(number(path, said, "original_max_position_embeddings"))}
+    length = number(path, said, field := "original_max_position_embeddings")
+    if length < 1:
+        raise unsupported(path, field, length, ">= 1")
+    return {**found, "rope_original_length": int(length)}
 
 
 def number(path: Path, given: dict, field: str, default: float | None = None) -> float:
@@ -151,9 +155,9 @@ def unsupported(path: Path, field: str, got, want: str) -> ConfigError:
     return ConfigError("pretrained_unsupported", file=path, field=field, got=got, want=want)
 
 
-def own_tensors(path: Path, theirs: Mapping[str, Tensor]) -> Readers:
+def own_tensors(path: Path, config: ModelConfig, theirs: Mapping[str, Tensor]) -> Readers:
     """Tensors by our names; those that are no part of such a model keep their name."""
-    found = {}
+    found, rows = {}, rows_of(config)
     for name in theirs:
         block = re.fullmatch(r"model\.layers\.(\d{1,6})\.(.+)", str(name))
         if name in OUTSIDE:
@@ -165,20 +169,31 @@ def own_tensors(path: Path, theirs: Mapping[str, Tensor]) -> Readers:
                 raise ConfigError("pretrained_damaged", file=path, reason=f"{missing[0]}: missing")
             if name == parts[0]:
                 readers = [reader_of(theirs, part) for part in parts]
-                found[f"h.{block[1]}.{ours}"] = partial(joined, path, name, readers)
+                found[f"h.{block[1]}.{ours}"] = partial(joined, path, parts, readers, rows.get(len(parts)))
         elif not str(name).endswith("rotary_emb.inv_freq"):
             # 旧文件里的旋转频率可由配置重算
             found[name] = reader_of(theirs, name)
     return Readers(found)
 
 
-def joined(path: Path, name: str, readers: list[Callable[[], Tensor]]) -> Tensor:
-    """The parts, one below the other."""
+def joined(path: Path, names: list[str], readers: list[Callable[[], Tensor]], rows: list[int] | None) -> Tensor:
+    """The parts, one below the other, each with so many rows; None: there is only one."""
     parts = [reader() for reader in readers]
+    # 合起来够数，各自不够的：q 的行就成了 k 的
+    for name, part, want in zip(names, parts, rows or []):
+        if part.shape[:1] != (want,):
+            reason = f"{name}: {tuple(part.shape)}, wanted: ({want}, …)"
+            raise ConfigError("pretrained_damaged", file=path, reason=reason)
     try:
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return torch.cat(parts) if rows else parts[0]
     except (RuntimeError, TypeError) as error:
-        raise ConfigError("pretrained_damaged", file=path, reason=f"{name}: {reason_of(error)}") from None
+        raise ConfigError("pretrained_damaged", file=path, reason=f"{names[0]}: {reason_of(error)}") from None
+
+
+def rows_of(config: ModelConfig) -> dict[int, list[int]]:
+    """Rows of each part of a matrix of ours that is three of theirs, or two."""
+    heads = [count * config.head_size for count in (config.n_head, config.kv_heads, config.kv_heads)]
+    return {3: heads, 2: [config.mlp_width] * 2}
 
 
 # ---- 写 ----
@@ -225,8 +240,7 @@ def family_json(config: ModelConfig) -> dict:
 
 def their_tensors(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by the names of transformers."""
-    heads = [count * config.head_size for count in (config.n_head, config.kv_heads, config.kv_heads)]
-    rows = {3: heads, 2: [config.mlp_width] * 2}
+    rows = rows_of(config)
     found = {theirs: tensors[ours] for theirs, ours in OUTSIDE.items() if ours in tensors}
     for name, tensor in tensors.items():
         if name in OUTSIDE.values():

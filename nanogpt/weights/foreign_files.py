@@ -39,12 +39,13 @@ def read_json(path: Path) -> dict:
         raise ConfigError("pretrained_damaged", file=path, reason=reason_of(error)) from None
 
 
-def shard_names(index: Path) -> list[str]:
-    """The files that an index names; only plain names, so that it cannot point to another folder."""
+def weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor that an index names; only plain names, so that it cannot point to another folder."""
     try:
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        files = read_json(index)["weight_map"]
+        names = set(files.values())
         assert names and all(re.fullmatch(r"[\w-][\w.-]*", name) for name in names), "odd file names"
-        return names
+        return files
     except (KeyError, TypeError, AttributeError, AssertionError) as error:
         raise ConfigError("pretrained_damaged", file=index, reason=reason_of(error)) from None
 
@@ -53,11 +54,13 @@ def read_weights(folder: Path) -> Readers:
     """All tensors of a folder, from safetensors if there are any; none with NaN or Inf."""
     for file in WEIGHTS:
         if (folder / file).is_file():
-            files = shard_names(folder / file) if file.endswith(".index.json") else [file]
+            files = weight_map(folder / file) if file.endswith(".index.json") else {}
             readers = {}
-            for name in files:
+            for name in sorted(set(files.values())) or [file]:
                 found = stored_in(folder / name) if name.endswith(".safetensors") else read_torch(folder / name)
-                readers |= {key: reader_of(found, key) for key in check_finite(folder / name, found)}
+                # 几个文件里都有的，照目录取
+                own = [key for key in check_finite(folder / name, found) if files.get(key, name) == name]
+                readers |= {key: reader_of(found, key) for key in own}
             return Readers(readers)
     raise ConfigError("pretrained_damaged", file=folder, reason="no " + " or ".join(WEIGHTS))
 
@@ -97,7 +100,10 @@ def load_plain(path: Path) -> dict:
         # 不是 torch 写的 pickle，torch 先说上几行；使用者只该看到我们的一行
         warnings.simplefilter("ignore")
         # mmap：旁边的优化器状态不必读进内存；旧格式不支持
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    if not isinstance(found, dict):
+        raise TypeError(f"{type(found).__name__} instead of dict")
+    return found
 
 
 def read_torch(path: Path) -> dict:

@@ -93,7 +93,7 @@ def write_gguf(folder: Path, pretrained: Pretrained, kind: str) -> None:
         file.write_kv_data_to_file()
         file.write_ti_data_to_file()
         for name, tensor in tensors.items():
-            file.write_tensor_data(packed_numbers(gguf, name, tensor, kinds[name]))
+            file.write_tensor_data(packed_numbers(gguf, name, tensor, kinds[name]).view(Whole))
     finally:
         file.close()
     write_text(folder / "Modelfile", modelfile(config, pretrained.tokenizer))
@@ -160,6 +160,15 @@ def number_format(gguf, name: str, tensor: Tensor, kind: str):
     return gguf.GGMLQuantizationType[kind.upper()]
 
 
+class Whole(np.ndarray):
+    """Numbers of which a file takes all or raises OSError."""
+
+    # gguf 包用 tofile 写；numpy 自己的那个，不到 4 KiB 的张量在满了的盘上丢了也不说
+    def tofile(self, file) -> None:
+        """Write them through Python's file."""
+        file.write(np.ascontiguousarray(self).reshape(-1).view(np.uint8).data)
+
+
 def packed_numbers(gguf, name: str, tensor: Tensor, kind) -> np.ndarray:
     """A tensor in a number format; ConfigError if it is or becomes NaN or Inf."""
     plain = tensor.detach().float().contiguous().numpy()
@@ -191,7 +200,7 @@ def read_back(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
             tensor = reordered(config, tensor, back=True)
         prefix = f"{'h' if arch == 'gpt2' else 'model.layers'}.{layer[1]}." if layer else ""
         found[f"{prefix}{names[part]}.{leaf}"] = tensor
-    return found if arch == "gpt2" else dict(families.own_tensors(folder / FILE, found))
+    return found if arch == "gpt2" else dict(families.own_tensors(folder / FILE, config, found))
 
 
 def modelfile(config: ModelConfig, tokenizer: Tokenizer) -> str:

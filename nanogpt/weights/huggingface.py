@@ -18,7 +18,6 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from nanogpt.base.config import ModelConfig, trusted_targets
 from nanogpt.base.files import write_json, write_text
@@ -28,7 +27,7 @@ from nanogpt.data.tokenizer_files import END_WORDS, drawing_numbers, to_library_
 from nanogpt.weights import families
 from nanogpt.weights.foreign_files import read_json
 from nanogpt.weights.pretrained import ACTIVATIONS, OWN_FIELDS, OWN_KIND, TRANSPOSED, Pretrained, build_pretrained
-from nanogpt.weights.tensors import read_tensors, refuse_not_finite
+from nanogpt.weights.tensors import read_tensors, refuse_not_finite, write_plain
 
 # 自带代码的文件夹里的模块名；transformers 按它动态导入
 MODULE, OWN_MODULE = "modeling_nanogpt", "modeling_own"
@@ -180,11 +179,11 @@ def about_documents(pretrained: Pretrained) -> dict:
 
 def write_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write model.safetensors in float32, never NaN or Inf; transformers asks for the metadata `format`."""
-    # 共享内存的张量 save_file 不收：各抄一份
+    # 共享内存的张量库不收：各抄一份
     copies = {name: tensor.detach().float().contiguous().clone() for name, tensor in tensors.items()}
     # 读进来时查过；自己的类还会添上别的权重
     refuse_not_finite(copies.items())
-    save_file(copies, folder / "model.safetensors", metadata={"format": "pt"})
+    write_plain(folder / "model.safetensors", copies)
 
 
 def write_tokenizer(folder: Path, pretrained: Pretrained) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nanogpt.base import run_names
@@ -31,7 +30,7 @@ from nanogpt.weights.foreign_files import (
     read_safetensors,
     read_torch,
 )
-from nanogpt.weights.tensors import UNREADABLE, Readers, first_not_finite, read_tensors
+from nanogpt.weights.tensors import UNREADABLE, Readers, first_not_finite, read_tensors, write_plain
 
 # 不改变怎样计算的字段；别的只有空着才行
 HARMLESS = {
@@ -151,7 +150,7 @@ def write_adapter(source: Checkpoint, folder: Path) -> str:
             # 几个模块共用的 A 各抄一份：一个文件里不许共享
             written[f"{PREFIX}{theirs}.lora_A.weight"] = lora[f"{module}.lora_a"].clone()
             written[f"{PREFIX}{theirs}.lora_B.weight"] = rows.contiguous().clone()
-    save_file(written, folder / ADAPTER_WEIGHTS[0], metadata={"format": "pt"})
+    write_plain(folder / ADAPTER_WEIGHTS[0], written)
     write_json(folder / ADAPTER, {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": finetune.rank,
         "lora_alpha": finetune.alpha, "lora_dropout": finetune.dropout, "bias": "none", "inference_mode": True,

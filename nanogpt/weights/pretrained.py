@@ -183,7 +183,7 @@ def read_folder(
     if adapter:
         found = peft.merged_into(adapter, found, turned)
     if config.norm_gain:
-        tensors = families.own_tensors(folder, found)
+        tensors = families.own_tensors(folder, config, found)
     else:
         names = {name: str(name).removeprefix("transformer.") for name in found}
         tensors = Readers({
@@ -205,7 +205,8 @@ def read_config(path: Path, name: str) -> ModelConfig:
     """The ModelConfig of a config.json; ConfigError names a field that our model cannot follow."""
     given = read_json(path)
     kind = given.get("model_type", "gpt2")
-    if kind in families.FAMILIES:
+    # 元组：别人写的也可能是列表，字典不认
+    if kind in tuple(families.FAMILIES):
         return families.read_family(path, given, name)
     if kind == OWN_KIND:
         return read_own(path, given, name)
@@ -215,7 +216,7 @@ def read_config(path: Path, name: str) -> ModelConfig:
         if field in given and given[field] != want:
             raise ConfigError("pretrained_unsupported", file=path, field=field, got=given[field], want=want)
     activation = given.get("activation_function", "gelu_new")
-    if activation not in ACTIVATIONS:
+    if activation not in tuple(ACTIVATIONS):
         raise ConfigError(
             "pretrained_unsupported", file=path, field="activation_function", got=activation,
             want=" | ".join(ACTIVATIONS),

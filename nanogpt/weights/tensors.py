@@ -17,6 +17,7 @@ stand for themselves.
 # 格式很简单，所以自己写：库的 save_file 要全部张量同时在内存里
 # n-gram 的表从零开始，没遇到过的行，连同它的两份动量，一直是零：不写它们，短训练的 checkpoint 小到几分之一
 
+import errno
 import hashlib
 import json
 import math
@@ -31,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from nanogpt.base.language import ConfigError, text
 from nanogpt.core.sharding import Sharded
@@ -78,6 +80,15 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor | Sharded]) -> str
                 file.write(piece)
                 digest.update(piece)
     return digest.hexdigest()
+
+
+def write_plain(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file for others, every row of it; OSError where the disk does not take it."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # 磁盘满了，库也抛自己的错误，系统的话在里面
+        raise OSError(errno.EIO, str(error).rpartition("error: ")[2].partition(" (os error")[0]) from None
 
 
 def _filled_rows(tensor: torch.Tensor | Sharded) -> torch.Tensor | None:

@@ -39,7 +39,7 @@ from nanogpt.data.labels import with_labels
 from nanogpt.data.tokenizer import begin_of, ends_of
 from nanogpt.data.tokenizer_files import byte_level_bpe, read_tokenizer
 from nanogpt.plan.filled_config import filled
-from nanogpt.weights import nanogpt_checkpoint
+from nanogpt.weights import foreign_files, nanogpt_checkpoint
 from nanogpt.weights.build import build_model, parameters_at_least
 from nanogpt.weights.export import export
 from nanogpt.weights.peft import base_named
@@ -186,9 +186,11 @@ def test_llama_and_qwen_give_the_logits_of_transformers_and_go_back_as_they_came
     ("SmolLM2-135M", {"attention_bias": True}, "attention_bias=True"), ("SmolLM2-135M", {"hidden_act": "gelu"}, "hidden_act=gelu"),
     ("SmolLM2-135M", {"num_key_value_heads": 2}, "model.n_head=9 is not divisible by model.n_kv_head=2"),
     ("SmolLM2-135M", {"hidden_size": None}, "hidden_size=None"), ("SmolLM2-135M", {"num_hidden_layers": 3}, "2 blocks, config says 3"),
-    ("SmolLM2-135M", {"intermediate_size": 191}, r"h.0.mlp.c_fc.weight: torch.bfloat16 \(384, 72\), wanted: \(382, 72\)"),
+    ("SmolLM2-135M", {"intermediate_size": 191}, r"model.layers.0.mlp.gate_proj.weight: \(192, 72\), wanted: \(191, …\)"),
     ("Qwen3-0.6B", {"use_sliding_window": True}, "use_sliding_window=True"), ("Qwen3-0.6B", {"quantization_config": {"bits": 4}}, "quantization_config="),
-    ("Qwen3-0.6B", {"layer_types": ["sliding_attention"] * 2}, "layer_types="),
+    ("Qwen3-0.6B", {"layer_types": ["sliding_attention"] * 2}, "layer_types="), ("Qwen3-0.6B", {"layer_types": 5}, "layer_types=5"),
+    ("Qwen3-0.6B", {"layer_types": [["full_attention"]]}, "layer_types="),
+    ("Qwen3-0.6B", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0.5}}, "original_max_position_embeddings=0.5"),
 ], ids=lambda value: value if isinstance(value, str) and "=" in value else "")
 def test_what_llama_and_qwen_have_and_we_lack_is_one_line_with_file_and_field(tmp_path, bpe_json, name, changes, expected):
     folder, _ = family_folder(tmp_path / "model", bpe_json, name)
@@ -489,6 +491,9 @@ DAMAGE = {
     "activation_function=tanh is not supported": damage_config(activation_function="tanh"),
     "scale_attn_by_inverse_layer_idx=True": damage_config(scale_attn_by_inverse_layer_idx=True),
     "model_type=mamba is not supported": damage_config(model_type="mamba"),
+    r"model_type=\['gpt2'\] is not supported": damage_config(model_type=["gpt2"]),
+    r"activation_function=\['gelu'\] is not supported": damage_config(activation_function=["gelu"]),
+    r"pytorch_model.bin cannot be used \(.*list": lambda f: (torch.save([*load_file(f / "model.safetensors").values()], f / "pytorch_model.bin"), (f / "model.safetensors").unlink()),
     "n_layer=-3": damage_config(n_layer=-3),
     "n_embd=wide": damage_config(n_embd="wide"),
     "n_inner=100": damage_config(n_inner=100),
@@ -535,6 +540,28 @@ def test_an_index_cannot_point_outside_its_folder(folder):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret"}}', encoding="utf-8")
     with pytest.raises(ConfigError, match="odd file names"):
         open_pretrained(str(folder))
+
+
+@pytest.mark.parametrize("part", ["v_proj", "k_proj"])
+def test_parts_that_only_together_have_the_rows_of_a_matrix_are_refused(tmp_path, bpe_json, part):
+    folder, _ = family_folder(tmp_path / "model", bpe_json, "Qwen3-0.6B")
+    at = "model.layers.1.self_attn."
+    tensors = {name: tensor for file in folder.glob("model*.safetensors") for name, tensor in load_file(file).items()}
+    names = [f"{at}q_proj.weight", f"{at}{part}.weight"]
+    swapped = dict(zip(names, (tensors[names[1]], tensors[names[0]])))
+    save_file({**tensors, **swapped}, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=f"{names[0]}: .*wanted: "):
+        open_pretrained(str(folder))
+
+
+def test_a_tensor_is_taken_from_the_file_that_the_index_names(folder):
+    tensors = load_file(folder / "model.safetensors")
+    name = next(iter(tensors))
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    save_file({name: tensors[name] * 2}, folder / "model-2.safetensors")
+    files = dict.fromkeys(tensors, "model-1.safetensors") | {"other": "model-2.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}), encoding="utf-8")
+    assert torch.equal(foreign_files.read_weights(folder)[name], tensors[name])
 
 
 DRAWING = {"do_sample": True, "temperature": 0.6, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.3, "num_beams": 4, "min_p": "much", "eos_token_id": 0}
