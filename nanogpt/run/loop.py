@@ -281,8 +281,9 @@ class Training(Trainer):
         # 说好了最好的一定留着：另有保存的间隔，也不等它
         best = progress.best_iteration == progress.iteration
         save_due = self._every(cfg.save_interval) or best if cfg.save_interval else evaluated
-        if save_due or reason or self.saver.overdue:
-            self._save(final=bool(reason) or last)
+        final = bool(reason) or last
+        if self.saver.is_due(save_due) or final:
+            self._save(final=final)
         if evaluated and cfg.sample_tokens and self.write_sample and reason != "interrupted":
             self._write_sample()
         if evaluated or save_due:

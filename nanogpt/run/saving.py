@@ -98,10 +98,13 @@ class Saver:
         self._retry_at: float | None = None
         self._unnoted: tuple[checkpoint.Checkpoint, float, float | None] | None = None
 
-    @property
-    def overdue(self) -> bool:
-        """Whether it is time to try again what could not be saved; every process asks, the first one's clock counts."""
-        return self._retry_at is not None and distributed.broadcast(time.monotonic() >= self._retry_at)
+    def is_due(self, due: bool) -> bool:
+        """Whether to save now: where the last save failed, when it is time to try again, in place of when it is due.
+
+        Every process asks, the first one's clock counts.
+        """
+        # 存不下的盘，每次都要先写上一阵才知道：到点再试，不必每到间隔就写一遍
+        return due if self._retry_at is None else distributed.broadcast(time.monotonic() >= self._retry_at)
 
     def save(
         self, model, state: dict, *, iteration: int, val_loss: float | None, val_bpb: float | None, final: bool
