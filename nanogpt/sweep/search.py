@@ -340,6 +340,11 @@ class Trials:
         search = self.cfg.search
         show(wrapped(text("measuring how long the steps of the present setting take …"), sys.stdout))
         first = self.fitting({})
+        # 设置有误的，原因里已经说了怎么改
+        if first.status == "invalid":
+            raise ConfigError(
+                "the setting from which the search starts cannot be trained: {reason}", reason=first.reason,
+            )
         if first.status != "ok":
             raise ConfigError(
                 "the setting from which the search starts cannot be trained ({status}: {reason}); choose a smaller "

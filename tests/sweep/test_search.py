@@ -543,6 +543,10 @@ def test_a_search_as_it_is_typed_ends_with_a_report_and_a_recipe(in_tmp, monkeyp
     assert "search.minutes=0" in refused.stderr and "Traceback" not in refused.stderr
     refused = typed("run_train.py", in_tmp, *words, "search.minutes=0.001", expect=2)
     assert "search.minutes=0.001 is too short" in refused.stderr and refused.stderr.count("error") == 1
+    # 起点的设置有误，原因里已有补救；换小模型帮不上忙
+    monkeypatch.setattr(jobs, "run_trial", lambda cfg, overrides, folder, *, run_dir=None: result.made({"overrides": overrides, "status": "invalid", "reason": "give more text"}))
+    refused = typed("run_train.py", in_tmp, *words, expect=2)
+    assert refused.stderr.strip().endswith("cannot be trained: give more text")
 
 
 @OPTUNA
