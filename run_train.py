@@ -13,7 +13,7 @@ from nanogpt.base.before_torch import importing_torch
 from nanogpt.base.cli import TYPED, run_script
 from nanogpt.base.config import TrainConfig, check, check_launch
 from nanogpt.base.errors import EXIT_TERMINATED
-from nanogpt.base.language import ConfigError
+from nanogpt.base.language import ConfigError, show, text, wrapped
 from nanogpt.base.sweep_folder import Job
 from nanogpt.run import rundir
 
@@ -64,6 +64,12 @@ def main(cfg: TrainConfig, overrides: list[str]) -> float | None:
             cfg.parallel = replace(cfg.parallel, world=world, nodes=cfg.launch.nodes)
         with importing_torch():
             from nanogpt.plan.show import run_plan
+        if cfg.search.enabled:
+            show(wrapped(text(
+                "planned is one training with the settings from which the search starts; the search itself takes "
+                "search.minutes={minutes:g}",
+                minutes=cfg.search.minutes,
+            ), sys.stdout))
         run_plan(cfg, overrides)
         return None
     if cfg.search.enabled:

@@ -388,6 +388,7 @@ NAMED = {
     "state_stopped": "stopped",
     "state_empty": "empty",
     "state_damaged": "damaged",
+    "state_pruned": "pruned",
     "plan_vocab_assumed": "assumed, the data is not prepared yet; type model.vocab_size=… if you know better",
     "plan_tight": "TIGHT",
     "segments_fixed": (

@@ -38,6 +38,7 @@ DEPTH = 3
 STATES = {
     "queued": sentence("queued"), "failed": "state_failed", "running": "state_running", "finished": "state_finished",
     "stopped": "state_stopped", "empty": "state_empty", "damaged": "state_damaged",
+    "pruned": "state_pruned",
 }
 ENDED = ("finished", "max_tokens", "max_minutes", "early_stop", "target_reached")
 COLUMNS = (
@@ -85,7 +86,8 @@ class Run:
         if self.job in QUEUED:
             return "queued"
         if not self.checkpoints:
-            return "failed" if self.job in FAILED else "empty"
+            # 有总结的训完过，权重删了：搜索淘汰的
+            return "failed" if self.job in FAILED else "pruned" if self.summary else "empty"
         if self.problem:
             return "damaged"
         # 后来又接着训、没走完的，summary 是从前的

@@ -69,8 +69,13 @@ class Schedule:
         return count * (self.rungs[-1] * BESIDE + self.start_minutes)
 
     @property
+    def waves(self) -> int:
+        """How many generations follow each other; those of a single setting run beside each other."""
+        return math.ceil(self.generations / self.jobs) if self.size == 1 else self.generations
+
+    @property
     def minutes(self) -> float:
-        return self.generations * self.generation_minutes + self.final_minutes
+        return self.waves * self.generation_minutes + self.final_minutes
 
 
 def divide(
@@ -96,11 +101,11 @@ def divide(
                 worth = generations == 1 or count_seeds == seeds or count_rungs == 1
                 if longest * shares[0] >= LEAST_MINUTES and size * generations <= trials and worth:
                     return replace(one, rungs=tuple(share * longest for share in shares))
-    shortest = Schedule((LEAST_MINUTES,), least, eta, 1, 1, start_minutes, jobs).minutes
+    shortest = Schedule((LEAST_MINUTES,), least, eta, 1, 1, start_minutes, jobs)
     raise ConfigError(
         "search.minutes={got:g} is too short to compare settings: a trial takes {each:.1f} min here; give at least "
         "{least:.0f}",
-        got=minutes, each=shortest / least, least=math.ceil(1.2 * (spent + shortest)),
+        got=minutes, each=shortest.generation_minutes, least=math.ceil(1.2 * (spent + shortest.minutes)),
     )
 
 
@@ -187,18 +192,24 @@ class Search:
     def run(self) -> list[Candidate]:
         """Search until the time or the number of settings is used up; every setting that was tried."""
         schedule = self.schedule
-        for generation in range(schedule.generations):
+        for wave in range(schedule.waves):
             left = self.minutes - self.spent
             # 第一代总要走：否则什么也没有
-            if generation and left < schedule.generation_minutes + schedule.final_minutes:
+            if wave and left < schedule.generation_minutes + schedule.final_minutes:
                 break
-            self._generation()
+            # 一代只有一个设置的，几代并排
+            alone = min(schedule.jobs, schedule.generations - wave * schedule.jobs)
+            self._generation(alone if schedule.size == 1 else schedule.size)
         finished = [one for one in self.candidates if one.status == "ok" and one.values]
         furthest = max((one.rung for one in finished), default=-1)
         ranked = sorted((one for one in finished if one.rung == furthest), key=lambda one: one.mean)
-        self.best = ranked[: schedule.top]
+        self.best, others = ranked[: schedule.top], ranked[schedule.top :]
         if furthest == len(schedule.rungs) - 1:
-            self._seeds()
+            self._seeds(self.best)
+            # 个个换了种子就发散：下一名也许不会
+            while others and all(one.status != "ok" for one in self.best):
+                self.best.append(others.pop(0))
+                self._seeds(self.best[-1:])
         # 换个种子就发散的，均值再好也排在后面
         self.best.sort(key=lambda one: (one.status != "ok", one.mean))
         return self.candidates
@@ -233,10 +244,10 @@ class Search:
                 new.append((Candidate(len(self.candidates) + len(new), setting), trial))
         return new, asked
 
-    def _generation(self) -> None:
-        alive, left = [], MOST_ASKED * self.schedule.size
-        while len(alive) < self.schedule.size:
-            new, asked = self._asked(min(self.beside.count, self.schedule.size - len(alive)), left)
+    def _generation(self, size: int) -> None:
+        alive, left = [], MOST_ASKED * size
+        while len(alive) < size:
+            new, asked = self._asked(min(self.beside.count, size - len(alive)), left)
             left -= asked
             if not new:
                 break
@@ -270,27 +281,30 @@ class Search:
         return True
 
     def _promote(self, alive: list, rung: int) -> list:
-        """Prune all but the best 1/eta, and train these to the end of the next rung."""
+        """Train the best 1/eta to the end of the next rung, the next best for one that fails; prune the others."""
         alive = sorted(alive, key=lambda pair: pair[0].results[-1].place)
-        count = max(1, len(alive) // self.schedule.eta)
-        for place, (candidate, trial) in enumerate(alive[count:], count + 1):
-            self._drop(candidate, trial, text(
-                "{objective} {value:.4f} after {minutes:.1f} min: place {place} of {all}, the best {count} went on",
-                objective=candidate.results[-1].objective, value=candidate.results[-1].value,
-                minutes=self.schedule.rungs[rung - 1], place=place, all=len(alive), count=count,
-            ))
-        survivors = []
-        for some in self._batches(alive[:count]):
+        count, waiting = max(1, len(alive) // self.schedule.eta), list(alive)
+        survivors, late = [], 0
+        while waiting and (missing := count - len(survivors) - late) > 0:
+            some = [waiting.pop(0) for _ in range(min(self.beside.count, missing, len(waiting)))]
             results = self._step([candidate for candidate, _ in some], rung)
             for (candidate, trial), result in zip(some, results, strict=True):
                 if result is None:
                     # 没有时间了：到这里为止，仍参加排名
                     self.study.tell(trial, candidate.results[-1].place)
+                    late += 1
                 elif self._ended(candidate, result):
                     self.study.tell(trial, state=self.states.PRUNED)
                 else:
                     trial.report(result.place, rung)
                     survivors.append((candidate, trial))
+        # 到这时才删：晋级的失败了，还要它们来补
+        for place, (candidate, trial) in enumerate(waiting, len(alive) - len(waiting) + 1):
+            self._drop(candidate, trial, text(
+                "{objective} {value:.4f} after {minutes:.1f} min: place {place} of {all}, the best {count} went on",
+                objective=candidate.results[-1].objective, value=candidate.results[-1].value,
+                minutes=self.schedule.rungs[rung - 1], place=place, all=len(alive), count=len(alive) - len(waiting),
+            ))
         return survivors
 
     def _batches(self, pieces: Sequence) -> Iterator[Sequence]:
@@ -311,9 +325,9 @@ class Search:
         candidate.status, candidate.reason = result.status, result.reason
         return True
 
-    def _seeds(self) -> None:
-        """Train the best settings with the other seeds; one setting after the other, so that each has as many."""
-        pieces = [(candidate, seed) for seed in range(1, self.schedule.seeds) for candidate in self.best]
+    def _seeds(self, best: Sequence[Candidate]) -> None:
+        """Train settings with the other seeds; one setting after the other, so that each has as many."""
+        pieces = [(candidate, seed) for seed in range(1, self.schedule.seeds) for candidate in best]
         for some in self._batches(pieces):
             if self.spent + self.schedule.rungs[-1] > self.minutes:
                 return

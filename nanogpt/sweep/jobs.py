@@ -21,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from nanogpt.base.config import TrainConfig
+from nanogpt.base.console import duration
 from nanogpt.base.errors import EXIT_INTERRUPTED, leave
 from nanogpt.base.language import ConfigError, say, show, text, wrapped
 from nanogpt.sweep import result as results
@@ -73,8 +74,8 @@ def line_of(result: TrialResult) -> str:
     what = ", ".join([o for o in typed if o not in sys.argv] or typed) or text("trial_defaults")
     if result.status == "ok" and result.objective != "tokens_per_s":
         line = text(
-            "trial {what}: {objective} {value:.4f} after {minutes:.1f} min, {tokens:,} tokens",
-            what=what, objective=result.objective, value=result.value, minutes=result.minutes or 0.0,
+            "trial {what}: {objective} {value:.4f} after {time}, {tokens:,} tokens",
+            what=what, objective=result.objective, value=result.value, time=duration(60 * (result.minutes or 0.0)),
             tokens=result.tokens or 0,
         )
     elif result.status == "ok":

@@ -40,8 +40,11 @@ def session(cfg: TrainConfig, run_dir: Path, overrides: list[str]):
     again = cfg.trial.again
     cfg, hooks = replace(cfg, trial=replace(cfg.trial, enabled=False, again=False)), Hooks(remember=False)
     # 已经走到更远的级里去了：那里的权重不是这一级的，重测才从头来
-    beyond = cfg.max_iters is not None and any(one.iteration > cfg.max_iters for one in listed(run_dir).good)
-    anew = again and (beyond or _trained_before(cfg, run_dir))
+    known = listed(run_dir)
+    beyond = cfg.max_iters is not None and any(one.iteration > cfg.max_iters for one in known.good)
+    # 坏了的接不下去：试训不必问人，从头再来
+    ruined = known.bad or any(one.problem() for one in known.good[-1:])
+    anew = bool(ruined) or (again and (beyond or _trained_before(cfg, run_dir)))
     if anew or not (run_dir / "run.json").is_file():
         return Session.new(replace(cfg, out_dir=str(run_dir), overwrite=anew), run_dir, overrides, hooks)
     if not _is_over(cfg, run_dir):

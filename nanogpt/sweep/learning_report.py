@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +21,7 @@ from nanogpt.base import report
 from nanogpt.base.config import TrainConfig, auto_tokens, span_of
 from nanogpt.base.console import aligned
 from nanogpt.base.files import write_text
+from nanogpt.base.groups import leaves
 from nanogpt.base.language import show, text, wrapped
 from nanogpt.base.saved_config import read_saved
 from nanogpt.sweep.extrapolation import Estimate, estimate
@@ -34,6 +36,15 @@ MOST_ROWS = 12
 PLATEAU = 0.8
 # 短训练的预算不进 best.yaml：用它训练的人另有打算
 LENGTH = ("max_iters=", "max_minutes=", "max_tokens=")
+# 学成什么样由这些键定，其中后几个照读几遍文字来定，训得久就不同
+LEARNING = (
+    "model", "optimizer", "memory", "finetune", "init_from", "learning_rate", "min_lr", "grad_clip", "label_dropout",
+    "precision", "dataset",
+)
+DECIDED = (
+    "model.dropout", "model.ngrams", "optimizer.head_weight_decay", "optimizer.ngram_lr_scale", "model.name",
+    "dataset.dir",
+)
 BUDGET = (*LENGTH, "lr_decay_iters=", "eval_interval=", "save_interval=")
 
 
@@ -116,11 +127,12 @@ def write_search(cfg: TrainConfig, space: Sequence[Dimension], search: Search, f
         best = without(best, LENGTH)
     notes = notes_of(cfg, search) if search.best else []
     charts = curve_charts(rows)
-    if compared := [one for one in search.candidates if one.results]:
+    several = [one for one in space if len(one.choices) != 1]
+    if several and (compared := [one for one in search.candidates if one.results]):
         title = text("Every setting")
         charts.append((title, text(
             "One line for each setting through its values to what it reached after the first rung; dark is good.",
-        ), parallel(compared, space, title)))
+        ), parallel(compared, several, title)))
     _write(
         folder, rows, every, best, objective=cfg.objective, charts=charts, notes=notes, budget=budget,
         shares=list(importance(search.candidates, space).items()),
@@ -147,6 +159,11 @@ def notes_of(cfg: TrainConfig, search: Search) -> list[str]:
     """What the best setting gained, reaches on the validation split and should reach with the full budget."""
     best, first = search.best[0], search.candidates[0]
     lines = []
+    if best.status != "ok":
+        lines.append(text(
+            "beware of the best setting: {status} {reason}", status=text(STATUS_MESSAGES[best.status]),
+            reason=best.reason,
+        ))
     # 写下的空间里没有不搜索时的那个设置：第一个试的，就不是它
     if search.starts_as_typed and first is not best and first.results:
         lines.append(text(
@@ -162,10 +179,9 @@ def notes_of(cfg: TrainConfig, search: Search) -> list[str]:
     if expected := expectation(cfg, search):
         lines.append(text(
             "after {tokens:,.0f} tokens {objective} {value:.3f} is expected, between {low:.3f} and {high:.3f}, if the "
-            "curve goes on as it did: a power law through {count} trainings; a small text that is learnt by heart ends "
-            "above it",
+            "curve goes on as it did, by a power law; a small text that is learnt by heart ends above it",
             tokens=expected.tokens, objective=cfg.objective, value=expected.value, low=expected.low,
-            high=expected.high, count=len(best.values),
+            high=expected.high,
         ))
     for name, tokens, value in trained(best.results[-1], cfg):
         if at := expectation(cfg, search, tokens):
@@ -208,8 +224,10 @@ def full_budget(cfg: TrainConfig, best: TrialResult) -> float:
 
 
 def trained(best: TrialResult, cfg: TrainConfig) -> list[tuple[str, int, float]]:
-    """(run folder, tokens, what it reached) of finished trainings with this best.yaml in outputs/."""
+    """(run folder, tokens, what it reached) of finished trainings with this best.yaml and nothing else, in outputs/."""
     # 训多久由人另说，微批只看放不放得下；照文字定的（null），存下的是定出来的那个
+    # 没有写进配方的键，照试训的那一次：命令行上另写的 optimizer=adamw，就不是它了
+    ours = learned_with(Path(best.run_dir) / "config.yaml") if best.run_dir else {}
     words = [word for word in best.overrides if not word.startswith((*BUDGET, "batch_size=", "eval_"))]
     overrides = OverridesParser.create().parse_overrides(words)
     wanted = {f"dataset.{key}": cfg.dataset.get(key) for key in ("name", "path")}
@@ -220,15 +238,27 @@ def trained(best: TrialResult, cfg: TrainConfig) -> list[tuple[str, int, float]]
         try:
             saved = read_saved((file.parent / "config.yaml").read_text(encoding="utf-8"))
             summary = json.loads(file.read_text(encoding="utf-8"))
-            node = OmegaConf.create(saved)
+            node, theirs = OmegaConf.create(saved), learned_with(file.parent / "config.yaml")
             same = all(_alike(OmegaConf.select(node, key), value) for key, value in wanted.items())
+            same = same and all(theirs[key] == value for key, value in ours.items() if key in theirs)
             value = summary[f"best_{cfg.objective}"]
-            if saved["groups"].get("fit") == "best" and same and value is not None:
+            # 留出一份来评估的，不是在验证部分上
+            if saved["groups"].get("fit") == "best" and same and value is not None and not saved.get("holdout"):
                 found.append((file.parent.as_posix(), summary["tokens"], value))
         except (OSError, ValueError, KeyError, TypeError):
             # 别的训练，或者不完整的
             continue
     return found
+
+
+def learned_with(file: Path) -> dict[str, Any]:
+    """What decides what a run learns, by dotted keys, of its config.yaml; not what the length of a training decides."""
+    try:
+        saved = read_saved(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    flat = leaves({key: saved[key] for key in LEARNING if key in saved})
+    return {key: value for key, value in flat.items() if key not in DECIDED}
 
 
 def _alike(saved: object, typed: object) -> bool:
@@ -307,16 +337,19 @@ def _write(
     use = keep(every, best, folder)
     use = use and " ".join([use, *budget])
     device = next((one.device for one in every if one.device), "-")
-    write_text(folder / "report.html", report.page(
-        Path(__file__).with_name("learned.html"), title=text("What learns most"), statuses=STATUS_MESSAGES,
-        subtitle=f"{device} · {time.strftime('%Y-%m-%d %H:%M')}", tiles=[], command=use, notes=notes, charts=charts,
-        importance=shares, rows=rows, objective=objective,
-        note=text("Smaller is better; the spread is the standard deviation over the seeds."),
-    ))
-    for line in notes:
-        show(wrapped(line, sys.stdout))
-    show(text("the report is in {path}: report.html, trials.jsonl", path=folder))
-    show(text("train with the best setting:\n  {command}", command=use) if use else text("none_trained"))
+    try:
+        write_text(folder / "report.html", report.page(
+            Path(__file__).with_name("learned.html"), title=text("What learns most"), statuses=STATUS_MESSAGES,
+            subtitle=f"{device} · {time.strftime('%Y-%m-%d %H:%M')}", tiles=[], command=use, notes=notes,
+            charts=charts, importance=shares, rows=rows, objective=objective,
+            note=text("Smaller is better; the spread is the standard deviation over the seeds."),
+        ))
+        show(text("the report is in {path}: report.html, trials.jsonl", path=folder))
+    finally:
+        # 网页写不下，结论也要说
+        for line in notes:
+            show(wrapped(line, sys.stdout))
+        show(text("train with the best setting:\n  {command}", command=use) if use else text("none_trained"))
 
 
 def print_rows(rows: Sequence[Row], objective: str) -> None:

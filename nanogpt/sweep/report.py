@@ -14,6 +14,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from nanogpt.base import quoting, report
+from nanogpt.base.console import duration
 from nanogpt.base.files import write_text
 from nanogpt.base.language import current_language, sentence, show, shown, text
 from nanogpt.base.report import formatted
@@ -50,8 +51,8 @@ def recipe(result: TrialResult) -> str:
         "The fastest setting of a sweep: {speed:,.0f} tokens/s, {held:.2f} GiB on {device}",
         speed=result.tokens_per_s or 0.0, held=result.held_gib or 0.0, device=result.device or "-",
     ) if result.objective == "tokens_per_s" else text(
-        "The best setting of a sweep: {objective} {value:.4f} after {minutes:.1f} min on {device}",
-        objective=result.objective, value=result.value or 0.0, minutes=result.minutes or 0.0,
+        "The best setting of a sweep: {objective} {value:.4f} after {time} on {device}",
+        objective=result.objective, value=result.value or 0.0, time=duration(60 * (result.minutes or 0.0)),
         device=result.device or "-",
     )).split())
     body = yaml.safe_dump({**({"defaults": groups} if groups else {}), **values}, allow_unicode=True, sort_keys=False)

@@ -23,7 +23,7 @@ from nanogpt.base.quoting import key_of_override
 STATUS_MESSAGES = {
     "ok": sentence("ok"), "spilled": sentence("spilled"), "oom": sentence("out of memory"),
     "skipped": sentence("skipped"), "diverged": sentence("diverged"), "timeout": sentence("timeout"),
-    "crashed": sentence("crashed"), "invalid": sentence("invalid"), "pruned": sentence("pruned"),
+    "crashed": sentence("crashed"), "invalid": sentence("invalid"), "pruned": "state_pruned",
 }
 STATUSES = tuple(STATUS_MESSAGES)
 # 扫描里意料之中的结果；其余说明有东西坏了，退出码要说出来

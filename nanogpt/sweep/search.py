@@ -66,27 +66,31 @@ DRAWN = 64
 
 def search_job(cfg: TrainConfig, overrides: list[str]) -> float:
     """Search, leave the report and best.yaml, and return the best mean of the objective."""
+    folder = _folder()
     try:
-        return _search(cfg, overrides)
+        return _search(cfg, overrides, folder)
     except KeyboardInterrupt:
         say("search_interrupted")
         sys.exit(EXIT_INTERRUPTED)
     except ConfigError as error:
         # 交给 Hydra，它会另说一行是哪个任务：搜索只有一个
         leave(error)
+    except OSError as error:
+        # 磁盘满了，写不下报告
+        leave(ConfigError("not_writable", path=folder, reason=error.strerror or error))
 
 
-def _search(cfg: TrainConfig, overrides: list[str]) -> float:
+def _search(cfg: TrainConfig, overrides: list[str], folder: Path) -> float:
     from nanogpt.sweep.learning_report import write_search
 
     check_search(cfg)
     if cfg.objective == "tokens_per_s":
-        return _fastest(cfg, overrides)
+        return _fastest(cfg, overrides, folder)
     space = searched(cfg, overrides)
     dataset = {k: v for k, v in cfg.dataset.items() if k not in ("name", "dir")}
     # 准备数据不算进搜索的时间，也不算进哪次试跑
-    folder = corpus.prepare(cfg.dataset["name"], cfg.dataset["dir"], dataset)
-    if cfg.objective == "val_bpb" and tokenizers.byte_counts(tokenizers.load(folder / "tokenizer.json")) is None:
+    prepared = corpus.prepare(cfg.dataset["name"], cfg.dataset["dir"], dataset)
+    if cfg.objective == "val_bpb" and tokenizers.byte_counts(tokenizers.load(prepared / "tokenizer.json")) is None:
         # 否则每次试训训完才说没有这个数
         raise ConfigError(
             "objective=val_bpb: the tokens of this vocabulary stand for no fixed number of bytes; type "
@@ -94,9 +98,9 @@ def _search(cfg: TrainConfig, overrides: list[str]) -> float:
         )
     # 报告要估计的那次训练，读多少与真的一样
     if cfg.max_tokens == "auto":
-        read = read_sealed(folder / "meta.json", corpus.FORMAT)["tokens"]["train"]
+        read = read_sealed(prepared / "meta.json", corpus.FORMAT)["tokens"]["train"]
         cfg = replace(cfg, max_tokens=auto_tokens(cfg.model, read))
-    trials = Trials(cfg, overrides, _folder())
+    trials = Trials(cfg, overrides, folder)
     trials.refuse_impossible(space)
     schedule, space = trials.prepared(space)
     announce(cfg, space, schedule)
@@ -111,13 +115,13 @@ def _search(cfg: TrainConfig, overrides: list[str]) -> float:
     return search.best[0].mean
 
 
-def _fastest(cfg: TrainConfig, overrides: list[str]) -> float:
+def _fastest(cfg: TrainConfig, overrides: list[str], folder: Path) -> float:
     """The search for speed: TPE alone over what was typed, a few steps of each; there is nothing to go on with."""
     from nanogpt.sweep.report import write_report
 
     space = searched(cfg, overrides)
-    trials = Trials(cfg, overrides, _folder())
-    schedule = Schedule((0.0,), cfg.search.trials, cfg.search.eta, 1, 1, 0.0)
+    trials = Trials(cfg, overrides, folder)
+    schedule = Schedule((0.0,), cfg.search.trials, cfg.search.eta, 1, 1, 0.0, trials.beside.count)
     search = Search(
         space, schedule, lambda setting, rung, seed: trials.trial(overrides_of(setting, cfg.model)),
         minutes=cfg.search.minutes, seed=cfg.seed, say=partial(tell, cfg), beside=trials.beside,
@@ -165,7 +169,8 @@ def _folder() -> Path:
 
 def announce(cfg: TrainConfig, space: Sequence[Dimension], schedule: Schedule) -> None:
     """Say what is searched and how the time will be divided."""
-    lines = [text("searching {space}", space="; ".join(map(str, space)))]
+    # 只写了一个值的，不是在搜
+    lines = [text("searching {space}", space="; ".join(str(one) for one in space if len(one.choices) != 1))]
     minutes = [f"{minutes:.1f}" for minutes in schedule.rungs]
     kept = [schedule.generations * (schedule.size // schedule.eta**rung) for rung in range(len(minutes))]
     steps = text("{count} settings for {minutes} min each", count=kept[0], minutes=minutes[0])
@@ -256,7 +261,7 @@ class Trials:
     def words(self, setting: dict[str, str], micro_batch: int | None = None) -> list[str]:
         """The overrides of a setting with this micro-batch; None: that of the search."""
         words = overrides_of(setting, self.cfg.model)
-        return [*words, *batch_words(self.rows_of(setting), micro_batch or self.micro_batch)]
+        return [*words, *batch_words(self.rows_of(setting), None if self.whole else micro_batch or self.micro_batch)]
 
     def rows_of(self, setting: dict[str, str]) -> int:
         """Rows per step of a setting."""
@@ -320,11 +325,21 @@ class Trials:
         alike += ["max_iters=250", "max_tokens=null", "max_minutes=null", "warmup_iters=null", "lr_decay_iters=null"]
         return self.trial([*alike, "objective=tokens_per_s", "trial.warmup_steps=1", f"trial.steps={steps}"])
 
+    @property
+    def typed_pieces(self) -> bool:
+        """Whether the micro-batch was typed: then no other one is tried."""
+        return self._typed("batch_size") and self.cfg.batch_size != "auto"
+
+    @property
+    def whole(self) -> bool:
+        """Whether a batch is one micro-batch, as it must be where gradients are used up in the backward pass."""
+        return self.cfg.memory.optimizer_in_backward and not self.typed_pieces
+
     def fitting(self, setting: dict[str, str]) -> TrialResult:
         """speed() with half of the micro-batch, and half of that, until the setting fits; the batch stays as it is."""
-        size, wall_s = min(self.rows_of(setting), self.micro_batch or self.rows_of(setting)), 0.0
-        # 自己写下的微批照写的试；反向里更新的不能累积
-        fixed = (self._typed("batch_size") and self.cfg.batch_size != "auto") or self.cfg.memory.optimizer_in_backward
+        rows, wall_s = self.rows_of(setting), 0.0
+        size = rows if self.whole else min(rows, self.micro_batch or rows)
+        fixed = self.typed_pieces or self.cfg.memory.optimizer_in_backward
         while True:
             got = self.speed(self.words(setting, size))
             wall_s += got.wall_s or 0.0
@@ -359,7 +374,8 @@ class Trials:
         space = [one if one.key in typed else fewer(one, max(most, self.rows)) for one in space]
         if first.micro_batch and first.micro_batch < min(self.rows, self.micro_batch or self.rows):
             self.micro_batch = first.micro_batch
-        if self.cfg.batch_size == "auto" or (search.minutes >= MINUTES_FOR_BATCH and not self._typed("batch_size")):
+        pieces = self.cfg.batch_size == "auto" or (search.minutes >= MINUTES_FOR_BATCH and not self.typed_pieces)
+        if pieces and not self.whole:
             self._find_micro_batch(space)
         # 找微批用掉的时间也是搜索的时间：剩下的才分
         self.schedule = self._divided(start)

@@ -84,6 +84,9 @@ def test_what_is_damaged_running_or_unfinished_is_listed_with_what_is_known(outp
     assert [at for at, _ in folders.look(outputs / "labels").values("val/loss")] == [20, 30]
     lock.release()
     assert folders.look(outputs / "sweeps" / "monday" / "0").state == "finished"
+    # 搜索淘汰的：权重删了，结果还在
+    shutil.rmtree(outputs / "modern" / "ckpt")
+    assert folders.look(outputs / "modern").state == "pruned"
 
 
 @pytest.mark.parametrize(("words", "line"), [

@@ -6,6 +6,7 @@ import math
 import random
 import threading
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,10 +21,10 @@ from typed import typed
 from nanogpt.base.language import ConfigError
 from nanogpt.data import corpus
 from nanogpt.data.opening import open_data
-from nanogpt.sweep import beside, child, earlier_results, jobs, process, result, search, trial_trainer
+from nanogpt.sweep import beside, child, earlier_results, jobs, learning_report, process, result, search, trial_trainer
 from nanogpt.sweep.beside import Beside, places
 from nanogpt.sweep.extrapolation import estimate
-from nanogpt.sweep.halving import LEAST_MINUTES, Search, divide, importance
+from nanogpt.sweep.halving import LEAST_MINUTES, Schedule, Search, divide, importance
 from nanogpt.sweep.learning import finished
 from nanogpt.sweep.learning_report import full_budget, trained
 from nanogpt.sweep.result import TrialResult
@@ -212,6 +213,57 @@ def test_a_setting_that_crashes_with_another_seed_is_ranked_behind_those_that_do
 
 
 @OPTUNA
+@pytest.mark.parametrize(("failing", "left"), [(1, [1]), (2, [2]), (9, [])])
+def test_where_the_best_one_fails_the_next_best_goes_on_in_its_place(failing, left):
+    schedule, failed = Schedule((1.0, 2.0), 1, 3, 1, 1, 0.1), []
+    fake = Fake(schedule)
+    trained = fake.trained
+
+    def fails(setting, rung, seed):
+        if rung and len(failed) < failing:
+            failed.append(setting)
+            return TrialResult((), "crashed", "killed", objective="val_loss", wall_s=5.0)
+        return trained(setting, rung, seed)
+
+    fake.trained = fails
+    found = searched(fake)
+    ranked = sorted((one for one in found.candidates if one.results), key=lambda one: one.results[0].value)
+    assert len(ranked) == 3 and [one.setting for one in ranked[: len(failed)]] == failed
+    assert [ranked.index(one) for one in found.best] == left
+    assert [one.status for one in ranked] == (["crashed"] * failing + ["ok"] + ["pruned"] * 2)[:3] if left else ["crashed"] * 3
+
+
+@OPTUNA
+def test_where_every_seed_but_the_first_crashes_the_next_best_is_taken():
+    schedule = Schedule((1.0, 2.0), 2, 3, 1, 3, 0.1)
+    best = searched(Fake(schedule)).best
+    fake = Fake(schedule)
+    trained = fake.trained
+    fake.trained = lambda setting, rung, seed: TrialResult((), "diverged", "NaN", objective="val_loss", wall_s=5.0) if seed and setting == best[0].setting else trained(setting, rung, seed)
+    found = searched(fake)
+    assert [one.status for one in found.best] == ["ok", "diverged"] and len(found.best[0].values) == 3 and found.best[1].setting == best[0].setting
+
+
+@OPTUNA
+def test_settings_that_are_compared_in_one_step_are_tried_beside_each_other_too(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    schedule, together = Schedule((0.5,), 7, 3, 1, 1, 0.0, 3), threading.Barrier(3)
+    fake = Fake(schedule)
+
+    class Waiting(Fake):
+        def trained(self, setting, rung, seed):
+            # 七个：三个、三个、一个
+            if len(self.calls) <= 6:
+                together.wait(30)
+            return super().trained(setting, rung, seed)
+
+    fake = Waiting(schedule)
+    found = Search(space_of(SPACE, ["learning_rate=1e-3,5e-2"], []), schedule, fake, minutes=60.0, seed=1, say=lambda *said: None, beside=Beside(["cpu-0", "cpu-1", "cpu-2"]))
+    found.run()
+    assert len(found.candidates) == 7 and schedule.minutes == pytest.approx(3 * 0.5 * 1.25) and not together.broken
+
+
+@OPTUNA
 def test_trials_that_take_longer_than_planned_end_the_search_with_what_there_is():
     schedule = divide(30.0, 0.1, trials=27, eta=3, rungs=3, top=2, seeds=3)
     slow = Fake(schedule)
@@ -383,6 +435,12 @@ def test_a_survivor_goes_on_exactly_as_if_it_had_not_stopped(tiny_overrides, in_
     summary.unlink()
     ended = learned(tiny_overrides, Path("outputs/fit/runs/a"), "max_iters=8", "eval_interval=2")
     assert (ended["status"], ended["val_loss"], ended["curve"]) == ("ok", whole["val_loss"], went_on["curve"])
+    # 坏了的权重接不下去：从头训，到的是同一处
+    for file in summary.parent.glob("ckpt/*/model.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    summary.unlink()
+    anew = learned(tiny_overrides, Path("outputs/fit/runs/a"), "max_iters=8", "eval_interval=2")
+    assert [(t, loss) for t, _, loss in anew["curve"]] == [(t, loss) for t, _, loss in whole["curve"]]
 
 
 def test_measured_anew_is_trained_anew_but_a_longer_budget_goes_on(tiny_overrides, in_tmp):
@@ -434,6 +492,31 @@ def test_only_trainings_with_the_settings_of_best_yaml_are_compared_with_what_wa
         (in_tmp / "outputs" / name / "config.yaml").write_text(yaml.safe_dump({**same, **change}), encoding="utf-8")
         (in_tmp / "outputs" / name / "summary.json").write_text('{"tokens": 5, "best_val_loss": 1.5}', encoding="utf-8")
     assert trained(best, cfg) == [("outputs/same", 5, 1.5)]
+    # 配方里没写的键，照试训的那一次；在留出的那份上评估的，比不得
+    trial = {**same, "optimizer": {"name": "muon", "head_weight_decay": 0.5}, "dropout": 0.1}
+    best = replace(best, run_dir=(in_tmp / "outputs/fit/runs/a").as_posix())
+    for name, change in {"fit/runs/a": {}, "same": {"optimizer": {"name": "muon", "head_weight_decay": 2.0}}, "adamw": {"optimizer": {"name": "adamw"}}, "held": {"holdout": 0.1}}.items():
+        (in_tmp / "outputs" / name).mkdir(parents=True, exist_ok=True)
+        (in_tmp / "outputs" / name / "config.yaml").write_text(yaml.safe_dump({**trial, **change}), encoding="utf-8")
+        (in_tmp / "outputs" / name / "summary.json").write_text('{"tokens": 5, "best_val_loss": 1.5}', encoding="utf-8")
+    assert trained(best, cfg) == [("outputs/same", 5, 1.5)]
+
+
+def test_a_report_that_finds_no_room_is_one_line_behind_what_was_found(in_tmp, capsys, monkeypatch):
+    full = OSError(28, "No space left on device", "outputs/fit/report.html")
+    written = learning_report.write_text
+    monkeypatch.setattr(learning_report, "write_text", lambda path, content: raise_(full) if path.name == "report.html" else written(path, content))
+    found = [result.made({"overrides": ["learning_rate=0.01"], "status": "ok", "objective": "val_loss", "val_loss": 1.5, "micro_batch": 8})]
+    monkeypatch.setattr(search, "_folder", lambda: in_tmp)
+    monkeypatch.setattr(search, "_search", lambda *asked: learning_report.write_trials(found, in_tmp, margin=0.1))
+    with pytest.raises(SystemExit) as ended:
+        search.search_job(make_config(), [])
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and "+fit=best" in said.out and said.err.count("\n") == 1 and "cannot be written (No space left" in said.err
+
+
+def raise_(error):
+    raise error
 
 
 def test_the_validation_split_is_looked_at_once_when_the_training_has_ended(tiny_overrides, in_tmp, monkeypatch):
@@ -486,6 +569,10 @@ def test_a_setting_that_does_not_fit_is_tried_in_smaller_micro_batches_of_the_sa
     got = trials.fitting({"global_batch_size": "64", "dropout": "0.1"})
     assert [int(words["batch_size"]) for words in asked] == tried and {(words["global_batch_size"], words["dropout"]) for words in asked} == {("64", "0.1")}
     assert (got.status, got.wall_s) == ("ok" if len(tried) > 1 else "skipped", 2.0 * len(tried))
+    # 默认的微批比一批小：反向里更新的照样一次算完
+    trials.micro_batch = 16
+    pieces = 64 if "memory.optimizer_in_backward=true" in typed_words else 16
+    assert f"batch_size={pieces}" in trials.words({"global_batch_size": "64", "dropout": "0.1"}, 16)
 
 
 @pytest.mark.parametrize("rungs", [(5,), (2, 5), (1, 2, 5)])
@@ -521,6 +608,7 @@ def test_a_search_as_it_is_typed_ends_with_a_report_and_a_recipe(in_tmp, monkeyp
              "dataset.dir=prepared", *(word for word in QUICK if not word.startswith(("logger", "sample", "eval")))]
     done = typed("run_train.py", in_tmp, *words, "max_iters=5000")
     assert "chosen on 10% of the training split" in done.stdout and "--config-dir outputs/fit +fit=best max_iters=5000" in done.stdout
+    assert "planned is one training" in typed("run_train.py", in_tmp, *words, "plan=true").stdout.replace("\n", " ")
     trainings = [(cfg, run_dir) for cfg, run_dir in asked if cfg.objective == "val_loss"]
     assert all(cfg.holdout == 0.1 and cfg.lr_schedule == "wsd" and cfg.dropout == 0 and cfg.trial.enabled for cfg, _ in trainings)
     assert {cfg.learning_rate for cfg, _ in trainings} <= {3e-3, 1e-2, 3e-2}
