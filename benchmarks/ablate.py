@@ -240,6 +240,11 @@ STUDIES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
         )
         for decay in decays
     }),
+    "head_decay_small": ([*CHAR, "model=small", "batch_size=16"], {
+        f"60k characters, {passes} passes, decay {decay:g}": ["characters=60000", f"passes={passes}", f"optimizer.head_weight_decay={decay:g}"]
+        for passes, decays in ((8, (0, 3, 6)), (4, (0, 1.5)))
+        for decay in decays
+    }),
     # nanoGPT 的 GPU 例子的形状与批量，读 27 遍：批量大、遍数多，就要丢得多；held_back_small 的小批量少读几遍，反而更好
     "reference": (
         [*CHAR, "model.n_layer=6", "model.n_head=6", "model.n_embd=384", "model.block_size=256", "batch_size=64"],
