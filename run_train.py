@@ -64,7 +64,7 @@ def main(cfg: TrainConfig, overrides: list[str]) -> float | None:
             cfg.parallel = replace(cfg.parallel, world=world, nodes=cfg.launch.nodes)
         with importing_torch():
             from nanogpt.plan.show import run_plan
-        if cfg.search.enabled:
+        if cfg.search.enabled and cfg.plan.lower() == "true":
             show(wrapped(text(
                 "planned is one training with the settings from which the search starts; the search itself takes "
                 "search.minutes={minutes:g}",

@@ -278,11 +278,11 @@ class Training(Trainer):
             reason = self._evaluate_and_judge()
         if evaluated or reason or self._every(cfg.log_interval):
             self._log(result, evaluated and progress.val_loss is not None)
-        # 说好了最好的一定留着：另有保存的间隔，也不等它
+        # 说好了最好的一定留着：另有保存的间隔，或者上次没存下，也不等它
         best = progress.best_iteration == progress.iteration
         save_due = self._every(cfg.save_interval) or best if cfg.save_interval else evaluated
         final = bool(reason) or last
-        if self.saver.is_due(save_due) or final:
+        if best or final or self.saver.is_due(save_due):
             self._save(final=final)
         if evaluated and cfg.sample_tokens and self.write_sample and reason != "interrupted":
             self._write_sample()

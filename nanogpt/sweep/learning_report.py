@@ -36,14 +36,14 @@ MOST_ROWS = 12
 PLATEAU = 0.8
 # 短训练的预算不进 best.yaml：用它训练的人另有打算
 LENGTH = ("max_iters=", "max_minutes=", "max_tokens=")
-# 学成什么样由这些键定，其中后几个照读几遍文字来定，训得久就不同
+# 学成什么样由这些键定；其中照读几遍文字来定的，训得久就不同，照机器量的也不算
 LEARNING = (
     "model", "optimizer", "memory", "finetune", "init_from", "learning_rate", "min_lr", "grad_clip", "label_dropout",
     "precision", "dataset",
 )
 DECIDED = (
     "model.dropout", "model.ngrams", "optimizer.head_weight_decay", "optimizer.ngram_lr_scale", "model.name",
-    "dataset.dir",
+    "dataset.dir", "precision.cpu_bf16",
 )
 BUDGET = (*LENGTH, "lr_decay_iters=", "eval_interval=", "save_interval=")
 
@@ -166,10 +166,11 @@ def notes_of(cfg: TrainConfig, search: Search) -> list[str]:
         ))
     # 写下的空间里没有不搜索时的那个设置：第一个试的，就不是它
     if search.starts_as_typed and first is not best and first.results:
+        # 第一个走得更远却没走完的，比最好的走到的那一级
+        rung = min(first.rung, best.rung)
         lines.append(text(
             "the setting without a search: {default:.4f} after {minutes:.1f} min; the best one then: {best:.4f}",
-            default=first.results[-1].value, minutes=search.schedule.rungs[first.rung],
-            best=best.results[first.rung].value,
+            default=first.results[rung].value, minutes=search.schedule.rungs[rung], best=best.results[rung].value,
         ))
     if seen := validations(best):
         several = len(seen) > 1 and text(" (spread {spread:.4f}, {count} seeds)", spread=stdev(seen), count=len(seen))

@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 from nanogpt.base.cli import at_home
 from nanogpt.base.composing import composing
 from nanogpt.base.config import TrainConfig, auto_tokens, check
-from nanogpt.base.errors import EXIT_INTERRUPTED, leave
+from nanogpt.base.errors import EXIT_INTERRUPTED, explained, leave
 from nanogpt.base.groups import Composer
 from nanogpt.base.hashed_json import read_sealed
 from nanogpt.base.language import ConfigError, say, show, text, wrapped
@@ -76,8 +76,9 @@ def search_job(cfg: TrainConfig, overrides: list[str]) -> float:
         # 交给 Hydra，它会另说一行是哪个任务：搜索只有一个
         leave(error)
     except OSError as error:
-        # 磁盘满了，写不下报告
-        leave(ConfigError("not_writable", path=folder, reason=error.strerror or error))
+        # 写报告时满了的盘，不说是哪个文件
+        error.filename = error.filename or str(folder)
+        leave(explained(error))
 
 
 def _search(cfg: TrainConfig, overrides: list[str], folder: Path) -> float:

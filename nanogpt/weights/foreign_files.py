@@ -58,9 +58,10 @@ def read_weights(folder: Path) -> Readers:
             readers = {}
             for name in sorted(set(files.values())) or [file]:
                 found = stored_in(folder / name) if name.endswith(".safetensors") else read_torch(folder / name)
-                # 几个文件里都有的，照目录取
-                own = [key for key in check_finite(folder / name, found) if files.get(key, name) == name]
-                readers |= {key: reader_of(found, key) for key in own}
+                # 几个文件里都有的，照目录取；只有一个文件里有的，目录写错了也认得出
+                for key in check_finite(folder / name, found):
+                    if key not in readers or files.get(key) == name:
+                        readers[key] = reader_of(found, key)
             return Readers(readers)
     raise ConfigError("pretrained_damaged", file=folder, reason="no " + " or ".join(WEIGHTS))
 

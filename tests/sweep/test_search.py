@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -24,7 +25,7 @@ from nanogpt.data.opening import open_data
 from nanogpt.sweep import beside, child, earlier_results, jobs, learning_report, process, result, search, trial_trainer
 from nanogpt.sweep.beside import Beside, places
 from nanogpt.sweep.extrapolation import estimate
-from nanogpt.sweep.halving import LEAST_MINUTES, Schedule, Search, divide, importance
+from nanogpt.sweep.halving import LEAST_MINUTES, Candidate, Schedule, Search, divide, importance
 from nanogpt.sweep.learning import finished
 from nanogpt.sweep.learning_report import full_budget, trained
 from nanogpt.sweep.result import TrialResult
@@ -512,11 +513,22 @@ def test_a_report_that_finds_no_room_is_one_line_behind_what_was_found(in_tmp, c
     with pytest.raises(SystemExit) as ended:
         search.search_job(make_config(), [])
     said = capsys.readouterr()
-    assert ended.value.code == 2 and "+fit=best" in said.out and said.err.count("\n") == 1 and "cannot be written (No space left" in said.err
+    assert ended.value.code == 2 and "+fit=best" in said.out and said.err.count("\n") == 1 and "report.html: the system refuses (No space left" in said.err
 
 
 def raise_(error):
     raise error
+
+
+def test_a_first_setting_that_came_further_than_the_best_is_compared_where_both_were():
+    def candidate(number, *losses, status="ok"):
+        results = [TrialResult((), "ok", val_loss=loss, objective="val_loss", tokens=10**9, effective_batch=1) for loss in losses]
+        return Candidate(number, {}, results, tried=results, status=status)
+
+    first, best = candidate(0, 3.0, 2.5, status="timeout"), candidate(4, 2.75)
+    found = SimpleNamespace(candidates=[first, best], best=[best], starts_as_typed=True, schedule=Schedule((1.0, 2.0, 4.0), 2, 2, 1, 1, 0.0))
+    line = next(line for line in learning_report.notes_of(make_config("objective=val_loss"), found) if "without a search" in line)
+    assert "3.0000 after 1.0 min; the best one then: 2.7500" in line
 
 
 def test_the_validation_split_is_looked_at_once_when_the_training_has_ended(tiny_overrides, in_tmp, monkeypatch):

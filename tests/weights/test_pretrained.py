@@ -561,7 +561,13 @@ def test_a_tensor_is_taken_from_the_file_that_the_index_names(folder):
     save_file({name: tensors[name] * 2}, folder / "model-2.safetensors")
     files = dict.fromkeys(tensors, "model-1.safetensors") | {"other": "model-2.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}), encoding="utf-8")
-    assert torch.equal(foreign_files.read_weights(folder)[name], tensors[name])
+    read = foreign_files.read_weights(folder)
+    assert torch.equal(read[name], tensors[name]) and set(read) == set(tensors)
+    # 目录写错了，别处又没有：还是那一个
+    last = list(tensors)[-1]
+    files = {**files, last: "model-2.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}), encoding="utf-8")
+    assert torch.equal(foreign_files.read_weights(folder)[last], tensors[last])
 
 
 DRAWING = {"do_sample": True, "temperature": 0.6, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.3, "num_beams": 4, "min_p": "much", "eos_token_id": 0}
