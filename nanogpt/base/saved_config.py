@@ -46,6 +46,11 @@ def read_saved(content: str) -> dict[str, Any]:
     return saved
 
 
+def saved_in(run_dir: Path) -> dict[str, Any]:
+    """The same of the config.yaml in a run folder; OSError where there is none."""
+    return read_saved((run_dir / "config.yaml").read_text(encoding="utf-8"))
+
+
 def refuse_unnamed_code(saved: dict, typed: dict, source: Path, parts: tuple[str, ...] = PARTS) -> None:
     """Refuse a saved config that names classes which are neither the program's own nor typed; says what to type."""
     nodes = saved if parts == PARTS else {part: saved.get(part) for part in parts}

@@ -27,7 +27,7 @@ from nanogpt.base.lock import is_held
 from nanogpt.base.quoting import command
 from nanogpt.base.report import formatted
 from nanogpt.base.run_names import OUTPUTS, is_latest, locate, recorded
-from nanogpt.base.saved_config import read_saved
+from nanogpt.base.saved_config import read_saved, saved_in
 from nanogpt.run.launching import FAILED, QUEUED, RUNNING, states
 from nanogpt.run.loggers import history, number, points
 from nanogpt.run.rundir import JOB, LOCK
@@ -181,7 +181,7 @@ def size_of(path: Path) -> int:
 def _settings(path: Path) -> tuple[dict[str, Any], str]:
     """(the saved config by dotted keys, why it cannot be read)."""
     try:
-        return leaves(read_saved((path / "config.yaml").read_text(encoding="utf-8"))), ""
+        return leaves(saved_in(path)), ""
     except (OSError, ValueError) as error:
         problem = str(error) if isinstance(error, DamagedError) else f"config.yaml: {type(error).__name__}"
     try:

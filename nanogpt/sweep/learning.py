@@ -13,7 +13,7 @@ from typing import Any
 from nanogpt.base.config import TrainConfig, effective_batch
 from nanogpt.base.hashed_json import DamagedError, read_object
 from nanogpt.base.language import ConfigError
-from nanogpt.base.saved_config import read_saved
+from nanogpt.base.saved_config import saved_in
 from nanogpt.run.loggers import history
 
 # 晋级时会变的键：走多远，以及平台之后怎样收尾；其余的与开始时一样
@@ -42,9 +42,10 @@ def session(cfg: TrainConfig, run_dir: Path, overrides: list[str]):
     # 已经走到更远的级里去了：那里的权重不是这一级的，重测才从头来
     known = listed(run_dir)
     beyond = cfg.max_iters is not None and any(one.iteration > cfg.max_iters for one in known.good)
-    # 坏了的接不下去：试训不必问人，从头再来
-    ruined = known.bad or any(one.problem() for one in known.good[-1:])
-    anew = bool(ruined) or (again and (beyond or _trained_before(cfg, run_dir)))
+    # 最新的坏了就接不下去：试训不必问人，从头再来
+    newer = [one for one in known.bad if not known.good or one.name > known.good[-1].name]
+    ruined = bool(newer) or any(one.problem() for one in known.good[-1:])
+    anew = ruined or (again and (beyond or _trained_before(cfg, run_dir)))
     if anew or not (run_dir / "run.json").is_file():
         return Session.new(replace(cfg, out_dir=str(run_dir), overwrite=anew), run_dir, overrides, hooks)
     if not _is_over(cfg, run_dir):
@@ -60,7 +61,7 @@ def _trained_before(cfg: TrainConfig, run_dir: Path) -> bool:
     """Whether the training that is there has come to the end of this budget, or went beyond it."""
     # 下一级的预算更长：重测的那一次，也是从上一级接着走
     try:
-        reached = read_saved((run_dir / "config.yaml").read_text(encoding="utf-8"))["max_iters"]
+        reached = saved_in(run_dir)["max_iters"]
     except NOT_THERE:
         return False
     return (run_dir / "summary.json").is_file() and (None in (reached, cfg.max_iters) or reached >= cfg.max_iters)
@@ -100,7 +101,7 @@ def _is_over(cfg: TrainConfig, run_dir: Path) -> bool:
 
 def _summary(cfg: TrainConfig, run_dir: Path) -> dict[str, Any]:
     """summary.json of a training to the end of this budget; what is no such training raises."""
-    saved = read_saved((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    saved = saved_in(run_dir)
     if any(saved[key] != value for key, value in budget_of(cfg).items()):
         raise DamagedError("another budget")
     summary = read_object(run_dir / "summary.json")

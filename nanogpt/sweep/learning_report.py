@@ -4,6 +4,7 @@
 # 与 report（速度的扫描）分开：那里说的是放不放得下、多快，这里说的是学得多好；best.yaml 与命令由 report 造
 # 两个入口：write_trials 给 experiment=fit objective=val_…，write_search 给 experiment=search
 
+import contextlib
 import json
 import math
 import sys
@@ -23,7 +24,7 @@ from nanogpt.base.console import aligned
 from nanogpt.base.files import write_text
 from nanogpt.base.groups import leaves
 from nanogpt.base.language import show, text, wrapped
-from nanogpt.base.saved_config import read_saved
+from nanogpt.base.saved_config import saved_in
 from nanogpt.sweep.extrapolation import Estimate, estimate
 from nanogpt.sweep.halving import Candidate, Search, importance
 from nanogpt.sweep.report import LEFT_OUT, keep, plain
@@ -228,7 +229,10 @@ def trained(best: TrialResult, cfg: TrainConfig) -> list[tuple[str, int, float]]
     """(run folder, tokens, what it reached) of finished trainings with this best.yaml and nothing else, in outputs/."""
     # 训多久由人另说，微批只看放不放得下；照文字定的（null），存下的是定出来的那个
     # 没有写进配方的键，照试训的那一次：命令行上另写的 optimizer=adamw，就不是它了
-    ours = learned_with(Path(best.run_dir) / "config.yaml") if best.run_dir else {}
+    ours: dict[str, Any] = {}
+    if best.run_dir:
+        with contextlib.suppress(OSError, ValueError):
+            ours = learned_with(saved_in(Path(best.run_dir)))
     words = [word for word in best.overrides if not word.startswith((*BUDGET, "batch_size=", "eval_"))]
     overrides = OverridesParser.create().parse_overrides(words)
     wanted = {f"dataset.{key}": cfg.dataset.get(key) for key in ("name", "path")}
@@ -237,9 +241,8 @@ def trained(best: TrialResult, cfg: TrainConfig) -> list[tuple[str, int, float]]
     found = []
     for file in sorted(Path("outputs").glob("*/summary.json")):
         try:
-            saved = read_saved((file.parent / "config.yaml").read_text(encoding="utf-8"))
-            summary = json.loads(file.read_text(encoding="utf-8"))
-            node, theirs = OmegaConf.create(saved), learned_with(file.parent / "config.yaml")
+            saved, summary = saved_in(file.parent), json.loads(file.read_text(encoding="utf-8"))
+            node, theirs = OmegaConf.create(saved), learned_with(saved)
             same = all(_alike(OmegaConf.select(node, key), value) for key, value in wanted.items())
             same = same and all(theirs[key] == value for key, value in ours.items() if key in theirs)
             value = summary[f"best_{cfg.objective}"]
@@ -252,12 +255,8 @@ def trained(best: TrialResult, cfg: TrainConfig) -> list[tuple[str, int, float]]
     return found
 
 
-def learned_with(file: Path) -> dict[str, Any]:
-    """What decides what a run learns, by dotted keys, of its config.yaml; not what the length of a training decides."""
-    try:
-        saved = read_saved(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+def learned_with(saved: dict[str, Any]) -> dict[str, Any]:
+    """What decides what a run learns, by dotted keys, of its config; not what the length of a training decides."""
     flat = leaves({key: saved[key] for key in LEARNING if key in saved})
     return {key: value for key, value in flat.items() if key not in DECIDED}
 
