@@ -280,7 +280,7 @@ class Training(Trainer):
             self._log(result, evaluated and progress.val_loss is not None)
         # 说好了最好的一定留着：另有保存的间隔，或者上次没存下，也不等它
         best = progress.best_iteration == progress.iteration
-        save_due = self._every(cfg.save_interval) or best if cfg.save_interval else evaluated
+        save_due = self._every(cfg.save_interval) if cfg.save_interval else evaluated
         final = bool(reason) or last
         if best or final or self.saver.is_due(save_due):
             self._save(final=final)

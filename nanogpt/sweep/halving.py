@@ -73,6 +73,10 @@ class Schedule:
         """How many generations follow each other; those of a single setting run beside each other."""
         return math.ceil(self.generations / self.jobs) if self.size == 1 else self.generations
 
+    def settings(self, wave: int) -> int:
+        """How many settings a wave begins with, the first being wave 0."""
+        return self.size if self.size > 1 else min(self.jobs, self.generations - wave * self.jobs)
+
     @property
     def minutes(self) -> float:
         return self.waves * self.generation_minutes + self.final_minutes
@@ -197,9 +201,7 @@ class Search:
             # 第一代总要走：否则什么也没有
             if wave and left < schedule.generation_minutes + schedule.final_minutes:
                 break
-            # 一代只有一个设置的，几代并排
-            alone = min(schedule.jobs, schedule.generations - wave * schedule.jobs)
-            self._generation(alone if schedule.size == 1 else schedule.size)
+            self._generation(schedule.settings(wave))
         finished = [one for one in self.candidates if one.status == "ok" and one.values]
         furthest = max((one.rung for one in finished), default=-1)
         ranked = sorted((one for one in finished if one.rung == furthest), key=lambda one: one.mean)

@@ -40,21 +40,38 @@ def session(cfg: TrainConfig, run_dir: Path, overrides: list[str]):
     again = cfg.trial.again
     cfg, hooks = replace(cfg, trial=replace(cfg.trial, enabled=False, again=False)), Hooks(remember=False)
     # 已经走到更远的级里去了：那里的权重不是这一级的，重测才从头来
-    known = listed(run_dir)
-    beyond = cfg.max_iters is not None and any(one.iteration > cfg.max_iters for one in known.good)
-    # 最新的坏了就接不下去：试训不必问人，从头再来
-    newer = [one for one in known.bad if not known.good or one.name > known.good[-1].name]
-    ruined = bool(newer) or any(one.problem() for one in known.good[-1:])
-    anew = ruined or (again and (beyond or _trained_before(cfg, run_dir)))
+    beyond = cfg.max_iters is not None and any(one.iteration > cfg.max_iters for one in listed(run_dir).good)
+    anew = again and (beyond or _trained_before(cfg, run_dir))
+
+    def begun(overwrite: bool) -> Session:
+        return Session.new(replace(cfg, out_dir=str(run_dir), overwrite=overwrite), run_dir, overrides, hooks)
+
     if anew or not (run_dir / "run.json").is_file():
-        return Session.new(replace(cfg, out_dir=str(run_dir), overwrite=anew), run_dir, overrides, hooks)
+        return begun(anew)
     if not _is_over(cfg, run_dir):
         # 有总结，就是这个预算走完了：见 finished
         (run_dir / "summary.json").unlink(missing_ok=True)
     typed = [f"{key}={'null' if value is None else value}" for key, value in budget_of(cfg).items()]
     # 同一条命令再来一次：死在最后一个 checkpoint 与总结之间的，补上总结就是
     same = None if beyond else str(run_dir)
-    return Session.resume(replace(cfg, resume=str(run_dir), out_dir=same), typed, run_dir, hooks)
+    try:
+        return Session.resume(replace(cfg, resume=str(run_dir), out_dir=same), typed, run_dir, hooks)
+    except ConfigError:
+        if not _is_damaged(run_dir):
+            raise
+        # 接不下去的试训不必问人，从头再来
+        return begun(True)
+
+
+def _is_damaged(run_dir: Path) -> bool:
+    """Whether the checkpoint from which the training there would go on cannot be used."""
+    from nanogpt.weights.checkpoint import find
+
+    try:
+        find(run_dir, "last")
+    except ConfigError:
+        return any((run_dir / "ckpt").glob("iter_*"))
+    return False
 
 
 def _trained_before(cfg: TrainConfig, run_dir: Path) -> bool:

@@ -340,7 +340,7 @@ class Trials:
         """speed() with half of the micro-batch, and half of that, until the setting fits; the batch stays as it is."""
         rows, wall_s = self.rows_of(setting), 0.0
         size = rows if self.whole else min(rows, self.micro_batch or rows)
-        fixed = self.typed_pieces or self.cfg.memory.optimizer_in_backward
+        fixed = self.typed_pieces or self.whole
         while True:
             got = self.speed(self.words(setting, size))
             wall_s += got.wall_s or 0.0

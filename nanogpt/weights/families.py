@@ -136,9 +136,9 @@ def rope(path: Path, given: dict) -> dict:
             "rope_low_freq_factor": number(path, said, "low_freq_factor"),
             "rope_high_freq_factor": number(path, said, "high_freq_factor"),
         }
-    length = number(path, said, field := "original_max_position_embeddings")
+    length = number(path, said, "original_max_position_embeddings")
     if length < 1:
-        raise unsupported(path, field, length, ">= 1")
+        raise unsupported(path, "original_max_position_embeddings", length, ">= 1")
     return {**found, "rope_original_length": int(length)}
 
 

@@ -50,6 +50,11 @@ def weight_map(index: Path) -> dict[str, str]:
         raise ConfigError("pretrained_damaged", file=index, reason=reason_of(error)) from None
 
 
+def shard_names(index: Path) -> list[str]:
+    """The files that an index names."""
+    return sorted(set(weight_map(index).values()))
+
+
 def read_weights(folder: Path) -> Readers:
     """All tensors of a folder, from safetensors if there are any; none with NaN or Inf."""
     for file in WEIGHTS:

@@ -17,7 +17,7 @@ from urllib.parse import urlencode, urlsplit
 from nanogpt.base.language import ConfigError, first_line, say
 from nanogpt.data import assets
 from nanogpt.data.assets import Asset, without_password
-from nanogpt.weights.foreign_files import ADAPTER, ADAPTER_WEIGHTS, DOCUMENTS, WEIGHTS, weight_map
+from nanogpt.weights.foreign_files import ADAPTER, ADAPTER_WEIGHTS, DOCUMENTS, WEIGHTS, shard_names
 
 # 只取形状、权重与词表；仓库里的代码从不下载
 TOKENIZER = (
@@ -173,7 +173,7 @@ def is_complete(folder: Path) -> bool:
     weights = next((file for file in WEIGHTS if (folder / file).is_file()), None)
     if weights is None or not (folder / "config.json").is_file():
         return False
-    shards = set(weight_map(folder / weights).values()) if weights.endswith(".index.json") else ()
+    shards = shard_names(folder / weights) if weights.endswith(".index.json") else []
     return all((folder / shard).is_file() for shard in shards)
 
 
@@ -199,7 +199,7 @@ def _brought(hub: HuggingFace | ModelScope, sizes: dict[str, int]) -> Path:
     weights = next((file for file in WEIGHTS if file in sizes), " or ".join(WEIGHTS))
     _bring(hub, sizes, [*(file for file in TOKENIZER if file in sizes), "config.json", weights])
     if weights.endswith(".index.json"):
-        _bring(hub, sizes, sorted(set(weight_map(hub.folder() / weights).values())))
+        _bring(hub, sizes, shard_names(hub.folder() / weights))
     return hub.folder()
 
 

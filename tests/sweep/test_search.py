@@ -249,7 +249,6 @@ def test_where_every_seed_but_the_first_crashes_the_next_best_is_taken():
 def test_settings_that_are_compared_in_one_step_are_tried_beside_each_other_too(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     schedule, together = Schedule((0.5,), 7, 3, 1, 1, 0.0, 3), threading.Barrier(3)
-    fake = Fake(schedule)
 
     class Waiting(Fake):
         def trained(self, setting, rung, seed):
@@ -258,8 +257,7 @@ def test_settings_that_are_compared_in_one_step_are_tried_beside_each_other_too(
                 together.wait(30)
             return super().trained(setting, rung, seed)
 
-    fake = Waiting(schedule)
-    found = Search(space_of(SPACE, ["learning_rate=1e-3,5e-2"], []), schedule, fake, minutes=60.0, seed=1, say=lambda *said: None, beside=Beside(["cpu-0", "cpu-1", "cpu-2"]))
+    found = Search(space_of(SPACE, ["learning_rate=1e-3,5e-2"], []), schedule, Waiting(schedule), minutes=60.0, seed=1, say=lambda *said: None, beside=Beside(["cpu-0", "cpu-1", "cpu-2"]))
     found.run()
     assert len(found.candidates) == 7 and schedule.minutes == pytest.approx(3 * 0.5 * 1.25) and not together.broken
 
